@@ -1,0 +1,30 @@
+"""Which encoder, how much memory to show, and from which reward on an episode counts as a success."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+
+class MemoryConfig(BaseModel, extra="forbid"):
+    """Settings of memory. The defaults are the recommendation."""
+
+    encoder: str = "embedded"
+    """`embedded`: all-MiniLM-L6-v2 as installed, no download. Else a sentence-transformers name or directory."""
+    success_reward: float = Field(default=1.0, ge=0.0, le=1.0)
+    """An episode whose reward reaches this is a success."""
+    memory_tokens: int = Field(default=600, ge=0)
+    """Budget of the memory segment in the prompt."""
+    max_insights: int = Field(default=12, ge=0)
+    """Most insights in one memory segment."""
+    max_exemplars: int = Field(default=1, ge=0)
+    """Most solved tasks in one memory segment."""
+    max_passages: int = Field(default=3, ge=0)
+    """Most passages of documents in one memory segment."""
+    max_kept_insights: int = Field(default=20, ge=1)
+    """ExpeL's list size for one kind of task: 5 over it, REMOVE costs 3 of an insight's strength instead of 1."""
+    passage_tokens: int = Field(default=200, ge=20)
+    """Size of a document's passages. The embedded encoder reads 256 tokens."""
+    retrieval_deadline_seconds: float = Field(default=0.15, gt=0)
+    """How long an answer waits for the index of meanings before it makes do with words."""
+    encoding_deadline_seconds: float = Field(default=2.0, gt=0)
+    """How long an answer waits for its question to be encoded. An encoder that is still loading isn't waited for."""

@@ -1,0 +1,169 @@
+"""Semantic memory to read from: documents, split along their own structure into passages small enough to show.
+
+This module refuses to know how passages are found. Invariants: a title names one document; a document is replaced
+as a whole, in one transaction, and only when its content changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from sqlalchemy import delete
+from sqlmodel import Session, col, select
+
+from memory.database import Database
+from memory.errors import UnknownDocument
+from memory.schema import Document, Outbox, Passage, new_id
+
+CHARS_PER_TOKEN = 4  # of English prose, about; the encoder's own tokenizer is not asked
+BREAKS = (
+    re.compile(r"\n(?=#{1,6} )"),  # Markdown headings
+    re.compile(r"\n\s*\n"),  # paragraphs
+    re.compile(r"\n"),
+    re.compile(r"(?<=[.!?])\s+"),  # sentences
+    re.compile(r"\s+"),
+)
+
+
+class Documents:
+    """All documents the agent was given to read."""
+
+    def __init__(self, database: Database, *, passage_tokens: int = 200) -> None:
+        self._database = database
+        self._passage_chars = passage_tokens * CHARS_PER_TOKEN
+
+    async def ingest(self, title: str, content: str | Path) -> Document:
+        """Keep a document, given as text or as a UTF-8 file; return the row. The same content again changes nothing.
+
+        Raises: ValueError for a blank title, an empty document or a file that isn't UTF-8 text; OSError when it
+        can't be read.
+        """
+        title = " ".join(title.split())
+        if not title:
+            raise ValueError("a document needs a title: name it after what it tells")
+        text = await asyncio.to_thread(_read, content) if isinstance(content, Path) else content
+        passages = builtins.list(split_text(text, self._passage_chars))
+        if not passages:
+            raise ValueError(f"document {title!r} holds no text: check {str(content)[:80]!r}")
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+        def write(session: Session) -> Document:
+            known = session.exec(select(Document).where(Document.digest == digest)).first()
+            if known is not None:
+                return known
+            replaced = session.exec(select(Document).where(Document.title == title)).first()
+            if replaced is not None:
+                _remove(session, replaced)
+            return _add(session, title, digest, passages)
+
+        return await self._database.write(write)
+
+    async def remove(self, document_id: str) -> None:
+        """Forget a document and its passages. Raises: UnknownDocument."""
+        await self._database.write(lambda session: _remove(session, _require(session, document_id)))
+
+    def get(self, document_id: str) -> Document:
+        """Return one document. Raises: UnknownDocument."""
+        with self._database.read() as session:
+            return _require(session, document_id)
+
+    def passages(self, document_id: str) -> builtins.list[Passage]:
+        """Return a document's passages in order. Raises: UnknownDocument."""
+        with self._database.read() as session:
+            _require(session, document_id)
+            return builtins.list(session.exec(_passages_of(document_id)))
+
+    def list(self) -> builtins.list[Document]:
+        """Return all documents, by title."""
+        with self._database.read() as session:
+            return builtins.list(session.exec(select(Document).order_by(col(Document.title))))
+
+
+def split_text(text: str, max_chars: int) -> Iterator[str]:
+    """Yield passages of at most `max_chars`, cut at the coarsest breaks that do: headings, paragraphs, ..., words."""
+    passage = ""
+    for piece in _pieces(text.replace("\r\n", "\n").strip(), max_chars, BREAKS):
+        starts_section = piece.startswith("#") and passage
+        joined = f"{passage}\n\n{piece}" if passage else piece
+        if starts_section or len(joined) > max_chars:
+            if passage:
+                yield passage
+            passage = piece
+        else:
+            passage = joined
+    if passage:
+        yield passage
+
+
+def _pieces(text: str, max_chars: int, breaks: tuple[re.Pattern, ...]) -> Iterator[str]:
+    """Yield the parts of `text` between breaks, breaking only what is too long still, and only as finely as needed."""
+    if len(text) <= max_chars and not (breaks and breaks[0] is BREAKS[0] and BREAKS[0].search(text)):
+        if text.strip():
+            yield text.strip()
+    elif not breaks:
+        for start in range(0, len(text), max_chars):
+            yield text[start : start + max_chars]
+    else:
+        finer = (part for part in breaks[0].split(text) if part.strip())
+        for part in _packed(finer, max_chars, breaks):
+            yield from _pieces(part, max_chars, breaks[1:])
+
+
+def _packed(parts: Iterator[str], max_chars: int, breaks: tuple[re.Pattern, ...]) -> Iterator[str]:
+    """Join the parts of one level again as far as they fit: sentences and words make poor passages alone."""
+    if breaks[0] in BREAKS[:2]:
+        yield from parts
+        return
+    glue, held = ("\n" if breaks[0] is BREAKS[2] else " "), ""
+    for part in parts:
+        joined = f"{held}{glue}{part}" if held else part
+        if held and len(joined) > max_chars:
+            yield held
+            held = part
+        else:
+            held = joined
+    if held:
+        yield held
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8 text: convert it to text first") from error
+
+
+def _add(session: Session, title: str, digest: str, passages: builtins.list[str]) -> Document:
+    document = Document(id=new_id("doc"), title=title, digest=digest)
+    session.add(document)
+    session.flush()  # the passages point at it
+    for position, text in enumerate(passages):
+        passage = Passage(id=new_id("psg"), document_id=document.id, position=position, text=text)
+        session.add(passage)
+        session.add(Outbox(collection="passages", row_id=passage.id))
+    return document
+
+
+def _remove(session: Session, document: Document) -> None:
+    for passage in session.exec(_passages_of(document.id)):
+        session.add(Outbox(collection="passages", row_id=passage.id, is_removed=True))
+    session.flush()
+    session.execute(delete(Passage).where(col(Passage.document_id) == document.id))
+    session.delete(document)
+    session.flush()  # its title is free again for the one that takes its place
+
+
+def _passages_of(document_id: str):
+    return select(Passage).where(Passage.document_id == document_id).order_by(col(Passage.position))
+
+
+def _require(session: Session, document_id: str) -> Document:
+    document = session.get(Document, document_id)
+    if document is None:
+        raise UnknownDocument(f"no document has the id {document_id!r}: list them to see which exist")
+    return document

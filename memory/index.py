@@ -1,0 +1,202 @@
+"""Find rows by meaning and by word, fused; the one way to ask the index.
+
+This module refuses to know what is done with what it finds. A question goes to both indexes at once; meanings have
+a deadline, words answer in any case, and reciprocal rank fusion joins the two lists.
+
+Invariant: a failure of the index costs relevance, never an answer; nothing here is truth, and all of it can be rebuilt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+
+from memory.config import MemoryConfig
+from memory.database import Database
+from memory.encoder import Encoder, QueryEncoder
+from memory.errors import IndexDamaged, IndexUnavailable, StorageError
+from memory.follower import Follower
+from memory.meanings import MeaningIndex
+from memory.searchables import COLLECTIONS, Searchables
+from memory.trajectories import Trajectories
+from memory.words import WordIndex
+
+FUSION_CONSTANT = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher, 2009)
+MAX_HANGING = 2  # questions that Chroma may leave unanswered before it isn't asked any more
+POLL_SECONDS = 0.01
+
+logger = logging.getLogger(__name__)
+
+
+class MemoryIndex:
+    """Everything searchable, by meaning and by word."""
+
+    def __init__(
+        self, database: Database, trajectories: Trajectories, directory: Path, encoder: Encoder, config: MemoryConfig
+    ) -> None:
+        self._config = config
+        self._words = WordIndex(database)
+        self._meanings = MeaningIndex(directory, encoder.name)
+        self._queries = QueryEncoder(encoder)
+        self._follower = Follower(
+            database, Searchables(trajectories), self._words, self._meanings, encoder, self._queries
+        )
+        self._hanging: list[_Question] = []
+        self.num_without_meanings = 0
+        """Questions that were answered by words alone since the start."""
+        database.write_sync(self._words.create)
+
+    def start(self) -> None:
+        """Begin to follow the rows, and to load the encoder, in a thread."""
+        self._follower.start()
+
+    def close(self) -> None:
+        self._follower.stop()
+        self._queries.close()
+        self._meanings.close()
+
+    async def find(
+        self,
+        collection: str,
+        query_text: str,
+        where: Mapping[str, str] | None = None,
+        num: int = 10,
+        *,
+        exclude_task: str | None = None,
+        min_similarity: float = -1.0,
+    ) -> list[tuple[str, float]]:
+        """Return (row id, score) of what fits the query, best first. `where` may name an environment and a kind.
+
+        Never fails for the index's sake: without meanings it finds by word, without words nothing. Raises:
+        ValueError for a collection or a filter that doesn't exist.
+        """
+        if collection not in COLLECTIONS:
+            raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
+        where = dict(where or {})
+        if not query_text.strip() or not await self._has_any(collection, where):
+            return []
+        by_word, by_meaning = await asyncio.gather(
+            self._find_by_word(collection, query_text, where, num, exclude_task),
+            self._find_by_meaning(collection, query_text, where, num, exclude_task, min_similarity),
+        )
+        return fuse(by_word, by_meaning)[:num]
+
+    async def rebuild(self, *, timeout_seconds: float = 3600.0) -> dict[str, int]:
+        """Make both indexes anew from the rows; return how many rows of each collection they hold."""
+        future = asyncio.wrap_future(self._follower.request_rebuild())
+        await asyncio.wait_for(future, timeout_seconds)
+        await self.drain(timeout_seconds=timeout_seconds)
+        return self.count()
+
+    async def drain(self, *, timeout_seconds: float = 120.0) -> None:
+        """Wait until the index holds what the rows say. Raises: TimeoutError, telling what keeps it."""
+        deadline = time.monotonic() + timeout_seconds
+        while not self._follower.is_settled:
+            if time.monotonic() > deadline:
+                cause = self._follower.last_failure
+                raise TimeoutError(
+                    f"the index is not up to date after {timeout_seconds:g} s: {cause or 'still at work'}"
+                )
+            self._follower.wake()
+            await asyncio.sleep(POLL_SECONDS)
+
+    def count(self) -> dict[str, int]:
+        """Return how many rows of each collection can be found."""
+        return self._words.count()
+
+    @property
+    def has_meanings(self) -> bool:
+        """Whether questions are answered by meaning: the encoder is loaded and Chroma is open."""
+        self._hanging = [question for question in self._hanging if not question.is_answered]
+        return self._queries.is_ready and self._meanings.is_open and len(self._hanging) < MAX_HANGING
+
+    async def _has_any(self, collection: str, where: dict[str, str]) -> bool:
+        try:
+            return self._words.has_any(collection, where)
+        except StorageError:
+            return True
+
+    async def _find_by_word(
+        self, collection: str, query_text: str, where: dict[str, str], num: int, exclude_task: str | None
+    ) -> list[str]:
+        try:
+            return await asyncio.to_thread(
+                self._words.find, collection, query_text, where, num, exclude_task=exclude_task
+            )
+        except StorageError as error:
+            logger.warning("the word index failed, rebuild it: %s", error)
+            return []
+
+    async def _find_by_meaning(
+        self,
+        collection: str,
+        query_text: str,
+        where: dict[str, str],
+        num: int,
+        exclude_task: str | None,
+        min_similarity: float,
+    ) -> list[str]:
+        """Ask Chroma within the deadline; an empty list when it can't say."""
+        try:
+            if not self.has_meanings:
+                raise IndexUnavailable("the encoder or the index is not ready")
+            vector = await asyncio.wait_for(self._queries.encode(query_text), self._config.encoding_deadline_seconds)
+            question = _Question(
+                lambda: self._meanings.find(
+                    collection, vector, where, num, exclude_task=exclude_task, min_similarity=min_similarity
+                )
+            )
+            return await self._answer(question)
+        except IndexDamaged:
+            self._follower.suspect()
+        except (IndexUnavailable, TimeoutError) as error:
+            logger.info("no meanings for this question: %s", error or "past the deadline")
+        self.num_without_meanings += 1
+        return []
+
+    async def _answer(self, question: _Question) -> list[str]:
+        """Wait for Chroma until the deadline. Raises: IndexDamaged, TimeoutError."""
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(question.answer), self._config.retrieval_deadline_seconds)
+        except TimeoutError:
+            self._hanging.append(question)
+            raise
+
+
+class _Question:
+    """A question to Chroma, asked on a thread of its own: one that hangs must hold up neither others nor the exit."""
+
+    def __init__(self, ask: Callable[[], list[str]]) -> None:
+        self._ask = ask
+        self.answer: Future[list[str]] = Future()
+        self._thread = threading.Thread(target=self._run, name="ratchet-question", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_answered(self) -> bool:
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            found = self._ask()
+        except IndexDamaged as error:
+            if self.answer.set_running_or_notify_cancel():
+                self.answer.set_exception(error)
+        else:
+            if self.answer.set_running_or_notify_cancel():
+                self.answer.set_result(found)
+
+
+def fuse(*rankings: list[str]) -> list[tuple[str, float]]:
+    """Return (id, score) of all that is ranked, best first: the sum of 1 / (60 + rank) over the rankings."""
+    scores: dict[str, float] = defaultdict(float)
+    for ranking in rankings:
+        for rank, row_id in enumerate(ranking, start=1):
+            scores[row_id] += 1.0 / (FUSION_CONSTANT + rank)
+    return sorted(scores.items(), key=lambda scored: -scored[1])

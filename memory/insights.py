@@ -1,0 +1,192 @@
+"""Semantic memory in words: insights, each with a strength that evidence raises and lowers.
+
+This module refuses to know where operations come from (a contrast of tallies, a model's critique) and how insights
+are shown. The operations and their limits are ExpeL's (arXiv 2308.10144), with two departures: counts travel with
+an operation, and an ADD of a text that is there counts as AGREE instead of nothing. At most 4 operations a critique
+is for whoever asks the critic.
+
+Invariants: one active row per (environment, kind of task, text); strength is above 0 as long as an insight is active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sqlmodel import Session, col, select
+
+from memory.database import Database
+from memory.schema import Insight, Outbox, new_id, now
+
+FIRST_STRENGTH = 2
+REMOVE_COST = 1
+REMOVE_COST_WHEN_FULL = 3
+OVERFLOW = 5  # the list counts as full when it is this much over its maximum
+
+
+class OperationKind(StrEnum):
+    """What to do with an insight. The order is the order of application."""
+
+    REMOVE = "remove"
+    AGREE = "agree"
+    EDIT = "edit"
+    ADD = "add"
+
+
+@dataclass(frozen=True)
+class SupportCounts:
+    """Episodes behind an insight: those that did what it says, and those that did otherwise where it applied."""
+
+    wins: int = 0
+    losses: int = 0
+    wins_otherwise: int = 0
+    losses_otherwise: int = 0
+
+
+@dataclass(frozen=True)
+class InsightOperation:
+    """One change to the insights about one kind of task. Only EDIT has a `new_text`."""
+
+    kind: OperationKind
+    environment: str
+    task_kind: str
+    text: str
+    new_text: str | None = None
+    counts: SupportCounts | None = None
+    """The latest tally; it replaces the row's."""
+
+
+class Insights:
+    """All lessons in words."""
+
+    def __init__(self, database: Database, *, max_kept: int = 20) -> None:
+        self._database = database
+        self._max_kept = max_kept
+
+    async def apply(self, operations: list[InsightOperation]) -> list[Insight]:
+        """Apply all operations in one transaction, REMOVE first and ADD last; return the insights they changed.
+
+        What names an insight that isn't there is passed over: critics misquote. Raises: ValueError for a blank text.
+        """
+        for operation in operations:
+            _check(operation)
+        ordered = sorted(operations, key=lambda operation: list(OperationKind).index(operation.kind))
+
+        def write(session: Session) -> list[Insight]:
+            lists = _Lists(session, self._max_kept)
+            changed = [insight for operation in ordered if (insight := lists.apply(operation)) is not None]
+            return list({insight.id: insight for insight in changed}.values())
+
+        return await self._database.write(write)
+
+    def active(self, environment: str | None = None, kind: str | None = None) -> list[Insight]:
+        """Return the insights in force, strongest first."""
+        query = select(Insight).where(col(Insight.removed_at).is_(None))
+        if environment is not None:
+            query = query.where(Insight.environment == environment)
+        if kind is not None:
+            query = query.where(Insight.kind == kind)
+        query = query.order_by(col(Insight.strength).desc(), col(Insight.wins).desc(), col(Insight.id))
+        with self._database.read() as session:
+            return list(session.exec(query))
+
+
+class _Lists:
+    """The insights that one call touches, one list per kind of task, as one transaction sees them."""
+
+    def __init__(self, session: Session, max_kept: int) -> None:
+        self._session = session
+        self._max_kept = max_kept
+        self._lists: dict[tuple[str, str], dict[str, Insight]] = {}
+        self._full: dict[tuple[str, str], bool] = {}
+
+    def apply(self, operation: InsightOperation) -> Insight | None:
+        """Apply one operation; return the insight that changed."""
+        place = (operation.environment, operation.task_kind)
+        rows = self._rows(place)
+        insight = rows.get(_key(operation.text))
+        is_active = insight is not None and insight.removed_at is None
+        match operation.kind:
+            case OperationKind.ADD if is_active:
+                return self._strengthen(insight, 1, operation.counts)
+            case OperationKind.ADD:
+                return self._add(place, insight, operation.text, FIRST_STRENGTH, operation.counts)
+            case _ if not is_active:
+                return None
+            case OperationKind.AGREE:
+                return self._strengthen(insight, 1, operation.counts)
+            case OperationKind.REMOVE:
+                cost = REMOVE_COST_WHEN_FULL if self._full[place] else REMOVE_COST
+                return self._strengthen(insight, -cost, operation.counts)
+            case OperationKind.EDIT:
+                return self._edit(place, insight, operation)
+
+    def _rows(self, place: tuple[str, str]) -> dict[str, Insight]:
+        """Return this list's rows by text, removed ones too: their texts are taken."""
+        if place not in self._lists:
+            query = select(Insight).where(Insight.environment == place[0], Insight.kind == place[1])
+            rows = self._session.exec(query.order_by(col(Insight.removed_at).is_(None), col(Insight.id))).all()
+            self._lists[place] = {_key(insight.text): insight for insight in rows}
+            num_active = sum(insight.removed_at is None for insight in rows)
+            self._full[place] = num_active >= self._max_kept + OVERFLOW
+        return self._lists[place]
+
+    def _edit(self, place: tuple[str, str], insight: Insight, operation: InsightOperation) -> Insight:
+        rows = self._rows(place)
+        new_key = _key(operation.new_text)
+        other = rows.get(new_key)
+        if other is not None and other is not insight:  # edited into a text that exists: the two become one
+            strength = insight.strength
+            self._strengthen(insight, -strength, None)
+            if other.removed_at is None:
+                return self._strengthen(other, 1, operation.counts)
+            return self._add(place, other, other.text, strength + 1, operation.counts)
+        del rows[_key(insight.text)]
+        insight.text = _tidy(operation.new_text)
+        rows[new_key] = insight
+        return self._strengthen(insight, 1, operation.counts)
+
+    def _add(
+        self, place: tuple[str, str], removed: Insight | None, text: str, strength: int, counts: SupportCounts | None
+    ) -> Insight:
+        """Make an insight, or bring back the removed one that has this text."""
+        insight = removed or Insight(id=new_id("ins"), environment=place[0], kind=place[1], text=_tidy(text))
+        insight.removed_at = None
+        insight.strength = 0
+        self._rows(place)[_key(text)] = insight
+        return self._strengthen(insight, strength, counts)
+
+    def _strengthen(self, insight: Insight, change: int, counts: SupportCounts | None) -> Insight:
+        insight.strength = max(0, insight.strength + change)
+        if counts is not None:
+            insight.wins, insight.losses = counts.wins, counts.losses
+            insight.wins_otherwise, insight.losses_otherwise = counts.wins_otherwise, counts.losses_otherwise
+        if insight.strength == 0:
+            insight.removed_at = now()
+        self._session.add(insight)
+        is_removed = insight.removed_at is not None
+        self._session.add(Outbox(collection="insights", row_id=insight.id, is_removed=is_removed))
+        self._session.flush()  # one by one, in order: texts are unique at every moment
+        return insight
+
+
+def _check(operation: InsightOperation) -> None:
+    if not operation.text.strip():
+        raise ValueError(f"an insight needs words, not {operation.text!r}: leave this {operation.kind.value} out")
+    if operation.kind is OperationKind.EDIT and not (operation.new_text or "").strip():
+        raise ValueError(f"the edit of {operation.text!r} needs a new_text: use REMOVE to be rid of it")
+
+
+def _tidy(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _key(text: str) -> str:
+    """Two texts with the same key are the same insight, however they are spaced and capitalised."""
+    return _tidy(text).casefold()
+
+
+def keys_of(texts: Iterable[str]) -> set[str]:
+    """Return what insights are matched by, for callers that compare texts with stored ones."""
+    return {_key(text) for text in texts}

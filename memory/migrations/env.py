@@ -1,0 +1,37 @@
+"""What Alembic runs for every upgrade: it borrows the connection, and the transaction, that `upgrade` opened.
+
+Invariant: a revision is frozen: it names plain column types, never ours, so that later schemas leave it be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alembic import context
+from sqlalchemy import Boolean, Enum, Float, Integer, LargeBinary, String
+from sqlalchemy.types import TypeDecorator
+from sqlmodel import SQLModel
+
+import memory.schema  # noqa: F401  (fills the metadata)
+
+
+def render_plainly(kind: str, item: Any, _context: Any) -> str | bool:
+    """Name the plain type behind one of ours; False leaves the rendering to Alembic."""
+    if kind != "type" or isinstance(item, Boolean | Integer | Float):
+        return False
+    plain = item.impl_instance if isinstance(item, TypeDecorator) else item
+    if isinstance(plain, Enum):
+        return f"sa.String(length={plain.length})"
+    if isinstance(plain, LargeBinary):
+        return "sa.LargeBinary()"
+    return "sa.String()" if isinstance(plain, String) else f"sa.{type(plain).__name__}()"
+
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=SQLModel.metadata,
+    render_as_batch=True,
+    render_item=render_plainly,
+    transactional_ddl=True,
+)
+context.run_migrations()

@@ -1,0 +1,200 @@
+"""One question in; the memory segment out: insights, solved tasks and passages, within a token budget.
+
+This module refuses to know how an episode is played and how the index finds. What is shown is data: markers of
+memory and of the chat in it are broken, so that nothing remembered can speak as the system.
+
+Invariants: never an exemplar of the task that is asked; never over the budget; the layout of the segment is what
+models were trained on, to the character.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sqlmodel import Session, col, select
+
+from memory.config import MemoryConfig
+from memory.database import Database
+from memory.errors import StorageError
+from memory.exemplars import render_exemplar
+from memory.index import MemoryIndex, fuse
+from memory.insights import FIRST_STRENGTH, Insights
+from memory.schema import Document, Insight, Passage, Step, Trajectory
+
+SIMILAR_PER_SHOWN = 4  # how many similar solved tasks are looked at for each that is shown: the shortest wins
+MIN_SIMILARITY = 0.3  # cosine; what is further away than this only distracts
+CHARS_PER_TOKEN = 4
+CHAT_TAGS = re.compile(
+    r"<(?=\s*/?\s*(?:memory|tool_call|tool_response|tools|think|s|inst|sys)\s*>)|\[(?=\s*/?\s*inst\s*\])", re.IGNORECASE
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recollection:
+    """What is shown of memory: its text, the ids of the rows it shows, in order, and its size."""
+
+    text: str = ""
+    ids: list[str] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+@dataclass
+class _Segment:
+    """The memory segment while it grows."""
+
+    insights: list[str] = field(default_factory=list)
+    exemplars: list[str] = field(default_factory=list)
+    passages: list[str] = field(default_factory=list)
+
+    def render(self) -> str:
+        sections = []
+        if self.insights:
+            sections.append("\n".join(["Insights:", *(f"- {text}" for text in self.insights)]))
+        if self.exemplars:
+            sections.append("\n".join(["Solved before:", *self.exemplars]))
+        if self.passages:
+            sections.append("\n".join(["Passages:", *self.passages]))
+        return "\n".join(["<memory>", *sections, "</memory>"]) if sections else ""
+
+
+def estimate(text: str) -> int:
+    """Return about how many tokens a text has."""
+    return -(-len(text) // CHARS_PER_TOKEN)
+
+
+class Retrieval:
+    """Answers "what do we know that helps here?"."""
+
+    def __init__(self, database: Database, insights: Insights, index: MemoryIndex, config: MemoryConfig) -> None:
+        self._database = database
+        self._insights = insights
+        self._index = index
+        self._config = config
+
+    async def retrieve(
+        self,
+        *,
+        environment: str | None,
+        kind: str,
+        task: str | None = None,
+        query_text: str,
+        exclude_task: str | None = None,
+        budget_tokens: int | None = None,
+        count_tokens: Callable[[str], int] = estimate,
+    ) -> Recollection:
+        """Return what memory has to show for a task, best first, as much as fits the budget.
+
+        Storage that fails costs the memory, never the answer.
+        """
+        budget = self._config.memory_tokens if budget_tokens is None else budget_tokens
+        if budget <= 0:
+            return Recollection()
+        try:
+            return await self._retrieve(environment or "", kind, query_text, exclude_task or task, budget, count_tokens)
+        except StorageError as error:
+            logger.warning("answering without memory: %s", error)
+            return Recollection()
+
+    async def _retrieve(
+        self,
+        environment: str,
+        kind: str,
+        query_text: str,
+        exclude_task: str | None,
+        budget: int,
+        count_tokens: Callable[[str], int],
+    ) -> Recollection:
+        segment, ids = _Segment(), []
+        sections = (
+            (segment.insights, self._config.max_insights, await self._find_insights(environment, kind, query_text)),
+            (
+                segment.exemplars,
+                self._config.max_exemplars,
+                await self._find_exemplars(environment, kind, query_text, exclude_task),
+            ),
+            (segment.passages, self._config.max_passages, await self._find_passages(query_text)),
+        )
+        for shown, most, found in sections:
+            for row_id, text in found:
+                if len(shown) == most:
+                    break
+                shown.append(neutralise(text))
+                if count_tokens(segment.render()) > budget:
+                    shown.pop()  # a shorter one may still fit
+                else:
+                    ids.append(row_id)
+        text = segment.render()
+        return Recollection(text, ids, count_tokens(text)) if text else Recollection()
+
+    async def _find_insights(self, environment: str, kind: str, query_text: str) -> list[tuple[str, str]]:
+        """Return the insights that evidence supports; where there are too many, strength and meaning choose."""
+        insights = {it.id: it for it in self._insights.active(environment, kind) if is_supported(it)}
+        ranked = list(insights)
+        if self._config.max_insights == 0:
+            return []
+        if len(ranked) > self._config.max_insights:
+            where = {"environment": environment, "kind": kind}
+            near = await self._index.find(
+                "insights", query_text, where, self._config.max_insights, min_similarity=MIN_SIMILARITY
+            )
+            ranked = [row_id for row_id, _ in fuse(ranked, [row_id for row_id, _ in near if row_id in insights])]
+        return [(row_id, insights[row_id].text) for row_id in ranked]
+
+    async def _find_exemplars(
+        self, environment: str, kind: str, query_text: str, exclude_task: str | None
+    ) -> list[tuple[str, str]]:
+        """Return solved tasks of the same kind, never the task itself: of the similar ones the shortest first."""
+        num = SIMILAR_PER_SHOWN * self._config.max_exemplars
+        if num == 0:
+            return []
+        where = {"environment": environment, "kind": kind}
+        near = await self._index.find("exemplars", query_text, where, num, exclude_task=exclude_task)
+        with self._database.read() as session:
+            trajectories = [it for row_id, _ in near if (it := session.get(Trajectory, row_id)) is not None]
+            trajectories.sort(key=lambda trajectory: trajectory.num_steps)
+            return [
+                (it.id, render_exemplar(it.task_text, _steps(session, it.id))) for it in _one_per_task(trajectories)
+            ]
+
+    async def _find_passages(self, query_text: str) -> list[tuple[str, str]]:
+        if self._config.max_passages == 0:
+            return []
+        near = await self._index.find(
+            "passages", query_text, num=self._config.max_passages, min_similarity=MIN_SIMILARITY
+        )
+        query = select(Passage, Document.title).join(Document, col(Document.id) == Passage.document_id)
+        with self._database.read() as session:
+            rows = session.exec(query.where(col(Passage.id).in_([row_id for row_id, _ in near]))).all()
+        texts = {passage.id: f"{title}: {passage.text}" for passage, title in rows}
+        return [(row_id, texts[row_id]) for row_id, _ in near if row_id in texts]
+
+
+def is_supported(insight: Insight) -> bool:
+    """Whether an insight may be shown: not voted down, or doing what it says wins more often than not doing it."""
+    if insight.strength >= FIRST_STRENGTH:
+        return True
+    tried, otherwise = insight.wins + insight.losses, insight.wins_otherwise + insight.losses_otherwise
+    if not tried:
+        return False
+    return insight.wins / tried > (insight.wins_otherwise / otherwise if otherwise else 0.5)
+
+
+def neutralise(text: str) -> str:
+    """Break whatever in a remembered text would mean something to the chat or close the segment."""
+    return CHAT_TAGS.sub(lambda tag: f"{tag.group()} ", text.replace("<|", "< |").replace("|>", "| >"))
+
+
+def _one_per_task(trajectories: list[Trajectory]) -> list[Trajectory]:
+    kept = {}
+    for trajectory in trajectories:
+        kept.setdefault(trajectory.task or trajectory.id, trajectory)
+    return list(kept.values())
+
+
+def _steps(session: Session, trajectory_id: str) -> list[Step]:
+    return list(session.exec(select(Step).where(Step.trajectory_id == trajectory_id).order_by(col(Step.position))))

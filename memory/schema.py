@@ -1,0 +1,358 @@
+"""The nouns, as rows: what was asked, what was lived, what was learned from it, and who acts now.
+
+This module refuses to know how rows are written, found or shown. Text and truth live here; everything else
+(vectors, word lists) is an index that can be rebuilt from these rows.
+
+Invariants: rows are append-only except for a stage column, and a stage moves only along `LEGAL_MOVES`.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from array import array
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import JSON, Column, DateTime, Enum, Index, LargeBinary, String, TypeDecorator, UniqueConstraint, text
+from sqlmodel import Field, SQLModel
+
+
+def new_id(prefix: str) -> str:
+    """Return a unique id that sorts by time of birth: `<prefix>_<12 hex of milliseconds><16 random hex>`."""
+    return f"{prefix}_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(8)}"
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class UtcDateTime(TypeDecorator):
+    """SQLite forgets time zones; this column stores UTC and gives UTC back."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value, dialect):
+        return value.astimezone(UTC).replace(tzinfo=None) if value is not None else None
+
+    def process_result_value(self, value, dialect):
+        return value.replace(tzinfo=UTC) if value is not None else None
+
+
+class TokenIds(TypeDecorator):
+    """A list of token ids, stored as little-endian uint32 bytes: exact, compact, readable by any language."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value, dialect):
+        return array("I", value).tobytes() if value is not None else None
+
+    def process_result_value(self, value, dialect):
+        return array("I", value).tolist() if value is not None else None
+
+
+class CleanText(TypeDecorator):
+    """Text from anywhere, made storable: a lone surrogate (models emit them in JSON escapes) becomes U+FFFD."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value, dialect):
+        if value is None or value.isascii():
+            return value
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def dump_json(value: Any) -> str:
+    """Return JSON that reads well by hand and stores anywhere: no escapes, no lone surrogates."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def words_of(enum_class: type[StrEnum]) -> Enum:
+    """Return a column type that stores an enum's values, the words people read, rather than its Python names."""
+    return Enum(enum_class, values_callable=lambda members: [m.value for m in members], native_enum=False, length=16)
+
+
+class Split(StrEnum):
+    """Where a task comes from. Held-out tasks measure; nothing may ever be learned from them."""
+
+    LIVE = "live"
+    PRACTICE = "practice"
+    HELD_OUT = "held-out"
+
+
+class TrajectoryStage(StrEnum):
+    RUNNING = "running"
+    FINISHED = "finished"  # it reached its end; success is a matter of reward
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class PolicyStage(StrEnum):
+    DRAFT = "draft"  # playable by its pin; an intermediate result (the SFT reference) stays here
+    CANDIDATE = "candidate"
+    CANARY = "canary"
+    ACTIVE = "active"
+    RETIRED = "retired"
+    REJECTED = "rejected"
+
+
+class CycleStage(StrEnum):
+    """In the order of one turn. The value names the work under way or, at the end, the outcome."""
+
+    COLLECT = "collect"
+    DEMONSTRATE = "demonstrate"
+    SFT = "sft"
+    EXPLORE = "explore"
+    DPO = "dpo"
+    EVALUATE = "evaluate"
+    SETTLE = "settle"
+    COMPLETED = "completed"
+    ERROR = "error"
+
+
+LEGAL_MOVES: dict[StrEnum, frozenset[StrEnum]] = {
+    TrajectoryStage.RUNNING: frozenset({TrajectoryStage.FINISHED, TrajectoryStage.FAILED, TrajectoryStage.CANCELLED}),
+    TrajectoryStage.FINISHED: frozenset(),
+    TrajectoryStage.FAILED: frozenset(),
+    TrajectoryStage.CANCELLED: frozenset(),
+    PolicyStage.DRAFT: frozenset({PolicyStage.CANDIDATE, PolicyStage.ACTIVE, PolicyStage.REJECTED}),
+    PolicyStage.CANDIDATE: frozenset({PolicyStage.CANARY, PolicyStage.ACTIVE, PolicyStage.REJECTED}),
+    PolicyStage.CANARY: frozenset({PolicyStage.ACTIVE, PolicyStage.REJECTED}),
+    PolicyStage.ACTIVE: frozenset({PolicyStage.RETIRED}),
+    PolicyStage.RETIRED: frozenset({PolicyStage.ACTIVE}),
+    PolicyStage.REJECTED: frozenset({PolicyStage.ACTIVE}),  # by an operator's explicit promotion only
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked. `kind` groups tasks that lessons carry over between; `name` is unique in its environment."""
+
+    environment: str
+    name: str
+    kind: str
+    split: Split
+    text: str = ""
+
+
+class Trajectory(SQLModel, table=True):
+    """The stored record of one episode. Its policy and its memory segment are fixed when it opens."""
+
+    __tablename__ = "trajectories"
+    __table_args__ = (
+        Index("trajectories_by_task", "environment", "task"),
+        Index("trajectories_by_stage", "stage", "closed_at"),
+    )
+
+    id: str = Field(primary_key=True)
+    episode_id: str = Field(index=True)
+    environment: str | None = None  # None: asked by a client, not replayable
+    task: str | None = None
+    kind: str = "chat"
+    split: Split = Field(default=Split.LIVE, sa_type=words_of(Split))
+    task_text: str = Field(default="", sa_type=CleanText)
+    policy: int = Field(foreign_key="policies.version")
+    stage: TrajectoryStage = Field(default=TrajectoryStage.RUNNING, sa_type=words_of(TrajectoryStage))
+    opening: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
+    """The messages the first model call saw, without the memory segment."""
+    tools: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
+    """Tool definitions in OpenAI's form."""
+    memory_text: str = Field(default="", sa_type=CleanText)
+    """The memory segment exactly as it was shown; empty when nothing was."""
+    memory_ids: list[str] = Field(default_factory=list, sa_column=Column(JSON))
+    """Ids of the insights, exemplars and passages in `memory_text`, in order."""
+    temperature: float | None = None
+    answer: str | None = Field(default=None, sa_type=CleanText)
+    error: str | None = Field(default=None, sa_type=CleanText)
+    """`<ErrorClass>: <message>` of what ended a FAILED episode; the limit that ended a truncated FINISHED one."""
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    num_invalid_tool_calls: int = 0
+    opened_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+    closed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class StepKind(StrEnum):
+    MODEL = "model"
+    TOOL = "tool"
+
+
+class Step(SQLModel, table=True):
+    """One model call or one tool result, durable before the next one starts."""
+
+    __tablename__ = "steps"
+
+    trajectory_id: str = Field(foreign_key="trajectories.id", primary_key=True)
+    position: int = Field(primary_key=True)  # 0, 1, 2, ... without gaps
+    kind: StepKind = Field(sa_type=words_of(StepKind))
+    content: str = Field(default="", sa_type=CleanText)
+    tool_calls: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
+    tool_name: str | None = Field(default=None, sa_type=CleanText)
+    tool_call_id: str | None = Field(default=None, sa_type=CleanText)
+    error: str | None = Field(default=None, sa_type=CleanText)
+    finish_reason: str | None = None
+    prompt_token_ids: list[int] | None = Field(default=None, sa_type=TokenIds)
+    output_token_ids: list[int] | None = Field(default=None, sa_type=TokenIds)
+    seconds: float = 0.0
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+
+
+class RewardSource(StrEnum):
+    ENVIRONMENT = "environment"
+    JUDGE = "judge"
+    USER = "user"
+    CODE = "code"
+
+
+class Reward(SQLModel, table=True):
+    """A number in [0, 1] with a source and a reason. Append-only; the newest of the most trusted source counts."""
+
+    __tablename__ = "rewards"
+
+    id: str = Field(primary_key=True)
+    trajectory_id: str = Field(foreign_key="trajectories.id", index=True)
+    value: float
+    source: RewardSource = Field(sa_type=words_of(RewardSource))
+    reason: str = Field(default="", sa_type=CleanText)
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+
+
+class Feedback(SQLModel, table=True):
+    """What a human or a program said of an episode, kept as it was posted."""
+
+    __tablename__ = "feedback"
+
+    id: str = Field(primary_key=True)  # the poster's, for idempotency, or ours
+    trajectory_id: str = Field(foreign_key="trajectories.id", index=True)
+    name: str = "reward"
+    value: Any = Field(default=None, sa_column=Column(JSON))
+    comment: str | None = Field(default=None, sa_type=CleanText)
+    correction: str | None = Field(default=None, sa_type=CleanText)
+    """What the answer should have been: a demonstration."""
+    source: str = "user"
+    tags: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON))
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+
+
+class Insight(SQLModel, table=True):
+    """A lesson in words, for one kind of task, with ExpeL's strength and the counts that support it."""
+
+    __tablename__ = "insights"
+    __table_args__ = (UniqueConstraint("environment", "kind", "text"),)
+
+    id: str = Field(primary_key=True)
+    environment: str
+    kind: str
+    text: str = Field(sa_type=CleanText)
+    strength: int = 2
+    wins: int = 0
+    """Successful episodes that did what the insight says."""
+    losses: int = 0
+    """Unsuccessful episodes that did what the insight says."""
+    wins_otherwise: int = 0
+    losses_otherwise: int = 0
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+    removed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class Document(SQLModel, table=True):
+    """Something the agent was given to read. Replaced as a whole when its content changes."""
+
+    __tablename__ = "documents"
+
+    id: str = Field(primary_key=True)
+    title: str = Field(sa_type=CleanText, unique=True)
+    digest: str
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+
+
+class Passage(SQLModel, table=True):
+    """A piece of a document, small enough to show."""
+
+    __tablename__ = "passages"
+
+    id: str = Field(primary_key=True)
+    document_id: str = Field(foreign_key="documents.id", index=True)
+    position: int
+    text: str = Field(sa_type=CleanText)
+
+
+class Policy(SQLModel, table=True):
+    """What acts: base model, adapter or none, system prompt. Immutable but for its stage and verdict."""
+
+    __tablename__ = "policies"
+    __table_args__ = (
+        Index(
+            "one_active_policy",
+            "stage",
+            unique=True,
+            sqlite_where=text("stage = 'active'"),
+            postgresql_where=text("stage = 'active'"),
+        ),
+    )
+
+    version: int = Field(primary_key=True)  # 0 is the bare base; never reused
+    stage: PolicyStage = Field(sa_type=words_of(PolicyStage))
+    base_model: str
+    adapter_path: str | None = None
+    adapter_digest: str | None = None
+    system_prompt: str | None = Field(default=None, sa_type=CleanText)
+    """None: the environment's own, or the runtime's default."""
+    parent: int | None = Field(default=None, foreign_key="policies.version")
+    cycle_id: str | None = None
+    note: str = Field(default="", sa_type=CleanText)
+    verdict: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON))
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+
+    @property
+    def name(self) -> str:
+        return f"v{self.version}"
+
+
+class Activation(SQLModel, table=True):
+    """One moment at which a policy went live. The newest is now; `previous` is the one a rollback leads back to."""
+
+    __tablename__ = "activations"
+
+    id: int | None = Field(default=None, primary_key=True)
+    version: int = Field(foreign_key="policies.version")
+    previous: int | None = Field(default=None, foreign_key="activations.id")
+    is_rollback: bool = False
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+
+
+class Cycle(SQLModel, table=True):
+    """One turn of the loop; `stage` says where a crash resumes, `artifacts` what earlier stages left."""
+
+    __tablename__ = "cycles"
+
+    id: str = Field(primary_key=True)
+    stage: CycleStage = Field(default=CycleStage.COLLECT, sa_type=words_of(CycleStage))
+    settings: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
+    artifacts: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
+    progress: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
+    verdict: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON))
+    error: str | None = Field(default=None, sa_type=CleanText)
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+    closed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class Outbox(SQLModel, table=True):
+    """What the index has yet to follow: written in the same transaction as the row it speaks of."""
+
+    __tablename__ = "outbox"
+
+    id: int | None = Field(default=None, primary_key=True)
+    collection: str  # insights | exemplars | passages
+    row_id: str
+    is_removed: bool = False
+    is_worded: bool = False
+    """The word index holds it; the row leaves when the index of meanings does too."""

@@ -1,0 +1,89 @@
+"""What can be found, and as what: the rows behind each collection of the index.
+
+This module refuses to know how an index works. Invariant: what is searchable is a function of the rows alone, so
+looking at a row again always heals whatever the index missed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sqlmodel import Session, col, select
+
+from memory.schema import Document, Insight, Passage, Trajectory
+from memory.trajectories import Trajectories
+
+COLLECTIONS = ("insights", "exemplars", "passages")
+MAX_IDS = 500  # of one query: SQLite bounds its variables
+
+
+@dataclass(frozen=True)
+class Searchable:
+    """One row as the index sees it. Empty strings where a row has no environment, kind or task."""
+
+    row_id: str
+    text: str
+    environment: str = ""
+    kind: str = ""
+    task: str = ""
+
+    @property
+    def digest(self) -> str:
+        """What changes when anything the index holds of this row changes."""
+        told = "\x00".join((self.text, self.environment, self.kind, self.task))
+        return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+class Searchables:
+    """Reads what can be found out of the rows."""
+
+    def __init__(self, trajectories: Trajectories) -> None:
+        self._trajectories = trajectories
+
+    def load(self, session: Session, collection: str, ids: Iterable[str]) -> list[Searchable]:
+        """Return those of the rows that are searchable now; the others are to be forgotten."""
+        ids, found = list(ids), []
+        for start in range(0, len(ids), MAX_IDS):
+            found += self._query(session, collection, ids[start : start + MAX_IDS])
+        return found
+
+    def load_all(self, session: Session, collection: str) -> list[Searchable]:
+        """Return everything searchable of one collection."""
+        return self._query(session, collection, None)
+
+    def _query(self, session: Session, collection: str, ids: list[str] | None) -> list[Searchable]:
+        match collection:
+            case "insights":
+                query = select(Insight).where(col(Insight.removed_at).is_(None))
+                return [_of_insight(row) for row in session.exec(_among(query, Insight.id, ids))]
+            case "exemplars":
+                query = _among(self._trajectories.exemplary(), Trajectory.id, ids)
+                return [_of_exemplar(row) for row in session.scalars(query)]
+            case "passages":
+                query = select(Passage, Document.title).join(Document, col(Document.id) == Passage.document_id)
+                return [_of_passage(*row) for row in session.exec(_among(query, Passage.id, ids))]
+        raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
+
+
+def _among(query, column, ids: list[str] | None):
+    return query if ids is None else query.where(col(column).in_(ids))
+
+
+def _of_insight(insight: Insight) -> Searchable:
+    return Searchable(insight.id, insight.text, insight.environment, insight.kind)
+
+
+def _of_exemplar(trajectory: Trajectory) -> Searchable:
+    text = trajectory.task_text or _last_request(trajectory) or trajectory.kind
+    return Searchable(trajectory.id, text, trajectory.environment or "", trajectory.kind, trajectory.task or "")
+
+
+def _of_passage(passage: Passage, title: str) -> Searchable:
+    return Searchable(passage.id, f"{title}: {passage.text}")
+
+
+def _last_request(trajectory: Trajectory) -> str:
+    requests = [message.get("content") for message in trajectory.opening if message.get("role") == "user"]
+    return requests[-1] if requests and isinstance(requests[-1], str) else ""

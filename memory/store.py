@@ -1,0 +1,78 @@
+"""Memory itself: opens everything in one data directory and hands it out.
+
+This module refuses to know what any of it is for. Invariant: one process owns the directory, from `open` to `close`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from memory.config import MemoryConfig
+from memory.cycles import Cycles
+from memory.database import Database
+from memory.documents import Documents
+from memory.encoder import Encoder, SentenceEncoder
+from memory.feedback import FeedbackBook
+from memory.index import MemoryIndex
+from memory.insights import Insights
+from memory.ownership import take_ownership
+from memory.policies import Policies
+from memory.retrieval import Retrieval
+from memory.trajectories import Trajectories
+
+DATABASE_NAME = "ratchet.db"
+INDEX_NAME = "chroma"
+
+
+class Memory:
+    """What is kept, and what finds it. Make one with `Memory.open`."""
+
+    def __init__(self, data_dir: Path, config: MemoryConfig, encoder: Encoder, lock: IO[str]) -> None:
+        self.data_dir = data_dir
+        self.config = config
+        self._lock = lock
+        self.database = Database(data_dir / DATABASE_NAME)
+        self.trajectories = Trajectories(self.database, success_reward=config.success_reward)
+        self.insights = Insights(self.database, max_kept=config.max_kept_insights)
+        self.documents = Documents(self.database, passage_tokens=config.passage_tokens)
+        self.policies = Policies(self.database)
+        self.cycles = Cycles(self.database)
+        self.feedback = FeedbackBook(self.database, self.trajectories)
+        self.index = MemoryIndex(self.database, self.trajectories, data_dir / INDEX_NAME, encoder, config)
+        self.retrieval = Retrieval(self.database, self.insights, self.index, config)
+
+    @classmethod
+    def open(cls, data_dir: Path, config: MemoryConfig | None = None, *, encoder: Encoder | None = None) -> Memory:
+        """Take the directory, bring its database up to date, and start following the rows with the index.
+
+        Loading the encoder and Chroma goes on in a thread; until then finding is by word.
+        Raises: DataDirectoryInUse, naming the owner; StorageError.
+        """
+        config = config or MemoryConfig()
+        data_dir = Path(data_dir).absolute()
+        lock = take_ownership(data_dir)
+        try:
+            memory = cls(data_dir, config, encoder or SentenceEncoder(config.encoder), lock)
+        except BaseException:
+            lock.close()
+            raise
+        memory.index.start()
+        return memory
+
+    def close(self) -> None:
+        """Finish what is being written, and give the directory up."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._lock.close)
+            stack.callback(self.database.close)
+            stack.callback(self.index.close)
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

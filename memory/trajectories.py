@@ -1,0 +1,325 @@
+"""Episodic memory: trajectories from the first message to the last reward, each step durable before the next.
+
+This module refuses to know who acts, how a reward is decided, or how exemplars are found; it only tells the outbox
+which trajectory is worth another look. The flow: open, append ..., close; rewards may come before or after the
+close.
+
+Invariants: a closed trajectory takes no more steps; positions have no gaps; held-out trajectories never become
+exemplars or lessons; rewards are only ever added.
+"""
+
+from __future__ import annotations
+
+import builtins
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import Select, bindparam, case, exists, func, insert, literal, or_
+from sqlmodel import Session, col, select
+
+from memory.database import Database
+from memory.errors import IllegalMove, UnknownPolicy, UnknownTrajectory
+from memory.schema import (
+    LEGAL_MOVES,
+    Outbox,
+    Policy,
+    Reward,
+    RewardSource,
+    Split,
+    Step,
+    Trajectory,
+    TrajectoryStage,
+    new_id,
+    now,
+)
+
+TRUST = (RewardSource.USER, RewardSource.CODE, RewardSource.ENVIRONMENT, RewardSource.JUDGE)  # most trusted first
+BYTES_PER_TOKEN_ID = 4
+
+
+@dataclass(frozen=True)
+class TrajectoryView:
+    """A trajectory with the reward that counts; both None where nobody has judged it yet."""
+
+    trajectory: Trajectory
+    reward: float | None
+    is_success: bool | None
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A finished, rewarded trajectory from which one may learn."""
+
+    trajectory: Trajectory
+    reward: float
+    is_success: bool
+
+
+class Trajectories:
+    """All episodes ever lived here, and what they were worth."""
+
+    def __init__(self, database: Database, *, success_reward: float = 1.0) -> None:
+        self._database = database
+        self.success_reward = success_reward
+
+    async def open(self, trajectory: Trajectory) -> Trajectory:
+        """Record that an episode began; durable when it returns.
+
+        Raises: UnknownPolicy; ValueError for an id that is taken or a stage other than RUNNING.
+        """
+        if trajectory.stage is not TrajectoryStage.RUNNING:
+            raise ValueError(f"a trajectory opens as 'running', not as {trajectory.stage.value!r}")
+        values = trajectory.model_dump()
+
+        def write(session: Session) -> Trajectory:
+            if session.get(Policy, values["policy"]) is None:
+                raise UnknownPolicy(f"no policy has version {values['policy']!r}: register it before it acts")
+            if session.get(Trajectory, values["id"]) is not None:
+                raise ValueError(f"trajectory {values['id']!r} exists: open another with a new id")
+            session.execute(insert(Trajectory).values(**values))
+            return session.get_one(Trajectory, values["id"])
+
+        return await self._database.write(write)
+
+    async def append(self, step: Step, *, trajectory: Trajectory) -> None:
+        """Add the next step; durable when it returns.
+
+        Raises: UnknownTrajectory, IllegalMove when the trajectory is closed, ValueError for a position out of order.
+        """
+        if step.trajectory_id != trajectory.id:
+            raise ValueError(f"step of {step.trajectory_id!r} cannot be appended to trajectory {trajectory.id!r}")
+        result = await self._database.execute(_INSERT_STEP, step.model_dump())
+        if result.rowcount == 0:
+            raise self._refused_step(step)
+
+    async def close(
+        self,
+        trajectory_id: str,
+        *,
+        stage: TrajectoryStage,
+        answer: str | None = None,
+        error: str | None = None,
+        num_invalid_tool_calls: int = 0,
+    ) -> Trajectory:
+        """End the episode: sum its tokens and steps, fix its answer; a success becomes an exemplar.
+
+        Raises: UnknownTrajectory; IllegalMove when it is closed already.
+        """
+
+        def write(session: Session) -> Trajectory:
+            trajectory = _require(session, trajectory_id)
+            _close(session, trajectory, TrajectoryStage(stage), error)
+            trajectory.answer = answer
+            trajectory.num_invalid_tool_calls = num_invalid_tool_calls
+            session.add(trajectory)
+            self.note_exemplar(session, trajectory)
+            return trajectory
+
+        return await self._database.write(write)
+
+    async def reward(self, trajectory_id: str, value: float, source: RewardSource, reason: str = "") -> Reward:
+        """Add a reward, before or after the close. Raises: UnknownTrajectory; ValueError outside [0, 1]."""
+        source = RewardSource(source)
+        check_reward(value)
+        return await self._database.write(
+            lambda session: self.add_reward(session, trajectory_id, value, source, reason)
+        )
+
+    def add_reward(
+        self, session: Session, trajectory_id: str, value: float, source: RewardSource, reason: str
+    ) -> Reward:
+        """Add a reward inside a transaction of the caller's."""
+        trajectory = _require(session, trajectory_id)
+        reward = Reward(id=new_id("rew"), trajectory_id=trajectory_id, value=value, source=source, reason=reason)
+        session.add(reward)
+        session.flush()
+        self.note_exemplar(session, trajectory)
+        return reward
+
+    def note_exemplar(self, session: Session, trajectory: Trajectory) -> None:
+        """Have the index look at a closed trajectory again if its success may have changed."""
+        if trajectory.stage is not TrajectoryStage.FINISHED or trajectory.split is Split.HELD_OUT:
+            return
+        reward = session.scalar(select(_effective_reward_of(literal(trajectory.id))))
+        if reward is not None:
+            session.add(Outbox(collection="exemplars", row_id=trajectory.id, is_removed=reward < self.success_reward))
+
+    async def close_orphans(self) -> int:
+        """Close as FAILED what a dead process left RUNNING; return how many. For the start, before anything opens."""
+
+        def write(session: Session) -> int:
+            orphans = session.exec(select(Trajectory).where(Trajectory.stage == TrajectoryStage.RUNNING)).all()
+            for trajectory in orphans:
+                _close(
+                    session, trajectory, TrajectoryStage.FAILED, "Interrupted: the process ended before the episode did"
+                )
+                session.add(trajectory)
+            return len(orphans)
+
+        return await self._database.write(write)
+
+    def get(self, trajectory_id: str) -> Trajectory:
+        """Return one trajectory. Raises: UnknownTrajectory."""
+        with self._database.read() as session:
+            return _require(session, trajectory_id)
+
+    def steps(self, trajectory_id: str) -> builtins.list[Step]:
+        """Return the steps so far, in order. Raises: UnknownTrajectory."""
+        with self._database.read() as session:
+            _require(session, trajectory_id)
+            query = select(Step).where(Step.trajectory_id == trajectory_id).order_by(col(Step.position))
+            return builtins.list(session.exec(query))
+
+    def rewards(self, trajectory_id: str) -> builtins.list[Reward]:
+        """Return every reward it was given, oldest first. Raises: UnknownTrajectory."""
+        with self._database.read() as session:
+            _require(session, trajectory_id)
+            query = select(Reward).where(Reward.trajectory_id == trajectory_id)
+            return builtins.list(session.exec(query.order_by(col(Reward.created_at), col(Reward.id))))
+
+    def effective_reward(self, trajectory_id: str) -> float | None:
+        """Return the reward that counts: the newest of the most trusted source; None when there is none."""
+        with self._database.read() as session:
+            _require(session, trajectory_id)
+            return session.scalar(select(_effective_reward_of(literal(trajectory_id))))
+
+    def exemplary(self) -> Select:
+        """The query for every trajectory that may be shown as an exemplar: finished, a success, not held out."""
+        return select(Trajectory).where(
+            Trajectory.stage == TrajectoryStage.FINISHED,
+            Trajectory.split != Split.HELD_OUT,
+            _effective_reward_of(col(Trajectory.id)) >= self.success_reward,
+        )
+
+    def learnable(self, *, since: datetime | None = None, environment: str | None = None) -> builtins.list[Graded]:
+        """Return what may be learned from: finished, rewarded, not held out, oldest first.
+
+        With `since`, only what was closed or rewarded after it: feedback may come late.
+        """
+        reward = _effective_reward_of(col(Trajectory.id)).label("reward")
+        query = select(Trajectory, reward).where(
+            Trajectory.stage == TrajectoryStage.FINISHED,
+            Trajectory.split != Split.HELD_OUT,
+            reward.is_not(None),
+        )
+        if since is not None:
+            is_rewarded_since = exists().where(Reward.trajectory_id == Trajectory.id, col(Reward.created_at) > since)
+            query = query.where(or_(col(Trajectory.closed_at) > since, is_rewarded_since))
+        if environment is not None:
+            query = query.where(Trajectory.environment == environment)
+        with self._database.read() as session:
+            rows = session.exec(query.order_by(col(Trajectory.closed_at), col(Trajectory.id))).all()
+        return [Graded(trajectory, value, value >= self.success_reward) for trajectory, value in rows]
+
+    def list(
+        self,
+        *,
+        limit: int = 50,
+        before_id: str | None = None,
+        environment: str | None = None,
+        split: Split | None = None,
+        policy: int | None = None,
+        stage: TrajectoryStage | None = None,
+        is_success: bool | None = None,
+    ) -> builtins.list[TrajectoryView]:
+        """Return trajectories with their rewards, newest first; pass the last id as `before_id` for the next page."""
+        reward = _effective_reward_of(col(Trajectory.id)).label("reward")
+        query = select(Trajectory, reward)
+        if before_id is not None:
+            query = query.where(col(Trajectory.id) < before_id)
+        for column, wanted in (
+            (Trajectory.environment, environment),
+            (Trajectory.split, split),
+            (Trajectory.policy, policy),
+            (Trajectory.stage, stage),
+        ):
+            if wanted is not None:
+                query = query.where(column == wanted)
+        if is_success is not None:
+            query = query.where(reward >= self.success_reward if is_success else reward < self.success_reward)
+        with self._database.read() as session:
+            rows = session.exec(query.order_by(col(Trajectory.id).desc()).limit(limit)).all()
+        return [
+            TrajectoryView(trajectory, value, None if value is None else value >= self.success_reward)
+            for trajectory, value in rows
+        ]
+
+    def _refused_step(self, step: Step) -> Exception:
+        """Find out why the guarded insert took no row."""
+        with self._database.read() as session:
+            trajectory = session.get(Trajectory, step.trajectory_id)
+            if trajectory is None:
+                return UnknownTrajectory(f"no trajectory has the id {step.trajectory_id!r}: open it first")
+            if trajectory.stage is not TrajectoryStage.RUNNING:
+                stage = trajectory.stage.value
+                return IllegalMove(
+                    f"trajectory {trajectory.id!r} is {stage!r}: a closed trajectory takes no more steps"
+                )
+            expected = session.scalar(select(_next_position(literal(step.trajectory_id))))
+        place = f"step {step.position!r} of trajectory {step.trajectory_id!r}"
+        return ValueError(f"{place} is out of order: the next position is {expected}")
+
+
+def check_reward(value: float) -> None:
+    """Raise ValueError unless `value` is a number in [0, 1]."""
+    is_number = isinstance(value, int | float)
+    if not is_number or not 0.0 <= value <= 1.0:
+        raise ValueError(f"a reward is a number from 0 to 1, not {value!r}: rescale it")
+
+
+def _require(session: Session, trajectory_id: str) -> Trajectory:
+    trajectory = session.get(Trajectory, trajectory_id)
+    if trajectory is None:
+        raise UnknownTrajectory(f"no trajectory has the id {trajectory_id!r}: list them to see which exist")
+    return trajectory
+
+
+def _close(session: Session, trajectory: Trajectory, stage: TrajectoryStage, error: str | None) -> None:
+    if stage not in LEGAL_MOVES[trajectory.stage]:
+        raise IllegalMove(f"trajectory {trajectory.id!r} cannot go from {trajectory.stage.value!r} to {stage.value!r}")
+    num_steps, prompt_bytes, output_bytes = session.execute(_SUMS, {"trajectory_id": trajectory.id}).one()
+    trajectory.stage = stage
+    trajectory.error = error
+    trajectory.num_steps = num_steps
+    trajectory.prompt_tokens = prompt_bytes // BYTES_PER_TOKEN_ID
+    trajectory.output_tokens = output_bytes // BYTES_PER_TOKEN_ID
+    trajectory.closed_at = now()
+
+
+def _equals(column, value):
+    return column.is_(None) if value is None else column == value
+
+
+def _effective_reward_of(trajectory_id):
+    """The scalar subquery behind `effective_reward`; evaluated per row, so a page costs a page."""
+    rank = case({source: place for place, source in enumerate(TRUST)}, value=col(Reward.source))
+    return (
+        select(Reward.value)
+        .where(Reward.trajectory_id == trajectory_id)
+        .order_by(rank, col(Reward.created_at).desc(), col(Reward.id).desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+
+
+def _next_position(trajectory_id):
+    query = select(func.coalesce(func.max(Step.position), -1) + 1).where(Step.trajectory_id == trajectory_id)
+    return query.scalar_subquery()
+
+
+def _build_step_insert():
+    """One guarded statement, compiled once: it takes a row only while the trajectory runs and the position is next."""
+    columns = Step.__table__.columns
+    trajectory_id = bindparam("trajectory_id", type_=columns["trajectory_id"].type)
+    is_running = exists().where(Trajectory.id == trajectory_id, Trajectory.stage == TrajectoryStage.RUNNING)
+    is_next = bindparam("position", type_=columns["position"].type) == _next_position(trajectory_id)
+    values = select(*(bindparam(column.name, type_=column.type) for column in columns)).where(is_running, is_next)
+    return insert(Step).from_select([column.name for column in columns], values)
+
+
+_INSERT_STEP = _build_step_insert()
+_SUMS = select(
+    func.count(),
+    func.coalesce(func.sum(func.length(Step.prompt_token_ids)), 0),
+    func.coalesce(func.sum(func.length(Step.output_token_ids)), 0),
+).where(Step.trajectory_id == bindparam("trajectory_id"))

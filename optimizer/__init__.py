@@ -1,0 +1,1 @@
+"""Learns from what memory kept, and never answers."""

@@ -1,0 +1,165 @@
+"""How the optimizer learns: how much to play, how to train a model of a given size, what a promotion needs.
+
+Refuses to know where data lives and who serves. The defaults are the recommendation; `RECIPES` is the one table of
+training settings, chosen by the number of parameters of the base; `OptimizerConfig.recipe` overrides single entries.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+
+class Recipe(BaseModel, extra="forbid", frozen=True):
+    """Every number a trainer needs that depends on the size of the model."""
+
+    lora_rank: int
+    """One of vLLM's ranks: 1, 8, 16, 32, 64, ..."""
+    lora_alpha: int
+    sft_learning_rate: float
+    sft_epochs: float
+    sft_batch_size: int
+    """Rows in one optimizer step."""
+    dpo_learning_rate: float
+    dpo_epochs: float
+    dpo_batch_size: int
+    dpo_beta: float
+    """Strength of the pull towards the reference."""
+    dpo_sft_weight: float
+    """Weight of the added likelihood term on the chosen side; keeps `logps/chosen` from falling."""
+    rows_per_pass: int
+    """Rows in one forward pass; the rest of a batch is accumulated."""
+    gradient_checkpointing: bool
+
+
+# Small: measured on models of a few million parameters. Large: "LoRA Without Regret" for SFT, ETO for DPO.
+RECIPES: tuple[tuple[float, Recipe], ...] = (
+    (
+        100e6,
+        Recipe(
+            lora_rank=16,
+            lora_alpha=32,
+            sft_learning_rate=2e-3,
+            sft_epochs=5,
+            sft_batch_size=8,
+            dpo_learning_rate=3e-4,
+            dpo_epochs=3,
+            dpo_batch_size=8,
+            dpo_beta=0.1,
+            dpo_sft_weight=0.2,
+            rows_per_pass=8,
+            gradient_checkpointing=False,
+        ),
+    ),
+    (
+        float("inf"),
+        Recipe(
+            lora_rank=32,
+            lora_alpha=32,
+            sft_learning_rate=2e-4,
+            sft_epochs=3,
+            sft_batch_size=16,
+            dpo_learning_rate=1e-5,
+            dpo_epochs=1,
+            dpo_batch_size=16,
+            dpo_beta=0.1,
+            dpo_sft_weight=0.1,
+            rows_per_pass=2,
+            gradient_checkpointing=True,
+        ),
+    ),
+)
+
+
+def choose_recipe(num_parameters: int, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Return the recipe for a base of `num_parameters`, with single entries replaced by `overrides`.
+
+    Raises:
+        ValueError: an override names no entry of a recipe.
+    """
+    recipe = next(recipe for limit, recipe in RECIPES if num_parameters < limit)
+    return Recipe.model_validate({**recipe.model_dump(), **(overrides or {})})
+
+
+class DemonstrationConfig(BaseModel, extra="forbid"):
+    """Which successes are imitated."""
+
+    per_task: int = 2
+    """At most so many rows of one task, the shortest first."""
+    keep_memory_share: float = Field(default=0.15, ge=0, le=1)
+    """Share of rows that keep their memory segment, or the model unlearns to use it."""
+    min_rows: int = 16
+    """With fewer, the cycle ends with an error that says how many are missing."""
+    max_rows: int = 2000
+
+
+class PreferenceConfig(BaseModel, extra="forbid"):
+    """Which (prompt, chosen, rejected) rows are built."""
+
+    per_task: int = 4
+    scope: Literal["remainder", "step"] = "remainder"
+    """"remainder": both sides run to the end of the episode (ETO). "step": they end with the first differing step."""
+    max_extra_rounds: int = 5
+    """The rejected side may take at most so many more model steps than the chosen one (ETO)."""
+    min_rows: int = 12
+    """With fewer there is no DPO: the SFT policy itself becomes the candidate."""
+    max_rows: int = 2000
+
+
+class EvaluationConfig(BaseModel, extra="forbid"):
+    """What is played to decide, and what a promotion needs."""
+
+    num_tasks: int = 200
+    min_tasks: int = 30
+    """With fewer paired tasks the verdict is uninformative."""
+    margin: float = 0.0
+    """Promote only if the lower end of the 95 % interval of the paired difference is above this."""
+    serve_with_memory: bool = True
+    """The verdict compares candidate and incumbent as they would serve: with memory on, or off."""
+    floor: float = 0.02
+    """Both cells at or below this success rate, or at or above its complement: the tasks cannot tell them apart."""
+    max_broken_share: float = 0.05
+    """More FAILED, cancelled or timed-out episodes than this in either cell: uninformative."""
+    max_truncated_share: float = 0.25
+    """More than this cut by a budget in both cells: the budget was measured, not the policies."""
+    max_extra_invalid_rate: float = 0.02
+    """Invalid tool calls per model step that a candidate may add."""
+    max_turns_ratio: float = 1.25
+    """Turns on tasks that both won, candidate against incumbent."""
+    max_tokens_ratio: float = 1.5
+    """Output tokens, and prompt tokens, per model step, candidate against incumbent."""
+
+
+class OptimizerConfig(BaseModel, extra="forbid"):
+    """One turn of the loop."""
+
+    environment: str = "textworld"
+    name: str = "ratchet"
+    """Adapters are called `<name>-v<version>`."""
+    seed: int = 0
+    num_practice_tasks: int = 64
+    practice_episodes: int = 256
+    """Played in rounds, one try of every task each, with insights extracted in between. 0: learn from logged ones."""
+    practice_memory: list[bool] = [True]
+    """Memory on or off per practice round; the last entry counts for all later rounds."""
+    explore_episodes: int = 256
+    """Episodes of the SFT policy, memory off, that preferences are found in."""
+    practice_temperature: float = 1.0
+    concurrency: int = Field(default=32, ge=1)
+    max_pool: int = 5000
+    """The newest so many rewarded trajectories are learned from."""
+    demonstrations: DemonstrationConfig = DemonstrationConfig()
+    preferences: PreferenceConfig = PreferenceConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    recipe: dict[str, Any] = {}
+    """Single entries of the recipe to replace, for example `{"sft_epochs": 3}`."""
+    max_length_tokens: int = 2048
+    """Longer rows are left out and counted, never cut."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    num_threads: int = 2
+    """Threads of the trainer on a CPU."""
+    training_attempts: int = Field(default=2, ge=1)
+    """How often a trainer that died is started again, each time from its last checkpoint."""

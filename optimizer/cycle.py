@@ -1,0 +1,139 @@
+"""One turn of the loop: collect, demonstrate, SFT, explore, DPO, evaluate, settle.
+
+A LangGraph graph whose nodes are the stages. LangGraph keeps the place (`checkpoints.db`), the Cycle row keeps what was
+made and shows how far it is; a process that dies goes on at the stage where it died.
+
+Refuses to know what stages do and who asked for the cycle. Invariant: a cycle ends COMPLETED with a verdict, or ERROR
+with a reason; one that is cancelled or killed stays open, and `run_cycle` takes it up again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import aiosqlite
+from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+from langgraph.graph import END, START, StateGraph
+
+from memory.schema import Cycle, CycleStage
+from optimizer import stages
+from optimizer.config import OptimizerConfig
+from optimizer.errors import TooFewTrajectories
+from optimizer.rewards import grade, split
+from optimizer.seams import Seams
+from optimizer.workshop import Workshop
+
+BUSY_TIMEOUT_MS = 30_000
+
+STAGES: tuple[tuple[CycleStage, Callable[[Workshop], Awaitable[None]]], ...] = (
+    (CycleStage.COLLECT, stages.collect),
+    (CycleStage.DEMONSTRATE, stages.demonstrate),
+    (CycleStage.SFT, stages.train_sft),
+    (CycleStage.EXPLORE, stages.explore),
+    (CycleStage.DPO, stages.train_dpo),
+    (CycleStage.EVALUATE, stages.evaluate),
+    (CycleStage.SETTLE, stages.settle),
+)
+
+
+class Place(TypedDict):
+    """All that the checkpoint holds: which stages are behind us."""
+
+    done: Annotated[list[str], operator.add]
+
+
+async def open_cycle(memory: Any, config: OptimizerConfig) -> Cycle:
+    """Open a cycle with these settings.
+
+    Raises:
+        CycleInProgress: one is open.
+        TooFewTrajectories: it would learn from logged episodes only, and they cannot be enough.
+    """
+    if config.practice_episodes == 0:
+        successes, failures = split(grade(memory, limit=config.max_pool))
+        num_missing = config.demonstrations.min_rows - len(successes)
+        if num_missing > 0:
+            raise TooFewTrajectories(
+                f"{len(successes)} of {len(successes) + len(failures)} rewarded trajectories are successes and "
+                f"{config.demonstrations.min_rows} are needed: {num_missing} are missing; "
+                "ask for practice_episodes, or give feedback",
+                num_missing=num_missing,
+            )
+    return await memory.cycles.open(config.model_dump(mode="json"))
+
+
+async def run_cycle(memory: Any, cycle_id: str, *, seams: Seams) -> dict[str, Any]:
+    """Turn the loop once, or what is left of it; return the verdict.
+
+    Raises:
+        OptimizerError: a stage could not do its work; the cycle is closed with the reason.
+    """
+    shop = Workshop(memory, seams, cycle_id)
+    async with open_checkpoints(memory.data_dir / "checkpoints.db") as checkpoints:
+        graph = build_graph(shop).compile(checkpointer=checkpoints)
+        try:
+            await go_on(graph, cycle_id)
+        except Exception as error:  # recorded where people look, then raised on
+            await memory.cycles.save(cycle_id, stage=CycleStage.ERROR, error=_explain(error))
+            await checkpoints.adelete_thread(cycle_id)
+            raise
+        verdict = shop.artifacts["verdict"]
+        await memory.cycles.save(cycle_id, stage=CycleStage.COMPLETED, verdict=verdict)
+        await checkpoints.adelete_thread(cycle_id)
+    return verdict
+
+
+async def abandon_cycle(memory: Any, cycle_id: str, reason: str) -> Cycle:
+    """Close a cycle whose `run_cycle` was cancelled and shall not be taken up again."""
+    closed = await memory.cycles.save(cycle_id, stage=CycleStage.ERROR, error=reason)
+    async with open_checkpoints(memory.data_dir / "checkpoints.db") as checkpoints:
+        await checkpoints.adelete_thread(cycle_id)
+    return closed
+
+
+def _explain(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):  # of episodes played at once, the first that broke says enough
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"
+
+
+def build_graph(shop: Workshop) -> StateGraph:
+    """Return the stages in a row."""
+    graph = StateGraph(Place)
+    previous = START
+    for stage, work in STAGES:
+        graph.add_node(stage.value, _as_node(shop, stage, work))
+        graph.add_edge(previous, stage.value)
+        previous = stage.value
+    graph.add_edge(previous, END)
+    return graph
+
+
+def _as_node(
+    shop: Workshop, stage: CycleStage, work: Callable[[Workshop], Awaitable[None]]
+) -> Callable[[Place], Awaitable[dict[str, list[str]]]]:
+    async def node(place: Place) -> dict[str, list[str]]:
+        await shop.enter(stage)
+        await work(shop)
+        return {"done": [stage.value]}
+
+    return node
+
+
+async def go_on(graph: Any, cycle_id: str) -> None:
+    """Run the graph from its last checkpoint, or from its beginning."""
+    settings = {"configurable": {"thread_id": cycle_id}}
+    place = await graph.aget_state(settings)
+    # "sync": the next stage begins only when the place is on disk
+    await graph.ainvoke(None if place.values else {"done": []}, settings, durability="sync")
+
+
+@asynccontextmanager
+async def open_checkpoints(path: Path) -> AsyncIterator[AsyncSqliteSaver]:
+    async with aiosqlite.connect(path) as connection:
+        await connection.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+        yield AsyncSqliteSaver(connection)

@@ -1,0 +1,305 @@
+"""Turns graded trajectories into rows to learn from: demonstrations to imitate, preferences to weigh. Pure functions.
+
+Refuses to train, to read a database, or to cut: a row that is too long is left out and counted. Everything that is
+left out is counted under a word, so that a report can say where the data went.
+
+Flow: trajectories -> stitched rows -> memory segment out -> filters -> caps -> rows.
+Invariant: no held-out task ever enters; token ids are the engine's own.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from memory.schema import Step
+from optimizer.config import DemonstrationConfig, PreferenceConfig
+from optimizer.rewards import GradedTrajectory, refuse_held_out
+from optimizer.stitching import Row, Unstitchable, remove_memory, stitch
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One row to imitate; the loss counts where `mask` is 1."""
+
+    trajectory_id: str
+    input_ids: list[int]
+    mask: list[int]
+    has_memory: bool = False
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two ways on from the same prompt; the loss counts where the masks are 1."""
+
+    chosen_trajectory_id: str
+    rejected_trajectory_id: str
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    chosen_mask: list[int]
+    rejected_ids: list[int]
+    rejected_mask: list[int]
+
+
+@dataclass
+class DemonstrationRows:
+    """What is to be imitated, and what became of everything else."""
+
+    rows: list[Demonstration] = field(default_factory=list)
+    tally: Counter[str] = field(default_factory=Counter)
+    num_tasks: int = 0
+    tokens_shown: int = 0
+    """Prompt tokens of the first calls of the rows as they were played."""
+    tokens_kept: int = 0
+    """The same after the memory segment went."""
+
+    @property
+    def trajectory_ids(self) -> list[str]:
+        return sorted({row.trajectory_id for row in self.rows})
+
+
+@dataclass
+class PreferenceRows:
+    """What is to be weighed, and what became of everything else."""
+
+    rows: list[Preference] = field(default_factory=list)
+    tally: Counter[str] = field(default_factory=Counter)
+    num_tasks: int = 0
+
+    @property
+    def trajectory_ids(self) -> list[str]:
+        return sorted({id_ for row in self.rows for id_ in (row.chosen_trajectory_id, row.rejected_trajectory_id)})
+
+
+def build_demonstrations(
+    graded: Iterable[GradedTrajectory],
+    tokenizer: Any,
+    *,
+    config: DemonstrationConfig,
+    max_length_tokens: int,
+    seed: int = 0,
+) -> DemonstrationRows:
+    """Return the rows to imitate: successes, few per task, the shortest first, mostly without their memory segment."""
+    graded = list(graded)
+    refuse_held_out(graded)
+    built = DemonstrationRows()
+    by_task: dict[tuple[str, str], list[tuple[Demonstration, int, int]]] = defaultdict(list)
+    for each in graded:
+        try:
+            _require_imitable(each)
+            candidates = _demonstrate(
+                each, tokenizer, _keeps_memory(each, config, seed), max_length_tokens, built.tally
+            )
+        except Unstitchable as reason:
+            built.tally[str(reason)] += 1
+            continue
+        by_task[each.task_key] += candidates
+    for _, candidates in sorted(by_task.items()):
+        _take_shortest(candidates, config.per_task, built)
+    built.rows = _cap(built.rows, config.max_rows, seed, built.tally)
+    built.tally["used"] = len(built.rows)
+    return built
+
+
+def _require_imitable(each: GradedTrajectory) -> None:
+    if not each.is_success:
+        raise Unstitchable("not_a_success")
+    if each.trajectory.num_invalid_tool_calls > 0:
+        raise Unstitchable("invalid_tool_calls")
+    if any(step.finish_reason == "length" for step in each.model_steps):
+        raise Unstitchable("cut_output")
+
+
+def _keeps_memory(each: GradedTrajectory, config: DemonstrationConfig, seed: int) -> bool:
+    # by the trajectory's own id, so that a repeated stage builds the same rows
+    return random.Random(f"{seed}:{each.trajectory.id}").random() < config.keep_memory_share
+
+
+def _demonstrate(
+    each: GradedTrajectory, tokenizer: Any, keeps_memory: bool, max_length_tokens: int, tally: Counter[str]
+) -> list[tuple[Demonstration, int, int]]:
+    """Return the rows of one success, each with its prompt length as played and as kept."""
+    stitched, joints = stitch(each.steps)
+    tally.update(joints)
+    found = []
+    for row in stitched:
+        has_memory = bool(each.trajectory.memory_text) and keeps_memory
+        kept = row if has_memory else remove_memory(row, each.trajectory, tokenizer)
+        if len(kept.input_ids) > max_length_tokens:
+            raise Unstitchable("too_long")
+        demonstration = Demonstration(each.trajectory.id, kept.input_ids, kept.mask, has_memory)
+        found.append((demonstration, row.num_prompt_tokens, kept.num_prompt_tokens))
+    return found
+
+
+def _take_shortest(candidates: list[tuple[Demonstration, int, int]], per_task: int, built: DemonstrationRows) -> None:
+    outputs: set[tuple[int, ...]] = set()
+    for demonstration, shown, kept in sorted(
+        candidates, key=lambda found: (sum(found[0].mask), found[0].trajectory_id)
+    ):
+        output = tuple(token for token, own in zip(demonstration.input_ids, demonstration.mask, strict=True) if own)
+        if output in outputs:
+            built.tally["duplicate"] += 1
+        elif len(outputs) >= per_task:
+            built.tally["over_task_cap"] += 1
+        else:
+            outputs.add(output)
+            built.rows.append(demonstration)
+            built.tokens_shown += shown
+            built.tokens_kept += kept
+    built.num_tasks += bool(outputs)
+
+
+def build_preferences(
+    graded: Iterable[GradedTrajectory],
+    tokenizer: Any,
+    *,
+    config: PreferenceConfig,
+    max_length_tokens: int,
+    seed: int = 0,
+) -> PreferenceRows:
+    """Return (prompt, chosen, rejected) rows: same task, success over failure, parted where they first differ (ETO).
+
+    The memory segment is taken out of both sides, so episodes that were shown different things can be compared.
+    Departure from ETO: the sides need not come from the expert and the agent; any success may face any failure.
+    """
+    graded = list(graded)
+    refuse_held_out(graded)
+    built = PreferenceRows()
+    by_task: dict[tuple[str, str], list[GradedTrajectory]] = defaultdict(list)
+    for each in graded:
+        by_task[each.task_key].append(each)
+    for _, tries in sorted(by_task.items()):
+        if len({each.is_success for each in tries}) == 2:
+            found = _weigh_task(tries, tokenizer, config, max_length_tokens, built.tally)
+            built.rows += found
+            built.num_tasks += bool(found)
+        else:
+            built.tally["no_contrast"] += 1
+    built.rows = _cap(built.rows, config.max_rows, seed, built.tally)
+    built.tally["used"] = len(built.rows)
+    return built
+
+
+def _weigh_task(
+    tries: Sequence[GradedTrajectory],
+    tokenizer: Any,
+    config: PreferenceConfig,
+    max_length_tokens: int,
+    tally: Counter[str],
+) -> list[Preference]:
+    """Return the preferences of one task, those that say most about their first differing step first."""
+    sides: dict[bool, list[tuple[GradedTrajectory, Row]]] = {True: [], False: []}
+    for each in tries:
+        try:
+            sides[each.is_success].append((each, _single_row(each, tokenizer)))
+        except Unstitchable as reason:
+            tally[str(reason)] += 1
+    found: dict[tuple, tuple[tuple, Preference]] = {}
+    for (winner, won), (loser, lost) in product(sides[True], sides[False]):
+        try:
+            rank, contrast, preference = _weigh(winner, won, loser, lost, config)
+        except Unstitchable as reason:
+            tally[str(reason)] += 1
+            continue
+        if (
+            len(preference.prompt_ids) + max(len(preference.chosen_ids), len(preference.rejected_ids))
+            > max_length_tokens
+        ):
+            tally["too_long"] += 1
+        elif contrast not in found or rank < found[contrast][0]:
+            found[contrast] = (rank, preference)
+    ranked = [preference for _, preference in sorted(found.values(), key=lambda ranked: ranked[0])]
+    tally["over_task_cap"] += max(0, len(ranked) - config.per_task)
+    return ranked[: config.per_task]
+
+
+def _single_row(each: GradedTrajectory, tokenizer: Any) -> Row:
+    if each.is_success:
+        _require_imitable(each)
+    rows, _ = stitch(each.steps)
+    if len(rows) > 1:
+        raise Unstitchable("forked")
+    return remove_memory(rows[0], each.trajectory, tokenizer)
+
+
+def _weigh(
+    winner: GradedTrajectory, won: Row, loser: GradedTrajectory, lost: Row, config: PreferenceConfig
+) -> tuple[tuple, tuple, Preference]:
+    """Part two tries at the first differing model step.
+
+    Returns (rank, contrast, preference). Of two preferences with the same contrast (prompt, first chosen output, first
+    rejected output) the lower rank says more: the fewer steps follow the parting, the surer that it decided.
+    """
+    num_extra_rounds = len(lost.starts) - len(won.starts)
+    if num_extra_rounds > config.max_extra_rounds:
+        raise Unstitchable("rejected_too_many_rounds")
+    parting = _first_differing_step(winner.model_steps, loser.model_steps)
+    start = won.starts[parting]
+    if start != lost.starts[parting] or won.input_ids[:start] != lost.input_ids[:start]:
+        raise Unstitchable("prompts_differ")
+    chosen_end, rejected_end = (
+        (len(won.input_ids), len(lost.input_ids))
+        if config.scope == "remainder"
+        else (_end_of_step(won, winner.model_steps, parting), _end_of_step(lost, loser.model_steps, parting))
+    )
+    preference = Preference(
+        chosen_trajectory_id=winner.trajectory.id,
+        rejected_trajectory_id=loser.trajectory.id,
+        prompt_ids=won.input_ids[:start],
+        chosen_ids=won.input_ids[start:chosen_end],
+        chosen_mask=won.mask[start:chosen_end],
+        rejected_ids=lost.input_ids[start:rejected_end],
+        rejected_mask=lost.mask[start:rejected_end],
+    )
+    if not any(preference.chosen_mask) or not any(preference.rejected_mask):
+        raise Unstitchable("nothing_to_weigh")
+    steps_left = (len(lost.starts) - parting, len(won.starts) - parting)
+    rank = (*steps_left, winner.trajectory.id, loser.trajectory.id)
+    contrast = (
+        tuple(preference.prompt_ids),
+        tuple(winner.model_steps[parting].output_token_ids or ()),
+        tuple(loser.model_steps[parting].output_token_ids or ()),
+    )
+    return rank, contrast, preference
+
+
+def _first_differing_step(left: Sequence[Step], right: Sequence[Step]) -> int:
+    for position, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one.output_token_ids != other.output_token_ids:
+            return position
+    raise Unstitchable("same_outputs")
+
+
+def _end_of_step(row: Row, model_steps: Sequence[Step], position: int) -> int:
+    return row.starts[position] + len(model_steps[position].output_token_ids or ())
+
+
+def _cap(rows: list[Any], max_rows: int, seed: int, tally: Counter[str]) -> list[Any]:
+    if len(rows) <= max_rows:
+        return rows
+    tally["over_total_cap"] += len(rows) - max_rows
+    kept = sorted(random.Random(seed).sample(range(len(rows)), max_rows))
+    return [rows[position] for position in kept]
+
+
+def write_rows(rows: Sequence[Demonstration | Preference], path: Path) -> None:
+    """Write one JSON object per line; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w", encoding="utf-8") as lines:
+        for row in rows:
+            lines.write(json.dumps(asdict(row), separators=(",", ":")) + "\n")
+    unfinished.replace(path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read what `write_rows` wrote."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

@@ -1,0 +1,103 @@
+"""Plays practice tasks to learn from: rounds with lessons in between, and tries where they can still teach.
+
+Refuses to train. Flow: `practice` (rounds of the incumbent, insights after each), later `explore` (rounds of the SFT
+policy).
+Invariant: a round that was finished is not played again when the stage is repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from memory.schema import Task
+from optimizer.insight_extraction import extract_insights
+from optimizer.rewards import split
+from optimizer.workshop import Workshop
+
+
+async def practice(shop: Workshop) -> None:
+    """Play rounds of practice with the incumbent; put what each taught into words before the next one begins."""
+    config = shop.config
+    rounds = plan_rounds(config.practice_episodes, config.num_practice_tasks)
+    if not rounds:
+        await learn_words(shop)
+        return
+    tasks = shop.practice_tasks()
+    await shop.prepare(tasks)
+    incumbent = shop.memory.policies.active().version
+    for number in range(shop.artifacts.get("num_practice_rounds", 0), len(rounds)):
+        uses_memory = config.practice_memory[min(number, len(config.practice_memory) - 1)]
+        await shop.play(
+            tasks[: rounds[number]],
+            policy=incumbent,
+            use_memory=uses_memory,
+            temperature=config.practice_temperature,
+            label=f"practice round {number + 1} of {len(rounds)}",
+        )
+        await learn_words(shop)
+        await shop.keep(num_practice_rounds=number + 1)
+
+
+def plan_rounds(num_episodes: int, num_tasks: int) -> list[int]:
+    """Return how many tasks each round plays; only the last may be shorter."""
+    num_rounds = math.ceil(num_episodes / num_tasks)
+    return [min(num_tasks, num_episodes - number * num_tasks) for number in range(num_rounds)]
+
+
+async def learn_words(shop: Workshop) -> None:
+    """Bring the insights up to date with everything that was lived so far."""
+    pool = await shop.read_pool()
+    successes, failures = split(pool)
+    operations = await extract_insights(
+        successes, failures, known=shop.memory.insights.active(), complete=shop.seams.complete, seed=shop.config.seed
+    )
+    await shop.memory.insights.apply(operations)
+
+
+async def explore(shop: Workshop, policy: int) -> None:
+    """Let the SFT policy play the practice tasks without memory, so that its own mistakes can be weighed (ETO).
+
+    The first half of the episodes goes to all tasks alike. The second goes where tries differ: a task that was won
+    once and lost once gives a preference, one that is always won or always lost gives none. Departure from ETO,
+    which samples every task alike.
+    """
+    config = shop.config
+    tasks = shop.practice_tasks()
+    await shop.prepare(tasks)
+    rounds = plan_rounds(config.explore_episodes, config.num_practice_tasks)
+    for number in range(shop.artifacts.get("num_explore_rounds", 0), len(rounds)):
+        chosen = tasks[: rounds[number]]
+        if number >= len(rounds) / 2:
+            chosen = choose_tasks_to_retry(tasks, await _outcomes(shop), rounds[number])
+        await shop.play(
+            chosen,
+            policy=policy,
+            use_memory=False,
+            temperature=config.practice_temperature,
+            label=f"exploration round {number + 1} of {len(rounds)}",
+        )
+        await shop.keep(num_explore_rounds=number + 1)
+
+
+async def _outcomes(shop: Workshop) -> dict[str, list[bool]]:
+    outcomes: dict[str, list[bool]] = defaultdict(list)
+    for each in await shop.read_pool(this_cycle_only=True):
+        outcomes[each.trajectory.task or ""].append(each.is_success)
+    return outcomes
+
+
+def choose_tasks_to_retry(tasks: Sequence[Task], outcomes: dict[str, list[bool]], num_tries: int) -> list[Task]:
+    """Return `num_tries` tasks, some of them repeatedly, those whose outcome is least certain first.
+
+    The certainty of an outcome is how far the smoothed share of wins lies from one half; the tasks of the less certain
+    half are played in turn.
+    """
+
+    def certainty(task: Task) -> float:
+        tries = outcomes.get(task.name, [])
+        return abs((sum(tries) + 0.5) / (len(tries) + 1) - 0.5)
+
+    open_questions = sorted(tasks, key=lambda task: (certainty(task), task.name))[: max(1, len(tasks) // 2)]
+    return [open_questions[number % len(open_questions)] for number in range(num_tries)]

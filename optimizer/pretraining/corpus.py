@@ -1,0 +1,241 @@
+"""Endless pretraining episodes from a few hundred transcripts: every one in a kitchen with rules of its own.
+
+The transcripts come from one real game family, whose rules never change. A model that saw them as they are would know
+the rules, and could neither need a memory nor improve. So each episode permutes them in the text: what this recipe
+calls "fry" may want the oven, what it calls "chop" the dicing cut. Without memory the model can only guess; with the
+rules in its memory it can look them up. Foods are renamed in half of the episodes, so that names are copied, not
+learned by heart.
+
+Refuses to know the environment, the tokenizer and the optimizer of the weights.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from memory.exemplars import cut
+from optimizer.pretraining.chat import Piece, action, header, observation, user
+
+COOKING = {"fry": "cook _ with stove", "roast": "cook _ with oven"}
+CUTTING = {"chop": "chop _ with knife", "slice": "slice _ with knife", "dice": "dice _ with knife"}
+FORMS = {  # every form in which a rule's verb is seen
+    "fry": ("fry", "fried"),
+    "roast": ("roast", "roasted"),
+    "chop": ("chop", "chopped"),
+    "slice": ("slice", "sliced"),
+    "dice": ("dice", "diced"),
+}
+OTHER_CUES = ("grill", "boil", "steam", "bake", "toast", "braise", "poach", "sear", "peel", "mince", "grate", "mash")
+OTHER_RULES = ("cook _ with BBQ", "cook _ with pan", "cook _ with pot", "cook _ with grill", "cook _ with toaster")
+OTHER_CUTS = ("peel _ with knife", "mince _ with knife", "grate _ with grater", "mash _ with fork")
+PHRASES = (
+    *(f"{cue} the _ ->" for cue in (*COOKING, *CUTTING, *OTHER_CUES)),
+    *(f" {rule}" for rule in (*COOKING.values(), *CUTTING.values(), *OTHER_RULES, *OTHER_CUTS)),
+)
+"""What the tokenizer makes one token each."""
+SYLLABLES = "ba bo da di fe fu ga go ka ki la lo ma mi na no pa pe ra ri sa so ta to va vi wa wo ya zu".split()
+COLOURS = ("red", "green", "yellow", "white", "black", "purple", "orange")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Loss per token by what the token is."""
+
+    agent: float = 1.0
+    rule: float = 3.0  # a rule that can be looked up
+    guess: float = 1.0  # a rule that can only be guessed
+    observed: float = 0.1
+    opening: float = 0.03
+
+
+class Mixture(NamedTuple):
+    """Shares of the dense exercises; the rest are whole games."""
+
+    recitals: float
+    drills: float
+
+
+class Corpus:
+    """A source of episodes, each a list of pieces. `transcripts` are plain dicts (see `transcripts.jsonl`)."""
+
+    def __init__(
+        self,
+        transcripts: Sequence[dict[str, Any]],
+        foods: Sequence[str],
+        *,
+        system_prompt: str,
+        tool: dict[str, Any],
+        seed: int,
+        weights: Weights = Weights(),
+    ) -> None:
+        if not transcripts:
+            raise ValueError("no transcripts to pretrain on: write some first")
+        self.transcripts = list(transcripts)
+        self.foods = list(foods)
+        self.header = header(system_prompt, tool)
+        self.weights = weights
+        self.rng = random.Random(seed)
+
+    def episode(self, mixture: Mixture) -> list[Piece]:
+        kind = self.rng.random()
+        if kind < mixture.recitals:
+            return self.recital()
+        return self.drill() if kind < mixture.recitals + mixture.drills else self.play()
+
+    def play(self) -> list[Piece]:
+        """One whole game: 35 % without memory, 45 % with insights, the rest with a solved game to look at."""
+        kitchen = Kitchen.draw(self.rng, self.foods)
+        transcript = self.rng.choice(self.transcripts)
+        kind = self.rng.choices(["none", "insights", "exemplar", "both"], [0.35, 0.4, 0.15, 0.1])[0]
+        known: set[str] = set()
+        sections = []
+        if kind in ("insights", "both"):
+            lines, known = self._insights(kitchen.rules())
+            sections.append("Insights:\n" + "\n".join(lines))
+        if kind in ("exemplar", "both"):
+            other = self.rng.choice(self.transcripts)
+            shown = kitchen.with_other_foods(self.rng, self.foods)
+            sections.append("Solved before:\n" + self._exemplar(other, shown))
+            known |= {shown.shown_verb(move["direction"]) for move in other["moves"] if move["direction"]}
+        memory = "<memory>\n" + "\n".join(sections) + "\n</memory>\n\n" if sections else ""
+        pieces = [Piece(self.header, 0.0), *self._opening(memory, kitchen.see(transcript["task_text"]))]
+        for move in transcript["moves"]:
+            pieces += self._move(move, kitchen, known)
+        return pieces
+
+    def recital(self) -> list[Piece]:
+        """A memory, then its lines again and again in any order: looking things up and nothing else."""
+        rng, lookup = self.rng, self.weights.rule
+        things = [*self.foods, *OTHER_CUES, *COLOURS]
+        if rng.random() < 0.7:
+            cues = [f"{cue} the _ ->" for cue in rng.sample([*COOKING, *CUTTING, *OTHER_CUES], rng.randint(3, 10))]
+            answers = [*COOKING.values(), *CUTTING.values(), *OTHER_RULES, *OTHER_CUTS]
+        else:
+            cues, answers = [f"{thing} ->" for thing in rng.sample(things, rng.randint(3, 10))], things
+        told = {cue: f" {rng.choice(answers)}" for cue in cues}
+        memory = "<memory>\nInsights:\n" + "\n".join(f"- {cue}{answer}" for cue, answer in told.items()) + "\n</memory>"
+        pieces = [Piece(self.header, 0.0), *user(memory, self.weights.opening), Piece("<|im_start|>assistant\n", 0.0)]
+        for number, cue in enumerate(rng.choices(cues, k=80)):
+            pieces += [Piece("\n" if number else "", 0.0), Piece(cue, 0.0), Piece(told[cue], lookup)]
+        return [*pieces, Piece("<|im_end|>\n", 0.0)]
+
+    def drill(self) -> list[Piece]:
+        """A long recipe and nothing else to do: dozens of look-ups of rules, some of which exist in no kitchen."""
+        rng = self.rng
+        rules = Kitchen.draw(rng, self.foods).rules()
+        if rng.random() < 0.6:
+            cues = rng.sample([*rules, *OTHER_CUES], rng.randint(3, 8))
+            actions = [*COOKING.values(), *CUTTING.values(), *OTHER_RULES, *OTHER_CUTS]
+            rules = {cue: rng.choice(actions) for cue in cues}
+        lines = [f"- {cue} the _ -> {rule}" for cue, rule in rules.items()]
+        rng.shuffle(lines)
+        memory = "<memory>\nInsights:\n" + "\n".join(lines) + "\n</memory>\n\n"
+        foods = rng.sample(self.foods, 3) + [invented_food(rng) for _ in range(3)]
+        directions = [(rng.choice(list(rules)), rng.choice(foods)) for _ in range(rng.randint(6, 16))]
+        book = "Directions:\n" + "\n".join(f"{cue} the {food}" for cue, food in directions)
+        pieces = [Piece(self.header, 0.0), *self._opening(memory, "You are hungry! Follow the cookbook.")]
+        pieces += [*action("examine cookbook", self.weights.agent), *observation(book, 0.0)]
+        for cue, food in directions:
+            command = rules[cue].replace("_", food)
+            pieces += action(
+                command, self.weights.agent, cue=f"{cue} the _", rule=rules[cue], rule_weight=self.weights.rule
+            )
+            pieces += observation(f"You {cue} the {food}.", 0.0)
+        return pieces
+
+    def _opening(self, memory: str, task_text: str) -> list[Piece]:
+        return user(memory + task_text, self.weights.opening)
+
+    def _move(self, move: dict[str, Any], kitchen: Kitchen, known: set[str]) -> list[Piece]:
+        weights, command = self.weights, kitchen.rename(move["command"])
+        seen = observation(kitchen.see(move["observation"]), weights.observed)
+        if move["is_idle"]:
+            return [*action(command, 0.0), *seen]
+        if not move["direction"]:
+            return [*action(command, weights.agent), *seen]
+        cue = kitchen.shown_verb(move["direction"])
+        rule_weight = weights.rule if cue in known else weights.guess
+        known.add(cue)  # the rest of the episode shows it
+        rule = {**COOKING, **CUTTING}[move["direction"]]
+        return [*action(command, weights.agent, cue=f"{cue} the _", rule=rule, rule_weight=rule_weight), *seen]
+
+    def _insights(self, rules: dict[str, str]) -> tuple[list[str], set[str]]:
+        """Return memory lines for most of the rules, in any order, and which rules they are."""
+        share = self.rng.choice([1.0, 1.0, 0.7])
+        told = {cue: rule for cue, rule in rules.items() if self.rng.random() < share} or dict(rules)
+        lines = [f"- {cue} the _ -> {rule}" for cue, rule in told.items()]
+        for cue in self.rng.sample(OTHER_CUES, self.rng.choice([0, 0, 0, 1, 2])):
+            lines.append(f"- {cue} the _ -> {self.rng.choice(OTHER_RULES + OTHER_CUTS)}")
+        self.rng.shuffle(lines)
+        return lines, set(told)
+
+    @staticmethod
+    def _exemplar(transcript: dict[str, Any], kitchen: Kitchen) -> str:
+        """Return the transcript as `memory.exemplars.render_exemplar` would show it."""
+        lines = [cut(kitchen.see(transcript["task_text"]))]
+        for move in transcript["moves"]:
+            if move["is_idle"]:
+                continue
+            if move["direction"]:
+                verb = move["direction"]
+                lines.append(f"{kitchen.shown_verb(verb)} the _ -> {({**COOKING, **CUTTING})[verb]}")
+            lines += [f"> {kitchen.rename(move['command'])}", cut(kitchen.see(move["observation"]))]
+        return "\n".join(line for line in lines if line)
+
+
+@dataclass(frozen=True)
+class Kitchen:
+    """One episode's rules and names: which verb the text shows for each true one, and what the foods are called."""
+
+    verbs: dict[str, str]
+    foods: dict[str, str]
+    pattern: re.Pattern[str]
+    words: dict[str, str]
+
+    @classmethod
+    def draw(cls, rng: random.Random, foods: Sequence[str]) -> Kitchen:
+        verbs = {}
+        for rules in (COOKING, CUTTING):
+            verbs |= dict(zip(rules, rng.sample(list(rules), len(rules)), strict=True))
+        return cls.of(verbs, draw_food_names(rng, foods))
+
+    @classmethod
+    def of(cls, verbs: dict[str, str], foods: dict[str, str]) -> Kitchen:
+        forms = {old: new for true, shown in verbs.items() for old, new in zip(FORMS[true], FORMS[shown], strict=True)}
+        words = {**forms, **foods}
+        longest_first = sorted(words, key=len, reverse=True)
+        return cls(verbs, foods, re.compile(rf"\b({'|'.join(map(re.escape, longest_first))})\b"), words)
+
+    def with_other_foods(self, rng: random.Random, foods: Sequence[str]) -> Kitchen:
+        return self.of(self.verbs, draw_food_names(rng, foods))
+
+    def see(self, text: str) -> str:
+        """Return what the game says, in this kitchen's words."""
+        return self.pattern.sub(lambda match: self.words[match[0]], text)
+
+    def rename(self, command: str) -> str:
+        """Return a command with this kitchen's foods; its verb and its appliance are what really works."""
+        return self.pattern.sub(lambda match: self.foods.get(match[0], match[0]), command)
+
+    def shown_verb(self, true_verb: str) -> str:
+        return self.verbs[true_verb]
+
+    def rules(self) -> dict[str, str]:
+        return {self.verbs[verb]: rule for verb, rule in {**COOKING, **CUTTING}.items()}
+
+
+def draw_food_names(rng: random.Random, foods: Sequence[str]) -> dict[str, str]:
+    """Return a new name for every food: its own in half of the episodes, else another's or an invented one."""
+    if rng.random() < 0.5:
+        return {food: food for food in foods}
+    names = list(foods) + [invented_food(rng) for _ in range(len(foods) // 2)]
+    return dict(zip(foods, rng.sample(sorted(set(names)), len(foods)), strict=True))
+
+
+def invented_food(rng: random.Random) -> str:
+    noun = "".join(rng.choices(SYLLABLES, k=rng.randint(2, 3)))
+    return f"{rng.choice(COLOURS)} {noun}" if rng.random() < 0.4 else noun

@@ -1,0 +1,327 @@
+"""Writes the release report of a cycle: what was learned from, what it became, and the numbers behind the verdict.
+
+Refuses to decide anything: it shows what stages kept and what the gate said. Three files appear in the cycle's report
+directory: `report.json` (everything), `report.md` (to be read), `success.png` (success by stage with intervals).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from optimizer.evaluation import CellResult, Verdict
+from optimizer.intervals import bootstrap_mean, compare_paired
+from optimizer.workshop import Workshop
+
+COMPARISONS = (
+    ("base-on", "base-off", "memory on against off, base"),
+    ("sft-off", "base-off", "SFT against base, memory off"),
+    ("sft-on", "sft-off", "memory on against off, SFT"),
+    ("dpo-off", "sft-off", "SFT+DPO against SFT, memory off"),
+    ("dpo-off", "base-off", "SFT+DPO against base, memory off"),
+    ("dpo-off", "base-on", "SFT+DPO without memory against base with memory"),
+    ("sft-off", "base-on", "SFT without memory against base with memory"),
+    ("dpo-on", "dpo-off", "memory on against off, SFT+DPO"),
+)
+COLOURS = {"off": "#4c72b0", "on": "#dd8452"}
+LISTED_TASKS = 40
+
+
+def write_report(shop: Workshop, cells: dict[str, CellResult], verdict: Verdict) -> Path:
+    """Write the three files; return the path of the Markdown one."""
+    report = build_report(shop, cells, verdict)
+    directory = shop.reports
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "report.json").write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
+    plot_success(report["cells"], directory / "success.png")
+    markdown = directory / "report.md"
+    markdown.write_text(render_markdown(report), encoding="utf-8")
+    return markdown
+
+
+def build_report(shop: Workshop, cells: dict[str, CellResult], verdict: Verdict) -> dict[str, Any]:
+    """Return everything the report says, as plain values."""
+    artifacts, cycle = shop.artifacts, shop.cycle
+    candidate = artifacts["candidate"]
+    return {
+        "cycle": cycle.id,
+        "opened_at": cycle.created_at.isoformat(),
+        "environment": shop.config.environment,
+        "verdict": verdict.to_json(),
+        "cells": {name: result.summary() for name, result in cells.items()},
+        "comparisons": compare_cells(cells),
+        "saving": measure_saving(cells, artifacts),
+        "demonstrations": _without_ids(artifacts["demonstrations"]),
+        "preferences": artifacts.get("preferences", {}),
+        "training": {kind: artifacts[kind] for kind in ("sft", "dpo") if kind in artifacts},
+        "insights": [
+            {
+                "kind": insight.kind,
+                "text": insight.text,
+                "strength": insight.strength,
+                "wins": insight.wins,
+                "losses": insight.losses,
+                "wins_otherwise": insight.wins_otherwise,
+                "losses_otherwise": insight.losses_otherwise,
+            }
+            for insight in shop.memory.insights.active(shop.config.environment)
+        ],
+        "lineage": [
+            {"policy": policy.name, "note": policy.note, "adapter": policy.adapter_path}
+            for policy in shop.memory.policies.lineage(candidate)
+        ],
+        "settings": cycle.settings,
+    }
+
+
+def _without_ids(demonstrations: dict[str, Any]) -> dict[str, Any]:
+    ids = demonstrations["trajectory_ids"]
+    return {**demonstrations, "trajectory_ids": len(ids)}
+
+
+def compare_cells(cells: dict[str, CellResult]) -> list[dict[str, Any]]:
+    """Return each comparison that both cells were played for, task by task."""
+    compared = []
+    for first, second, title in COMPARISONS:
+        if first not in cells or second not in cells:
+            continue
+        others = {episode.task: episode for episode in cells[second].played}
+        pairs = [(episode, others[episode.task]) for episode in cells[first].played if episode.task in others]
+        paired = compare_paired([a.is_success for a, _ in pairs], [b.is_success for _, b in pairs])
+        compared.append(
+            {
+                "title": title,
+                "first": first,
+                "second": second,
+                **vars(paired),
+                "relative_gain": _relative_gain(cells[first].success, cells[second].success),
+                "tasks_won": [a.task for a, b in pairs if a.is_success and not b.is_success],
+                "tasks_lost": [a.task for a, b in pairs if b.is_success and not a.is_success],
+            }
+        )
+    return compared
+
+
+def _relative_gain(first: float, second: float) -> float | None:
+    return first / second - 1 if second else None
+
+
+def measure_saving(cells: dict[str, CellResult], artifacts: dict[str, Any]) -> dict[str, Any]:
+    """Return what the words cost before they became weights: base with memory against the final policy without."""
+    final = cells.get("dpo-off") or cells["sft-off"]
+    before, after = cells["base-on"].per_turn("prompt_tokens"), final.per_turn("prompt_tokens")
+    by_task = {episode.task: episode for episode in cells["base-on"].played}
+    differences = [
+        by_task[episode.task].prompt_tokens / max(1, by_task[episode.task].num_turns)
+        - episode.prompt_tokens / max(1, episode.num_turns)
+        for episode in final.played
+        if episode.task in by_task
+    ]
+    mean, low, high = bootstrap_mean(differences)
+    return {
+        "prompt_tokens_per_turn_before": before,
+        "prompt_tokens_per_turn_after": after,
+        "share": 1 - after / before if before else 0.0,
+        "tokens_per_turn": mean,
+        "low": low,
+        "high": high,
+        "success_before": cells["base-on"].success,
+        "success_after": final.success,
+        "final": final.cell.name,
+    }
+
+
+def render_markdown(report: dict[str, Any]) -> str:
+    """Return the report as a page to be read from top to bottom."""
+    verdict = report["verdict"]
+    paired = verdict["paired"]
+    parts = [
+        f"# Cycle {report['cycle']}: {verdict['decision']}",
+        f"Policy v{verdict['candidate']['policy']} against v{verdict['incumbent']['policy']} on {paired['num_tasks']} "
+        f"held-out tasks of {report['environment']}, played greedily through the rollout that serves: "
+        f"{verdict['reason']}.",
+        "![Success by stage](success.png)",
+        "## Success by stage",
+        _render_cells(report["cells"]),
+        "## On the same tasks",
+        _render_comparisons(report["comparisons"]),
+        "## Guards",
+        _table(
+            ["guard", "candidate", "incumbent", "limit", "kept"],
+            [
+                [g["name"], f"{g['candidate']:.3g}", f"{g['incumbent']:.3g}", f"{g['limit']:.3g}", _yes(g["is_kept"])]
+                for g in verdict["guards"]
+            ],
+        ),
+        "## Words that became weights",
+        _render_saving(report["saving"]),
+        "## Tasks that changed",
+        f"Won now ({len(verdict['tasks_won'])}): {_list_tasks(verdict['tasks_won'])}",
+        f"Lost now ({len(verdict['tasks_lost'])}): {_list_tasks(verdict['tasks_lost'])}",
+        "## Data",
+        _render_data(report),
+        "## Training",
+        _render_training(report["training"]),
+        "## Insights",
+        _render_insights(report["insights"]),
+        "## Lineage",
+        " <- ".join(f"{policy['policy']} ({policy['note'] or 'no note'})" for policy in report["lineage"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _render_cells(cells: dict[str, dict[str, Any]]) -> str:
+    return _table(
+        [
+            "",
+            "policy",
+            "success",
+            "95 % interval",
+            "turns",
+            "prompt tokens / turn",
+            "output tokens / turn",
+            "invalid calls / turn",
+            "broken",
+            "cut",
+        ],
+        [
+            [
+                name,
+                f"v{cell['policy']}",
+                f"**{cell['success']:.1%}** ({cell['num_successes']}/{cell['num_tasks']})",
+                f"{cell['low']:.1%} to {cell['high']:.1%}",
+                f"{cell['turns_per_episode']:.1f}",
+                f"{cell['prompt_tokens_per_turn']:.0f}",
+                f"{cell['output_tokens_per_turn']:.1f}",
+                f"{cell['invalid_per_turn']:.3f}",
+                f"{cell['broken_share']:.0%}",
+                f"{cell['truncated_share']:.0%}",
+            ]
+            for name, cell in cells.items()
+        ],
+    )
+
+
+def _render_comparisons(comparisons: list[dict[str, Any]]) -> str:
+    return _table(
+        ["comparison", "difference", "95 % interval", "relative", "won / lost", "p (exact McNemar)"],
+        [
+            [
+                c["title"],
+                f"{c['difference']:+.1%}",
+                f"{c['low']:+.1%} to {c['high']:+.1%}",
+                "" if c["relative_gain"] is None else f"{c['relative_gain']:+.1%}",
+                f"{c['num_won']} / {c['num_lost']}",
+                f"{c['p_value']:.2g}",
+            ]
+            for c in comparisons
+        ],
+    )
+
+
+def _render_saving(saving: dict[str, Any]) -> str:
+    return (
+        f"Prompt tokens per turn: {saving['prompt_tokens_per_turn_before']:.0f} for the base with memory, "
+        f"{saving['prompt_tokens_per_turn_after']:.0f} for {saving['final']} without: {saving['share']:.0%} less "
+        f"({saving['tokens_per_turn']:.0f} tokens a turn, 95 % interval {saving['low']:.0f} to {saving['high']:.0f}), "
+        f"at {saving['success_before']:.1%} success before and {saving['success_after']:.1%} after."
+    )
+
+
+def _render_data(report: dict[str, Any]) -> str:
+    demonstrations, preferences = report["demonstrations"], report["preferences"]
+    lines = [
+        f"{demonstrations['num_rows']} demonstrations of {demonstrations['num_tasks']} tasks, "
+        f"{demonstrations['num_with_memory']} of them with their memory segment ({_tally(demonstrations['tally'])}).",
+        f"{preferences.get('num_rows', 0)} preferences of {preferences.get('num_tasks', 0)} tasks "
+        f"({_tally(preferences.get('tally', {}))}).",
+    ]
+    if "dpo" not in report["training"]:
+        lines.append("Too few preferences for DPO: the SFT policy itself was the candidate.")
+    return "\n\n".join(lines)
+
+
+def _render_training(training: dict[str, Any]) -> str:
+    rows = []
+    for kind, made in training.items():
+        metrics, settings = made["metrics"], made["settings"]
+        shown = ", ".join(f"{key} {value}" for key, value in metrics.items() if "/" in key)
+        recipe = f"r {settings['lora_rank']}, lr {settings['learning_rate']:g}, "
+        recipe += f"{settings['epochs']:g} epochs, batch {settings['batch_size']}"
+        rows.append(
+            [f"{kind} (v{made['policy']})", recipe, f"{metrics['num_steps']}", f"{metrics['seconds']:.0f}", shown]
+        )
+    return _table(["", "recipe", "steps", "seconds", "first and last fifth"], rows)
+
+
+def _render_insights(insights: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            i["text"],
+            str(i["strength"]),
+            f"{i['wins']} / {i['losses']}",
+            f"{i['wins_otherwise']} / {i['losses_otherwise']}",
+        ]
+        for i in insights
+    ]
+    return _table(["insight", "strength", "won / lost with it", "won / lost otherwise"], rows)
+
+
+def _tally(tally: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(tally.items(), key=lambda item: -item[1]) if count)
+
+
+def _list_tasks(tasks: list[str]) -> str:
+    more = f" and {len(tasks) - LISTED_TASKS} more" if len(tasks) > LISTED_TASKS else ""
+    return (", ".join(tasks[:LISTED_TASKS]) or "none") + more
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "**no**"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "None."
+    cells = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def plot_success(cells: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw success by stage, memory off and on side by side, with Wilson's intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    stages = list(dict.fromkeys(name.partition("-")[0] for name in cells))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for offset, memory in ((-0.18, "off"), (0.18, "on")):
+        shown = [
+            (position, cells[f"{stage}-{memory}"])
+            for position, stage in enumerate(stages)
+            if f"{stage}-{memory}" in cells
+        ]
+        heights = [100 * cell["success"] for _, cell in shown]
+        # never below zero: at 0 % and 100 % rounding would put an end of the interval inside the bar
+        below = [max(0.0, 100 * (cell["success"] - cell["low"])) for _, cell in shown]
+        above = [max(0.0, 100 * (cell["high"] - cell["success"])) for _, cell in shown]
+        bars = axes.bar(
+            [position + offset for position, _ in shown],
+            heights,
+            0.34,
+            yerr=[below, above],
+            capsize=4,
+            color=COLOURS[memory],
+            label=f"memory {memory}",
+        )
+        axes.bar_label(bars, fmt="%.1f %%", padding=2, fontsize=8)
+    titles = {"base": "base", "sft": "SFT", "dpo": "SFT + DPO", "incumbent": "incumbent"}
+    axes.set_xticks(range(len(stages)), [titles.get(stage, stage) for stage in stages])
+    axes.set_ylabel("held-out tasks won, %")
+    axes.set_ylim(bottom=0)
+    axes.set_title("Success by stage, with 95 % intervals")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,50 @@
+"""Finds the base model's files and says how big it is, without loading it.
+
+Refuses to download: what is not on this machine is an error that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+
+
+def locate_base(base_model: str) -> Path:
+    """Return the directory that holds the files of `base_model`, a directory or a Hugging Face id.
+
+    Raises:
+        ValueError: neither a directory nor a model that has been downloaded.
+    """
+    if Path(base_model).is_dir():
+        return Path(base_model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(base_model, local_files_only=True))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"base model {base_model!r} is neither a directory nor a downloaded Hugging Face model; "
+            "start the engine with it once"
+        ) from error
+
+
+def count_parameters(base_dir: Path) -> int:
+    """Return the number of parameters, read from the headers of the safetensors files.
+
+    Raises:
+        ValueError: the directory holds no safetensors file.
+    """
+    files = sorted(base_dir.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{str(base_dir)!r} holds no *.safetensors file; convert the model to safetensors")
+    return sum(_count_in(file) for file in files)
+
+
+def _count_in(file: Path) -> int:
+    with file.open("rb") as stream:
+        (header_bytes,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(header_bytes))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")

@@ -1,0 +1,266 @@
+"""What every trainer process does around its trainer: start, report, resume, leave an adapter behind.
+
+Refuses to know which loss is trained. Standard output carries JSON lines and nothing else; all other words go to
+standard error, which is the log.
+
+Flow: `start` -> build a trainer with `trainer_arguments` -> `run` (resumes by itself) -> `leave_adapter`.
+Invariant: the adapter directory appears whole, with its manifest, or not at all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+
+from memory.adapters import (
+    FILE_NAMES,
+    Fingerprint,
+    Manifest,
+    digest_base,
+    digest_chat_template,
+    digest_tokenizer,
+    write_adapter_atomically,
+    write_manifest,
+)
+from optimizer.training.base import locate_base
+from optimizer.training.spec import TrainingSpec
+
+FINGERPRINT_TOKENS = 256
+CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors")
+
+
+class Reporter:
+    """Writes one JSON object per line to what was standard output."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def say(self, event: str, **fields: Any) -> None:
+        self._stream.write(json.dumps({"event": event, **fields}) + "\n")
+        self._stream.flush()
+
+
+def start(arguments: list[str], kind: str) -> tuple[TrainingSpec, Reporter]:
+    """Read the spec, keep standard output for the report, and tie this process's life to its parent's."""
+    spec = TrainingSpec.model_validate_json(Path(arguments[1]).read_text(encoding="utf-8"))
+    if spec.kind != kind:
+        raise ValueError(f"the spec {arguments[1]!r} is for {spec.kind!r}, this is the {kind!r} trainer")
+    reporter = Reporter(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+    os.dup2(2, 1)  # libraries print to standard output
+    _die_with_parent()
+    torch.set_num_threads(spec.num_threads)
+    set_seed(spec.seed)
+    reporter.say("started", rows=str(spec.rows_path))
+    return spec, reporter
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def uses_gpu(spec: TrainingSpec) -> bool:
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but PyTorch sees no GPU; use device 'auto' or 'cpu'")
+    return spec.device != "cpu" and torch.cuda.is_available()
+
+
+def choose_dtype(spec: TrainingSpec) -> torch.dtype:
+    if spec.dtype == "auto":
+        return torch.bfloat16 if uses_gpu(spec) else torch.float32
+    return torch.bfloat16 if spec.dtype == "bfloat16" else torch.float32
+
+
+def load_base(spec: TrainingSpec) -> tuple[Any, Any]:
+    """Return (model, tokenizer); the model on the CPU, in the dtype it is trained in."""
+    base_dir = locate_base(spec.base_model)
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=choose_dtype(spec))
+    model.config.use_cache = False
+    return model, tokenizer
+
+
+def lora_settings(spec: TrainingSpec) -> dict[str, Any]:
+    """LoRA as vLLM can serve it: every linear layer but the head, no bias, no DoRA, nothing saved beside it."""
+    return {
+        "r": spec.lora_rank,
+        "lora_alpha": spec.lora_alpha,
+        "lora_dropout": 0.0,
+        "target_modules": "all-linear",
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def trainer_arguments(spec: TrainingSpec, num_rows: int) -> dict[str, Any]:
+    """What SFTConfig and DPOConfig have in common."""
+    rows_per_pass = min(spec.rows_per_pass, spec.batch_size)
+    num_passes = math.ceil(spec.batch_size / rows_per_pass)
+    steps_per_epoch = math.ceil(math.ceil(num_rows / rows_per_pass) / num_passes)
+    num_steps = max(1, math.ceil(steps_per_epoch * spec.epochs))
+    return {
+        "output_dir": str(spec.work_dir / "checkpoints"),
+        "per_device_train_batch_size": rows_per_pass,
+        "gradient_accumulation_steps": num_passes,
+        "num_train_epochs": spec.epochs,
+        "learning_rate": spec.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.05,  # below 1: a share of all steps
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": max(1, num_steps // spec.num_checkpoints),
+        "save_total_limit": 2,  # a kill while the newest is written leaves the one before
+        "seed": spec.seed,
+        "data_seed": spec.seed,
+        "use_cpu": not uses_gpu(spec),
+        "bf16": choose_dtype(spec) is torch.bfloat16,
+        "gradient_checkpointing": spec.gradient_checkpointing,
+        "train_sampling_strategy": "group_by_length",
+        "length_column_name": "length",
+        "dataloader_num_workers": 0,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_length": None,  # rows that are too long never get here
+    }
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            numbers = {key: round(float(value), 6) for key, value in logs.items() if isinstance(value, int | float)}
+            self._reporter.say("step", step=state.global_step, total=state.max_steps, **numbers)
+
+
+def run(trainer: Any, spec: TrainingSpec, reporter: Reporter) -> dict[str, float]:
+    """Train, from the last whole checkpoint if there is one; return the metrics that matter afterwards."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Progress(reporter))
+    checkpoint = find_checkpoint(spec.work_dir / "checkpoints")
+    if checkpoint is not None:
+        reporter.say("resumed", checkpoint=checkpoint.name)
+    started_at = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return _summarize(trainer.state, len(trainer.train_dataset), time.monotonic() - started_at)
+
+
+def find_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end, and put torn ones out of the way."""
+    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in found:
+        if _is_whole(checkpoint):
+            return checkpoint
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    # trainer_state.json is the last file that the trainer writes
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return all((checkpoint / name).is_file() for name in CHECKPOINT_FILES)
+
+
+def _summarize(state: Any, num_rows: int, seconds: float) -> dict[str, float]:
+    steps = [entry for entry in state.log_history if "loss" in entry]
+    window = max(1, len(steps) // 5)
+    summary: dict[str, float] = {"num_rows": num_rows, "num_steps": state.global_step, "seconds": round(seconds, 1)}
+    for key in (
+        "loss",
+        "mean_token_accuracy",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+    ):
+        values = [entry[key] for entry in steps if key in entry]
+        if values:
+            summary[f"{key}/first"] = round(sum(values[:window]) / window, 4)
+            summary[f"{key}/last"] = round(sum(values[-window:]) / window, 4)
+    return summary
+
+
+def leave_adapter(
+    trainer: Any, spec: TrainingSpec, reporter: Reporter, metrics: dict[str, float], probe_token_ids: list[int]
+) -> None:
+    """Write the adapter directory with its manifest, and say so."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.eval()
+    _require_finite(model)
+    unfinished = spec.work_dir / "adapter"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished, selected_adapters=["default"], save_embedding_layers=False)
+    for path in unfinished.iterdir():
+        if path.name not in FILE_NAMES:
+            path.unlink()  # a model card with nothing in it
+    write_manifest(unfinished, describe_adapter(spec, metrics, take_fingerprint(model, probe_token_ids)))
+    write_adapter_atomically(unfinished, spec.output_dir)
+    reporter.say("done", path=str(spec.output_dir), metrics=metrics)
+
+
+def _require_finite(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and not torch.isfinite(parameter).all():
+            raise FloatingPointError(f"{name} is not finite after training; lower the learning rate")
+
+
+def describe_adapter(spec: TrainingSpec, metrics: dict[str, float], fingerprint: Fingerprint) -> Manifest:
+    """Return the manifest: where the adapter comes from, what it learned from, how it can be told apart."""
+    base_dir = locate_base(spec.base_model)
+    fingerprint_dtype = str(choose_dtype(spec)).removeprefix("torch.")
+    return Manifest(
+        name=spec.name,
+        version=spec.version,
+        kind=spec.kind,
+        base_model=spec.base_model,
+        base_digest=digest_base(base_dir),
+        tokenizer_digest=digest_tokenizer(base_dir),
+        chat_template_digest=digest_chat_template(AutoTokenizer.from_pretrained(base_dir).get_chat_template()),
+        trajectory_ids=sorted(spec.trajectory_ids),
+        parent=spec.parent,
+        seeds={"training": spec.seed},
+        settings={**spec.settings(), "spec_digest": spec.digest(), "fingerprint_dtype": fingerprint_dtype},
+        metrics=metrics,
+        fingerprint=fingerprint,
+    )
+
+
+@torch.no_grad()
+def take_fingerprint(model: Any, token_ids: list[int]) -> Fingerprint:
+    """Return the log-probs of `token_ids[1:]` with and without the adapter: what a server that wears it must show."""
+    model.set_adapter("default")
+    ids = torch.tensor([token_ids], device=next(model.parameters()).device)
+    adapted = _token_logprobs(model, ids)
+    with model.disable_adapter():
+        bare = _token_logprobs(model, ids)
+    return Fingerprint(token_ids=token_ids, base_logprobs=bare, adapter_logprobs=adapted)
+
+
+def _token_logprobs(model: Any, ids: torch.Tensor) -> list[float]:
+    logprobs = model(input_ids=ids).logits[0, :-1].float().log_softmax(dim=-1)  # (num_tokens - 1, vocabulary)
+    return [round(value, 5) for value in logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()]
+
+
+def choose_probe(token_ids: list[int]) -> list[int]:
+    """Return the end of a row: that is where the agent speaks, so where an adapter shows."""
+    return token_ids[-FINGERPRINT_TOKENS:]

@@ -1,0 +1,104 @@
+"""Trains an adapter on preferences, from an SFT adapter: `python -m optimizer.training.dpo spec.json`.
+
+Refuses to see text, as the SFT trainer does. TRL 1.16's DPO trainer counts every token after the prompt, tool output
+included, and tokenizes by itself; `MaskedDPOTrainer` and its collator replace exactly that, so that masked tokens count
+for nothing.
+
+The reference is the adapter as it was when training began: TRL keeps a frozen copy of it, "ref", beside "default".
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers.data.data_collator import DataCollatorMixin
+from trl import DPOConfig, DPOTrainer
+
+from optimizer.data import read_rows
+from optimizer.training import child
+from optimizer.training.spec import TrainingSpec
+
+COLUMNS = ("prompt_ids", "chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask")
+
+
+@dataclass
+class MaskedPreferenceCollator(DataCollatorMixin):
+    """Pads rows to one batch, chosen sides first, with a `completion_mask` that is 1 on the agent's own tokens only."""
+
+    pad_token_id: int
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        sides = [(row, side) for side in ("chosen", "rejected") for row in examples]
+        ids = [torch.tensor(row["prompt_ids"] + row[f"{side}_ids"]) for row, side in sides]
+        masks = [torch.tensor([0] * len(row["prompt_ids"]) + row[f"{side}_mask"]) for row, side in sides]
+        batch = {
+            "input_ids": _pad(ids, self.pad_token_id),  # (2 * num_rows, num_tokens)
+            "attention_mask": _pad([torch.ones_like(row) for row in ids], 0),
+            "completion_mask": _pad(masks, 0),
+        }
+        for key in ("ref_chosen_logps", "ref_rejected_logps"):
+            if key in examples[0]:
+                batch[key] = torch.tensor([row[key] for row in examples])
+        return batch
+
+
+def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+class MaskedDPOTrainer(DPOTrainer):
+    """DPO over pre-tokenized rows with masks on both sides."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = [*COLUMNS, "length", "ref_chosen_logps", "ref_rejected_logps"]
+
+
+def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> MaskedDPOTrainer:
+    """Return the trainer; it starts from `spec.parent_adapter`, or from the bare base when there is none."""
+    model, tokenizer = child.load_base(spec)
+    if spec.parent_adapter is not None:
+        model = PeftModel.from_pretrained(model, str(spec.parent_adapter), is_trainable=True)
+    losses = {"sigmoid": 1.0, "sft": spec.sft_weight} if spec.sft_weight else {"sigmoid": 1.0}
+    return MaskedDPOTrainer(
+        model=model,
+        args=DPOConfig(
+            **child.trainer_arguments(spec, len(rows)),
+            beta=spec.beta,
+            loss_type=list(losses),
+            loss_weights=list(losses.values()),
+            precompute_ref_log_probs=True,
+        ),
+        data_collator=MaskedPreferenceCollator(tokenizer.pad_token_id),
+        train_dataset=Dataset.from_list([measure(row) for row in rows]),
+        processing_class=tokenizer,
+        peft_config=None if spec.parent_adapter else LoraConfig(**child.lora_settings(spec)),
+    )
+
+
+def measure(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a preference with the length that batches are grouped by."""
+    length = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    return {**{column: row[column] for column in COLUMNS}, "length": length}
+
+
+def main() -> None:
+    spec, reporter = child.start(sys.argv, "dpo")
+    rows = read_rows(spec.rows_path)
+    trainer = build_trainer(spec, rows)
+    metrics = child.run(trainer, spec, reporter)
+    probe = child.choose_probe(rows[0]["prompt_ids"] + rows[0]["chosen_ids"])
+    child.leave_adapter(trainer, spec, reporter, metrics, probe)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Runs a trainer as a child process and brings its adapter home.
+
+Refuses to import PyTorch: training may crash, run out of memory or be killed without costing an answer, and its
+memory is really returned. A trainer that died is started again from its last checkpoint.
+
+Flow: spec -> spec file -> child process -> progress lines -> adapter directory with its manifest.
+Invariant: when `train` returns, the adapter directory is whole and was made from this very spec.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from memory.adapters import Manifest, read_manifest
+from optimizer.errors import TrainingError
+from optimizer.training.spec import TrainingSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+LOG_TAIL_LINES = 15
+LINE_LIMIT_BYTES = 1 << 20
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}
+
+OnStep = Callable[[dict[str, Any]], Awaitable[None]]
+"""`await on_step({"step": 3, "total": 35, "loss": 0.71, ...})`"""
+
+
+async def train(spec: TrainingSpec, *, on_step: OnStep | None = None, num_attempts: int = 2) -> Manifest:
+    """Return the manifest of the adapter that `spec` asks for, training it unless that was done before.
+
+    Raises:
+        TrainingError: the trainer died `num_attempts` times; the message ends with the tail of its log.
+        FileExistsError: `output_dir` holds an adapter made from another spec.
+    """
+    made = read_finished(spec)
+    if made is not None:
+        return made
+    spec.work_dir.mkdir(parents=True, exist_ok=True)
+    _forget_other_training(spec)
+    spec_path = spec.work_dir / "spec.json"
+    spec_path.write_text(spec.model_dump_json(indent=1), encoding="utf-8")
+    for _ in range(num_attempts):
+        exit_code, last_step = await _run_child(spec, spec_path, on_step)
+        made = read_finished(spec)
+        if exit_code == 0 and made is not None:
+            shutil.rmtree(spec.work_dir / "checkpoints", ignore_errors=True)
+            return made
+    raise TrainingError(_explain(spec, exit_code, last_step, num_attempts))
+
+
+def read_finished(spec: TrainingSpec) -> Manifest | None:
+    """Return the manifest in `output_dir` if this spec was trained to its end before."""
+    if not spec.output_dir.exists():
+        return None
+    manifest = read_manifest(spec.output_dir)
+    if manifest.settings.get("spec_digest") != spec.digest():
+        raise FileExistsError(
+            f"{str(spec.output_dir)!r} holds an adapter made from another spec; adapters are never overwritten"
+        )
+    return manifest
+
+
+def _forget_other_training(spec: TrainingSpec) -> None:
+    """Checkpoints of another spec in the same place must not be resumed."""
+    spec_path = spec.work_dir / "spec.json"
+    with contextlib.suppress(OSError, ValueError):
+        if TrainingSpec.model_validate_json(spec_path.read_text(encoding="utf-8")).digest() == spec.digest():
+            return
+    shutil.rmtree(spec.work_dir / "checkpoints", ignore_errors=True)
+
+
+async def _run_child(spec: TrainingSpec, spec_path: Path, on_step: OnStep | None) -> tuple[int, dict[str, Any]]:
+    """Run the trainer once; return its exit code and the last step it told of."""
+    last_step: dict[str, Any] = {}
+    with log_path(spec).open("ab") as log:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            f"optimizer.training.{spec.kind}",
+            str(spec_path.resolve()),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+            stdin=asyncio.subprocess.DEVNULL,
+            env=child_environment(spec),
+            start_new_session=True,
+            limit=LINE_LIMIT_BYTES,
+        )
+    try:
+        assert child.stdout is not None
+        async for line in child.stdout:
+            told = _parse(line)
+            if told.get("event") == "step":
+                last_step = told
+                if on_step is not None:
+                    await on_step(told)
+        return await child.wait(), last_step
+    finally:
+        if child.returncode is None:  # we were cancelled, or `on_step` raised
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            await child.wait()
+
+
+def child_environment(spec: TrainingSpec) -> dict[str, str]:
+    """Return the environment of a trainer: ours, silent towards the network, able to import us from anywhere."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        **ENVIRONMENT,
+        "OMP_NUM_THREADS": str(spec.num_threads),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+
+
+def log_path(spec: TrainingSpec) -> Path:
+    return spec.work_dir / "trainer.log"
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        told = json.loads(line)
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _explain(spec: TrainingSpec, exit_code: int, last_step: dict[str, Any], num_attempts: int) -> str:
+    how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+    where = f"at step {last_step['step']} of {last_step['total']}" if last_step else "before its first step"
+    lines = log_path(spec).read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(
+        [
+            f"the {spec.kind} trainer of {spec.name}-v{spec.version} {how} {where}, in {num_attempts} attempt(s); "
+            f"its log is {str(log_path(spec))!r} and ends:",
+            *(f"  {line}" for line in lines[-LOG_TAIL_LINES:]),
+        ]
+    )

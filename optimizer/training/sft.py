@@ -1,0 +1,51 @@
+"""Trains an adapter on demonstrations: `python -m optimizer.training.sft spec.json`.
+
+Refuses to see text: rows come as token ids with a mask, and the loss counts where the mask is 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from optimizer.data import read_rows
+from optimizer.training import child
+from optimizer.training.spec import TrainingSpec
+
+IGNORED = -100
+
+
+def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> SFTTrainer:
+    """Return TRL's SFT trainer over pre-tokenized rows."""
+    model, tokenizer = child.load_base(spec)
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **child.trainer_arguments(spec, len(rows)), packing=False, dataset_kwargs={"skip_prepare_dataset": True}
+        ),
+        train_dataset=Dataset.from_list([label(row) for row in rows]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(**child.lora_settings(spec)),
+    )
+
+
+def label(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a demonstration as TRL takes it: labels are the token ids where the mask is 1."""
+    labels = [token if own else IGNORED for token, own in zip(row["input_ids"], row["mask"], strict=True)]
+    return {"input_ids": row["input_ids"], "labels": labels}
+
+
+def main() -> None:
+    spec, reporter = child.start(sys.argv, "sft")
+    rows = read_rows(spec.rows_path)
+    trainer = build_trainer(spec, rows)
+    metrics = child.run(trainer, spec, reporter)
+    child.leave_adapter(trainer, spec, reporter, metrics, child.choose_probe(rows[0]["input_ids"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The spec file: everything a trainer process is told, and all it is told.
+
+Refuses to know about cycles, stages or databases. The same spec file started again goes on where the last try died.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+SETTINGS = (
+    "lora_rank",
+    "lora_alpha",
+    "learning_rate",
+    "epochs",
+    "batch_size",
+    "rows_per_pass",
+    "beta",
+    "sft_weight",
+    "device",
+    "dtype",
+)
+
+
+class TrainingSpec(BaseModel, extra="forbid"):
+    """One training, from rows to an adapter directory."""
+
+    kind: Literal["sft", "dpo"]
+    name: str
+    version: int
+    base_model: str
+    """A directory, or a Hugging Face id whose files are already on this machine."""
+    rows_path: Path
+    """JSON lines as `optimizer.data.write_rows` writes them."""
+    output_dir: Path
+    """The adapter directory; it must not exist before, and appears whole."""
+    work_dir: Path
+    """Checkpoints, the spec file and the log live here until the adapter is done."""
+    parent: int | None = None
+    """The policy version that this one comes from."""
+    parent_adapter: Path | None = None
+    """Where training starts (and, for DPO, what the reference is); None: the bare base."""
+    trajectory_ids: list[str] = []
+
+    lora_rank: int
+    lora_alpha: int
+    learning_rate: float
+    epochs: float
+    batch_size: int
+    rows_per_pass: int
+    beta: float = 0.1
+    sft_weight: float = 0.0
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    num_threads: int = 2
+    num_checkpoints: int = 8
+    """How often the state is saved during the whole training."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the manifest says of how the adapter was trained."""
+        return self.model_dump(include=set(SETTINGS))
+
+    def digest(self) -> str:
+        """What makes this training this one: the spec with its rows, but not where it runs and keeps its state."""
+        spec = self.model_dump_json(exclude={"work_dir", "num_threads", "num_checkpoints", "output_dir", "rows_path"})
+        return hashlib.sha256(spec.encode() + self.rows_path.read_bytes()).hexdigest()

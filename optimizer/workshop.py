@@ -1,0 +1,139 @@
+"""What every stage of a cycle works with: memory, the seams, the settings, and a place for what it makes.
+
+Refuses to know what a stage does. The Cycle row is the visible truth: artifacts are kept there, progress is told there.
+
+Invariant: settings are those the cycle was opened with, also after a restart with another configuration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from memory.schema import Cycle, CycleStage, Split, Task, Trajectory
+from optimizer.config import OptimizerConfig
+from optimizer.rewards import GradedTrajectory, grade
+from optimizer.seams import Seams
+
+PROGRESS_INTERVAL_SECONDS = 0.5
+
+
+@dataclass
+class Workshop:
+    """One cycle under way."""
+
+    memory: Any
+    seams: Seams
+    cycle_id: str
+    config: OptimizerConfig = field(init=False)
+    _told_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.config = OptimizerConfig.model_validate(self.cycle.settings)
+
+    @property
+    def cycle(self) -> Cycle:
+        return self.memory.cycles.get(self.cycle_id)
+
+    @property
+    def artifacts(self) -> dict[str, Any]:
+        return self.cycle.artifacts
+
+    @property
+    def directory(self) -> Path:
+        """Where rows, checkpoints and cell results of this cycle lie until they are no longer needed."""
+        return self.memory.data_dir / "cycles" / self.cycle_id
+
+    @property
+    def adapters(self) -> Path:
+        return self.memory.data_dir / "adapters"
+
+    @property
+    def reports(self) -> Path:
+        return self.memory.data_dir / "reports" / self.cycle_id
+
+    async def keep(self, **artifacts: Any) -> None:
+        """Remember what a stage made; a repeated stage finds it here."""
+        await self.memory.cycles.save(self.cycle_id, artifacts=artifacts)
+
+    async def enter(self, stage: CycleStage) -> None:
+        await self.memory.cycles.save(
+            self.cycle_id, stage=stage, progress={"stage": stage.value, "done": 0, "total": 0, "message": ""}
+        )
+
+    async def tell(self, done: int, total: int, message: str) -> None:
+        """Show how far the stage is; calls in quick succession are dropped, the last of a count never."""
+        now = time.monotonic()
+        if done < total and now - self._told_at < PROGRESS_INTERVAL_SECONDS:
+            return
+        self._told_at = now
+        progress = {"stage": self.cycle.stage.value, "done": done, "total": total, "message": message}
+        await self.memory.cycles.save(self.cycle_id, progress=progress)
+
+    def seed(self, *names: object) -> int:
+        """Return a seed that is always the same for the same place in the same cycle."""
+        return random.Random(f"{self.config.seed}/{self.cycle_id}/{names}").getrandbits(31)
+
+    async def read_pool(self, *, this_cycle_only: bool = False) -> list[GradedTrajectory]:
+        """Return what may be learned from, oldest first; held-out tasks stay out, also when a client asked for one."""
+        since = self.cycle.created_at if this_cycle_only else None
+        pool = await asyncio.to_thread(grade, self.memory, since=since, limit=self.config.max_pool)
+        held_out = {(task.environment, task.name) for task in self.held_out_tasks()}
+        return [each for each in pool if each.task_key not in held_out]
+
+    def practice_tasks(self) -> list[Task]:
+        """Return this cycle's practice tasks."""
+        return self.seams.tasks(
+            self.config.environment,
+            Split.PRACTICE,
+            self.config.num_practice_tasks,
+            self.artifacts.get("practice_offset", 0),
+        )
+
+    def held_out_tasks(self) -> list[Task]:
+        return self.seams.tasks(self.config.environment, Split.HELD_OUT, self.config.evaluation.num_tasks, 0)
+
+    async def prepare(self, tasks: Sequence[Task]) -> None:
+        """Have tasks ready to start, telling of it."""
+        if not tasks:
+            return
+        loop = asyncio.get_running_loop()
+        telling: set[asyncio.Task[None]] = set()
+
+        def on_progress(done: int, total: int) -> None:
+            task = loop.create_task(self.tell(done, total, "preparing tasks"))
+            telling.add(task)
+            task.add_done_callback(telling.discard)
+
+        await self.seams.prepare(tasks, on_progress)
+        await asyncio.gather(*telling)
+
+    async def play(
+        self, tasks: Sequence[Task], *, policy: int, use_memory: bool, temperature: float, label: str
+    ) -> list[Trajectory]:
+        """Play every task once, at most `concurrency` at a time; `label` makes the seeds of this round its own."""
+        places = asyncio.Semaphore(self.config.concurrency)
+        num_done = 0
+
+        async def play_one(position: int, task: Task) -> Trajectory:
+            nonlocal num_done
+            async with places:
+                trajectory = await self.seams.rollout(
+                    task,
+                    policy=policy,
+                    use_memory=use_memory,
+                    temperature=temperature,
+                    seed=self.seed(label, position),
+                )
+            num_done += 1
+            await self.tell(num_done, len(tasks), label)
+            return trajectory
+
+        async with asyncio.TaskGroup() as group:
+            playing = [group.create_task(play_one(position, task)) for position, task in enumerate(tasks)]
+        return [each.result() for each in playing]

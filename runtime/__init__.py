@@ -1,0 +1,1 @@
+"""The room that answers. It imports memory and never trains."""

@@ -1,0 +1,236 @@
+"""The agent: a graph of three nodes, and `rollout`, which plays one episode through it and records every step.
+
+    retrieve ─> act ─> use_tools
+                 │ ^       │ │
+                 │ └───────┘ │      until an answer, the environment's last words, or a spent budget
+                 v           v
+                end         end
+
+Refuses to know who asks: a user's request, a practice episode and an evaluation take this same path.
+Flow: resolve the task -> lease the policy -> play -> judge (reward) -> close the trajectory -> return it.
+
+Invariants: the policy is pinned before the trajectory opens and until it is closed; an opened trajectory is closed in
+all cases; what goes wrong within an episode is data on its trajectory, not an exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import structlog
+from langgraph.graph import END, START, StateGraph
+
+from memory.schema import RewardSource, Task, Trajectory, TrajectoryStage, new_id
+from memory.store import Memory
+from runtime.completion import Message, OnDelta
+from runtime.config import AgentConfig
+from runtime.environments.base import Environment, Outcome
+from runtime.errors import BudgetExceeded, UnknownEnvironment
+from runtime.hotswap import HotSwap
+from runtime.nodes import act, retrieve, use_tools
+from runtime.policy import Actor
+from runtime.state import Budget, Episode, EpisodeState
+from runtime.tools import Tool
+
+log = structlog.get_logger()
+
+
+class Agent:
+    """Plays episodes. Holds nothing of any one of them."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        hotswap: HotSwap,
+        environments: Mapping[str, Environment],
+        config: AgentConfig | None = None,
+        *,
+        tools: Sequence[Tool] = (),
+    ) -> None:
+        self._memory = memory
+        self._hotswap = hotswap
+        self._environments = environments
+        self._config = config or AgentConfig()
+        self._tools = tools
+        """Run by the server in requests that name no environment."""
+        self._graph = build_graph()
+
+    def environment(self, name: str) -> Environment:
+        """Return the environment called `name`. Raises UnknownEnvironment."""
+        if name not in self._environments:
+            known = ", ".join(map(repr, self._environments)) or "none"
+            raise UnknownEnvironment(f"there is no environment {name!r}; the environments are: {known}")
+        return self._environments[name]
+
+    async def rollout(
+        self,
+        task: Task | None,
+        *,
+        messages: Sequence[Message] | None = None,
+        policy: int | None = None,
+        use_memory: bool = True,
+        temperature: float | None = None,
+        seed: int | None = None,
+        max_tokens: int | None = None,
+        tools: Sequence[dict[str, Any]] = (),
+        sampling: Mapping[str, Any] | None = None,
+        episode_id: str | None = None,
+        on_delta: OnDelta | None = None,
+    ) -> Trajectory:
+        """Play one episode and return its closed trajectory; its record and reward are durable by then.
+
+        Either `task` (the environment speaks first) or `messages` (a client does). `tools` are definitions of tools
+        that the client runs: a reply that calls one ends the episode, and the calls are in its last step. `sampling`
+        goes to the engine as it is; `max_tokens` bounds one model call; `on_delta` is awaited with each piece of text
+        the model writes.
+
+        Raises:
+            ValueError: nothing was asked, or tools that cannot be.
+            UnknownEnvironment, UnknownPolicy, AdapterError, EngineError: the episode could not even open.
+        """
+        if task is not None and tools:
+            raise ValueError(f"a task of {task.environment!r} brings its own tools: send none with it")
+        if task is None and not messages:
+            raise ValueError("nothing was asked: give a task, or at least one message")
+        server_tools = () if task is not None else self._tools
+        _refuse_namesakes([tool.name for tool in server_tools] + [tool["function"]["name"] for tool in tools])
+        config = self._config
+        async with self._hotswap.lease(policy) as actor:
+            playthrough = await self.environment(task.environment).start(task) if task is not None else None
+            opening = [{"role": "user", "content": playthrough.task_text}] if playthrough else list(messages)
+            episode = Episode(
+                memory=self._memory,
+                actor=actor,
+                episode_id=episode_id or new_id("eps"),
+                task=task,
+                playthrough=playthrough,
+                opening=self._with_system_prompt(opening, actor, task),
+                task_text=_last_user_text(opening),
+                tools={tool.name: tool for tool in (playthrough.tools if playthrough else server_tools)},
+                client_tools=list(tools),
+                budget=Budget(
+                    max_steps=config.max_steps,
+                    max_total_tokens=config.max_total_tokens,
+                    max_output_tokens=min(max_tokens or config.max_output_tokens, config.max_output_tokens),
+                ),
+                use_memory=use_memory,
+                temperature=config.temperature if temperature is None else temperature,
+                seed=seed,
+                sampling=sampling or {},
+                on_delta=on_delta,
+            )
+            return await self._play(episode)
+
+    def _with_system_prompt(self, opening: list[Message], actor: Actor, task: Task | None) -> list[Message]:
+        if opening[0].get("role") in ("system", "developer"):
+            return opening
+        prompt = actor.policy.system_prompt
+        if prompt is None:
+            prompt = self.environment(task.environment).system_prompt if task else self._config.system_prompt
+        return [{"role": "system", "content": prompt}, *opening] if prompt else opening
+
+    async def _play(self, episode: Episode) -> Trajectory:
+        """Run the graph, judge, close the trajectory. The episode's edge: here a failure becomes data."""
+        stage, error = TrajectoryStage.FINISHED, None
+        try:
+            error = await self._run(episode)
+            await _judge(episode)
+        except asyncio.CancelledError:
+            # Shielded: who cancels once may cancel again, and the record must be closed all the same.
+            await asyncio.shield(_close(episode, TrajectoryStage.CANCELLED, "CancelledError: nobody waits any more"))
+            raise
+        except Exception as raised:
+            if episode.trajectory is None:  # memory could not even open a record to note this on
+                await _leave(episode)
+                raise
+            stage, error = TrajectoryStage.FAILED, _describe(raised)
+            log.warning("episode failed", trajectory=episode.trajectory.id, error=error)
+        return await _close(episode, stage, error)
+
+    async def _run(self, episode: Episode) -> str | None:
+        """Run the graph to its end, or to the end of the budget; return what was exceeded, if anything."""
+        limit = asyncio.timeout(self._config.max_seconds)
+        # Two nodes a step, and room for the rest: the budget ends an episode, never the graph.
+        config = {"recursion_limit": 2 * self._config.max_steps + 10}
+        try:
+            async with limit:
+                state = await self._graph.ainvoke({"messages": []}, context=episode, config=config)
+        except BudgetExceeded as exceeded:
+            return _describe(exceeded)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return _describe(BudgetExceeded(f"no answer within {self._config.max_seconds:g} seconds"))
+        episode.answer = state["answer"]
+        return None
+
+
+async def _judge(episode: Episode) -> None:
+    """Have the environment, if there is one, say what the episode was worth; durable when it returns."""
+    outcome = await _leave(episode)
+    if outcome is not None:
+        await episode.memory.trajectories.reward(
+            episode.trajectory.id, outcome.value, RewardSource.ENVIRONMENT, outcome.reason
+        )
+
+
+async def _leave(episode: Episode) -> Outcome | None:
+    """Close the playthrough, once."""
+    playthrough, episode.playthrough = episode.playthrough, None
+    return await playthrough.close() if playthrough is not None else None
+
+
+async def _close(episode: Episode, stage: TrajectoryStage, error: str | None) -> Trajectory | None:
+    """Leave a playthrough that nobody judged, then close the trajectory, if there is one; durable when it returns."""
+    (problem,) = await asyncio.gather(_leave(episode), return_exceptions=True)
+    if isinstance(problem, Exception):  # the episode ended for another reason, which is the one to record
+        log.warning("environment did not close", episode=episode.episode_id, error=_describe(problem))
+    if episode.trajectory is None:
+        return None
+    return await episode.memory.trajectories.close(
+        episode.trajectory.id,
+        stage=stage,
+        answer=episode.answer,
+        error=error,
+        num_invalid_tool_calls=episode.num_invalid_tool_calls,
+    )
+
+
+def build_graph():
+    """Return the compiled graph."""
+    graph = StateGraph(EpisodeState, context_schema=Episode)
+    graph.add_node("retrieve", retrieve)
+    graph.add_node("act", act)
+    graph.add_node("use_tools", use_tools)
+    graph.add_edge(START, "retrieve")
+    graph.add_edge("retrieve", "act")
+    graph.add_conditional_edges("act", lambda state: END if _is_over(state) else "use_tools", ["use_tools", END])
+    graph.add_conditional_edges("use_tools", lambda state: END if _is_over(state) else "act", ["act", END])
+    return graph.compile()
+
+
+def _is_over(state: EpisodeState) -> bool:
+    return state.get("answer") is not None
+
+
+def _refuse_namesakes(names: Sequence[str]) -> None:
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"two tools are called {min(twice)!r}: rename one")
+
+
+def _last_user_text(messages: Sequence[Message]) -> str:
+    """Return the text of the last user message: what memory is asked about."""
+    for message in reversed(messages):
+        if message.get("role") == "user":
+            content = message.get("content") or ""
+            if isinstance(content, str):
+                return content
+            return "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
+    return ""
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

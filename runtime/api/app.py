@@ -1,0 +1,70 @@
+"""The HTTP application: every router on one FastAPI app, with one description for whoever opens /docs.
+
+Refuses to know what a route does and how the services were made.
+Invariant: everything answers in OpenAI's shapes, errors too.
+"""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from runtime.api import (
+    chat,
+    cycles,
+    documents,
+    environments,
+    errors,
+    feedback,
+    health,
+    index,
+    insights,
+    models,
+    policies,
+    trajectories,
+)
+from runtime.api.services import Services
+
+DESCRIPTION = """
+An agent that answers, remembers, learns, proves that it learned, and only then swaps.
+
+* **Answer**: `POST /v1/chat/completions`, as any OpenAI client speaks it. `model="agent"` is the active policy,
+  `agent@v3` pins one. `metadata={"environment": "textworld", "task": "900000"}` plays that task on the server.
+* **Say how it went**: `POST /v1/feedback` with the `id` of the answer.
+* **Learn**: `POST /v1/cycles`, then watch `GET /v1/cycles/{id}` and read `GET /v1/cycles/{id}/report`.
+* **Decide**: `POST /v1/policies/{version}/promote` and `POST /v1/policies/rollback`.
+
+Every error is `{"error": {"message", "type", "param", "code"}}`.
+"""
+
+TAGS = [
+    {"name": "chat", "description": "Ask the agent, or have it play a task."},
+    {"name": "models", "description": "The names under which the agent answers."},
+    {"name": "feedback", "description": "Say how an episode went."},
+    {"name": "trajectories", "description": "What was lived, step by step."},
+    {"name": "policies", "description": "Who acts, who acted, who may."},
+    {"name": "cycles", "description": "Turns of the loop: collect, learn, prove, swap or reject."},
+    {"name": "insights", "description": "Lessons in words."},
+    {"name": "documents", "description": "What the agent was given to read."},
+    {"name": "environments", "description": "Where tasks can be played again."},
+    {"name": "index", "description": "What finds memories; rebuilt from the rows at any time."},
+    {"name": "health", "description": "Alive, ready, sound."},
+]
+
+ROUTERS = (chat, models, feedback, trajectories, policies, cycles, insights, documents, environments, index, health)
+
+
+def create_app(services: Services) -> FastAPI:
+    """Return the application that serves `services`."""
+    app = FastAPI(
+        title="Ratchet",
+        version="0.1.0",
+        summary="An agent runtime with self-improving memory.",
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+    )
+    app.state.services = services
+    errors.add_error_handlers(app)
+    for module in ROUTERS:
+        app.include_router(module.router)
+    return app

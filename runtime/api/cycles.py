@@ -1,0 +1,127 @@
+"""Turns of the loop, as seen from outside: started, watched, cancelled, and their reports read.
+
+Refuses to know what a stage does. A cycle runs in the background: starting one answers at once, 202, with its id.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Query, Response
+from fastapi.responses import FileResponse
+from pydantic import BaseModel
+
+from memory.cycles import FINAL_STAGES
+from memory.schema import Cycle, CycleStage
+from runtime.api.errors import ACCEPTED, BadRequest, Conflict, NotFound, refusals
+from runtime.api.services import Server, Services
+
+REPORT_FILES = {"json": "report.json", "markdown": "report.md", "plot": "success.png"}
+REPORT_TYPES = {"json": "application/json", "markdown": "text/markdown", "plot": "image/png"}
+
+router = APIRouter(prefix="/v1/cycles", tags=["cycles"])
+
+
+class CycleRequest(BaseModel, extra="forbid"):
+    """Departures from the server's own settings for learning, for this one cycle."""
+
+    settings: dict[str, Any] = {}
+
+
+class CycleDetail(BaseModel):
+    """Where a cycle is, or how it ended. `progress` belongs to the stage under way."""
+
+    id: str
+    status: Literal["running", "completed", "error"]
+    stage: CycleStage
+    progress: dict[str, Any]
+    settings: dict[str, Any]
+    artifacts: dict[str, Any]
+    verdict: dict[str, Any] | None
+    error: str | None
+    report_url: str | None
+    created_at: datetime
+    closed_at: datetime | None
+
+
+class CycleList(BaseModel):
+    """Newest first."""
+
+    object: str = "list"
+    data: list[CycleDetail]
+
+
+EXAMPLES = {
+    "as configured": {"value": {}},
+    "a small one": {"value": {"settings": {"practice_episodes": 64, "evaluation": {"num_tasks": 50}}}},
+}
+
+
+@router.post(
+    "", status_code=ACCEPTED, summary="Turn the loop once, in the background", responses=refusals(BadRequest, Conflict)
+)
+async def start_cycle(
+    server: Server, response: Response, body: Annotated[CycleRequest | None, Body(openapi_examples=EXAMPLES)] = None
+) -> CycleDetail:
+    """Refused while another cycle runs, and for settings that cannot be."""
+    cycle = await server.cycles.start(body.settings if body else {})
+    response.headers["Location"] = f"{router.prefix}/{cycle.id}"
+    return describe(cycle, server)
+
+
+@router.get("", summary="List cycles, newest first")
+async def list_cycles(server: Server, limit: Annotated[int, Query(ge=1, le=500)] = 50) -> CycleList:
+    return CycleList(data=[describe(cycle, server) for cycle in server.memory.cycles.list(limit=limit)])
+
+
+@router.get("/{cycle_id}", summary="See where a cycle is, or how it ended", responses=refusals(NotFound))
+async def get_cycle(cycle_id: str, server: Server) -> CycleDetail:
+    return describe(server.memory.cycles.get(cycle_id), server)
+
+
+@router.post("/{cycle_id}/cancel", summary="Stop a cycle", responses=refusals(NotFound, Conflict))
+async def cancel_cycle(cycle_id: str, server: Server) -> CycleDetail:
+    """What it has recorded stays: trajectories, rewards, insights, drafts."""
+    cycle = server.memory.cycles.get(cycle_id)
+    if cycle.stage in FINAL_STAGES:
+        raise Conflict(f"cycle {cycle_id!r} has ended: {cycle.stage.value}", code="cycle_ended")
+    return describe(await server.cycles.cancel(cycle_id), server)
+
+
+@router.get(
+    "/{cycle_id}/report",
+    summary="Read the release report of a cycle",
+    response_class=FileResponse,
+    responses={
+        200: {"content": {media_type: {} for media_type in REPORT_TYPES.values()}, "description": "The report."},
+        **refusals(NotFound),
+    },
+)
+async def get_report(
+    cycle_id: str, server: Server, format: Annotated[Literal["json", "markdown", "plot"], Query()] = "json"
+) -> FileResponse:
+    """What was played, by whom, with which success, and the verdict: as JSON, as Markdown to read, or as a plot."""
+    cycle = server.memory.cycles.get(cycle_id)
+    name = REPORT_FILES[format]
+    path = reports_of(cycle, server) / name
+    if not path.exists():
+        state = f"it is at {cycle.stage.value!r}" if cycle.stage not in FINAL_STAGES else f"it ended: {cycle.error}"
+        raise NotFound(f"cycle {cycle_id!r} has no report: {state}", code="report_not_found")
+    return FileResponse(path, media_type=REPORT_TYPES[format])
+
+
+def reports_of(cycle: Cycle, server: Services) -> FilePath:
+    return server.memory.data_dir / "reports" / cycle.id
+
+
+def describe(cycle: Cycle, server: Services) -> CycleDetail:
+    ends = {CycleStage.COMPLETED: "completed", CycleStage.ERROR: "error"}
+    has_report = (reports_of(cycle, server) / REPORT_FILES["json"]).exists()
+    as_they_are = CycleDetail.model_fields.keys() & Cycle.model_fields.keys()
+    return CycleDetail(
+        **{name: getattr(cycle, name) for name in as_they_are},
+        status=ends.get(cycle.stage, "running"),
+        report_url=f"{router.prefix}/{cycle.id}/report" if has_report else None,
+    )

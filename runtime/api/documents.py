@@ -1,0 +1,71 @@
+"""What the agent was given to read: put in, listed, taken out.
+
+Refuses to know how a text is split and found.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Body
+from pydantic import BaseModel, Field
+
+from runtime.api.errors import CREATED, BadRequest, NotFound, refusals
+from runtime.api.services import Server
+
+router = APIRouter(prefix="/v1/documents", tags=["documents"])
+
+
+class DocumentRequest(BaseModel, extra="forbid"):
+    """A text under a title. The same title again replaces the text."""
+
+    title: str = Field(min_length=1, max_length=500)
+    text: str = Field(min_length=1, max_length=10_000_000)
+
+
+class DocumentDetail(BaseModel):
+    """A document, without its text."""
+
+    id: str
+    title: str
+    digest: str
+    created_at: datetime
+
+
+class DocumentList(BaseModel):
+    """All documents."""
+
+    object: str = "list"
+    data: list[DocumentDetail]
+
+
+class Removed(BaseModel):
+    """What is gone."""
+
+    id: str
+    object: str = "document.deleted"
+    deleted: bool = True
+
+
+EXAMPLE = {"handbook": {"value": {"title": "Refunds", "text": "Refunds above 100 EUR need a second signature."}}}
+
+
+@router.post("", status_code=CREATED, summary="Give the agent a text to read", responses=refusals(BadRequest))
+async def add_document(
+    server: Server, body: Annotated[DocumentRequest, Body(openapi_examples=EXAMPLE)]
+) -> DocumentDetail:
+    row = await server.memory.documents.ingest(body.title, body.text)
+    return DocumentDetail.model_validate(row, from_attributes=True)
+
+
+@router.get("", summary="List what the agent was given to read")
+async def list_documents(server: Server) -> DocumentList:
+    rows = server.memory.documents.list()
+    return DocumentList(data=[DocumentDetail.model_validate(row, from_attributes=True) for row in rows])
+
+
+@router.delete("/{document_id}", summary="Take a text away again", responses=refusals(NotFound))
+async def remove_document(document_id: str, server: Server) -> Removed:
+    await server.memory.documents.remove(document_id)
+    return Removed(id=document_id)

@@ -1,0 +1,117 @@
+"""Who acts: every policy with its stage and verdict, and the two decisions an operator can take, promote and roll back.
+
+Refuses to swap anything itself: a decision is a row, which whoever wears policies notices. A policy is worn once, on
+trial, before it may be promoted, so that an adapter the engine cannot serve never becomes the active one.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path
+from pydantic import BaseModel
+
+from memory.schema import Policy, PolicyStage
+from runtime.api.errors import Conflict, NotFound, NotReady, refusals
+from runtime.api.health import require_ready
+from runtime.api.services import Server, Services
+
+router = APIRouter(prefix="/v1/policies", tags=["policies"])
+
+Version = Annotated[str, Path(description="`v3` or `3`.", examples=["v3"])]
+
+
+class PolicyDetail(BaseModel):
+    """A base model with an adapter or none and a system prompt or the default one."""
+
+    name: str
+    version: int
+    stage: PolicyStage
+    base_model: str
+    adapter_path: str | None
+    adapter_digest: str | None
+    system_prompt: str | None
+    parent: str | None
+    cycle_id: str | None
+    note: str
+    verdict: dict[str, Any] | None
+    created_at: datetime
+
+
+class PolicyList(BaseModel):
+    """Oldest first."""
+
+    object: str = "list"
+    active: str
+    data: list[PolicyDetail]
+
+
+class PolicyWithLineage(PolicyDetail):
+    """A policy and the names of those it grew from, nearest first."""
+
+    lineage: list[str]
+
+
+@router.get("", summary="List all policies")
+async def list_policies(server: Server) -> PolicyList:
+    policies = server.memory.policies
+    return PolicyList(active=policies.active().name, data=[describe(policy) for policy in policies.list()])
+
+
+@router.get("/{version}", summary="Read one policy", responses=refusals(NotFound))
+async def get_policy(version: Version, server: Server) -> PolicyWithLineage:
+    policy, *ancestors = server.memory.policies.lineage(version_name(version))
+    return PolicyWithLineage(**describe(policy).model_dump(), lineage=[ancestor.name for ancestor in ancestors])
+
+
+@router.post("/rollback", summary="Let the policy act that acted before", responses=refusals(Conflict))
+async def rollback(server: Server) -> PolicyDetail:
+    return await roll_back(server)
+
+
+@router.post("/{version}/promote", summary="Let a policy act", responses=refusals(NotFound, Conflict, NotReady))
+async def promote(version: Version, server: Server) -> PolicyDetail:
+    """Wear it on trial, then let it act. Episodes under way keep the policy they started with."""
+    wanted = server.memory.policies.get(version_name(version)).version
+    require_ready(server)
+    async with server.hotswap.lease(wanted):
+        promoted = await server.memory.policies.promote(wanted)
+        await server.hotswap.wear(wanted)
+    return describe(promoted)
+
+
+@router.post(
+    "/{version}/rollback",
+    summary="Take a policy back, if it is the one that acts",
+    responses=refusals(NotFound, Conflict),
+)
+async def rollback_from(version: Version, server: Server) -> PolicyDetail:
+    """Like `/rollback`, but safe to repeat: refused when another policy acts by now."""
+    policies = server.memory.policies
+    wanted, active = policies.get(version_name(version)), policies.active()
+    if wanted.version != active.version:
+        raise Conflict(f"policy {wanted.name} does not act, {active.name} does", param="version", code="not_active")
+    return await roll_back(server)
+
+
+async def roll_back(server: Services) -> PolicyDetail:
+    """Write the row; wear it at once if the engine answers, and when it does again if not."""
+    policy = await server.memory.policies.rollback()
+    if server.engine.is_ready:
+        await server.hotswap.wear(policy.version)
+    return describe(policy)
+
+
+def version_name(text: str) -> str:
+    """Return `v3` for `3` and for `v3`; anything else as it is, to be refused by its name."""
+    return f"v{text}" if text.isdecimal() else text
+
+
+def describe(policy: Policy) -> PolicyDetail:
+    as_they_are = PolicyDetail.model_fields.keys() - {"name", "parent"}
+    return PolicyDetail(
+        **{name: getattr(policy, name) for name in as_they_are},
+        name=policy.name,
+        parent=None if policy.parent is None else f"v{policy.parent}",
+    )

@@ -1,0 +1,69 @@
+"""What the routes are given to work with, and how a route asks for it.
+
+Refuses to know how any of it was made, and knows nothing of the optimizer: a cycle is something that can be started.
+Invariant: routes keep no state of their own; everything they change is a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Protocol
+
+from fastapi import Depends, Request
+
+from memory.schema import Cycle
+from memory.store import Memory
+from runtime.agent import Agent
+from runtime.engine import Engine
+from runtime.environments.base import Environment
+from runtime.errors import UnknownEnvironment
+from runtime.hotswap import HotSwap
+
+
+class CycleStarter(Protocol):
+    """Whoever can turn the loop once, in the background."""
+
+    async def start(self, settings: dict[str, Any]) -> Cycle:
+        """Open a cycle and set it going.
+
+        Raises:
+            CycleInProgress: one is under way.
+            ValueError: settings that cannot be, or too few trajectories to learn from.
+        """
+        ...
+
+    async def cancel(self, cycle_id: str) -> Cycle:
+        """Stop a cycle that is under way; it closes with an error that says so."""
+        ...
+
+
+@dataclass
+class Services:
+    """The parts of a running server."""
+
+    memory: Memory
+    agent: Agent
+    engine: Engine
+    hotswap: HotSwap
+    cycles: CycleStarter
+    environments: Mapping[str, Environment] = field(default_factory=dict)
+
+    def environment(self, name: str) -> Environment:
+        """Return the environment called `name`.
+
+        Raises:
+            UnknownEnvironment: there is none; the message lists those there are.
+        """
+        if name not in self.environments:
+            known = ", ".join(sorted(self.environments)) or "none"
+            raise UnknownEnvironment(f"no environment is called {name!r}; there is: {known}")
+        return self.environments[name]
+
+
+def services_of(request: Request) -> Services:
+    return request.app.state.services
+
+
+Server = Annotated[Services, Depends(services_of)]
+"""Ask for the services: `async def route(server: Server)`."""

@@ -1,0 +1,190 @@
+"""What was lived, step by step, for whoever wants to read it.
+
+Refuses to change anything: trajectories are written by the agent, judged by feedback.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
+from sqlmodel import col, select
+
+from memory.schema import RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage
+from memory.store import Memory
+from memory.trajectories import TrajectoryView
+from runtime.api.errors import BadRequest, NotFound, refusals
+from runtime.api.services import Server
+
+router = APIRouter(prefix="/v1/trajectories", tags=["trajectories"])
+
+
+class TrajectorySummary(BaseModel):
+    """One line of the list."""
+
+    id: str
+    episode_id: str
+    environment: str | None
+    task: str | None
+    kind: str
+    split: Split
+    policy: str
+    stage: TrajectoryStage
+    reward: float | None
+    success: bool | None
+    used_memory: bool
+    answer: str | None
+    error: str | None
+    num_steps: int
+    prompt_tokens: int
+    output_tokens: int
+    num_invalid_tool_calls: int
+    opened_at: datetime
+    closed_at: datetime | None
+
+
+class TrajectoryPage(BaseModel):
+    """Newest first; `next_before` is the `before` of the next page."""
+
+    object: str = "list"
+    data: list[TrajectorySummary]
+    next_before: str | None
+
+
+class StepDetail(BaseModel):
+    """One model call or one tool result. Token ids only where asked for."""
+
+    position: int
+    kind: StepKind
+    content: str
+    tool_calls: list[dict[str, Any]]
+    tool_name: str | None
+    tool_call_id: str | None
+    error: str | None
+    finish_reason: str | None
+    num_prompt_tokens: int
+    num_output_tokens: int
+    prompt_token_ids: list[int] | None = None
+    output_token_ids: list[int] | None = None
+    seconds: float
+    created_at: datetime
+
+
+class RewardDetail(BaseModel):
+    """A number in [0, 1], who gave it and why."""
+
+    value: float
+    source: RewardSource
+    reason: str
+    created_at: datetime
+
+
+class FeedbackDetail(BaseModel):
+    """What was said of the episode."""
+
+    id: str
+    name: str
+    value: Any
+    comment: str | None
+    correction: str | None
+    source: str
+    tags: dict[str, str]
+    created_at: datetime
+
+
+class TrajectoryDetail(TrajectorySummary):
+    """Everything recorded of one episode."""
+
+    task_text: str
+    temperature: float | None
+    opening: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    memory_text: str
+    memory_ids: list[str]
+    steps: list[StepDetail]
+    rewards: list[RewardDetail]
+    feedback: list[FeedbackDetail]
+
+
+@router.get("", summary="List trajectories, newest first", responses=refusals(BadRequest))
+async def list_trajectories(
+    server: Server,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    before: Annotated[str | None, Query(description="`next_before` of the page before.")] = None,
+    environment: str | None = None,
+    split: Split | None = None,
+    policy: Annotated[str | None, Query(examples=["v3"])] = None,
+    stage: TrajectoryStage | None = None,
+    success: bool | None = None,
+) -> TrajectoryPage:
+    memory = server.memory
+    views = memory.trajectories.list(
+        limit=limit,
+        before_id=before,
+        environment=environment,
+        split=split,
+        policy=None if policy is None else memory.policies.get(policy).version,
+        stage=stage,
+        is_success=success,
+    )
+    data = [TrajectorySummary(**summarize(view)) for view in views]
+    return TrajectoryPage(data=data, next_before=data[-1].id if len(data) == limit else None)
+
+
+@router.get("/{trajectory_id}", summary="Read one trajectory", responses=refusals(NotFound))
+async def get_trajectory(
+    trajectory_id: str,
+    server: Server,
+    token_ids: Annotated[bool, Query(description="With the exact token ids of every call.")] = False,
+) -> TrajectoryDetail:
+    memory = server.memory
+    trajectory = memory.trajectories.get(trajectory_id)
+    reward = memory.trajectories.effective_reward(trajectory_id)
+    success = None if reward is None else reward >= memory.trajectories.success_reward
+    rewards = memory.trajectories.rewards(trajectory_id)
+    return TrajectoryDetail(
+        **summarize(TrajectoryView(trajectory, reward, success)),
+        **{name: getattr(trajectory, name) for name in _ONLY_IN_DETAIL},
+        steps=[_describe_step(step, token_ids) for step in memory.trajectories.steps(trajectory_id)],
+        rewards=[RewardDetail.model_validate(row, from_attributes=True) for row in rewards],
+        feedback=[
+            FeedbackDetail.model_validate(row, from_attributes=True) for row in memory.feedback.list(trajectory_id)
+        ],
+    )
+
+
+_ONLY_IN_DETAIL = ("task_text", "temperature", "opening", "tools", "memory_text", "memory_ids")
+_AS_THEY_ARE = set(TrajectorySummary.model_fields) - {"policy", "reward", "success", "used_memory"}
+
+
+def summarize(view: TrajectoryView) -> dict[str, Any]:
+    """Return the fields of a `TrajectorySummary`."""
+    trajectory: Trajectory = view.trajectory
+    return {name: getattr(trajectory, name) for name in _AS_THEY_ARE} | {
+        "policy": f"v{trajectory.policy}",
+        "reward": view.reward,
+        "success": view.is_success,
+        "used_memory": bool(trajectory.memory_text),
+    }
+
+
+def find_of_episode(memory: Memory, episode_id: str, *, stage: TrajectoryStage | None = None) -> list[Trajectory]:
+    """Return the newest two trajectories of an episode, newest first."""
+    query = select(Trajectory).where(Trajectory.episode_id == episode_id)
+    if stage is not None:
+        query = query.where(Trajectory.stage == stage)
+    with memory.database.read() as session:
+        return list(session.exec(query.order_by(col(Trajectory.id).desc()).limit(2)))
+
+
+def _describe_step(step: Step, with_token_ids: bool) -> StepDetail:
+    detail = StepDetail(
+        **{name: getattr(step, name) for name in StepDetail.model_fields.keys() & Step.model_fields.keys()},
+        num_prompt_tokens=len(step.prompt_token_ids or ()),
+        num_output_tokens=len(step.output_token_ids or ()),
+    )
+    if not with_token_ids:
+        detail.prompt_token_ids = detail.output_token_ids = None
+    return detail

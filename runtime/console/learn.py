@@ -1,0 +1,82 @@
+"""Has a running server turn the loop once, and watches it, stage by stage, to its report.
+
+Refuses to know what a stage does. Leaving does no harm: the cycle goes on, and can be watched again by its id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from runtime.console.client import Client, Refused
+
+POLL_SECONDS = 1.0
+
+OnCycle = Callable[[dict[str, Any]], None]
+"""Called with the cycle each time it was looked at."""
+
+
+class CycleFailed(Exception):
+    """The cycle ended with an error. `cycle` is its last state."""
+
+    def __init__(self, cycle: dict[str, Any]) -> None:
+        super().__init__(f"cycle {cycle['id']} ended with an error: {cycle['error']}")
+        self.cycle = cycle
+
+
+async def start_cycle(client: Client, settings: dict[str, Any]) -> str:
+    """Start a cycle and return its id. Raises: Refused (one runs already, settings that cannot be), NoServer."""
+    return (await client.post("/v1/cycles", {"settings": settings}))["id"]
+
+
+async def watch_cycle(client: Client, cycle_id: str, on_cycle: OnCycle) -> dict[str, Any]:
+    """Watch a cycle to its end and return what it came to.
+
+    Raises:
+        CycleFailed, Refused, NoServer.
+    """
+    while True:
+        cycle = await client.get(f"/v1/cycles/{cycle_id}")
+        on_cycle(cycle)
+        if cycle["status"] == "error":
+            raise CycleFailed(cycle)
+        if cycle["status"] == "completed":
+            return await read_outcome(client, cycle)
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def read_outcome(client: Client, cycle: dict[str, Any]) -> dict[str, Any]:
+    """Return the outcome of a completed cycle: the verdict, the policy it was about, and the report."""
+    path = f"/v1/cycles/{cycle['id']}/report"
+    try:
+        report: dict[str, Any] | None = await client.get(path)
+        markdown: str | None = await client.get_text(path, format="markdown")
+    except Refused:  # a cycle may end before there is anything to compare
+        report = markdown = None
+    verdict = cycle["verdict"] or {}
+    policies = await client.get("/v1/policies")
+    candidate = cycle["artifacts"].get("candidate")
+    return {
+        "cycle": cycle["id"],
+        "verdict": verdict.get("decision"),
+        "reason": verdict.get("reason"),
+        "policy": None if candidate is None else f"v{candidate}",
+        "active": policies["active"],
+        "report": report,
+        "markdown": markdown,
+    }
+
+
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """Return `{"evaluation": {"num_tasks": 50}}` for `{"evaluation.num_tasks": 50}`, without what is None."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        if value is None:
+            continue
+        *sections, name = key.split(".")
+        table = nested
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[name] = value
+    return nested

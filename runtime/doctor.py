@@ -1,0 +1,108 @@
+"""Looks at everything an answer depends on, and says in one line each how it is and what would mend it.
+
+Refuses to mend anything. Each check is a function that returns; what it trips over is what it reports.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memory.errors import StoreError
+from memory.store import Memory
+from runtime.engine import Engine
+from runtime.errors import AdapterError, EngineError, PolicyError
+
+GIB = 1024**3
+MIN_FREE_BYTES = 2 * GIB
+ENCODER_SECONDS = 20.0
+NO_ADAPTER = "ratchet-doctor"
+"""A name that no adapter has."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at; `mend` says what to do where it isn't well."""
+
+    name: str
+    is_ok: bool
+    detail: str
+    mend: str = ""
+
+
+def check_at_rest(memory: Memory) -> list[Check]:
+    """Check what needs no engine. Blocks for seconds: call it on a thread."""
+    return [check_rows(memory), check_encoder(memory), check_index(memory), check_disk(memory), check_gpu()]
+
+
+def check_rows(memory: Memory) -> Check:
+    started = time.monotonic()
+    try:
+        problems: Sequence[str] = memory.database.check()
+    except StoreError as error:
+        problems = [str(error)]
+    if problems:
+        return Check("sqlite", False, "; ".join(problems[:3]), "restore ratchet.db from a backup")
+    return Check("sqlite", True, f"{memory.data_dir / 'ratchet.db'} is sound ({time.monotonic() - started:.2f} s)")
+
+
+def check_encoder(memory: Memory) -> Check:
+    """Wait for memory's own encoder; where it doesn't come, load another to learn why."""
+    from memory.encoder import SentenceEncoder
+
+    name, deadline = memory.config.encoder, time.monotonic() + ENCODER_SECONDS
+    while not memory.index.has_meanings and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if memory.index.has_meanings:
+        return Check("encoder", True, f"{name}: loaded")
+    try:
+        vectors = SentenceEncoder(name).encode(["Is anybody there?"])
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        return Check("encoder", False, f"{name}: {error}", "set memory.encoder to 'embedded', which needs no download")
+    return Check("encoder", True, f"{name}: {vectors.shape[1]} dimensions, though memory has not loaded it yet")
+
+
+def check_index(memory: Memory) -> Check:
+    try:
+        counts = memory.index.count()
+    except (StoreError, OSError, RuntimeError) as error:
+        return Check("index", False, str(error), "serve.py rebuild-index")
+    held = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing yet"
+    if not memory.index.has_meanings:
+        return Check("index", True, f"by word only, meanings are still loading: {held}")
+    return Check("index", True, f"by meaning and by word: {held}")
+
+
+def check_disk(memory: Memory) -> Check:
+    free = shutil.disk_usage(memory.data_dir).free
+    return Check("disk", free >= MIN_FREE_BYTES, f"{free / GIB:.1f} GiB free", "free some space: 2 GiB at least")
+
+
+def check_gpu() -> Check:
+    """Say which GPU there is. None is well too: then everything runs on the CPU."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return Check("gpu", True, "none: the CPU does everything")
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (subprocess.SubprocessError, OSError) as error:
+        return Check("gpu", False, f"nvidia-smi fails: {error}", "see to the driver, or make EXTRA=cpu")
+    return Check("gpu", True, listed.replace("\n", "; "))
+
+
+async def check_engine(engine: Engine) -> list[Check]:
+    """Have the engine generate a real token, and ask it whether adapters can come and go."""
+    started = time.monotonic()
+    if not await engine.probe():
+        return [Check("engine", False, f"{engine.url or 'not started'}: no token", f"read {engine.log_path}")]
+    token = Check("engine", True, f"{engine.url}: a real token in {1000 * (time.monotonic() - started):.0f} ms")
+    try:
+        worn = await engine.adapters()
+        await engine.unload_adapter(NO_ADAPTER)
+    except (AdapterError, EngineError, PolicyError) as error:
+        mend = "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+        return [token, Check("lora", False, str(error), mend)]
+    return [token, Check("lora", True, f"adapters come and go; now loaded: {', '.join(sorted(worn)) or 'none'}")]

@@ -1,0 +1,349 @@
+"""The vLLM server process: started, proved by a real token, watched, started again when it dies.
+
+Refuses to know what is asked of it (completion.py), and which adapters it wears (hotswap.py, by way of `on_restart`).
+Flow: find the model -> start the child -> follow its log until a real token came -> watch: a dead child at once, a
+zombie (alive, but no token moves) within seconds -> end it, start another, let `on_restart` dress it -> ready again.
+
+Invariant: while `is_ready`, a real token was generated since the last start. The child dies with this process, however
+that ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import itertools
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import structlog
+
+from runtime.completion import EngineClient
+from runtime.config import EngineConfig
+from runtime.errors import EngineError, PolicyError
+from runtime.model_family import choose_tool_call_parser, find_model, read_model_config
+
+log = structlog.get_logger()
+
+OnProgress = Callable[[str], None]
+
+HOME = Path(__file__).parents[1]
+CHILD = Path(__file__).with_name("engine_child.py")
+CPU_FIX = "runtime.engine_cpu_fix.BareBase"
+BASE = "base"
+"""The name under which the bare base model is served."""
+STOP_SECONDS = 10.0
+ZOMBIE_GRACE_SECONDS = 1.0
+BACKOFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+# What the engine's log says as it starts, in this order, and what that means to who waits.
+PHASES = (
+    ("non-default args", "reading the model's configuration"),
+    ("Initializing a V1 LLM engine", "starting the engine's core"),
+    ("Starting to load model", "loading the weights"),
+    ("KV cache size", "reserving memory for attention"),
+    ("init engine", "opening its port"),
+    ("Application startup complete", "generating a first token"),
+)
+TROUBLE = re.compile(r"\b\w*(Error|Exception|error|Killed|refused)\b.*")
+NOISE = re.compile(r"^\(\w+[^)]*pid=\d+\)\s*|^(INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^\]]*\]\s*")
+
+
+class Engine(EngineClient):
+    """One vLLM server, ours or one that already runs."""
+
+    def __init__(self, config: EngineConfig, data_dir: Path, *, on_progress: OnProgress | None = None) -> None:
+        super().__init__(config.url or "", BASE, timeout_seconds=config.call_timeout_seconds)
+        self.config = config
+        self.log_path = data_dir / "logs" / "engine.log"
+        self.model_path: Path | None = None
+        """The base model's directory; None when a foreign engine serves one that isn't here."""
+        self.on_restart: Callable[[], Awaitable[None]] | None = None
+        """Awaited after each restart, before the engine is ready again."""
+        self.num_restarts = 0
+        self._on_progress = on_progress or (lambda text: None)
+        self._process: asyncio.subprocess.Process | None = None
+        self._ready = asyncio.Event()
+        self._is_stopped = False
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready.is_set()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process started the server and may end it."""
+        return self.config.url is None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    async def start(self) -> None:
+        """Start the server, or find the one that runs, and return once it generated a token.
+
+        Raises:
+            EngineError: it doesn't come up; the message holds its last words and the log's path.
+            ValueError: the settings name no model, or one of an unknown family.
+        """
+        async with contextlib.AsyncExitStack() as on_failure:  # Ctrl-C included: no half-started child stays behind
+            on_failure.push_async_callback(self.stop)
+            if self.is_ours:
+                self._on_progress("finding the model")
+                self.model_path = await asyncio.to_thread(find_model, self.config.model)
+                await self._start_child()
+            else:
+                await self._meet_foreign()
+            on_failure.pop_all()
+        self._ready.set()
+
+    async def stop(self) -> None:
+        """End the child, if it is ours, and every process it started."""
+        self._is_stopped = True
+        self._ready.clear()
+        await self._end_child()
+        await self.close()
+
+    async def wait_until_ready(self, timeout_seconds: float) -> None:
+        """Wait for a restart to end. Raises EngineError after `timeout_seconds`."""
+        if self.is_ready:
+            return
+        try:
+            await asyncio.wait_for(self._ready.wait(), timeout_seconds)
+        except TimeoutError:
+            raise EngineError(f"the engine is not ready; its log is {self.log_path}") from None
+
+    async def watch(self) -> None:
+        """Probe until the engine is stopped; restart a server of ours that is dead or a zombie."""
+        while True:
+            await self._wait_for_trouble()
+            if self._is_stopped:
+                return
+            self._ready.clear()
+            if self.is_ours:
+                await self._restart()
+            else:
+                await self._await_foreign()
+            if self._is_stopped:
+                return
+            self._ready.set()
+            self._on_progress("the engine is ready again")
+
+    async def _wait_for_trouble(self) -> None:
+        exited = asyncio.ensure_future(self._process.wait()) if self._process is not None else None
+        try:
+            while True:
+                if exited is None:
+                    await asyncio.sleep(self.config.probe_interval_seconds)
+                elif (await asyncio.wait({exited}, timeout=self.config.probe_interval_seconds))[0]:
+                    log.error("engine died", exit_code=exited.result(), log=str(self.log_path))
+                    return
+                if not await self._is_alive(exited):
+                    log.error("engine is a zombie: no token moves", log=str(self.log_path))
+                    return
+        finally:
+            if exited is not None:
+                exited.cancel()
+
+    async def _is_alive(self, exited: asyncio.Future[int] | None) -> bool:
+        """Probe by one token. A probe that waits behind others is no proof of death while their tokens move."""
+        probe = asyncio.ensure_future(self.probe())
+        watched = {probe} if exited is None else {probe, exited}
+        try:
+            await asyncio.wait(watched, timeout=self.config.probe_timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
+            if exited is not None and exited.done():
+                return True  # the next look at `exited` tells
+            if probe.done() and probe.result():
+                return True
+            return await self._do_tokens_move()
+        finally:
+            probe.cancel()
+
+    async def _probe_within(self, seconds: float) -> bool:
+        try:
+            return await asyncio.wait_for(self.probe(), seconds)
+        except TimeoutError:
+            return False
+
+    async def _do_tokens_move(self) -> bool:
+        try:
+            async with asyncio.timeout(2 * ZOMBIE_GRACE_SECONDS):
+                before = await self.num_tokens_so_far()
+                await asyncio.sleep(ZOMBIE_GRACE_SECONDS)
+                return await self.num_tokens_so_far() > before
+        except (TimeoutError, PolicyError):
+            return False
+
+    async def _restart(self) -> None:
+        """End what is left of the child and start another, until one is up and dressed."""
+        for attempt in itertools.count():
+            await self._end_child()
+            await asyncio.sleep(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
+            if self._is_stopped:
+                return
+            self.num_restarts += 1
+            log.warning("restarting the engine", attempt=attempt + 1)
+            try:
+                await self._start_child()
+                if self.on_restart is not None:
+                    await self.on_restart()
+                return
+            except (EngineError, PolicyError, OSError) as error:  # OSError: a full disk takes no log
+                log.error("engine did not come up", error=str(error))
+
+    async def _await_foreign(self) -> None:
+        while not await self._probe_within(self.config.probe_timeout_seconds):
+            await asyncio.sleep(self.config.probe_interval_seconds)
+        if self.on_restart is not None:
+            await self.on_restart()
+
+    async def _meet_foreign(self) -> None:
+        """Learn what the engine at `config.url` serves."""
+        self._on_progress(f"looking for the engine at {self.url}")
+        try:
+            models = await self.models()
+        except PolicyError as error:
+            raise EngineError(f"no engine answers at {self.config.url!r}: {error}") from error
+        base = next((model for model in models if not model.get("parent")), None)
+        if base is None:
+            raise EngineError(f"the engine at {self.config.url!r} serves no base model")
+        self.model = base["id"]
+        root = Path(self.config.model or base.get("root") or "")
+        self.model_path = root.resolve() if (root / "config.json").is_file() else None
+        if not await self._probe_within(self.config.startup_seconds):
+            raise EngineError(f"the engine at {self.config.url!r} generates no token")
+
+    async def _start_child(self) -> None:
+        assert self.model_path is not None
+        port = self.config.port or _find_free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        arguments = server_arguments(self.config, self.model_path, port)
+        self._has_priorities = True
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        if self.log_path.exists():
+            self.log_path.replace(self.log_path.with_suffix(".log.1"))
+        with self.log_path.open("wb") as log_file:
+            # A session of its own: Ctrl-C in the terminal reaches us, and we end the child in good order.
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                str(CHILD),
+                str(os.getpid()),
+                *arguments,
+                env=os.environ | server_environment(self.config),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                start_new_session=True,
+            )
+        await self._follow_startup()
+
+    async def _follow_startup(self) -> None:
+        """Report the phases that the log shows; return at the first real token."""
+        process = self._process
+        assert process is not None
+        deadline = time.monotonic() + self.config.startup_seconds
+        num_phases_seen = 0
+        while True:
+            text = self.log_path.read_text(encoding="utf-8", errors="replace")
+            while num_phases_seen < len(PHASES) and PHASES[num_phases_seen][0] in text:
+                self._on_progress(PHASES[num_phases_seen][1])
+                num_phases_seen += 1
+            if process.returncode is not None:
+                raise EngineError(self._describe_failure(f"the engine ended with exit code {process.returncode}"))
+            if num_phases_seen == len(PHASES) and await self._probe_within(deadline - time.monotonic()):
+                # The engine's first look at log-probs takes seconds; better now than in the middle of a swap.
+                await self.token_logprobs(self.model, [1, 1])
+                return
+            if time.monotonic() > deadline:
+                seconds = self.config.startup_seconds
+                raise EngineError(self._describe_failure(f"the engine was not up within {seconds:g} seconds"))
+            await asyncio.sleep(0.25)
+
+    def _describe_failure(self, what: str) -> str:
+        text = self.log_path.read_text(encoding="utf-8", errors="replace")
+        return f"{what}; its last words: {find_last_words(text)}; the whole log: {self.log_path}"
+
+    async def _end_child(self) -> None:
+        """End the child's whole process group: in good order first, then for certain."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for one_signal in (signal.SIGTERM, signal.SIGKILL):
+            # The group outlives its leader when that one crashed, so it is signalled in any case.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, one_signal)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), STOP_SECONDS)
+
+
+def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[str]:
+    """Return vLLM's command line. Raises ValueError for a family whose tool-call parser isn't known."""
+    parser = config.tool_call_parser or choose_tool_call_parser(read_model_config(model_path))
+    arguments = {
+        "model": model_path,
+        "served-model-name": BASE,
+        "host": "127.0.0.1",  # several of vLLM's routes ask nobody for a key
+        "port": port,
+        "max-loras": config.max_loras,
+        "max-cpu-loras": max(config.max_cpu_loras, config.max_loras),
+        "max-lora-rank": config.max_lora_rank,
+        "tool-call-parser": parser,
+        "scheduling-policy": "priority",
+        "max-num-seqs": config.max_num_seqs,
+        "max-num-queued-reqs": config.max_num_queued,
+        "generation-config": "vllm",  # the model's own sampling defaults would surprise
+        "max-model-len": config.max_model_len,
+    }
+    flags = ["enable-lora", "enable-auto-tool-choice", "disable-uvicorn-access-log"]
+    if is_cpu_build():
+        arguments["dtype"] = "bfloat16"
+        arguments["worker-extension-cls"] = CPU_FIX
+        flags.append("enforce-eager")
+    else:
+        arguments["gpu-memory-utilization"] = config.gpu_memory_utilization
+    given = [part for key, value in arguments.items() if value is not None for part in (f"--{key}", str(value))]
+    return [*given, *(f"--{flag}" for flag in flags), *config.extra_args]
+
+
+def server_environment(config: EngineConfig) -> dict[str, str]:
+    """Return what the child's environment has beyond ours."""
+    return {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",  # the model is a directory by now
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(HOME), os.environ.get("PYTHONPATH")))),  # for CPU_FIX
+    }
+
+
+def is_cpu_build() -> bool:
+    """Return whether the installed vLLM is the one for CPUs."""
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def find_last_words(text: str) -> str:
+    """Return what an engine's log says of its trouble: the last lines that speak of errors, or just the last."""
+    lines = [NOISE.sub("", NOISE.sub("", line)).strip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    troubled = [line for line in lines if TROUBLE.search(line) and not line.startswith(("File ", "raise "))]
+    return " | ".join(dict.fromkeys((troubled or lines)[-3:])) or "none"
+
+
+def _find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

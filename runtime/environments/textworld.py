@@ -1,0 +1,199 @@
+"""TextWorld's cooking games: find the recipe, fetch, cut and cook what it names, eat the meal.
+
+Games come from seeds in three disjoint families. A seed becomes a compiled game once (about a second) and is kept in
+a cache directory. The reward is the game's own score over its maximum, so that winning is 1. What the agent reads is
+the game's own text, less what no player needs: the banner, the score lines, the cookbook's imprint.
+
+Refuses to know who plays. TextWorld: Côté et al., 2018 (arXiv 1806.11532).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import random
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from memory.schema import Split, Task
+from runtime.environments.base import Environment, Outcome, Playthrough
+from runtime.errors import UnknownTask
+from runtime.tools import Tool
+
+FAMILIES = {
+    "pretraining": range(100_000, 500_000),
+    Split.PRACTICE: range(500_000, 900_000),
+    Split.HELD_OUT: range(900_000, 1_000_000),
+}
+SYSTEM_PROMPT = "You play a text game. Reach its goal by calling act with one short command at a time."
+ACT = {
+    "type": "object",
+    "properties": {"command": {"type": "string"}},
+    "required": ["command"],
+}
+NUM_COMPILERS = os.cpu_count() or 1
+
+
+class TextWorld(Environment):
+    """Cooking games by seed. A task's name is its seed; `cache_dir` holds the compiled games."""
+
+    name = "textworld"
+    system_prompt = SYSTEM_PROMPT
+
+    def __init__(self, cache_dir: Path) -> None:
+        self._cache_dir = cache_dir
+
+    def task(self, name: str) -> Task:
+        seed = int(name) if name.isdecimal() else -1
+        for family, seeds in FAMILIES.items():
+            if seed in seeds:
+                split = family if isinstance(family, Split) else Split.LIVE
+                return Task(environment=self.name, name=str(seed), kind="cooking", split=split)
+        families = ", ".join(f"{family} {seeds.start}..{seeds.stop - 1}" for family, seeds in FAMILIES.items())
+        raise UnknownTask(f"textworld has no task {name!r}: a task is a seed ({families})")
+
+    def tasks(self, split: Split, num_tasks: int, *, offset: int = 0) -> list[Task]:
+        seeds = FAMILIES.get(split)
+        if seeds is None:
+            raise ValueError(f"textworld has no split {split!r}: use practice or held-out")
+        return [self.task(str(seed)) for seed in seeds[offset : offset + num_tasks]]
+
+    async def prepare(self, tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
+        missing = sorted({task.name for task in tasks if not self._game_file(task.name).exists()})
+        if not missing:
+            return
+        self._cache_dir.mkdir(parents=True, exist_ok=True)
+        loop = asyncio.get_running_loop()
+        # Spawned, not forked: the parent has threads, and TextWorld's random state is per process.
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(NUM_COMPILERS, len(missing)), mp_context=spawn) as compilers:
+            jobs = [
+                loop.run_in_executor(compilers, compile_cooking_game, int(name), self._game_file(name))
+                for name in missing
+            ]
+            for num_done, job in enumerate(asyncio.as_completed(jobs), start=1):
+                await job
+                if on_progress:
+                    on_progress(num_done, len(missing))
+
+    async def start(self, task: Task) -> CookingPlaythrough:
+        await self.prepare([task])
+        return await asyncio.to_thread(CookingPlaythrough, task, self._game_file(task.name))
+
+    def _game_file(self, name: str) -> Path:
+        return self._cache_dir / f"cooking-{name}.z8"
+
+
+class CookingPlaythrough(Playthrough):
+    """One cooking game under way in an interpreter of its own."""
+
+    def __init__(self, task: Task, game_file: Path) -> None:
+        import textworld  # here, so that naming tasks stays cheap
+
+        # The interpreter warns that it cannot score games it does not know; TextWorld scores them itself.
+        warnings.filterwarnings("ignore", message="Game .* is not fully supported")
+        wanted = textworld.EnvInfos(score=True, max_score=True, won=True, lost=True, inventory=True)
+        self._game = textworld.start(str(game_file), wanted)
+        self._state: Any = self._game.reset()
+        self.task = task
+        self.task_text = f"{readable(self._state.feedback)}\n{readable(self._state.inventory)}"
+        self.tools = [
+            Tool(name="act", description="Give the game one command.", parameters=ACT, call=self._act),
+        ]
+
+    async def _act(self, arguments: dict[str, Any]) -> str:
+        return await asyncio.to_thread(self.step, arguments["command"])
+
+    def step(self, command: str) -> str:
+        """Give the game `command`; return what it says."""
+        if self.is_done:
+            return "The game is over."
+        self._state, _, self.is_done = self._game.step(command)
+        observation = readable(self._state.feedback)
+        if self.is_done:
+            self.closing_text = observation
+        return observation
+
+    @property
+    def is_won(self) -> bool:
+        return bool(self._state.won)
+
+    async def close(self) -> Outcome:
+        score, max_score = self._state.score, self._state.max_score
+        ending = "won" if self._state.won else "lost" if self._state.lost else "left unfinished"
+        await asyncio.to_thread(self._game.close)
+        return Outcome(value=score / max_score, reason=f"{ending} with {score} of {max_score} points")
+
+
+_NOT_FOR_READING = re.compile(
+    r"""
+    ^.*?(?=You\ are\ hungry!)           # the banner
+    | \n>[ ]*(-=.*)?$                   # the prompt and its status line
+    | ^>.*$
+    | Your\ score\ has\ just\ gone\ (up|down)\ by\ \w+\ points?\.
+    | You\ scored\ \d+\ out\ of\ .*$    # the tally and the restart prompt, to the end
+    | You\ open\ the\ copy\ of\ .*?\n\nIngredients   # the cookbook's imprint
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def readable(text: str) -> str:
+    """Return the game's text without banner, status line, score lines and imprint; one line per line."""
+    text = text.replace("Ingredients:", "\n\nIngredients:") if "You open the copy" in text else text
+    text = _NOT_FOR_READING.sub(lambda m: "Ingredients" if m[0].endswith("Ingredients") else "", text)
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def cooking_settings(seed: int) -> dict[str, Any]:
+    """Return the difficulty of a seed's game: one room, 1 to 3 ingredients, most of them to be cut and cooked."""
+    rng = random.Random(seed)
+    num_ingredients = rng.choice([1, 2, 2, 3, 3])
+    return {
+        "recipe": num_ingredients,
+        "take": rng.randint(1, num_ingredients),
+        "open": rng.random() < 0.8,
+        "cook": rng.random() < 0.85,
+        "cut": rng.random() < 0.85,
+        "drop": False,
+        "go": 1,
+        "recipe_seed": 0,
+        "split": None,
+    }
+
+
+def compile_cooking_game(seed: int, game_file: Path) -> None:
+    """Generate and compile the game of `seed` (one process, about a second); the file appears whole or not at all."""
+    import textworld
+    from textworld.challenges.tw_cooking import cooking
+    from textworld.generator import compile_game
+
+    _skip_what_is_done_twice()
+    options = textworld.GameOptions()
+    options.seeds = seed
+    game = cooking.make(cooking_settings(seed), options)
+    # Inform leaves half a file behind when it is interrupted, and the player needs the .json beside the .z8.
+    partial = game_file.with_name(f"partial-{os.getpid()}-{game_file.name}")
+    options.path, options.force_recompile = str(partial), True
+    compile_game(game, options)
+    partial.with_suffix(".json").replace(game_file.with_suffix(".json"))
+    partial.replace(game_file)
+    partial.with_suffix(".ni").unlink(missing_ok=True)
+
+
+def _skip_what_is_done_twice() -> None:
+    """Load TextWorld's knowledge base once a process, and do not compile each game again to replay its walkthrough."""
+    from functools import cache
+
+    from textworld.generator.data import KnowledgeBase
+    from textworld.generator.maker import GameMaker
+
+    if not hasattr(KnowledgeBase.load, "cache_info"):
+        KnowledgeBase.load = staticmethod(cache(KnowledgeBase.load))
+        GameMaker.set_walkthrough = lambda self, commands: None

@@ -1,0 +1,52 @@
+"""What can go wrong while answering, one leaf for each thing a caller can act on.
+
+    Exception
+    ├── EpisodeError             something inside one episode; recorded on its trajectory, never raised by rollout
+    │   ├── PolicyError          the engine refused a call or died during it
+    │   ├── ToolError            a tool's own way of saying no; its message is shown to the model
+    │   └── BudgetExceeded       the episode ran out of steps, tokens, seconds or context
+    ├── EngineError              the engine cannot be started or is not ready
+    ├── AdapterError             an adapter was refused, or isn't what the engine serves under its name
+    ├── UnknownEnvironment       no environment has that name (a ValueError)
+    └── UnknownTask              an environment has no such task (a ValueError)
+
+Refuses to know who catches them, and what HTTP makes of them.
+"""
+
+from __future__ import annotations
+
+
+class EpisodeError(Exception):
+    """Something inside one episode. It ends that episode, and nothing else."""
+
+
+class PolicyError(EpisodeError):
+    """The engine refused a call, or died during it. `status` is its HTTP status; None when there was no answer."""
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ToolError(EpisodeError):
+    """Raised by a tool to say no in words that the model should read."""
+
+
+class BudgetExceeded(EpisodeError):
+    """The episode ran out of steps, tokens, seconds or context. It closes FINISHED: being slow is not a crash."""
+
+
+class EngineError(Exception):
+    """The engine cannot be started, or is not ready. The message ends with what its log said last, and where it is."""
+
+
+class AdapterError(Exception):
+    """An adapter was refused, or isn't what the engine serves under its name. The policy before it stays on."""
+
+
+class UnknownEnvironment(ValueError):
+    """No environment has that name."""
+
+
+class UnknownTask(ValueError):
+    """The environment has no task of that name."""

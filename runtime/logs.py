@@ -1,0 +1,48 @@
+"""Where logs go: one JSON object a line into a file that is turned over, so that the terminal stays for people.
+
+Refuses to know what is logged. Libraries that use the standard library's logging end up in the same file.
+"""
+
+from __future__ import annotations
+
+import logging
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+import structlog
+
+MAX_BYTES = 10_000_000
+NUM_KEPT = 3
+
+
+def send_logs_to(path: Path) -> None:
+    """Write all logs of this process to `path` from now on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shared = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    handler = RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=NUM_KEPT, encoding="utf-8", delay=True)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.JSONRenderer(ensure_ascii=False),
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+    for name in ("httpx", "aiosqlite", "alembic", "chromadb", "sentence_transformers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )

@@ -1,0 +1,154 @@
+"""What the agent does, one node each: retrieve, act, use_tools.
+
+Refuses to know how an episode is closed, and by whom it was asked for (agent.py). A node takes the state and the
+episode, and returns what changed.
+Invariant: a step is durable in its trajectory before the next one starts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from langgraph.runtime import Runtime
+
+from memory.schema import Split, Step, StepKind, Trajectory, new_id
+from runtime.completion import Message
+from runtime.model_family import holds_unparsed_call
+from runtime.state import Episode, EpisodeState
+from runtime.tools import ToolResult, invalid, parse_arguments, run_tool
+
+
+async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
+    """Find what memory has for the task, and open the trajectory with it: fixed from here on."""
+    episode = runtime.context
+    task = episode.task
+    environment, kind = (task.environment, task.kind) if task else (None, "chat")
+    memory_text, memory_ids = "", []
+    if episode.use_memory:
+        recollection = await episode.memory.retrieval.retrieve(
+            environment=environment,
+            kind=kind,
+            task=task.name if task else None,
+            query_text=episode.task_text,
+            exclude_task=task.name if task else None,
+        )
+        memory_text, memory_ids = recollection.text, recollection.ids
+    trajectory = Trajectory(
+        id=new_id("trj"),
+        episode_id=episode.episode_id,
+        environment=environment,
+        task=task.name if task else None,
+        kind=kind,
+        split=task.split if task else Split.LIVE,
+        task_text=episode.task_text,
+        policy=episode.actor.version,
+        opening=episode.opening,
+        tools=episode.definitions,
+        memory_text=memory_text,
+        memory_ids=memory_ids,
+        temperature=episode.temperature,
+    )
+    # Before it is durable: a write that was begun cannot be cancelled, and what is open must be closed.
+    episode.trajectory = trajectory
+    await episode.memory.trajectories.open(trajectory)
+    return {"messages": show_memory(episode.opening, memory_text)}
+
+
+async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
+    """Let the policy reply; find out whether that ends the episode."""
+    episode = runtime.context
+    completion = await episode.actor.complete(
+        state["messages"],
+        episode.definitions,
+        temperature=episode.temperature,
+        max_tokens=episode.budget.require(),
+        seed=None if episode.seed is None else episode.seed + episode.budget.num_steps,
+        on_delta=episode.on_delta,
+        **episode.sampling,
+    )
+    episode.budget.spend(completion)
+    await _record(
+        episode,
+        kind=StepKind.MODEL,
+        content=completion.content,
+        tool_calls=completion.tool_calls,
+        finish_reason=completion.finish_reason,
+        prompt_token_ids=completion.prompt_token_ids,
+        output_token_ids=completion.output_token_ids,
+        seconds=completion.seconds,
+    )
+    episode.answer = completion.content
+    change: EpisodeState = {"messages": [completion.as_message()], "calls": completion.tool_calls}
+    names = {call["function"]["name"] for call in completion.tool_calls}
+    if not completion.tool_calls:
+        if episode.definitions and holds_unparsed_call(completion.content):
+            episode.num_invalid_tool_calls += 1
+        change["answer"] = completion.content
+    elif names & episode.client_tool_names:  # theirs to run: the calls are the answer
+        episode.num_invalid_tool_calls += sum(not _is_well_formed(call) for call in completion.tool_calls)
+        change["answer"] = completion.content
+    return change
+
+
+async def use_tools(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
+    """Run the calls of the last reply, one after the other: they act on one world."""
+    episode = runtime.context
+    messages: list[Message] = []
+    for call in state["calls"]:
+        result, seconds = await _run_call(episode, call)
+        episode.num_invalid_tool_calls += result.is_invalid
+        await _record(
+            episode,
+            kind=StepKind.TOOL,
+            content=result.content,
+            tool_name=call["function"]["name"],
+            tool_call_id=call["id"],
+            error=result.error,
+            seconds=seconds,
+        )
+        messages.append({"role": "tool", "tool_call_id": call["id"], "content": result.content})
+        if episode.is_played_out:
+            return {"messages": messages, "calls": [], "answer": episode.playthrough.closing_text}
+    return {"messages": messages, "calls": []}
+
+
+def show_memory(opening: Sequence[Message], memory_text: str) -> list[Message]:
+    """Return the opening with the memory segment ahead of its last user message."""
+    messages = list(opening)
+    places = [place for place, message in enumerate(messages) if message.get("role") == "user"]
+    if not memory_text or not places:
+        return messages
+    content = messages[places[-1]].get("content") or ""
+    if isinstance(content, str):
+        shown: str | list[dict[str, Any]] = f"{memory_text}\n\n{content}"
+    else:  # OpenAI's list of parts
+        shown = [{"type": "text", "text": f"{memory_text}\n\n"}, *content]
+    messages[places[-1]] = messages[places[-1]] | {"content": shown}
+    return messages
+
+
+def _is_well_formed(call: dict[str, Any]) -> bool:
+    try:
+        parse_arguments(call["function"]["arguments"])
+    except ValueError:
+        return False
+    return True
+
+
+async def _run_call(episode: Episode, call: dict[str, Any]) -> tuple[ToolResult, float]:
+    started = time.monotonic()
+    name = call["function"]["name"]
+    tool = episode.tools.get(name)
+    if tool is None:
+        known = ", ".join(map(repr, episode.tools)) or "none"
+        return invalid(f"there is no tool {name!r}; the tools are: {known}"), 0.0
+    return await run_tool(tool, call["function"]["arguments"]), time.monotonic() - started
+
+
+async def _record(episode: Episode, **fields: Any) -> None:
+    """Append a step to the trajectory; durable when it returns."""
+    step = Step(trajectory_id=episode.trajectory.id, position=episode.num_recorded, **fields)
+    await episode.memory.trajectories.append(step, trajectory=episode.trajectory)
+    episode.num_recorded += 1

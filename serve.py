@@ -1,0 +1,438 @@
+"""Introduces the rooms to one another, and is the command line: the only file that knows memory, runtime and optimizer.
+
+    serve.py serve      opens memory, starts the engine, wears the active policy, answers, learns when asked to
+    serve.py doctor     looks at everything an answer depends on
+    serve.py ...        every other verb talks to the running server (runtime/console/)
+
+Refuses to do any of the work itself. Heavy packages are imported by what needs them: a client verb, and a game
+compiler's child process, start without them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from runtime.console.speak import Failure, perform, run, say, watching
+from runtime.console.verbs import DEFAULT_URL, Json, Url, add_verbs
+
+if TYPE_CHECKING:
+    from memory.schema import Cycle
+    from memory.store import Memory
+    from optimizer.config import OptimizerConfig
+    from optimizer.seams import Seams
+    from runtime.api.services import Services
+    from runtime.console.show import Phases
+
+DEFAULT_TOML = Path("ratchet.toml")
+STOP_SECONDS = 10
+OPEN_ENDED = {"allow_extra_args": True, "ignore_unknown_options": True}  # --section.key value
+
+app = typer.Typer(
+    help="An agent that answers, remembers, learns, proves that it learned, and only then swaps.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+add_verbs(app)
+
+Config = Annotated[Path | None, typer.Option("-c", "--config", help="A TOML file; ./ratchet.toml if it is there.")]
+Data = Annotated[str | None, typer.Option("--data", help="The data directory (.ratchet).")]
+
+
+def read_all_settings(config: Path | None, given: dict[str, str | None], extra: list[str]) -> Any:
+    """Return the settings of every room: flags over environment over TOML over defaults.
+
+    Raises:
+        Failure: an unknown key or a bad value, named with the place it came from.
+    """
+    from pydantic import BaseModel
+
+    from memory.config import MemoryConfig
+    from optimizer.config import OptimizerConfig
+    from runtime.config import AgentConfig, EngineConfig, ServerConfig
+    from runtime.settings import BadSettings, parse_flags, read_settings
+
+    class Settings(BaseModel, extra="forbid"):
+        data: Path = Path(".ratchet")
+        memory: MemoryConfig = MemoryConfig()
+        engine: EngineConfig = EngineConfig()
+        agent: AgentConfig = AgentConfig()
+        server: ServerConfig = ServerConfig()
+        optimizer: OptimizerConfig = OptimizerConfig()
+
+    toml = config or (DEFAULT_TOML if DEFAULT_TOML.exists() else None)
+    try:
+        flags = parse_flags(extra) | {key: value for key, value in given.items() if value is not None}
+        return read_settings(Settings, toml=toml, environ=os.environ, flags=flags)
+    except BadSettings as bad:
+        raise Failure(str(bad), exit_code=2) from None
+
+
+@app.command(context_settings=OPEN_ENDED)
+def serve(
+    context: typer.Context,
+    config: Config = None,
+    port: Annotated[str | None, typer.Option("--port", help="Where to listen (8080); 0 takes a free one.")] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="The loopback by default: nobody is asked who they are.")
+    ] = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Start the engine and answer. Any setting can be given as --section.key value, e.g. --engine.model X."""
+    from runtime.console.show import Phases
+
+    settings = read_all_settings(config, {"server.port": port, "server.host": host, "data": data}, context.args)
+    prepare_environment(settings)
+    phases = Phases(Console(highlight=False), is_silent=as_json)
+    try:
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run_server(settings, phases, as_json=as_json))
+    finally:
+        phases.end()
+
+
+def prepare_environment(settings: Any) -> None:
+    """Set for this process and its children what libraries read from the environment."""
+    quiet = {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "ANONYMIZED_TELEMETRY": "False",
+        "TOKENIZERS_PARALLELISM": "false",
+        "LANGGRAPH_STRICT_MSGPACK": "true",
+    }
+    model = settings.engine.model
+    is_all_here = settings.memory.encoder == "embedded" and (model is None or Path(model).expanduser().is_dir())
+    if is_all_here:  # a name of the hub must still be fetched
+        quiet["HF_HUB_OFFLINE"] = "1"
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+
+
+async def run_server(settings: Any, phases: Phases, *, as_json: bool) -> None:
+    """Open, start, announce, answer, and stop every child when told to.
+
+    Raises:
+        Failure: the data directory is in use, the port is taken, the engine does not start.
+    """
+    from memory.errors import StoreError
+    from runtime.errors import EngineError
+
+    stop = asyncio.Event()
+    for one in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(one, stop.set)
+    try:
+        with listen(settings.server.host, settings.server.port) as listener, open_memory(settings, phases) as memory:
+            await live(compose(memory, settings, phases), listener, settings, stop, phases, as_json=as_json)
+    except (StoreError, EngineError, ValueError, OSError) as error:
+        raise Failure(str(error)) from error
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return the listening socket; taken before anything slow begins, so that a taken port is known at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise Failure(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
+    return listener
+
+
+def open_memory(settings: Any, phases: Phases) -> Memory:
+    """Take the data directory and open what it holds; logs go there from now on."""
+    phases.say(f"opening memory in {settings.data}")
+    from memory.store import Memory
+    from runtime.logs import send_logs_to
+
+    memory = Memory.open(settings.data, settings.memory)
+    send_logs_to(memory.data_dir / "logs" / "ratchet.log")
+    return memory
+
+
+def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
+    """Make every part and introduce each to those it needs. Nothing runs yet."""
+    phases.say("loading the program")
+    from optimizer.seams import Seams
+    from runtime.agent import Agent
+    from runtime.api.services import Services
+    from runtime.engine import Engine
+    from runtime.environments.textworld import TextWorld
+    from runtime.hotswap import HotSwap
+
+    engine = Engine(settings.engine, memory.data_dir, on_progress=phases.say)
+    hotswap = HotSwap(memory.policies, engine, max_lora_rank=settings.engine.max_lora_rank)
+    environments = {"textworld": TextWorld(memory.data_dir / "environments")}
+    agent = Agent(memory, hotswap, environments, settings.agent)
+
+    async def complete(messages: list[dict[str, Any]]) -> str:
+        async with hotswap.lease(0) as base:  # judgement stays the base's, whoever acts
+            return (await base.complete(messages, max_tokens=settings.agent.max_output_tokens)).content
+
+    seams = Seams(
+        rollout=agent.rollout,
+        tasks=lambda environment, split, num_tasks, offset=0: agent.environment(environment).tasks(
+            split, num_tasks, offset=offset
+        ),
+        prepare=lambda tasks, on_progress=None: agent.environment(tasks[0].environment).prepare(tasks, on_progress),
+        # The pocket model cannot write prose; lessons come from counting then.
+        complete=complete if settings.engine.model or settings.engine.url else None,
+    )
+    learner = Learner(memory, settings.optimizer, seams)
+    return Services(memory, agent, engine, hotswap, learner, environments)
+
+
+async def live(
+    services: Services, listener: socket.socket, settings: Any, stop: asyncio.Event, phases: Phases, *, as_json: bool
+) -> None:
+    """Answer from the first moment (503 while the engine starts) until told to stop; leave no child behind."""
+    import uvicorn
+
+    from runtime.api.app import create_app
+
+    config = uvicorn.Config(
+        create_app(services), log_config=None, access_log=False, timeout_graceful_shutdown=STOP_SECONDS
+    )
+    server = uvicorn.Server(config)
+    server.capture_signals = contextlib.nullcontext  # signals are ours: children must be stopped in order
+    answering = asyncio.ensure_future(server.serve(sockets=[listener]))
+    starting = asyncio.ensure_future(start(services, settings, phases))
+    background: list[asyncio.Future[Any]] = []
+    try:
+        if await happens_first(stop, starting, answering):
+            return
+        background += [asyncio.ensure_future(part) for part in (services.engine.watch(), services.hotswap.follow())]
+        await services.cycles.resume()
+        phases.end()
+        announce(services, listener, as_json=as_json)
+        await happens_first(stop, answering, *background)
+    finally:
+        phases.say("stopping")
+        server.should_exit = True
+        server.force_exit = starting.cancelled() or not starting.done()
+        await asyncio.wait({answering})
+        await give_up(starting, *background)
+        await services.cycles.stop()
+        await services.engine.stop()
+
+
+async def start(services: Services, settings: Any, phases: Phases) -> None:
+    """Bring the engine up and put on the active policy: boot is the first swap."""
+    from runtime.errors import AdapterError
+
+    memory = services.memory
+    await memory.trajectories.close_orphans()
+    await services.engine.start()
+    await memory.policies.register_base(name_base(services.engine, settings.engine.model))
+    while True:
+        active = memory.policies.active()
+        phases.say(f"putting on policy {active.name}")
+        try:
+            return await services.hotswap.wear(active.version)
+        except AdapterError as refused:
+            before = await memory.policies.rollback()
+            phases.say(f"policy {active.name} was refused ({refused}); back to {before.name}")
+
+
+def name_base(engine: Any, model: str | None) -> str:
+    """Return what the policies stand on: the hub's id as given, or the directory."""
+    if model is not None and not Path(model).expanduser().is_dir():
+        return model
+    return str(engine.model_path) if engine.model_path is not None else engine.model
+
+
+def announce(services: Services, listener: socket.socket, *, as_json: bool) -> None:
+    """Say where the agent answers, and three things to try."""
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    policy = services.memory.policies.get(services.hotswap.active_version)
+    facts = {"url": url, "policy": policy.name, "base_model": policy.base_model, "data": str(services.memory.data_dir)}
+    option = "" if url == DEFAULT_URL else f" --url {url}"
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
+    text = f"""
+Ratchet answers at {url} as policy {policy.name}; its API is described at {url}/docs
+Three things to try, in another terminal:
+
+  {python} serve.py play --tasks 32{option}
+  {python} serve.py learn{option}
+  {python} serve.py trajectories list{option}
+
+Ctrl-C stops it."""
+    say(facts, as_json=as_json, show=lambda _: text)
+
+
+async def happens_first(stop: asyncio.Event, *tasks: asyncio.Future[Any]) -> bool:
+    """Wait until told to stop (True), or until a task ends; raise what ended it."""
+    told = asyncio.ensure_future(stop.wait())
+    try:
+        done, _ = await asyncio.wait({told, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        return told in done
+    finally:
+        told.cancel()
+
+
+async def give_up(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Learner:
+    """Turns the loop in the background, one cycle at a time; one that a stop interrupts goes on at the next start."""
+
+    def __init__(self, memory: Memory, config: OptimizerConfig, seams: Seams) -> None:
+        self._memory = memory
+        self._config = config
+        self._seams = seams
+        self._running: asyncio.Task[Any] | None = None
+
+    async def start(self, settings: dict[str, Any]) -> Cycle:
+        """Open a cycle with these departures from the configuration, and set it going.
+
+        Raises:
+            CycleInProgress; ValueError for settings that cannot be, and for too few trajectories.
+        """
+        from optimizer.cycle import open_cycle
+        from optimizer.errors import OptimizerError
+        from runtime.settings import overlay
+
+        try:
+            cycle = await open_cycle(self._memory, overlay(self._config, settings, place="settings"))
+        except OptimizerError as error:
+            raise ValueError(str(error)) from error
+        self._turn(cycle.id)
+        return cycle
+
+    async def resume(self) -> None:
+        """Take up the cycle that an earlier process left open."""
+        cycle = self._memory.cycles.unfinished()
+        if cycle is not None:
+            self._turn(cycle.id)
+
+    async def cancel(self, cycle_id: str) -> Cycle:
+        """Stop a cycle for good."""
+        from memory.schema import CycleStage
+
+        await self.stop()
+        return await self._memory.cycles.save(cycle_id, stage=CycleStage.ERROR, error="Cancelled: by request")
+
+    async def stop(self) -> None:
+        """Interrupt what runs; its row stays open."""
+        if self._running is not None:
+            await give_up(self._running)
+
+    def _turn(self, cycle_id: str) -> None:
+        from optimizer.cycle import run_cycle
+
+        self._running = asyncio.create_task(run_cycle(self._memory, cycle_id, seams=self._seams))
+        # A cycle records its own failure; the exception has been seen.
+        self._running.add_done_callback(lambda turn: turn.cancelled() or turn.exception())
+
+
+@app.command("rebuild-index")
+def rebuild_index(config: Config = None, data: Data = None, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """Rebuild what finds memories from the rows; by the running server, or here if none runs."""
+    from runtime.console.client import Client, NoServer
+
+    settings = read_all_settings(config, {"data": data}, [])
+
+    async def work() -> dict[str, Any]:
+        with contextlib.suppress(NoServer):
+            async with Client(url) as client:
+                return await client.post("/v1/index/rebuild")
+        prepare_environment(settings)
+        with open_memory_here(settings) as memory:
+            return {"counts": await memory.index.rebuild()}
+
+    def show(rebuilt: dict[str, Any]) -> str:
+        return "rebuilt: " + ", ".join(f"{count} {name}" for name, count in rebuilt["counts"].items())
+
+    perform(work, as_json=as_json, show=show)
+
+
+@app.command(context_settings=OPEN_ENDED)
+def doctor(
+    context: typer.Context, config: Config = None, data: Data = None, url: Url = DEFAULT_URL, as_json: Json = False
+) -> None:
+    """Look at everything an answer depends on; with no server running, start an engine to ask it for a real token."""
+    from runtime.console import show
+    from runtime.console.client import Client, NoServer
+
+    settings = read_all_settings(config, {"data": data}, context.args)
+
+    async def work() -> dict[str, Any]:
+        with contextlib.suppress(NoServer):
+            async with Client(url) as client:
+                return await client.get("/v1/doctor")
+        prepare_environment(settings)
+        phases = show.Phases(watching(as_json), is_silent=as_json)
+        try:
+            return await examine(settings, phases)
+        finally:
+            phases.end()
+
+    diagnosis = perform(work, as_json=as_json, show=show.doctor_table)
+    if not diagnosis["is_ok"]:
+        raise typer.Exit(1)
+
+
+async def examine(settings: Any, phases: Phases) -> dict[str, Any]:
+    """Check everything without a server."""
+    from dataclasses import asdict
+
+    from runtime import doctor as checks
+    from runtime.engine import Engine
+    from runtime.errors import EngineError
+
+    with open_memory_here(settings) as memory:
+        phases.say("checking what is kept")
+        found = await asyncio.to_thread(checks.check_at_rest, memory)
+        engine = Engine(settings.engine, memory.data_dir, on_progress=phases.say)
+        try:
+            await engine.start()
+            found += await checks.check_engine(engine)
+        except (EngineError, ValueError, OSError) as error:
+            found.append(checks.Check("engine", False, str(error), f"read {engine.log_path}"))
+        finally:
+            await engine.stop()
+    return {"is_ok": all(check.is_ok for check in found), "checks": [asdict(check) for check in found]}
+
+
+def open_memory_here(settings: Any) -> Memory:
+    """Open memory in a verb of its own. Raises Failure when somebody else has it."""
+    from memory.errors import StoreError
+    from memory.store import Memory
+    from runtime.logs import send_logs_to
+
+    try:
+        memory = Memory.open(settings.data, settings.memory)
+    except StoreError as error:
+        raise Failure(str(error)) from error
+    send_logs_to(memory.data_dir / "logs" / "ratchet.log")
+    return memory
+
+
+def main() -> None:
+    sys.exit(run(app, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

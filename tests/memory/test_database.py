@@ -1,0 +1,165 @@
+"""The writer, the readers, and what a bad disk does to them."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+from sqlalchemy import event, insert, text
+from sqlmodel import Session, select
+
+from memory.database import Database
+from memory.errors import StorageError
+from memory.schema import Document
+
+
+def add_document(title: str, digest: str = "d"):
+    def write(session: Session) -> str:
+        session.execute(insert(Document).values(Document(id=title, title=title, digest=digest).model_dump()))
+        return title
+
+    return write
+
+
+def titles(database: Database) -> set[str]:
+    with database.read() as session:
+        return set(session.exec(select(Document.title)))
+
+
+async def hold_the_writer(database: Database) -> tuple[threading.Event, asyncio.Task]:
+    """Keep the writer busy, so that all that is queued meanwhile shares the next batch."""
+    is_held, release = threading.Event(), threading.Event()
+    held = asyncio.ensure_future(database.write(lambda session: is_held.set() or release.wait(10)))
+    await asyncio.to_thread(is_held.wait)
+    return release, held
+
+
+async def together(database: Database, *works) -> list:
+    release, held = await hold_the_writer(database)
+    tasks = [asyncio.ensure_future(database.write(work)) for work in works]
+    await asyncio.sleep(0.05)
+    release.set()
+    await held
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_an_awaited_write_is_seen_by_readers_and_by_the_next_process(database: Database):
+    assert await database.write(add_document("a")) == "a"
+    assert titles(database) == {"a"}
+    connection = sqlite3.connect(database.path)
+    assert connection.execute("SELECT title FROM documents").fetchall() == [("a",)]
+    connection.close()
+
+
+async def test_the_writer_is_durable_and_the_readers_cannot_write(database: Database):
+    pragmas = ("journal_mode", "synchronous", "foreign_keys")
+
+    def ask(session: Session) -> list:
+        return [session.execute(text(f"PRAGMA {pragma}")).scalar() for pragma in pragmas]
+
+    assert await database.write(ask) == ["wal", 2, 1]
+    with database.read() as session:
+        assert session.execute(text("PRAGMA wal_autocheckpoint")).scalar() == 0
+    with pytest.raises(StorageError, match="readonly"), database.read() as session:
+        session.execute(text("DELETE FROM documents"))
+
+
+async def test_writes_that_wait_share_one_commit(database: Database):
+    commits = []
+    event.listen(database._writing, "commit", lambda connection: commits.append(1))
+    results = await together(database, *(add_document(str(number)) for number in range(50)))
+    assert results == [str(number) for number in range(50)]
+    assert len(commits) == 2  # the one that held the writer, and the batch
+
+
+async def test_a_failing_write_leaves_nothing_and_spares_its_neighbours(database: Database):
+    def half_then_fail(session: Session) -> None:
+        add_document("half")(session)
+        raise KeyError("planted")
+
+    def twice_the_same(session: Session) -> None:
+        session.add(Document(id="x", title="twice", digest="1"))
+        session.add(Document(id="y", title="twice", digest="2"))
+
+    results = await together(
+        database, add_document("a"), half_then_fail, add_document("b"), twice_the_same, add_document("c")
+    )
+    assert [isinstance(result, Exception) for result in results] == [False, True, False, True, False]
+    assert titles(database) == {"a", "b", "c"}
+
+
+async def test_a_cancelled_wait_does_not_undo_the_write(database: Database):
+    release, held = await hold_the_writer(database)
+    waiting = asyncio.ensure_future(database.write(add_document("a")))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    release.set()
+    await held
+    await database.write(add_document("b"))
+    assert waiting.cancelled() and titles(database) == {"a", "b"}
+
+
+async def test_a_full_disk_is_a_typed_error_after_which_all_is_well(database: Database):
+    await database.write(add_document("before"))
+
+    def limit(session: Session) -> None:
+        num_pages = session.execute(text("PRAGMA page_count")).scalar()
+        session.execute(text(f"PRAGMA max_page_count={num_pages + 3}"))
+
+    await database.write(limit)
+    with pytest.raises(StorageError, match=r"ratchet\.db.*full; free some disk space"):
+        await database.write(add_document("large", digest="x" * 200_000))
+    results = await together(
+        database, add_document("a"), add_document("large", digest="x" * 200_000), add_document("b")
+    )
+    assert [type(result) for result in results] == [str, StorageError, str]
+
+    await database.write(lambda session: session.execute(text("PRAGMA max_page_count=1000000")).scalar())
+    await database.write(add_document("large", digest="x" * 200_000))
+    assert titles(database) == {"before", "a", "b", "large"}
+    assert database.check() == []
+
+
+async def test_a_closed_database_refuses_and_what_was_queued_is_there(tmp_path: Path):
+    database = Database(tmp_path / "ratchet.db")
+    writes = [asyncio.ensure_future(database.write(add_document(str(number)))) for number in range(20)]
+    await asyncio.sleep(0)
+    await asyncio.to_thread(database.close)
+    await asyncio.gather(*writes)
+    with pytest.raises(StorageError, match="is closed"):
+        await database.write(add_document("late"))
+    with pytest.raises(StorageError, match="is closed"):
+        titles(database)
+    database.close()
+    again = Database(f"sqlite:///{tmp_path / 'ratchet.db'}")
+    assert len(titles(again)) == 20
+    again.close()
+
+
+def test_a_thread_without_a_loop_writes_too(database: Database):
+    assert database.write_sync(add_document("a")) == "a"
+    with pytest.raises(KeyError):
+        database.write_sync(lambda session: {}["missing"])
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path):
+    path = tmp_path / "ratchet.db"
+    path.write_bytes(b"not a database at all, only text " * 100)
+    with pytest.raises(StorageError, match=r"ratchet\.db.*not a database; restore a backup"):
+        Database(path)
+    with pytest.raises(StorageError, match="unable to open"):
+        Database(tmp_path / "missing" / "ratchet.db")
+    with pytest.raises(ValueError, match="unsupported database 'postgresql://x'"):
+        Database("postgresql://x")
+
+
+async def test_check_finds_a_row_that_points_nowhere(database: Database):
+    assert database.check() == []
+    connection = sqlite3.connect(database.path)
+    connection.execute("INSERT INTO passages VALUES ('p', 'nowhere', 0, 'text')")
+    connection.commit()
+    connection.close()
+    assert database.check() == ["passages row 1 has no documents"]

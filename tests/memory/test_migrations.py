@@ -1,0 +1,77 @@
+"""The revisions, against the schema they must lead to."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, create_engine
+from sqlmodel import SQLModel
+
+from memory.database import Database
+from memory.errors import DatabaseTooNew
+from memory.migrations.upgrade import _make_config, upgrade
+
+
+@pytest.fixture
+def connection(tmp_path: Path) -> Iterator[Connection]:
+    """A connection of our own to a database that is up to date."""
+    Database(tmp_path / "ratchet.db").close()
+    engine = create_engine(f"sqlite:///{tmp_path / 'ratchet.db'}")
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+def test_the_revisions_lead_to_the_schema(connection: Connection):
+    differences = compare_metadata(MigrationContext.configure(connection), SQLModel.metadata)
+    assert differences == []
+
+
+def test_an_interrupted_upgrade_leaves_nothing_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    upgraded = []
+
+    def upgrade_then_die(connection) -> None:
+        with connection.begin():
+            config = _make_config()
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            upgraded.append(True)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("memory.database.upgrade", upgrade_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        Database(tmp_path / "ratchet.db")
+    connection = sqlite3.connect(tmp_path / "ratchet.db")
+    assert upgraded and connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+    connection.close()
+
+    monkeypatch.setattr("memory.database.upgrade", upgrade)
+    Database(tmp_path / "ratchet.db").close()
+    database = Database(tmp_path / "ratchet.db")  # up to date: nothing to do
+    assert database.check() == []
+    database.close()
+
+
+def test_a_downgrade_takes_everything_back(connection: Connection):
+    with connection.begin():
+        config = _make_config()
+        config.attributes["connection"] = connection
+        command.downgrade(config, "base")
+        tables = {row[0] for row in connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert tables == {"alembic_version"}
+
+
+def test_a_database_from_the_future_is_refused(tmp_path: Path):
+    Database(tmp_path / "ratchet.db").close()
+    connection = sqlite3.connect(tmp_path / "ratchet.db")
+    connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.commit()
+    connection.close()
+    with pytest.raises(DatabaseTooNew, match=r"'9999'.*use the newer program"):
+        Database(tmp_path / "ratchet.db")

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+import shutil
+
+import numpy
+import pytest
+from safetensors.numpy import save_file
+
+from memory.adapters import CONFIG_NAME, WEIGHTS_NAME, Manifest, write_adapter_atomically, write_manifest
+from memory.schema import CycleStage, PolicyStage, RewardSource, Split, Task, TrajectoryStage
+from memory.store import Memory
+from optimizer.config import OptimizerConfig
+from optimizer.cycle import abandon_cycle, open_cycle, run_cycle
+from optimizer.errors import TooFewTrajectories, TrainingError
+from optimizer.seams import Seams
+from optimizer.training.launch import read_finished
+from tests.memory.episodes import HashingEncoder
+from tests.optimizer.worlds import live
+
+FOODS = ["carrot", "onion", "banana", "pork", "pepper", "salmon"]
+SKILL = {0: 0.35, 1: 0.6, 2: 0.95}  # how likely each policy takes the stove
+SKILL_FROM_MEMORY = 0.25
+
+
+class Died(BaseException):
+    """The process is gone: nothing may catch this."""
+
+
+class Kitchen:
+    """A world where frying wants the stove; how well it is played depends on the policy and on memory."""
+
+    def __init__(self, memory, tokenizer, skill=SKILL) -> None:
+        self.memory, self.tokenizer, self.skill = memory, tokenizer, skill
+        self.num_played = 0
+        self.dies_after: int | None = None
+
+    def tasks(self, environment, split, num_tasks, offset=0):
+        return [
+            Task(environment, f"{split.value}-{number}", "cooking", split)
+            for number in range(offset, offset + num_tasks)
+        ]
+
+    async def rollout(self, task, *, policy, use_memory, temperature, seed):
+        if self.num_played == self.dies_after:
+            raise Died
+        self.num_played += 1
+        insights = self.memory.insights.active("kitchen") if use_memory else []
+        dice = random.Random(f"{task.name}/{seed if temperature else policy}/{temperature}")
+        is_right = dice.random() < self.skill[policy] + (SKILL_FROM_MEMORY if insights else 0.0)
+        graded = self._script(task, is_right, insights)
+        graded.trajectory.policy = policy
+        graded.trajectory.stage = TrajectoryStage.RUNNING
+        await self.memory.trajectories.open(graded.trajectory)
+        for step in graded.steps:
+            await self.memory.trajectories.append(step, trajectory=graded.trajectory)
+        await self.memory.trajectories.reward(graded.trajectory.id, float(is_right), RewardSource.ENVIRONMENT)
+        return await self.memory.trajectories.close(graded.trajectory.id, stage=TrajectoryStage.FINISHED)
+
+    def _script(self, task, is_right, insights):
+        food = FOODS[int(hashlib.sha256(task.name.encode()).hexdigest(), 16) % len(FOODS)]
+        moves = [("read cookbook", f"Directions:\nfry the {food}\nprepare meal")]
+        if is_right:
+            moves += [(f"cook {food} with stove", "It sizzles."), ("prepare meal", "You win!")]
+        else:
+            moves += [(f"cook {food} with oven", "It burns. You lose!")]
+        memory_text = "<memory>\n" + "\n".join(insight.text for insight in insights) + "\n</memory>" if insights else ""
+        tokenizer = self.tokenizer
+        if task.split is Split.HELD_OUT:  # nothing is learned from those, so they may be short
+            moves, tokenizer = moves[:1], None
+        return live(
+            moves, tokenizer=tokenizer, task=task.name, split=task.split, memory_text=memory_text, is_success=is_right
+        )
+
+
+class FakeTrainer:
+    """Writes a tiny adapter at once, as often as it is allowed to."""
+
+    def __init__(self) -> None:
+        self.trained: list[str] = []
+        self.fails = False
+
+    async def __call__(self, spec, *, on_step=None, num_attempts=2):
+        if (made := read_finished(spec)) is not None:
+            return made
+        if self.fails:
+            raise TrainingError("the trainer was killed; its log ends: out of memory")
+        self.trained.append(spec.kind)
+        if on_step is not None:
+            await on_step({"step": 1, "total": 1, "loss": 0.5})
+        unfinished = spec.work_dir / "adapter"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        save_file({"lora_B": numpy.ones((2, 2), dtype=numpy.float32)}, unfinished / WEIGHTS_NAME)
+        (unfinished / CONFIG_NAME).write_text("{}")
+        manifest = Manifest(
+            name=spec.name,
+            version=spec.version,
+            kind=spec.kind,
+            base_model=spec.base_model,
+            base_digest="",
+            trajectory_ids=spec.trajectory_ids,
+            parent=spec.parent,
+            settings={**spec.settings(), "spec_digest": spec.digest()},
+            metrics={"num_steps": 1, "seconds": 0.1, "loss/first": 0.7, "loss/last": 0.5},
+        )
+        write_manifest(unfinished, manifest)
+        write_adapter_atomically(unfinished, spec.output_dir)
+        return read_finished(spec)
+
+
+CONFIG = OptimizerConfig.model_validate(
+    {
+        "environment": "kitchen",
+        "num_practice_tasks": 12,
+        "practice_episodes": 36,
+        "explore_episodes": 36,
+        "concurrency": 16,
+        "demonstrations": {"min_rows": 4},
+        "preferences": {"min_rows": 4},
+        "evaluation": {"num_tasks": 40, "min_tasks": 30},
+    }
+)
+
+
+@pytest.fixture
+async def memory(tmp_path, tiny_base):
+    opened = Memory.open(tmp_path / "data", encoder=HashingEncoder())
+    await opened.policies.register_base(str(tiny_base))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def kitchen(memory, tokenizer):
+    return Kitchen(memory, tokenizer)
+
+
+@pytest.fixture
+def trainer():
+    return FakeTrainer()
+
+
+def seams_of(kitchen, trainer) -> Seams:
+    return Seams(rollout=kitchen.rollout, tasks=kitchen.tasks, train=trainer)
+
+
+async def test_one_turn_of_the_loop_ends_with_a_better_policy_and_a_report(memory, kitchen, trainer):
+    cycle = await open_cycle(memory, CONFIG)
+
+    verdict = await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
+
+    assert verdict["decision"] == "promote" and memory.policies.active().version == 2
+    assert trainer.trained == ["sft", "dpo"]
+    assert [policy.version for policy in memory.policies.lineage(2)] == [2, 1, 0]
+    assert memory.policies.get(1).stage is PolicyStage.DRAFT
+    closed = memory.cycles.get(cycle.id)
+    assert closed.stage is CycleStage.COMPLETED and closed.verdict["policy"] == 2
+    learned_from = closed.artifacts["demonstrations"]["trajectory_ids"]
+    assert learned_from and all(memory.trajectories.get(id_).split is Split.PRACTICE for id_ in learned_from)
+    assert [insight.text for insight in memory.insights.active("kitchen")] == ["fry the _ -> cook _ with stove"]
+    report = json.loads((memory.data_dir / "reports" / cycle.id / "report.json").read_text())
+    assert set(report["cells"]) == {"base-off", "base-on", "sft-off", "dpo-off", "dpo-on"}
+    page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
+    assert "promote" in page and "fry the _ -> cook _ with stove" in page and page.isascii()
+    assert (memory.data_dir / "reports" / cycle.id / "success.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("dies_after", [20, 50, 200], ids=["in practice", "in exploration", "in evaluation"])
+async def test_a_process_that_dies_goes_on_at_the_stage_where_it_died(memory, kitchen, trainer, dies_after):
+    cycle = await open_cycle(memory, CONFIG)
+    kitchen.dies_after = dies_after
+    with pytest.raises(BaseExceptionGroup):
+        await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
+    assert memory.cycles.unfinished().id == cycle.id
+    trained_before = list(trainer.trained)
+
+    kitchen.dies_after = None
+    verdict = await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
+
+    assert verdict["decision"] == "promote"
+    assert trainer.trained == ["sft", "dpo"] and trained_before == trainer.trained[: len(trained_before)]
+    assert len(memory.policies.list()) == 3
+    one_turn = 36 + 36 + 5 * 40
+    assert kitchen.num_played <= one_turn + 40  # at most one round or one cell is played again
+
+
+async def test_a_trainer_that_fails_closes_the_cycle_with_its_reason(memory, kitchen, trainer):
+    trainer.fails = True
+    cycle = await open_cycle(memory, CONFIG)
+
+    with pytest.raises(TrainingError):
+        await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
+
+    closed = memory.cycles.get(cycle.id)
+    assert closed.stage is CycleStage.ERROR and "out of memory" in closed.error
+    assert memory.policies.active().version == 0 and memory.cycles.unfinished() is None
+
+
+async def test_a_cancelled_cycle_can_be_abandoned_and_makes_room_for_another(memory, kitchen, trainer):
+    cycle = await open_cycle(memory, CONFIG)
+    running = asyncio.create_task(run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer)))
+    await asyncio.sleep(0.2)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert memory.cycles.unfinished().id == cycle.id
+
+    closed = await abandon_cycle(memory, cycle.id, "cancelled by the operator")
+
+    assert closed.stage is CycleStage.ERROR and closed.error == "cancelled by the operator"
+    assert (await open_cycle(memory, CONFIG)).id != cycle.id
+
+
+async def test_a_world_that_breaks_closes_the_cycle_with_its_own_words(memory, kitchen, trainer):
+    async def broken(*arguments, **more):
+        raise ConnectionError("the engine is gone")
+
+    cycle = await open_cycle(memory, CONFIG)
+    with pytest.raises(ExceptionGroup):
+        await run_cycle(memory, cycle.id, seams=Seams(rollout=broken, tasks=kitchen.tasks, train=trainer))
+
+    assert memory.cycles.get(cycle.id).error == "ConnectionError: the engine is gone"
+
+
+async def test_a_planted_worse_candidate_is_rejected(memory, kitchen, trainer):
+    kitchen.skill = {0: 0.6, 1: 0.5, 2: 0.05}
+    cycle = await open_cycle(memory, CONFIG)
+
+    verdict = await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
+
+    assert verdict["decision"] == "reject"
+    assert memory.policies.get(2).stage is PolicyStage.REJECTED and memory.policies.active().version == 0
+
+
+async def test_without_enough_preferences_the_sft_policy_is_the_candidate(memory, kitchen, trainer):
+    config = CONFIG.model_copy(update={"preferences": CONFIG.preferences.model_copy(update={"min_rows": 999})})
+    kitchen.skill = {0: 0.35, 1: 0.95}
+    cycle = await open_cycle(memory, config)
+
+    verdict = await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
+
+    assert verdict["decision"] == "promote" and memory.policies.active().version == 1
+    assert trainer.trained == ["sft"]
+    assert "Too few preferences for DPO" in (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
+
+
+async def test_too_few_demonstrations_say_how_many_are_missing(memory, kitchen, trainer):
+    kitchen.skill = {0: -1.0}
+    cycle = await open_cycle(memory, CONFIG)
+
+    with pytest.raises(TooFewTrajectories, match="4 are missing") as caught:
+        await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
+
+    assert caught.value.num_missing == 4
+    assert "not_a_success 36" in memory.cycles.get(cycle.id).error
+
+
+async def test_a_cycle_without_practice_is_refused_at_once_when_there_is_nothing_to_learn_from(memory):
+    config = CONFIG.model_copy(update={"practice_episodes": 0})
+
+    with pytest.raises(TooFewTrajectories, match="0 of 0 rewarded trajectories"):
+        await open_cycle(memory, config)
+
+    assert memory.cycles.unfinished() is None
+
+
+async def test_the_next_cycle_practices_on_other_tasks_and_measures_the_new_incumbent(memory, kitchen, trainer):
+    kitchen.skill = {**SKILL, 3: 0.5, 4: 0.5}
+    for _ in range(2):
+        cycle = await open_cycle(memory, CONFIG)
+        verdict = await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
+
+    assert verdict["decision"] == "reject" and verdict["incumbent"]["policy"] == 2
+    assert memory.cycles.get(cycle.id).artifacts["practice_offset"] == CONFIG.num_practice_tasks
+    assert memory.policies.active().version == 2

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import pytest
+
+from memory.schema import Split
+from optimizer.config import DemonstrationConfig, PreferenceConfig
+from optimizer.data import build_demonstrations, build_preferences, read_rows, write_rows
+from tests.optimizer.worlds import live, say
+
+TAKE = ("take carrot", "You have the carrot.")
+STOVE = ("cook carrot with stove", "It is fried.")
+OVEN = ("cook carrot with oven", "It is roasted. You lose!")
+EAT = ("eat meal", "You win!")
+LOOK = ("look", "A kitchen.")
+MEMORY = "<memory>\nInsights:\n- fry the _ -> cook _ with stove\n</memory>"
+
+
+def demonstrate(graded, tokenizer, max_length_tokens=4096, **config):
+    config = DemonstrationConfig(**{"keep_memory_share": 0.0, **config})
+    return build_demonstrations(graded, tokenizer, config=config, max_length_tokens=max_length_tokens)
+
+
+def weigh(graded, tokenizer, max_length_tokens=4096, **config):
+    return build_preferences(graded, tokenizer, config=PreferenceConfig(**config), max_length_tokens=max_length_tokens)
+
+
+def test_only_successes_without_broken_calls_are_imitated(tokenizer):
+    won = live([TAKE, STOVE, EAT], tokenizer=tokenizer)
+    lost = live([TAKE, OVEN], tokenizer=tokenizer, is_success=False)
+    clumsy = live([LOOK, STOVE, EAT], tokenizer=tokenizer, num_invalid_tool_calls=1)
+
+    built = demonstrate([won, lost, clumsy], tokenizer)
+
+    assert built.trajectory_ids == [won.trajectory.id]
+    assert built.tally["not_a_success"] == 1 and built.tally["invalid_tool_calls"] == 1
+
+
+def test_a_task_gives_its_shortest_different_successes(tokenizer):
+    short = live([STOVE, EAT], tokenizer=tokenizer)
+    again = live([STOVE, EAT], tokenizer=tokenizer)
+    longer = live([TAKE, STOVE, EAT], tokenizer=tokenizer)
+    longest = live([LOOK, TAKE, STOVE, EAT], tokenizer=tokenizer)
+
+    built = demonstrate([longest, again, longer, short], tokenizer, per_task=2)
+
+    assert built.trajectory_ids == sorted([short.trajectory.id, longer.trajectory.id])
+    assert built.tally["duplicate"] == 1 and built.tally["over_task_cap"] == 1
+
+
+def test_the_memory_segment_stays_in_about_the_share_that_was_asked_for(tokenizer):
+    graded = [live([STOVE, EAT], tokenizer=tokenizer, task=str(n), memory_text=MEMORY) for n in range(60)]
+
+    built = demonstrate(graded, tokenizer, keep_memory_share=0.25)
+
+    with_memory = [row for row in built.rows if row.has_memory]
+    assert 6 <= len(with_memory) <= 26
+    assert all("<memory>" in tokenizer.decode(row.input_ids) for row in with_memory)
+    assert built.tokens_kept < built.tokens_shown
+
+
+def test_a_row_that_is_too_long_is_left_out_whole(tokenizer):
+    built = demonstrate([live([STOVE, EAT], tokenizer=tokenizer)], tokenizer, max_length_tokens=50)
+
+    assert not built.rows and built.tally["too_long"] == 1
+
+
+@pytest.mark.parametrize("build", [demonstrate, weigh])
+def test_held_out_tasks_stop_everything(tokenizer, build):
+    held_out = live([STOVE, EAT], tokenizer=tokenizer, split=Split.HELD_OUT)
+
+    with pytest.raises(AssertionError, match="held-out"):
+        build([held_out], tokenizer)
+
+
+def test_a_preference_parts_at_the_first_differing_step(tokenizer):
+    won = live([TAKE, STOVE, EAT], tokenizer=tokenizer)
+    lost = live([TAKE, OVEN], tokenizer=tokenizer, is_success=False)
+
+    (row,) = weigh([won, lost], tokenizer).rows
+
+    assert tokenizer.decode(row.prompt_ids).endswith("<|im_start|>assistant\n")
+    assert "You have the carrot." in tokenizer.decode(row.prompt_ids)
+    assert tokenizer.decode(row.rejected_ids) == say("cook carrot with oven") + "<|im_end|>"
+    assert tokenizer.decode(row.chosen_ids).endswith(say("eat meal") + "<|im_end|>")
+    own = [token for token, mine in zip(row.chosen_ids, row.chosen_mask, strict=True) if mine]
+    assert tokenizer.decode(own) == say("cook carrot with stove") + "<|im_end|>" + say("eat meal") + "<|im_end|>"
+
+
+def test_scope_step_ends_both_sides_with_the_differing_step(tokenizer):
+    won = live([TAKE, STOVE, EAT], tokenizer=tokenizer)
+    lost = live([TAKE, OVEN], tokenizer=tokenizer, is_success=False)
+
+    (row,) = weigh([won, lost], tokenizer, scope="step").rows
+
+    assert tokenizer.decode(row.chosen_ids) == say("cook carrot with stove") + "<|im_end|>"
+    assert all(row.chosen_mask)
+
+
+def test_episodes_that_were_shown_different_memory_can_be_weighed(tokenizer):
+    won = live([TAKE, STOVE, EAT], tokenizer=tokenizer, memory_text=MEMORY)
+    lost = live([TAKE, OVEN], tokenizer=tokenizer, is_success=False)
+
+    (row,) = weigh([won, lost], tokenizer).rows
+
+    assert "<memory>" not in tokenizer.decode(row.prompt_ids)
+
+
+def test_a_parting_nearer_the_end_is_preferred(tokenizer):
+    won = live([TAKE, STOVE, EAT], tokenizer=tokenizer)
+    early = live([LOOK, TAKE, OVEN], tokenizer=tokenizer, is_success=False)
+    late = live([TAKE, OVEN], tokenizer=tokenizer, is_success=False)
+
+    built = weigh([won, early, late], tokenizer, per_task=1)
+
+    assert [row.rejected_trajectory_id for row in built.rows] == [late.trajectory.id]
+    assert built.tally["over_task_cap"] == 1
+
+
+def test_what_cannot_be_compared_is_counted_by_its_reason(tokenizer):
+    won = live([TAKE, STOVE, EAT], tokenizer=tokenizer)
+    rambling = live([("look", f"A kitchen, {n}.") for n in range(9)], tokenizer=tokenizer, is_success=False)
+    elsewhere = live([TAKE, OVEN], tokenizer=tokenizer, is_success=False, text="Make another meal.")
+    alone = live([TAKE, OVEN], tokenizer=tokenizer, is_success=False, task="2")
+
+    built = weigh([won, rambling, elsewhere, alone], tokenizer)
+
+    assert not built.rows
+    assert built.tally["rejected_too_many_rounds"] == 1
+    assert built.tally["prompts_differ"] == 1
+    assert built.tally["no_contrast"] == 1
+
+
+def test_rows_survive_the_file(tokenizer, tmp_path):
+    built = demonstrate([live([STOVE, EAT], tokenizer=tokenizer)], tokenizer)
+
+    write_rows(built.rows, tmp_path / "rows.jsonl")
+
+    (row,) = read_rows(tmp_path / "rows.jsonl")
+    assert row["input_ids"] == built.rows[0].input_ids and row["mask"] == built.rows[0].mask

@@ -1,0 +1,78 @@
+"""The real game: its tasks are disjoint, its text is clean, its score is the reward."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from memory.schema import Split
+from runtime.environments.textworld import FAMILIES, TextWorld, cooking_settings, readable
+from runtime.environments.textworld_expert import play_as_expert, write_transcripts
+from runtime.errors import UnknownTask
+
+
+@pytest.fixture(scope="module")
+def textworld_environment(tmp_path_factory) -> TextWorld:
+    return TextWorld(tmp_path_factory.mktemp("games"))
+
+
+def test_the_families_of_seeds_are_disjoint():
+    families = [set(family) for family in FAMILIES.values()]
+    assert sum(map(len, families)) == len(set().union(*families))
+
+
+def test_a_task_is_found_again_by_its_name(textworld_environment):
+    for task in textworld_environment.tasks(Split.HELD_OUT, 5, offset=7):
+        assert textworld_environment.task(task.name) == task
+        assert task.split is Split.HELD_OUT
+
+
+@pytest.mark.parametrize("name", ["", "kitchen", "-1", "99999999999", "9e5", "٣"])
+def test_an_unknown_task_is_named_with_the_seeds_that_exist(textworld_environment, name):
+    with pytest.raises(UnknownTask, match=r"held-out 900000\.\.999999") as raised:
+        textworld_environment.task(name)
+    assert repr(name) in str(raised.value)
+
+
+async def test_an_expert_wins_and_the_score_is_the_reward(textworld_environment):
+    task = textworld_environment.task("100000")
+    game = await textworld_environment.start(task)
+    transcript = play_as_expert(game, random.Random(0), idle_rate=0.2)
+    outcome = await game.close()
+    assert transcript.is_won and outcome.value == 1.0
+    assert "won with" in outcome.reason
+
+
+async def test_a_wrong_cut_or_a_wrong_appliance_ends_the_game_at_once(textworld_environment):
+    game = await textworld_environment.start(textworld_environment.task("100001"))  # slice and fry a carrot we hold
+    assert "fry the carrot" in await game.tools[0].call({"command": "examine cookbook"})
+    assert "You lost" in await game.tools[0].call({"command": "cook carrot with oven"})
+    assert game.is_done and "You lost" in game.closing_text
+    assert await game.tools[0].call({"command": "look"}) == "The game is over."
+    assert 0.0 <= (await game.close()).value < 1.0
+
+
+async def test_what_the_agent_reads_holds_no_banner_score_or_prompt(textworld_environment):
+    game = await textworld_environment.start(textworld_environment.task("100002"))
+    seen = [game.task_text] + [game.step(command) for command in ("examine cookbook", "take knife", "frobnicate")]
+    await game.close()
+    for text in seen:
+        assert not any(noise in text for noise in ("$$", "score", "-=  ", ">", "RESTART", "\n\n"))
+    assert seen[0].startswith("You are hungry!") and "You are carrying" in seen[0]
+    assert seen[1].startswith("Ingredients:\n")
+
+
+def test_readable_keeps_the_games_last_words():
+    raw = "\nYou eat the meal.\n\n\n   *** The End ***\n\nYou scored 8 out of a possible 8, in 16 turns.\n\nWould you like\n>"
+    assert readable(raw) == "You eat the meal.\n*** The End ***"
+
+
+def test_a_seed_always_gives_the_same_difficulty():
+    assert cooking_settings(900_001) == cooking_settings(900_001)
+    assert {cooking_settings(seed)["recipe"] for seed in range(900_000, 900_050)} == {1, 2, 3}
+
+
+async def test_transcripts_hold_won_games_and_what_a_student_must_know(textworld_environment, tmp_path):
+    num_won = await write_transcripts(textworld_environment, tmp_path / "transcripts.json", num_games=2)
+    assert num_won == 4

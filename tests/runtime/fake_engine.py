@@ -1,0 +1,189 @@
+"""An engine by hand: the few routes of vLLM that the runtime uses, over real HTTP, with a scripted policy behind them.
+
+Refuses to know what the script wants to show. Token ids are the characters of the text, so that they can be read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from memory.adapters import read_manifest
+
+Script = Callable[[dict[str, Any]], "Reply | Awaitable[Reply]"]
+
+
+@dataclass
+class Reply:
+    """What the scripted policy says; `status` makes the engine refuse instead."""
+
+    content: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)  # (tool name, arguments as JSON)
+    status: int = 200
+    error: str = ""
+
+
+def say(text: str) -> Script:
+    return lambda request: Reply(text)
+
+
+def call(name: str, **arguments: Any) -> Reply:
+    return Reply(calls=[(name, json.dumps(arguments))])
+
+
+def ids_of(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+def base_logprobs(token_ids: list[int]) -> list[float]:
+    return [-(token_id % 7) - 0.5 for token_id in token_ids[1:]]
+
+
+class FakeEngine:
+    """`async with FakeEngine(script) as engine: engine.url`. `requests` holds every chat request that came."""
+
+    def __init__(self, script: Script, *, base_dir: Path | None = None) -> None:
+        self.script = script
+        self.base_dir = base_dir
+        self.requests: list[dict[str, Any]] = []
+        self.adapters: dict[str, Path] = {}
+        self.ever_loaded: list[str] = []
+        self.ignores_adapters = False
+        self.is_zombie = False
+        self.num_broken_off = 0
+        self.num_under_way = 0
+        self.num_tokens = 0
+        self.url = ""
+
+    async def __aenter__(self) -> FakeEngine:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/v1/load_lora_adapter", self._load)
+        app.router.add_post("/v1/unload_lora_adapter", self._unload)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
+        # As vLLM does: who leaves is no longer answered.
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    def forget_adapters(self) -> None:
+        """What a restart does."""
+        self.adapters.clear()
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.requests.append(body)
+        if body["model"] != "base" and body["model"] not in self.adapters:
+            return _error(404, f"The model `{body['model']}` does not exist.")
+        self.num_under_way += 1
+        try:
+            reply = self.script(body)
+            if not isinstance(reply, Reply):
+                reply = await reply
+        except asyncio.CancelledError:
+            self.num_broken_off += 1
+            raise
+        finally:
+            self.num_under_way -= 1
+        if reply.status != 200:
+            return _error(reply.status, reply.error)
+        return await self._stream(request, body, reply) if body.get("stream") else self._answer(body, reply)
+
+    def _answer(self, body: dict[str, Any], reply: Reply) -> web.Response:
+        message = {"role": "assistant", "content": reply.content or None, "tool_calls": _calls(reply)}
+        finish_reason = "tool_calls" if reply.calls else "stop"
+        choice = {"index": 0, "message": message, "finish_reason": finish_reason, "token_ids": _output_ids(reply)}
+        self.num_tokens += len(_output_ids(reply))
+        return web.json_response({"choices": [choice], "prompt_token_ids": _prompt_ids(body)})
+
+    async def _stream(self, request: web.Request, body: dict[str, Any], reply: Reply) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        chunks: list[dict[str, Any]] = [{"delta": {"role": "assistant", "content": ""}}]
+        chunks += [{"delta": {"content": it}, "token_ids": ids_of(it)} for it in reply.content]
+        for index, tool_call in enumerate(_calls(reply)):
+            head, text = tool_call["function"]["name"], tool_call["function"]["arguments"]
+            start = {"index": index, "id": tool_call["id"], "function": {"name": head}}
+            chunks.append({"delta": {"tool_calls": [start]}})
+            for part in (text[: len(text) // 2], text[len(text) // 2 :]):
+                chunks.append({"delta": {"tool_calls": [{"index": index, "function": {"arguments": part}}]}})
+            chunks.append({"delta": {}, "token_ids": ids_of(head + text)})
+        chunks.append({"delta": {}, "finish_reason": "tool_calls" if reply.calls else "stop"})
+        for number, chunk in enumerate(chunks):
+            event: dict[str, Any] = {"choices": [{"index": 0, **chunk}]}
+            if number == 0:
+                event["prompt_token_ids"] = _prompt_ids(body)
+            await response.write(f"data: {json.dumps(event)}\n\n".encode())
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _complete(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self.is_zombie:
+            await asyncio.sleep(3600)
+        if body["model"] != "base" and body["model"] not in self.adapters:
+            return _error(404, f"The model `{body['model']}` does not exist.")
+        self.num_tokens += 1
+        token_ids = body["prompt"]
+        logprobs = base_logprobs(token_ids)
+        if body["model"] in self.adapters and not self.ignores_adapters:
+            logprobs = read_manifest(self.adapters[body["model"]]).fingerprint.adapter_logprobs
+        rows = [{str(it): {"logprob": value}} for it, value in zip(token_ids[1:], logprobs, strict=False)]
+        choice = {"text": "x", "prompt_logprobs": [None, *rows]}
+        return web.json_response({"choices": [choice], "usage": {"completion_tokens": 1}})
+
+    async def _load(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if body["lora_name"] in self.adapters:
+            return _error(400, f"The lora adapter '{body['lora_name']}' has already been loaded.")
+        self.adapters[body["lora_name"]] = Path(body["lora_path"])
+        self.ever_loaded.append(body["lora_name"])
+        return web.Response(text="Success")
+
+    async def _unload(self, request: web.Request) -> web.Response:
+        name = (await request.json())["lora_name"]
+        if self.adapters.pop(name, None) is None:
+            return _error(404, f"The lora adapter '{name}' cannot be found.")
+        return web.Response(text="Success")
+
+    async def _models(self, request: web.Request) -> web.Response:
+        base = {"id": "base", "root": str(self.base_dir or "nowhere"), "parent": None}
+        return web.json_response({"data": [base, *({"id": name, "parent": "base"} for name in self.adapters)]})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        if self.is_zombie:
+            return web.Response(text='vllm:generation_tokens_total{engine="0"} 7.0\n')
+        return web.Response(text=f'vllm:generation_tokens_total{{engine="0"}} {self.num_tokens}.0\n')
+
+
+def _error(status: int, message: str) -> web.Response:
+    return web.json_response({"error": {"message": message, "type": "Error", "code": status}}, status=status)
+
+
+def _calls(reply: Reply) -> list[dict[str, Any]]:
+    return [
+        {"id": f"call-{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for number, (name, arguments) in enumerate(reply.calls)
+    ]
+
+
+def _prompt_ids(body: dict[str, Any]) -> list[int]:
+    return ids_of("\n".join(f"{message['role']}: {message.get('content')}" for message in body["messages"]))
+
+
+def _output_ids(reply: Reply) -> list[int]:
+    return ids_of(reply.content + "".join(name + arguments for name, arguments in reply.calls))

@@ -1,0 +1,323 @@
+"""The engine process: what it is started with, what it says when it fails, and the real one under swaps and faults."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from memory.adapters import Fingerprint, Manifest, digest_base, write_manifest
+from memory.schema import TrajectoryStage
+from memory.store import Memory
+from runtime.agent import Agent
+from runtime.config import AgentConfig, EngineConfig
+from runtime.engine import Engine, find_last_words, server_arguments
+from runtime.errors import EngineError
+from runtime.hotswap import HotSwap, mean_distance
+from runtime.model_family import choose_tool_call_parser, find_model, holds_unparsed_call
+from tests.runtime.fake_engine import FakeEngine
+from tests.runtime.levers import Levers
+
+
+@pytest.mark.parametrize(
+    ("config", "parser"),
+    [
+        ({"model_type": "qwen2"}, "hermes"),
+        ({"model_type": "qwen3"}, "hermes"),
+        ({"model_type": "llama"}, "llama3_json"),
+        ({"model_type": "mistral"}, "mistral"),
+        ({"model_type": "new", "architectures": ["Qwen4ForCausalLM"]}, "hermes"),
+    ],
+)
+def test_the_family_chooses_the_parser(config: dict, parser: str):
+    assert choose_tool_call_parser(config) == parser
+
+
+def test_an_unknown_family_needs_its_parser_named(base_dir: Path):
+    with pytest.raises(ValueError, match=r"name one of vLLM's with engine\.tool_call_parser"):
+        choose_tool_call_parser({"model_type": "gpt2"})
+    given = server_arguments(EngineConfig(tool_call_parser="pythonic"), base_dir, 7)
+    assert given[given.index("--tool-call-parser") + 1] == "pythonic"
+
+
+def test_what_is_no_model_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        find_model(str(tmp_path))
+    with pytest.raises(ValueError, match=r"no model at '\./nothing'"):
+        find_model("./nothing")
+
+
+def test_a_call_that_no_parser_could_read_is_seen():
+    assert holds_unparsed_call('I will <tool_call>{"name": oops')
+    assert not holds_unparsed_call("I will call you.")
+
+
+def test_the_engine_listens_on_the_loopback_with_adapters_on(base_dir: Path):
+    given = server_arguments(EngineConfig(max_model_len=512, extra_args=["--seed", "7"]), base_dir, 8123)
+    text = " ".join(given)
+    assert "--host 127.0.0.1 --port 8123" in text
+    assert "--enable-lora" in given and "--max-lora-rank 32" in text and "--max-model-len 512" in text
+    assert text.endswith("--seed 7")
+
+
+def test_last_words_are_the_errors_of_the_log_without_its_noise():
+    log = (
+        "(APIServer pid=7) INFO 11-22 08:14:38 [api_utils.py:347] fine\n"
+        "(EngineCore pid=9) ERROR 11-22 08:14:39 [core.py:12] ValueError: no room for the weights\n"
+        "Traceback (most recent call last):\n"
+    )
+    assert find_last_words(log) == "ValueError: no room for the weights"
+    assert find_last_words("one\ntwo\n") == "one | two"
+    assert find_last_words("") == "none"
+
+
+async def test_no_engine_at_the_url_is_one_clear_error(tmp_path: Path):
+    engine = Engine(EngineConfig(url="http://127.0.0.1:9"), tmp_path)
+    with pytest.raises(EngineError, match=r"no engine answers at 'http://127.0.0.1:9'"):
+        await engine.start()
+    assert not engine.is_ready
+
+
+async def test_a_zombie_is_not_ready_until_a_token_comes_again(engine: Engine, fake: FakeEngine):
+    dressed = asyncio.Event()
+
+    async def dress() -> None:
+        assert not engine.is_ready
+        dressed.set()
+
+    engine.on_restart = dress
+    watching = asyncio.create_task(engine.watch())
+    fake.is_zombie = True
+    async with asyncio.timeout(5):
+        while engine.is_ready:
+            await asyncio.sleep(0.01)
+    fake.is_zombie = False
+    await engine.wait_until_ready(5)
+    assert dressed.is_set()
+    watching.cancel()
+
+
+async def test_a_slow_probe_is_no_proof_of_death_while_tokens_move(engine: Engine, fake: FakeEngine):
+    watching = asyncio.create_task(engine.watch())
+
+    async def slow_probe(model: str | None = None) -> bool:
+        fake.num_tokens += 1  # others are served
+        await asyncio.sleep(3600)
+        return True
+
+    async def tick() -> None:
+        while True:
+            fake.num_tokens += 1
+            await asyncio.sleep(0.05)
+
+    ticking = asyncio.create_task(tick())
+    engine.probe = slow_probe
+    await asyncio.sleep(2.0)
+    assert engine.is_ready
+    for task in (watching, ticking):
+        task.cancel()
+
+
+LOOK = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Look somewhere.",
+        "parameters": {"type": "object", "properties": {"where": {"type": "string"}}, "required": ["where"]},
+    },
+}
+NUM_SWAPS = 20
+NUM_STREAMS = 8
+PROBE_IDS = [72, 69, 76, 76, 79, 12, 0, 87, 79, 82]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2-shaped model that knows three replies by heart."""
+    from tests.runtime import tiny_models
+
+    path = tiny_models.make_model(tmp_path_factory.mktemp("tiny") / "model")
+    calls_look = "I look.\n" + tiny_models.tool_call_text("look", {"where": "here"})
+    breaks_down = '<tool_call>{"name": "look", "arguments": {bad}}</tool_call>'
+    return tiny_models.teach(
+        path,
+        [
+            ([{"role": "user", "content": "go"}], [LOOK], calls_look),
+            ([{"role": "user", "content": "bad"}], [LOOK], breaks_down),
+            ([{"role": "user", "content": "hi"}], None, "Hello there."),
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Adapters of the tiny model, each with its manifest, as a trainer would leave them."""
+    from tests.runtime import tiny_models
+
+    home = tmp_path_factory.mktemp("adapters")
+    paths = [home / f"tiny-v{version}" for version in range(1, NUM_SWAPS + 1)]
+    for version, fingerprint in enumerate(tiny_models.make_adapters(tiny_model, paths), start=1):
+        values = {"name": "tiny", "version": version, "base_model": "tiny", "kind": "sft"}
+        values |= {"base_digest": digest_base(tiny_model), "fingerprint": Fingerprint(**fingerprint)}
+        write_manifest(paths[version - 1], Manifest(**values))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def phases() -> list[str]:
+    return []
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, phases: list[str]) -> AsyncIterator[Engine]:
+    """The real vLLM, one for all tests of this module."""
+    settings = EngineConfig(model=str(tiny_model), kv_cache_gib=1, max_model_len=1024, startup_seconds=900)
+    engine = Engine(settings, tmp_path_factory.mktemp("engine"), on_progress=phases.append)
+    await engine.start()
+    yield engine
+    await engine.stop()
+
+
+def on_real_engine(test):
+    """Mark a test that shares the module's engine, and with it the event loop."""
+    return pytest.mark.engine(pytest.mark.asyncio(loop_scope="module")(test))
+
+
+async def register(memory: Memory, adapters: list[Path]) -> None:
+    await memory.policies.register_base("tiny")
+    for path in adapters:
+        await memory.policies.draft(adapter_path=str(path), parent=0)
+
+
+@on_real_engine
+async def test_starting_shows_what_it_is_doing_and_ends_with_a_real_token(real: Engine, phases: list[str]):
+    assert real.is_ready and await real.probe()
+    assert "loading the weights" in phases and phases[-1] == "generating a first token"
+
+
+@on_real_engine
+async def test_a_tool_call_comes_back_parsed_with_the_exact_tokens(real: Engine):
+    plain = await real.chat("base", [{"role": "user", "content": "go"}], [LOOK], temperature=0, max_tokens=120)
+    heard = []
+
+    async def on_delta(text: str) -> None:
+        heard.append(text)
+
+    streamed = await real.chat_stream(
+        "base", [{"role": "user", "content": "go"}], [LOOK], on_delta=on_delta, temperature=0, max_tokens=120
+    )
+    for reply in (plain, streamed):
+        assert reply.content == "I look.\n"
+        assert reply.tool_calls[0]["function"] == {"name": "look", "arguments": '{"where": "here"}'}
+    assert plain.output_token_ids == streamed.output_token_ids
+    assert plain.prompt_token_ids == streamed.prompt_token_ids
+    assert "".join(heard) == plain.content
+
+
+@on_real_engine
+async def test_a_broken_call_is_seen_as_broken_streamed_or_not(real: Engine, memory: Memory):
+    await memory.policies.register_base("tiny")
+    agent = Agent(memory, HotSwap(memory.policies, real), {}, AgentConfig(max_output_tokens=120, max_steps=1))
+
+    async def ignore(text: str) -> None:
+        pass
+
+    for on_delta in (None, ignore):
+        trajectory = await agent.rollout(
+            None, messages=[{"role": "user", "content": "bad"}], tools=[LOOK], temperature=0.0, on_delta=on_delta
+        )
+        assert trajectory.num_invalid_tool_calls == 1
+
+
+@on_real_engine
+async def test_who_leaves_frees_the_engine_within_half_a_second(real: Engine):
+    long = asyncio.create_task(
+        real.chat("base", [{"role": "user", "content": "hi"}], max_tokens=900, min_tokens=900, temperature=1)
+    )
+    await asyncio.sleep(0.5)
+    long.cancel()
+    await asyncio.sleep(0.5)
+    before = await real.num_tokens_so_far()
+    await asyncio.sleep(0.5)
+    assert await real.num_tokens_so_far() == before
+
+
+@on_real_engine
+async def test_the_base_stays_bare_among_adapters(real: Engine, adapters: list[Path]):
+    alone = await real.token_logprobs("base", PROBE_IDS)
+    worn = adapters[: real.config.max_loras]  # every slot full
+    for path in worn:
+        await real.load_adapter(path.name, str(path))
+    names = [path.name for path in worn]
+    streams = [
+        asyncio.create_task(real.chat(name, [{"role": "user", "content": "hi"}], min_tokens=200, max_tokens=200))
+        for name in names
+    ]
+    for _ in range(5):
+        among = await real.token_logprobs("base", PROBE_IDS)
+        assert mean_distance(among, alone) < 0.01
+    assert not all(stream.done() for stream in streams)
+    await asyncio.gather(*streams)
+    for name in names:
+        await real.unload_adapter(name)
+
+
+@on_real_engine
+async def test_twenty_swaps_under_eight_streams_fail_nobody(real: Engine, memory: Memory, adapters: list[Path]):
+    await register(memory, adapters)
+    hotswap = HotSwap(memory.policies, real)
+    agent = Agent(memory, hotswap, {}, AgentConfig(max_output_tokens=24))
+    await hotswap.wear(0)
+    done = asyncio.Event()
+
+    async def listen(text: str) -> None:
+        pass
+
+    async def stream() -> None:
+        while not done.is_set():
+            await agent.rollout(None, messages=[{"role": "user", "content": "hi"}], on_delta=listen)
+
+    streams = [asyncio.create_task(stream()) for _ in range(NUM_STREAMS)]
+    for version in range(1, NUM_SWAPS + 1):
+        await hotswap.wear(version)
+        await asyncio.sleep(0.2)
+    done.set()
+    await asyncio.gather(*streams)
+
+    views = memory.trajectories.list(limit=10_000)
+    failed = [view.trajectory.error for view in views if view.trajectory.stage is not TrajectoryStage.FINISHED]
+    assert failed == []
+    assert len({view.trajectory.policy for view in views}) > NUM_SWAPS / 2
+    print(f"{len(views)} episodes during {NUM_SWAPS} swaps, 0 failed")
+
+
+@on_real_engine
+async def test_an_engine_killed_in_mid_episode_fails_it_and_comes_back_dressed(
+    real: Engine, memory: Memory, adapters: list[Path]
+):
+    await register(memory, adapters[:1])
+    hotswap = HotSwap(memory.policies, real)
+    agent = Agent(memory, hotswap, {"levers": Levers()}, AgentConfig(max_output_tokens=900))
+    await hotswap.wear(1)
+    watching = asyncio.create_task(real.watch())
+    episode = asyncio.create_task(
+        agent.rollout(None, messages=[{"role": "user", "content": "hi"}], sampling={"min_tokens": 900})
+    )
+    while not memory.trajectories.list():
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.3)
+    os.kill(real.pid, signal.SIGKILL)
+
+    trajectory = await episode
+    assert trajectory.stage is TrajectoryStage.FAILED
+    assert trajectory.error.startswith("PolicyError: the engine ")
+    await real.wait_until_ready(900)
+    assert await real.adapters() == {"tiny-v1"}
+    again = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}], max_tokens=5)
+    assert (again.stage, again.policy) == (TrajectoryStage.FINISHED, 1)
+    watching.cancel()

@@ -1,0 +1,101 @@
+"""The three sentences of the architecture, enforced: who may import whom, and where each heavy package lives."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("memory", "runtime", "optimizer", "serve")
+MAY_IMPORT = {
+    "memory": set(),
+    "runtime": {"memory"},
+    "optimizer": {"memory"},
+    "serve": {"memory", "runtime", "optimizer"},
+}
+# Where a heavy package may be imported: a file, or a directory. vllm is a process, never an import.
+HOMES = {
+    "chromadb": ("memory/meanings.py",),
+    "sentence_transformers": ("memory/encoder.py",),
+    "trl": ("optimizer/training/",),
+    "peft": ("optimizer/training/",),
+    "vllm": ("runtime/engine_cpu_fix.py",),
+    "langgraph": ("runtime/agent.py", "runtime/nodes.py", "runtime/state.py", "optimizer/cycle.py"),
+    "textworld": ("runtime/environments/",),
+}
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    """Yield (path from the root, syntax tree) of every file of ours but the tests."""
+    for room in ROOMS:
+        for path in [ROOT / f"{room}.py", *sorted((ROOT / room).rglob("*.py"))]:
+            if path.is_file():
+                yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+
+
+SOURCES = dict(sources())
+MODULES = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in SOURCES}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Yield the dotted name of everything imported; for `from a import b`, `a.b`, of which `a` may be the module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports_at_load(tree: ast.Module) -> Iterator[str]:
+    """Yield what loading the module imports: not what a function imports later, nor what only a type checker sees."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield from imports(node)
+
+
+def module_of(name: str) -> str | None:
+    """Return the module of ours that an imported name is or belongs to."""
+    while name:
+        if name in MODULES:
+            return name
+        name = name.rpartition(".")[0]
+    return None
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_no_import_leads_upward(path: str):
+    room = path.split("/")[0].removesuffix(".py")
+    met = {name.split(".")[0] for name in imports(SOURCES[path])} & set(ROOMS)
+    assert met <= MAY_IMPORT[room] | {room}
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_each_heavy_package_has_one_home(path: str):
+    met = {name.split(".")[0] for name in imports(SOURCES[path])} & set(HOMES)
+    strays = {package for package in met if not path.startswith(HOMES[package] or ("nowhere",))}
+    assert not strays
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.endswith("__init__.py")])
+def test_an_init_file_is_a_docstring_and_nothing_else(path: str):
+    assert ast.get_docstring(SOURCES[path]) and len(SOURCES[path].body) == 1
+
+
+def test_no_imports_go_in_a_circle():
+    needs = {
+        module: {it for name in imports_at_load(SOURCES[path]) if (it := module_of(name)) and it != module}
+        for module, path in MODULES.items()
+    }
+    while True:  # take away what needs nothing more, until nothing is left, or only circles are
+        done = {module for module, others in needs.items() if not others & needs.keys()}
+        if not done:
+            break
+        needs = {module: others for module, others in needs.items() if module not in done}
+    assert not needs, f"these modules import each other in a circle: {sorted(needs)}"

@@ -1,0 +1,197 @@
+"""The command line against a served world: what people read, what programs parse, how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+import serve
+from optimizer.intervals import wilson
+from runtime.console.play import parse_seeds, wilson_interval
+from runtime.console.speak import run
+from tests.api.worlds import ServedWorld
+
+ROOT = Path(serve.__file__).parent
+HEAVY = ("torch", "transformers", "langgraph", "chromadb", "fastapi", "sqlmodel", "sentence_transformers")
+
+Cli = Callable[..., tuple[int, str]]
+AsJson = Callable[..., tuple[int, dict]]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[ServedWorld]:
+    with ServedWorld(tmp_path / "data") as world:
+        yield world
+
+
+@pytest.fixture
+def cli(world: ServedWorld, capsys: pytest.CaptureFixture[str]) -> Cli:
+    def call(*arguments: str) -> tuple[int, str]:
+        code = run(serve.app, [*arguments, "--url", world.url])
+        return code, capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def as_json(cli: Cli) -> AsJson:
+    def call(*arguments: str) -> tuple[int, dict]:
+        code, out = cli(*arguments, "--json")
+        assert out.count("\n") == 1, "one JSON object, on one line, and nothing else"
+        return code, json.loads(out)
+
+    return call
+
+
+def test_play_sums_up_what_it_played(as_json: AsJson) -> None:
+    code, played = as_json("play", "--environment", "doors", "--tasks", "8")
+    assert code == 0
+    assert (played["num_tasks"], played["num_successes"], played["success"]) == (8, 4, 0.5)
+    assert (played["low"], played["high"]) == pytest.approx(wilson(4, 8))
+    assert (played["num_steps"], played["prompt_tokens"], played["output_tokens"]) == (16, 80, 24)
+    assert (played["policy"], played["num_failed"], played["split"]) == ("v0", 0, "held-out")
+
+
+def test_play_takes_seeds_a_policy_and_leaves_memory_off(world: ServedWorld, as_json: AsJson) -> None:
+    given = ["--environment", "doors", "--seeds", "60:64", "--policy", "v0", "--memory", "off"]
+    _, played = as_json("play", *given)
+    assert [episode["task"] for episode in played["episodes"]] == ["60", "61", "62", "63"]
+    assert played["use_memory"] is False
+    assert world.engine.calls[-1]["temperature"] == 0
+
+
+def test_play_ends_with_a_table(cli: Cli) -> None:
+    code, out = cli("play", "--environment", "doors", "--tasks", "4", "--split", "practice")
+    assert code == 0 and "50.0 %" in out and "episodes/s" in out
+
+
+def test_learn_ends_with_the_verdict_and_the_report(as_json: AsJson) -> None:
+    code, learned = as_json("learn", "--practice", "4", "--tasks", "2", "--set", "recipe.sft_epochs=3")
+    assert code == 0
+    assert (learned["verdict"], learned["policy"], learned["active"]) == ("promote", "v1", "v1")
+    assert learned["report"] == {"cells": {}}
+
+
+def test_learn_sends_its_settings_and_shows_the_report(world: ServedWorld, cli: Cli) -> None:
+    code, out = cli("learn", "--practice", "4", "--tasks", "2", "--set", "recipe.sft_epochs=3")
+    assert code == 0 and "It got better." in out
+    settings = world.memory.cycles.list()[0].settings
+    assert settings == {"practice_episodes": 4, "evaluation": {"num_tasks": 2}, "recipe": {"sft_epochs": 3}}
+
+
+def test_a_cycle_that_fails_says_why_and_fails_the_verb(world: ServedWorld, as_json: AsJson) -> None:
+    world.learner.ends_badly = True
+    code, failed = as_json("learn")
+    assert code == 1 and "3 are missing" in failed["error"]["message"]
+
+
+def test_a_second_learn_is_told_of_the_first_and_can_watch_it(world: ServedWorld, as_json: AsJson) -> None:
+    world.learner.is_held = True
+    cycle = httpx.post(f"{world.url}/v1/cycles", trust_env=False).json()["id"]
+    code, refused = as_json("learn")
+    assert code == 1 and cycle in refused["error"]["message"]
+    threading.Timer(0.5, lambda: setattr(world.learner, "is_held", False)).start()
+    code, learned = as_json("learn", "--cycle", cycle)
+    assert code == 0 and learned["cycle"] == cycle
+
+
+def test_policies_promote_and_rollback(as_json: AsJson, cli: Cli) -> None:
+    as_json("learn")
+    assert as_json("policies")[1]["active"] == "v1"
+    assert as_json("rollback")[1]["name"] == "v0"
+    assert as_json("promote", "v1")[1]["stage"] == "active"
+    assert "retired" in cli("policies")[1]
+
+
+def test_a_trajectory_is_shown_like_a_play(as_json: AsJson, cli: Cli) -> None:
+    trajectory_id = as_json("play", "--environment", "doors", "--tasks", "1")[1]["episodes"][0]["trajectory_id"]
+    assert as_json("trajectories", "show", trajectory_id)[1]["id"] == trajectory_id
+    story = cli("trajectories", "show", trajectory_id)[1]
+    assert 'open({"door": "left"})' in story and "reward 1.00 by environment" in story
+    assert trajectory_id in cli("trajectories", "list")[1]
+
+
+@pytest.mark.parametrize("verb", [["insights"], ["rebuild-index"], ["doctor"]])
+def test_the_other_verbs_answer_too(as_json: AsJson, cli: Cli, verb: list[str]) -> None:
+    assert "error" not in as_json(*verb)[1]
+    assert cli(*verb)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["play", "--policy", "v9", "--environment", "doors"], "'agent@v9' does not exist"),
+        (["play", "--environment", "chess"], "no environment is called 'chess'"),
+        (["play", "--seeds", "9:1", "--environment", "doors"], "name no task"),
+        (["play", "--memory", "maybe"], "on or off"),
+        (["play", "--split", "dreams", "--environment", "doors"], "split"),
+        (["promote", "v9"], "no policy has version 9"),
+        (["trajectories", "show", "nobody"], "'nobody'"),
+        (["learn", "--set", "nonsense=1"], "'nonsense'"),
+        (["learn", "--set", "nonsense"], "key=value"),
+        (["fly"], "No such command 'fly'"),
+    ],
+)
+def test_every_failure_is_one_json_object_and_an_exit_code(as_json: AsJson, arguments: list[str], said: str) -> None:
+    code, failed = as_json(*arguments)
+    assert code != 0 and said in failed["error"]["message"]
+
+
+def test_an_episode_that_fails_is_counted_not_fatal(
+    world: ServedWorld, as_json: AsJson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = world.services.environments["doors"].start
+
+    async def start(task):
+        playthrough = await original(task)
+        if task.name == "51":
+            playthrough.task_text = f"crash {task.name}"
+        return playthrough
+
+    monkeypatch.setattr(world.services.environments["doors"], "start", start)
+    code, played = as_json("play", "--environment", "doors", "--seeds", "50:53")
+    assert code == 0
+    assert (played["num_tasks"], played["num_failed"], played["num_successes"]) == (3, 1, 2)
+
+
+def test_play_waits_for_an_engine_that_is_back_in_a_moment(world: ServedWorld, as_json: AsJson) -> None:
+    world.engine.is_ready = False
+    threading.Timer(0.5, lambda: setattr(world.engine, "is_ready", True)).start()
+    code, played = as_json("play", "--environment", "doors", "--tasks", "1")
+    assert code == 0 and played["num_tasks"] == 1
+
+
+def test_without_a_server_the_verb_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
+    assert run(serve.app, ["policies", "--url", "http://127.0.0.1:9"]) == 1
+    assert "start one with" in capsys.readouterr().err
+    assert time.monotonic() - started < 10
+
+
+def test_client_verbs_import_nothing_heavy() -> None:
+    code = (
+        "import sys, serve, runtime.console.client, runtime.console.play, runtime.console.learn, runtime.console.show;"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_seeds_are_read_as_python_reads_ranges() -> None:
+    assert parse_seeds("7:10") == ["7", "8", "9"]
+    assert parse_seeds("7") == ["7"]
+    with pytest.raises(ValueError, match="not as '7:x'"):
+        parse_seeds("7:x")
+
+
+@pytest.mark.parametrize(("num_successes", "num_tries"), [(0, 10), (5, 10), (10, 10), (71, 200), (0, 0)])
+def test_the_interval_is_the_optimizer_s(num_successes: int, num_tries: int) -> None:
+    assert wilson_interval(num_successes, num_tries) == pytest.approx(wilson(num_successes, num_tries))

@@ -1,0 +1,146 @@
+"""The server as a process: how it starts, answers, refuses a second one, and stops, over an engine that is played."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+import serve
+from tests.runtime.fake_engine import FakeEngine, Reply
+
+ROOT = Path(serve.__file__).parent
+START_SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def engine_url() -> Iterator[str]:
+    """The address of a played engine, which lives in a thread of its own."""
+    loop, started, found = asyncio.new_event_loop(), threading.Event(), []
+
+    async def run() -> None:
+        async with FakeEngine(lambda request: Reply(f"said {request['messages'][-1]['content']}")) as engine:
+            found.append(engine.url)
+            started.set()
+            await stop.wait()
+
+    stop = asyncio.Event()
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),), daemon=True)
+    thread.start()
+    assert started.wait(10)
+    yield found[0]
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(10)
+    loop.close()
+
+
+def begin(engine_url: str, data: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "serve.py", "serve", "--engine.url", engine_url, "--data", str(data), "--port", "0"]
+    return subprocess.Popen(
+        [*command, *more],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def server(engine_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict, subprocess.Popen[str]]]:
+    """A running server and what it said of itself."""
+    process = begin(engine_url, tmp_path_factory.mktemp("serve") / "data", "--json")
+    line = process.stdout.readline()
+    assert line, process.stderr.read()
+    yield json.loads(line), process
+    process.kill()
+    process.communicate()
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "serve.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=START_SECONDS
+    )
+
+
+def test_a_started_server_answers(server) -> None:
+    facts, _ = server
+    body = {"model": "agent", "messages": [{"role": "user", "content": "hello"}]}
+    assert httpx.get(f"{facts['url']}/readyz", trust_env=False).status_code == 200
+    answer = httpx.post(f"{facts['url']}/v1/chat/completions", json=body, trust_env=False, timeout=30).json()
+    assert answer["choices"][0]["message"]["content"] == "said hello"
+
+
+def test_a_cycle_without_enough_to_learn_from_says_how_much_is_missing(server) -> None:
+    facts, _ = server
+    done = run_cli("learn", "--practice", "0", "--url", facts["url"], "--json")
+    assert done.returncode != 0
+    assert "missing" in json.loads(done.stdout)["error"]["message"]
+
+
+def test_a_cycle_setting_that_cannot_be_is_named_with_the_nearest(server) -> None:
+    facts, _ = server
+    done = run_cli("learn", "--set", "evaluation.num_task=3", "--url", facts["url"], "--json")
+    assert "the nearest is 'evaluation.num_tasks'" in json.loads(done.stdout)["error"]["message"]
+
+
+def test_a_second_server_on_the_same_data_is_refused_in_one_line(server, engine_url: str) -> None:
+    facts, process = server
+    second = begin(engine_url, Path(facts["data"]))
+    out, err = second.communicate(timeout=START_SECONDS)
+    assert second.returncode != 0
+    assert f"is in use by process {process.pid}" in err and err.count("\n") == 1
+    assert "Traceback" not in out + err
+
+
+def test_a_taken_port_is_refused_in_one_line(engine_url: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_cli("serve", "--engine.url", engine_url, "--data", str(tmp_path / "data"), "--port", str(port))
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr and "--port" in done.stderr
+
+
+def test_an_engine_that_is_not_there_is_said(tmp_path: Path) -> None:
+    given = ["--engine.url", "http://127.0.0.1:9", "--data", str(tmp_path / "data"), "--port", "0"]
+    done = run_cli("serve", *given, "--json")
+    assert done.returncode == 1
+    assert "no engine answers at 'http://127.0.0.1:9'" in json.loads(done.stdout)["error"]["message"]
+
+
+@pytest.mark.parametrize("arguments", [["--engine.modle", "x"], ["--server.port", "many"], ["stray"]])
+def test_a_setting_that_cannot_be_ends_the_start(arguments: list[str]) -> None:
+    done = run_cli("serve", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_a_termination_stops_it_in_good_order(engine_url: str, tmp_path: Path) -> None:
+    process = begin(engine_url, tmp_path / "data", "--json")
+    assert process.stdout.readline()
+    process.terminate()
+    out, err = process.communicate(timeout=START_SECONDS)
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_people_are_told_what_to_try(engine_url: str, tmp_path: Path) -> None:
+    process = begin(engine_url, tmp_path / "data")
+    lines = []
+    while not lines or not lines[-1].startswith("Ctrl-C"):
+        lines.append(process.stdout.readline())
+        assert lines[-1], process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=START_SECONDS)
+    text = "".join(lines)
+    assert "opening memory" in text and "Ratchet answers at http://127.0.0.1:" in text
+    assert text.count("serve.py ") == 3 and "stopping" in rest
