@@ -6,11 +6,12 @@ and "cook _ with stove". Over many episodes and entities the cue is met by compe
 
 Flow: trajectory -> occurrences (cue, action, entity, credit) -> tally per cue -> exact test -> best action per cue.
 
-Why credit is discounted. A won episode vouches for every action in it: none of them was fatal. A lost episode does not
-condemn every action in it: blame falls with the distance to the end, by `BLAME_DISCOUNT` a step, as a discounted return
-does. The action that the end follows at once bears the loss in full; one three steps earlier bears an eighth. So an
-episode that did one thing right and lost on another hardly testifies against the right thing, and no model of the
-environment is needed.
+Why two testimonies. Some worlds punish at once, others late, and an episode that did one thing right may be lost by
+another. So each action is tried by two counts, and either will do, at the price of testing twice. By outcome: episodes
+won and not won. By survival: blame for a lost episode falls with the distance to its end, by `BLAME_DISCOUNT` a step,
+as a discounted return does; the action that the end follows at once bears the loss in full, one three steps earlier an
+eighth, and what it does not bear it survived. No model of the environment is needed. An action that never was part of a
+success is no lesson, however well it survives.
 
 Why minimal contrasts. Many actions share a word with an instruction: the carrot is also taken, and sliced. Only actions
 that differ in one span of words ("cook _ with stove", "cook _ with oven") are rival answers to the same cue; the rest
@@ -22,7 +23,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from scipy.stats import false_discovery_control, fisher_exact
 
@@ -36,6 +37,8 @@ ARROW = " -> "
 BLAME_DISCOUNT = 0.5
 SIGNIFICANCE = 0.05
 MAX_LINE_WORDS = 12  # an instruction is short; longer lines tell a story
+MIN_TRIES = 3  # on either side; fewer cannot be significant, and only dilute the many tests
+MIN_ENTITIES = 2  # a blank that one thing always fills is no blank
 MAX_SPAN_WORDS = 3  # of what may differ between two rival actions
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 LINE_BREAK = re.compile(r"\n|(?<=[.!?:;])\s+")
@@ -63,15 +66,30 @@ class Occurrence:
 class Tally:
     """What became of the episodes that answered a cue with an action."""
 
-    wins: float = 0.0
+    wins: int = 0
+    """Episodes won."""
     losses: float = 0.0
+    """Blame for episodes lost, at most 1 each."""
+    num_tries: int = 0
+    entities: set[Words] = field(default_factory=set)
+    """What filled the blank."""
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(self.wins + other.wins, self.losses + other.losses)
+        return Tally(
+            self.wins + other.wins,
+            self.losses + other.losses,
+            self.num_tries + other.num_tries,
+            self.entities | other.entities,
+        )
 
     @property
-    def counts(self) -> tuple[int, int]:
-        return round(self.wins), round(self.losses)
+    def by_outcome(self) -> tuple[int, int]:
+        return self.wins, self.num_tries - self.wins
+
+    @property
+    def by_survival(self) -> tuple[int, int]:
+        losses = round(self.losses)
+        return self.num_tries - losses, losses
 
 
 @dataclass(frozen=True)
@@ -90,9 +108,9 @@ class Contrast:
 
     @property
     def support(self) -> SupportCounts:
-        wins, losses = self.tally.counts
-        wins_otherwise, losses_otherwise = self.otherwise.counts
-        return SupportCounts(wins, losses, wins_otherwise, losses_otherwise)
+        return SupportCounts(
+            self.tally.wins, round(self.tally.losses), self.otherwise.wins, round(self.otherwise.losses)
+        )
 
 
 def contrast_insights(
@@ -128,6 +146,8 @@ def tally_occurrences(episodes: Iterable[GradedTrajectory]) -> dict[Words, dict[
             blame[occurrence] = max(blame[occurrence], BLAME_DISCOUNT**num_actions_after)
         for occurrence, share in blame.items():
             tally = tallies[occurrence.cue][occurrence.action]
+            tally.num_tries += 1
+            tally.entities.add(occurrence.entity)
             if each.is_success:
                 tally.wins += 1
             else:
@@ -230,8 +250,8 @@ def find_best_actions(
 ) -> list[Contrast]:
     """Return, per cue, the action that beats its rivals beyond chance, the surest first.
 
-    One-sided exact test (Fisher) per action; the many tests of one call are held to a false discovery rate of
-    `significance` (Benjamini and Hochberg), or a hundred cues would bring five false lessons.
+    The many tests of one call are held to a false discovery rate of `significance` (Benjamini and Hochberg), or a
+    hundred cues would bring five false lessons.
     """
     contrasts = [contrast for cue, actions in tallies.items() for contrast in _contrast_cue(cue, actions)]
     if not contrasts:
@@ -252,14 +272,18 @@ def _contrast_cue(cue: Words, actions: dict[Words, Tally]) -> list[Contrast]:
     found = []
     for action, tally in actions.items():
         rivals = [other for name, other in actions.items() if are_rivals(action, name)]
-        if rivals and tally.counts[0] > 0:
-            otherwise = sum(rivals, Tally())
+        otherwise = sum(rivals, Tally())
+        is_testable = min(tally.num_tries, otherwise.num_tries) >= MIN_TRIES
+        if tally.wins > 0 and is_testable and len(tally.entities) >= MIN_ENTITIES:
             found.append(Contrast(cue, action, tally, otherwise, _test(tally, otherwise)))
     return found
 
 
-def _test(tally: Tally, otherwise: Tally) -> float:
-    return float(fisher_exact([tally.counts, otherwise.counts], alternative="greater").pvalue)
+def _test(tally: Tally, otherwise: Tally, *, is_better: bool = True) -> float:
+    """Return the p-value of one-sided exact tests (Fisher) by outcome and by survival, the smaller one doubled."""
+    alternative = "greater" if is_better else "less"
+    tables = [(tally.by_outcome, otherwise.by_outcome), (tally.by_survival, otherwise.by_survival)]
+    return min(1.0, 2 * min(float(fisher_exact(table, alternative=alternative).pvalue) for table in tables))
 
 
 def find_refuted(tallies: dict[Words, dict[Words, Tally]], texts: Iterable[str]) -> list[Contrast]:
@@ -272,7 +296,7 @@ def find_refuted(tallies: dict[Words, dict[Words, Tally]], texts: Iterable[str])
         if not arrow or action not in actions:
             continue
         otherwise = sum((other for name, other in actions.items() if are_rivals(action, name)), Tally())
-        worse = fisher_exact([actions[action].counts, otherwise.counts], alternative="less").pvalue
-        if worse < SIGNIFICANCE:
-            refuted.append(Contrast(cue, action, actions[action], otherwise, float(worse)))
+        p_value = _test(actions[action], otherwise, is_better=False)
+        if p_value < SIGNIFICANCE:
+            refuted.append(Contrast(cue, action, actions[action], otherwise, p_value))
     return refuted

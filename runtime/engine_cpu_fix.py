@@ -1,6 +1,6 @@
 """Keep the bare base bare on CPUs: a correction to vLLM 0.32, carried into its workers by `--worker-extension-cls`.
 
-vLLM marks the rows of a batch that wear no adapter with the index -1. Its GPU kernels skip them; its CPU operations look
+vLLM marks the rows of a batch that wear no adapter with the index -1. Its GPU kernels skip them; its CPU code looks
 up slot -1, the last one: whoever asks for the base in one batch with others gets the adapter in that slot, silently
 (vLLM#48421, open). Evaluations of two policies side by side would compare the wrong things.
 

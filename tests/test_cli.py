@@ -173,7 +173,7 @@ def test_without_a_server_the_verb_says_how_to_start_one(capsys: pytest.CaptureF
     started = time.monotonic()
     assert run(serve.app, ["policies", "--url", "http://127.0.0.1:9"]) == 1
     assert "start one with" in capsys.readouterr().err
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
 
 
 def test_client_verbs_import_nothing_heavy() -> None:

@@ -34,9 +34,10 @@ from memory.adapters import (
     write_manifest,
 )
 from optimizer.training.base import locate_base
-from optimizer.training.spec import TrainingSpec
+from optimizer.training.spec import LAUNCHER_PID, TrainingSpec
 
 FINGERPRINT_TOKENS = 256
+PR_SET_PDEATHSIG = 1
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors")
 
 
@@ -66,9 +67,13 @@ def start(arguments: list[str], kind: str) -> tuple[TrainingSpec, Reporter]:
 
 
 def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    """Be killed when the process that started us is gone, also when it went while we were still importing."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher is not None and os.getppid() != int(launcher):
+        raise SystemExit("the process that started this trainer is gone")
 
 
 def uses_gpu(spec: TrainingSpec) -> bool:

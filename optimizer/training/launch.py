@@ -22,7 +22,7 @@ from typing import Any
 
 from memory.adapters import Manifest, read_manifest
 from optimizer.errors import TrainingError
-from optimizer.training.spec import TrainingSpec
+from optimizer.training.spec import LAUNCHER_PID, TrainingSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG_TAIL_LINES = 15
@@ -123,6 +123,7 @@ def child_environment(spec: TrainingSpec) -> dict[str, str]:
         **ENVIRONMENT,
         "OMP_NUM_THREADS": str(spec.num_threads),
         "PYTHONPATH": os.pathsep.join(paths),
+        LAUNCHER_PID: str(os.getpid()),
     }
 
 

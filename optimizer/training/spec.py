@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+LAUNCHER_PID = "TRAINER_LAUNCHER_PID"
+"""Environment variable: the process whose end is the trainer's end too."""
+
 SETTINGS = (
     "lora_rank",
     "lora_alpha",

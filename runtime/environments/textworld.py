@@ -16,7 +16,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ ACT = {
     "required": ["command"],
 }
 NUM_COMPILERS = os.cpu_count() or 1
+ONE_AT_A_TIME = ThreadPoolExecutor(1, thread_name_prefix="textworld")
+"""TextWorld's parsers share state: two games loaded in two threads break each other. A step takes about 2 ms."""
 
 
 class TextWorld(Environment):
@@ -83,7 +85,7 @@ class TextWorld(Environment):
 
     async def start(self, task: Task) -> CookingPlaythrough:
         await self.prepare([task])
-        return await asyncio.to_thread(CookingPlaythrough, task, self._game_file(task.name))
+        return await _in_turn(CookingPlaythrough, task, self._game_file(task.name))
 
     def _game_file(self, name: str) -> Path:
         return self._cache_dir / f"cooking-{name}.z8"
@@ -107,7 +109,7 @@ class CookingPlaythrough(Playthrough):
         ]
 
     async def _act(self, arguments: dict[str, Any]) -> str:
-        return await asyncio.to_thread(self.step, arguments["command"])
+        return await _in_turn(self.step, arguments["command"])
 
     def step(self, command: str) -> str:
         """Give the game `command`; return what it says."""
@@ -126,8 +128,12 @@ class CookingPlaythrough(Playthrough):
     async def close(self) -> Outcome:
         score, max_score = self._state.score, self._state.max_score
         ending = "won" if self._state.won else "lost" if self._state.lost else "left unfinished"
-        await asyncio.to_thread(self._game.close)
+        await _in_turn(self._game.close)
         return Outcome(value=score / max_score, reason=f"{ending} with {score} of {max_score} points")
+
+
+async def _in_turn(function: Callable[..., Any], *arguments: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(ONE_AT_A_TIME, function, *arguments)
 
 
 _NOT_FOR_READING = re.compile(

@@ -214,7 +214,7 @@ class ServedWorld:
         await serving
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 5.0) -> bool:
+def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
     """Wait until something holds; return whether it came to."""
     deadline = time.monotonic() + seconds
     while not holds():

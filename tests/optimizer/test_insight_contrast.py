@@ -121,9 +121,23 @@ def test_what_memory_said_is_not_extracted_again():
 
 
 def test_a_cue_with_one_action_only_carries_no_contrast():
-    tallies = {words("fry the _"): {words("cook _ with stove"): Tally(wins=50)}}
+    tallies = {words("fry the _"): {words("cook _ with stove"): Tally(wins=50, num_tries=50)}}
 
     assert find_best_actions(tallies) == []
+
+
+def test_a_blank_that_one_thing_always_fills_is_no_lesson():
+    right, wrong = words("slice carrot with _"), words("slice onion with _")
+    knife = {words("knife")}
+    tallies = {words("there is a _ here"): {right: Tally(30, 0.0, 30, knife), wrong: Tally(0, 30.0, 30, knife)}}
+
+    assert find_best_actions(tallies) == []
+
+
+def test_an_action_that_survives_early_and_wins_late_is_found_in_few_episodes():
+    operations = contrast_insights(cook_at_random(60), known=[])
+
+    assert len(operations) >= 2
 
 
 def test_a_believed_insight_is_agreed_with_or_removed_by_its_tally():

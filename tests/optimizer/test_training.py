@@ -117,11 +117,11 @@ async def test_sft_then_dpo_leave_adapters_that_an_engine_may_wear(spec_for, tin
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 async def test_a_trainer_killed_in_mid_training_is_resumed_to_a_finished_adapter(kind, spec_for, tiny_base):
-    spec = spec_for(kind, epochs=30, num_checkpoints=30)
+    spec = spec_for(kind, epochs=10, num_checkpoints=10)
     killed_at = []
 
     async def kill_once(told):
-        if told["step"] >= 8 and not killed_at:
+        if told["step"] >= 6 and not killed_at:
             killed_at.append(told["step"])
             os.kill(find_trainer(spec), signal.SIGKILL)
 
