@@ -430,6 +430,34 @@ def open_memory_here(settings: Any) -> Memory:
     return memory
 
 
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option("--out", help="Where the model and what it is made from go.")],
+    games: Annotated[int, typer.Option("--games", min=1, help="Pretraining games the expert plays.")] = 640,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Tokens to train on.")] = None,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Make a pocket model from scratch: play, train. Started again, it goes on where it stopped."""
+    from rich.progress import track
+
+    async def work() -> dict[str, Any]:
+        from optimizer.pretraining.train import Recipe, pretrain_in
+        from runtime.environments.textworld import TextWorld
+        from runtime.environments.textworld_expert import write_transcripts
+
+        transcripts = out / "transcripts.json"
+        if not transcripts.exists():
+            bar = iter(track(range(games), "compiling games", console=watching(as_json)))
+            await write_transcripts(
+                TextWorld(out / "games"), transcripts, num_games=games, on_progress=lambda done, total: next(bar, None)
+            )
+        recipe = Recipe(seed=seed) if tokens is None else Recipe(seed=seed, num_tokens=tokens)
+        return await asyncio.to_thread(pretrain_in, out, recipe, console=watching(as_json))
+
+    perform(work, as_json=as_json, show=lambda made: f"{made['num_parameters']} parameters in {made['model']}")
+
+
 def main() -> None:
     sys.exit(run(app, sys.argv[1:]))
 

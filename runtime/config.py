@@ -39,7 +39,7 @@ class EngineConfig(BaseModel, extra="forbid"):
     """How long the engine may take to its first token."""
     probe_interval_seconds: float = Field(default=2.0, gt=0)
     """Pause between two probes of one token each."""
-    probe_timeout_seconds: float = Field(default=5.0, gt=0)
+    probe_timeout_seconds: float = Field(default=8.0, gt=0)
     """A probe without a token for this long, while no other token moves either, means a zombie."""
     call_timeout_seconds: float = Field(default=600.0, gt=0)
     """The longest silence of the engine within one call."""

@@ -36,7 +36,7 @@ OnProgress = Callable[[str], None]
 
 HOME = Path(__file__).parents[1]
 CHILD = Path(__file__).with_name("engine_child.py")
-CPU_FIX = "runtime.engine_cpu_fix.BareBase"
+CPU_FIX = "runtime.engine_cpu_fix.WorkerFixes"
 BASE = "base"
 """The name under which the bare base model is served."""
 STOP_SECONDS = 10.0

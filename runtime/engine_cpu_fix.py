@@ -1,37 +1,103 @@
-"""Keep the bare base bare on CPUs: a correction to vLLM 0.32, carried into its workers by `--worker-extension-cls`.
+"""Four corrections to vLLM 0.32 on CPUs, carried into its workers by `--worker-extension-cls`.
 
-vLLM marks the rows of a batch that wear no adapter with the index -1. Its GPU kernels skip them; its CPU code looks
-up slot -1, the last one: whoever asks for the base in one batch with others gets the adapter in that slot, silently
-(vLLM#48421, open). Evaluations of two policies side by side would compare the wrong things.
+The bare base stays bare. vLLM marks the rows of a batch that wear no adapter with the index -1. Its GPU kernels skip
+them; its CPU code looks up slot -1, the last one: whoever asks for the base in one batch with others gets the adapter
+in that slot, silently (vLLM#48421, open). Evaluations of two policies side by side would compare the wrong things.
 
-Refuses to know anything else of vLLM. Remove it when the pinned version has the fix; a test on the real engine tells.
+An adapter costs what its few numbers cost. vLLM's CPU operations gather a copy of the adapter's matrices for every
+token, hundreds of megabytes for a prompt; here each adapter's rows are multiplied at once.
+
+A seeded request does not kill the engine. A prompt that is read in several pieces samples a token after each and
+drops all but the last; vLLM then turns the request's generator back by an offset, which generators on CPUs do not
+have.
+
+An idle worker sleeps. It spins for a second after each message before it waits in earnest, and the watch asks for a
+token every two seconds: half a core for nothing, on machines that have two and train on them.
+
+Refuses to know anything else of vLLM. Remove what the pinned version has mended; tests on the real engine tell.
 """
 
 from __future__ import annotations
 
 from functools import wraps
 
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.lora.ops import torch_ops
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+SPIN_SECONDS = 0.005
+"""Longer than the pause between two steps of a busy engine."""
 
 
-class BareBase:
+class WorkerFixes:
     """Mixed into vLLM's worker for the sake of this module's import; adds nothing to it."""
 
 
-def _skip_bare_rows(shrink):
-    """Wrap the operation that takes rows (num_rows, hidden) down to an adapter's rank: bare rows become zero there."""
-
-    @wraps(shrink)
-    def shrink_dressed_rows(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling=1.0):
-        shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
-        # Zero at the rank is zero after expansion, whichever slot expands it.
-        output_tensor[: len(lora_indices_tensor)].masked_fill_((lora_indices_tensor < 0).unsqueeze(-1), 0)
-
-    return shrink_dressed_rows
+def shrink(inputs, weights, output, indices, scaling=1.0):
+    """Take rows (num_rows, width) down to the rank of the adapter that each wears; bare rows become zero."""
+    rank = weights.shape[-2]
+    output[:, :rank] = 0
+    for rows, matrix in _rows_by_adapter(weights, indices):
+        output[rows, :rank] = scaling * (inputs[rows].to(output.dtype) @ matrix.to(output.dtype).T)
 
 
-# `sgmv_shrink`, which prefill and decode both use, finds it in its own module.
-lora_ops.bgmv_shrink = _skip_bare_rows(lora_ops.bgmv_shrink)
-torch_ops.bgmv_shrink = punica_cpu.bgmv_shrink = lora_ops.bgmv_shrink
+def expand(inputs, weights, output, indices, add_inputs=True):
+    """Take rows (num_rows, rank) up to the width of the output, and add them to it."""
+    expand_slice(inputs, weights, output, indices, 0, min(weights.shape[-2], output.shape[1]), add_inputs)
+
+
+def expand_slice(inputs, weights, output, indices, slice_offset, slice_size, add_inputs=True):
+    """Like `expand`, for the columns of one of several layers that are computed together."""
+    columns = output[:, slice_offset : slice_offset + slice_size]
+    if not add_inputs:
+        columns.zero_()
+    for rows, matrix in _rows_by_adapter(weights, indices):
+        columns[rows] += inputs[rows].to(output.dtype) @ matrix[:slice_size].to(output.dtype).T
+
+
+def _rows_by_adapter(weights, indices):
+    """Yield (which rows, their matrix) for every adapter that is worn in this batch."""
+    for slot in indices.unique().tolist():
+        if slot >= 0:
+            rows = (indices == slot).nonzero().squeeze(1)
+            yield rows, weights[slot].reshape(weights.shape[-2:])
+
+
+# The operations for segments, which prefill uses, find these three in their own module.
+for home in (lora_ops, torch_ops, punica_cpu):
+    home.bgmv_shrink, home.bgmv_expand, home.bgmv_expand_slice = shrink, expand, expand_slice
+
+
+def _turn_generators_back(book):
+    """Wrap the bookkeeping after sampling: what was drawn for a half-read prompt is drawn again, from the seed."""
+
+    @wraps(book)
+    def book_without_offsets(self, *arguments, **options):
+        generators = self.input_batch.generators
+        is_dropped = self.discard_request_mask.np
+        dropped = {row: generators.pop(row) for row in list(generators) if is_dropped[row]}
+        for generator in dropped.values():
+            generator.manual_seed(generator.initial_seed())
+        try:
+            return book(self, *arguments, **options)
+        finally:
+            generators.update(dropped)
+
+    return book_without_offsets
+
+
+GPUModelRunner._bookkeeping_sync = _turn_generators_back(GPUModelRunner._bookkeeping_sync)
+
+
+def _spin_briefly(wait):
+    @wraps(wait)
+    def wait_after_a_brief_spin(self, timeout_ms=None):
+        self.busy_loop_s = min(self.busy_loop_s, SPIN_SECONDS)
+        wait(self, timeout_ms)
+
+    return wait_after_a_brief_spin
+
+
+SpinCondition.wait = _spin_briefly(SpinCondition.wait)

@@ -37,7 +37,7 @@ PHRASES = (
     *(f" {rule}" for rule in (*COOKING.values(), *CUTTING.values(), *OTHER_RULES, *OTHER_CUTS)),
 )
 """What the tokenizer makes one token each."""
-SYLLABLES = "ba bo da di fe fu ga go ka ki la lo ma mi na no pa pe ra ri sa so ta to va vi wa wo ya zu".split()
+SYLLABLES = re.findall("..", "babodadifefugagokakilalomaminanopaperarisasotatovaviwawoyazu")
 COLOURS = ("red", "green", "yellow", "white", "black", "purple", "orange")
 
 

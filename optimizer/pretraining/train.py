@@ -1,25 +1,25 @@
-"""Pretrain the pocket model from scratch: `python -m optimizer.pretraining.train --transcripts FILE --out DIR`.
+"""Pretrain the pocket model from scratch (`serve.py pretrain --out DIR`).
 
-One seeded run, on 2 CPU cores or a GPU: more drills first, because everything else stands on looking rules up, then whole
-games. Muon on the matrices and AdamW on the rest (Jordan et al., 2024). The run writes a
+One seeded run, on 2 CPU cores or a GPU: more drills first, because everything else stands on looking rules up, then
+whole games. Muon on the matrices and AdamW on the rest (Jordan et al., 2024). The run writes a
 checkpoint every few minutes and goes on from it when started again with the same directory.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -72,6 +72,9 @@ class Batch:
     weights: torch.Tensor  # (num_rows, length) float32: weight of predicting this very token
     is_rule: torch.Tensor  # (num_rows, length) bool: tokens of rules that could be looked up
 
+    def to(self, device: str) -> Batch:
+        return Batch(self.ids.to(device), self.weights.to(device), self.is_rule.to(device))
+
 
 def encode(pieces: list[Piece], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[float]]:
     """Return token ids and the weight of each. Neighbours of one weight are encoded together, as vLLM would."""
@@ -85,12 +88,49 @@ def encode(pieces: list[Piece], tokenizer: PreTrainedTokenizerFast) -> tuple[lis
     return ids, weights
 
 
-def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, *, done: Any) -> Iterator[Batch]:
-    """Yield batches in a few fixed shapes (compiled kernels want them). `done()` is the share of the run behind us."""
+@dataclass
+class Course:
+    """How far a run is."""
+
+    num_tokens: int
+    seen: int = 0
+    step: int = 0
+    began_at: float = field(default_factory=time.monotonic)
+    began_seen: int = 0
+    num_hits: int = 0
+    num_lookups: int = 0
+
+    @property
+    def done(self) -> float:
+        """The share of the run behind us."""
+        return self.seen / self.num_tokens
+
+    def count(self, batch: Batch, hits: torch.Tensor) -> None:
+        self.seen += batch.ids.numel()
+        self.step += 1
+        self.num_hits += int(hits.sum())
+        self.num_lookups += hits.numel()
+
+    def report(self, loss: float) -> dict[str, Any]:
+        """Return where the run stands; look-ups are counted from one report to the next."""
+        speed = (self.seen - self.began_seen) / (time.monotonic() - self.began_at)
+        accuracy = self.num_hits / max(1, self.num_lookups)
+        self.num_hits = self.num_lookups = 0
+        return {
+            "step": self.step,
+            "seen": self.seen,
+            "loss": round(loss, 4),
+            "rule_accuracy": round(accuracy, 3),
+            "tokens_per_second": round(speed),
+        }
+
+
+def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, course: Course) -> Iterator[Batch]:
+    """Yield batches in a few fixed shapes, which compiled kernels want, mixed as the course is."""
     pad = tokenizer.convert_tokens_to_ids(PAD)
     buckets: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in recipe.lengths}
     while True:
-        row = encode(corpus.episode(recipe.mixture(done())), tokenizer)
+        row = encode(corpus.episode(recipe.mixture(course.done)), tokenizer)
         length = next((length for length in recipe.lengths if len(row[0]) <= length), None)
         if length is None:
             continue
@@ -155,68 +195,101 @@ def loss_of(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.T
     return (losses * weights).sum() / weights.sum(), hits
 
 
-def pretrain(transcripts_file: Path, out: Path, recipe: Recipe, *, device: str) -> Qwen2ForCausalLM:
-    """Train until `recipe.num_tokens` are seen; write model and tokenizer into `out`, progress into `out/train.jsonl`."""
+def pretrain(
+    transcripts_file: Path, out: Path, recipe: Recipe, *, device: str, console: Console | None = None
+) -> Qwen2ForCausalLM:
+    """Train until `recipe.num_tokens` are seen; the model goes into `out`, what is needed to go on beside it."""
     out.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f"{out.name}-course")
+    beside.mkdir(exist_ok=True)
+    (beside / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
     source = json.loads(transcripts_file.read_text())
-    corpus = Corpus(
-        source["transcripts"],
-        source["foods"],
-        system_prompt=source["system_prompt"],
-        tool=source["tool"],
-        seed=recipe.seed,
-    )
+    described = {"system_prompt": source["system_prompt"], "tool": source["tool"], "seed": recipe.seed}
+    corpus = Corpus(source["transcripts"], source["foods"], **described)
     tokenizer = _tokenizer(corpus, out, recipe)
     model = make_model(recipe, tokenizer).to(device)
     optimizers = make_optimizers(model, recipe)
-    seen = step = 0
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=False)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        seen, step = state["seen"], state["step"]
-        corpus.rng = random.Random(f"{recipe.seed}-{step}")
+    course = Course(recipe.num_tokens)
+    checkpoint = Checkpoint(beside / "checkpoint.pt", model, optimizers, course)
+    if checkpoint.load(device):
+        corpus.rng = random.Random(f"{recipe.seed}-{course.step}")
     if recipe.is_compiled:
         model.model.compile(dynamic=False)
-    saved_at, began_at, began_seen, hit_counts = time.monotonic(), time.monotonic(), seen, [0, 0]
-    with _progress() as progress, (out / "train.jsonl").open("a") as log:
-        bar = progress.add_task("pretraining", total=recipe.num_tokens, completed=seen, note="")
-        for batch in batches(corpus, tokenizer, recipe, done=lambda: seen / recipe.num_tokens):
-            done = seen / recipe.num_tokens
-            if done >= 1.0:
+    with _progress(console) as progress, (beside / "train.jsonl").open("a") as log:
+        bar = progress.add_task("pretraining", total=recipe.num_tokens, completed=course.seen, note="")
+        for batch in batches(corpus, tokenizer, recipe, course):
+            if course.done >= 1.0:
                 break
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group.setdefault("peak_lr", group["lr"])
-                    group["lr"] = group["peak_lr"] * recipe.lr_factor(step, done)
-            batch = Batch(batch.ids.to(device), batch.weights.to(device), batch.is_rule.to(device))
-            loss, hits = loss_of(model, batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            seen, step = seen + batch.ids.numel(), step + 1
-            hit_counts = [hit_counts[0] + int(hits.sum()), hit_counts[1] + hits.numel()]
-            if step % 10 == 0:
-                speed = (seen - began_seen) / (time.monotonic() - began_at)
-                row = {"step": step, "seen": seen, "loss": round(loss.item(), 4), "tokens_per_second": round(speed)}
-                row["rule_accuracy"] = round(hit_counts[0] / max(1, hit_counts[1]), 3)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                note = f"loss {row['loss']:.3f}, rules {row['rule_accuracy']:.2f}, {row['tokens_per_second']} tokens/s"
-                progress.update(bar, completed=seen, note=note)
-                hit_counts = [0, 0]
-            if time.monotonic() - saved_at > recipe.checkpoint_seconds:
-                _save_checkpoint(checkpoint, model, optimizers, seen, step)
-                export(model, tokenizer, out)
-                saved_at = time.monotonic()
-    _save_checkpoint(checkpoint, model, optimizers, seen, step)
+            set_rates(optimizers, recipe.lr_factor(course.step, course.done))
+            loss = train_step(model, optimizers, batch.to(device), course)
+            if course.step % 10 == 0:
+                row = course.report(loss)
+                print(json.dumps(row), file=log, flush=True)
+                note = "loss {loss:.3f}, rules {rule_accuracy:.2f}, {tokens_per_second} tokens/s".format(**row)
+                progress.update(bar, completed=course.seen, note=note)
+            if checkpoint.age_seconds > recipe.checkpoint_seconds:
+                checkpoint.save()
+    checkpoint.save()
     export(model, tokenizer, out)
-    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
     return model
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("peak_lr", group["lr"])
+            group["lr"] = group["peak_lr"] * factor
+
+
+def train_step(model: Qwen2ForCausalLM, optimizers: list[torch.optim.Optimizer], batch: Batch, course: Course) -> float:
+    """Take one step; return the loss before it."""
+    loss, hits = loss_of(model, batch)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    course.count(batch, hits)
+    return loss.item()
+
+
+@dataclass
+class Checkpoint:
+    """Where a run goes on from; on disk whole or not at all."""
+
+    path: Path
+    model: Qwen2ForCausalLM
+    optimizers: list[torch.optim.Optimizer]
+    course: Course
+    saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def age_seconds(self) -> float:
+        return time.monotonic() - self.saved_at
+
+    def load(self, device: str) -> bool:
+        """Go on from the file; False if there is none."""
+        if not self.path.exists():
+            return False
+        state = torch.load(self.path, map_location=device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.course.seen = self.course.began_seen = state["seen"]
+        self.course.step = state["step"]
+        return True
+
+    def save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "seen": self.course.seen,
+            "step": self.course.step,
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.path)
+        self.saved_at = time.monotonic()
 
 
 def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -234,37 +307,17 @@ def _tokenizer(corpus: Corpus, out: Path, recipe: Recipe) -> PreTrainedTokenizer
     return tokenizer
 
 
-def _save_checkpoint(path: Path, model: Any, optimizers: list[Any], seen: int, step: int) -> None:
-    state = {
-        "model": model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "seen": seen,
-        "step": step,
-    }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+def _progress(console: Console | None) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn()
+    return Progress(*columns, console=console)
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn()
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--transcripts", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=Recipe.num_tokens)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def pretrain_in(directory: Path, recipe: Recipe, *, console: Console) -> dict[str, Any]:
+    """Train on `directory/transcripts.json`, on a GPU if there is one; say what was made."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    recipe = Recipe(seed=arguments.seed, num_tokens=arguments.tokens)
-    pretrain(arguments.transcripts, arguments.out, recipe, device=device)
-
-
-if __name__ == "__main__":
-    main()
+    model = pretrain(directory / "transcripts.json", directory / "model", recipe, device=device, console=console)
+    return {
+        "model": str(directory / "model"),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_tokens": recipe.num_tokens,
+    }

@@ -60,6 +60,7 @@ class Environment(ABC):
 
     async def prepare(self, tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
         """Do ahead of time whatever starting these tasks would have to wait for. `on_progress(done, total)`."""
+        return
 
     @abstractmethod
     async def start(self, task: Task) -> Playthrough:

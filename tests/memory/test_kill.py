@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import sqlite3
@@ -111,6 +110,5 @@ def test_every_acknowledged_row_survives_five_kills(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("RATCHET_SLOW"), reason="ten minutes: set RATCHET_SLOW=1")
 def test_every_acknowledged_row_survives_two_hundred_kills(tmp_path: Path):
     assert kill_again_and_again(tmp_path / "ratchet.db", 200) > 1000

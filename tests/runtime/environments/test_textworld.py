@@ -64,7 +64,7 @@ async def test_what_the_agent_reads_holds_no_banner_score_or_prompt(textworld_en
 
 
 def test_readable_keeps_the_games_last_words():
-    raw = "\nYou eat the meal.\n\n\n   *** The End ***\n\nYou scored 8 out of a possible 8, in 16 turns.\n\nWould you like\n>"
+    raw = "\nYou eat the meal.\n\n\n   *** The End ***\n\nYou scored 8 out of a possible 8, in 9 turns.\n\nWould you\n>"
     assert readable(raw) == "You eat the meal.\n*** The End ***"
 
 
