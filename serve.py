@@ -329,10 +329,10 @@ class Learner:
 
     async def cancel(self, cycle_id: str) -> Cycle:
         """Stop a cycle for good."""
-        from memory.schema import CycleStage
+        from optimizer.cycle import abandon_cycle
 
         await self.stop()
-        return await self._memory.cycles.save(cycle_id, stage=CycleStage.ERROR, error="Cancelled: by request")
+        return await abandon_cycle(self._memory, cycle_id, "Cancelled: by request")
 
     async def stop(self) -> None:
         """Interrupt what runs; its row stays open."""

@@ -24,15 +24,8 @@ from aiohttp import web
 from rich.console import Console
 
 import serve
-from memory.adapters import (
-    MANIFEST_NAME,
-    WEIGHTS_NAME,
-    Manifest,
-    digest_adapter,
-    read_manifest,
-    write_adapter_atomically,
-    write_manifest,
-)
+from memory import adapters
+from memory.adapters import Manifest, read_manifest
 from memory.insights import InsightOperation, OperationKind
 from memory.schema import Cycle, CycleStage, Feedback, Policy, PolicyStage, Split, Task, Trajectory, TrajectoryStage
 from memory.store import Memory
@@ -55,7 +48,7 @@ from runtime.hotswap import LEAST_CHANGE_NATS, TOLERANCE_NATS, HotSwap, mean_dis
 from runtime.model_family import POCKET_MODEL
 from runtime.tools import Tool
 from tests.memory.episodes import PATIENT, HashingEncoder
-from tests.optimizer.worlds import say
+from tests.optimizer.worlds import ACT, say
 from tests.runtime.conftest import write_adapter
 from tests.runtime.fake_engine import FakeEngine, Reply, call
 
@@ -66,10 +59,7 @@ LUCKY = 0
 """A seed with which a sampled episode takes the stove."""
 BY_HAND = OptimizerConfig.model_validate(
     {
-        "environment": "kitchen",
-        "num_practice_tasks": 12,
-        "practice_episodes": 24,
-        "explore_episodes": 12,
+        **{"environment": "kitchen", "num_practice_tasks": 12, "practice_episodes": 24, "explore_episodes": 12},
         "demonstrations": {"min_rows": 4},
         "preferences": {"min_rows": 4},
         "evaluation": {"num_tasks": 16, "min_tasks": 16},
@@ -104,8 +94,7 @@ class Meal(Playthrough):
     def __init__(self, task: Task) -> None:
         self.task = task
         self.task_text = f"Make meal {task.name}."
-        schema = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
-        self.tools = [Tool("act", "Do one thing.", schema, self.act)]
+        self.tools = [Tool("act", "Do one thing.", ACT["function"]["parameters"], self.act)]
 
     async def act(self, arguments: dict[str, Any]) -> str:
         food = FOODS[int(self.task.name) % len(FOODS)]
@@ -167,23 +156,14 @@ class QuickTrainer:
     async def __call__(self, spec, *, on_step=None, num_attempts: int = 2) -> Manifest:
         seen: Counter[str] = Counter()
         for row in read_rows(spec.rows_path):
-            ids, mask = (
-                (row["input_ids"], row["mask"]) if spec.kind == "sft" else (row["chosen_ids"], row["chosen_mask"])
-            )
-            own = self.tokenizer.decode([token for token, is_own in zip(ids, mask, strict=True) if is_own])
-            seen.update(re.findall(r"with (\w+)", own))
+            ids, mask = ("input_ids", "mask") if spec.kind == "sft" else ("chosen_ids", "chosen_mask")
+            own = [token for token, is_own in zip(row[ids], row[mask], strict=True) if is_own]
+            seen.update(re.findall(r"with (\w+)", self.tokenizer.decode(own)))
         taught = self.planted or seen.most_common(1)[0][0]
-        write_adapter(
-            spec.output_dir,
-            POCKET_MODEL,
-            spec.version,
-            name=spec.name,
-            kind=spec.kind,
-            parent=spec.parent,
-            trajectory_ids=spec.trajectory_ids,
-            settings={**spec.settings(), "spec_digest": spec.digest(), "taught": taught},
-            metrics={"num_steps": 1, "seconds": 0.1},
-        )
+        told = {key: getattr(spec, key) for key in ("name", "kind", "parent", "trajectory_ids")}
+        told["settings"] = {**spec.settings(), "spec_digest": spec.digest(), "taught": taught}
+        told["metrics"] = {"num_steps": 1, "seconds": 0.1}
+        write_adapter(spec.output_dir, POCKET_MODEL, spec.version, **told)
         return read_finished(spec)
 
 
@@ -313,15 +293,15 @@ RIGHT += tuple(f"{cut} the _ -> {cut} _ with knife" for cut in ("chop", "slice",
 NUM_AT_ONCE = 32
 NUM_PRACTICE = 40
 SMALL = {
-    "num_practice_tasks": 32,
-    "practice_episodes": 96,
-    "explore_episodes": 64,
+    **{"num_practice_tasks": 32, "practice_episodes": 96, "explore_episodes": 64},
     "demonstrations": {"min_rows": 8},
     "preferences": {"min_rows": 2},
     "evaluation": {"num_tasks": 30, "min_tasks": 30},
     "recipe": {"sft_epochs": 2, "dpo_epochs": 1},
 }
 CYCLE_SECONDS = 900
+SPOILED_BY = -1.0
+"""Factor on every lora_B: what was learned is unlearned, and more."""
 
 
 @dataclass
@@ -348,16 +328,8 @@ class Kept:
             concurrency=NUM_AT_ONCE,
         )
 
-    def commands(self, result: CellResult) -> dict[str, list[str]]:
-        """Return what was done in each task of a cell."""
-        return {
-            played.task: [
-                tool_call["function"]["arguments"]
-                for step in self.memory.trajectories.steps(played.trajectory_id)
-                for tool_call in step.tool_calls
-            ]
-            for played in result.played
-        }
+    def answers(self, result: CellResult) -> list[str | None]:
+        return [self.memory.trajectories.get(played.trajectory_id).answer for played in result.played]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -398,7 +370,7 @@ async def test_the_right_insights_change_what_the_pocket_model_does_and_win_more
 
     shown = {real.memory.trajectories.get(played.trajectory_id).memory_text for played in told.played}
     assert all(text in segment for segment in shown for text in RIGHT)
-    assert real.commands(told) != real.commands(without)
+    assert real.answers(told) != real.answers(without)
     print(f"{without.num_successes} of {len(tasks)} won without memory, {told.num_successes} with it")
     assert told.num_successes > without.num_successes
 
@@ -476,16 +448,16 @@ async def test_a_trained_adapter_is_on_the_engine_what_it_was_in_the_trainer(rea
         served = await engine.token_logprobs(actor.served_name, fingerprint.token_ids)
     bare = await engine.token_logprobs(engine.model, fingerprint.token_ids)
 
-    assert (manifest.kind, policy.adapter_digest) == (kind, digest_adapter(Path(policy.adapter_path)))
+    assert (manifest.kind, policy.adapter_digest) == (kind, adapters.digest_adapter(Path(policy.adapter_path)))
     assert mean_distance(served, fingerprint.adapter_logprobs) < TOLERANCE_NATS
     assert mean_distance(served, bare) > LEAST_CHANGE_NATS
 
 
 @on_real_engine
-async def test_a_planted_worse_adapter_is_not_promoted(real: Kept, tmp_path: Path):
+async def test_a_planted_worse_adapter_is_not_promoted(real: Kept):
     assert real.cycle is not None, "the cycle did not end"
     memory, hotswap, active = real.memory, real.services.hotswap, real.memory.policies.active()
-    spoiled = await plant_spoiled_copy(memory, memory.policies.get(2), tmp_path)
+    spoiled = await plant_spoiled_copy(memory, memory.policies.get(2))
 
     incumbent = await real.play("incumbent-off", real.practice, policy=2)
     candidate = await real.play("spoiled-off", real.practice, policy=spoiled.version)
@@ -499,41 +471,33 @@ async def test_a_planted_worse_adapter_is_not_promoted(real: Kept, tmp_path: Pat
     assert memory.policies.active().version == hotswap.active_version == active.version
 
 
-async def plant_spoiled_copy(memory: Memory, policy: Policy, scratch: Path) -> Policy:
+async def plant_spoiled_copy(memory: Memory, policy: Policy) -> Policy:
     """Register a candidate that wears a spoiled copy of a policy's adapter, honestly recorded."""
-    original = Path(policy.adapter_path)
-    manifest = read_manifest(original)
-    version = len(memory.policies.list())
-    unfinished = memory.data_dir / "adapters" / f"unfinished-v{version}"
-    shutil.copytree(original, unfinished, ignore=shutil.ignore_patterns(MANIFEST_NAME))
-    fingerprint = await asyncio.to_thread(spoil, unfinished, manifest.fingerprint.token_ids)
-    told = {
-        "version": version,
-        "parent": policy.version,
-        "fingerprint": fingerprint,
-        "settings": {"spoiled": SPOILED_BY},
-    }
-    write_manifest(unfinished, manifest.model_copy(update=told))
-    final = write_adapter_atomically(unfinished, original.with_name(f"{manifest.name}-v{version}"))
+    original, version = Path(policy.adapter_path), len(memory.policies.list())
+    final = original.with_name(f"spoiled-v{version}")
+    await asyncio.to_thread(write_spoiled_copy, original, final, version=version, parent=policy.version)
     drafted = await memory.policies.draft(
-        adapter_path=str(final), adapter_digest=digest_adapter(final), parent=policy.version, note="a spoiled copy"
+        adapter_path=str(final), adapter_digest=adapters.digest_adapter(final), parent=policy.version, note="spoiled"
     )
     return await memory.policies.move(drafted.version, PolicyStage.CANDIDATE)
 
 
-SPOILED_BY = -1.0
-
-
-def spoil(directory: Path, token_ids: list[int]) -> Any:
-    """Turn an adapter's effect round in place; return its fingerprint as a trainer measures it."""
+def write_spoiled_copy(original: Path, final: Path, **told: Any) -> None:
+    """Write an adapter whose every lora_B is `SPOILED_BY` times the original's, and say so in its manifest."""
     from peft import PeftModel
     from safetensors.numpy import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     from optimizer.training.child import take_fingerprint
 
-    weights = load_file(directory / WEIGHTS_NAME)
+    unfinished = final.with_name(f"unfinished-{final.name}")
+    shutil.copytree(original, unfinished, ignore=shutil.ignore_patterns(adapters.MANIFEST_NAME))
+    weights = load_file(original / adapters.WEIGHTS_NAME)
     spoiled = {name: SPOILED_BY * it if ".lora_B" in name else it for name, it in weights.items()}
-    save_file(spoiled, directory / WEIGHTS_NAME, metadata={"format": "pt"})
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(POCKET_MODEL), directory).eval()
-    return take_fingerprint(model, token_ids)
+    save_file(spoiled, unfinished / adapters.WEIGHTS_NAME, metadata={"format": "pt"})
+    manifest = read_manifest(original)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(POCKET_MODEL), unfinished).eval()
+    told |= {"name": "spoiled", "settings": {**manifest.settings, "spoiled_by": SPOILED_BY}}
+    told["fingerprint"] = take_fingerprint(model, manifest.fingerprint.token_ids)
+    adapters.write_manifest(unfinished, manifest.model_copy(update=told))
+    adapters.write_adapter_atomically(unfinished, final)
