@@ -42,7 +42,7 @@ def test_every_verb_and_file_that_the_readme_names_exists():
     room = ""
     for line in tree.splitlines():
         is_inside = line.startswith("  ")
-        names = re.split(r"\s{2,}", line.strip())[0]
+        names = re.match(r"\s*([^\s,]+(?:, [^\s,]+)*)", line)[1]
         if not is_inside:
             room = names
         for name in names.split(", "):

@@ -55,8 +55,7 @@ from tests.runtime.fake_engine import FakeEngine, Reply, call
 FOODS = ("carrot", "onion", "banana", "pork", "pepper", "salmon", "apple", "egg")
 FIRST_HELD_OUT = 500
 HELD_MEAL = "499"
-LUCKY = 0
-"""A seed with which a sampled episode takes the stove."""
+LUCKY = 0  # a seed with which a sampled episode takes the stove
 BY_HAND = OptimizerConfig.model_validate(
     {
         **{"environment": "kitchen", "num_practice_tasks": 12, "practice_episodes": 24, "explore_episodes": 12},
@@ -200,8 +199,8 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 async def world(tmp_path: Path, tokenizer: Any) -> AsyncIterator[World]:
-    async with Cook(tokenizer) as played:
-        with Memory.open(tmp_path / "data", PATIENT, encoder=HashingEncoder()) as memory:
+    with Memory.open(tmp_path / "data", PATIENT, encoder=HashingEncoder()) as memory:
+        async with Cook(tokenizer) as played:
             engine = Engine(EngineConfig(url=played.url), memory.data_dir)
             await engine.start()
             await memory.policies.register_base(str(POCKET_MODEL))
@@ -214,7 +213,7 @@ async def world(tmp_path: Path, tokenizer: Any) -> AsyncIterator[World]:
             await engine.stop()
 
 
-async def until(holds: Any, seconds: float = 10.0) -> None:
+async def until(holds: Any, seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while not holds():
             await asyncio.sleep(0.01)
@@ -299,9 +298,8 @@ SMALL = {
     "evaluation": {"num_tasks": 30, "min_tasks": 30},
     "recipe": {"sft_epochs": 2, "dpo_epochs": 1},
 }
-CYCLE_SECONDS = 900
-SPOILED_BY = -1.0
-"""Factor on every lora_B: what was learned is unlearned, and more."""
+CYCLE_SECONDS = 1800
+SPOILED_BY = -1.0  # factor on every lora_B: as much as it helped, it shall harm
 
 
 @dataclass
@@ -318,14 +316,10 @@ class Kept:
 
     async def play(self, name: str, tasks: Sequence[Task], *, policy: int = 0, use_memory: bool = False) -> CellResult:
         """Play greedily, as the gate does."""
-        trajectories = self.memory.trajectories
+        kept, rollout = self.memory.trajectories, self.services.agent.rollout
+        judging = {"grade": kept.effective_reward, "success_reward": kept.success_reward}
         return await play_cell(
-            Cell(name, policy, use_memory),
-            tasks,
-            rollout=self.services.agent.rollout,
-            grade=trajectories.effective_reward,
-            success_reward=trajectories.success_reward,
-            concurrency=NUM_AT_ONCE,
+            Cell(name, policy, use_memory), tasks, rollout=rollout, concurrency=NUM_AT_ONCE, **judging
         )
 
     def answers(self, result: CellResult) -> list[str | None]:
