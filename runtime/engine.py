@@ -257,7 +257,7 @@ class Engine(EngineClient):
                 num_phases_seen += 1
             if process.returncode is not None:
                 raise EngineError(self._describe_failure(f"the engine ended with exit code {process.returncode}"))
-            if num_phases_seen == len(PHASES) and await self._probe_within(deadline - time.monotonic()):
+            if PHASES[-1][0] in text and await self._probe_within(deadline - time.monotonic()):
                 # The engine's first look at log-probs takes seconds; better now than in the middle of a swap.
                 await self.token_logprobs(self.model, [1, 1])
                 return
@@ -317,6 +317,7 @@ def server_environment(config: EngineConfig) -> dict[str, str]:
     return {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
+        "VLLM_LOGGING_LEVEL": "INFO",  # its log is how we follow it; libraries imported here may have turned it down
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
