@@ -131,7 +131,9 @@ class QueryEncoder:
 def _load(name: str):
     """Load a sentence-transformers model; the embedded one from its installed package, without any network."""
     from sentence_transformers import SentenceTransformer  # seconds to import: only here
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # it would write into the midst of what a verb prints
     return SentenceTransformer(str(_embedded_directory()) if name == EMBEDDED else name, device="cpu")
 
 

@@ -316,6 +316,8 @@ async def test_an_engine_killed_in_mid_episode_fails_it_and_comes_back_dressed(
     trajectory = await episode
     assert trajectory.stage is TrajectoryStage.FAILED
     assert trajectory.error.startswith("PolicyError: the engine ")
+    while not real.num_restarts:  # the episode fails a moment before the watch sees why
+        await asyncio.sleep(0.05)
     await real.wait_until_ready(900)
     assert await real.adapters() == {"tiny-v1"}
     again = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}], max_tokens=5)
