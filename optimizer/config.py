@@ -101,7 +101,7 @@ class PreferenceConfig(BaseModel, extra="forbid"):
     scope: Literal["remainder", "step"] = "remainder"
     """"remainder": both sides run to the end of the episode (ETO). "step": they end with the first differing step."""
     max_extra_rounds: int = 5
-    """The rejected side may take at most so many more model steps than the chosen one (ETO)."""
+    """The rejected side may take at most so many more model steps than the chosen one; it is cut there."""
     min_rows: int = 12
     """With fewer there is no DPO: the SFT policy itself becomes the candidate."""
     max_rows: int = 2000

@@ -1,7 +1,7 @@
 """Turns graded trajectories into rows to learn from: demonstrations to imitate, preferences to weigh. Pure functions.
 
-Refuses to train, to read a database, or to cut: a row that is too long is left out and counted. Everything that is
-left out is counted under a word, so that a report can say where the data went.
+Refuses to train, to read a database, or to cut a row to a length: one that is too long is left out and counted.
+Everything that is left out is counted under a word, so that a report can say where the data went.
 
 Flow: trajectories -> stitched rows -> memory segment out -> filters -> caps -> rows.
 Invariant: no held-out task ever enters; token ids are the engine's own.
@@ -167,7 +167,8 @@ def build_preferences(
     """Return (prompt, chosen, rejected) rows: same task, success over failure, parted where they first differ (ETO).
 
     The memory segment is taken out of both sides, so episodes that were shown different things can be compared.
-    Departure from ETO: the sides need not come from the expert and the agent; any success may face any failure.
+    Departures from ETO: the sides need not come from the expert and the agent, any success may face any failure; and a
+    failure that drags on is cut short instead of left out, because going in circles is what it should unlearn.
     """
     graded = list(graded)
     refuse_held_out(graded)
@@ -237,18 +238,16 @@ def _weigh(
     Returns (rank, contrast, preference). Of two preferences with the same contrast (prompt, first chosen output, first
     rejected output) the lower rank says more: the fewer steps follow the parting, the surer that it decided.
     """
-    num_extra_rounds = len(lost.starts) - len(won.starts)
-    if num_extra_rounds > config.max_extra_rounds:
-        raise Unstitchable("rejected_too_many_rounds")
     parting = _first_differing_step(winner.model_steps, loser.model_steps)
     start = won.starts[parting]
     if start != lost.starts[parting] or won.input_ids[:start] != lost.input_ids[:start]:
         raise Unstitchable("prompts_differ")
-    chosen_end, rejected_end = (
-        (len(won.input_ids), len(lost.input_ids))
-        if config.scope == "remainder"
-        else (_end_of_step(won, winner.model_steps, parting), _end_of_step(lost, loser.model_steps, parting))
-    )
+    last_chosen, last_rejected = parting, parting
+    if config.scope == "remainder":
+        last_chosen = len(won.starts) - 1
+        last_rejected = min(len(lost.starts) - 1, last_chosen + config.max_extra_rounds)
+    chosen_end = _end_of_step(won, winner.model_steps, last_chosen)
+    rejected_end = _end_of_step(lost, loser.model_steps, last_rejected)
     preference = Preference(
         chosen_trajectory_id=winner.trajectory.id,
         rejected_trajectory_id=loser.trajectory.id,

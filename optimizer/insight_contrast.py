@@ -4,7 +4,8 @@ Refuses to know any environment: it sees lines of text, actions, and how episode
 "cook carrot with stove" was done: the words they share are the entity, what is left is a cue and an action, "fry the _"
 and "cook _ with stove". Over many episodes and entities the cue is met by competing actions, and one of them survives.
 
-Flow: trajectory -> occurrences (cue, action, entity, credit) -> tally per cue -> exact test -> best action per cue.
+Flow: trajectory -> answers (cue, action, entity, blame) -> tally per cue -> exact test -> the surest lesson -> the
+answers it does not explain -> tally -> ... until nothing is sure.
 
 Why two testimonies. Some worlds punish at once, others late, and an episode that did one thing right may be lost by
 another. So each action is tried by two counts, and either will do, at the price of testing twice. By outcome: episodes
@@ -16,6 +17,10 @@ success is no lesson, however well it survives.
 Why minimal contrasts. Many actions share a word with an instruction: the carrot is also taken, and sliced. Only actions
 that differ in one span of words ("cook _ with stove", "cook _ with oven") are rival answers to the same cue; the rest
 are other parts of the plan. A cue that was met by one action only carries no contrast, and no lesson.
+
+Why one lesson at a time. "dice the carrot" was read, and so was "you take the carrot from the fridge": when dicing goes
+well, it goes well for both cues. What an answer came to is therefore credited to its surest cue alone, as in a
+stepwise selection, and counted no more for the others; what they keep is what they explain by themselves.
 """
 
 from __future__ import annotations
@@ -60,6 +65,18 @@ class Occurrence:
     cue: Words
     action: Words
     entity: Words
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One occurrence in one episode, and how that episode ended."""
+
+    occurrence: Occurrence
+    deeds: frozenset[tuple[int, int]]
+    """(episode, position of the action in it); the same may be done twice."""
+    is_success: bool
+    blame: float
+    """For a lost episode; at most 1."""
 
 
 @dataclass
@@ -123,40 +140,72 @@ def contrast_insights(
             by_place[(each.trajectory.environment, each.trajectory.kind)].append(each)
     operations: list[InsightOperation] = []
     for (environment, kind), episodes in sorted(by_place.items()):
-        tallies = tally_occurrences(episodes)
+        answers = find_answers(episodes)
         believed = {insight.text for insight in known if (insight.environment, insight.kind) == (environment, kind)}
-        best = find_best_actions(tallies, significance=significance)
-        for contrast in best:
-            verb = OperationKind.AGREE if contrast.text in believed else OperationKind.ADD
-            operations.append(InsightOperation(verb, environment, kind, contrast.text, counts=contrast.support))
-        refuted = find_refuted(tallies, believed - {contrast.text for contrast in best})
+        lessons, unexplained = find_lessons(answers, significance=significance)
+        taught = {lesson.text for lesson in lessons}
+        for lesson in sorted(lessons, key=lambda lesson: (lesson.p_value, lesson.text)):
+            verb = OperationKind.AGREE if lesson.text in believed else OperationKind.ADD
+            operations.append(InsightOperation(verb, environment, kind, lesson.text, counts=lesson.support))
+        refuted = find_refuted(tally(answers), tally(unexplained), believed - taught)
         operations += [
-            InsightOperation(OperationKind.REMOVE, environment, kind, contrast.text, counts=contrast.support)
-            for contrast in refuted
+            InsightOperation(OperationKind.REMOVE, environment, kind, lesson.text, counts=lesson.support)
+            for lesson in refuted
         ]
     return operations
 
 
-def tally_occurrences(episodes: Iterable[GradedTrajectory]) -> dict[Words, dict[Words, Tally]]:
-    """Count, per cue and action, the episodes they were seen in: each (cue, action, entity) once an episode."""
+def find_answers(episodes: Iterable[GradedTrajectory]) -> list[Answer]:
+    """Return each (cue, action, entity) once an episode, with the most blame that any of its actions bears."""
+    answers = []
+    for number, each in enumerate(episodes):
+        found: dict[Occurrence, list[tuple[int, int]]] = defaultdict(list)
+        for occurrence, position, num_actions_after in find_occurrences(each):
+            found[occurrence].append((position, num_actions_after))
+        for occurrence, places in found.items():
+            deeds = frozenset((number, position) for position, _ in places)
+            blame = 0.0 if each.is_success else BLAME_DISCOUNT ** min(after for _, after in places)
+            answers.append(Answer(occurrence, deeds, each.is_success, blame))
+    return answers
+
+
+def tally(answers: Iterable[Answer]) -> dict[Words, dict[Words, Tally]]:
+    """Count, per cue and action, the episodes they were seen in."""
     tallies: dict[Words, dict[Words, Tally]] = defaultdict(lambda: defaultdict(Tally))
-    for each in episodes:
-        blame: dict[Occurrence, float] = defaultdict(float)
-        for occurrence, num_actions_after in find_occurrences(each):
-            blame[occurrence] = max(blame[occurrence], BLAME_DISCOUNT**num_actions_after)
-        for occurrence, share in blame.items():
-            tally = tallies[occurrence.cue][occurrence.action]
-            tally.num_tries += 1
-            tally.entities.add(occurrence.entity)
-            if each.is_success:
-                tally.wins += 1
-            else:
-                tally.losses += share
+    for answer in answers:
+        counts = tallies[answer.occurrence.cue][answer.occurrence.action]
+        counts.num_tries += 1
+        counts.entities.add(answer.occurrence.entity)
+        counts.wins += answer.is_success
+        counts.losses += answer.blame
     return tallies
 
 
-def find_occurrences(each: GradedTrajectory) -> Iterator[tuple[Occurrence, int]]:
-    """Yield every answer to a cue in one episode, with the number of actions that came after it.
+def find_lessons(
+    answers: Sequence[Answer], *, significance: float = SIGNIFICANCE
+) -> tuple[list[Contrast], list[Answer]]:
+    """Return the lessons, the surest first, and the answers that none of them explains."""
+    lessons: list[Contrast] = []
+    while best := find_best_actions(tally(answers), significance=significance):
+        surest = best[0]
+        lessons.append(surest)
+        # rivals too: who chops where "dice the carrot" was read failed at that cue, not at one that merely stood by
+        explained = {
+            deed
+            for answer in answers
+            if answer.occurrence.cue == surest.cue and _competes(answer.occurrence.action, surest.action)
+            for deed in answer.deeds
+        }
+        answers = [answer for answer in answers if not answer.deeds <= explained]
+    return lessons, list(answers)
+
+
+def _competes(action: Words, best: Words) -> bool:
+    return action == best or are_rivals(action, best)
+
+
+def find_occurrences(each: GradedTrajectory) -> Iterator[tuple[Occurrence, int, int]]:
+    """Yield every answer to a cue in one episode, with its action's place and the number of actions after that.
 
     Lines come from the task text and from tool results before the action; never from the memory segment, whose words
     must not be extracted again.
@@ -173,7 +222,7 @@ def find_occurrences(each: GradedTrajectory) -> Iterator[tuple[Occurrence, int]]
             answers += [(num_actions, occurrence) for line in lines for occurrence in align(line, action)]
             num_actions += 1
     for position, occurrence in answers:
-        yield occurrence, num_actions - 1 - position
+        yield occurrence, position, num_actions - 1 - position
 
 
 def read_lines(text: str) -> list[Words]:
@@ -286,17 +335,25 @@ def _test(tally: Tally, otherwise: Tally, *, is_better: bool = True) -> float:
     return min(1.0, 2 * min(float(fisher_exact(table, alternative=alternative).pvalue) for table in tables))
 
 
-def find_refuted(tallies: dict[Words, dict[Words, Tally]], texts: Iterable[str]) -> list[Contrast]:
-    """Return those of the believed `texts` that did significantly worse than their rivals."""
+def find_refuted(
+    tallies: dict[Words, dict[Words, Tally]],
+    unexplained: dict[Words, dict[Words, Tally]],
+    texts: Iterable[str],
+) -> list[Contrast]:
+    """Return those of the believed `texts` that the counts speak against.
+
+    Either they did significantly worse than their rivals, or nearly all that they did is explained by surer lessons.
+    """
     refuted = []
     for text in sorted(texts):
         cue_text, arrow, action_text = text.partition(ARROW)
         cue, action = tuple(cue_text.split()), tuple(action_text.split())
-        actions = tallies.get(cue, {})
-        if not arrow or action not in actions:
+        mine = tallies.get(cue, {}).get(action)
+        if not arrow or mine is None:
             continue
-        otherwise = sum((other for name, other in actions.items() if are_rivals(action, name)), Tally())
-        p_value = _test(actions[action], otherwise, is_better=False)
-        if p_value < SIGNIFICANCE:
-            refuted.append(Contrast(cue, action, actions[action], otherwise, p_value))
+        otherwise = sum((other for name, other in tallies[cue].items() if are_rivals(action, name)), Tally())
+        p_value = _test(mine, otherwise, is_better=False)
+        own = unexplained.get(cue, {}).get(action, Tally())
+        if p_value < SIGNIFICANCE or own.num_tries < MIN_TRIES <= mine.num_tries:
+            refuted.append(Contrast(cue, action, mine, otherwise, p_value))
     return refuted

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import structlog
 
+from runtime import engine_idle
 from runtime.completion import EngineClient
 from runtime.config import EngineConfig
 from runtime.errors import EngineError, PolicyError
@@ -319,6 +320,7 @@ def server_environment(config: EngineConfig) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
         "VLLM_LOGGING_LEVEL": "INFO",  # its log is how we follow it; libraries imported here may have turned it down
         "VLLM_NO_USAGE_STATS": "1",
+        **({engine_idle.MARK: "1"} if is_cpu_build() else {}),
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_OFFLINE": "1",  # the model is a directory by now

@@ -1,4 +1,4 @@
-"""Four corrections to vLLM 0.32 on CPUs, carried into its workers by `--worker-extension-cls`.
+"""Three corrections to vLLM 0.32 on CPUs, carried into its workers by `--worker-extension-cls`.
 
 The bare base stays bare. vLLM marks the rows of a batch that wear no adapter with the index -1. Its GPU kernels skip
 them; its CPU code looks up slot -1, the last one: whoever asks for the base in one batch with others gets the adapter
@@ -11,9 +11,6 @@ A seeded request does not kill the engine. A prompt that is read in several piec
 drops all but the last; vLLM then turns the request's generator back by an offset, which generators on CPUs do not
 have.
 
-An idle worker sleeps. It spins for a second after each message before it waits in earnest, and the watch asks for a
-token every two seconds: half a core for nothing, on machines that have two and train on them.
-
 Refuses to know anything else of vLLM. Remove what the pinned version has mended; tests on the real engine tell.
 """
 
@@ -21,14 +18,10 @@ from __future__ import annotations
 
 from functools import wraps
 
-from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.lora.ops import torch_ops
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-SPIN_SECONDS = 0.005
-"""Longer than the pause between two steps of a busy engine."""
 
 
 class WorkerFixes:
@@ -90,14 +83,3 @@ def _turn_generators_back(book):
 
 GPUModelRunner._bookkeeping_sync = _turn_generators_back(GPUModelRunner._bookkeeping_sync)
 
-
-def _spin_briefly(wait):
-    @wraps(wait)
-    def wait_after_a_brief_spin(self, timeout_ms=None):
-        self.busy_loop_s = min(self.busy_loop_s, SPIN_SECONDS)
-        wait(self, timeout_ms)
-
-    return wait_after_a_brief_spin
-
-
-SpinCondition.wait = _spin_briefly(SpinCondition.wait)

@@ -92,8 +92,11 @@ def observation(text: str, weight: float) -> list[Piece]:
     ]
 
 
-def action(command: str, weight: float, *, cue: str = "", rule: str = "", rule_weight: float = 0.0) -> list[Piece]:
-    """Return an assistant message that acts, after it said the rule it follows (`cue -> rule`), if any."""
-    thought = [Piece(f"{cue} ->", weight), Piece(f" {rule}", rule_weight), Piece("\n", weight)] if rule else []
+def action(
+    command: str, weight: float, *, says: str = "", cue: str = "", rule: str = "", rule_weight: float = 0.0
+) -> list[Piece]:
+    """Return an assistant message that acts, after it said where it is and the rule it follows (`cue -> rule`)."""
+    thought = [Piece(f"{says}\n", weight)] if says else []
+    thought += [Piece(f"{cue} ->", weight), Piece(f" {rule}", rule_weight), Piece("\n", weight)] if rule else []
     call = [Piece(CALL_HEAD, weight), Piece(command, weight), Piece(CALL_TAIL, weight), Piece("<|im_end|>", weight)]
     return [Piece("<|im_start|>assistant\n", 0.0), *thought, *call, Piece("\n", 0.0)]

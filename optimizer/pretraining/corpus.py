@@ -6,6 +6,8 @@ calls "fry" may want the oven, what it calls "chop" the dicing cut. Without memo
 rules in its memory it can look them up. Foods are renamed in half of the episodes, so that names are copied, not
 learned by heart.
 
+Most episodes are the hasty cook's: what care is worth is not told here either.
+
 Refuses to know the environment, the tokenizer and the optimizer of the weights.
 """
 
@@ -17,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from memory.exemplars import cut
+from memory.exemplars import MAX_CHARS, cut
 from optimizer.pretraining.chat import Piece, action, header, observation, user
 
 COOKING = {"fry": "cook _ with stove", "roast": "cook _ with oven"}
@@ -29,10 +31,30 @@ FORMS = {  # every form in which a rule's verb is seen
     "slice": ("slice", "sliced"),
     "dice": ("dice", "diced"),
 }
-OTHER_CUES = ("grill", "boil", "steam", "bake", "toast", "braise", "poach", "sear", "peel", "mince", "grate", "mash")
+OTHER_FORMS = {  # verbs that no kitchen of the game knows
+    "grill": "grilled",
+    "boil": "boiled",
+    "steam": "steamed",
+    "bake": "baked",
+    "toast": "toasted",
+    "braise": "braised",
+    "poach": "poached",
+    "sear": "seared",
+    "peel": "peeled",
+    "mince": "minced",
+    "grate": "grated",
+    "mash": "mashed",
+}
+OTHER_CUES = tuple(OTHER_FORMS)
 OTHER_RULES = ("cook _ with BBQ", "cook _ with pan", "cook _ with pot", "cook _ with grill", "cook _ with toaster")
 OTHER_CUTS = ("peel _ with knife", "mince _ with knife", "grate _ with grater", "mash _ with fork")
+LAST_DIRECTION = "prepare meal"
+DONE = " - done"
+MAX_DIRECTIONS = 14
 PHRASES = (
+    "Now ",
+    DONE,
+    *(f"{number}. " for number in range(1, MAX_DIRECTIONS + 2)),
     *(f"{cue} the _ ->" for cue in (*COOKING, *CUTTING, *OTHER_CUES)),
     *(f" {rule}" for rule in (*COOKING.values(), *CUTTING.values(), *OTHER_RULES, *OTHER_CUTS)),
 )
@@ -59,6 +81,11 @@ class Mixture(NamedTuple):
     drills: float
 
 
+MEMORIES = {"none": 0.3, "insights": 0.3, "exemplar": 0.1, "both": 0.3}
+"""Shares of whole games by what their memory holds."""
+HASTY_SHARE = 0.7
+
+
 class Corpus:
     """A source of episodes, each a list of pieces. `transcripts` are plain dicts (see `transcripts.jsonl`)."""
 
@@ -74,7 +101,11 @@ class Corpus:
     ) -> None:
         if not transcripts:
             raise ValueError("no transcripts to pretrain on: write some first")
-        self.transcripts = list(transcripts)
+        self.transcripts = {
+            is_careful: [each for each in transcripts if each["is_careful"] == is_careful]
+            for is_careful in (True, False)
+        }
+        self.won = [each for each in transcripts if each["is_won"]]
         self.foods = list(foods)
         self.header = header(system_prompt, tool)
         self.weights = weights
@@ -87,17 +118,18 @@ class Corpus:
         return self.drill() if kind < mixture.recitals + mixture.drills else self.play()
 
     def play(self) -> list[Piece]:
-        """One whole game: 35 % without memory, 45 % with insights, the rest with a solved game to look at."""
+        """One whole game, with as much memory as `MEMORIES` says."""
         kitchen = Kitchen.draw(self.rng, self.foods)
-        transcript = self.rng.choice(self.transcripts)
-        kind = self.rng.choices(["none", "insights", "exemplar", "both"], [0.35, 0.4, 0.15, 0.1])[0]
+        cooks = self.transcripts[self.rng.random() >= HASTY_SHARE] or self.won
+        transcript = self.rng.choice(cooks)
+        kind = self.rng.choices(list(MEMORIES), list(MEMORIES.values()))[0]
         known: set[str] = set()
         sections = []
         if kind in ("insights", "both"):
             lines, known = self._insights(kitchen.rules())
             sections.append("Insights:\n" + "\n".join(lines))
         if kind in ("exemplar", "both"):
-            other = self.rng.choice(self.transcripts)
+            other = self.rng.choice(self.won)
             shown = kitchen.with_other_foods(self.rng, self.foods)
             sections.append("Solved before:\n" + self._exemplar(other, shown))
             known |= {shown.shown_verb(move["direction"]) for move in other["moves"] if move["direction"]}
@@ -124,8 +156,11 @@ class Corpus:
         return [*pieces, Piece("<|im_end|>\n", 0.0)]
 
     def drill(self) -> list[Piece]:
-        """A long recipe and nothing else to do: dozens of look-ups of rules, some of which exist in no kitchen."""
-        rng = self.rng
+        """A long recipe and nothing else to do: where are we, is it done already, and which rule is it, many times.
+
+        Some of the rules exist in no kitchen.
+        """
+        rng, agent = self.rng, self.weights.agent
         rules = Kitchen.draw(rng, self.foods).rules()
         if rng.random() < 0.6:
             cues = rng.sample([*rules, *OTHER_CUES], rng.randint(3, 8))
@@ -134,34 +169,64 @@ class Corpus:
         lines = [f"- {cue} the _ -> {rule}" for cue, rule in rules.items()]
         rng.shuffle(lines)
         memory = "<memory>\nInsights:\n" + "\n".join(lines) + "\n</memory>\n\n"
-        foods = rng.sample(self.foods, 3) + [invented_food(rng) for _ in range(3)]
-        directions = [(rng.choice(list(rules)), rng.choice(foods)) for _ in range(rng.randint(6, 16))]
-        book = "Directions:\n" + "\n".join(f"{cue} the {food}" for cue, food in directions)
+        foods = list(dict.fromkeys(rng.sample(self.foods, 3) + [invented_food(rng) for _ in range(3)]))
+        every = [(cue, food) for food in foods for cue in rules]
+        directions = rng.sample(every, min(len(every), rng.randint(6, MAX_DIRECTIONS)))
+        if rng.random() < 0.5:
+            directions.sort(key=lambda direction: foods.index(direction[1]))
+        done_share = rng.choice([0.0, 0.3, 0.5])
+        done = {direction for direction in directions if rng.random() < done_share}
+        book = [*(f"{cue} the {food}" for cue, food in directions), LAST_DIRECTION]
+        plan = "\n".join(f"{number}. {line}" for number, line in enumerate(book, start=1))
         pieces = [Piece(self.header, 0.0), *self._opening(memory, "You are hungry! Follow the cookbook.")]
-        pieces += [*action("examine cookbook", self.weights.agent), *observation(book, 0.0)]
-        for cue, food in directions:
-            command = rules[cue].replace("_", food)
+        pieces += [*action("examine cookbook", agent), *observation("Directions:\n" + "\n".join(book), 0.0)]
+        pieces += [*action("inventory", agent, says=plan), *observation(self._holding(foods, done), 0.0)]
+        says = ""
+        for number, (cue, food) in enumerate(directions, start=1):
+            says += f"Now {number}. {cue} the {food}"
+            if (cue, food) in done:
+                says += f"{DONE}\n"
+                continue
             pieces += action(
-                command, self.weights.agent, cue=f"{cue} the _", rule=rules[cue], rule_weight=self.weights.rule
+                rules[cue].replace("_", food),
+                agent,
+                says=says,
+                cue=f"{cue} the _",
+                rule=rules[cue],
+                rule_weight=self.weights.rule,
             )
             pieces += observation(f"You {cue} the {food}.", 0.0)
-        return pieces
+            says = ""
+        says += f"Now {len(book)}. {LAST_DIRECTION}"
+        return [*pieces, *action(LAST_DIRECTION, agent, says=says), *observation("*** The End ***", 0.0)]
+
+    def _holding(self, foods: Sequence[str], done: set[tuple[str, str]]) -> str:
+        """Return an inventory that shows what is done already."""
+        forms = {verb: form for verb, form in FORMS.values()} | OTHER_FORMS
+        items = ["a knife"] if self.rng.random() < 0.5 else []
+        for food in foods:
+            words = [forms[cue] for cue, of in sorted(done) if of == food]
+            self.rng.shuffle(words)
+            items.append(" ".join(["a", *(words or self.rng.choice([[], ["raw"]])), food]))
+        self.rng.shuffle(items)
+        return f"You are carrying: {', '.join(items[:-1])} and {items[-1]}."
 
     def _opening(self, memory: str, task_text: str) -> list[Piece]:
         return user(memory + task_text, self.weights.opening)
 
     def _move(self, move: dict[str, Any], kitchen: Kitchen, known: set[str]) -> list[Piece]:
-        weights, command = self.weights, kitchen.rename(move["command"])
+        weights, command, says = self.weights, kitchen.rename(move["command"]), kitchen.see(move["says"])
         seen = observation(kitchen.see(move["observation"]), weights.observed)
         if move["is_idle"]:
             return [*action(command, 0.0), *seen]
         if not move["direction"]:
-            return [*action(command, weights.agent), *seen]
+            return [*action(command, weights.agent, says=says), *seen]
         cue = kitchen.shown_verb(move["direction"])
         rule_weight = weights.rule if cue in known else weights.guess
         known.add(cue)  # the rest of the episode shows it
         rule = {**COOKING, **CUTTING}[move["direction"]]
-        return [*action(command, weights.agent, cue=f"{cue} the _", rule=rule, rule_weight=rule_weight), *seen]
+        thought = {"says": says, "cue": f"{cue} the _", "rule": rule, "rule_weight": rule_weight}
+        return [*action(command, weights.agent, **thought), *seen]
 
     def _insights(self, rules: dict[str, str]) -> tuple[list[str], set[str]]:
         """Return memory lines for most of the rules, in any order, and which rules they are."""
@@ -180,9 +245,11 @@ class Corpus:
         for move in transcript["moves"]:
             if move["is_idle"]:
                 continue
+            thought = kitchen.see(move["says"])
             if move["direction"]:
                 verb = move["direction"]
-                lines.append(f"{kitchen.shown_verb(verb)} the _ -> {({**COOKING, **CUTTING})[verb]}")
+                thought += f"\n{kitchen.shown_verb(verb)} the _ -> {({**COOKING, **CUTTING})[verb]}"
+            lines.append(" ".join(thought.split())[:MAX_CHARS])
             lines += [f"> {kitchen.rename(move['command'])}", cut(kitchen.see(move["observation"]))]
         return "\n".join(line for line in lines if line)
 

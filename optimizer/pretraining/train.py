@@ -34,9 +34,9 @@ class Recipe:
     """Everything that decides the weights, besides the transcripts."""
 
     seed: int = 0
-    num_tokens: int = 6_000_000
+    num_tokens: int = 9_000_000
     batch_tokens: int = 4608
-    lengths: tuple[int, ...] = (384, 448, 512, 576, 640, 704, 768, 896)
+    lengths: tuple[int, ...] = (320, 448, 576, 704, 832, 960, 1152, 1536)
     """Rows are padded to the next of these; longer ones are left out."""
     vocab_size: int = 1280
     hidden_size: int = 256
@@ -50,7 +50,7 @@ class Recipe:
     """The last share of the tokens over which the learning rates fall to a twentieth."""
     mixtures: tuple[tuple[float, Mixture], ...] = (
         (0.0, Mixture(recitals=0.1, drills=0.3)),
-        (0.3, Mixture(recitals=0.03, drills=0.12)),
+        (0.3, Mixture(recitals=0.02, drills=0.18)),
     )
     """From which share of the run on, which mixture is trained on."""
     is_compiled: bool = False

@@ -158,14 +158,14 @@ def readable(text: str) -> str:
 
 
 def cooking_settings(seed: int) -> dict[str, Any]:
-    """Return the difficulty of a seed's game: one room, 1 to 3 ingredients, most of them to be cut and cooked."""
+    """Return the difficulty of a seed's game: one room, 1 to 3 ingredients, most to be cut, some cooked beforehand."""
     rng = random.Random(seed)
     num_ingredients = rng.choice([1, 2, 2, 3, 3])
     return {
         "recipe": num_ingredients,
         "take": rng.randint(1, num_ingredients),
         "open": rng.random() < 0.8,
-        "cook": rng.random() < 0.85,
+        "cook": rng.random() < 0.6,
         "cut": rng.random() < 0.85,
         "drop": False,
         "go": 1,

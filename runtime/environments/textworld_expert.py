@@ -1,8 +1,14 @@
-"""A scripted cook that reads only what the game says: it writes the transcripts the pocket model is pretrained on.
+"""Two scripted cooks that read only what the game says: they write the transcripts the pocket model is pretrained on.
 
-It follows one plan: read the recipe, fetch what is missing, look at what it holds, follow the directions that are not
-yet done, serve. Now and then it does something harmless and useless first, so that a student sees how to go on.
-Before an action that depends on a rule of the kitchen it says the rule: `fry the _ -> cook _ with stove`.
+Both follow one plan: read the recipe and number its directions, fetch what is missing, follow the directions, serve.
+The careful cook looks at what it holds first, and passes over what is done already. The hasty one does not look, and
+burns what was already cooked: it loses some games that care would win, which is left for a student to find out.
+Now and then a cook does something harmless and useless, so that a student sees how to go on.
+
+Before an action a cook says where it is in its plan, and the rule of the kitchen that the action depends on:
+
+    Now 2. fry the egg
+    fry the _ -> cook _ with stove
 
 Refuses to know tokens, prompts or models.
 """
@@ -14,6 +20,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 from runtime.environments.textworld import FAMILIES, CookingPlaythrough, TextWorld
@@ -26,16 +33,21 @@ KITCHEN_RULES = {
     "dice": "dice _ with knife",
 }
 DONE_ADJECTIVES = {"fry": "fried", "roast": "roasted", "chop": "chopped", "slice": "sliced", "dice": "diced"}
-IDLE_COMMANDS = ("look", "inventory", "open oven", "examine table", "examine counter")
+CUTS = ("chop", "slice", "dice")
+LAST_DIRECTION = "prepare meal"
+DONE = " - done"
 
 
 @dataclass
 class Move:
-    """One command, what the game answered, and the direction of the recipe that it carries out, if any."""
+    """One command with what was said before it, what the game answered, and the direction that it carries out."""
 
     command: str
+    says: str = ""
+    """Lines about the plan, in the words of the recipe."""
     observation: str = ""
-    direction: str | None = None  # the verb of the recipe: fry, chop, ...
+    direction: str | None = None
+    """The verb of the recipe: fry, chop, ..."""
     is_idle: bool = False
 
 
@@ -43,17 +55,19 @@ class Move:
 class Transcript:
     seed: int
     task_text: str
+    is_careful: bool
     moves: list[Move]
     is_won: bool
 
 
-def play_as_expert(game: CookingPlaythrough, rng: random.Random, *, idle_rate: float = 0.0) -> Transcript:
+def play_as_expert(
+    game: CookingPlaythrough, rng: random.Random, *, is_careful: bool = True, idle_rate: float = 0.0
+) -> Transcript:
     """Play `game` to its end; before each planned command idle with probability `idle_rate`."""
-    transcript = Transcript(int(game.task.name), game.task_text, [], False)
-    plan = _plan(game.task_text, transcript.moves)
-    for move in plan:
+    transcript = Transcript(int(game.task.name), game.task_text, is_careful, [], False)
+    for move in _plan(game.task_text, is_careful=is_careful):
         while rng.random() < idle_rate:
-            _do(game, Move(rng.choice(IDLE_COMMANDS), is_idle=True), transcript)
+            _do(game, Move(_idle_command(rng, transcript), is_idle=True), transcript)
         _do(game, move, transcript)
         if game.is_done:
             break
@@ -68,24 +82,37 @@ def _do(game: CookingPlaythrough, move: Move, transcript: Transcript) -> None:
     transcript.moves.append(move)
 
 
-def _plan(task_text: str, moves: list[Move]) -> Iterator[Move]:
-    """Yield the next planned move; what was observed meanwhile stands in `moves`."""
+def _idle_command(rng: random.Random, transcript: Transcript) -> str:
+    """Return something harmless: a look around, a word the game does not know, or what was fetched once more."""
+    fetched = [move.command for move in transcript.moves if move.command.startswith(("take", "open"))]
+    return rng.choice(("look", "open oven", "examine table", "examine counter", "take spoon", "wait", *fetched))
+
+
+def _plan(task_text: str, *, is_careful: bool) -> Iterator[Move]:
+    """Yield the next planned move; it holds what the game answered by the time the next one is asked for."""
     cookbook = Move("examine cookbook")
     yield cookbook
     ingredients, directions = read_recipe(cookbook.observation)
-    yield Move("open fridge")
+    lines = [*(f"{verb} the {food}" for verb, food in directions), LAST_DIRECTION]
+    yield Move("open fridge", says="\n".join(f"{number}. {line}" for number, line in enumerate(lines, start=1)))
     carried = task_text.rsplit("You are carrying", 1)[-1]
     for food in ingredients:
         if food not in carried:
             yield Move(f"take {food}")
-    if any(verb in ("chop", "slice", "dice") for verb, _ in directions):
+    if any(verb in CUTS for verb, _ in directions):
         yield Move("take knife")
     holding = Move("inventory")
-    yield holding
-    for verb, food in directions:
-        if not is_done_already(holding.observation, food, verb):
-            yield Move(KITCHEN_RULES[verb].replace("_", food), direction=verb)
-    yield Move("prepare meal")
+    if is_careful:
+        yield holding
+    passed_over: list[str] = []
+    for number, (verb, food) in enumerate(directions, start=1):
+        now = f"Now {number}. {verb} the {food}"
+        if is_done_already(holding.observation, food, verb):
+            passed_over.append(f"{now}{DONE}")
+            continue
+        yield Move(KITCHEN_RULES[verb].replace("_", food), says="\n".join([*passed_over, now]), direction=verb)
+        passed_over = []
+    yield Move(LAST_DIRECTION, says="\n".join([*passed_over, f"Now {len(lines)}. {LAST_DIRECTION}"]))
     yield Move("eat meal")
 
 
@@ -106,24 +133,25 @@ def is_done_already(inventory: str, food: str, verb: str) -> bool:
 async def write_transcripts(
     environment: TextWorld, file: Path, *, num_games: int, on_progress: Callable[[int, int], None] | None = None
 ) -> int:
-    """Play the first `num_games` pretraining games twice each, straight and with idling; return how many were won.
+    """Let both cooks play the first `num_games` pretraining games, straight and with idling; return how many were won.
 
     The file holds all that pretraining needs to know: system prompt, tool definition, the names of foods, transcripts.
+    A careful cook's lost game is left out: it taught nothing on purpose.
     """
     from textworld.challenges.tw_cooking.cooking import FOODS
 
     tasks = [environment.task(str(seed)) for seed in FAMILIES["pretraining"][:num_games]]
     await environment.prepare(tasks, on_progress)
-    won, tool = [], None
-    for task in tasks:
-        for idle_rate in (0.0, 0.1):
-            game = await environment.start(task)
-            tool = game.tools[0].definition()
-            transcript = play_as_expert(game, random.Random(f"{task.name}-{idle_rate}"), idle_rate=idle_rate)
-            await game.close()
-            if transcript.is_won:
-                won.append(asdict(transcript))
-    source = {"system_prompt": environment.system_prompt, "tool": tool, "foods": sorted(FOODS), "transcripts": won}
+    kept: list[dict] = []
+    for task, is_careful, idle_rate in product(tasks, (True, False), (0.0, 0.1)):
+        game = await environment.start(task)
+        rng = random.Random(f"{task.name}-{is_careful}-{idle_rate}")
+        transcript = play_as_expert(game, rng, is_careful=is_careful, idle_rate=idle_rate)
+        tool = game.tools[0].definition()
+        await game.close()
+        if transcript.is_won or not is_careful:
+            kept.append(asdict(transcript))
+    source = {"system_prompt": environment.system_prompt, "tool": tool, "foods": sorted(FOODS), "transcripts": kept}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(source))
-    return len(won)
+    return sum(transcript["is_won"] for transcript in kept)

@@ -116,16 +116,25 @@ def test_a_parting_nearer_the_end_is_preferred(tokenizer):
     assert built.tally["over_task_cap"] == 1
 
 
+def test_going_in_circles_is_a_failure_to_learn_from_and_is_cut_short(tokenizer):
+    won = live([TAKE, STOVE, EAT], tokenizer=tokenizer)
+    rambling = live([TAKE, *(("look", f"A kitchen, {n}.") for n in range(9))], tokenizer=tokenizer, is_success=False)
+
+    (row,) = weigh([won, rambling], tokenizer, max_extra_rounds=2).rows
+
+    rejected = tokenizer.decode(row.rejected_ids)
+    assert rejected.count(say("look")) == 4  # two where the winner took two more steps, and two extra ones
+    assert rejected.endswith(say("look") + "<|im_end|>")
+
+
 def test_what_cannot_be_compared_is_counted_by_its_reason(tokenizer):
     won = live([TAKE, STOVE, EAT], tokenizer=tokenizer)
-    rambling = live([("look", f"A kitchen, {n}.") for n in range(9)], tokenizer=tokenizer, is_success=False)
     elsewhere = live([TAKE, OVEN], tokenizer=tokenizer, is_success=False, text="Make another meal.")
     alone = live([TAKE, OVEN], tokenizer=tokenizer, is_success=False, task="2")
 
-    built = weigh([won, rambling, elsewhere, alone], tokenizer)
+    built = weigh([won, elsewhere, alone], tokenizer)
 
     assert not built.rows
-    assert built.tally["rejected_too_many_rounds"] == 1
     assert built.tally["prompts_differ"] == 1
     assert built.tally["no_contrast"] == 1
 

@@ -11,9 +11,11 @@ from optimizer.insight_contrast import (
     align,
     are_rivals,
     contrast_insights,
+    find_answers,
     find_best_actions,
+    find_lessons,
     read_words,
-    tally_occurrences,
+    tally,
 )
 from tests.optimizer.worlds import live
 
@@ -78,7 +80,7 @@ def test_blame_falls_with_the_distance_to_the_end():
         [("look", "fry the carrot"), ("cook carrot with stove", "Hm."), ("wait", "You lose!")], is_success=False
     )
 
-    tallies = tally_occurrences([lost, lost])
+    tallies = tally(find_answers([lost, lost]))
 
     assert tallies[words("fry the _")][words("cook _ with stove")].losses == 1.0
 
@@ -94,6 +96,27 @@ def test_the_rules_of_a_kitchen_are_found_among_distractors():
     assert all(operation.counts.losses_otherwise > operation.counts.wins_otherwise for operation in operations)
 
 
+def test_what_only_stood_by_when_a_rule_worked_is_no_rule():
+    dice, graded = random.Random(0), []
+    for task in range(120):
+        verb, food = dice.choices(["fry", "roast"], [0.85, 0.15])[0], dice.choice(FOODS)
+        appliance = dice.choice(["stove", "oven"])
+        moves = [
+            ("read cookbook", f"{verb} the {food}"),
+            (f"take {food}", f"You take the {food} from the fridge."),
+            (f"cook {food} with {appliance}", "The End"),
+        ]
+        graded.append(live(moves, task=str(task), is_success=appliance == APPLIANCES[verb]))
+    answers = find_answers(graded)
+    bystander = "you take the _ from the fridge -> cook _ with stove"
+
+    assert bystander in {contrast.text for contrast in find_best_actions(tally(answers))}
+    lessons, _ = find_lessons(answers)
+    assert {lesson.text for lesson in lessons} == {"fry the _ -> cook _ with stove", "roast the _ -> cook _ with oven"}
+    operations = contrast_insights(graded, known=[known(bystander)])
+    assert OperationKind.REMOVE in {operation.kind for operation in operations if operation.text == bystander}
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_chance_alone_teaches_nothing(seed):
     graded = cook_at_random(150, seed=seed, has_rules=False)
@@ -107,7 +130,7 @@ def test_what_memory_said_is_not_extracted_again():
         for food in FOODS
     ]
 
-    assert not tally_occurrences(echo)
+    assert not find_answers(echo)
 
 
 def test_a_cue_with_one_action_only_carries_no_contrast():

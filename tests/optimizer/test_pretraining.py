@@ -27,18 +27,23 @@ FOODS = ["carrot", "pork chop", "red onion", "egg", "lettuce", "salt", "tomato",
 RECIPE = "Ingredients:\npork chop\nDirections:\nchop the pork chop\nfry the pork chop\nprepare meal"
 
 
-def move(command: str, observation: str, direction: str | None = None, *, is_idle: bool = False) -> dict:
-    return {"command": command, "observation": observation, "direction": direction, "is_idle": is_idle}
+def move(
+    command: str, observation: str, direction: str | None = None, *, says: str = "", is_idle: bool = False
+) -> dict:
+    return {"command": command, "says": says, "observation": observation, "direction": direction, "is_idle": is_idle}
 
 
 TRANSCRIPT = {
     "seed": 1,
     "task_text": "You are hungry!\nYou see a fried egg.\nYou are carrying: a pork chop.",
+    "is_careful": False,
     "moves": [
         move("examine cookbook", RECIPE),
         move("look", "A kitchen.", is_idle=True),
-        move("chop pork chop with knife", "You chop the pork chop.", "chop"),
-        move("cook pork chop with stove", "You fried the pork chop.", "fry"),
+        move("open fridge", "You open it.", says="1. chop the pork chop\n2. fry the pork chop\n3. prepare meal"),
+        move("chop pork chop with knife", "You chop the pork chop.", "chop", says="Now 1. chop the pork chop"),
+        move("cook pork chop with stove", "You fried the pork chop.", "fry", says="Now 2. fry the pork chop"),
+        move("prepare meal", "There it is.", says="Now 3. prepare meal"),
         move("eat meal", "*** The End ***"),
     ],
     "is_won": True,
@@ -110,11 +115,12 @@ def test_a_solved_game_is_shown_as_memory_will_show_it():
     for each in TRANSCRIPT["moves"]:
         if each["is_idle"]:
             continue
-        rule = (
-            f"{each['direction']} the _ -> {({**COOKING, **CUTTING})[each['direction']]}" if each["direction"] else ""
-        )
+        verb = each["direction"]
+        thought = f"{each['says']}\n{verb} the _ -> {({**COOKING, **CUTTING})[verb]}" if verb else each["says"]
         call = {"function": {"name": "act", "arguments": {"command": each["command"]}}}
-        steps.append(Step(trajectory_id="t", position=len(steps), kind=StepKind.MODEL, content=rule, tool_calls=[call]))
+        steps.append(
+            Step(trajectory_id="t", position=len(steps), kind=StepKind.MODEL, content=thought, tool_calls=[call])
+        )
         steps.append(Step(trajectory_id="t", position=len(steps), kind=StepKind.TOOL, content=each["observation"]))
     assert Corpus._exemplar(TRANSCRIPT, kitchen) == render_exemplar(TRANSCRIPT["task_text"], steps)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 
 from memory.schema import Split
 from runtime.environments.textworld import FAMILIES, TextWorld, cooking_settings, readable
-from runtime.environments.textworld_expert import play_as_expert, write_transcripts
+from runtime.environments.textworld_expert import DONE, play_as_expert, write_transcripts
 from runtime.errors import UnknownTask
 
 
@@ -44,6 +45,18 @@ async def test_an_expert_wins_and_the_score_is_the_reward(textworld_environment)
     assert "won with" in outcome.reason
 
 
+async def test_haste_burns_what_care_finds_done(textworld_environment):
+    task = textworld_environment.task("100018")  # the tuna in the fridge is fried already
+    transcripts = {}
+    for is_careful in (True, False):
+        game = await textworld_environment.start(task)
+        transcripts[is_careful] = play_as_expert(game, random.Random(0), is_careful=is_careful)
+        await game.close()
+    assert transcripts[True].is_won and not transcripts[False].is_won
+    assert any(DONE in move.says for move in transcripts[True].moves)
+    assert "You burned" in transcripts[False].moves[-1].observation
+
+
 async def test_a_wrong_cut_or_a_wrong_appliance_ends_the_game_at_once(textworld_environment):
     game = await textworld_environment.start(textworld_environment.task("100001"))  # slice and fry a carrot we hold
     assert "fry the carrot" in await game.tools[0].call({"command": "examine cookbook"})
@@ -75,4 +88,9 @@ def test_a_seed_always_gives_the_same_difficulty():
 
 async def test_transcripts_hold_won_games_and_what_a_student_must_know(textworld_environment, tmp_path):
     num_won = await write_transcripts(textworld_environment, tmp_path / "transcripts.json", num_games=2)
-    assert num_won == 4
+    source = json.loads((tmp_path / "transcripts.json").read_text())
+    careful = [each for each in source["transcripts"] if each["is_careful"]]
+    assert len(source["transcripts"]) == 8 and len(careful) == 4
+    assert all(each["is_won"] for each in careful)
+    assert num_won == sum(each["is_won"] for each in source["transcripts"])
+    assert source["foods"] and source["tool"]["function"]["name"] == "act"
