@@ -158,7 +158,7 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     """Longer rows are left out and counted, never cut."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    """auto: bfloat16 on a GPU; on a CPU float32, multiplied in bfloat16 where the processor can."""
     num_threads: int = 2
     """Threads of the trainer on a CPU."""
     training_attempts: int = Field(default=2, ge=1)

@@ -38,6 +38,9 @@ OnProgress = Callable[[str], None]
 HOME = Path(__file__).parents[1]
 CHILD = Path(__file__).with_name("engine_child.py")
 CPU_FIX = "runtime.engine_cpu_fix.WorkerFixes"
+CPU_BLOCK_TOKENS = 32
+"""What a prompt shares with an earlier one is found again in whole blocks: with vLLM's 128, a turn reads most of the
+last one anew."""
 BASE = "base"
 """The name under which the bare base model is served."""
 STOP_SECONDS = 10.0
@@ -306,6 +309,7 @@ def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[
     if is_cpu_build():
         arguments["dtype"] = "bfloat16"
         arguments["worker-extension-cls"] = CPU_FIX
+        arguments["block-size"] = CPU_BLOCK_TOKENS
         flags.append("enforce-eager")
     else:
         arguments["gpu-memory-utilization"] = config.gpu_memory_utilization

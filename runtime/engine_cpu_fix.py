@@ -82,4 +82,3 @@ def _turn_generators_back(book):
 
 
 GPUModelRunner._bookkeeping_sync = _turn_generators_back(GPUModelRunner._bookkeeping_sync)
-

@@ -22,7 +22,7 @@ HOMES = {
     "sentence_transformers": ("memory/encoder.py",),
     "trl": ("optimizer/training/",),
     "peft": ("optimizer/training/",),
-    "vllm": ("runtime/engine_cpu_fix.py",),
+    "vllm": ("runtime/engine_cpu_fix.py", "runtime/engine_idle.py"),
     "langgraph": ("runtime/agent.py", "runtime/nodes.py", "runtime/state.py", "optimizer/cycle.py"),
     "textworld": ("runtime/environments/",),
 }

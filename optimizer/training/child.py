@@ -82,7 +82,15 @@ def uses_gpu(spec: TrainingSpec) -> bool:
     return spec.device != "cpu" and torch.cuda.is_available()
 
 
+def multiplies_in_bfloat16(spec: TrainingSpec) -> bool:
+    """Whether matrices are multiplied in bfloat16, whatever their weights are kept in: where the processor can."""
+    if spec.dtype != "auto" or uses_gpu(spec):
+        return choose_dtype(spec) is torch.bfloat16
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 def choose_dtype(spec: TrainingSpec) -> torch.dtype:
+    """Return what the weights of the base are kept in."""
     if spec.dtype == "auto":
         return torch.bfloat16 if uses_gpu(spec) else torch.float32
     return torch.bfloat16 if spec.dtype == "bfloat16" else torch.float32
@@ -134,7 +142,7 @@ def trainer_arguments(spec: TrainingSpec, num_rows: int) -> dict[str, Any]:
         "seed": spec.seed,
         "data_seed": spec.seed,
         "use_cpu": not uses_gpu(spec),
-        "bf16": choose_dtype(spec) is torch.bfloat16,
+        "bf16": multiplies_in_bfloat16(spec),
         "gradient_checkpointing": spec.gradient_checkpointing,
         "train_sampling_strategy": "group_by_length",
         "length_column_name": "length",
