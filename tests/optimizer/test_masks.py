@@ -113,7 +113,7 @@ def test_dpo_feels_nothing_at_tool_output_on_either_side(spec, tokenizer, sft_ad
 def test_the_reference_is_the_sft_adapter_not_the_base(spec, tokenizer, sft_adapter):
     graded = [live(WON, tokenizer=tokenizer), live(LOST, tokenizer=tokenizer, is_success=False)]
     rows = build_preferences(graded, tokenizer, config=PreferenceConfig(), max_length_tokens=2048).rows
-    made = spec("dpo", rows, parent_adapter=sft_adapter)
+    made = spec("dpo", rows, parent_adapter=sft_adapter, dtype="float32")
     trainer = dpo.build_trainer(made, dpo.read_rows(made.rows_path))
 
     head_gradient(trainer)
