@@ -11,10 +11,12 @@ exemplars or lessons; rewards are only ever added.
 from __future__ import annotations
 
 import builtins
+import json
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Select, bindparam, case, exists, func, insert, literal, or_
+from sqlalchemy import Select, String, bindparam, case, cast, exists, func, insert, literal, or_
 from sqlmodel import Session, col, select
 
 from memory.database import Database
@@ -27,6 +29,7 @@ from memory.schema import (
     RewardSource,
     Split,
     Step,
+    StepKind,
     Trajectory,
     TrajectoryStage,
     new_id,
@@ -35,6 +38,7 @@ from memory.schema import (
 
 TRUST = (RewardSource.USER, RewardSource.CODE, RewardSource.ENVIRONMENT, RewardSource.JUDGE)  # most trusted first
 BYTES_PER_TOKEN_ID = 4
+MAX_RECORDED_CALLS = 1_000  # of one tool, looked at for one with the same arguments
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,27 @@ class Trajectories:
             query = select(Step).where(Step.trajectory_id == trajectory_id).order_by(col(Step.position))
             return builtins.list(session.exec(query))
 
+    def recorded_result(self, tool_name: str, arguments: dict[str, Any]) -> str | None:
+        """Return what a tool yielded when it was last called with these arguments in a live episode, without error.
+
+        Looks at the newest `MAX_RECORDED_CALLS` of its calls. Blocks: for a thread.
+        """
+        spelled = json.dumps(tool_name, ensure_ascii=False)
+        query = (
+            select(Step.content, Step.tool_call_id, Step.trajectory_id, Step.position)
+            .join(Trajectory, col(Trajectory.id) == Step.trajectory_id)
+            .where(Trajectory.split == Split.LIVE, cast(Trajectory.tools, String).contains(spelled, autoescape=True))
+            .where(Step.kind == StepKind.TOOL, Step.tool_name == tool_name, col(Step.error).is_(None))
+            .order_by(col(Step.trajectory_id).desc(), col(Step.position).desc())
+            .limit(MAX_RECORDED_CALLS)
+        )
+        with self._database.read() as session:
+            for content, call_id, trajectory_id, position in session.exec(query):
+                calls = session.scalar(_calls_before(trajectory_id, position))
+                if any(call["id"] == call_id and _arguments_of(call) == arguments for call in calls or []):
+                    return content
+        return None
+
     def rewards(self, trajectory_id: str) -> builtins.list[Reward]:
         """Return every reward it was given, oldest first. Raises: UnknownTrajectory."""
         with self._database.read() as session:
@@ -300,6 +325,23 @@ def _effective_reward_of(trajectory_id):
         .limit(1)
         .scalar_subquery()
     )
+
+
+def _calls_before(trajectory_id: str, position: int) -> Select:
+    """The query for the calls that the model made last before a step."""
+    return (
+        select(Step.tool_calls)
+        .where(Step.trajectory_id == trajectory_id, Step.position < position, Step.kind == StepKind.MODEL)
+        .order_by(col(Step.position).desc())
+        .limit(1)
+    )
+
+
+def _arguments_of(call: dict[str, Any]) -> Any:
+    try:
+        return json.loads(call["function"]["arguments"] or "{}")
+    except (json.JSONDecodeError, RecursionError):
+        return None
 
 
 def _next_position(trajectory_id):

@@ -25,6 +25,7 @@ HOMES = {
     "vllm": ("runtime/engine_cpu_fix.py",),
     "langgraph": ("runtime/agent.py", "runtime/nodes.py", "runtime/state.py", "optimizer/cycle.py"),
     "textworld": ("runtime/environments/",),
+    "mcp": ("runtime/tools/mcp.py",),
 }
 
 

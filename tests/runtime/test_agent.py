@@ -14,7 +14,7 @@ from runtime.agent import Agent
 from runtime.config import AgentConfig
 from runtime.errors import UnknownEnvironment
 from runtime.hotswap import HotSwap
-from runtime.tools import tool_from_function
+from runtime.tools.functions import tool_from_function
 from tests.runtime.fake_engine import FakeEngine, Reply, call, ids_of, say
 from tests.runtime.levers import Levers
 

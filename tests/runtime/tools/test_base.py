@@ -10,7 +10,8 @@ from typing import Literal
 import pytest
 
 from runtime.errors import ToolError
-from runtime.tools import Tool, run_tool, tool_from_function
+from runtime.tools.base import Tool, run_tool
+from runtime.tools.functions import tool_from_function
 
 
 def find_train(origin: str, seats: int = 1, comfort: Literal["plain", "quiet"] = "plain") -> dict[str, object]:
@@ -51,7 +52,7 @@ def test_a_parameter_without_a_type_is_refused_by_name():
 
 async def test_a_call_is_checked_run_in_a_thread_and_shown_as_json():
     result = await run_tool(tool_from_function(find_train), '{"origin": "Oslo"}')
-    assert (result.content, result.error) == ('{"from": "Oslo", "seats": 1, "comfort": "plain"}', None)
+    assert (result.content, result.error) == ('{"from":"Oslo","seats":1,"comfort":"plain"}', None)
 
 
 @pytest.mark.parametrize(
