@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from runtime.tools.functions import tool_from_function
 SOURCE = "tools.python"
 TIMEOUT_SECONDS = 10.0
 MAX_OUTPUT_BYTES = 100_000
+NOBODY = "65534"
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/alternatives")
 # Runs inside, before the code does. Hard limits, and no capability to raise them again.
 FIRST = """
@@ -105,10 +107,12 @@ async def check_sandbox(tool: Tool) -> None:
 
 def sandboxed_python(bwrap: str, limits: SandboxLimits) -> list[str]:
     """Return the command that runs Python code from its standard input."""
-    # Not the virtual environment's: its packages, ours among them, stay outside.
-    interpreter = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
-    seen = [*SYSTEM, *(() if Path(sys.base_prefix).is_relative_to("/usr") else (sys.base_prefix,))]
+    # Never the virtual environment's: its packages, ours among them, stay outside.
+    own = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
+    interpreter = shutil.which("python3", path="/usr/bin:/usr/local/bin")
+    seen = SYSTEM if interpreter else (*SYSTEM, sys.base_prefix)
     return [
+        *as_nobody(),
         bwrap,
         *(
             "--unshare-all",
@@ -119,7 +123,7 @@ def sandboxed_python(bwrap: str, limits: SandboxLimits) -> list[str]:
             "--cap-drop",
             "ALL",
         ),
-        *("--uid", "65534", "--gid", "65534", "--hostname", "sandbox"),
+        *("--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"),
         *("--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"),
         *(word for path in seen for word in ("--ro-bind-try", path, path)),
         *("--proc", "/proc", "--dev", "/dev"),
@@ -127,8 +131,24 @@ def sandboxed_python(bwrap: str, limits: SandboxLimits) -> list[str]:
         *("--size", str(limits.tmp_bytes), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"),
         *("--size", str(limits.tmp_bytes), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"),
         "--",
-        *(str(interpreter), "-I", "-B", "-c", FIRST.format(limits=limits.as_rlimits())),
+        *(interpreter or str(own), "-I", "-B", "-c", FIRST.format(limits=limits.as_rlimits())),
     ]
+
+
+def as_nobody() -> list[str]:
+    """Return what goes before the command when the server runs as root: in no sandbox is root harmless.
+
+    Nor is it limited: the kernel doesn't count root's processes. Raises ToolRefused.
+    """
+    if os.geteuid() != 0:
+        return []
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        raise ToolRefused(
+            "the tool 'run_python' is never run as root, and no 'setpriv' is on the PATH to become somebody else: "
+            "run the server as another user, install util-linux, or set tools.python = false"
+        )
+    return [setpriv, "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--"]
 
 
 async def run_in_sandbox(command: list[str], code: str) -> str:
@@ -152,7 +172,7 @@ async def run_in_sandbox(command: list[str], code: str) -> str:
             process.kill()
         await process.communicate()  # not wait(): it would wait for the end of output that nobody reads
     if status != 0:
-        raise ToolError(f"the code ended with status {status}:\n{text[-1_500:]}")
+        raise ToolError(f"the code ended with status {status}:\n{text[-1_500:].strip()}")
     return text
 
 

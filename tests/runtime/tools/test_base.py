@@ -1,4 +1,4 @@
-"""Tools: schemas from functions, and calls that always come back."""
+"""A call of a tool: it always comes back, with a result or with what was wrong."""
 
 from __future__ import annotations
 
@@ -29,25 +29,6 @@ def hang() -> str:
     """Hang."""
     time.sleep(60)
     return ""
-
-
-def test_type_hints_and_docstring_become_the_schema():
-    function = tool_from_function(find_train).definition()["function"]
-    assert (function["name"], function["description"]) == ("find_train", "Find the next train.")
-    properties = function["parameters"]["properties"]
-    assert properties["origin"] == {"type": "string", "description": "where to board, by its full name"}
-    assert properties["comfort"]["enum"] == ["plain", "quiet"]
-    assert function["parameters"]["required"] == ["origin"]
-
-
-def test_a_parameter_without_a_type_is_refused_by_name():
-    def shout(text):
-        """Shout."""
-
-    with pytest.raises(ValueError, match="parameter 'text' has no type hint"):
-        tool_from_function(shout)
-    with pytest.raises(ValueError, match="'rest' has no name in JSON"):
-        tool_from_function(lambda *rest: None, name="any")
 
 
 async def test_a_call_is_checked_run_in_a_thread_and_shown_as_json():
@@ -119,3 +100,103 @@ async def test_a_long_result_is_cut():
 
     result = await run_tool(Tool("chatter", "", {"type": "object"}, chatter, max_output_chars=10), "{}")
     assert result.content == "xxxxxxxxxx\n[990 more characters were cut]"
+
+
+def text_tool(call, **limits) -> Tool:
+    return Tool("any", "", {"type": "object"}, call, **limits)
+
+
+async def test_a_result_that_is_no_text_is_an_error():
+    async def number(arguments: dict[str, object]):
+        return 7
+
+    assert (await run_tool(text_tool(number), "{}")).error == "'any' returned int, not text"
+
+
+async def test_an_error_that_cannot_even_be_shown_is_still_an_error():
+    class Unspeakable(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    async def fail(arguments: dict[str, object]) -> str:
+        raise Unspeakable
+
+    assert "Unspeakable" in (await run_tool(text_tool(fail), "{}")).error
+
+
+async def test_a_schema_that_points_elsewhere_is_never_fetched():
+    async def never(arguments: dict[str, object]) -> str:
+        raise AssertionError
+
+    tool = Tool("any", "", {"$ref": "http://127.0.0.1:9/schema.json"}, never)
+    assert "Unresolvable: http://127.0.0.1:9/schema.json" in (await run_tool(tool, "{}")).error
+
+
+async def test_an_argument_of_a_megabyte_is_not_repeated_in_the_complaint():
+    arguments = f'{{"origin": ["{"x" * 1_000_000}"]}}'
+    result = await run_tool(tool_from_function(find_train), arguments)
+    assert result.is_invalid and len(result.content) < 3_000
+
+
+async def test_no_more_calls_at_once_than_there_are_places():
+    now, most = 0, 0
+
+    async def work(arguments: dict[str, object]) -> str:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.01)
+        now -= 1
+        return "done"
+
+    tool = text_tool(work, max_concurrency=3)
+    results = await asyncio.gather(*(run_tool(tool, "{}") for _ in range(12)))
+    assert {result.content for result in results} == {"done"}
+    assert most == 3
+
+
+async def test_a_call_that_hangs_keeps_its_place_until_its_thread_ends():
+    ending = threading.Event()
+
+    def hang_on() -> str:
+        """Hang until told to end."""
+        ending.wait(30)
+        return "ended"
+
+    tool = tool_from_function(hang_on, timeout_seconds=0.1, max_concurrency=1)
+    assert "gave no result" in (await run_tool(tool, "{}")).error
+    assert "is busy: no place came free in 0.1 seconds" in (await run_tool(tool, "{}")).error
+    ending.set()
+    while (result := await run_tool(tool, "{}")).error:
+        await asyncio.sleep(0.01)
+    assert result.content == "ended"
+
+
+async def test_who_leaves_the_queue_takes_no_place():
+    tool = tool_from_function(find_train, max_concurrency=1)
+    await tool.places.acquire()
+    waiting = asyncio.create_task(run_tool(tool, '{"origin": "Oslo"}'))
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    tool.places.release()
+    assert (await run_tool(tool, '{"origin": "Oslo"}')).error is None
+
+
+async def test_the_loop_stays_responsive_while_blocking_tools_block():
+    def block() -> str:
+        """Block for a while."""
+        time.sleep(0.3)
+        return "ok"
+
+    async def measure_longest_gap() -> float:
+        longest, last = 0.0, time.monotonic()
+        while not results.done():
+            await asyncio.sleep(0.005)
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        return longest
+
+    tool = tool_from_function(block)
+    results = asyncio.gather(*(run_tool(tool, "{}") for _ in range(20)))
+    assert await measure_longest_gap() < 0.25
+    assert {result.content for result in await results} == {"ok"}
