@@ -118,6 +118,13 @@ def test_an_engine_that_is_not_there_is_said(tmp_path: Path) -> None:
     assert "no engine answers at 'http://127.0.0.1:9'" in json.loads(done.stdout)["error"]["message"]
 
 
+def test_a_tool_that_cannot_be_had_ends_the_start_in_one_line(engine_url: str, tmp_path: Path) -> None:
+    given = ["--engine.url", engine_url, "--data", str(tmp_path / "data"), "--port", "0"]
+    done = run_cli("serve", *given, "--tools.functions", "no_shop:price")
+    assert done.returncode == 1
+    assert "the tool 'no_shop:price' cannot be imported" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["--engine.modle", "x"], ["--server.port", "many"], ["stray"]])
 def test_a_setting_that_cannot_be_ends_the_start(arguments: list[str]) -> None:
     done = run_cli("serve", *arguments)

@@ -25,7 +25,9 @@ import structlog
 from mcp import Client, MCPError
 from mcp.client.stdio import StdioServerParameters, stdio_client
 from mcp.client.streamable_http import streamable_http_client
+from pydantic import ValidationError
 
+from memory.retrieval import neutralise
 from runtime.config import McpServerConfig
 from runtime.errors import ToolError, ToolRefused
 from runtime.tools.base import Tool
@@ -37,6 +39,9 @@ MAX_TOOLS_PAGES = 50
 MAX_CONCURRENCY = 16
 LOG_TAIL_CHARS = 600
 NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_-]")
+
+COMPLAINTS = (MCPError, RuntimeError, ValidationError)  # RuntimeError is what the SDK raises for a result it dislikes
+BREAKS = (anyio.ClosedResourceError, anyio.BrokenResourceError, httpx2.HTTPError)
 
 log = structlog.get_logger()
 
@@ -66,7 +71,7 @@ class McpServer:
         try:
             connection = await self._connect()
             listed = await asyncio.wait_for(_list_tools(connection.client), self._config.startup_seconds)
-        except (ToolError, MCPError, TimeoutError) as error:
+        except (ToolError, TimeoutError, *COMPLAINTS, *BREAKS) as error:
             raise ToolRefused(
                 f"the MCP server {self.name!r} ({self._place}) cannot be had: {error or 'it does not answer'}; "
                 f"check tools.mcp.{self.name} in the configuration{self._logged()}"
@@ -92,14 +97,14 @@ class McpServer:
         connection = await self._standing()
         try:
             result = await connection.client.call_tool(tool_name, arguments)
-        except (MCPError, RuntimeError) as error:  # the SDK's own complaints are RuntimeErrors
+        except COMPLAINTS as error:
             if connection.has_ended or (isinstance(error, MCPError) and error.code == types.CONNECTION_CLOSED):
                 raise self._note_death(connection, error) from error
             raise ToolError(str(error)) from error
-        except (anyio.ClosedResourceError, anyio.BrokenResourceError, httpx2.HTTPError) as error:
+        except BREAKS as error:
             raise self._note_death(connection, error) from error
         self._num_failures, self._not_before = 0, 0.0
-        text = as_text(result)
+        text = neutralise(as_text(result))  # who wrote it, the server may not know either
         if result.is_error:
             raise ToolError(text or "the tool failed and does not say why")
         return text
@@ -287,4 +292,8 @@ def _describe(error: BaseException) -> str:
     """Say what went wrong; of a group, what its first leaf says."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return str(error) if isinstance(error, ToolError) else "".join(traceback.format_exception_only(error)).strip()
+    return (
+        str(error)
+        if isinstance(error, ToolError | MCPError)
+        else "".join(traceback.format_exception_only(error)).strip()
+    )

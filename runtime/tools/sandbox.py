@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import ToolError, ToolRefused
-from runtime.tools.base import Tool
+from runtime.tools.base import Tool, run_tool
 from runtime.tools.functions import tool_from_function
 
 SOURCE = "tools.python"
@@ -94,10 +95,8 @@ def find_bwrap() -> str:
 
 async def check_sandbox(tool: Tool) -> None:
     """Run something in the sandbox. Raises ToolRefused when it doesn't run: kernels may forbid it."""
-    try:
-        said = (await tool.call({"code": "print(6 * 7)"})).strip()
-    except ToolError as error:
-        said = str(error)
+    result = await run_tool(tool, json.dumps({"code": "print(6 * 7)"}))
+    said = (result.error or result.content).strip()
     if said != "42":
         raise ToolRefused(
             f"the tool {tool.name!r} does not run here, bubblewrap says {said!r}: it needs version 0.8 and user "

@@ -2,7 +2,7 @@
 
 Refuses to know which addresses are public (addresses.py) and to log in anywhere: no cookies, no credentials, no proxy.
 Flow: check the URL -> connect to a vetted address -> follow redirects by hand, each hop checked like the first ->
-read text up to a limit -> HTML becomes what a reader would see.
+read text up to a limit -> HTML becomes what a reader would see, in which nothing can speak as the system.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import aiohttp
 from annotated_types import MaxLen
 from yarl import URL
 
+from memory.retrieval import neutralise
 from runtime.errors import ToolError
 from runtime.tools.addresses import IsAllowed, PublicResolver, is_public, public_sockets
 from runtime.tools.base import Tool
@@ -85,7 +86,7 @@ async def _fetch(text: str, is_allowed: IsAllowed) -> str:
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
         headers=HEADERS,
-        timeout=aiohttp.ClientTimeout(total=TIMEOUT_SECONDS),
+        timeout=aiohttp.ClientTimeout(total=None),  # the tool's own deadline ends it
     ) as session:
         for _ in range(MAX_REDIRECTS + 1):
             async with session.get(url, allow_redirects=False) as response:
@@ -117,7 +118,7 @@ async def _read(response: aiohttp.ClientResponse) -> str:
     text = await asyncio.to_thread(_decode, bytes(body[:MAX_BYTES]), response.charset, is_html)
     if len(body) > MAX_BYTES:
         text += f"\n[only the first {MAX_BYTES} bytes were read]"
-    return text or "The page is empty."
+    return neutralise(text) or "The page is empty."
 
 
 def _decode(body: bytes, charset: str | None, is_html: bool) -> str:
