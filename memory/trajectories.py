@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -38,7 +39,8 @@ from memory.schema import (
 
 TRUST = (RewardSource.USER, RewardSource.CODE, RewardSource.ENVIRONMENT, RewardSource.JUDGE)  # most trusted first
 BYTES_PER_TOKEN_ID = 4
-MAX_RECORDED_CALLS = 1_000  # of one tool, looked at for one with the same arguments
+MAX_EPISODES_SEEN = 20_000  # in search of what a tool once yielded
+MAX_EPISODES_READ = 1_000
 
 
 @dataclass(frozen=True)
@@ -177,22 +179,27 @@ class Trajectories:
     def recorded_result(self, tool_name: str, arguments: dict[str, Any]) -> str | None:
         """Return what a tool yielded when it was last called with these arguments in a live episode, without error.
 
-        Looks at the newest `MAX_RECORDED_CALLS` of its calls. Blocks: for a thread.
+        Looks at the newest `MAX_EPISODES_SEEN` live episodes, and in the newest `MAX_EPISODES_READ` that held the tool.
+        Blocks: for a thread.
         """
-        spelled = json.dumps(tool_name, ensure_ascii=False)
-        query = (
-            select(Step.content, Step.tool_call_id, Step.trajectory_id, Step.position)
-            .join(Trajectory, col(Trajectory.id) == Step.trajectory_id)
-            .where(Trajectory.split == Split.LIVE, cast(Trajectory.tools, String).contains(spelled, autoescape=True))
-            .where(Step.kind == StepKind.TOOL, Step.tool_name == tool_name, col(Step.error).is_(None))
-            .order_by(col(Step.trajectory_id).desc(), col(Step.position).desc())
-            .limit(MAX_RECORDED_CALLS)
+        live = (
+            select(Trajectory.id, cast(Trajectory.tools, String).label("tools"))
+            .where(Trajectory.split == Split.LIVE)
+            .order_by(col(Trajectory.id).desc())
+            .limit(MAX_EPISODES_SEEN)
+            .subquery()
+        )
+        holding = (
+            select(live.c.id)
+            .where(live.c.tools.contains(json.dumps(tool_name, ensure_ascii=False), autoescape=True))
+            .order_by(live.c.id.desc())
+            .limit(MAX_EPISODES_READ)
         )
         with self._database.read() as session:
-            for content, call_id, trajectory_id, position in session.exec(query):
-                calls = session.scalar(_calls_before(trajectory_id, position))
-                if any(call["id"] == call_id and _arguments_of(call) == arguments for call in calls or []):
-                    return content
+            for trajectory_id in session.exec(holding):
+                result = _last_result(session.exec(_steps_with_calls(trajectory_id)), tool_name, arguments)
+                if result is not None:
+                    return result
         return None
 
     def rewards(self, trajectory_id: str) -> builtins.list[Reward]:
@@ -327,14 +334,24 @@ def _effective_reward_of(trajectory_id):
     )
 
 
-def _calls_before(trajectory_id: str, position: int) -> Select:
-    """The query for the calls that the model made last before a step."""
+def _steps_with_calls(trajectory_id: str) -> Select:
+    """The query for what was called and what came of it, in order; token ids are left where they are."""
     return (
-        select(Step.tool_calls)
-        .where(Step.trajectory_id == trajectory_id, Step.position < position, Step.kind == StepKind.MODEL)
-        .order_by(col(Step.position).desc())
-        .limit(1)
+        select(Step.kind, Step.content, Step.tool_calls, Step.tool_name, Step.tool_call_id, Step.error)
+        .where(Step.trajectory_id == trajectory_id)
+        .order_by(col(Step.position))
     )
+
+
+def _last_result(steps: Iterable[Any], tool_name: str, arguments: dict[str, Any]) -> str | None:
+    """Return what the last such call of one episode yielded. Ids of calls are unique in one reply, not beyond."""
+    result, asked = None, {}
+    for step in steps:
+        if step.kind is StepKind.MODEL:
+            asked = {call["id"]: _arguments_of(call) for call in step.tool_calls}
+        elif step.tool_name == tool_name and step.error is None and asked.get(step.tool_call_id) == arguments:
+            result = step.content
+    return result
 
 
 def _arguments_of(call: dict[str, Any]) -> Any:

@@ -97,7 +97,7 @@ class Agent:
         if task is None and not messages:
             raise ValueError("nothing was asked: give a task, or at least one message")
         server_tools = () if task is not None else self._tools
-        _refuse_namesakes([tool.name for tool in server_tools] + [tool["function"]["name"] for tool in tools])
+        _refuse_namesakes(server_tools, tools)
         config = self._config
         async with self._hotswap.lease(policy) as actor:
             playthrough = await self.environment(task.environment).start(task) if task is not None else None
@@ -221,10 +221,13 @@ def _is_over(state: EpisodeState) -> bool:
     return state.get("answer") is not None
 
 
-def _refuse_namesakes(names: Sequence[str]) -> None:
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise ValueError(f"two tools are called {min(twice)!r}: rename one")
+def _refuse_namesakes(server_tools: Sequence[Tool], definitions: Sequence[dict[str, Any]]) -> None:
+    sources: dict[str, str] = {}
+    named = [(tool.name, tool.source) for tool in server_tools]
+    for name, source in [*named, *((tool["function"]["name"], "the request") for tool in definitions)]:
+        if name in sources:
+            raise ValueError(f"two tools are called {name!r}: one of {sources[name]}, one of {source}; rename one")
+        sources[name] = source
 
 
 def _last_user_text(messages: Sequence[Message]) -> str:

@@ -220,6 +220,17 @@ async def test_tools_of_the_server_run_in_the_loop(memory: Memory, hotswap: HotS
     assert trajectory.answer == "It is 5."
 
 
+async def test_a_clients_tool_with_the_name_of_a_servers_is_refused_with_both_sources(memory: Memory, hotswap: HotSwap):
+    def weather(city: str) -> str:
+        """Say what the weather is."""
+        return "rain"
+
+    theirs = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    agent = Agent(memory, hotswap, {}, tools=[tool_from_function(weather, source="tools.functions 'sky'")])
+    with pytest.raises(ValueError, match="'weather': one of tools.functions 'sky', one of the request; rename one"):
+        await agent.rollout(None, messages=[{"role": "user", "content": "Oslo?"}], tools=[theirs])
+
+
 async def test_memory_is_shown_ahead_of_the_task_and_kept_out_of_the_opening(
     agent: Agent, memory: Memory, fake: FakeEngine, levers: Levers
 ):

@@ -119,6 +119,23 @@ async def test_the_record_is_found_by_the_arguments_meaning_and_the_newest_count
     assert (await agent.rollout(shop.tasks(Split.HELD_OUT, 1)[0])).answer == "order 2: 1 x tea"
 
 
+async def test_calls_of_one_episode_are_told_apart_though_their_ids_are_the_same(
+    agent: Agent, shop: Shop, fake: FakeEngine, memory: Memory
+):
+    articles = iter(["tea", "coffee"])
+
+    def script(request):
+        article = next(articles, None)
+        return call("send_order", article=article) if article else Reply("done")
+
+    fake.script = script
+    trajectory = await agent.rollout(None, messages=ASK)
+    steps = memory.trajectories.steps(trajectory.id)
+    assert len({step.tool_call_id for step in steps if step.kind is StepKind.TOOL}) == 1
+    assert memory.trajectories.recorded_result("send_order", {"article": "tea"}) == "order 1: 1 x tea"
+    assert memory.trajectories.recorded_result("send_order", {"article": "coffee"}) == "order 2: 1 x coffee"
+
+
 async def test_errors_and_rehearsals_are_no_record(agent: Agent, shop: Shop, fake: FakeEngine, memory: Memory):
     fake.script = calling("send_order", article="gold")
     failed = await agent.rollout(None, messages=ASK)
