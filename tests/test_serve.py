@@ -59,7 +59,8 @@ def begin(engine_url: str, data: Path, *more: str) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module")
 def server(engine_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict, subprocess.Popen[str]]]:
     """A running server and what it said of itself."""
-    process = begin(engine_url, tmp_path_factory.mktemp("serve") / "data", "--json")
+    data = tmp_path_factory.mktemp("serve") / "data"
+    process = begin(engine_url, data, "--json", "--tools.documents", "true")
     line = process.stdout.readline()
     assert line, process.stderr.read()
     yield json.loads(line), process
@@ -79,6 +80,14 @@ def test_a_started_server_answers(server) -> None:
     assert httpx.get(f"{facts['url']}/readyz", trust_env=False).status_code == 200
     answer = httpx.post(f"{facts['url']}/v1/chat/completions", json=body, trust_env=False, timeout=30).json()
     assert answer["choices"][0]["message"]["content"] == "said hello"
+
+
+def test_a_configured_tool_is_offered_to_the_model(server) -> None:
+    facts, _ = server
+    body = {"model": "agent", "messages": [{"role": "user", "content": "hello"}]}
+    answer = httpx.post(f"{facts['url']}/v1/chat/completions", json=body, trust_env=False, timeout=30).json()
+    trajectory = httpx.get(f"{facts['url']}/v1/trajectories/{answer['id']}", trust_env=False).json()
+    assert [tool["function"]["name"] for tool in trajectory["tools"]] == ["search_documents"]
 
 
 def test_a_cycle_without_enough_to_learn_from_says_how_much_is_missing(server) -> None:

@@ -227,7 +227,7 @@ async def test_a_clients_tool_with_the_name_of_a_servers_is_refused_with_both_so
 
     theirs = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
     agent = Agent(memory, hotswap, {}, tools=[tool_from_function(weather, source="tools.functions 'sky'")])
-    with pytest.raises(ValueError, match="'weather': one of tools.functions 'sky', one of the request; rename one"):
+    with pytest.raises(ValueError, match=r"'weather': one of tools.functions 'sky', one of the request; rename one"):
         await agent.rollout(None, messages=[{"role": "user", "content": "Oslo?"}], tools=[theirs])
 
 
