@@ -43,8 +43,6 @@ def _carried_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | Non
     """Return the IPv4 address that packets to this one end up at, if so."""
     if any(address in network for network in CARRIERS):
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    if address.teredo is not None:
-        return address.teredo[1]
     return address.ipv4_mapped or address.sixtofour
 
 

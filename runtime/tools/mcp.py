@@ -100,7 +100,7 @@ class McpServer:
         except COMPLAINTS as error:
             if connection.has_ended or (isinstance(error, MCPError) and error.code == types.CONNECTION_CLOSED):
                 raise self._note_death(connection, error) from error
-            raise ToolError(str(error)) from error
+            raise ToolError(neutralise(str(error))) from error
         except BREAKS as error:
             raise self._note_death(connection, error) from error
         self._num_failures, self._not_before = 0, 0.0

@@ -50,9 +50,11 @@ def page_fetcher(is_allowed: IsAllowed = is_public) -> Tool:
             url: its whole address, with http:// or https://
         """
         try:
-            return await _fetch(url, is_allowed)
+            return neutralise(await _fetch(url, is_allowed))
+        except ToolError as error:  # may quote what the site said
+            raise ToolError(neutralise(str(error))) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise ToolError(f"{url!r} cannot be read: {error or type(error).__name__}") from error
+            raise ToolError(neutralise(f"{url!r} cannot be read: {error or type(error).__name__}")) from error
 
     return tool_from_function(fetch_page, timeout_seconds=TIMEOUT_SECONDS, max_concurrency=8, source=SOURCE)
 
@@ -118,7 +120,7 @@ async def _read(response: aiohttp.ClientResponse) -> str:
     text = await asyncio.to_thread(_decode, bytes(body[:MAX_BYTES]), response.charset, is_html)
     if len(body) > MAX_BYTES:
         text += f"\n[only the first {MAX_BYTES} bytes were read]"
-    return neutralise(text) or "The page is empty."
+    return text or "The page is empty."
 
 
 def _decode(body: bytes, charset: str | None, is_html: bool) -> str:
