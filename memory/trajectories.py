@@ -11,10 +11,13 @@ exemplars or lessons; rewards are only ever added.
 from __future__ import annotations
 
 import builtins
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Select, bindparam, case, exists, func, insert, literal, or_
+from sqlalchemy import Select, String, bindparam, case, cast, exists, func, insert, literal, or_
 from sqlmodel import Session, col, select
 
 from memory.database import Database
@@ -27,6 +30,7 @@ from memory.schema import (
     RewardSource,
     Split,
     Step,
+    StepKind,
     Trajectory,
     TrajectoryStage,
     new_id,
@@ -35,6 +39,8 @@ from memory.schema import (
 
 TRUST = (RewardSource.USER, RewardSource.CODE, RewardSource.ENVIRONMENT, RewardSource.JUDGE)  # most trusted first
 BYTES_PER_TOKEN_ID = 4
+MAX_EPISODES_SEEN = 20_000  # in search of what a tool once yielded
+MAX_EPISODES_READ = 1_000
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,32 @@ class Trajectories:
             query = select(Step).where(Step.trajectory_id == trajectory_id).order_by(col(Step.position))
             return builtins.list(session.exec(query))
 
+    def recorded_result(self, tool_name: str, arguments: dict[str, Any]) -> str | None:
+        """Return what a tool yielded when it was last called with these arguments in a live episode, without error.
+
+        Looks at the newest `MAX_EPISODES_SEEN` live episodes, and in the newest `MAX_EPISODES_READ` that held the tool.
+        Blocks: for a thread.
+        """
+        live = (
+            select(Trajectory.id, cast(Trajectory.tools, String).label("tools"))
+            .where(Trajectory.split == Split.LIVE)
+            .order_by(col(Trajectory.id).desc())
+            .limit(MAX_EPISODES_SEEN)
+            .subquery()
+        )
+        holding = (
+            select(live.c.id)
+            .where(live.c.tools.contains(json.dumps(tool_name, ensure_ascii=False), autoescape=True))
+            .order_by(live.c.id.desc())
+            .limit(MAX_EPISODES_READ)
+        )
+        with self._database.read() as session:
+            for trajectory_id in session.exec(holding):
+                result = _last_result(session.exec(_steps_with_calls(trajectory_id)), tool_name, arguments)
+                if result is not None:
+                    return result
+        return None
+
     def rewards(self, trajectory_id: str) -> builtins.list[Reward]:
         """Return every reward it was given, oldest first. Raises: UnknownTrajectory."""
         with self._database.read() as session:
@@ -300,6 +332,33 @@ def _effective_reward_of(trajectory_id):
         .limit(1)
         .scalar_subquery()
     )
+
+
+def _steps_with_calls(trajectory_id: str) -> Select:
+    """The query for what was called and what came of it, in order; token ids are left where they are."""
+    return (
+        select(Step.kind, Step.content, Step.tool_calls, Step.tool_name, Step.tool_call_id, Step.error)
+        .where(Step.trajectory_id == trajectory_id)
+        .order_by(col(Step.position))
+    )
+
+
+def _last_result(steps: Iterable[Any], tool_name: str, arguments: dict[str, Any]) -> str | None:
+    """Return what the last such call of one episode yielded. Ids of calls are unique in one reply, not beyond."""
+    result, asked = None, {}
+    for step in steps:
+        if step.kind is StepKind.MODEL:
+            asked = {call["id"]: _arguments_of(call) for call in step.tool_calls}
+        elif step.tool_name == tool_name and step.error is None and asked.get(step.tool_call_id) == arguments:
+            result = step.content
+    return result
+
+
+def _arguments_of(call: dict[str, Any]) -> Any:
+    try:
+        return json.loads(call["function"]["arguments"] or "{}")
+    except (json.JSONDecodeError, RecursionError):
+        return None
 
 
 def _next_position(trajectory_id):

@@ -10,7 +10,8 @@ Refuses to know who asks: a user's request, a practice episode and an evaluation
 Flow: resolve the task -> lease the policy -> play -> judge (reward) -> close the trajectory -> return it.
 
 Invariants: the policy is pinned before the trajectory opens and until it is closed; an opened trajectory is closed in
-all cases; what goes wrong within an episode is data on its trajectory, not an exception.
+all cases; what goes wrong within an episode is data on its trajectory, not an exception; a rehearsal (practice, held
+out) holds no tool that acts on the outside.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from memory.schema import RewardSource, Task, Trajectory, TrajectoryStage, new_i
 from memory.store import Memory
 from runtime.completion import Message, OnDelta
 from runtime.config import AgentConfig
-from runtime.environments.base import Environment, Outcome
+from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.errors import BudgetExceeded, UnknownEnvironment
 from runtime.hotswap import HotSwap
 from runtime.nodes import act, retrieve, use_tools
 from runtime.policy import Actor
 from runtime.state import Budget, Episode, EpisodeState
-from runtime.tools import Tool
+from runtime.tools.base import Tool
+from runtime.tools.recorded import tools_for
 
 log = structlog.get_logger()
 
@@ -54,7 +56,7 @@ class Agent:
         self._environments = environments
         self._config = config or AgentConfig()
         self._tools = tools
-        """Run by the server in requests that name no environment."""
+        """Run by the server in requests that name no environment; whoever made the list may fill it later."""
         self._graph = build_graph()
 
     def environment(self, name: str) -> Environment:
@@ -95,7 +97,7 @@ class Agent:
         if task is None and not messages:
             raise ValueError("nothing was asked: give a task, or at least one message")
         server_tools = () if task is not None else self._tools
-        _refuse_namesakes([tool.name for tool in server_tools] + [tool["function"]["name"] for tool in tools])
+        _refuse_namesakes(server_tools, tools)
         config = self._config
         async with self._hotswap.lease(policy) as actor:
             playthrough = await self.environment(task.environment).start(task) if task is not None else None
@@ -108,7 +110,7 @@ class Agent:
                 playthrough=playthrough,
                 opening=self._with_system_prompt(opening, actor, task),
                 task_text=_last_user_text(opening),
-                tools={tool.name: tool for tool in (playthrough.tools if playthrough else server_tools)},
+                tools={tool.name: tool for tool in self._tools_for(task, playthrough)},
                 client_tools=list(tools),
                 budget=Budget(
                     max_steps=config.max_steps,
@@ -122,6 +124,10 @@ class Agent:
                 on_delta=on_delta,
             )
             return await self._play(episode)
+
+    def _tools_for(self, task: Task | None, playthrough: Playthrough | None) -> list[Tool]:
+        tools = playthrough.tools if playthrough else self._tools
+        return tools_for(task, tools, self._memory.trajectories.recorded_result)
 
     def _with_system_prompt(self, opening: list[Message], actor: Actor, task: Task | None) -> list[Message]:
         if opening[0].get("role") in ("system", "developer"):
@@ -215,10 +221,13 @@ def _is_over(state: EpisodeState) -> bool:
     return state.get("answer") is not None
 
 
-def _refuse_namesakes(names: Sequence[str]) -> None:
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise ValueError(f"two tools are called {min(twice)!r}: rename one")
+def _refuse_namesakes(server_tools: Sequence[Tool], definitions: Sequence[dict[str, Any]]) -> None:
+    sources: dict[str, str] = {}
+    named = [(tool.name, tool.source) for tool in server_tools]
+    for name, source in [*named, *((tool["function"]["name"], "the request") for tool in definitions)]:
+        if name in sources:
+            raise ValueError(f"two tools are called {name!r}: one of {sources[name]}, one of {source}; rename one")
+        sources[name] = source
 
 
 def _last_user_text(messages: Sequence[Message]) -> str:

@@ -8,7 +8,8 @@
     ├── EngineError              the engine cannot be started or is not ready
     ├── AdapterError             an adapter was refused, or isn't what the engine serves under its name
     ├── UnknownEnvironment       no environment has that name (a ValueError)
-    └── UnknownTask              an environment has no such task (a ValueError)
+    ├── UnknownTask              an environment has no such task (a ValueError)
+    └── ToolRefused              a configured tool cannot be offered (a ValueError)
 
 Refuses to know who catches them, and what HTTP makes of them.
 """
@@ -50,3 +51,7 @@ class UnknownEnvironment(ValueError):
 
 class UnknownTask(ValueError):
     """The environment has no task of that name."""
+
+
+class ToolRefused(ValueError):
+    """A configured tool cannot be offered. The message names it, where it comes from, and the mend."""

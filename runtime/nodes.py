@@ -17,7 +17,7 @@ from memory.schema import Split, Step, StepKind, Trajectory, new_id, now
 from runtime.completion import Message
 from runtime.model_family import holds_unparsed_call
 from runtime.state import Episode, EpisodeState
-from runtime.tools import ToolResult, invalid, parse_arguments, run_tool
+from runtime.tools.base import ToolResult, invalid, parse_arguments, run_tool
 
 
 async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:

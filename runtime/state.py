@@ -17,7 +17,7 @@ from runtime.completion import Completion, Message, OnDelta
 from runtime.environments.base import Playthrough
 from runtime.errors import BudgetExceeded
 from runtime.policy import Actor
-from runtime.tools import Tool
+from runtime.tools.base import Tool
 
 
 class EpisodeState(TypedDict, total=False):

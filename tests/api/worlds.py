@@ -26,7 +26,7 @@ from runtime.config import AgentConfig
 from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.errors import PolicyError, UnknownTask
 from runtime.hotswap import HotSwap
-from runtime.tools import Tool
+from runtime.tools.base import Tool
 from tests.memory.episodes import HashingEncoder
 
 

@@ -14,7 +14,7 @@ from runtime.agent import Agent
 from runtime.config import AgentConfig
 from runtime.errors import UnknownEnvironment
 from runtime.hotswap import HotSwap
-from runtime.tools import tool_from_function
+from runtime.tools.functions import tool_from_function
 from tests.runtime.fake_engine import FakeEngine, Reply, call, ids_of, say
 from tests.runtime.levers import Levers
 
@@ -218,6 +218,17 @@ async def test_tools_of_the_server_run_in_the_loop(memory: Memory, hotswap: HotS
     agent = Agent(memory, hotswap, {}, tools=[tool_from_function(add)])
     trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "2 + 3?"}])
     assert trajectory.answer == "It is 5."
+
+
+async def test_a_clients_tool_with_the_name_of_a_servers_is_refused_with_both_sources(memory: Memory, hotswap: HotSwap):
+    def weather(city: str) -> str:
+        """Say what the weather is."""
+        return "rain"
+
+    theirs = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    agent = Agent(memory, hotswap, {}, tools=[tool_from_function(weather, source="tools.functions 'sky'")])
+    with pytest.raises(ValueError, match=r"'weather': one of tools.functions 'sky', one of the request; rename one"):
+        await agent.rollout(None, messages=[{"role": "user", "content": "Oslo?"}], tools=[theirs])
 
 
 async def test_memory_is_shown_ahead_of_the_task_and_kept_out_of_the_opening(
