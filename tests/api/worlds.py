@@ -21,7 +21,7 @@ from memory.store import Memory
 from runtime.agent import Agent
 from runtime.api.app import create_app
 from runtime.api.services import Services
-from runtime.completion import Completion
+from runtime.completion import Completion, Delta
 from runtime.config import AgentConfig
 from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.errors import PolicyError, UnknownTask
@@ -69,7 +69,7 @@ class ScriptedEngine:
     async def chat_stream(self, model, messages, tools=None, *, on_delta, **sampling):
         completion = await self.chat(model, messages, tools, **sampling)
         for word in completion.content.split(" ") if completion.content else []:
-            await on_delta(word if word == "You" else f" {word}")
+            await on_delta(Delta(word if word == "You" else f" {word}"))
         return completion
 
     async def probe(self, model: str | None = None) -> bool:
