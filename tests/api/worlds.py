@@ -173,7 +173,9 @@ class QuickLearner:
 class ServedWorld:
     """An application over a memory of its own, on a loopback port, in a thread of its own."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, *, config: AgentConfig | None = None, tools: Sequence[Tool] = ()) -> None:
+        self.config = config or AgentConfig(max_steps=4, max_seconds=20)
+        self.tools = tools
         self.memory = Memory.open(data_dir, encoder=HashingEncoder())
         self.engine = ScriptedEngine(data_dir / "logs" / "engine.log")
         self.learner = QuickLearner(self.memory)
@@ -195,11 +197,15 @@ class ServedWorld:
         structlog.reset_defaults()
 
     async def _serve(self) -> None:
+        await self._serve_with(self.engine)
+
+    async def _serve_with(self, engine: Any) -> None:
+        await self.memory.trajectories.close_orphans()
         await self.memory.policies.register_base("scripted")
         environments = {"doors": Doors()}
-        hotswap = HotSwap(self.memory.policies, self.engine)
-        agent = Agent(self.memory, hotswap, environments, AgentConfig(max_steps=4, max_seconds=20))
-        self.services = Services(self.memory, agent, self.engine, hotswap, self.learner, environments)
+        hotswap = HotSwap(self.memory.policies, engine)
+        agent = Agent(self.memory, hotswap, environments, self.config, tools=self.tools)
+        self.services = Services(self.memory, agent, engine, hotswap, self.learner, environments)
         await hotswap.wear(0)
         config = uvicorn.Config(
             create_app(self.services), port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1
