@@ -11,15 +11,14 @@ import httpx
 import openai
 import pytest
 
-from memory.insights import InsightOperation, OperationKind
-from memory.schema import StepKind, TrajectoryStage
+from memory.schema import Step, StepKind, TrajectoryStage
 from optimizer.config import DemonstrationConfig
 from optimizer.data import build_demonstrations
 from optimizer.rewards import grade
 from optimizer.stitching import stitch
-from runtime.config import AgentConfig
+from runtime.episode_book import EpisodeBook
 from runtime.tools import tool_from_function
-from tests.api.playing import WEATHER, PlayedWorld, forecast, render_as_dialogue
+from tests.api.playing import WEATHER, PlayedWorld, forecast
 from tests.api.worlds import eventually
 from tests.runtime.fake_engine import Reply, call, ids_of
 
@@ -93,6 +92,7 @@ async def test_memory_is_retrieved_once_and_the_policy_stays_pinned(
     assert first.model == "agent@v1"
     http.post("/v1/policies/rollback")
     http.post("/v1/documents", json={"title": "Oslo", "text": "How is Oslo? It rains in Oslo."})
+    await world.memory.index.drain()
     last = ask(client, [ASKED, *results(first, "rain")])
     assert last.model == "agent@v1"
     assert world.fake.requests[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
@@ -101,11 +101,14 @@ async def test_memory_is_retrieved_once_and_the_policy_stays_pinned(
     assert "It rains in Oslo." in world.newest.memory_text
 
 
-def test_another_pin_begins_another_trajectory(world: PlayedWorld, client: openai.OpenAI) -> None:
+async def test_another_pin_begins_another_trajectory(world: PlayedWorld, client: openai.OpenAI) -> None:
+    await world.memory.policies.draft(system_prompt="Be brief.", parent=0)
     first = ask(client, [ASKED])
     follow = {"messages": [ASKED, *results(first, "rain")], "tools": [WEATHER]}
-    client.chat.completions.create(model="agent@v0", **follow)
-    assert world.num_trajectories == 1  # the pin that it has
+    other = client.chat.completions.create(model="agent@v1", **follow)
+    assert (other.model, world.num_trajectories) == ("agent@v1", 2)
+    same = client.chat.completions.create(model="agent@v0", **follow)
+    assert (same.id, world.num_trajectories) == (f"{first.id}.1", 2)
 
 
 def test_what_the_user_adds_to_the_results_is_kept(world: PlayedWorld, client: openai.OpenAI) -> None:
@@ -127,7 +130,6 @@ def test_edited_history_begins_a_new_trajectory(world: PlayedWorld, client: open
 
 
 def test_an_episode_id_keeps_twins_apart(world: PlayedWorld, client: openai.OpenAI) -> None:
-    world.fake.render_prompt = render_as_dialogue
     first = [ask(client, [ASKED], metadata={"episode_id": name}) for name in ("one", "two")]
     ask(client, [ASKED, *results(first[1], "sun")], metadata={"episode_id": "two"})
     assert world.memory.trajectories.get(first[0].id).stage is TrajectoryStage.RUNNING
@@ -180,11 +182,9 @@ async def test_a_second_request_for_an_episode_is_refused_while_the_first_is_ans
 async def test_a_client_that_never_comes_back_has_its_trajectory_closed(
     world: PlayedWorld, client: openai.OpenAI
 ) -> None:
-    book = world.services.agent.book
     first = ask(client, [ASKED])
-    assert await book.sweep() == 0
-    book._idle_seconds = 0.0
-    assert await book.sweep() == 1
+    assert await EpisodeBook(world.memory, idle_seconds=60).sweep() == 0
+    assert await EpisodeBook(world.memory, idle_seconds=0).sweep() == 1
     closed = world.memory.trajectories.get(first.id)
     assert closed.stage is TrajectoryStage.FINISHED and closed.error.startswith("Idle: ")
     last = ask(client, [ASKED, *results(first, "rain")])
@@ -214,11 +214,9 @@ def test_a_restarted_server_goes_on_where_the_client_was_left(tmp_path: Path) ->
 async def test_a_turn_cut_off_by_a_crash_is_taken_up_without_repeating_what_is_recorded(
     world: PlayedWorld, client: openai.OpenAI
 ) -> None:
-    from memory.schema import Step  # what the process had written when it died
-
     first = ask(client, [ASKED])
     trajectory = world.newest
-    step = Step(
+    step = Step(  # what the process had written when it died
         trajectory_id=first.id,
         position=1,
         kind=StepKind.TOOL,
@@ -297,8 +295,8 @@ async def test_the_optimizer_learns_from_it_token_by_token(
 async def test_with_memory_shown_the_prompt_grows_from_the_same_beginning(
     world: PlayedWorld, client: openai.OpenAI, http: httpx.Client
 ) -> None:
-    await world.memory.insights.apply([InsightOperation(OperationKind.ADD, "none", "chat", "unused")])
     http.post("/v1/documents", json={"title": "Oslo", "text": "How is Oslo? It rains in Oslo."})
+    await world.memory.index.drain()
     first = ask(client, [ASKED])
     assert "It rains in Oslo." in world.newest.memory_text
     ask(client, [ASKED, *results(first, "rain")])
@@ -322,7 +320,3 @@ async def test_a_client_that_leaves_while_its_results_are_read_cancels_the_episo
                 model="agent", messages=[ASKED, *results(first, "rain")], tools=[WEATHER], timeout=0.5
             )
     assert eventually(lambda: world.memory.trajectories.get(first.id).stage is TrajectoryStage.CANCELLED)
-
-
-def test_the_idle_limit_is_a_setting() -> None:
-    assert AgentConfig(client_idle_seconds=5).client_idle_seconds == 5

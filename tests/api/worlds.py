@@ -27,7 +27,7 @@ from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.errors import PolicyError, UnknownTask
 from runtime.hotswap import HotSwap
 from runtime.tools import Tool
-from tests.memory.episodes import HashingEncoder
+from tests.memory.episodes import PATIENT, HashingEncoder
 
 
 class ScriptedEngine:
@@ -176,7 +176,7 @@ class ServedWorld:
     def __init__(self, data_dir: Path, *, config: AgentConfig | None = None, tools: Sequence[Tool] = ()) -> None:
         self.config = config or AgentConfig(max_steps=4, max_seconds=20)
         self.tools = tools
-        self.memory = Memory.open(data_dir, encoder=HashingEncoder())
+        self.memory = Memory.open(data_dir, PATIENT, encoder=HashingEncoder())
         self.engine = ScriptedEngine(data_dir / "logs" / "engine.log")
         self.learner = QuickLearner(self.memory)
         self.services: Services

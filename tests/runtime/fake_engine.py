@@ -66,6 +66,8 @@ class FakeEngine:
         self.num_under_way = 0
         self.num_tokens = 0
         self.num_calls = 0
+        self.breaks_off_after: int | None = None
+        """Events of a stream after which the connection is gone."""
         self.render_prompt = _prompt_ids
         self.url = ""
 
@@ -143,6 +145,9 @@ class FakeEngine:
             if number == 0:
                 event["prompt_token_ids"] = self.render_prompt(body)
             await response.write(f"data: {json.dumps(event)}\n\n".encode())
+            if number == self.breaks_off_after:
+                request.transport.abort()
+                return response
         await response.write(b"data: [DONE]\n\n")
         return response
 
