@@ -105,7 +105,11 @@ class EpisodeBook:
         """
         if trajectory.episode_id in self._under_way:
             raise EpisodeBusy(f"trajectory {trajectory.id!r} is being played: wait for the answer")
-        return await self._close(trajectory, note)
+        self._under_way.add(trajectory.episode_id)
+        try:
+            return await self._close(trajectory, note)
+        finally:
+            self._under_way.discard(trajectory.episode_id)
 
     async def _close(self, trajectory: Trajectory, note: str | None) -> Trajectory:
         reply = last_handover(self._memory.trajectories.steps(trajectory.id, with_token_ids=False))
@@ -120,19 +124,18 @@ class EpisodeBook:
     async def sweep(self) -> int:
         """Close what no client came back to in time; return how many."""
         before = now() - timedelta(seconds=self._idle_seconds)
+        trajectories = self._memory.trajectories
         num_closed = 0
-        for trajectory in self._memory.trajectories.waiting(handed_over_before=before):
-            # Asked again for each, because a client may come back while another is being closed; the mark keeps it
-            # away from this one until it is closed.
-            if trajectory.episode_id in self._under_way:
+        # In a thread, because there may be thousands; by the time one is closed its client may be back, or gone again.
+        for idle in await asyncio.to_thread(trajectories.waiting, handed_over_before=before):
+            still = trajectories.waiting(episode_id=idle.episode_id, handed_over_before=before)
+            if idle.episode_id in self._under_way or idle.id not in {trajectory.id for trajectory in still}:
                 continue
-            self._under_way.add(trajectory.episode_id)
+            self._under_way.add(idle.episode_id)
             try:
-                await self._close(
-                    trajectory, f"Idle: the client did not come back within {self._idle_seconds:g} seconds"
-                )
+                await self._close(idle, f"Idle: the client did not come back within {self._idle_seconds:g} seconds")
             finally:
-                self._under_way.discard(trajectory.episode_id)
+                self._under_way.discard(idle.episode_id)
             num_closed += 1
         return num_closed
 

@@ -20,7 +20,7 @@ HARMLESS = frozenset(
     {"user", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"}
 )
 # Values that ask for nothing, under names that are refused otherwise.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {"n": (1,), "modalities": (["text"],), "logit_bias": ({},)}
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {"n": (1,), "modalities": (["text"],)}
 # Handed to the engine as they are.
 SAMPLING = ("top_p", "stop", "frequency_penalty", "presence_penalty", "response_format", "logprobs", "top_logprobs")
 # The same, but only beside tools: the engine refuses them alone.
@@ -237,9 +237,14 @@ def refuse_unsupported(
 ) -> None:
     """Raise BadRequest for the first parameter that is not known here and asks for something."""
     for name, value in extra.items():
-        if name not in harmless and value is not None and value is not False and value not in neutral.get(name, ()):
+        asks_nothing = value is None or value is False or value in neutral.get(name, ())
+        if name not in harmless and not asks_nothing and not _is_empty(value):
             mend = MENDS.get(name, "")
             raise BadRequest(f"{name}={value!r} is not supported here{mend}", param=name, code="unsupported_parameter")
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, dict) and all(inside is None for inside in value.values())
 
 
 def check_tool_choice(tool_choice: Any, tools: Sequence[Mapping[str, Any]]) -> None:

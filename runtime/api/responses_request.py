@@ -26,7 +26,6 @@ from runtime.api.errors import BadRequest
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "include": ([],),
     "truncation": ("disabled",),
-    "reasoning": ({},),
     "top_logprobs": (0,),
 }
 TEXT_PARTS = ("input_text", "output_text", "text")

@@ -120,12 +120,17 @@ class Turn:
 def read_turn(memory: Memory, trajectory: Trajectory, opened: Opened) -> Turn:
     """Return a turn that is over, as its rows have it."""
     trajectories, first_position = memory.trajectories, opened.first_position
-    size = trajectories.measure(trajectory.id, since=first_position)
+    steps = trajectories.steps(trajectory.id, since=first_position, with_token_ids=False)
+    if first_position == 0 and trajectory.closed_at is not None:  # as it mostly is: the row has been summed up
+        num_model_calls = sum(step.kind is StepKind.MODEL for step in steps)
+        size = Measures(trajectory.num_steps, num_model_calls, trajectory.prompt_tokens, trajectory.output_tokens)
+    else:
+        size = trajectories.measure(trajectory.id, since=first_position)
     reward = trajectories.effective_reward(trajectory.id)
     return Turn(
         trajectory=trajectory,
         first_position=first_position,
-        steps=trajectories.steps(trajectory.id, since=first_position, with_token_ids=False),
+        steps=steps,
         size=size,
         episode_size=trajectories.measure(trajectory.id) if first_position else size,
         reward=reward,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from memory.schema import Step, StepKind, TrajectoryStage
 from optimizer.config import DemonstrationConfig
 from optimizer.data import build_demonstrations
 from optimizer.rewards import grade
-from optimizer.stitching import stitch
+from optimizer.stitching import render_prompt, stitch
 from runtime.episode_book import EpisodeBook
+from runtime.model_family import POCKET_MODEL
 from runtime.tools import tool_from_function
 from tests.api.playing import WEATHER, PlayedWorld, forecast
 from tests.api.worlds import eventually
@@ -290,6 +292,38 @@ async def test_the_optimizer_learns_from_it_token_by_token(
     assert "<tool>rain<assistant>" in "".join(map(chr, row.input_ids))
     built = build_demonstrations([graded], None, config=DemonstrationConfig(), max_length_tokens=1000)
     assert [demonstration.trajectory_id for demonstration in built.rows] == [first.id]
+
+
+async def test_the_memory_segment_is_taken_out_of_it_as_the_real_template_has_it(
+    world: PlayedWorld, client: openai.OpenAI, http: httpx.Client
+) -> None:
+    from transformers import AutoTokenizer  # seconds, which the other tests need not wait for
+
+    tokenizer = AutoTokenizer.from_pretrained(POCKET_MODEL)
+    calling = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
+    telling = "Heard: rain<|im_end|>"
+
+    def script(request: dict[str, Any]) -> Reply:
+        reply = forecast(request)
+        text = calling if reply.calls else telling
+        return replace(reply, output_ids=tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    world.fake.script = script
+    world.fake.render_prompt = lambda body: render_prompt(tokenizer, body["messages"], body["tools"])
+    http.post("/v1/documents", json={"title": "Oslo", "text": "How is Oslo? It rains in Oslo."})
+    await world.memory.index.drain()
+    last = ask(client, [ASKED, *results(ask(client, [ASKED]), "rain")])
+    assert "It rains in Oslo." in world.newest.memory_text
+    http.post("/v1/feedback", json={"target": last.id, "value": True})
+
+    config = DemonstrationConfig(keep_memory_share=0.0)
+    built = build_demonstrations(grade(world.memory), tokenizer, config=config, max_length_tokens=4000)
+    (row,) = built.rows
+    assert built.tally["clean"] == 1 and not row.has_memory
+    whole = tokenizer.decode(row.input_ids)
+    assert "It rains" not in whole and "<tool_response>\nrain\n</tool_response>" in whole
+    said = [token for token, own in zip(row.input_ids, row.mask, strict=True) if own]
+    assert tokenizer.decode(said) == calling + telling
 
 
 async def test_with_memory_shown_the_prompt_grows_from_the_same_beginning(

@@ -30,6 +30,15 @@ def world(tmp_path: Path) -> Iterator[PlayedWorld]:
         yield world
 
 
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    """A client of a world that nothing is ever asked of: all of it is refused."""
+    with PlayedWorld(tmp_path_factory.mktemp("untouched")) as world:
+        with openai.OpenAI(base_url=f"{world.url}/v1", api_key="none", max_retries=0) as client:
+            yield client
+        assert world.num_trajectories == 0
+
+
 def ask(client: openai.OpenAI, given: Any = "hi", **more: Any):
     return client.responses.create(model="agent", input=given, **more)
 
@@ -222,8 +231,8 @@ def test_a_failure_in_mid_stream_is_an_event(world: PlayedWorld, client: openai.
         ({"temperature": 9}, "temperature"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(client: openai.OpenAI, more: dict[str, Any], param: str) -> None:
+def test_what_is_not_supported_is_refused_by_name(untouched: openai.OpenAI, more: dict[str, Any], param: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        client.responses.create(**{"model": "agent", "input": "hi"} | more)
+        untouched.responses.create(**{"model": "agent", "input": "hi"} | more)
     assert refused.value.param == param
     assert refused.value.type == "invalid_request_error" and refused.value.code
