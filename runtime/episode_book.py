@@ -105,21 +105,18 @@ class EpisodeBook:
         """
         if trajectory.episode_id in self._under_way:
             raise EpisodeBusy(f"trajectory {trajectory.id!r} is being played: wait for the answer")
-        self._under_way.add(trajectory.episode_id)
+        self._under_way.add(trajectory.episode_id)  # nobody takes it up while it closes
         try:
-            return await self._close(trajectory, note)
+            reply = last_handover(self._memory.trajectories.steps(trajectory.id, with_token_ids=False))
+            return await self._memory.trajectories.close(
+                trajectory.id,
+                stage=TrajectoryStage.FINISHED,
+                answer=reply.content if reply is not None else None,
+                error=note,
+                num_invalid_tool_calls=trajectory.num_invalid_tool_calls,
+            )
         finally:
             self._under_way.discard(trajectory.episode_id)
-
-    async def _close(self, trajectory: Trajectory, note: str | None) -> Trajectory:
-        reply = last_handover(self._memory.trajectories.steps(trajectory.id, with_token_ids=False))
-        return await self._memory.trajectories.close(
-            trajectory.id,
-            stage=TrajectoryStage.FINISHED,
-            answer=reply.content if reply is not None else None,
-            error=note,
-            num_invalid_tool_calls=trajectory.num_invalid_tool_calls,
-        )
 
     async def sweep(self) -> int:
         """Close what no client came back to in time; return how many."""
@@ -131,11 +128,7 @@ class EpisodeBook:
             still = trajectories.waiting(episode_id=idle.episode_id, handed_over_before=before)
             if idle.episode_id in self._under_way or idle.id not in {trajectory.id for trajectory in still}:
                 continue
-            self._under_way.add(idle.episode_id)
-            try:
-                await self._close(idle, f"Idle: the client did not come back within {self._idle_seconds:g} seconds")
-            finally:
-                self._under_way.discard(idle.episode_id)
+            await self.close(idle, f"Idle: the client did not come back within {self._idle_seconds:g} seconds")
             num_closed += 1
         return num_closed
 
