@@ -5,14 +5,13 @@ Refuses to know how a turn is played and when it is over.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from memory.schema import Trajectory
+from memory.schema import Trajectory, dump_json
 from runtime.api.answer_ids import name_answer
 from runtime.api.models import pin
 from runtime.api.turn import Played, Turn
@@ -159,7 +158,7 @@ def _count(turn: Turn) -> Usage:
 
 
 def event(body: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {dump_json(body)}\n\n"
 
 
 DONE = "data: [DONE]\n\n"

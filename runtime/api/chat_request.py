@@ -145,7 +145,7 @@ class ChatRequest(BaseModel):
         """Return what the engine is told beyond temperature, seed and length."""
         names = SAMPLING + ABOUT_TOOLS if self.tools else SAMPLING
         given = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in given.items() if value is not None and value is not False}
+        return {name: value for name, value in given.items() if value is not None}
 
     @field_validator("response_format")
     @classmethod

@@ -8,15 +8,15 @@ client, not the trajectory that was lived.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from memory.errors import UnknownResponse
-from memory.schema import StoredResponse
+from memory.schema import StoredResponse, dump_json
 from memory.store import Memory
 from runtime.api.answer_ids import trajectory_of
 from runtime.api.chat_request import read_extensions
@@ -109,7 +109,7 @@ async def create_response(
         begun = begin_response(body, turn.trajectory, turn.first_position, instructions)
         response = end_response(begun, turn, list_output(turn))
         await keep(response)
-        return JSONResponse(response, headers=headers_for(turn.trajectory))
+        return _send(response, headers_for(turn.trajectory))
     listening = Listening(server.memory, play)
     await listening.start(request)
     begun = begin_response(body, listening.trajectory, listening.first_position, instructions)
@@ -187,10 +187,15 @@ async def get_response(
     response_id: str,
     server: Server,
     stream: Annotated[bool, Query(description="Not supported: a stored response is read at once.")] = False,
-) -> JSONResponse:
+) -> Response:
     if stream:
         raise BadRequest("stream=True is not supported here", param="stream", code="unsupported_parameter")
-    return JSONResponse(server.memory.responses.get(response_id).body)
+    return _send(server.memory.responses.get(response_id).body)
+
+
+def _send(response: Json, headers: Mapping[str, str] | None = None) -> Response:
+    # It repeats what clients wrote, which may be no Unicode at all.
+    return Response(dump_json(response), media_type="application/json", headers=headers)
 
 
 @router.delete("/{response_id}", summary="Forget a stored response", responses=refusals(NotFound))

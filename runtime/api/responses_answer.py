@@ -13,12 +13,11 @@ that is kept of it.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from memory.schema import Trajectory, new_id
+from memory.schema import Trajectory, dump_json, new_id
 from runtime.api.answer_ids import name_response
 from runtime.api.errors import ApiError
 from runtime.api.models import pin
@@ -205,4 +204,4 @@ class EventWriter:
     def _event(self, kind: str, **fields: Any) -> str:
         body = {"type": kind, "sequence_number": self._num_events, **fields}
         self._num_events += 1
-        return f"event: {kind}\ndata: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+        return f"event: {kind}\ndata: {dump_json(body)}\n\n"

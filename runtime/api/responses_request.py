@@ -184,7 +184,13 @@ def _complete_message(item: Mapping[str, Any], place: int) -> dict[str, Any]:
             param=f"input[{place}].role",
             code="invalid_value",
         )
-    parts = [content] if isinstance(content, str) else [_text_of(part, place) for part in content or ()]
+    if not isinstance(content, str | list):
+        raise BadRequest(
+            f"content is a text or a list of parts, not {content!r}",
+            param=f"input[{place}].content",
+            code="invalid_value",
+        )
+    parts = [content] if isinstance(content, str) else [_text_of(part, place) for part in content]
     kind = "output_text" if role == "assistant" else "input_text"
     extra = {"annotations": []} if role == "assistant" else {}
     return {

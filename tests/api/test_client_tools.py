@@ -13,8 +13,8 @@ import openai
 import pytest
 
 from memory.schema import Step, StepKind, TrajectoryStage
-from optimizer.config import DemonstrationConfig
-from optimizer.data import build_demonstrations
+from optimizer.config import DemonstrationConfig, PreferenceConfig
+from optimizer.data import build_demonstrations, build_preferences
 from optimizer.rewards import grade
 from optimizer.stitching import render_prompt, stitch
 from runtime.episode_book import EpisodeBook
@@ -292,6 +292,28 @@ async def test_the_optimizer_learns_from_it_token_by_token(
     assert "<tool>rain<assistant>" in "".join(map(chr, row.input_ids))
     built = build_demonstrations([graded], None, config=DemonstrationConfig(), max_length_tokens=1000)
     assert [demonstration.trajectory_id for demonstration in built.rows] == [first.id]
+
+
+async def test_two_tries_at_one_request_become_a_preference(
+    world: PlayedWorld, client: openai.OpenAI, http: httpx.Client
+) -> None:
+    cities = iter(("Oslo", "Rome"))
+
+    def script(request: dict[str, Any]) -> Reply:
+        if request["messages"][-1]["role"] == "user":
+            return call("weather", city=next(cities))
+        return forecast(request)
+
+    world.fake.script = script
+    for value in (True, False):
+        first = ask(client, [ASKED], metadata={"episode_id": f"try {value}"})
+        ask(client, [ASKED, *results(first, "rain")], metadata={"episode_id": f"try {value}"})
+        http.post("/v1/feedback", json={"episode_id": f"try {value}", "value": value})
+    built = build_preferences(grade(world.memory), None, config=PreferenceConfig(), max_length_tokens=1000)
+    (row,) = built.rows
+    assert "".join(map(chr, row.prompt_ids)) == "<user>How is Oslo?<assistant>"
+    assert "".join(map(chr, row.chosen_ids)).startswith('weather{"city": "Oslo"}')
+    assert "".join(map(chr, row.rejected_ids)).startswith('weather{"city": "Rome"}')
 
 
 async def test_the_memory_segment_is_taken_out_of_it_as_the_real_template_has_it(

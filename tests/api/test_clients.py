@@ -74,7 +74,7 @@ def test_every_parameter_reaches_the_engine(world: PlayedWorld, client: openai.O
         top_logprobs=2,
         tools=[WEATHER],
         tool_choice="required",
-        parallel_tool_calls=True,
+        parallel_tool_calls=False,
         user="me",
         metadata={"mine": "kept to myself"},
         n=1,
@@ -83,6 +83,7 @@ def test_every_parameter_reaches_the_engine(world: PlayedWorld, client: openai.O
     sent = world.fake.requests[-1]
     wanted = {"temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["\n"], "max_tokens": 5, "top_logprobs": 2}
     wanted |= {"frequency_penalty": 0.1, "presence_penalty": 0.2, "logprobs": True, "tool_choice": "required"}
+    wanted |= {"parallel_tool_calls": False}
     assert {name: sent.get(name) for name in wanted} == wanted
     assert sent["response_format"]["json_schema"]["schema"] == schema and sent["tools"] == [WEATHER]
     assert "user" not in sent and "metadata" not in sent

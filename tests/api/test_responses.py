@@ -236,3 +236,38 @@ def test_what_is_not_supported_is_refused_by_name(untouched: openai.OpenAI, more
         untouched.responses.create(**{"model": "agent", "input": "hi"} | more)
     assert refused.value.param == param
     assert refused.value.type == "invalid_request_error" and refused.value.code
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"input": 5},
+        {"input": [5]},
+        {"input": [{}]},
+        {"input": [{"role": "user", "content": 5}]},
+        {"input": [{"role": "user", "content": None}]},
+        {"input": [{"role": ["user"], "content": "x"}]},
+        {"input": [{"role": "user", "content": ["x"]}]},
+        {"input": [{"type": "function_call", "call_id": 5, "name": "f", "arguments": "{}"}]},
+        {"input": [{"type": "function_call", "call_id": "x", "name": "f", "arguments": "{}"}]},
+        {"tools": [{}]},
+        {"tools": [{"type": "function", "name": 5}]},
+        {"tools": [{"type": "function", "name": "f", "colour": "red"}]},
+        {"tool_choice": {"type": []}},
+        {"text": {"format": {"type": {}}}},
+        {"text": {"format": {"type": "json_schema", "name": "x"}}},
+        {"metadata": {"seed": 5}},
+        {"stream_options": {"include_obfuscation": True}},
+    ],
+)
+def test_nonsense_is_a_bad_request(untouched: openai.OpenAI, more: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        untouched.post("/responses", body={"model": "agent", "input": "hi"} | more, cast_to=object)
+    assert set(refused.value.body) >= {"message", "type", "param", "code"}
+
+
+def test_what_is_no_unicode_is_mended_and_sent_back(client: openai.OpenAI, http: httpx.Client) -> None:
+    body = '{"model": "agent", "input": "hi", "tools": [{"type": "function", "name": "f", "description": "\\ud800"}]}'
+    answer = http.post("/v1/responses", content=body, headers={"content-type": "application/json"})
+    assert answer.json()["tools"][0]["description"] == "\ufffd"
+    assert client.responses.retrieve(answer.json()["id"]).output_text == "You said: hi"
