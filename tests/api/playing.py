@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from memory.config import MemoryConfig
 from memory.schema import Trajectory
 from runtime.config import EngineConfig
 from runtime.engine import Engine
@@ -47,6 +48,10 @@ def render_as_dialogue(body: dict[str, Any]) -> list[int]:
     return ids_of("".join(lines) + "<assistant>")
 
 
+FORGETFUL = MemoryConfig(memory_tokens=0)
+"""For a world that several tests share: what one of them teaches is not shown to the next."""
+
+
 class PlayedWorld(ServedWorld):
     """A served world whose engine is played over HTTP by a script."""
 
@@ -54,6 +59,13 @@ class PlayedWorld(ServedWorld):
         super().__init__(data_dir, **more)
         self.fake = FakeEngine(script)
         self.fake.render_prompt = render_as_dialogue
+        self._num_before = 0
+
+    def begin_anew(self) -> None:
+        """Play by the first script again, and count from here: for a world that several tests share."""
+        self.fake.script, self.fake.breaks_off_after = forecast, None
+        self.fake.requests.clear()
+        self._num_before = len(self.memory.trajectories.list(limit=10_000))
 
     async def _serve(self) -> None:
         async with self.fake:
@@ -71,4 +83,4 @@ class PlayedWorld(ServedWorld):
 
     @property
     def num_trajectories(self) -> int:
-        return len(self.memory.trajectories.list())
+        return len(self.memory.trajectories.list(limit=10_000)) - self._num_before

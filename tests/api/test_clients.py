@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,25 +21,29 @@ from pydantic import BaseModel
 from memory.schema import StepKind, TrajectoryStage
 from optimizer.rewards import grade
 from optimizer.stitching import stitch
-from tests.api.playing import WEATHER, PlayedWorld
+from tests.api.playing import FORGETFUL, WEATHER, PlayedWorld
 from tests.runtime.fake_engine import Reply
 
 HI = [{"role": "user", "content": "hi"}]
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[PlayedWorld]:
-    with PlayedWorld(tmp_path / "data") as world:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlayedWorld]:
+    with PlayedWorld(tmp_path_factory.mktemp("shared"), memory_config=FORGETFUL) as world:
         yield world
 
 
-@pytest.fixture(scope="module")
-def untouched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    """A client of a world that nothing is ever asked of: all of it is refused."""
-    with PlayedWorld(tmp_path_factory.mktemp("untouched")) as world:
-        with openai.OpenAI(base_url=f"{world.url}/v1", api_key="none", max_retries=0) as client:
-            yield client
-        assert world.num_trajectories == 0
+@pytest.fixture
+def world(shared: PlayedWorld) -> PlayedWorld:
+    shared.begin_anew()
+    return shared
+
+
+@pytest.fixture
+def untouched(world: PlayedWorld, client: openai.OpenAI) -> Iterator[openai.OpenAI]:
+    """A client all of whose requests are refused before anything comes of them."""
+    yield client
+    assert world.num_trajectories == 0
 
 
 @tool
@@ -213,10 +216,11 @@ def test_langchain_s_chat_model_invokes_and_counts(world: PlayedWorld) -> None:
 
 
 async def test_langchain_s_chat_model_streams(world: PlayedWorld) -> None:
-    model = chat_model(world, stream_usage=True)
     whole: AIMessageChunk | None = None
-    async for piece in model.astream("hi"):
-        whole = piece if whole is None else whole + piece
+    async with openai.DefaultAsyncHttpxClient() as connections:  # LangChain's own are never closed
+        model = chat_model(world, stream_usage=True, http_async_client=connections)
+        async for piece in model.astream("hi"):
+            whole = piece if whole is None else whole + piece
     assert whole.content == "You said: hi"
     assert whole.usage_metadata["output_tokens"] == len("You said: hi")
 
@@ -248,17 +252,19 @@ def test_an_agent_of_langchain_is_one_trajectory_without_knowing_of_us(
     said_last = messages[-1].response_metadata.get("id")
     target = {"target": said_last} if said_last else {"episode_id": "mine"}
     assert http.post("/v1/feedback", json=target | {"value": 1.0}).status_code == 201
-    (graded,) = grade(world.memory)
+    graded = grade(world.memory)[-1]
     assert graded.is_success and stitch(graded.steps)[1] == {"clean": 1}
 
 
 async def test_agents_of_langchain_run_side_by_side_without_mixing(world: PlayedWorld) -> None:
-    agent = create_agent(chat_model(world), [weather])
     asked = [f"{number}: how is {city}?" for number in range(3) for city in ("Oslo", "Rome")]
-    ended = await asyncio.gather(*(agent.ainvoke({"messages": [HumanMessage(text)]}) for text in asked))
+    async with openai.DefaultAsyncHttpxClient() as connections:
+        agent = create_agent(chat_model(world, http_async_client=connections), [weather])
+        ended = await asyncio.gather(*(agent.ainvoke({"messages": [HumanMessage(text)]}) for text in asked))
     assert [end["messages"][-1].content for end in ended] == ["Heard: rain", "Heard: sun"] * 3
     assert world.num_trajectories == len(asked)
-    assert {view.trajectory.stage for view in world.memory.trajectories.list()} == {TrajectoryStage.FINISHED}
+    newest = world.memory.trajectories.list(limit=len(asked))
+    assert {view.trajectory.stage for view in newest} == {TrajectoryStage.FINISHED}
 
 
 def test_langchain_goes_on_from_a_stored_response(world: PlayedWorld) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from memory.schema import TrajectoryStage
-from tests.api.playing import PlayedWorld
+from tests.api.playing import FORGETFUL, PlayedWorld
 from tests.runtime.fake_engine import Reply, call
 
 WEATHER = {
@@ -24,19 +23,23 @@ WEATHER = {
 }
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[PlayedWorld]:
-    with PlayedWorld(tmp_path / "data") as world:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlayedWorld]:
+    with PlayedWorld(tmp_path_factory.mktemp("shared"), memory_config=FORGETFUL) as world:
         yield world
 
 
-@pytest.fixture(scope="module")
-def untouched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    """A client of a world that nothing is ever asked of: all of it is refused."""
-    with PlayedWorld(tmp_path_factory.mktemp("untouched")) as world:
-        with openai.OpenAI(base_url=f"{world.url}/v1", api_key="none", max_retries=0) as client:
-            yield client
-        assert world.num_trajectories == 0
+@pytest.fixture
+def world(shared: PlayedWorld) -> PlayedWorld:
+    shared.begin_anew()
+    return shared
+
+
+@pytest.fixture
+def untouched(world: PlayedWorld, client: openai.OpenAI) -> Iterator[openai.OpenAI]:
+    """A client all of whose requests are refused before anything comes of them."""
+    yield client
+    assert world.num_trajectories == 0
 
 
 def ask(client: openai.OpenAI, given: Any = "hi", **more: Any):

@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 import uvicorn
 
+from memory.config import MemoryConfig
 from memory.schema import Cycle, CycleStage, Split, Task
 from memory.store import Memory
 from runtime.agent import Agent
@@ -173,10 +174,17 @@ class QuickLearner:
 class ServedWorld:
     """An application over a memory of its own, on a loopback port, in a thread of its own."""
 
-    def __init__(self, data_dir: Path, *, config: AgentConfig | None = None, tools: Sequence[Tool] = ()) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        config: AgentConfig | None = None,
+        tools: Sequence[Tool] = (),
+        memory_config: MemoryConfig = PATIENT,
+    ) -> None:
         self.config = config or AgentConfig(max_steps=4, max_seconds=20)
         self.tools = tools
-        self.memory = Memory.open(data_dir, PATIENT, encoder=HashingEncoder())
+        self.memory = Memory.open(data_dir, memory_config, encoder=HashingEncoder())
         self.engine = ScriptedEngine(data_dir / "logs" / "engine.log")
         self.learner = QuickLearner(self.memory)
         self.services: Services
