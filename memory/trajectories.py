@@ -174,16 +174,19 @@ class Trajectories:
         handed_over_before: datetime | None = None,
     ) -> builtins.list[Trajectory]:
         """Return the running trajectories whose last reply handed tool calls over to a client, oldest first."""
-        query = select(Trajectory).where(Trajectory.stage == TrajectoryStage.RUNNING)
         handover = _last_handover(handover_digest, handed_over_before)
-        if handover_digest is not None:  # by the handover's own index
-            query = query.where(col(Trajectory.id).in_(handover))
-        else:
-            query = query.where(handover.where(Step.trajectory_id == Trajectory.id).exists())
+        is_meant = [Trajectory.stage == TrajectoryStage.RUNNING]
         if episode_id is not None:
-            query = query.where(Trajectory.episode_id == episode_id)
+            is_meant.append(Trajectory.episode_id == episode_id)
         with self._database.read() as session:
-            return builtins.list(session.exec(query.order_by(col(Trajectory.id))))
+            if handover_digest is not None:
+                # In two steps, so that SQLite begins with the few of this digest, not with all that run.
+                ids = session.scalars(handover.where(exists().where(Trajectory.id == Step.trajectory_id, *is_meant)))
+                found = [session.get_one(Trajectory, trajectory_id) for trajectory_id in ids]
+            else:
+                is_waiting = handover.where(Step.trajectory_id == Trajectory.id).exists()
+                found = session.exec(select(Trajectory).where(*is_meant, is_waiting))
+            return sorted(found, key=lambda trajectory: trajectory.id)
 
     async def close_orphans(self) -> int:
         """Close as FAILED what a dead process left RUNNING; return how many. For the start, before anything opens.
