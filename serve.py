@@ -219,7 +219,8 @@ async def live(
     try:
         if await happens_first(stop, starting, answering):
             return
-        background += [asyncio.ensure_future(part) for part in (services.engine.watch(), services.hotswap.follow())]
+        parts = (services.engine.watch(), services.hotswap.follow(), services.agent.book.tend())
+        background += [asyncio.ensure_future(part) for part in parts]
         await services.cycles.resume()
         phases.end()
         announce(services, listener, as_json=as_json)

@@ -50,7 +50,8 @@ class EngineConfig(BaseModel, extra="forbid"):
 
 
 class AgentConfig(BaseModel, extra="forbid"):
-    """Limits of one episode, and what it falls back on."""
+    """Limits of one episode, and what it falls back on. Where a client runs tools, they hold for each of its requests:
+    how often it comes back is its own affair."""
 
     system_prompt: str = ""
     """For requests that bring none, under a policy that has none; empty sends none."""
@@ -62,6 +63,8 @@ class AgentConfig(BaseModel, extra="forbid"):
     """Most tokens of one episode, the prompts and outputs of all its model calls together."""
     max_seconds: float = Field(default=300.0, gt=0)
     """Longest episode, tools included."""
+    client_idle_seconds: float = Field(default=1800.0, gt=0)
+    """How long an episode waits for a client to come back with the results of its tools; then it closes."""
     temperature: float = Field(default=0.7, ge=0, le=2)
     """Where the request names none."""
 

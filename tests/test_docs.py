@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,12 +15,12 @@ from typer.main import get_command
 import serve
 from runtime.tools.base import run_tool
 from runtime.tools.toolbox import Toolbox
+from tests.api.playing import PlayedWorld
 from tests.api.worlds import ServedWorld
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
+CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 TOOLS = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
 
 
@@ -33,6 +35,26 @@ def test_python_in_the_readme_runs(code: str, tmp_path: Path, capsys):
         exec(compile(code, "README.md", "exec"), namespace := {})
         namespace["client"].close()
     assert "You opened the left door." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", blocks("python", CLIENTS))
+def test_python_in_the_page_on_clients_runs(code: str, tmp_path: Path, capsys):
+    with PlayedWorld(tmp_path / "data") as world:
+        exec(compile(code.replace("http://127.0.0.1:8080", world.url), "clients.md", "exec"), namespace := {})
+        if "client" in namespace:
+            namespace["client"].close()
+        assert world.num_trajectories == 1
+    assert "Heard: rain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", blocks("sh", CLIENTS))
+def test_commands_in_the_page_on_clients_run(command: str, tmp_path: Path):
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    with PlayedWorld(tmp_path / "data") as world:
+        command = command.replace("http://127.0.0.1:8080", world.url)
+        done = subprocess.run(["sh", "-c", f"no_proxy='*' {command}"], capture_output=True, text=True, timeout=30)
+    assert "You said: How is Oslo?" in done.stdout
 
 
 @pytest.mark.parametrize("text", blocks("toml"))

@@ -11,6 +11,7 @@ from memory.errors import UnknownPolicy
 from memory.schema import RewardSource, Split, StepKind, TrajectoryStage
 from memory.store import Memory
 from runtime.agent import Agent
+from runtime.completion import Delta
 from runtime.config import AgentConfig
 from runtime.errors import UnknownEnvironment
 from runtime.hotswap import HotSwap
@@ -76,8 +77,8 @@ async def test_a_plain_question_gets_the_reply_and_its_record(agent: Agent, memo
 async def test_deltas_arrive_as_the_model_writes_and_add_up_to_the_answer(agent: Agent, memory: Memory):
     heard = []
 
-    async def on_delta(text: str) -> None:
-        heard.append(text)
+    async def on_delta(delta: Delta) -> None:
+        heard.append(delta.text)
 
     trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}], on_delta=on_delta)
     assert heard == list("hello")
@@ -86,7 +87,7 @@ async def test_deltas_arrive_as_the_model_writes_and_add_up_to_the_answer(agent:
 
 
 async def test_a_streamed_tool_call_is_put_together_from_its_pieces(agent: Agent, fake: FakeEngine, levers: Levers):
-    async def ignore(text: str) -> None:
+    async def ignore(delta: Delta) -> None:
         pass
 
     fake.script = pulls("left", "right", "left")
@@ -199,7 +200,7 @@ async def test_tools_of_the_client_are_handed_back_as_the_answer(agent: Agent, m
     weather = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
     fake.script = lambda request: call("weather", city="Oslo")
     trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "Oslo?"}], tools=[weather])
-    assert trajectory.stage == "finished"
+    assert trajectory.stage == "running"
     (step,) = memory.trajectories.steps(trajectory.id)
     assert json.loads(step.tool_calls[0]["function"]["arguments"]) == {"city": "Oslo"}
     assert trajectory.tools == [weather]
