@@ -59,7 +59,7 @@ def read_all_settings(config: Path | None, given: dict[str, str | None], extra: 
 
     from memory.config import MemoryConfig
     from optimizer.config import OptimizerConfig
-    from runtime.config import AgentConfig, EngineConfig, ServerConfig
+    from runtime.config import AgentConfig, EngineConfig, ServerConfig, ToolsConfig
     from runtime.settings import BadSettings, parse_flags, read_settings
 
     class Settings(BaseModel, extra="forbid"):
@@ -67,6 +67,7 @@ def read_all_settings(config: Path | None, given: dict[str, str | None], extra: 
         memory: MemoryConfig = MemoryConfig()
         engine: EngineConfig = EngineConfig()
         agent: AgentConfig = AgentConfig()
+        tools: ToolsConfig = ToolsConfig()
         server: ServerConfig = ServerConfig()
         optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -174,11 +175,13 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
     from runtime.engine import Engine
     from runtime.environments.textworld import TextWorld
     from runtime.hotswap import HotSwap
+    from runtime.tools.toolbox import Toolbox
 
     engine = Engine(settings.engine, memory.data_dir, on_progress=phases.say)
     hotswap = HotSwap(memory.policies, engine, max_lora_rank=settings.engine.max_lora_rank)
     environments = {"textworld": TextWorld(memory.data_dir / "environments")}
-    agent = Agent(memory, hotswap, environments, settings.agent)
+    toolbox = Toolbox(settings.tools, memory.retrieval.find_passages, memory.data_dir / "logs")
+    agent = Agent(memory, hotswap, environments, settings.agent, tools=toolbox.tools)
 
     async def complete(messages: list[dict[str, Any]]) -> str:
         async with hotswap.lease(0) as base:  # judgement stays the base's, whoever acts
@@ -194,7 +197,7 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
         complete=complete if settings.engine.model or settings.engine.url else None,
     )
     learner = Learner(memory, settings.optimizer, seams)
-    return Services(memory, agent, engine, hotswap, learner, environments)
+    return Services(memory, agent, engine, hotswap, learner, environments, toolbox)
 
 
 async def live(
@@ -216,7 +219,8 @@ async def live(
     try:
         if await happens_first(stop, starting, answering):
             return
-        background += [asyncio.ensure_future(part) for part in (services.engine.watch(), services.hotswap.follow())]
+        parts = (services.engine.watch(), services.hotswap.follow(), services.agent.book.tend())
+        background += [asyncio.ensure_future(part) for part in parts]
         await services.cycles.resume()
         phases.end()
         announce(services, listener, as_json=as_json)
@@ -228,6 +232,7 @@ async def live(
         await asyncio.wait({answering})
         await give_up(starting, *background)
         await services.cycles.stop()
+        await services.toolbox.close()
         await services.engine.stop()
 
 
@@ -237,6 +242,8 @@ async def start(services: Services, settings: Any, phases: Phases) -> None:
 
     memory = services.memory
     await memory.trajectories.close_orphans()
+    phases.say("opening tools")
+    await services.toolbox.open()
     await services.engine.start()
     await memory.policies.register_base(name_base(services.engine, settings.engine.model))
     while True:

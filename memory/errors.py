@@ -9,6 +9,7 @@
     |   +-- UnknownPolicy
     |   +-- UnknownDocument
     |   +-- UnknownCycle
+    |   +-- UnknownResponse
     +-- IllegalMove              a stage may not go there (also a ValueError)
     |   +-- NothingToRollBackTo
     +-- OtherBaseModel           the directory's policies stand on another base model (also a ValueError)
@@ -58,6 +59,10 @@ class UnknownDocument(UnknownRow):
 
 class UnknownCycle(UnknownRow):
     """No cycle has that id."""
+
+
+class UnknownResponse(UnknownRow):
+    """No response has that id, or it was deleted."""
 
 
 class IllegalMove(StoreError, ValueError):

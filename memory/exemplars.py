@@ -20,7 +20,7 @@ def render_exemplar(task_text: str, steps: Sequence[Step]) -> str:
     """Return the task, then each model call's words and `> <action>` lines, then what came back, all cut short."""
     lines = [cut(task_text)]
     for step in steps:
-        if step.kind is StepKind.TOOL:
+        if step.kind is not StepKind.MODEL:
             lines.append(cut(step.content))
             continue
         lines.append(" ".join(step.content.split())[:MAX_CHARS])

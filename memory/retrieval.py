@@ -117,7 +117,11 @@ class Retrieval:
                 self._config.max_exemplars,
                 await self._find_exemplars(environment, kind, query_text, exclude_task),
             ),
-            (segment.passages, self._config.max_passages, await self._find_passages(query_text)),
+            (
+                segment.passages,
+                self._config.max_passages,
+                await self._find_passages(query_text, self._config.max_passages),
+            ),
         )
         for shown, most, found in sections:
             for row_id, text in found:
@@ -161,12 +165,17 @@ class Retrieval:
                 (it.id, render_exemplar(it.task_text, _steps(session, it.id))) for it in _one_per_task(trajectories)
             ]
 
-    async def _find_passages(self, query_text: str) -> list[tuple[str, str]]:
-        if self._config.max_passages == 0:
+    async def find_passages(self, query_text: str, num: int) -> list[str]:
+        """Return the passages nearest to a question, each after its document's title, best first.
+
+        Raises: StorageError.
+        """
+        return [neutralise(text) for _, text in await self._find_passages(query_text, num)]
+
+    async def _find_passages(self, query_text: str, num: int) -> list[tuple[str, str]]:
+        if num == 0:
             return []
-        near = await self._index.find(
-            "passages", query_text, num=self._config.max_passages, min_similarity=MIN_SIMILARITY
-        )
+        near = await self._index.find("passages", query_text, num=num, min_similarity=MIN_SIMILARITY)
         query = select(Passage, Document.title).join(Document, col(Document.id) == Passage.document_id)
         with self._database.read() as session:
             rows = session.exec(query.where(col(Passage.id).in_([row_id for row_id, _ in near]))).all()

@@ -183,12 +183,21 @@ class Trajectory(SQLModel, table=True):
 class StepKind(StrEnum):
     MODEL = "model"
     TOOL = "tool"
+    USER = "user"  # what a client said together with the results of its tools
 
 
 class Step(SQLModel, table=True):
     """One model call or one tool result, durable before the next one starts."""
 
     __tablename__ = "steps"
+    __table_args__ = (
+        Index(
+            "steps_by_handover",
+            "handover_digest",
+            sqlite_where=text("handover_digest IS NOT NULL"),
+            postgresql_where=text("handover_digest IS NOT NULL"),
+        ),
+    )
 
     trajectory_id: str = Field(foreign_key="trajectories.id", primary_key=True)
     position: int = Field(primary_key=True)  # 0, 1, 2, ... without gaps
@@ -202,6 +211,24 @@ class Step(SQLModel, table=True):
     prompt_token_ids: list[int] | None = Field(default=None, sa_type=TokenIds)
     output_token_ids: list[int] | None = Field(default=None, sa_type=TokenIds)
     seconds: float = 0.0
+    handover_digest: str | None = None
+    """Set on a reply that hands tool calls over to the client: what its next request must begin with."""
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+
+
+class StoredResponse(SQLModel, table=True):
+    """An answer of the Responses API, kept so that a client can read it again and go on from it."""
+
+    __tablename__ = "responses"
+
+    id: str = Field(primary_key=True)
+    trajectory_id: str = Field(foreign_key="trajectories.id", index=True)
+    previous_id: str | None = None
+    """The response this one went on from; not a foreign key, because that one may be deleted."""
+    input: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
+    """The items of this request alone."""
+    body: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
+    """The response as it was sent."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 

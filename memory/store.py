@@ -20,6 +20,7 @@ from memory.index import MemoryIndex
 from memory.insights import Insights
 from memory.ownership import take_ownership
 from memory.policies import Policies
+from memory.responses import Responses
 from memory.retrieval import Retrieval
 from memory.trajectories import Trajectories
 
@@ -40,6 +41,7 @@ class Memory:
         self.documents = Documents(self.database, passage_tokens=config.passage_tokens)
         self.policies = Policies(self.database)
         self.cycles = Cycles(self.database)
+        self.responses = Responses(self.database)
         self.feedback = FeedbackBook(self.database, self.trajectories)
         self.index = MemoryIndex(self.database, self.trajectories, data_dir / INDEX_NAME, encoder, config)
         self.retrieval = Retrieval(self.database, self.insights, self.index, config)

@@ -11,10 +11,14 @@ exemplars or lessons; rewards are only ever added.
 from __future__ import annotations
 
 import builtins
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Select, bindparam, case, exists, func, insert, literal, or_
+from sqlalchemy import Select, String, bindparam, case, cast, exists, func, insert, literal, or_
+from sqlalchemy.orm import aliased, defer
 from sqlmodel import Session, col, select
 
 from memory.database import Database
@@ -27,6 +31,7 @@ from memory.schema import (
     RewardSource,
     Split,
     Step,
+    StepKind,
     Trajectory,
     TrajectoryStage,
     new_id,
@@ -35,6 +40,8 @@ from memory.schema import (
 
 TRUST = (RewardSource.USER, RewardSource.CODE, RewardSource.ENVIRONMENT, RewardSource.JUDGE)  # most trusted first
 BYTES_PER_TOKEN_ID = 4
+MAX_EPISODES_SEEN = 20_000  # in search of what a tool once yielded
+MAX_EPISODES_READ = 1_000
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,16 @@ class Graded:
     trajectory: Trajectory
     reward: float
     is_success: bool
+
+
+@dataclass(frozen=True)
+class Measures:
+    """How long a trajectory is: its steps, those of them that are model calls, and their tokens."""
+
+    num_steps: int
+    num_model_calls: int
+    prompt_tokens: int
+    output_tokens: int
 
 
 class Trajectories:
@@ -144,11 +161,48 @@ class Trajectories:
         if reward is not None:
             session.add(Outbox(collection="exemplars", row_id=trajectory.id, is_removed=reward < self.success_reward))
 
+    async def note_invalid_calls(self, trajectory_id: str, num_invalid_tool_calls: int) -> None:
+        """Keep the count of a running trajectory for whoever takes it up again. Raises: UnknownTrajectory."""
+
+        def write(session: Session) -> None:
+            trajectory = _require(session, trajectory_id)
+            trajectory.num_invalid_tool_calls = num_invalid_tool_calls
+            session.add(trajectory)
+
+        await self._database.write(write)
+
+    def waiting(
+        self,
+        *,
+        handover_digest: str | None = None,
+        episode_id: str | None = None,
+        handed_over_before: datetime | None = None,
+    ) -> builtins.list[Trajectory]:
+        """Return the running trajectories whose last reply handed tool calls over to a client, oldest first."""
+        handover = _last_handover(handover_digest, handed_over_before)
+        is_meant = [Trajectory.stage == TrajectoryStage.RUNNING]
+        if episode_id is not None:
+            is_meant.append(Trajectory.episode_id == episode_id)
+        with self._database.read() as session:
+            if handover_digest is not None:
+                # In two steps, so that SQLite begins with the few of this digest, not with all that run.
+                ids = session.scalars(handover.where(exists().where(Trajectory.id == Step.trajectory_id, *is_meant)))
+                found = [session.get_one(Trajectory, trajectory_id) for trajectory_id in ids]
+            else:
+                is_waiting = handover.where(Step.trajectory_id == Trajectory.id).exists()
+                found = session.exec(select(Trajectory).where(*is_meant, is_waiting))
+            return sorted(found, key=lambda trajectory: trajectory.id)
+
     async def close_orphans(self) -> int:
-        """Close as FAILED what a dead process left RUNNING; return how many. For the start, before anything opens."""
+        """Close as FAILED what a dead process left RUNNING; return how many. For the start, before anything opens.
+
+        What waits for a client goes on waiting: all of it is in its rows.
+        """
 
         def write(session: Session) -> int:
-            orphans = session.exec(select(Trajectory).where(Trajectory.stage == TrajectoryStage.RUNNING)).all()
+            is_waiting = _last_handover().where(Step.trajectory_id == Trajectory.id).exists()
+            query = select(Trajectory).where(Trajectory.stage == TrajectoryStage.RUNNING, ~is_waiting)
+            orphans = session.exec(query).all()
             for trajectory in orphans:
                 _close(
                     session, trajectory, TrajectoryStage.FAILED, "Interrupted: the process ended before the episode did"
@@ -163,12 +217,52 @@ class Trajectories:
         with self._database.read() as session:
             return _require(session, trajectory_id)
 
-    def steps(self, trajectory_id: str) -> builtins.list[Step]:
-        """Return the steps so far, in order. Raises: UnknownTrajectory."""
+    def steps(self, trajectory_id: str, *, since: int = 0, with_token_ids: bool = True) -> builtins.list[Step]:
+        """Return the steps so far from position `since` on, in order. Raises: UnknownTrajectory.
+
+        Without token ids a long episode is read quickly; asking such a step for them raises.
+        """
         with self._database.read() as session:
             _require(session, trajectory_id)
-            query = select(Step).where(Step.trajectory_id == trajectory_id).order_by(col(Step.position))
-            return builtins.list(session.exec(query))
+            query = select(Step).where(Step.trajectory_id == trajectory_id, col(Step.position) >= since)
+            if not with_token_ids:
+                query = query.options(defer(Step.prompt_token_ids), defer(Step.output_token_ids))
+            return builtins.list(session.exec(query.order_by(col(Step.position))))
+
+    def measure(self, trajectory_id: str, *, since: int = 0) -> Measures:
+        """Return how long a trajectory is by now, from position `since` on."""
+        with self._database.read() as session:
+            values = {"trajectory_id": trajectory_id, "since": since}
+            num_steps, num_model_calls, prompt_bytes, output_bytes = session.execute(_SUMS, values).one()
+        return Measures(
+            num_steps, num_model_calls, prompt_bytes // BYTES_PER_TOKEN_ID, output_bytes // BYTES_PER_TOKEN_ID
+        )
+
+    def recorded_result(self, tool_name: str, arguments: dict[str, Any]) -> str | None:
+        """Return what a tool yielded when it was last called with these arguments in a live episode, without error.
+
+        Looks at the newest `MAX_EPISODES_SEEN` live episodes, and in the newest `MAX_EPISODES_READ` that held the tool.
+        Blocks: for a thread.
+        """
+        live = (
+            select(Trajectory.id, cast(Trajectory.tools, String).label("tools"))
+            .where(Trajectory.split == Split.LIVE)
+            .order_by(col(Trajectory.id).desc())
+            .limit(MAX_EPISODES_SEEN)
+            .subquery()
+        )
+        holding = (
+            select(live.c.id)
+            .where(live.c.tools.contains(json.dumps(tool_name, ensure_ascii=False), autoescape=True))
+            .order_by(live.c.id.desc())
+            .limit(MAX_EPISODES_READ)
+        )
+        with self._database.read() as session:
+            for trajectory_id in session.exec(holding):
+                result = _last_result(session.exec(_steps_with_calls(trajectory_id)), tool_name, arguments)
+                if result is not None:
+                    return result
+        return None
 
     def rewards(self, trajectory_id: str) -> builtins.list[Reward]:
         """Return every reward it was given, oldest first. Raises: UnknownTrajectory."""
@@ -277,13 +371,28 @@ def _require(session: Session, trajectory_id: str) -> Trajectory:
 def _close(session: Session, trajectory: Trajectory, stage: TrajectoryStage, error: str | None) -> None:
     if stage not in LEGAL_MOVES[trajectory.stage]:
         raise IllegalMove(f"trajectory {trajectory.id!r} cannot go from {trajectory.stage.value!r} to {stage.value!r}")
-    num_steps, prompt_bytes, output_bytes = session.execute(_SUMS, {"trajectory_id": trajectory.id}).one()
+    values = {"trajectory_id": trajectory.id, "since": 0}
+    num_steps, _, prompt_bytes, output_bytes = session.execute(_SUMS, values).one()
     trajectory.stage = stage
     trajectory.error = error
     trajectory.num_steps = num_steps
     trajectory.prompt_tokens = prompt_bytes // BYTES_PER_TOKEN_ID
     trajectory.output_tokens = output_bytes // BYTES_PER_TOKEN_ID
     trajectory.closed_at = now()
+
+
+def _last_handover(digest: str | None = None, before: datetime | None = None):
+    """The query for ids of trajectories whose last model step is a handover, with this digest and before this time."""
+    later = aliased(Step)
+    is_answered = exists().where(
+        later.trajectory_id == Step.trajectory_id, later.position > Step.position, later.kind == StepKind.MODEL
+    )
+    query = select(Step.trajectory_id).where(col(Step.handover_digest).is_not(None), ~is_answered)
+    if digest is not None:
+        query = query.where(Step.handover_digest == digest)
+    if before is not None:
+        query = query.where(col(Step.created_at) < before)
+    return query
 
 
 def _equals(column, value):
@@ -300,6 +409,33 @@ def _effective_reward_of(trajectory_id):
         .limit(1)
         .scalar_subquery()
     )
+
+
+def _steps_with_calls(trajectory_id: str) -> Select:
+    """The query for what was called and what came of it, in order; token ids are left where they are."""
+    return (
+        select(Step.kind, Step.content, Step.tool_calls, Step.tool_name, Step.tool_call_id, Step.error)
+        .where(Step.trajectory_id == trajectory_id)
+        .order_by(col(Step.position))
+    )
+
+
+def _last_result(steps: Iterable[Any], tool_name: str, arguments: dict[str, Any]) -> str | None:
+    """Return what the last such call of one episode yielded. Ids of calls are unique in one reply, not beyond."""
+    result, asked = None, {}
+    for step in steps:
+        if step.kind is StepKind.MODEL:
+            asked = {call["id"]: _arguments_of(call) for call in step.tool_calls}
+        elif step.tool_name == tool_name and step.error is None and asked.get(step.tool_call_id) == arguments:
+            result = step.content
+    return result
+
+
+def _arguments_of(call: dict[str, Any]) -> Any:
+    try:
+        return json.loads(call["function"]["arguments"] or "{}")
+    except (json.JSONDecodeError, RecursionError):
+        return None
 
 
 def _next_position(trajectory_id):
@@ -320,6 +456,7 @@ def _build_step_insert():
 _INSERT_STEP = _build_step_insert()
 _SUMS = select(
     func.count(),
+    func.coalesce(func.sum(case((Step.kind == StepKind.MODEL, 1), else_=0)), 0),
     func.coalesce(func.sum(func.length(Step.prompt_token_ids)), 0),
     func.coalesce(func.sum(func.length(Step.output_token_ids)), 0),
-).where(Step.trajectory_id == bindparam("trajectory_id"))
+).where(Step.trajectory_id == bindparam("trajectory_id"), col(Step.position) >= bindparam("since"))

@@ -1,16 +1,18 @@
 """The agent: a graph of three nodes, and `rollout`, which plays one episode through it and records every step.
 
-    retrieve ─> act ─> use_tools
-                 │ ^       │ │
-                 │ └───────┘ │      until an answer, the environment's last words, or a spent budget
+    retrieve ─┬> act ─> use_tools
+      resume ─┘  │ ^       │ │
+                 │ └───────┘ │      until an answer, the environment's last words, a spent budget, or the client's turn
                  v           v
                 end         end
 
 Refuses to know who asks: a user's request, a practice episode and an evaluation take this same path.
-Flow: resolve the task -> lease the policy -> play -> judge (reward) -> close the trajectory -> return it.
+Flow: find the episode -> lease the policy -> play -> judge (reward) -> close the trajectory -> return it. Where the
+reply calls tools that the client runs, the trajectory stays open, and the client's next request goes on with it.
 
 Invariants: the policy is pinned before the trajectory opens and until it is closed; an opened trajectory is closed in
-all cases; what goes wrong within an episode is data on its trajectory, not an exception.
+all cases, or waits for its client; what goes wrong within an episode is data on its trajectory, not an exception; a
+rehearsal (practice, held out) holds no tool that acts on the outside.
 """
 
 from __future__ import annotations
@@ -22,17 +24,20 @@ from typing import Any
 import structlog
 from langgraph.graph import END, START, StateGraph
 
-from memory.schema import RewardSource, Task, Trajectory, TrajectoryStage, new_id
+from memory.schema import RewardSource, Task, Trajectory, TrajectoryStage
 from memory.store import Memory
 from runtime.completion import Message, OnDelta
 from runtime.config import AgentConfig
-from runtime.environments.base import Environment, Outcome
+from runtime.environments.base import Environment, Outcome, Playthrough
+from runtime.episode_book import Entry, EpisodeBook
 from runtime.errors import BudgetExceeded, UnknownEnvironment
+from runtime.handover import restore_messages
 from runtime.hotswap import HotSwap
-from runtime.nodes import act, retrieve, use_tools
+from runtime.nodes import act, resume, retrieve, show_memory, use_tools
 from runtime.policy import Actor
-from runtime.state import Budget, Episode, EpisodeState
-from runtime.tools import Tool
+from runtime.state import Budget, Episode, EpisodeState, OnOpen
+from runtime.tools.base import Tool
+from runtime.tools.recorded import tools_for
 
 log = structlog.get_logger()
 
@@ -54,7 +59,8 @@ class Agent:
         self._environments = environments
         self._config = config or AgentConfig()
         self._tools = tools
-        """Run by the server in requests that name no environment."""
+        """Run by the server in requests that name no environment; whoever made the list may fill it later."""
+        self.book = EpisodeBook(memory, idle_seconds=self._config.client_idle_seconds)
         self._graph = build_graph()
 
     def environment(self, name: str) -> Environment:
@@ -77,17 +83,20 @@ class Agent:
         tools: Sequence[dict[str, Any]] = (),
         sampling: Mapping[str, Any] | None = None,
         episode_id: str | None = None,
+        on_open: OnOpen | None = None,
         on_delta: OnDelta | None = None,
     ) -> Trajectory:
         """Play one episode and return its closed trajectory; its record and reward are durable by then.
 
         Either `task` (the environment speaks first) or `messages` (a client does). `tools` are definitions of tools
-        that the client runs: a reply that calls one ends the episode, and the calls are in its last step. `sampling`
-        goes to the engine as it is; `max_tokens` bounds one model call; `on_delta` is awaited with each piece of text
-        the model writes.
+        that the client runs: a reply that calls one ends this turn, and the trajectory is returned RUNNING. Messages
+        that begin with all of that and bring the results go on with it: same policy, same memory, same trajectory.
+        `sampling` goes to the engine as it is; `max_tokens` bounds one model call; `on_open` is called when the record
+        is open, `on_delta` is awaited with each piece the model writes for the client.
 
         Raises:
             ValueError: nothing was asked, or tools that cannot be.
+            EpisodeBusy: the episode is answering another request.
             UnknownEnvironment, UnknownPolicy, AdapterError, EngineError: the episode could not even open.
         """
         if task is not None and tools:
@@ -95,33 +104,62 @@ class Agent:
         if task is None and not messages:
             raise ValueError("nothing was asked: give a task, or at least one message")
         server_tools = () if task is not None else self._tools
-        _refuse_namesakes([tool.name for tool in server_tools] + [tool["function"]["name"] for tool in tools])
+        _refuse_namesakes(server_tools, tools)
         config = self._config
-        async with self._hotswap.lease(policy) as actor:
-            playthrough = await self.environment(task.environment).start(task) if task is not None else None
-            opening = [{"role": "user", "content": playthrough.task_text}] if playthrough else list(messages)
-            episode = Episode(
-                memory=self._memory,
-                actor=actor,
-                episode_id=episode_id or new_id("eps"),
-                task=task,
-                playthrough=playthrough,
-                opening=self._with_system_prompt(opening, actor, task),
-                task_text=_last_user_text(opening),
-                tools={tool.name: tool for tool in (playthrough.tools if playthrough else server_tools)},
-                client_tools=list(tools),
-                budget=Budget(
-                    max_steps=config.max_steps,
-                    max_total_tokens=config.max_total_tokens,
-                    max_output_tokens=min(max_tokens or config.max_output_tokens, config.max_output_tokens),
-                ),
-                use_memory=use_memory,
-                temperature=config.temperature if temperature is None else temperature,
-                seed=seed,
-                sampling=sampling or {},
-                on_delta=on_delta,
-            )
-            return await self._play(episode)
+        asked = None if task is not None else messages
+        with self.book.enter(asked, episode_id=episode_id, policy=policy) as entry:
+            pinned = entry.comeback.trajectory.policy if entry.comeback is not None else policy
+            async with self._hotswap.lease(pinned) as actor:
+                playthrough = await self.environment(task.environment).start(task) if task is not None else None
+                episode = Episode(
+                    memory=self._memory,
+                    actor=actor,
+                    episode_id=entry.episode_id,
+                    task=task,
+                    playthrough=playthrough,
+                    tools={tool.name: tool for tool in self._tools_for(task, playthrough)},
+                    client_tools=list(tools),
+                    budget=Budget(
+                        max_steps=config.max_steps,
+                        max_total_tokens=config.max_total_tokens,
+                        max_output_tokens=min(max_tokens or config.max_output_tokens, config.max_output_tokens),
+                    ),
+                    use_memory=use_memory,
+                    temperature=config.temperature if temperature is None else temperature,
+                    seed=seed,
+                    sampling=sampling or {},
+                    on_delta=on_delta,
+                    on_open=on_open,
+                    heard=list(messages or ()),
+                    **self._begin(entry, actor, task, playthrough, messages or ()),
+                )
+                return await self._play(episode)
+
+    def _begin(
+        self,
+        entry: Entry,
+        actor: Actor,
+        task: Task | None,
+        playthrough: Playthrough | None,
+        messages: Sequence[Message],
+    ) -> dict[str, Any]:
+        """Return where the episode begins: at its opening, or where the client left it."""
+        if entry.comeback is not None:
+            trajectory = entry.comeback.trajectory
+            return {
+                "opening": trajectory.opening,
+                "task_text": trajectory.task_text,
+                "comeback": entry.comeback,
+                "trajectory": trajectory,
+                "num_recorded": len(entry.comeback.steps),
+                "num_invalid_tool_calls": trajectory.num_invalid_tool_calls,
+            }
+        opening = [{"role": "user", "content": playthrough.task_text}] if playthrough else list(messages)
+        return {"opening": self._with_system_prompt(opening, actor, task), "task_text": _last_user_text(opening)}
+
+    def _tools_for(self, task: Task | None, playthrough: Playthrough | None) -> list[Tool]:
+        tools = playthrough.tools if playthrough else self._tools
+        return tools_for(task, tools, self._memory.trajectories.recorded_result)
 
     def _with_system_prompt(self, opening: list[Message], actor: Actor, task: Task | None) -> list[Message]:
         if opening[0].get("role") in ("system", "developer"):
@@ -136,6 +174,8 @@ class Agent:
         stage, error = TrajectoryStage.FINISHED, None
         try:
             error = await self._run(episode)
+            if error is None and episode.is_handed_over:
+                return await _leave_open(episode)
             await _judge(episode)
         except asyncio.CancelledError:
             # Shielded: who cancels once may cancel again, and the record must be closed all the same.
@@ -156,7 +196,7 @@ class Agent:
         config = {"recursion_limit": 2 * self._config.max_steps + 10}
         try:
             async with limit:
-                state = await self._graph.ainvoke({"messages": []}, context=episode, config=config)
+                state = await self._graph.ainvoke(_begin_state(episode), context=episode, config=config)
         except BudgetExceeded as exceeded:
             return _describe(exceeded)
         except TimeoutError:
@@ -164,6 +204,7 @@ class Agent:
                 raise
             return _describe(BudgetExceeded(f"no answer within {self._config.max_seconds:g} seconds"))
         episode.answer = state["answer"]
+        episode.is_handed_over = state.get("is_handed_over", False)
         return None
 
 
@@ -174,6 +215,14 @@ async def _judge(episode: Episode) -> None:
         await episode.memory.trajectories.reward(
             episode.trajectory.id, outcome.value, RewardSource.ENVIRONMENT, outcome.reason
         )
+
+
+async def _leave_open(episode: Episode) -> Trajectory:
+    """Leave the trajectory to its client. Everything is in the rows already, but for a count that is seldom news."""
+    trajectories, trajectory_id = episode.memory.trajectories, episode.trajectory.id
+    if episode.num_invalid_tool_calls != episode.trajectory.num_invalid_tool_calls:
+        await trajectories.note_invalid_calls(trajectory_id, episode.num_invalid_tool_calls)
+    return trajectories.get(trajectory_id)
 
 
 async def _leave(episode: Episode) -> Outcome | None:
@@ -202,23 +251,39 @@ def build_graph():
     """Return the compiled graph."""
     graph = StateGraph(EpisodeState, context_schema=Episode)
     graph.add_node("retrieve", retrieve)
+    graph.add_node("resume", resume)
     graph.add_node("act", act)
     graph.add_node("use_tools", use_tools)
-    graph.add_edge(START, "retrieve")
+    # What is resumed has been said already; what is retrieved for has not begun.
+    graph.add_conditional_edges(
+        START, lambda state: "resume" if state["messages"] else "retrieve", ["resume", "retrieve"]
+    )
     graph.add_edge("retrieve", "act")
+    graph.add_edge("resume", "act")
     graph.add_conditional_edges("act", lambda state: END if _is_over(state) else "use_tools", ["use_tools", END])
     graph.add_conditional_edges("use_tools", lambda state: END if _is_over(state) else "act", ["act", END])
     return graph.compile()
+
+
+def _begin_state(episode: Episode) -> EpisodeState:
+    """Return what the model was shown before this turn: nothing, where the episode only opens."""
+    if episode.comeback is None:
+        return {"messages": []}
+    opening = show_memory(episode.opening, episode.trajectory.memory_text)
+    return {"messages": [*opening, *restore_messages(episode.comeback.steps)]}
 
 
 def _is_over(state: EpisodeState) -> bool:
     return state.get("answer") is not None
 
 
-def _refuse_namesakes(names: Sequence[str]) -> None:
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise ValueError(f"two tools are called {min(twice)!r}: rename one")
+def _refuse_namesakes(server_tools: Sequence[Tool], definitions: Sequence[dict[str, Any]]) -> None:
+    sources: dict[str, str] = {}
+    named = [(tool.name, tool.source) for tool in server_tools]
+    for name, source in [*named, *((tool["function"]["name"], "the request") for tool in definitions)]:
+        if name in sources:
+            raise ValueError(f"two tools are called {name!r}: one of {sources[name]}, one of {source}; rename one")
+        sources[name] = source
 
 
 def _last_user_text(messages: Sequence[Message]) -> str:

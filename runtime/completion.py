@@ -19,9 +19,7 @@ from typing import Any
 
 import aiohttp
 
-from runtime.errors import AdapterError, BudgetExceeded, EngineError, PolicyError
-
-OnDelta = Callable[[str], Awaitable[None]]
+from runtime.errors import AdapterError, BudgetExceeded, EngineError, PolicyError, RequestRefused
 
 CONNECT_SECONDS = 5.0
 # The engine closes idle connections after 5 seconds; one reused at that moment would be a failed call.
@@ -30,6 +28,21 @@ FIRST_IN_LINE = -1_000
 """Priority of a probe: ahead of everything that waits."""
 
 Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of a reply as it is written: text, or pieces of tool calls in OpenAI's form, and their log-probs."""
+
+    text: str = ""
+    calls: Sequence[dict[str, Any]] = ()
+    logprobs: Sequence[dict[str, Any]] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.calls or self.logprobs)
+
+
+OnDelta = Callable[[Delta], Awaitable[None]]
 
 
 @dataclass
@@ -41,6 +54,8 @@ class Completion:
     finish_reason: str = "stop"
     prompt_token_ids: list[int] = field(default_factory=list)
     output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    """Of each output token, in OpenAI's form; empty where nobody asked for them."""
     seconds: float = 0.0
 
     @property
@@ -85,6 +100,7 @@ class EngineClient:
                 finish_reason=choice.get("finish_reason") or "stop",
                 prompt_token_ids=answer.get("prompt_token_ids") or [],
                 output_token_ids=choice.get("token_ids") or [],
+                logprobs=(choice.get("logprobs") or {}).get("content") or [],
                 seconds=time.monotonic() - started,
             )
         except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -99,18 +115,18 @@ class EngineClient:
         on_delta: OnDelta,
         **sampling: Any,
     ) -> Completion:
-        """Return the reply like `chat`, after `on_delta` was awaited with each piece of its text."""
+        """Return the reply like `chat`, after `on_delta` was awaited with each piece of it."""
         started = time.monotonic()
         reply = Completion(finish_reason="")
         calls: dict[int, dict[str, Any]] = {}
         body = _chat_body(model, messages, tools, sampling) | {"stream": True}
         async for chunk in self._stream("/v1/chat/completions", body):
             try:
-                text = _add_chunk(reply, calls, chunk)
+                delta = _add_chunk(reply, calls, chunk)
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 raise PolicyError(f"a piece of the engine's answer makes no sense: {_shorten(chunk)}") from error
-            if text:
-                await on_delta(text)
+            if delta:
+                await on_delta(delta)
         if not reply.finish_reason:
             raise PolicyError("the engine stopped in the middle of its answer")
         reply.tool_calls = _tidy_calls([calls[index] for index in sorted(calls)])
@@ -239,25 +255,37 @@ def _chat_body(
     return body | {key: value for key, value in sampling.items() if value is not None}
 
 
-def _add_chunk(reply: Completion, calls: dict[int, dict[str, Any]], chunk: dict[str, Any]) -> str:
-    """Add one event of a stream to what came before; return the text it brought."""
+def _add_chunk(reply: Completion, calls: dict[int, dict[str, Any]], chunk: dict[str, Any]) -> Delta:
+    """Add one event of a stream to what came before; return what it brought."""
     if chunk.get("prompt_token_ids"):
         reply.prompt_token_ids = chunk["prompt_token_ids"]
     if not chunk["choices"]:  # the last event may hold the usage alone
-        return ""
+        return Delta()
     choice = chunk["choices"][0]
     delta = choice.get("delta") or {}
     reply.output_token_ids += choice.get("token_ids") or []
     reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
-    for part in delta.get("tool_calls") or []:
-        call = calls.setdefault(part.get("index", 0), {"function": {"name": "", "arguments": ""}})
-        call["id"] = part.get("id") or call.get("id")
-        function = part.get("function") or {}
-        call["function"]["name"] += function.get("name") or ""
-        call["function"]["arguments"] += function.get("arguments") or ""
+    pieces = [_add_call_piece(calls, piece) for piece in delta.get("tool_calls") or []]
     text = delta.get("content") or ""
     reply.content += text
-    return text
+    logprobs = (choice.get("logprobs") or {}).get("content") or []
+    reply.logprobs += logprobs
+    return Delta(text, pieces, logprobs)
+
+
+def _add_call_piece(calls: dict[int, dict[str, Any]], piece: dict[str, Any]) -> dict[str, Any]:
+    """Add a piece of a tool call to what came before; return it as a client may read it, its id settled."""
+    index = piece.get("index", 0)
+    function = piece.get("function") or {}
+    name, arguments = function.get("name") or "", function.get("arguments") or ""
+    tidy: dict[str, Any] = {"index": index, "function": {"name": name, "arguments": arguments}}
+    if index not in calls:
+        seen = {call["id"] for call in calls.values()}
+        calls[index] = {"id": _settle_id(piece.get("id"), seen, index), "function": {"name": "", "arguments": ""}}
+        tidy |= {"id": calls[index]["id"], "type": "function"}
+    calls[index]["function"]["name"] += name
+    calls[index]["function"]["arguments"] += arguments
+    return tidy
 
 
 def _tidy_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -265,13 +293,15 @@ def _tidy_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     tidy: list[dict[str, Any]] = []
     seen: set[str] = set()
     for number, call in enumerate(calls):
-        call_id = call.get("id")
-        if not call_id or call_id in seen:
-            call_id = f"{call_id or 'call'}-{number}"
+        call_id = _settle_id(call.get("id"), seen, number)
         seen.add(call_id)
         function = {"name": call["function"]["name"] or "", "arguments": call["function"].get("arguments") or ""}
         tidy.append({"id": call_id, "type": "function", "function": function})
     return tidy
+
+
+def _settle_id(call_id: str | None, seen: set[str], number: int) -> str:
+    return call_id if call_id and call_id not in seen else f"{call_id or 'call'}-{number}"
 
 
 def _refuse_error(status: int, text: str) -> None:
@@ -283,7 +313,8 @@ def _refuse_error(status: int, text: str) -> None:
         message = _shorten(text)
     if status == 400 and "maximum context length" in message:
         raise BudgetExceeded(f"the conversation fills the model's context: {message}")
-    raise PolicyError(f"the engine answered {status}: {message}", status=status)
+    kind = RequestRefused if status == 400 else PolicyError
+    raise kind(f"the engine answered {status}: {message}", status=status)
 
 
 def _decode_event(data: bytes) -> dict[str, Any]:

@@ -5,7 +5,9 @@ Refuses to know how settings are read from files or flags. The defaults are the 
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
+from typing import Annotated
+
+from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 
 class EngineConfig(BaseModel, extra="forbid"):
@@ -48,7 +50,8 @@ class EngineConfig(BaseModel, extra="forbid"):
 
 
 class AgentConfig(BaseModel, extra="forbid"):
-    """Limits of one episode, and what it falls back on."""
+    """Limits of one episode, and what it falls back on. Where a client runs tools, they hold for each of its requests:
+    how often it comes back is its own affair."""
 
     system_prompt: str = ""
     """For requests that bring none, under a policy that has none; empty sends none."""
@@ -60,8 +63,71 @@ class AgentConfig(BaseModel, extra="forbid"):
     """Most tokens of one episode, the prompts and outputs of all its model calls together."""
     max_seconds: float = Field(default=300.0, gt=0)
     """Longest episode, tools included."""
+    client_idle_seconds: float = Field(default=1800.0, gt=0)
+    """How long an episode waits for a client to come back with the results of its tools; then it closes."""
     temperature: float = Field(default=0.7, ge=0, le=2)
     """Where the request names none."""
+
+
+class McpServerConfig(BaseModel, extra="forbid"):
+    """One MCP server: a command that is started here, or the URL of one that runs."""
+
+    command: list[str] = Field(default_factory=list)
+    """The program and its arguments; it speaks MCP on its standard input and output."""
+    url: str | None = Field(default=None, pattern=r"^https?://")
+    """Where one answers over streamable HTTP, `https://host/mcp`."""
+    env: list[str] = Field(default_factory=list)
+    """Names of environment variables that the program gets besides PATH, HOME and the like."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """Header -> the name of the environment variable that holds its value: a secret is never in a file."""
+    startup_seconds: float = Field(default=60.0, gt=0)
+    """How long it may take to answer first."""
+    only: list[str] | None = None
+    """The tools to offer, as the server names them; None offers all."""
+    prefix: str = Field(default="", pattern=r"^[A-Za-z0-9_-]*$")
+    """Put before the names of its tools."""
+
+    @model_validator(mode="after")
+    def _is_one_of_two(self) -> McpServerConfig:
+        if bool(self.command) == (self.url is not None):
+            raise ValueError("give either a command or a url")
+        if self.command and self.headers:
+            raise ValueError("headers need a url")
+        if self.url is not None and self.env:
+            raise ValueError("env needs a command")
+        return self
+
+
+class ToolLimits(BaseModel, extra="forbid"):
+    """What one tool may take; None leaves what the tool came with."""
+
+    timeout_seconds: float | None = Field(default=None, gt=0)
+    """Longest call, the wait for a place included."""
+    max_concurrency: int | None = Field(default=None, ge=1)
+    """Most calls at once, of all episodes together."""
+    max_output_chars: int | None = Field(default=None, ge=1)
+    """What is longer is cut, and the model told so."""
+    side_effects: bool | None = None
+    """Whether it changes anything outside of its episode. Then practice and evaluation get what was recorded of it."""
+
+
+class ToolsConfig(BaseModel, extra="forbid"):
+    """What the agent can do besides talk, in requests that name no environment."""
+
+    functions: list[str] = Field(default_factory=list)
+    """Python functions: `package.module:function`, or `package.module` for all its public ones."""
+    mcp: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")], McpServerConfig] = Field(
+        default_factory=dict
+    )
+    """MCP servers, by a name of yours."""
+    documents: bool = False
+    """`search_documents`: passages of what the agent was given to read."""
+    web: bool = False
+    """`fetch_page`: a page of the public web; never an address of your network."""
+    python: bool = False
+    """`run_python`: code in a sandbox without network; needs bubblewrap."""
+    limits: dict[str, ToolLimits] = Field(default_factory=dict)
+    """By the tool's name."""
 
 
 class ServerConfig(BaseModel, extra="forbid"):

@@ -3,12 +3,15 @@
     Exception
     ├── EpisodeError             something inside one episode; recorded on its trajectory, never raised by rollout
     │   ├── PolicyError          the engine refused a call or died during it
+    │   │   └── RequestRefused   it refused what was asked of it: a schema or a parameter that cannot be
     │   ├── ToolError            a tool's own way of saying no; its message is shown to the model
     │   └── BudgetExceeded       the episode ran out of steps, tokens, seconds or context
     ├── EngineError              the engine cannot be started or is not ready
+    ├── EpisodeBusy              a request for this episode is being answered already
     ├── AdapterError             an adapter was refused, or isn't what the engine serves under its name
     ├── UnknownEnvironment       no environment has that name (a ValueError)
-    └── UnknownTask              an environment has no such task (a ValueError)
+    ├── UnknownTask              an environment has no such task (a ValueError)
+    └── ToolRefused              a configured tool cannot be offered (a ValueError)
 
 Refuses to know who catches them, and what HTTP makes of them.
 """
@@ -28,6 +31,10 @@ class PolicyError(EpisodeError):
         self.status = status
 
 
+class RequestRefused(PolicyError):
+    """The engine refused what was asked of it: a schema, a tool or a parameter that cannot be."""
+
+
 class ToolError(EpisodeError):
     """Raised by a tool to say no in words that the model should read."""
 
@@ -40,6 +47,10 @@ class EngineError(Exception):
     """The engine cannot be started, or is not ready. The message ends with what its log said last, and where it is."""
 
 
+class EpisodeBusy(Exception):
+    """A request for this episode is being answered already. Nothing was recorded; ask again when it is."""
+
+
 class AdapterError(Exception):
     """An adapter was refused, or isn't what the engine serves under its name. The policy before it stays on."""
 
@@ -50,3 +61,7 @@ class UnknownEnvironment(ValueError):
 
 class UnknownTask(ValueError):
     """The environment has no task of that name."""
+
+
+class ToolRefused(ValueError):
+    """A configured tool cannot be offered. The message names it, where it comes from, and the mend."""

@@ -1,4 +1,4 @@
-"""What the agent does, one node each: retrieve, act, use_tools.
+"""What the agent does, one node each: retrieve or resume, act, use_tools.
 
 Refuses to know how an episode is closed, and by whom it was asked for (agent.py). A node takes the state and the
 episode, and returns what changed.
@@ -15,9 +15,11 @@ from langgraph.runtime import Runtime
 
 from memory.schema import Split, Step, StepKind, Trajectory, new_id, now
 from runtime.completion import Message
+from runtime.handover import digest, last_handover, text_of
+from runtime.hearing import ClientsEar
 from runtime.model_family import holds_unparsed_call
 from runtime.state import Episode, EpisodeState
-from runtime.tools import ToolResult, invalid, parse_arguments, run_tool
+from runtime.tools.base import ToolResult, invalid, parse_arguments, run_tool
 
 
 async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
@@ -53,11 +55,33 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
     # Before it is durable: a write that was begun cannot be cancelled, and what is open must be closed.
     episode.trajectory = trajectory
     await episode.memory.trajectories.open(trajectory)
+    episode.announce()
     return {"messages": show_memory(episode.opening, memory_text)}
 
 
+async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
+    """Take the trajectory up where the client left it, and record what it brings."""
+    episode = runtime.context
+    handover = last_handover(episode.comeback.steps)
+    names = {call["id"]: call["function"]["name"] for call in handover.tool_calls}
+    episode.announce()
+    for message in episode.comeback.news:
+        if message["role"] == "user":
+            await _record(episode, StepKind.USER, content=text_of(message))
+            continue
+        await _record(
+            episode,
+            StepKind.TOOL,
+            content=text_of(message),
+            tool_name=names.get(message.get("tool_call_id")),
+            tool_call_id=message.get("tool_call_id"),
+            seconds=(now() - handover.created_at).total_seconds(),
+        )
+    return {"messages": list(episode.comeback.news)}
+
+
 async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
-    """Let the policy reply; find out whether that ends the episode."""
+    """Let the policy reply; find out whether that ends the episode, or hands it over to the client."""
     episode = runtime.context
     completion = await episode.actor.complete(
         state["messages"],
@@ -65,10 +89,13 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
         temperature=episode.temperature,
         max_tokens=episode.budget.require(),
         seed=None if episode.seed is None else episode.seed + episode.budget.num_steps,
-        on_delta=episode.on_delta,
+        on_delta=episode.on_delta and ClientsEar(episode.on_delta, episode.client_tool_names),
         **episode.sampling,
     )
     episode.budget.spend(completion)
+    episode.reply, episode.said = completion, episode.said + completion.content
+    theirs = [call for call in completion.tool_calls if call["function"]["name"] in episode.client_tool_names]
+    ours = [call for call in completion.tool_calls if call not in theirs]
     await _record(
         episode,
         StepKind.MODEL,
@@ -78,18 +105,24 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
         prompt_token_ids=completion.prompt_token_ids,
         output_token_ids=completion.output_token_ids,
         seconds=completion.seconds,
+        handover_digest=_digest_handover(episode, theirs) if theirs else None,
     )
     episode.answer = completion.content
-    change: EpisodeState = {"messages": [completion.as_message()], "calls": completion.tool_calls}
-    names = {call["function"]["name"] for call in completion.tool_calls}
-    if not completion.tool_calls:
-        if episode.definitions and holds_unparsed_call(completion.content):
-            episode.num_invalid_tool_calls += 1
-        change["answer"] = completion.content
-    elif names & episode.client_tool_names:  # theirs to run: the calls are the answer
-        episode.num_invalid_tool_calls += sum(not _is_well_formed(call) for call in completion.tool_calls)
+    change: EpisodeState = {"messages": [completion.as_message()], "calls": ours}
+    if theirs:
+        episode.num_invalid_tool_calls += sum(not _is_well_formed(call) for call in theirs)
+        change["is_handed_over"] = True
+    elif not ours and episode.definitions and holds_unparsed_call(completion.content):
+        episode.num_invalid_tool_calls += 1
+    if not ours:
         change["answer"] = completion.content
     return change
+
+
+def _digest_handover(episode: Episode, calls: Sequence[dict[str, Any]]) -> str:
+    """Return what the client's next request must begin with: what it sent, and what it reads as the answer."""
+    answer = {"role": "assistant", "content": episode.words_shown, "tool_calls": calls}
+    return digest([*episode.heard, answer])
 
 
 async def use_tools(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
@@ -111,6 +144,8 @@ async def use_tools(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSt
         messages.append({"role": "tool", "tool_call_id": call["id"], "content": result.content})
         if episode.is_played_out:
             return {"messages": messages, "calls": [], "answer": episode.playthrough.closing_text}
+    if state.get("is_handed_over"):
+        return {"messages": messages, "calls": [], "answer": episode.answer}
     return {"messages": messages, "calls": []}
 
 
@@ -142,7 +177,7 @@ async def _run_call(episode: Episode, call: dict[str, Any]) -> tuple[ToolResult,
     name = call["function"]["name"]
     tool = episode.tools.get(name)
     if tool is None:
-        known = ", ".join(map(repr, episode.tools)) or "none"
+        known = ", ".join(repr(definition["function"]["name"]) for definition in episode.definitions) or "none"
         return invalid(f"there is no tool {name!r}; the tools are: {known}"), 0.0
     return await run_tool(tool, call["function"]["arguments"]), time.monotonic() - started
 

@@ -7,7 +7,7 @@ the episode and never stored: the record of an episode is its trajectory.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict
 
@@ -16,8 +16,9 @@ from memory.store import Memory
 from runtime.completion import Completion, Message, OnDelta
 from runtime.environments.base import Playthrough
 from runtime.errors import BudgetExceeded
+from runtime.handover import Comeback
 from runtime.policy import Actor
-from runtime.tools import Tool
+from runtime.tools.base import Tool
 
 
 class EpisodeState(TypedDict, total=False):
@@ -26,8 +27,10 @@ class EpisodeState(TypedDict, total=False):
     messages: Annotated[list[Message], operator.add]
     calls: list[dict[str, Any]]
     """Tool calls of the last reply, still to be run here."""
+    is_handed_over: bool
+    """Calls of the last reply are the client's to run: once ours are run, it is its turn."""
     answer: str | None
-    """Set when the episode is over."""
+    """Set when the episode is over, or the client's turn has come."""
 
 
 @dataclass
@@ -57,6 +60,9 @@ class Budget:
         self.num_tokens += completion.num_tokens
 
 
+OnOpen = Callable[["Episode"], None]
+
+
 @dataclass
 class Episode:
     """One episode under way: who acts, on what, with which tools, and how far it got."""
@@ -78,11 +84,32 @@ class Episode:
     seed: int | None
     sampling: Mapping[str, Any]
     on_delta: OnDelta | None
+    on_open: OnOpen | None = None
+    heard: Sequence[Message] = ()
+    """The messages of the request as the client sent them."""
+    comeback: Comeback | None = None
+    """What the client comes back to; None where the episode opens with this request."""
     trajectory: Trajectory | None = None
     """None until it is open."""
     num_recorded: int = 0
     num_invalid_tool_calls: int = 0
+    said: str = ""
+    """All text written in this turn."""
+    reply: Completion | None = None
+    """The last one."""
+    is_handed_over: bool = False
+    """Whether the client has calls to run: the trajectory stays open for it."""
     answer: str | None = None
+
+    @property
+    def words_shown(self) -> str:
+        """What the client has read as the answer: who listens hears all words of the turn, not the last reply alone."""
+        return self.said if self.on_delta is not None or self.reply is None else self.reply.content
+
+    def announce(self) -> None:
+        """Tell who asked that the record is open, and where this turn begins in it."""
+        if self.on_open is not None:
+            self.on_open(self)
 
     @property
     def definitions(self) -> list[dict[str, Any]]:

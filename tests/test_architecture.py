@@ -25,6 +25,7 @@ HOMES = {
     "vllm": ("runtime/engine_cpu_fix.py", "runtime/engine_idle.py"),
     "langgraph": ("runtime/agent.py", "runtime/nodes.py", "runtime/state.py", "optimizer/cycle.py"),
     "textworld": ("runtime/environments/",),
+    "mcp": ("runtime/tools/mcp.py",),
 }
 
 

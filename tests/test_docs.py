@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
 import serve
+from runtime.tools.base import run_tool
+from runtime.tools.toolbox import Toolbox
+from tests.api.playing import PlayedWorld
 from tests.api.worlds import ServedWorld
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+TOOLS = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("code", blocks("python"))
@@ -26,6 +35,26 @@ def test_python_in_the_readme_runs(code: str, tmp_path: Path, capsys):
         exec(compile(code, "README.md", "exec"), namespace := {})
         namespace["client"].close()
     assert "You opened the left door." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", blocks("python", CLIENTS))
+def test_python_in_the_page_on_clients_runs(code: str, tmp_path: Path, capsys):
+    with PlayedWorld(tmp_path / "data") as world:
+        exec(compile(code.replace("http://127.0.0.1:8080", world.url), "clients.md", "exec"), namespace := {})
+        if "client" in namespace:
+            namespace["client"].close()
+        assert world.num_trajectories == 1
+    assert "Heard: rain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", blocks("sh", CLIENTS))
+def test_commands_in_the_page_on_clients_run(command: str, tmp_path: Path):
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    with PlayedWorld(tmp_path / "data") as world:
+        command = command.replace("http://127.0.0.1:8080", world.url)
+        done = subprocess.run(["sh", "-c", f"no_proxy='*' {command}"], capture_output=True, text=True, timeout=30)
+    assert "You said: How is Oslo?" in done.stdout
 
 
 @pytest.mark.parametrize("text", blocks("toml"))
@@ -48,3 +77,32 @@ def test_every_verb_and_file_that_the_readme_names_exists():
         for name in names.split(", "):
             path = ROOT / (room if is_inside else "") / name
             assert path.exists(), path
+
+
+async def test_the_tools_in_the_documents_are_offered_and_answer(tmp_path: Path, monkeypatch):
+    for code in blocks("python", TOOLS):
+        (tmp_path / re.match(r"# (\w+\.py)\n", code)[1]).write_text(code)
+    (tmp_path / "ratchet.toml").write_text(blocks("toml", TOOLS)[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+    async def find_passages(query_text: str, num: int) -> list[str]:
+        return [f"Tea: {query_text}"]
+
+    toolbox = Toolbox(serve.read_all_settings(None, {}, []).tools, find_passages, tmp_path / "logs")
+    await toolbox.open()
+    try:
+        tools = {tool.name: tool for tool in toolbox.tools}
+        assert list(tools) == ["price", "send_order", "search_documents", "fetch_page", "forecast"]
+        assert [name for name, tool in tools.items() if tool.has_side_effects] == ["send_order"]
+        assert (await run_tool(tools["price"], '{"article": "tea", "number": 2}')).content == "6"
+        assert (await run_tool(tools["forecast"], '{"city": "Oslo"}')).content == "rain in Oslo"
+    finally:
+        await toolbox.close()
+
+
+@pytest.mark.parametrize("text", blocks("toml", TOOLS))
+def test_toml_about_tools_is_a_valid_configuration(text: str, tmp_path: Path):
+    (tmp_path / "ratchet.toml").write_text(text)
+    assert serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).tools.mcp

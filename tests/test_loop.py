@@ -46,7 +46,7 @@ from runtime.engine import Engine
 from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.hotswap import LEAST_CHANGE_NATS, TOLERANCE_NATS, HotSwap, mean_distance
 from runtime.model_family import POCKET_MODEL
-from runtime.tools import Tool
+from runtime.tools.base import Tool
 from tests.memory.episodes import PATIENT, HashingEncoder
 from tests.optimizer.worlds import ACT, say
 from tests.runtime.conftest import write_adapter

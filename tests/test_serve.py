@@ -59,7 +59,8 @@ def begin(engine_url: str, data: Path, *more: str) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module")
 def server(engine_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict, subprocess.Popen[str]]]:
     """A running server and what it said of itself."""
-    process = begin(engine_url, tmp_path_factory.mktemp("serve") / "data", "--json")
+    data = tmp_path_factory.mktemp("serve") / "data"
+    process = begin(engine_url, data, "--json", "--tools.documents", "true")
     line = process.stdout.readline()
     assert line, process.stderr.read()
     yield json.loads(line), process
@@ -79,6 +80,14 @@ def test_a_started_server_answers(server) -> None:
     assert httpx.get(f"{facts['url']}/readyz", trust_env=False).status_code == 200
     answer = httpx.post(f"{facts['url']}/v1/chat/completions", json=body, trust_env=False, timeout=30).json()
     assert answer["choices"][0]["message"]["content"] == "said hello"
+
+
+def test_a_configured_tool_is_offered_to_the_model(server) -> None:
+    facts, _ = server
+    body = {"model": "agent", "messages": [{"role": "user", "content": "hello"}]}
+    answer = httpx.post(f"{facts['url']}/v1/chat/completions", json=body, trust_env=False, timeout=30).json()
+    trajectory = httpx.get(f"{facts['url']}/v1/trajectories/{answer['id']}", trust_env=False).json()
+    assert [tool["function"]["name"] for tool in trajectory["tools"]] == ["search_documents"]
 
 
 def test_a_cycle_without_enough_to_learn_from_says_how_much_is_missing(server) -> None:
@@ -116,6 +125,13 @@ def test_an_engine_that_is_not_there_is_said(tmp_path: Path) -> None:
     done = run_cli("serve", *given, "--json")
     assert done.returncode == 1
     assert "no engine answers at 'http://127.0.0.1:9'" in json.loads(done.stdout)["error"]["message"]
+
+
+def test_a_tool_that_cannot_be_had_ends_the_start_in_one_line(engine_url: str, tmp_path: Path) -> None:
+    given = ["--engine.url", engine_url, "--data", str(tmp_path / "data"), "--port", "0"]
+    done = run_cli("serve", *given, "--tools.functions", "no_shop:price")
+    assert done.returncode == 1
+    assert "the tool 'no_shop:price' cannot be imported" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--engine.modle", "x"], ["--server.port", "many"], ["stray"]])

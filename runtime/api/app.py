@@ -20,6 +20,7 @@ from runtime.api import (
     insights,
     models,
     policies,
+    responses,
     trajectories,
 )
 from runtime.api.services import Services
@@ -29,6 +30,7 @@ An agent that answers, remembers, learns, proves that it learned, and only then 
 
 * **Answer**: `POST /v1/chat/completions`, as any OpenAI client speaks it. `model="agent"` is the active policy,
   `agent@v3` pins one. `metadata={"environment": "textworld", "task": "900000"}` plays that task on the server.
+  `POST /v1/responses` is the same in the words of the Responses API.
 * **Say how it went**: `POST /v1/feedback` with the `id` of the answer.
 * **Learn**: `POST /v1/cycles`, then watch `GET /v1/cycles/{id}` and read `GET /v1/cycles/{id}/report`.
 * **Decide**: `POST /v1/policies/{version}/promote` and `POST /v1/policies/rollback`.
@@ -38,6 +40,7 @@ Every error is `{"error": {"message", "type", "param", "code"}}`.
 
 TAGS = [
     {"name": "chat", "description": "Ask the agent, or have it play a task."},
+    {"name": "responses", "description": "The same, in the words of the Responses API."},
     {"name": "models", "description": "The names under which the agent answers."},
     {"name": "feedback", "description": "Say how an episode went."},
     {"name": "trajectories", "description": "What was lived, step by step."},
@@ -50,7 +53,20 @@ TAGS = [
     {"name": "health", "description": "Alive, ready, sound."},
 ]
 
-ROUTERS = (chat, models, feedback, trajectories, policies, cycles, insights, documents, environments, index, health)
+ROUTERS = (
+    chat,
+    responses,
+    models,
+    feedback,
+    trajectories,
+    policies,
+    cycles,
+    insights,
+    documents,
+    environments,
+    index,
+    health,
+)
 
 
 def create_app(services: Services) -> FastAPI:

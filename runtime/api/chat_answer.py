@@ -1,20 +1,21 @@
-"""Chat completions as OpenAI writes them: a closed episode as one answer, or as the chunks of a stream.
+"""Chat completions as OpenAI writes them: a turn as one answer, or as the chunks of a stream.
 
-Refuses to know how an episode is played and when it is over.
+Refuses to know how a turn is played and when it is over.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from memory.schema import Step, StepKind, Trajectory, TrajectoryStage
+from memory.schema import Trajectory, dump_json
+from runtime.api.answer_ids import name_answer
 from runtime.api.models import pin
+from runtime.api.turn import Played, Turn
+from runtime.completion import Delta
 
 
 class ToolFunction(BaseModel):
@@ -41,42 +42,33 @@ class Answer(BaseModel):
     refusal: str | None = None
 
 
+class Logprobs(BaseModel):
+    """Log-probs of the tokens of the last model call, in order."""
+
+    content: list[dict[str, Any]]
+    refusal: None = None
+
+
 class Choice(BaseModel):
     """The one choice there is."""
 
     index: int = 0
     message: Answer
     finish_reason: Literal["stop", "length", "tool_calls"]
-    logprobs: None = None
+    logprobs: Logprobs | None = None
 
 
 class Usage(BaseModel):
-    """Tokens of all model calls of the episode together."""
+    """Tokens of all model calls of this turn together."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class Played(BaseModel):
-    """What became of the episode: the extension object `ratchet` of an answer."""
-
-    trajectory_id: str
-    episode_id: str
-    policy: str
-    stage: TrajectoryStage
-    reward: float | None
-    success: bool | None
-    num_steps: int
-    num_turns: int
-    prompt_tokens: int
-    output_tokens: int
-    num_invalid_tool_calls: int
-    error: str | None
-
-
 class ChatCompletion(BaseModel):
-    """An answer. Its `id` is the trajectory's, and the target of feedback."""
+    """An answer. Its `id` is the target of feedback: the trajectory's, with the step behind it where a client that runs
+    tools came back for more."""
 
     id: str
     object: str = "chat.completion"
@@ -87,88 +79,86 @@ class ChatCompletion(BaseModel):
     ratchet: Played
 
 
-@dataclass(frozen=True)
-class Episode:
-    """A closed trajectory with what an answer says about it."""
-
-    trajectory: Trajectory
-    steps: list[Step]
-    reward: float | None
-    is_success: bool | None
-
-    @property
-    def last_call(self) -> Step | None:
-        """The last model call, if there was one."""
-        return next((step for step in reversed(self.steps) if step.kind is StepKind.MODEL), None)
-
-    @property
-    def open_tool_calls(self) -> list[dict[str, Any]]:
-        """Tool calls that nobody here ran: the client's to run."""
-        ends_with_call = bool(self.steps) and self.steps[-1].kind is StepKind.MODEL
-        return self.steps[-1].tool_calls if ends_with_call and not self.trajectory.environment else []
-
-    @property
-    def finish_reason(self) -> Literal["stop", "length", "tool_calls"]:
-        if self.open_tool_calls:
-            return "tool_calls"
-        is_cut = self.last_call is not None and self.last_call.finish_reason == "length"
-        return "length" if is_cut or self.trajectory.error else "stop"
-
-    def usage(self) -> Usage:
-        prompt, output = self.trajectory.prompt_tokens, self.trajectory.output_tokens
-        return Usage(prompt_tokens=prompt, completion_tokens=output, total_tokens=prompt + output)
-
-    def played(self) -> Played:
-        trajectory = self.trajectory
-        return Played(
-            trajectory_id=trajectory.id,
-            episode_id=trajectory.episode_id,
-            policy=f"v{trajectory.policy}",
-            stage=trajectory.stage,
-            reward=self.reward,
-            success=self.is_success,
-            num_steps=trajectory.num_steps,
-            num_turns=sum(step.kind is StepKind.MODEL for step in self.steps),
-            prompt_tokens=trajectory.prompt_tokens,
-            output_tokens=trajectory.output_tokens,
-            num_invalid_tool_calls=trajectory.num_invalid_tool_calls,
-            error=trajectory.error,
-        )
-
-    def tool_calls(self) -> list[ToolCall] | None:
-        calls = [ToolCall.model_validate(call) for call in self.open_tool_calls]
-        return calls or None
-
-    def completion(self) -> ChatCompletion:
-        """Return the whole answer at once."""
-        content = self.trajectory.answer
-        message = Answer(content=content, tool_calls=self.tool_calls())
-        return ChatCompletion(
-            id=self.trajectory.id,
-            created=int(time.time()),
-            model=pin(self.trajectory.policy),
-            choices=[Choice(message=message, finish_reason=self.finish_reason)],
-            usage=self.usage(),
-            ratchet=self.played(),
-        )
+def complete(turn: Turn, *, with_logprobs: bool = False) -> ChatCompletion:
+    """Return the whole answer at once."""
+    calls = [ToolCall.model_validate(call) for call in turn.open_tool_calls]
+    choice = Choice(
+        message=Answer(content=turn.content, tool_calls=calls or None),
+        finish_reason=turn.finish_reason,
+        logprobs=Logprobs(content=turn.logprobs) if with_logprobs else None,
+    )
+    return ChatCompletion(
+        id=turn.answer_id,
+        created=int(time.time()),
+        model=pin(turn.trajectory.policy),
+        choices=[choice],
+        usage=_count(turn),
+        ratchet=turn.played(),
+    )
 
 
-def chunk(trajectory: Trajectory, delta: Mapping[str, Any] | None, *, finish: str | None = None, **extra: Any) -> str:
-    """Return one server-sent event of a streamed answer; a `delta` of None makes a chunk without choices."""
-    choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]
-    body = {
-        "id": trajectory.id,
-        "object": "chat.completion.chunk",
-        "created": int(trajectory.opened_at.timestamp()),
-        "model": pin(trajectory.policy),
-        "choices": choices,
-        **extra,
-    }
-    return event(body)
+class ChunkWriter:
+    """Writes one answer as server-sent events, and remembers what it has written."""
+
+    def __init__(self, trajectory: Trajectory, first_position: int, *, include_usage: bool) -> None:
+        self._head = {
+            "id": name_answer(trajectory.id, first_position),
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": pin(trajectory.policy),
+        }
+        self._include_usage = include_usage
+        self._text = ""
+        self._num_calls = 0
+
+    def begin(self) -> str:
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def write(self, delta: Delta) -> str:
+        """Return the event for a piece of the reply."""
+        self._text += delta.text
+        self._num_calls = max([self._num_calls, *(piece["index"] + 1 for piece in delta.calls)])
+        change: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        if delta.calls:
+            change["tool_calls"] = list(delta.calls)
+        return self._chunk(change, logprobs={"content": list(delta.logprobs)} if delta.logprobs else None)
+
+    def end(self, turn: Turn) -> list[str]:
+        """Return the last events: what was not said yet, how it ended, what it cost."""
+        endings = []
+        answer, calls = turn.content or "", turn.open_tool_calls
+        if answer and not self._text.endswith(answer):
+            # The environment's last words are nobody's tokens.
+            endings.append(self._chunk({"content": f"\n{answer}" if self._text else answer}))
+        unsaid = [{"index": index, **call} for index, call in enumerate(calls) if index >= self._num_calls]
+        if unsaid:
+            endings.append(self._chunk({"tool_calls": unsaid}))
+        played = turn.played().model_dump(mode="json")
+        endings.append(self._chunk({}, finish=turn.finish_reason, ratchet=played))
+        if self._include_usage:
+            endings.append(event({**self._head, "choices": [], "usage": _count(turn).model_dump()}))
+        return endings
+
+    def _chunk(
+        self,
+        delta: Mapping[str, Any],
+        *,
+        logprobs: Mapping[str, Any] | None = None,
+        finish: str | None = None,
+        **extra: Any,
+    ) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
+        usage = {"usage": None} if self._include_usage else {}
+        return event({**self._head, "choices": [choice], **usage, **extra})
+
+
+def _count(turn: Turn) -> Usage:
+    prompt, output = turn.size.prompt_tokens, turn.size.output_tokens
+    return Usage(prompt_tokens=prompt, completion_tokens=output, total_tokens=prompt + output)
 
 
 def event(body: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {dump_json(body)}\n\n"
 
 
 DONE = "data: [DONE]\n\n"

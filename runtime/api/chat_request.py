@@ -6,21 +6,30 @@ Invariant: what OpenAI's API has and this server does not is refused by its name
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from memory.schema import Split
 from runtime.api.errors import BadRequest
 
 # Parameters without meaning here that clients send all the same.
-HARMLESS = frozenset({"user", "store", "safety_identifier", "prompt_cache_key", "service_tier", "parallel_tool_calls"})
+HARMLESS = frozenset(
+    {"user", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"}
+)
 # Values that ask for nothing, under names that are refused otherwise.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {"n": (1, None), "logprobs": (False, None), "top_logprobs": (0, None)}
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {"n": (1,), "modalities": (["text"],)}
 # Handed to the engine as they are.
-SAMPLING = ("top_p", "stop", "frequency_penalty", "presence_penalty", "response_format", "tool_choice")
+SAMPLING = ("top_p", "stop", "frequency_penalty", "presence_penalty", "response_format", "logprobs", "top_logprobs")
+# The same, but only beside tools: the engine refuses them alone.
+ABOUT_TOOLS = ("tool_choice", "parallel_tool_calls")
+MENDS = {
+    "functions": "; send tools instead",
+    "function_call": "; send tool_choice instead",
+    "reasoning_effort": "; the models here are asked as they are",
+}
 
 
 class Message(BaseModel):
@@ -44,6 +53,19 @@ class Message(BaseModel):
                 raise ValueError(f"only text parts are understood, not {part.get('type')!r}")
         return "".join(part["text"] for part in content)
 
+    @model_validator(mode="after")
+    def _holds_nothing_unheard(self) -> Self:
+        for name in ("function_call", "audio"):
+            if (self.model_extra or {}).get(name) is not None:
+                raise ValueError(f"{name} is not supported in a message")
+        if self.role == "tool" and not self.tool_call_id:
+            raise ValueError("a tool message needs tool_call_id: which call is it the result of?")
+        for call in self.tool_calls or []:
+            function = call.get("function")
+            if not call.get("id") or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ValueError('a tool call is {"id", "type": "function", "function": {"name", "arguments"}}')
+        return self
+
     def plain(self) -> dict[str, Any]:
         """Return the message as the model's template wants it."""
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
@@ -55,10 +77,25 @@ class Message(BaseModel):
         return message
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(BaseModel, extra="forbid"):
     """`include_usage`: a last chunk with the token counts."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
+    include_obfuscation: Literal[False] | None = None
+
+
+def check_format(response_format: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the format if it asks for anything. Raises: ValueError for one that cannot be."""
+    if response_format is None:
+        return None
+    kind = response_format.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise ValueError(f"type is 'text', 'json_object' or 'json_schema', not {kind!r}")
+    if kind == "json_schema":
+        asked = response_format.get("json_schema")
+        if not isinstance(asked, dict) or not asked.get("name") or not isinstance(asked.get("schema"), dict):
+            raise ValueError('a json_schema is {"name", "schema", "strict"}')
+    return None if kind == "text" else response_format
 
 
 class ChatRequest(BaseModel):
@@ -68,14 +105,14 @@ class ChatRequest(BaseModel):
     * `use_memory`: `on` (default) or `off`.
     * `split`: what the task must be; a guard against learning from what measures.
     * `seed`: like `seed`, for clients that cannot send that.
-    * `episode_id`: groups calls that belong together.
+    * `episode_id`: names the episode, at most one request of which is answered at a time.
     """
 
     model_config = ConfigDict(extra="allow")
 
     model: str = Field(examples=["agent", "agent@v3"])
     messages: list[Message] = []
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     tools: list[dict[str, Any]] | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -84,6 +121,9 @@ class ChatRequest(BaseModel):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     response_format: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    parallel_tool_calls: bool | None = None
     tool_choice: str | dict[str, Any] | None = Field(default=None, description="Only with `tools` of the request.")
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -95,14 +135,22 @@ class ChatRequest(BaseModel):
     def _are_functions(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
         for tool in tools or []:
             function = tool.get("function")
-            if tool.get("type") != "function" or not isinstance(function, dict) or not function.get("name"):
+            if tool.get("type", "function") != "function":
+                raise ValueError(f"tools of type {tool['type']!r} are not supported, functions are")
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
                 raise ValueError('a tool is {"type": "function", "function": {"name", "description", "parameters"}}')
         return tools or None
 
     def sampling(self) -> dict[str, Any]:
         """Return what the engine is told beyond temperature, seed and length."""
-        given = {name: getattr(self, name) for name in SAMPLING}
+        names = SAMPLING + ABOUT_TOOLS if self.tools else SAMPLING
+        given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
+
+    @field_validator("response_format")
+    @classmethod
+    def _is_a_format(cls, response_format: dict[str, Any] | None) -> dict[str, Any] | None:
+        return check_format(response_format)
 
 
 EXAMPLES = {
@@ -173,10 +221,80 @@ def check_request(request: ChatRequest, extensions: Extensions) -> None:
     """
     if not request.messages and extensions.environment is None:
         raise BadRequest("messages is empty: send at least one message", param="messages", code="empty_messages")
-    for name, value in (request.model_extra or {}).items():
-        if name not in HARMLESS and value not in NEUTRAL.get(name, ()):
-            raise BadRequest(f"{name}={value!r} is not supported here", param=name, code="unsupported_parameter")
+    refuse_unsupported(request.model_extra or {}, HARMLESS, NEUTRAL)
     if extensions.environment is not None and request.tools:
         raise BadRequest("an environment brings its own tools: send none", param="tools", code="unsupported_parameter")
-    if request.tool_choice not in (None, "auto") and not request.tools:
+    if request.stream_options is not None and not request.stream:
+        raise BadRequest("stream_options needs stream=True", param="stream_options", code="invalid_value")
+    if request.top_logprobs and not request.logprobs:
+        raise BadRequest("top_logprobs needs logprobs=True", param="top_logprobs", code="invalid_value")
+    check_tool_choice(request.tool_choice, request.tools or ())
+    check_tool_results([message.plain() for message in request.messages])
+
+
+def refuse_unsupported(
+    extra: Mapping[str, Any], harmless: Collection[str], neutral: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Raise BadRequest for the first parameter that is not known here and asks for something."""
+    for name, value in extra.items():
+        asks_nothing = value is None or value is False or value in neutral.get(name, ())
+        if name not in harmless and not asks_nothing and not _is_empty(value):
+            mend = MENDS.get(name, "")
+            raise BadRequest(f"{name}={value!r} is not supported here{mend}", param=name, code="unsupported_parameter")
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, dict) and all(inside is None for inside in value.values())
+
+
+def check_tool_choice(tool_choice: Any, tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raise BadRequest for a choice that is none, or names a tool that was not sent."""
+    if tool_choice in (None, "auto", "none"):
+        return
+    if not tools:
         raise BadRequest("tool_choice needs tools in the request", param="tool_choice", code="unsupported_parameter")
+    if tool_choice == "required":
+        return
+    function = tool_choice.get("function") if isinstance(tool_choice, dict) else None
+    if not isinstance(function, dict) or tool_choice.get("type") != "function":
+        raise BadRequest(
+            f"tool_choice={tool_choice!r} is not supported: it is 'none', 'auto', 'required' or names one function",
+            param="tool_choice",
+            code="unsupported_parameter",
+        )
+    names = [tool["function"]["name"] for tool in tools]
+    if function.get("name") not in names:
+        known = ", ".join(map(repr, names))
+        raise BadRequest(
+            f"tool_choice names {function.get('name')!r}; the tools sent are: {known}",
+            param="tool_choice",
+            code="invalid_value",
+        )
+
+
+def check_tool_results(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise BadRequest unless each tool call is answered right behind it, and each result answers a call."""
+    missing: list[str] = []
+    for place, message in enumerate(messages):
+        if message["role"] == "tool":
+            if message["tool_call_id"] not in missing:
+                raise BadRequest(
+                    f"the result of {message['tool_call_id']!r} answers no open tool call: send the reply that made it "
+                    "right before",
+                    param=f"messages[{place}].tool_call_id",
+                    code="invalid_value",
+                )
+            missing.remove(message["tool_call_id"])
+            continue
+        _refuse_missing(missing, place)
+        missing = [call["id"] for call in message.get("tool_calls") or ()]
+    _refuse_missing(missing, len(messages))
+
+
+def _refuse_missing(missing: Sequence[str], place: int) -> None:
+    if missing:
+        raise BadRequest(
+            f"the tool call {missing[0]!r} has no result: send a tool message with that tool_call_id",
+            param=f"messages[{place}]",
+            code="invalid_value",
+        )

@@ -40,10 +40,11 @@ from memory.errors import (
     UnknownCycle,
     UnknownDocument,
     UnknownPolicy,
+    UnknownResponse,
     UnknownRow,
     UnknownTrajectory,
 )
-from runtime.errors import AdapterError, EngineError, EpisodeError, UnknownEnvironment, UnknownTask
+from runtime.errors import AdapterError, EngineError, EpisodeBusy, EpisodeError, UnknownEnvironment, UnknownTask
 
 CREATED = 201
 ACCEPTED = 202
@@ -140,9 +141,11 @@ KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     UnknownPolicy: (NotFound, "policy_not_found"),
     UnknownDocument: (NotFound, "document_not_found"),
     UnknownCycle: (NotFound, "cycle_not_found"),
+    UnknownResponse: (NotFound, "response_not_found"),
     UnknownRow: (NotFound, "not_found"),
     UnknownEnvironment: (NotFound, "environment_not_found"),
     UnknownTask: (NotFound, "task_not_found"),
+    EpisodeBusy: (Conflict, "episode_busy"),
     IllegalMove: (Conflict, "illegal_move"),
     CycleInProgress: (Conflict, "cycle_in_progress"),
     FeedbackConflict: (Conflict, "feedback_conflict"),

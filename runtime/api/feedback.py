@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from memory.schema import Feedback
 from memory.store import Memory
+from runtime.api.answer_ids import trajectory_of
 from runtime.api.errors import CREATED, BadRequest, Conflict, NotFound, refusals
 from runtime.api.services import Server
 from runtime.api.trajectories import find_of_episode
@@ -23,7 +24,7 @@ router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
 class FeedbackRequest(BaseModel, extra="forbid"):
     """One thing said of one episode. Name the episode in exactly one of the three ways."""
 
-    target: str | None = Field(default=None, description="The `id` of the answer, which is the trajectory's id.")
+    target: str | None = Field(default=None, description="The `id` of an answer, a response or a trajectory.")
     inference_id: str | None = Field(default=None, description="The same, under the name other gateways use.")
     episode_id: str | None = Field(default=None, description="The episode; its newest trajectory is meant.")
     name: str = Field(default="reward", min_length=1, max_length=200, description="What is judged.")
@@ -104,8 +105,8 @@ async def post_feedback(
 
 def _find_trajectory(body: FeedbackRequest, memory: Memory) -> str:
     if body.episode_id is None:
-        return body.target or body.inference_id or ""
+        return trajectory_of(body.target or body.inference_id or "")
     found = find_of_episode(memory, body.episode_id)
-    if not found:
+    if found is None:
         raise NotFound(f"no episode has the id {body.episode_id!r}", param="episode_id", code="episode_not_found")
-    return found[0].id
+    return found.id

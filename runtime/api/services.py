@@ -19,6 +19,7 @@ from runtime.engine import Engine
 from runtime.environments.base import Environment
 from runtime.errors import UnknownEnvironment
 from runtime.hotswap import HotSwap
+from runtime.tools.toolbox import Toolbox
 
 
 class CycleStarter(Protocol):
@@ -48,6 +49,8 @@ class Services:
     hotswap: HotSwap
     cycles: CycleStarter
     environments: Mapping[str, Environment] = field(default_factory=dict)
+    toolbox: Toolbox | None = None
+    """Opened before the engine starts, closed before it stops."""
 
     def environment(self, name: str) -> Environment:
         """Return the environment called `name`.

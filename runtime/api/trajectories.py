@@ -1,6 +1,7 @@
 """What was lived, step by step, for whoever wants to read it.
 
-Refuses to change anything: trajectories are written by the agent, judged by feedback.
+Refuses to change what was lived: trajectories are written by the agent, judged by feedback. One that waits for its
+client can be closed, by a client that knows it will not come back.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from sqlmodel import col, select
 from memory.schema import RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage
 from memory.store import Memory
 from memory.trajectories import TrajectoryView
-from runtime.api.errors import BadRequest, NotFound, refusals
+from runtime.api.answer_ids import trajectory_of
+from runtime.api.errors import BadRequest, Conflict, NotFound, refusals
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/trajectories", tags=["trajectories"])
@@ -140,6 +142,7 @@ async def get_trajectory(
     token_ids: Annotated[bool, Query(description="With the exact token ids of every call.")] = False,
 ) -> TrajectoryDetail:
     memory = server.memory
+    trajectory_id = trajectory_of(trajectory_id)
     trajectory = memory.trajectories.get(trajectory_id)
     reward = memory.trajectories.effective_reward(trajectory_id)
     success = None if reward is None else reward >= memory.trajectories.success_reward
@@ -153,6 +156,27 @@ async def get_trajectory(
             FeedbackDetail.model_validate(row, from_attributes=True) for row in memory.feedback.list(trajectory_id)
         ],
     )
+
+
+@router.post(
+    "/{trajectory_id}/close",
+    summary="Close a trajectory that waits for its client",
+    responses=refusals(NotFound, Conflict),
+)
+async def close_trajectory(trajectory_id: str, server: Server) -> TrajectorySummary:
+    """For a client that runs tools and is done: what the last tool did was the end. Without this, the trajectory closes
+    when nobody has come back for a while. What is closed already is answered as it is."""
+    memory = server.memory
+    trajectory = memory.trajectories.get(trajectory_of(trajectory_id))
+    if trajectory.stage is TrajectoryStage.RUNNING:
+        if trajectory.id not in {
+            waiting.id for waiting in memory.trajectories.waiting(episode_id=trajectory.episode_id)
+        }:
+            raise Conflict(f"trajectory {trajectory.id!r} is being played: it closes by itself", code="episode_busy")
+        trajectory = await server.agent.book.close(trajectory, None)
+    reward = memory.trajectories.effective_reward(trajectory.id)
+    success = None if reward is None else reward >= memory.trajectories.success_reward
+    return TrajectorySummary(**summarize(TrajectoryView(trajectory, reward, success)))
 
 
 _ONLY_IN_DETAIL = ("task_text", "temperature", "opening", "tools", "memory_text", "memory_ids")
@@ -170,13 +194,11 @@ def summarize(view: TrajectoryView) -> dict[str, Any]:
     }
 
 
-def find_of_episode(memory: Memory, episode_id: str, *, stage: TrajectoryStage | None = None) -> list[Trajectory]:
-    """Return the newest two trajectories of an episode, newest first."""
+def find_of_episode(memory: Memory, episode_id: str) -> Trajectory | None:
+    """Return the newest trajectory of an episode."""
     query = select(Trajectory).where(Trajectory.episode_id == episode_id)
-    if stage is not None:
-        query = query.where(Trajectory.stage == stage)
     with memory.database.read() as session:
-        return list(session.exec(query.order_by(col(Trajectory.id).desc()).limit(2)))
+        return session.exec(query.order_by(col(Trajectory.id).desc()).limit(1)).first()
 
 
 def _describe_step(step: Step, with_token_ids: bool) -> StepDetail:

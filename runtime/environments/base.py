@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from memory.schema import Split, Task
-from runtime.tools import Tool
+from runtime.tools.base import Tool
 
 
 @dataclass(frozen=True)

@@ -145,9 +145,9 @@ def test_an_unknown_environment_or_task_is_named(client: openai.OpenAI, metadata
         ({"metadata": PLAY | {"split": "practice"}}, "is 'held-out', not"),
         ({"metadata": PLAY, "tools": [WEATHER]}, "brings its own tools"),
         ({"n": 2}, "n=2 is not supported"),
-        ({"logprobs": True}, "logprobs=True is not supported"),
         ({"temperature": 9}, "temperature"),
-        ({"tools": [{"type": "magic"}]}, "a tool is"),
+        ({"tools": [{"type": "magic"}]}, "tools of type 'magic' are not supported"),
+        ({"tools": [{"type": "function", "name": "flat"}]}, "a tool is"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI, more: dict, said: str) -> None:

@@ -16,18 +16,19 @@ from typing import Any
 import structlog
 import uvicorn
 
+from memory.config import MemoryConfig
 from memory.schema import Cycle, CycleStage, Split, Task
 from memory.store import Memory
 from runtime.agent import Agent
 from runtime.api.app import create_app
 from runtime.api.services import Services
-from runtime.completion import Completion
+from runtime.completion import Completion, Delta
 from runtime.config import AgentConfig
 from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.errors import PolicyError, UnknownTask
 from runtime.hotswap import HotSwap
-from runtime.tools import Tool
-from tests.memory.episodes import HashingEncoder
+from runtime.tools.base import Tool
+from tests.memory.episodes import PATIENT, HashingEncoder
 
 
 class ScriptedEngine:
@@ -69,7 +70,7 @@ class ScriptedEngine:
     async def chat_stream(self, model, messages, tools=None, *, on_delta, **sampling):
         completion = await self.chat(model, messages, tools, **sampling)
         for word in completion.content.split(" ") if completion.content else []:
-            await on_delta(word if word == "You" else f" {word}")
+            await on_delta(Delta(word if word == "You" else f" {word}"))
         return completion
 
     async def probe(self, model: str | None = None) -> bool:
@@ -173,8 +174,17 @@ class QuickLearner:
 class ServedWorld:
     """An application over a memory of its own, on a loopback port, in a thread of its own."""
 
-    def __init__(self, data_dir: Path) -> None:
-        self.memory = Memory.open(data_dir, encoder=HashingEncoder())
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        config: AgentConfig | None = None,
+        tools: Sequence[Tool] = (),
+        memory_config: MemoryConfig = PATIENT,
+    ) -> None:
+        self.config = config or AgentConfig(max_steps=4, max_seconds=20)
+        self.tools = tools
+        self.memory = Memory.open(data_dir, memory_config, encoder=HashingEncoder())
         self.engine = ScriptedEngine(data_dir / "logs" / "engine.log")
         self.learner = QuickLearner(self.memory)
         self.services: Services
@@ -195,11 +205,15 @@ class ServedWorld:
         structlog.reset_defaults()
 
     async def _serve(self) -> None:
+        await self._serve_with(self.engine)
+
+    async def _serve_with(self, engine: Any) -> None:
+        await self.memory.trajectories.close_orphans()
         await self.memory.policies.register_base("scripted")
         environments = {"doors": Doors()}
-        hotswap = HotSwap(self.memory.policies, self.engine)
-        agent = Agent(self.memory, hotswap, environments, AgentConfig(max_steps=4, max_seconds=20))
-        self.services = Services(self.memory, agent, self.engine, hotswap, self.learner, environments)
+        hotswap = HotSwap(self.memory.policies, engine)
+        agent = Agent(self.memory, hotswap, environments, self.config, tools=self.tools)
+        self.services = Services(self.memory, agent, engine, hotswap, self.learner, environments)
         await hotswap.wear(0)
         config = uvicorn.Config(
             create_app(self.services), port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1

@@ -16,6 +16,7 @@ from sqlmodel import SQLModel
 from memory.database import Database
 from memory.errors import DatabaseTooNew
 from memory.migrations.upgrade import _make_config, upgrade
+from memory.trajectories import Trajectories
 
 
 @pytest.fixture
@@ -55,6 +56,35 @@ def test_an_interrupted_upgrade_leaves_nothing_and_resumes(tmp_path: Path, monke
     Database(tmp_path / "ratchet.db").close()
     database = Database(tmp_path / "ratchet.db")  # up to date: nothing to do
     assert database.check() == []
+    database.close()
+
+
+def test_the_rows_of_the_first_revision_live_on(tmp_path: Path):
+    path = tmp_path / "ratchet.db"
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.connect() as connection, connection.begin():
+        config = _make_config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.exec_driver_sql(
+            "INSERT INTO policies (version, stage, base_model, note, created_at) "
+            "VALUES (0, 'active', 'pocket', '', '2026-11-22 00:00:00')"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO trajectories (id, episode_id, kind, split, task_text, policy, stage, memory_text, num_steps, "
+            "prompt_tokens, output_tokens, num_invalid_tool_calls, opened_at) "
+            "VALUES ('trj_1', 'eps_1', 'chat', 'live', 'hi', 0, 'running', '', 0, 0, 0, 0, '2026-11-22 00:00:00')"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO steps (trajectory_id, position, kind, content, seconds, created_at) "
+            "VALUES ('trj_1', 0, 'model', 'hello', 0.5, '2026-11-22 00:00:00')"
+        )
+    engine.dispose()
+    database = Database(path)
+    trajectories = Trajectories(database)
+    (step,) = trajectories.steps("trj_1")
+    assert (step.content, step.handover_digest) == ("hello", None)
+    assert trajectories.waiting() == []
     database.close()
 
 

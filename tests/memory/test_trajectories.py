@@ -162,6 +162,47 @@ async def test_orphans_of_a_dead_process_are_closed_as_failed(memory: Memory):
     assert await memory.trajectories.close_orphans() == 0
 
 
+async def hand_over(memory: Memory, position: int = 0, **fields) -> Trajectory:
+    """A trajectory whose last reply is at `position` and waits for a client."""
+    trajectory = await open_trajectory(memory, **fields)
+    for place in range(position + 1):
+        digest = "d" if place == position else "earlier"
+        step = Step(trajectory_id=trajectory.id, position=place, kind=StepKind.MODEL, handover_digest=digest)
+        await memory.trajectories.append(step, trajectory=trajectory)
+    return trajectory
+
+
+async def test_what_waits_for_a_client_is_found_by_what_it_waits_for_and_outlives_the_process(memory: Memory):
+    first, second = await hand_over(memory, episode_id="e1"), await hand_over(memory, 1, episode_id="e2")
+    running = await open_trajectory(memory)
+    trajectories = memory.trajectories
+    assert [it.id for it in trajectories.waiting(handover_digest="d")] == [first.id, second.id]
+    assert [it.id for it in trajectories.waiting(episode_id="e2")] == [second.id]
+    assert trajectories.waiting(handover_digest="earlier") == []  # what was gone on from waits no more
+    assert trajectories.waiting(handed_over_before=first.opened_at) == []
+    assert await trajectories.close_orphans() == 1
+    assert trajectories.get(running.id).stage is TrajectoryStage.FAILED
+    assert len(trajectories.waiting()) == 2
+    await trajectories.close(first.id, stage=TrajectoryStage.FINISHED)
+    assert [it.id for it in trajectories.waiting()] == [second.id]
+
+
+async def test_results_behind_a_handover_do_not_end_the_waiting(memory: Memory):
+    trajectory = await hand_over(memory)
+    step = Step(trajectory_id=trajectory.id, position=1, kind=StepKind.TOOL, content="rain")
+    await memory.trajectories.append(step, trajectory=trajectory)
+    assert [it.id for it in memory.trajectories.waiting(handover_digest="d")] == [trajectory.id]
+
+
+async def test_a_part_of_a_trajectory_is_measured_and_read_without_its_tokens(memory: Memory):
+    trajectory = await play(memory, "look", "take carrot")
+    whole, rest = memory.trajectories.measure(trajectory.id), memory.trajectories.measure(trajectory.id, since=2)
+    assert (whole.num_steps, whole.num_model_calls, whole.prompt_tokens, whole.output_tokens) == (4, 2, 6, 4)
+    assert (rest.num_steps, rest.num_model_calls, rest.prompt_tokens, rest.output_tokens) == (2, 1, 3, 2)
+    light = memory.trajectories.steps(trajectory.id, since=2, with_token_ids=False)
+    assert [step.content for step in light] == ["", "you take carrot"]
+
+
 async def test_text_that_no_disk_can_hold_is_mended(memory: Memory):
     trajectory = await open_trajectory(memory, opening=[{"role": "user", "content": "bad \ud800 half"}])
     step = Step(

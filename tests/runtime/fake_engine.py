@@ -27,6 +27,12 @@ class Reply:
     calls: list[tuple[str, str]] = field(default_factory=list)  # (tool name, arguments as JSON)
     status: int = 200
     error: str = ""
+    is_cut: bool = False
+    output_ids: list[int] | None = None  # None: the characters
+
+    @property
+    def finish_reason(self) -> str:
+        return "tool_calls" if self.calls else "length" if self.is_cut else "stop"
 
 
 def say(text: str) -> Script:
@@ -59,6 +65,10 @@ class FakeEngine:
         self.num_broken_off = 0
         self.num_under_way = 0
         self.num_tokens = 0
+        self.num_calls = 0
+        self.breaks_off_after: int | None = None
+        """Events of a stream after which the connection is gone."""
+        self.render_prompt = _prompt_ids
         self.url = ""
 
     async def __aenter__(self) -> FakeEngine:
@@ -104,30 +114,40 @@ class FakeEngine:
         return await self._stream(request, body, reply) if body.get("stream") else self._answer(body, reply)
 
     def _answer(self, body: dict[str, Any], reply: Reply) -> web.Response:
-        message = {"role": "assistant", "content": reply.content or None, "tool_calls": _calls(reply)}
-        finish_reason = "tool_calls" if reply.calls else "stop"
-        choice = {"index": 0, "message": message, "finish_reason": finish_reason, "token_ids": _output_ids(reply)}
+        message = {"role": "assistant", "content": reply.content or None, "tool_calls": self._calls(reply)}
+        choice = {"index": 0, "message": message, "finish_reason": reply.finish_reason}
+        choice |= {"token_ids": _output_ids(reply), "logprobs": _logprobs(body, reply.content)}
         self.num_tokens += len(_output_ids(reply))
-        return web.json_response({"choices": [choice], "prompt_token_ids": _prompt_ids(body)})
+        return web.json_response({"choices": [choice], "prompt_token_ids": self.render_prompt(body)})
+
+    def _calls(self, reply: Reply) -> list[dict[str, Any]]:
+        """Each call with an id that no other has, as vLLM makes them."""
+        first, self.num_calls = self.num_calls, self.num_calls + len(reply.calls)
+        return [
+            {"id": f"call-{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+            for number, (name, arguments) in enumerate(reply.calls, first)
+        ]
 
     async def _stream(self, request: web.Request, body: dict[str, Any], reply: Reply) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         chunks: list[dict[str, Any]] = [{"delta": {"role": "assistant", "content": ""}}]
-        chunks += [{"delta": {"content": it}, "token_ids": ids_of(it)} for it in reply.content]
-        for index, tool_call in enumerate(_calls(reply)):
+        chunks += [{"delta": {"content": it}, "logprobs": _logprobs(body, it)} for it in reply.content]
+        for index, tool_call in enumerate(self._calls(reply)):
             head, text = tool_call["function"]["name"], tool_call["function"]["arguments"]
             start = {"index": index, "id": tool_call["id"], "function": {"name": head}}
             chunks.append({"delta": {"tool_calls": [start]}})
             for part in (text[: len(text) // 2], text[len(text) // 2 :]):
                 chunks.append({"delta": {"tool_calls": [{"index": index, "function": {"arguments": part}}]}})
-            chunks.append({"delta": {}, "token_ids": ids_of(head + text)})
-        chunks.append({"delta": {}, "finish_reason": "tool_calls" if reply.calls else "stop"})
+        chunks.append({"delta": {}, "finish_reason": reply.finish_reason, "token_ids": _output_ids(reply)})
         for number, chunk in enumerate(chunks):
             event: dict[str, Any] = {"choices": [{"index": 0, **chunk}]}
             if number == 0:
-                event["prompt_token_ids"] = _prompt_ids(body)
+                event["prompt_token_ids"] = self.render_prompt(body)
             await response.write(f"data: {json.dumps(event)}\n\n".encode())
+            if number == self.breaks_off_after:
+                request.transport.abort()
+                return response
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -174,11 +194,16 @@ def _error(status: int, message: str) -> web.Response:
     return web.json_response({"error": {"message": message, "type": "Error", "code": status}}, status=status)
 
 
-def _calls(reply: Reply) -> list[dict[str, Any]]:
-    return [
-        {"id": f"call-{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
-        for number, (name, arguments) in enumerate(reply.calls)
+def _logprobs(body: dict[str, Any], text: str) -> dict[str, Any] | None:
+    """Of each character, with as many alternatives as were asked for: the letters a, b, c ..."""
+    if not body.get("logprobs"):
+        return None
+    others = [
+        {"token": chr(97 + n), "logprob": -2.0 - n, "bytes": [97 + n]} for n in range(body.get("top_logprobs") or 0)
     ]
+    return {
+        "content": [{"token": it, "logprob": -0.5, "bytes": list(it.encode()), "top_logprobs": others} for it in text]
+    }
 
 
 def _prompt_ids(body: dict[str, Any]) -> list[int]:
@@ -186,4 +211,6 @@ def _prompt_ids(body: dict[str, Any]) -> list[int]:
 
 
 def _output_ids(reply: Reply) -> list[int]:
+    if reply.output_ids is not None:
+        return reply.output_ids
     return ids_of(reply.content + "".join(name + arguments for name, arguments in reply.calls))

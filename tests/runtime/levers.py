@@ -7,7 +7,7 @@ from typing import Any
 from memory.schema import Split, Task
 from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.errors import UnknownTask
-from runtime.tools import Tool
+from runtime.tools.base import Tool
 
 PULL = {
     "type": "object",

@@ -11,10 +11,11 @@ from memory.errors import UnknownPolicy
 from memory.schema import RewardSource, Split, StepKind, TrajectoryStage
 from memory.store import Memory
 from runtime.agent import Agent
+from runtime.completion import Delta
 from runtime.config import AgentConfig
 from runtime.errors import UnknownEnvironment
 from runtime.hotswap import HotSwap
-from runtime.tools import tool_from_function
+from runtime.tools.functions import tool_from_function
 from tests.runtime.fake_engine import FakeEngine, Reply, call, ids_of, say
 from tests.runtime.levers import Levers
 
@@ -76,8 +77,8 @@ async def test_a_plain_question_gets_the_reply_and_its_record(agent: Agent, memo
 async def test_deltas_arrive_as_the_model_writes_and_add_up_to_the_answer(agent: Agent, memory: Memory):
     heard = []
 
-    async def on_delta(text: str) -> None:
-        heard.append(text)
+    async def on_delta(delta: Delta) -> None:
+        heard.append(delta.text)
 
     trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}], on_delta=on_delta)
     assert heard == list("hello")
@@ -86,7 +87,7 @@ async def test_deltas_arrive_as_the_model_writes_and_add_up_to_the_answer(agent:
 
 
 async def test_a_streamed_tool_call_is_put_together_from_its_pieces(agent: Agent, fake: FakeEngine, levers: Levers):
-    async def ignore(text: str) -> None:
+    async def ignore(delta: Delta) -> None:
         pass
 
     fake.script = pulls("left", "right", "left")
@@ -199,7 +200,7 @@ async def test_tools_of_the_client_are_handed_back_as_the_answer(agent: Agent, m
     weather = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
     fake.script = lambda request: call("weather", city="Oslo")
     trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "Oslo?"}], tools=[weather])
-    assert trajectory.stage == "finished"
+    assert trajectory.stage == "running"
     (step,) = memory.trajectories.steps(trajectory.id)
     assert json.loads(step.tool_calls[0]["function"]["arguments"]) == {"city": "Oslo"}
     assert trajectory.tools == [weather]
@@ -218,6 +219,17 @@ async def test_tools_of_the_server_run_in_the_loop(memory: Memory, hotswap: HotS
     agent = Agent(memory, hotswap, {}, tools=[tool_from_function(add)])
     trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "2 + 3?"}])
     assert trajectory.answer == "It is 5."
+
+
+async def test_a_clients_tool_with_the_name_of_a_servers_is_refused_with_both_sources(memory: Memory, hotswap: HotSwap):
+    def weather(city: str) -> str:
+        """Say what the weather is."""
+        return "rain"
+
+    theirs = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    agent = Agent(memory, hotswap, {}, tools=[tool_from_function(weather, source="tools.functions 'sky'")])
+    with pytest.raises(ValueError, match=r"'weather': one of tools.functions 'sky', one of the request; rename one"):
+        await agent.rollout(None, messages=[{"role": "user", "content": "Oslo?"}], tools=[theirs])
 
 
 async def test_memory_is_shown_ahead_of_the_task_and_kept_out_of_the_opening(

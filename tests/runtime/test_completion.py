@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from aiohttp import web
 
-from runtime.completion import Completion, EngineClient
+from runtime.completion import Completion, Delta, EngineClient
 from runtime.errors import BudgetExceeded, PolicyError
 
 HI = [{"role": "user", "content": "hi"}]
@@ -49,7 +49,7 @@ def events(*datas: str):
 
 
 async def listen(client: EngineClient) -> Completion:
-    async def ignore(text: str) -> None:
+    async def ignore(delta: Delta) -> None:
         pass
 
     return await client.chat_stream("base", HI, on_delta=ignore)

@@ -15,6 +15,7 @@ from memory.adapters import Fingerprint, Manifest, digest_base, write_manifest
 from memory.schema import TrajectoryStage
 from memory.store import Memory
 from runtime.agent import Agent
+from runtime.completion import Delta
 from runtime.config import AgentConfig, EngineConfig
 from runtime.engine import Engine, find_last_words, server_arguments
 from runtime.errors import EngineError
@@ -205,8 +206,8 @@ async def test_a_tool_call_comes_back_parsed_with_the_exact_tokens(real: Engine)
     plain = await real.chat("base", [{"role": "user", "content": "go"}], [LOOK], temperature=0, max_tokens=120)
     heard = []
 
-    async def on_delta(text: str) -> None:
-        heard.append(text)
+    async def on_delta(delta: Delta) -> None:
+        heard.append(delta.text)
 
     streamed = await real.chat_stream(
         "base", [{"role": "user", "content": "go"}], [LOOK], on_delta=on_delta, temperature=0, max_tokens=120
@@ -224,7 +225,7 @@ async def test_a_broken_call_is_seen_as_broken_streamed_or_not(real: Engine, mem
     await memory.policies.register_base("tiny")
     agent = Agent(memory, HotSwap(memory.policies, real), {}, AgentConfig(max_output_tokens=120, max_steps=1))
 
-    async def ignore(text: str) -> None:
+    async def ignore(delta: Delta) -> None:
         pass
 
     for on_delta in (None, ignore):
@@ -275,7 +276,7 @@ async def test_twenty_swaps_under_eight_streams_fail_nobody(real: Engine, memory
     await hotswap.wear(0)
     done = asyncio.Event()
 
-    async def listen(text: str) -> None:
+    async def listen(delta: Delta) -> None:
         pass
 
     async def stream() -> None:

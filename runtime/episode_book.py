@@ -1,0 +1,143 @@
+"""Which episodes are open: what is being played here, and what waits for a client to come back.
+
+Refuses to know how an episode is played. What waits is nowhere but in the rows: its last reply bears the digest that a
+client's next request begins with (handover.py), so a restarted server takes it up as if nothing had been. In memory
+there is only who is being answered now, which a restart rightly forgets.
+
+Flow: `enter` finds the episode that a request goes on with, or begins one, and holds it until the request is answered
+-> `sweep` closes what nobody came back to.
+Invariant: at most one request of an episode is being answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import structlog
+
+from memory.errors import StoreError
+from memory.schema import Trajectory, TrajectoryStage, new_id, now
+from memory.store import Memory
+from runtime.completion import Message
+from runtime.errors import EpisodeBusy
+from runtime.handover import Comeback, digest, last_handover, split_at_answer
+
+SWEEP_SECONDS = 15.0
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a request belongs to: an episode, and where it is one under way, what the client comes back to."""
+
+    episode_id: str
+    comeback: Comeback | None = None
+
+
+class EpisodeBook:
+    """The open episodes of one server."""
+
+    def __init__(self, memory: Memory, *, idle_seconds: float) -> None:
+        self._memory = memory
+        self._idle_seconds = idle_seconds
+        self._under_way: set[str] = set()
+
+    @contextlib.contextmanager
+    def enter(
+        self, messages: Sequence[Message] | None, *, episode_id: str | None = None, policy: int | None = None
+    ) -> Iterator[Entry]:
+        """Take up the episode that `messages` go on with, or begin one; nobody else has it meanwhile.
+
+        A request that names another policy than the one that is pinned begins a new trajectory: a policy never changes
+        within one.
+
+        Raises:
+            EpisodeBusy: a request for it is being answered already.
+        """
+        # No await in here: between looking and taking nobody may come.
+        if episode_id in self._under_way:
+            raise EpisodeBusy(f"episode {episode_id!r} is answering another request: wait for that answer")
+        comeback = None if messages is None else self._find(messages, episode_id, policy)
+        if comeback is not None:
+            entry = Entry(comeback.trajectory.episode_id, comeback)
+        else:
+            entry = Entry(episode_id or new_id("eps"))
+        self._under_way.add(entry.episode_id)
+        try:
+            yield entry
+        finally:
+            self._under_way.discard(entry.episode_id)
+
+    def _find(self, messages: Sequence[Message], episode_id: str | None, policy: int | None) -> Comeback | None:
+        """Return what these messages go on with, exactly; of several that look the same, the oldest that is free."""
+        parts = split_at_answer(messages)
+        if parts is None:
+            return None
+        said, tail = parts
+        is_busy = False
+        for trajectory in self._memory.trajectories.waiting(handover_digest=digest(said), episode_id=episode_id):
+            if policy not in (None, trajectory.policy):
+                continue
+            if trajectory.episode_id in self._under_way:
+                is_busy = True
+                continue
+            steps = self._memory.trajectories.steps(trajectory.id, with_token_ids=False)
+            comeback = Comeback(trajectory, steps, tail)
+            if comeback.is_sound:
+                return comeback
+        if is_busy:
+            raise EpisodeBusy("the episode that these messages go on with is answering another request: wait for that")
+        return None
+
+    async def close(self, trajectory: Trajectory, note: str | None) -> Trajectory:
+        """Close what waits for a client, noting why if it was cut short.
+
+        It is FINISHED: whatever it was worth, its feedback says.
+
+        Raises:
+            IllegalMove: it is closed already.
+            EpisodeBusy: its client has just come back.
+        """
+        if trajectory.episode_id in self._under_way:
+            raise EpisodeBusy(f"trajectory {trajectory.id!r} is being played: wait for the answer")
+        self._under_way.add(trajectory.episode_id)  # nobody takes it up while it closes
+        try:
+            reply = last_handover(self._memory.trajectories.steps(trajectory.id, with_token_ids=False))
+            return await self._memory.trajectories.close(
+                trajectory.id,
+                stage=TrajectoryStage.FINISHED,
+                answer=reply.content if reply is not None else None,
+                error=note,
+                num_invalid_tool_calls=trajectory.num_invalid_tool_calls,
+            )
+        finally:
+            self._under_way.discard(trajectory.episode_id)
+
+    async def sweep(self) -> int:
+        """Close what no client came back to in time; return how many."""
+        before = now() - timedelta(seconds=self._idle_seconds)
+        trajectories = self._memory.trajectories
+        num_closed = 0
+        # In a thread, because there may be thousands; by the time one is closed its client may be back, or gone again.
+        for idle in await asyncio.to_thread(trajectories.waiting, handed_over_before=before):
+            still = trajectories.waiting(episode_id=idle.episode_id, handed_over_before=before)
+            if idle.episode_id in self._under_way or idle.id not in {trajectory.id for trajectory in still}:
+                continue
+            await self.close(idle, f"Idle: the client did not come back within {self._idle_seconds:g} seconds")
+            num_closed += 1
+        return num_closed
+
+    async def tend(self) -> None:
+        """Sweep for as long as this runs. Never returns."""
+        while True:
+            try:
+                if num_closed := await self.sweep():
+                    log.info("closed idle episodes", num_closed=num_closed)
+            except StoreError as error:  # a full disk must not end the server; what is idle stays so
+                log.warning("idle episodes were not closed", error=str(error))
+            await asyncio.sleep(min(SWEEP_SECONDS, self._idle_seconds / 2))

@@ -1,0 +1,44 @@
+"""A tool that searches the documents the agent was given to read.
+
+Refuses to know how passages are found: memory does. What is found is text from elsewhere, shown with its tags broken.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Protocol
+
+from annotated_types import Interval, MinLen
+
+from memory.errors import StorageError
+from runtime.errors import ToolError
+from runtime.tools.base import Tool
+from runtime.tools.functions import tool_from_function
+
+SOURCE = "tools.documents"
+
+
+class FindPassages(Protocol):
+    async def __call__(self, query_text: str, num: int) -> list[str]:
+        """Return the passages nearest to a question, best first."""
+        ...
+
+
+def document_search(find_passages: FindPassages) -> Tool:
+    """Return the tool."""
+
+    async def search_documents(
+        query: Annotated[str, MinLen(1)], num_passages: Annotated[int, Interval(ge=1, le=10)] = 3
+    ) -> str:
+        """Find passages of the documents you were given to read.
+
+        Args:
+            query: what to look for, in words that the text may use
+            num_passages: how many passages to show at most
+        """
+        try:
+            passages = await find_passages(query, num_passages)
+        except StorageError as error:
+            raise ToolError(f"the documents cannot be read now: {error}") from error
+        return "\n\n".join(passages) or "No passage fits; try other words."
+
+    return tool_from_function(search_documents, source=SOURCE, max_concurrency=16)
