@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer: one token a byte, four control tokens."""
+    """Return a byte-level tokenizer: one token a byte, five control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -49,7 +49,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=raw,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", "[TOOL_CALLS]"],  # the latter is Mistral's
+        additional_special_tokens=[
+            "<|im_start|>",
+            "<|python_tag|>",
+            "[TOOL_CALLS]",
+        ],  # the parsers of Llama and Mistral ask for theirs
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE

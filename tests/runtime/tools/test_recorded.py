@@ -125,6 +125,7 @@ async def test_calls_of_one_episode_are_told_apart_though_their_ids_are_the_same
     articles = iter(["tea", "coffee"])
 
     def script(request):
+        fake.num_calls = 0  # an engine that begins to count anew
         article = next(articles, None)
         return call("send_order", article=article) if article else Reply("done")
 
