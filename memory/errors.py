@@ -10,6 +10,7 @@
     |   +-- UnknownDocument
     |   +-- UnknownCycle
     |   +-- UnknownResponse
+    |   +-- UnknownKey
     +-- IllegalMove              a stage may not go there (also a ValueError)
     |   +-- NothingToRollBackTo
     +-- OtherBaseModel           the directory's policies stand on another base model (also a ValueError)
@@ -63,6 +64,10 @@ class UnknownCycle(UnknownRow):
 
 class UnknownResponse(UnknownRow):
     """No response has that id, or it was deleted."""
+
+
+class UnknownKey(UnknownRow):
+    """No API key has that id."""
 
 
 class IllegalMove(StoreError, ValueError):

@@ -87,7 +87,7 @@ async def test_the_tools_in_the_documents_are_offered_and_answer(tmp_path: Path,
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
-    async def find_passages(query_text: str, num: int) -> list[str]:
+    async def find_passages(query_text: str, num: int, *, tenant: str = "") -> list[str]:
         return [f"Tea: {query_text}"]
 
     toolbox = Toolbox(serve.read_all_settings(None, {}, []).tools, find_passages, tmp_path / "logs")

@@ -141,6 +141,16 @@ def policies_table(listed: dict[str, Any]) -> Table:
     return table
 
 
+def keys_table(listed: dict[str, Any]) -> Table:
+    table = table_of("id", "name", "tenant", "scopes", "#requests/min", "#tokens/min", "used", "revoked")
+    table.columns[0].no_wrap, table.columns[0].min_width = True, 32  # ids are there to be copied
+    for row in listed["data"]:
+        limits = [str(row[name] or "-") for name in ("requests_per_minute", "tokens_per_minute")]
+        times = [(row[name] or "-")[:16].replace("T", " ") for name in ("last_used_at", "revoked_at")]
+        table.add_row(row["id"], Text(row["name"]), row["tenant"] or "-", " ".join(row["scopes"]), *limits, *times)
+    return table
+
+
 def insights_table(listed: dict[str, Any]) -> Table:
     table = table_of("environment", "kind", "#strength", "#won", "#lost", "insight")
     for row in listed["data"]:
