@@ -45,7 +45,10 @@ def test_keys_are_made_listed_and_revoked_in_the_data_directory(cli, tmp_path: P
     assert code == 2 and "'fly' is no scope" in refused["error"]["message"]
 
 
-def test_people_read_the_key_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_people_read_the_key_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     at = ["--data", str(tmp_path / "data")]
     assert run(serve.app, ["keys", "create", "the shop", "--scope", "infer", *at]) == 0
     said = capsys.readouterr().out
