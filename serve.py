@@ -242,6 +242,7 @@ async def live(
     answering = asyncio.ensure_future(server.serve(sockets=[listener]))
     starting = asyncio.ensure_future(start(services, settings, phases))
     background: list[asyncio.Future[Any]] = []
+    services.memory.answers_at(url_of(listener))
     try:
         if await happens_first(stop, starting, answering):
             return
@@ -291,8 +292,7 @@ def name_base(engine: Any, model: str | None) -> str:
 
 def announce(services: Services, listener: socket.socket, *, as_json: bool) -> None:
     """Say where the agent answers, and three things to try."""
-    host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = url_of(listener)
     policy = services.memory.policies.get(services.hotswap.active_version)
     facts = {"url": url, "policy": policy.name, "base_model": policy.base_model, "data": str(services.memory.data_dir)}
     facts["requires_key"] = services.memory.keys.is_required
@@ -310,6 +310,11 @@ Three things to try, in another terminal:
 
 Ctrl-C stops it."""
     say(facts, as_json=as_json, show=lambda _: text)
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 async def happens_first(stop: asyncio.Event, *tasks: asyncio.Future[Any]) -> bool:

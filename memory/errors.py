@@ -39,7 +39,11 @@ class DatabaseTooNew(StorageError):
 
 
 class DataDirectoryInUse(StoreError):
-    """Another process owns the data directory."""
+    """Another process owns the data directory. `url`: where it answers, if it says so."""
+
+    def __init__(self, message: str, *, url: str | None = None) -> None:
+        super().__init__(message)
+        self.url = url
 
 
 class UnknownRow(StoreError, LookupError):

@@ -20,7 +20,7 @@ from memory.feedback import FeedbackBook
 from memory.index import MemoryIndex
 from memory.insights import Insights
 from memory.keys import Keys
-from memory.ownership import take_ownership
+from memory.ownership import take_ownership, tell_address
 from memory.policies import Policies
 from memory.responses import Responses
 from memory.retrieval import Retrieval
@@ -66,6 +66,10 @@ class Memory:
             raise
         memory.index.start()
         return memory
+
+    def answers_at(self, url: str) -> None:
+        """Have whoever finds the directory taken told where to ask instead."""
+        tell_address(self._lock, url)
 
     def close(self) -> None:
         """Finish what is being written, and give the directory up."""

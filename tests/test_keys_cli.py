@@ -10,7 +10,6 @@ import pytest
 
 import serve
 from memory.store import open_keys
-from runtime.console import keys as key_verbs
 from runtime.console.speak import Failure, run
 from tests.api.worlds import ServedWorld
 
@@ -69,14 +68,12 @@ def test_a_running_server_is_asked_with_a_key(cli, tmp_path: Path, monkeypatch: 
             assert cli(*verb, "--url", world.url)[0] == 0
         played = cli("play", "--environment", "doors", "--tasks", "1", "--url", world.url)[1]
         assert played["num_tasks"] == 1
-        # The directory has its owner: the server there is asked, or it must be named.
-        monkeypatch.setattr(key_verbs, "DEFAULT_URL", world.url)
-        assert len(cli("keys", "list", "--data", str(tmp_path / "data"))[1]["data"]) == 1
-        monkeypatch.setattr(key_verbs, "DEFAULT_URL", "http://127.0.0.1:9")
+        # The directory has its owner: the server there is asked, once it has said where it is.
         code, refused = cli("keys", "list", "--data", str(tmp_path / "data"))
-        assert (
-            code == 1 and "in use by process" in refused["error"]["message"] and "--url" in refused["error"]["message"]
-        )
+        said = refused["error"]["message"]
+        assert code == 1 and "in use by process" in said and "--url" in said
+        world.memory.answers_at(world.url)
+        assert len(cli("keys", "list", "--data", str(tmp_path / "data"))[1]["data"]) == 1
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "192.0.2.7", "::"])

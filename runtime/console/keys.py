@@ -1,7 +1,8 @@
 """The verbs about keys: create, list, revoke.
 
 The embedded files have one owner process. So a verb opens the data directory when nobody has it, and asks the server
-when one does; with `--url` it asks that server and touches no file. Refuses to know how a key is kept.
+that has it else, never another one; with `--url` it asks that server and touches no file. Refuses to know how a key is
+kept.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from runtime.console.speak import Failure, perform
-from runtime.console.verbs import DEFAULT_URL, Config, Data, Json, Key, connect
+from runtime.console.verbs import Config, Data, Json, Key, connect
 
 if TYPE_CHECKING:
     from memory.keys import Keys
@@ -26,7 +27,7 @@ OpenKeys = Callable[[Path | None, str | None], "AbstractContextManager[Keys]"]
 
 Server = Annotated[
     str | None,
-    typer.Option("--url", envvar="RATCHET_URL", help=f"Ask this server; else open --data, or ask {DEFAULT_URL}."),
+    typer.Option("--url", envvar="RATCHET_URL", help="Ask this server, and leave --data alone."),
 ]
 
 
@@ -112,17 +113,15 @@ def _perform(
             async with connect(url, key) as client:
                 return await ask(client)
         from memory.errors import DataDirectoryInUse, StoreError
-        from runtime.console.client import NoServer
 
         try:
             with open_keys() as keys:
                 return await do(keys)
         except DataDirectoryInUse as owned:
-            try:
-                async with connect(DEFAULT_URL, key) as client:
-                    return await ask(client)
-            except NoServer:
+            if owned.url is None:
                 raise Failure(f"{owned}; or name its server with --url") from None
+            async with connect(owned.url, key) as client:
+                return await ask(client)
         except StoreError as error:
             raise Failure(str(error)) from None
 
