@@ -2,6 +2,7 @@
 
     serve.py serve      opens memory, starts the engine, wears the active policy, answers, learns when asked to
     serve.py doctor     looks at everything an answer depends on
+    serve.py keys       says who may ask: in the data directory, or through the server that has it
     serve.py ...        every other verb talks to the running server (runtime/console/)
 
 Refuses to do any of the work itself. Heavy packages are imported by what needs them: a client verb, and a game
@@ -16,16 +17,19 @@ import os
 import signal
 import socket
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from runtime.console.keys import add_key_verbs
 from runtime.console.speak import Failure, perform, run, say, watching
-from runtime.console.verbs import DEFAULT_URL, Json, Url, add_verbs
+from runtime.console.verbs import DEFAULT_URL, Config, Data, Json, Key, Url, add_verbs
 
 if TYPE_CHECKING:
+    from memory.keys import Keys
     from memory.schema import Cycle
     from memory.store import Memory
     from optimizer.config import OptimizerConfig
@@ -44,9 +48,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 add_verbs(app)
-
-Config = Annotated[Path | None, typer.Option("-c", "--config", help="A TOML file; ./ratchet.toml if it is there.")]
-Data = Annotated[str | None, typer.Option("--data", help="The data directory (.ratchet).")]
 
 
 def read_all_settings(config: Path | None, given: dict[str, str | None], extra: list[str]) -> Any:
@@ -85,7 +86,7 @@ def serve(
     config: Config = None,
     port: Annotated[str | None, typer.Option("--port", help="Where to listen (8080); 0 takes a free one.")] = None,
     host: Annotated[
-        str | None, typer.Option("--host", help="The loopback by default: nobody is asked who they are.")
+        str | None, typer.Option("--host", help="The loopback by default; any other address needs keys.")
     ] = None,
     data: Data = None,
     as_json: Json = False,
@@ -127,7 +128,8 @@ async def run_server(settings: Any, phases: Phases, *, as_json: bool) -> None:
     """Open, start, announce, answer, and stop every child when told to.
 
     Raises:
-        Failure: the data directory is in use, the port is taken, the engine does not start.
+        Failure: the data directory is in use, the port is taken, the engine does not start, the address is open to
+            others and there are no keys.
     """
     from memory.errors import StoreError
     from runtime.errors import EngineError
@@ -137,6 +139,7 @@ async def run_server(settings: Any, phases: Phases, *, as_json: bool) -> None:
         asyncio.get_running_loop().add_signal_handler(one, stop.set)
     try:
         with listen(settings.server.host, settings.server.port) as listener, open_memory(settings, phases) as memory:
+            refuse_open_door(settings.server.host, memory.keys)
             await live(compose(memory, settings, phases), listener, settings, stop, phases, as_json=as_json)
     except (StoreError, EngineError, ValueError, OSError) as error:
         raise Failure(str(error)) from error
@@ -153,6 +156,28 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise Failure(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
     return listener
+
+
+def refuse_open_door(host: str, keys: Keys) -> None:
+    """Raise Failure for an address that others reach, while nobody is asked who they are."""
+    if not keys.is_required and not is_loopback(host):
+        raise Failure(
+            f"server.host = {host!r} is open to others and no key was ever made: make one with "
+            "`serve.py keys create NAME --scope admin`, or listen on 127.0.0.1"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address; a name must lead to such addresses alone."""
+    import ipaddress
+
+    if not host:  # every address there is
+        return False
+    try:
+        found = {each[4][0] for each in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
 
 
 def open_memory(settings: Any, phases: Phases) -> Memory:
@@ -197,7 +222,8 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
         complete=complete if settings.engine.model or settings.engine.url else None,
     )
     learner = Learner(memory, settings.optimizer, seams)
-    return Services(memory, agent, engine, hotswap, learner, environments, toolbox)
+    limits = settings.server.limits
+    return Services(memory, agent, engine, hotswap, learner, environments, toolbox, limits)
 
 
 async def live(
@@ -216,6 +242,7 @@ async def live(
     answering = asyncio.ensure_future(server.serve(sockets=[listener]))
     starting = asyncio.ensure_future(start(services, settings, phases))
     background: list[asyncio.Future[Any]] = []
+    services.memory.answers_at(url_of(listener))
     try:
         if await happens_first(stop, starting, answering):
             return
@@ -265,14 +292,16 @@ def name_base(engine: Any, model: str | None) -> str:
 
 def announce(services: Services, listener: socket.socket, *, as_json: bool) -> None:
     """Say where the agent answers, and three things to try."""
-    host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = url_of(listener)
     policy = services.memory.policies.get(services.hotswap.active_version)
     facts = {"url": url, "policy": policy.name, "base_model": policy.base_model, "data": str(services.memory.data_dir)}
+    facts["requires_key"] = services.memory.keys.is_required
+    who = "Everybody needs a key." if facts["requires_key"] else "There are no keys: it listens on the loopback only."
     option = "" if url == DEFAULT_URL else f" --url {url}"
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
     text = f"""
 Ratchet answers at {url} as policy {policy.name}; its API is described at {url}/docs
+{who}
 Three things to try, in another terminal:
 
   {python} serve.py play --tasks 32{option}
@@ -281,6 +310,11 @@ Three things to try, in another terminal:
 
 Ctrl-C stops it."""
     say(facts, as_json=as_json, show=lambda _: text)
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 async def happens_first(stop: asyncio.Event, *tasks: asyncio.Future[Any]) -> bool:
@@ -355,7 +389,9 @@ class Learner:
 
 
 @app.command("rebuild-index")
-def rebuild_index(config: Config = None, data: Data = None, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+def rebuild_index(
+    config: Config = None, data: Data = None, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False
+) -> None:
     """Rebuild what finds memories from the rows; by the running server, or here if none runs."""
     from runtime.console.client import Client, NoServer
 
@@ -363,7 +399,7 @@ def rebuild_index(config: Config = None, data: Data = None, url: Url = DEFAULT_U
 
     async def work() -> dict[str, Any]:
         with contextlib.suppress(NoServer):
-            async with Client(url) as client:
+            async with Client(url, key=key) as client:
                 return await client.post("/v1/index/rebuild")
         prepare_environment(settings)
         with open_memory_here(settings) as memory:
@@ -377,7 +413,12 @@ def rebuild_index(config: Config = None, data: Data = None, url: Url = DEFAULT_U
 
 @app.command(context_settings=OPEN_ENDED)
 def doctor(
-    context: typer.Context, config: Config = None, data: Data = None, url: Url = DEFAULT_URL, as_json: Json = False
+    context: typer.Context,
+    config: Config = None,
+    data: Data = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: Json = False,
 ) -> None:
     """Look at everything an answer depends on; with no server running, start an engine to ask it for a real token."""
     from runtime.console import show
@@ -387,7 +428,7 @@ def doctor(
 
     async def work() -> dict[str, Any]:
         with contextlib.suppress(NoServer):
-            async with Client(url) as client:
+            async with Client(url, key=key) as client:
                 return await client.get("/v1/doctor")
         prepare_environment(settings)
         phases = show.Phases(watching(as_json), is_silent=as_json)
@@ -435,6 +476,16 @@ def open_memory_here(settings: Any) -> Memory:
         raise Failure(str(error)) from error
     send_logs_to(memory.data_dir / "logs" / "ratchet.log")
     return memory
+
+
+def open_keys_of(config: Path | None, data: str | None) -> AbstractContextManager[Keys]:
+    """Return the keys in a data directory, to be opened."""
+    from memory.store import open_keys
+
+    return open_keys(read_all_settings(config, {"data": data}, []).data)
+
+
+add_key_verbs(app, open_keys_of)
 
 
 @app.command()

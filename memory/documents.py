@@ -1,7 +1,7 @@
 """Semantic memory to read from: documents, split along their own structure into passages small enough to show.
 
-This module refuses to know how passages are found. Invariants: a title names one document; a document is replaced
-as a whole, in one transaction, and only when its content changed.
+This module refuses to know how passages are found. Invariants: a title names one document of a tenant; a document is
+replaced as a whole, in one transaction, and only when its content changed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Documents:
         self._database = database
         self._passage_chars = passage_tokens * CHARS_PER_TOKEN
 
-    async def ingest(self, title: str, content: str | Path) -> Document:
+    async def ingest(self, title: str, content: str | Path, *, tenant: str = "") -> Document:
         """Keep a document, given as text or as a UTF-8 file; return the row. The same content again changes nothing.
 
         Raises: ValueError for a blank title, an empty document or a file that isn't UTF-8 text; OSError when it
@@ -53,35 +53,37 @@ class Documents:
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
         def write(session: Session) -> Document:
-            known = session.exec(select(Document).where(Document.digest == digest)).first()
+            theirs = select(Document).where(Document.tenant == tenant)
+            known = session.exec(theirs.where(Document.digest == digest)).first()
             if known is not None:
                 return known
-            replaced = session.exec(select(Document).where(Document.title == title)).first()
+            replaced = session.exec(theirs.where(Document.title == title)).first()
             if replaced is not None:
                 _remove(session, replaced)
-            return _add(session, title, digest, passages)
+            return _add(session, Document(id=new_id("doc"), tenant=tenant, title=title, digest=digest), passages)
 
         return await self._database.write(write)
 
-    async def remove(self, document_id: str) -> None:
+    async def remove(self, document_id: str, *, tenant: str = "") -> None:
         """Forget a document and its passages. Raises: UnknownDocument."""
-        await self._database.write(lambda session: _remove(session, _require(session, document_id)))
+        await self._database.write(lambda session: _remove(session, _require(session, document_id, tenant)))
 
-    def get(self, document_id: str) -> Document:
-        """Return one document. Raises: UnknownDocument."""
+    def get(self, document_id: str, *, tenant: str = "") -> Document:
+        """Return one document. Raises: UnknownDocument, also for another tenant's."""
         with self._database.read() as session:
-            return _require(session, document_id)
+            return _require(session, document_id, tenant)
 
-    def passages(self, document_id: str) -> builtins.list[Passage]:
+    def passages(self, document_id: str, *, tenant: str = "") -> builtins.list[Passage]:
         """Return a document's passages in order. Raises: UnknownDocument."""
         with self._database.read() as session:
-            _require(session, document_id)
+            _require(session, document_id, tenant)
             return builtins.list(session.exec(_passages_of(document_id)))
 
-    def list(self) -> builtins.list[Document]:
-        """Return all documents, by title."""
+    def list(self, *, tenant: str = "") -> builtins.list[Document]:
+        """Return all documents of a tenant, by title."""
+        query = select(Document).where(Document.tenant == tenant)
         with self._database.read() as session:
-            return builtins.list(session.exec(select(Document).order_by(col(Document.title))))
+            return builtins.list(session.exec(query.order_by(col(Document.title))))
 
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:
@@ -138,8 +140,7 @@ def _read(path: Path) -> str:
         raise ValueError(f"{str(path)!r} is not UTF-8 text: convert it to text first") from error
 
 
-def _add(session: Session, title: str, digest: str, passages: builtins.list[str]) -> Document:
-    document = Document(id=new_id("doc"), title=title, digest=digest)
+def _add(session: Session, document: Document, passages: builtins.list[str]) -> Document:
     session.add(document)
     session.flush()  # the passages point at it
     for position, text in enumerate(passages):
@@ -162,8 +163,8 @@ def _passages_of(document_id: str):
     return select(Passage).where(Passage.document_id == document_id).order_by(col(Passage.position))
 
 
-def _require(session: Session, document_id: str) -> Document:
+def _require(session: Session, document_id: str, tenant: str) -> Document:
     document = session.get(Document, document_id)
-    if document is None:
+    if document is None or document.tenant != tenant:
         raise UnknownDocument(f"no document has the id {document_id!r}: list them to see which exist")
     return document

@@ -10,6 +10,7 @@
     |   +-- UnknownDocument
     |   +-- UnknownCycle
     |   +-- UnknownResponse
+    |   +-- UnknownKey
     +-- IllegalMove              a stage may not go there (also a ValueError)
     |   +-- NothingToRollBackTo
     +-- OtherBaseModel           the directory's policies stand on another base model (also a ValueError)
@@ -38,7 +39,11 @@ class DatabaseTooNew(StorageError):
 
 
 class DataDirectoryInUse(StoreError):
-    """Another process owns the data directory."""
+    """Another process owns the data directory. `url`: where it answers, if it says so."""
+
+    def __init__(self, message: str, *, url: str | None = None) -> None:
+        super().__init__(message)
+        self.url = url
 
 
 class UnknownRow(StoreError, LookupError):
@@ -63,6 +68,10 @@ class UnknownCycle(UnknownRow):
 
 class UnknownResponse(UnknownRow):
     """No response has that id, or it was deleted."""
+
+
+class UnknownKey(UnknownRow):
+    """No API key has that id."""
 
 
 class IllegalMove(StoreError, ValueError):

@@ -1,6 +1,7 @@
 """What people and programs say of an episode, kept as it was posted; a number among it becomes a reward.
 
-This module refuses to know what a correction teaches. Invariant: one id, one body: posting it again changes nothing.
+This module refuses to know what a correction teaches. Invariants: one id of one tenant, one body: posting it again
+changes nothing; feedback and its trajectory are of one tenant.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ class FeedbackBook:
             check_reward(values["value"])
 
         def write(session: Session) -> tuple[Feedback, bool]:
-            known = session.get(Feedback, values["id"])
+            place = (values["tenant"], values["id"])
+            known = session.get(Feedback, place)
             if known is not None:
                 return _same(known, values), False
-            if session.get(Trajectory, values["trajectory_id"]) is None:
+            target = session.get(Trajectory, values["trajectory_id"])
+            if target is None or target.tenant != values["tenant"]:
                 raise UnknownTrajectory(
                     f"no trajectory has the id {values['trajectory_id']!r}: feedback needs its target"
                 )
@@ -50,7 +53,7 @@ class FeedbackBook:
                 reason = ": ".join(part for part in (values["name"], values["comment"]) if part)
                 reward = float(values["value"])
                 self._trajectories.add_reward(session, values["trajectory_id"], reward, RewardSource.USER, reason)
-            return session.get_one(Feedback, values["id"]), True
+            return session.get_one(Feedback, place), True
 
         return await self._database.write(write)
 

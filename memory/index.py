@@ -68,17 +68,19 @@ class MemoryIndex:
         where: Mapping[str, str] | None = None,
         num: int = 10,
         *,
+        tenant: str = "",
         exclude_task: str | None = None,
         min_similarity: float = -1.0,
     ) -> list[tuple[str, float]]:
-        """Return (row id, score) of what fits the query, best first. `where` may name an environment and a kind.
+        """Return (row id, score) of what fits the query, best first, of one tenant. `where` may name an environment and
+        a kind.
 
         Never fails for the index's sake: without meanings it finds by word, without words nothing. Raises:
         ValueError for a collection or a filter that doesn't exist.
         """
         if collection not in COLLECTIONS:
             raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
-        where = dict(where or {})
+        where = {"tenant": tenant, **(where or {})}
         if not query_text.strip() or not await self._has_any(collection, where):
             return []
         by_word, by_meaning = await asyncio.gather(

@@ -5,7 +5,8 @@ are shown. The operations and their limits are ExpeL's (arXiv 2308.10144), with 
 an operation, and an ADD of a text that is there counts as AGREE instead of nothing. At most 4 operations a critique
 is for whoever asks the critic.
 
-Invariants: one active row per (environment, kind of task, text); strength is above 0 as long as an insight is active.
+Invariants: one active row per (tenant, environment, kind of task, text); strength is above 0 as long as an insight
+is active.
 """
 
 from __future__ import annotations
@@ -55,6 +56,12 @@ class InsightOperation:
     new_text: str | None = None
     counts: SupportCounts | None = None
     """The latest tally; it replaces the row's."""
+    tenant: str = ""
+    """Whose lesson it is: the tenant of the episodes behind it."""
+
+
+Place = tuple[str, str, str]
+"""(tenant, environment, kind of task): where lessons carry over."""
 
 
 class Insights:
@@ -80,9 +87,9 @@ class Insights:
 
         return await self._database.write(write)
 
-    def active(self, environment: str | None = None, kind: str | None = None) -> list[Insight]:
-        """Return the insights in force, strongest first."""
-        query = select(Insight).where(col(Insight.removed_at).is_(None))
+    def active(self, environment: str | None = None, kind: str | None = None, *, tenant: str = "") -> list[Insight]:
+        """Return a tenant's insights in force, strongest first."""
+        query = select(Insight).where(col(Insight.removed_at).is_(None), Insight.tenant == tenant)
         if environment is not None:
             query = query.where(Insight.environment == environment)
         if kind is not None:
@@ -98,12 +105,12 @@ class _Lists:
     def __init__(self, session: Session, max_kept: int) -> None:
         self._session = session
         self._max_kept = max_kept
-        self._lists: dict[tuple[str, str], dict[str, Insight]] = {}
-        self._full: dict[tuple[str, str], bool] = {}
+        self._lists: dict[Place, dict[str, Insight]] = {}
+        self._full: dict[Place, bool] = {}
 
     def apply(self, operation: InsightOperation) -> Insight | None:
         """Apply one operation; return the insight that changed."""
-        place = (operation.environment, operation.task_kind)
+        place = (operation.tenant, operation.environment, operation.task_kind)
         rows = self._rows(place)
         insight = rows.get(_key(operation.text))
         is_active = insight is not None and insight.removed_at is None
@@ -122,17 +129,20 @@ class _Lists:
             case OperationKind.EDIT:
                 return self._edit(place, insight, operation)
 
-    def _rows(self, place: tuple[str, str]) -> dict[str, Insight]:
+    def _rows(self, place: Place) -> dict[str, Insight]:
         """Return this list's rows by text, removed ones too: their texts are taken."""
         if place not in self._lists:
-            query = select(Insight).where(Insight.environment == place[0], Insight.kind == place[1])
+            tenant, environment, kind = place
+            query = select(Insight).where(
+                Insight.tenant == tenant, Insight.environment == environment, Insight.kind == kind
+            )
             rows = self._session.exec(query.order_by(col(Insight.removed_at).is_(None), col(Insight.id))).all()
             self._lists[place] = {_key(insight.text): insight for insight in rows}
             num_active = sum(insight.removed_at is None for insight in rows)
             self._full[place] = num_active >= self._max_kept + OVERFLOW
         return self._lists[place]
 
-    def _edit(self, place: tuple[str, str], insight: Insight, operation: InsightOperation) -> Insight:
+    def _edit(self, place: Place, insight: Insight, operation: InsightOperation) -> Insight:
         rows = self._rows(place)
         new_key = _key(operation.new_text)
         other = rows.get(new_key)
@@ -148,10 +158,13 @@ class _Lists:
         return self._strengthen(insight, 1, operation.counts)
 
     def _add(
-        self, place: tuple[str, str], removed: Insight | None, text: str, strength: int, counts: SupportCounts | None
+        self, place: Place, removed: Insight | None, text: str, strength: int, counts: SupportCounts | None
     ) -> Insight:
         """Make an insight, or bring back the removed one that has this text."""
-        insight = removed or Insight(id=new_id("ins"), environment=place[0], kind=place[1], text=_tidy(text))
+        tenant, environment, kind = place
+        insight = removed or Insight(
+            id=new_id("ins"), tenant=tenant, environment=environment, kind=kind, text=_tidy(text)
+        )
         insight.removed_at = None
         insight.strength = 0
         self._rows(place)[_key(text)] = insight

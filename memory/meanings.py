@@ -173,7 +173,8 @@ def _check_file(path: Path) -> None:
 
 
 def _metadata(entry: Searchable) -> dict[str, str]:
-    return {"environment": entry.environment, "kind": entry.kind, "task": entry.task, "digest": entry.digest}
+    place = {"tenant": entry.tenant, "environment": entry.environment, "kind": entry.kind, "task": entry.task}
+    return place | {"digest": entry.digest}
 
 
 def _where(where: Mapping[str, str], exclude_task: str | None) -> dict[str, Any] | None:

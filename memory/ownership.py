@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -15,6 +16,7 @@ from typing import IO
 from memory.errors import DataDirectoryInUse, StorageError
 
 LOCK_NAME = "owner.lock"
+ADDRESS = re.compile(r" at (https?://\S+)$")
 
 
 def take_ownership(data_dir: Path) -> IO[str]:
@@ -35,10 +37,18 @@ def take_ownership(data_dir: Path) -> IO[str]:
         lock.seek(0)
         owner = lock.read().strip() or "another process"
         lock.close()
+        address = ADDRESS.search(owner)
         raise DataDirectoryInUse(
-            f"data directory {str(data_dir)!r} is in use by {owner}: stop it, or choose another directory"
+            f"data directory {str(data_dir)!r} is in use by {owner}: stop it, or choose another directory",
+            url=address and address[1],
         ) from error
     lock.truncate(0)
     lock.write(f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
     lock.flush()
     return lock
+
+
+def tell_address(lock: IO[str], url: str) -> None:
+    """Let whoever finds the directory taken know where its owner answers."""
+    lock.write(f" at {url}")
+    lock.flush()

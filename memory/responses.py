@@ -1,7 +1,8 @@
 """Answers of the Responses API, kept as they were sent.
 
 This module refuses to know what an item means. Deleting a response forgets the copy kept for its client, not the
-trajectory that was lived. Invariant: a conversation is found whole or not at all.
+trajectory that was lived. Invariants: a conversation is found whole or not at all; another tenant's response is one
+that was never stored.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ class Responses:
         values = response.model_dump()
         await self._database.write(lambda session: session.execute(insert(StoredResponse).values(**values)))
 
-    def get(self, response_id: str) -> StoredResponse:
+    def get(self, response_id: str, *, tenant: str = "") -> StoredResponse:
         """Return one response. Raises: UnknownResponse."""
         with self._database.read() as session:
-            return _require(session, response_id)
+            return _require(session, response_id, tenant)
 
-    def conversation(self, response_id: str) -> builtins.list[StoredResponse]:
+    def conversation(self, response_id: str, *, tenant: str = "") -> builtins.list[StoredResponse]:
         """Return the responses that led to this one, oldest first, itself last.
 
         Raises: UnknownResponse, also when one on the way was deleted.
@@ -41,17 +42,17 @@ class Responses:
         with self._database.read() as session:
             next_id: str | None = response_id
             while next_id is not None:
-                chain.append(_require(session, next_id))
+                chain.append(_require(session, next_id, tenant))
                 next_id = chain[-1].previous_id
         return chain[::-1]
 
-    async def delete(self, response_id: str) -> None:
+    async def delete(self, response_id: str, *, tenant: str = "") -> None:
         """Forget it. Raises: UnknownResponse."""
-        await self._database.write(lambda session: session.delete(_require(session, response_id)))
+        await self._database.write(lambda session: session.delete(_require(session, response_id, tenant)))
 
 
-def _require(session: Session, response_id: str) -> StoredResponse:
+def _require(session: Session, response_id: str, tenant: str) -> StoredResponse:
     response = session.get(StoredResponse, response_id)
-    if response is None:
+    if response is None or response.tenant != tenant:
         raise UnknownResponse(f"no response has the id {response_id!r}: it was never stored, or was deleted")
     return response

@@ -3,7 +3,8 @@
 This module refuses to know how an episode is played and how the index finds. What is shown is data: markers of
 memory and of the chat in it are broken, so that nothing remembered can speak as the system.
 
-Invariants: never an exemplar of the task that is asked; never over the budget; the layout of the segment is what
+Invariants: nothing of another tenant, even where an index is behind: rows are asked again whose they are; never an
+exemplar of the task that is asked; never over the budget; the layout of the segment is what
 models were trained on, to the character.
 """
 
@@ -86,6 +87,7 @@ class Retrieval:
         exclude_task: str | None = None,
         budget_tokens: int | None = None,
         count_tokens: Callable[[str], int] = estimate,
+        tenant: str = "",
     ) -> Recollection:
         """Return what memory has to show for a task, best first, as much as fits the budget.
 
@@ -95,13 +97,16 @@ class Retrieval:
         if budget <= 0:
             return Recollection()
         try:
-            return await self._retrieve(environment or "", kind, query_text, exclude_task or task, budget, count_tokens)
+            return await self._retrieve(
+                tenant, environment or "", kind, query_text, exclude_task or task, budget, count_tokens
+            )
         except StorageError as error:
             logger.warning("answering without memory: %s", error)
             return Recollection()
 
     async def _retrieve(
         self,
+        tenant: str,
         environment: str,
         kind: str,
         query_text: str,
@@ -111,16 +116,20 @@ class Retrieval:
     ) -> Recollection:
         segment, ids = _Segment(), []
         sections = (
-            (segment.insights, self._config.max_insights, await self._find_insights(environment, kind, query_text)),
+            (
+                segment.insights,
+                self._config.max_insights,
+                await self._find_insights(tenant, environment, kind, query_text),
+            ),
             (
                 segment.exemplars,
                 self._config.max_exemplars,
-                await self._find_exemplars(environment, kind, query_text, exclude_task),
+                await self._find_exemplars(tenant, environment, kind, query_text, exclude_task),
             ),
             (
                 segment.passages,
                 self._config.max_passages,
-                await self._find_passages(query_text, self._config.max_passages),
+                await self._find_passages(tenant, query_text, self._config.max_passages),
             ),
         )
         for shown, most, found in sections:
@@ -135,48 +144,50 @@ class Retrieval:
         text = segment.render()
         return Recollection(text, ids, count_tokens(text)) if text else Recollection()
 
-    async def _find_insights(self, environment: str, kind: str, query_text: str) -> list[tuple[str, str]]:
+    async def _find_insights(self, tenant: str, environment: str, kind: str, query_text: str) -> list[tuple[str, str]]:
         """Return the insights that evidence supports; where there are too many, strength and meaning choose."""
-        insights = {it.id: it for it in self._insights.active(environment, kind) if is_supported(it)}
+        insights = {it.id: it for it in self._insights.active(environment, kind, tenant=tenant) if is_supported(it)}
         ranked = list(insights)
         if self._config.max_insights == 0:
             return []
         if len(ranked) > self._config.max_insights:
             where = {"environment": environment, "kind": kind}
             near = await self._index.find(
-                "insights", query_text, where, self._config.max_insights, min_similarity=MIN_SIMILARITY
+                "insights", query_text, where, self._config.max_insights, tenant=tenant, min_similarity=MIN_SIMILARITY
             )
             ranked = [row_id for row_id, _ in fuse(ranked, [row_id for row_id, _ in near if row_id in insights])]
         return [(row_id, insights[row_id].text) for row_id in ranked]
 
     async def _find_exemplars(
-        self, environment: str, kind: str, query_text: str, exclude_task: str | None
+        self, tenant: str, environment: str, kind: str, query_text: str, exclude_task: str | None
     ) -> list[tuple[str, str]]:
         """Return solved tasks of the same kind, never the task itself: of the similar ones the shortest first."""
         num = SIMILAR_PER_SHOWN * self._config.max_exemplars
         if num == 0:
             return []
         where = {"environment": environment, "kind": kind}
-        near = await self._index.find("exemplars", query_text, where, num, exclude_task=exclude_task)
+        near = await self._index.find("exemplars", query_text, where, num, tenant=tenant, exclude_task=exclude_task)
         with self._database.read() as session:
-            trajectories = [it for row_id, _ in near if (it := session.get(Trajectory, row_id)) is not None]
+            found = [it for row_id, _ in near if (it := session.get(Trajectory, row_id)) is not None]
+            trajectories = [trajectory for trajectory in found if trajectory.tenant == tenant]
             trajectories.sort(key=lambda trajectory: trajectory.num_steps)
             return [
                 (it.id, render_exemplar(it.task_text, _steps(session, it.id))) for it in _one_per_task(trajectories)
             ]
 
-    async def find_passages(self, query_text: str, num: int) -> list[str]:
+    async def find_passages(self, query_text: str, num: int, *, tenant: str = "") -> list[str]:
         """Return the passages nearest to a question, each after its document's title, best first.
 
         Raises: StorageError.
         """
-        return [neutralise(text) for _, text in await self._find_passages(query_text, num)]
+        return [neutralise(text) for _, text in await self._find_passages(tenant, query_text, num)]
 
-    async def _find_passages(self, query_text: str, num: int) -> list[tuple[str, str]]:
+    async def _find_passages(self, tenant: str, query_text: str, num: int) -> list[tuple[str, str]]:
         if num == 0:
             return []
-        near = await self._index.find("passages", query_text, num=num, min_similarity=MIN_SIMILARITY)
+        near = await self._index.find("passages", query_text, num=num, tenant=tenant, min_similarity=MIN_SIMILARITY)
         query = select(Passage, Document.title).join(Document, col(Document.id) == Passage.document_id)
+        query = query.where(Document.tenant == tenant)
         with self._database.read() as session:
             rows = session.exec(query.where(col(Passage.id).in_([row_id for row_id, _ in near]))).all()
         texts = {passage.id: f"{title}: {passage.text}" for passage, title in rows}

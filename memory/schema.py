@@ -3,7 +3,8 @@
 This module refuses to know how rows are written, found or shown. Text and truth live here; everything else
 (vectors, word lists) is an index that can be rebuilt from these rows.
 
-Invariants: rows are append-only except for a stage column, and a stage moves only along `LEGAL_MOVES`.
+Invariants: rows are append-only except for a stage column, and a stage moves only along `LEGAL_MOVES`. What was lived,
+said, read and learned in words belongs to one tenant; `""` is the default one. Policies and cycles are everybody's.
 """
 
 from __future__ import annotations
@@ -149,9 +150,11 @@ class Trajectory(SQLModel, table=True):
     __table_args__ = (
         Index("trajectories_by_task", "environment", "task"),
         Index("trajectories_by_stage", "stage", "closed_at"),
+        Index("trajectories_by_tenant", "tenant", "id"),
     )
 
     id: str = Field(primary_key=True)
+    tenant: str = ""
     episode_id: str = Field(index=True)
     environment: str | None = None  # None: asked by a client, not replayable
     task: str | None = None
@@ -222,6 +225,7 @@ class StoredResponse(SQLModel, table=True):
     __tablename__ = "responses"
 
     id: str = Field(primary_key=True)
+    tenant: str = ""
     trajectory_id: str = Field(foreign_key="trajectories.id", index=True)
     previous_id: str | None = None
     """The response this one went on from; not a foreign key, because that one may be deleted."""
@@ -257,6 +261,7 @@ class Feedback(SQLModel, table=True):
 
     __tablename__ = "feedback"
 
+    tenant: str = Field(default="", primary_key=True)  # two tenants may choose the same id
     id: str = Field(primary_key=True)  # the poster's, for idempotency, or ours
     trajectory_id: str = Field(foreign_key="trajectories.id", index=True)
     name: str = "reward"
@@ -273,9 +278,10 @@ class Insight(SQLModel, table=True):
     """A lesson in words, for one kind of task, with ExpeL's strength and the counts that support it."""
 
     __tablename__ = "insights"
-    __table_args__ = (UniqueConstraint("environment", "kind", "text"),)
+    __table_args__ = (UniqueConstraint("tenant", "environment", "kind", "text"),)
 
     id: str = Field(primary_key=True)
+    tenant: str = ""
     environment: str
     kind: str
     text: str = Field(sa_type=CleanText)
@@ -294,9 +300,11 @@ class Document(SQLModel, table=True):
     """Something the agent was given to read. Replaced as a whole when its content changes."""
 
     __tablename__ = "documents"
+    __table_args__ = (UniqueConstraint("tenant", "title"),)
 
     id: str = Field(primary_key=True)
-    title: str = Field(sa_type=CleanText, unique=True)
+    tenant: str = ""
+    title: str = Field(sa_type=CleanText)
     digest: str
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
@@ -370,6 +378,34 @@ class Cycle(SQLModel, table=True):
     error: str | None = Field(default=None, sa_type=CleanText)
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     closed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class Scope(StrEnum):
+    """What a key may be used for."""
+
+    INFER = "infer"
+    FEEDBACK = "feedback"
+    LEARN = "learn"
+    ADMIN = "admin"  # all of the above, too
+
+
+class ApiKey(SQLModel, table=True):
+    """A key as it is kept: never the key itself, only the digest by which it is known again."""
+
+    __tablename__ = "api_keys"
+
+    id: str = Field(primary_key=True)
+    digest: str = Field(unique=True)
+    """SHA-256 of the key, in hex."""
+    name: str = Field(sa_type=CleanText)
+    tenant: str = ""
+    scopes: list[str] = Field(default_factory=list, sa_column=Column(JSON))
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+    revoked_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    last_used_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    """To the minute."""
 
 
 class Outbox(SQLModel, table=True):

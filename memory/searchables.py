@@ -21,18 +21,20 @@ MAX_IDS = 500  # of one query: SQLite bounds its variables
 
 @dataclass(frozen=True)
 class Searchable:
-    """One row as the index sees it. Empty strings where a row has no environment, kind or task."""
+    """One row as the index sees it. Empty strings where a row has no environment, kind or task, and for the default
+    tenant."""
 
     row_id: str
     text: str
     environment: str = ""
     kind: str = ""
     task: str = ""
+    tenant: str = ""
 
     @property
     def digest(self) -> str:
         """What changes when anything the index holds of this row changes."""
-        told = "\x00".join((self.text, self.environment, self.kind, self.task))
+        told = "\x00".join((self.text, self.environment, self.kind, self.task, self.tenant))
         return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -62,7 +64,7 @@ class Searchables:
                 query = _among(self._trajectories.exemplary(), Trajectory.id, ids)
                 return [_of_exemplar(row) for row in session.scalars(query)]
             case "passages":
-                query = select(Passage, Document.title).join(Document, col(Document.id) == Passage.document_id)
+                query = select(Passage, Document).join(Document, col(Document.id) == Passage.document_id)
                 return [_of_passage(*row) for row in session.exec(_among(query, Passage.id, ids))]
         raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
 
@@ -72,16 +74,17 @@ def _among(query, column, ids: list[str] | None):
 
 
 def _of_insight(insight: Insight) -> Searchable:
-    return Searchable(insight.id, insight.text, insight.environment, insight.kind)
+    return Searchable(insight.id, insight.text, insight.environment, insight.kind, tenant=insight.tenant)
 
 
 def _of_exemplar(trajectory: Trajectory) -> Searchable:
     text = trajectory.task_text or _last_request(trajectory) or trajectory.kind
-    return Searchable(trajectory.id, text, trajectory.environment or "", trajectory.kind, trajectory.task or "")
+    place = (trajectory.environment or "", trajectory.kind, trajectory.task or "")
+    return Searchable(trajectory.id, text, *place, tenant=trajectory.tenant)
 
 
-def _of_passage(passage: Passage, title: str) -> Searchable:
-    return Searchable(passage.id, f"{title}: {passage.text}")
+def _of_passage(passage: Passage, document: Document) -> Searchable:
+    return Searchable(passage.id, f"{document.title}: {passage.text}", tenant=document.tenant)
 
 
 def _last_request(trajectory: Trajectory) -> str:

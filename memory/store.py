@@ -6,6 +6,7 @@ This module refuses to know what any of it is for. Invariant: one process owns t
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -18,7 +19,8 @@ from memory.encoder import Encoder, SentenceEncoder
 from memory.feedback import FeedbackBook
 from memory.index import MemoryIndex
 from memory.insights import Insights
-from memory.ownership import take_ownership
+from memory.keys import Keys
+from memory.ownership import take_ownership, tell_address
 from memory.policies import Policies
 from memory.responses import Responses
 from memory.retrieval import Retrieval
@@ -42,6 +44,7 @@ class Memory:
         self.policies = Policies(self.database)
         self.cycles = Cycles(self.database)
         self.responses = Responses(self.database)
+        self.keys = Keys(self.database)
         self.feedback = FeedbackBook(self.database, self.trajectories)
         self.index = MemoryIndex(self.database, self.trajectories, data_dir / INDEX_NAME, encoder, config)
         self.retrieval = Retrieval(self.database, self.insights, self.index, config)
@@ -64,6 +67,10 @@ class Memory:
         memory.index.start()
         return memory
 
+    def answers_at(self, url: str) -> None:
+        """Have whoever finds the directory taken told where to ask instead."""
+        tell_address(self._lock, url)
+
     def close(self) -> None:
         """Finish what is being written, and give the directory up."""
         with contextlib.ExitStack() as stack:
@@ -78,3 +85,14 @@ class Memory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def open_keys(data_dir: Path) -> Iterator[Keys]:
+    """Take the directory for its keys alone: no encoder is loaded, no index is opened.
+
+    Raises: DataDirectoryInUse, naming the owner; StorageError.
+    """
+    data_dir = Path(data_dir).absolute()
+    with contextlib.closing(take_ownership(data_dir)), contextlib.closing(Database(data_dir / DATABASE_NAME)) as rows:
+        yield Keys(rows)

@@ -1,5 +1,7 @@
 """Episodic memory: trajectories from the first message to the last reward, each step durable before the next.
 
+A `tenant` of None, where one can be given, means "whoever's": for the server's own work, never for a caller's question.
+
 This module refuses to know who acts, how a reward is decided, or how exemplars are found; it only tells the outbox
 which trajectory is worth another look. The flow: open, append ..., close; rewards may come before or after the
 close.
@@ -177,12 +179,15 @@ class Trajectories:
         handover_digest: str | None = None,
         episode_id: str | None = None,
         handed_over_before: datetime | None = None,
+        tenant: str | None = None,
     ) -> builtins.list[Trajectory]:
         """Return the running trajectories whose last reply handed tool calls over to a client, oldest first."""
         handover = _last_handover(handover_digest, handed_over_before)
         is_meant = [Trajectory.stage == TrajectoryStage.RUNNING]
         if episode_id is not None:
             is_meant.append(Trajectory.episode_id == episode_id)
+        if tenant is not None:
+            is_meant.append(Trajectory.tenant == tenant)
         with self._database.read() as session:
             if handover_digest is not None:
                 # In two steps, so that SQLite begins with the few of this digest, not with all that run.
@@ -212,10 +217,16 @@ class Trajectories:
 
         return await self._database.write(write)
 
-    def get(self, trajectory_id: str) -> Trajectory:
-        """Return one trajectory. Raises: UnknownTrajectory."""
+    def get(self, trajectory_id: str, *, tenant: str | None = None) -> Trajectory:
+        """Return one trajectory. Raises: UnknownTrajectory, also for another tenant's."""
         with self._database.read() as session:
-            return _require(session, trajectory_id)
+            return _require(session, trajectory_id, tenant)
+
+    def newest_of(self, episode_id: str, *, tenant: str) -> Trajectory | None:
+        """Return the newest trajectory of an episode, if it has any."""
+        query = select(Trajectory).where(Trajectory.episode_id == episode_id, Trajectory.tenant == tenant)
+        with self._database.read() as session:
+            return session.exec(query.order_by(col(Trajectory.id).desc()).limit(1)).first()
 
     def steps(self, trajectory_id: str, *, since: int = 0, with_token_ids: bool = True) -> builtins.list[Step]:
         """Return the steps so far from position `since` on, in order. Raises: UnknownTrajectory.
@@ -238,15 +249,16 @@ class Trajectories:
             num_steps, num_model_calls, prompt_bytes // BYTES_PER_TOKEN_ID, output_bytes // BYTES_PER_TOKEN_ID
         )
 
-    def recorded_result(self, tool_name: str, arguments: dict[str, Any]) -> str | None:
-        """Return what a tool yielded when it was last called with these arguments in a live episode, without error.
+    def recorded_result(self, tool_name: str, arguments: dict[str, Any], *, tenant: str = "") -> str | None:
+        """Return what a tool yielded when it was last called with these arguments in a live episode of this tenant,
+        without error.
 
         Looks at the newest `MAX_EPISODES_SEEN` live episodes, and in the newest `MAX_EPISODES_READ` that held the tool.
         Blocks: for a thread.
         """
         live = (
             select(Trajectory.id, cast(Trajectory.tools, String).label("tools"))
-            .where(Trajectory.split == Split.LIVE)
+            .where(Trajectory.split == Split.LIVE, Trajectory.tenant == tenant)
             .order_by(col(Trajectory.id).desc())
             .limit(MAX_EPISODES_SEEN)
             .subquery()
@@ -286,7 +298,7 @@ class Trajectories:
         )
 
     def learnable(self, *, since: datetime | None = None, environment: str | None = None) -> builtins.list[Graded]:
-        """Return what may be learned from: finished, rewarded, not held out, oldest first.
+        """Return what may be learned from: finished, rewarded, not held out, oldest first; of all tenants.
 
         With `since`, only what was closed or rewarded after it: feedback may come late.
         """
@@ -315,10 +327,11 @@ class Trajectories:
         policy: int | None = None,
         stage: TrajectoryStage | None = None,
         is_success: bool | None = None,
+        tenant: str = "",
     ) -> builtins.list[TrajectoryView]:
         """Return trajectories with their rewards, newest first; pass the last id as `before_id` for the next page."""
         reward = _effective_reward_of(col(Trajectory.id)).label("reward")
-        query = select(Trajectory, reward)
+        query = select(Trajectory, reward).where(Trajectory.tenant == tenant)
         if before_id is not None:
             query = query.where(col(Trajectory.id) < before_id)
         for column, wanted in (
@@ -361,9 +374,9 @@ def check_reward(value: float) -> None:
         raise ValueError(f"a reward is a number from 0 to 1, not {value!r}: rescale it")
 
 
-def _require(session: Session, trajectory_id: str) -> Trajectory:
+def _require(session: Session, trajectory_id: str, tenant: str | None = None) -> Trajectory:
     trajectory = session.get(Trajectory, trajectory_id)
-    if trajectory is None:
+    if trajectory is None or tenant not in (None, trajectory.tenant):
         raise UnknownTrajectory(f"no trajectory has the id {trajectory_id!r}: list them to see which exist")
     return trajectory
 

@@ -25,12 +25,12 @@ them then there these they this to was we were what when where which who why wil
 COMMON = frozenset(COMMON_WORDS.split())
 TABLES = (
     "CREATE TABLE IF NOT EXISTS word_entries (id INTEGER PRIMARY KEY, collection TEXT NOT NULL, "
-    "row_id TEXT NOT NULL, environment TEXT NOT NULL, kind TEXT NOT NULL, task TEXT NOT NULL, "
-    "digest TEXT NOT NULL, UNIQUE (collection, row_id))",
-    "CREATE INDEX IF NOT EXISTS word_entries_by_kind ON word_entries (collection, environment, kind)",
+    "row_id TEXT NOT NULL, tenant TEXT NOT NULL, environment TEXT NOT NULL, kind TEXT NOT NULL, "
+    "task TEXT NOT NULL, digest TEXT NOT NULL, UNIQUE (collection, row_id))",
+    "CREATE INDEX IF NOT EXISTS word_entries_by_tenant ON word_entries (collection, tenant, environment, kind)",
     "CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(text, tokenize='porter unicode61 remove_diacritics 2')",
 )
-FILTERS = ("environment", "kind")
+FILTERS = ("tenant", "environment", "kind")
 
 
 class WordIndex:
@@ -61,6 +61,7 @@ class WordIndex:
         for entry in entries:
             values = {"collection": collection, "row_id": entry.row_id, "digest": entry.digest}
             values |= {"environment": entry.environment, "kind": entry.kind, "task": entry.task}
+            values |= {"tenant": entry.tenant}
             entry_id = session.execute(_HOLD_ENTRY, values).lastrowid
             session.execute(_HOLD_WORDS, {"id": entry_id, "text": _storable(entry.text)})
 
@@ -130,8 +131,8 @@ _FORGET_WORDS = text(
 )
 _FORGET_ENTRY = text("DELETE FROM word_entries WHERE collection = :collection AND row_id = :row_id")
 _HOLD_ENTRY = text(
-    "INSERT INTO word_entries (collection, row_id, environment, kind, task, digest) "
-    "VALUES (:collection, :row_id, :environment, :kind, :task, :digest)"
+    "INSERT INTO word_entries (collection, row_id, tenant, environment, kind, task, digest) "
+    "VALUES (:collection, :row_id, :tenant, :environment, :kind, :task, :digest)"
 )
 _HOLD_WORDS = text("INSERT INTO words (rowid, text) VALUES (:id, :text)")
 _DIGESTS = text("SELECT row_id, digest FROM word_entries WHERE collection = :collection")

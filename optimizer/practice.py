@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from memory.schema import Task
 from optimizer.insight_extraction import extract_insights
@@ -47,13 +48,18 @@ def plan_rounds(num_episodes: int, num_tasks: int) -> list[int]:
 
 
 async def learn_words(shop: Workshop) -> None:
-    """Bring the insights up to date with everything that was lived so far."""
+    """Bring the insights up to date with everything that was lived so far: each tenant's with its own episodes."""
     pool = await shop.read_pool()
-    successes, failures = split(pool)
-    operations = await extract_insights(
-        successes, failures, known=shop.memory.insights.active(), complete=shop.seams.complete, seed=shop.config.seed
-    )
-    await shop.memory.insights.apply(operations)
+    for tenant in sorted({each.trajectory.tenant for each in pool} | {""}):
+        successes, failures = split(each for each in pool if each.trajectory.tenant == tenant)
+        operations = await extract_insights(
+            successes,
+            failures,
+            known=shop.memory.insights.active(tenant=tenant),
+            complete=shop.seams.complete,
+            seed=shop.config.seed,
+        )
+        await shop.memory.insights.apply([replace(operation, tenant=tenant) for operation in operations])
 
 
 async def explore(shop: Workshop, policy: int) -> None:

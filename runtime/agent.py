@@ -11,14 +11,16 @@ Flow: find the episode -> lease the policy -> play -> judge (reward) -> close th
 reply calls tools that the client runs, the trajectory stays open, and the client's next request goes on with it.
 
 Invariants: the policy is pinned before the trajectory opens and until it is closed; an opened trajectory is closed in
-all cases, or waits for its client; what goes wrong within an episode is data on its trajectory, not an exception; a
-rehearsal (practice, held out) holds no tool that acts on the outside.
+all cases, or waits for its client; nothing of one tenant reaches an episode of another; what goes wrong within an
+episode is data on its trajectory, not an exception; a rehearsal (practice, held out) holds no tool that acts on the
+outside.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import structlog
@@ -26,6 +28,7 @@ from langgraph.graph import END, START, StateGraph
 
 from memory.schema import RewardSource, Task, Trajectory, TrajectoryStage
 from memory.store import Memory
+from runtime.cache_salts import CacheSalts
 from runtime.completion import Message, OnDelta
 from runtime.config import AgentConfig
 from runtime.environments.base import Environment, Outcome, Playthrough
@@ -61,6 +64,7 @@ class Agent:
         self._tools = tools
         """Run by the server in requests that name no environment; whoever made the list may fill it later."""
         self.book = EpisodeBook(memory, idle_seconds=self._config.client_idle_seconds)
+        self._salts = CacheSalts()
         self._graph = build_graph()
 
     def environment(self, name: str) -> Environment:
@@ -83,6 +87,7 @@ class Agent:
         tools: Sequence[dict[str, Any]] = (),
         sampling: Mapping[str, Any] | None = None,
         episode_id: str | None = None,
+        tenant: str = "",
         on_open: OnOpen | None = None,
         on_delta: OnDelta | None = None,
     ) -> Trajectory:
@@ -107,17 +112,18 @@ class Agent:
         _refuse_namesakes(server_tools, tools)
         config = self._config
         asked = None if task is not None else messages
-        with self.book.enter(asked, episode_id=episode_id, policy=policy) as entry:
+        with self.book.enter(asked, episode_id=episode_id, policy=policy, tenant=tenant) as entry:
             pinned = entry.comeback.trajectory.policy if entry.comeback is not None else policy
             async with self._hotswap.lease(pinned) as actor:
                 playthrough = await self.environment(task.environment).start(task) if task is not None else None
                 episode = Episode(
                     memory=self._memory,
                     actor=actor,
+                    tenant=tenant,
                     episode_id=entry.episode_id,
                     task=task,
                     playthrough=playthrough,
-                    tools={tool.name: tool for tool in self._tools_for(task, playthrough)},
+                    tools={tool.name: tool for tool in self._tools_for(task, playthrough, tenant)},
                     client_tools=list(tools),
                     budget=Budget(
                         max_steps=config.max_steps,
@@ -127,7 +133,7 @@ class Agent:
                     use_memory=use_memory,
                     temperature=config.temperature if temperature is None else temperature,
                     seed=seed,
-                    sampling=sampling or {},
+                    sampling={**(sampling or {}), **self._salts.for_tenant(tenant)},
                     on_delta=on_delta,
                     on_open=on_open,
                     heard=list(messages or ()),
@@ -157,9 +163,9 @@ class Agent:
         opening = [{"role": "user", "content": playthrough.task_text}] if playthrough else list(messages)
         return {"opening": self._with_system_prompt(opening, actor, task), "task_text": _last_user_text(opening)}
 
-    def _tools_for(self, task: Task | None, playthrough: Playthrough | None) -> list[Tool]:
+    def _tools_for(self, task: Task | None, playthrough: Playthrough | None, tenant: str) -> list[Tool]:
         tools = playthrough.tools if playthrough else self._tools
-        return tools_for(task, tools, self._memory.trajectories.recorded_result)
+        return tools_for(task, tools, partial(self._memory.trajectories.recorded_result, tenant=tenant))
 
     def _with_system_prompt(self, opening: list[Message], actor: Actor, task: Task | None) -> list[Message]:
         if opening[0].get("role") in ("system", "developer"):

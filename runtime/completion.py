@@ -73,10 +73,13 @@ class Completion:
 class EngineClient:
     """Calls to one vLLM server at `url`, whose bare base model is served as `model`."""
 
-    def __init__(self, url: str = "", model: str = "base", *, timeout_seconds: float = 600.0) -> None:
+    def __init__(
+        self, url: str = "", model: str = "base", *, timeout_seconds: float = 600.0, api_key: str | None = None
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.model = model
         self._timeout_seconds = timeout_seconds
+        self._api_key = api_key
         self._has_priorities = False
         self._session: aiohttp.ClientSession | None = None
 
@@ -239,7 +242,8 @@ class EngineClient:
         if self._session is None or self._session.closed:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=self._timeout_seconds)
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
-            self._session = aiohttp.ClientSession(timeout=timeout, connector=connector)
+            headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else None
+            self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers)
         return self._session
 
 

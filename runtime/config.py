@@ -16,7 +16,7 @@ class EngineConfig(BaseModel, extra="forbid"):
     model: str | None = None
     """A Hugging Face id or a directory of the Qwen2/2.5/3, Llama-3 or Mistral families; None is the pocket model."""
     url: str | None = None
-    """Use the vLLM that already runs here, `http://host:port`, and start none."""
+    """Use the vLLM that already runs here, `http://host:port`, and start none; its key, if any, is in VLLM_API_KEY."""
     port: int = Field(default=0, ge=0, le=65535)
     """The engine's port on the loopback; 0 takes a free one."""
     tool_call_parser: str | None = None
@@ -130,10 +130,22 @@ class ToolsConfig(BaseModel, extra="forbid"):
     """By the tool's name."""
 
 
+class LimitsConfig(BaseModel, extra="forbid"):
+    """How large a request may be. What is larger is refused, mostly before it is read."""
+
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1)
+    """Longest body."""
+    max_json_depth: int = Field(default=100, ge=1)
+    """Deepest nesting of lists and objects in a body."""
+    max_messages: int = Field(default=4096, ge=1)
+    """Most messages of one conversation, those of earlier responses included."""
+
+
 class ServerConfig(BaseModel, extra="forbid"):
-    """Where the API listens."""
+    """Where the API listens, and what it takes."""
 
     host: str = "127.0.0.1"
-    """The loopback by default: nobody is asked who they are."""
+    """The loopback by default; any other address needs keys (`serve.py keys create`)."""
     port: int = Field(default=8080, ge=0, le=65535)
     """0 takes a free one."""
+    limits: LimitsConfig = LimitsConfig()

@@ -4,8 +4,8 @@ Refuses to know what is asked of it (completion.py), and which adapters it wears
 Flow: find the model -> start the child -> follow its log until a real token came -> watch: a dead child at once, a
 zombie (alive, but no token moves) within seconds -> end it, start another, let `on_restart` dress it -> ready again.
 
-Invariant: while `is_ready`, a real token was generated since the last start. The child dies with this process, however
-that ends.
+Invariants: while `is_ready`, a real token was generated since the last start; the child dies with this process, however
+that ends; it listens on the loopback alone, and answers nobody there who does not know the key it was started with.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib.metadata
 import itertools
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
@@ -41,6 +42,8 @@ CPU_FIX = "runtime.engine_cpu_fix.WorkerFixes"
 CPU_BLOCK_TOKENS = 32
 """What a prompt shares with an earlier one is found again in whole blocks: with vLLM's 128, a turn reads most of the
 last one anew."""
+KEY_VARIABLE = "VLLM_API_KEY"
+"""Whence vLLM takes the key it asks for: unlike an argument, no other user can read it. Guards all routes under /v1."""
 BASE = "base"
 """The name under which the bare base model is served."""
 STOP_SECONDS = 10.0
@@ -64,7 +67,9 @@ class Engine(EngineClient):
     """One vLLM server, ours or one that already runs."""
 
     def __init__(self, config: EngineConfig, data_dir: Path, *, on_progress: OnProgress | None = None) -> None:
-        super().__init__(config.url or "", BASE, timeout_seconds=config.call_timeout_seconds)
+        # Ours gets a key of its own, so that other users of this machine cannot ask it past us.
+        api_key = os.environ.get(KEY_VARIABLE) if config.url else secrets.token_urlsafe(32)
+        super().__init__(config.url or "", BASE, timeout_seconds=config.call_timeout_seconds, api_key=api_key)
         self.config = config
         self.log_path = data_dir / "logs" / "engine.log"
         self.model_path: Path | None = None
@@ -240,7 +245,7 @@ class Engine(EngineClient):
                 str(CHILD),
                 str(os.getpid()),
                 *arguments,
-                env=os.environ | server_environment(self.config),
+                env=os.environ | server_environment(self.config) | {KEY_VARIABLE: self._api_key},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,
@@ -293,8 +298,6 @@ def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[
     arguments = {
         "model": model_path,
         "served-model-name": BASE,
-        "host": "127.0.0.1",  # several of vLLM's routes ask nobody for a key
-        "port": port,
         "max-loras": config.max_loras,
         "max-cpu-loras": max(config.max_cpu_loras, config.max_loras),
         "max-lora-rank": config.max_lora_rank,
@@ -314,7 +317,9 @@ def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[
     else:
         arguments["gpu-memory-utilization"] = config.gpu_memory_utilization
     given = [part for key, value in arguments.items() if value is not None for part in (f"--{key}", str(value))]
-    return [*given, *(f"--{flag}" for flag in flags), *config.extra_args]
+    # Last, so that no extra argument moves it: several of vLLM's routes ask nobody for a key.
+    place = ["--host", "127.0.0.1", "--port", str(port)]
+    return [*given, *(f"--{flag}" for flag in flags), *config.extra_args, *place]
 
 
 def server_environment(config: EngineConfig) -> dict[str, str]:

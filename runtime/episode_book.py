@@ -6,7 +6,7 @@ there is only who is being answered now, which a restart rightly forgets.
 
 Flow: `enter` finds the episode that a request goes on with, or begins one, and holds it until the request is answered
 -> `sweep` closes what nobody came back to.
-Invariant: at most one request of an episode is being answered.
+Invariants: at most one request of an episode is being answered; a tenant's episodes are its own, whatever their ids.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ SWEEP_SECONDS = 15.0
 log = structlog.get_logger()
 
 
+Place = tuple[str, str]
+"""(tenant, episode): the ids of episodes are the clients' to choose."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """What a request belongs to: an episode, and where it is one under way, what the client comes back to."""
@@ -45,11 +49,16 @@ class EpisodeBook:
     def __init__(self, memory: Memory, *, idle_seconds: float) -> None:
         self._memory = memory
         self._idle_seconds = idle_seconds
-        self._under_way: set[str] = set()
+        self._under_way: set[Place] = set()
 
     @contextlib.contextmanager
     def enter(
-        self, messages: Sequence[Message] | None, *, episode_id: str | None = None, policy: int | None = None
+        self,
+        messages: Sequence[Message] | None,
+        *,
+        episode_id: str | None = None,
+        policy: int | None = None,
+        tenant: str = "",
     ) -> Iterator[Entry]:
         """Take up the episode that `messages` go on with, or begin one; nobody else has it meanwhile.
 
@@ -60,30 +69,34 @@ class EpisodeBook:
             EpisodeBusy: a request for it is being answered already.
         """
         # No await in here: between looking and taking nobody may come.
-        if episode_id in self._under_way:
+        if (tenant, episode_id) in self._under_way:
             raise EpisodeBusy(f"episode {episode_id!r} is answering another request: wait for that answer")
-        comeback = None if messages is None else self._find(messages, episode_id, policy)
+        comeback = None if messages is None else self._find(messages, episode_id, policy, tenant)
         if comeback is not None:
             entry = Entry(comeback.trajectory.episode_id, comeback)
         else:
             entry = Entry(episode_id or new_id("eps"))
-        self._under_way.add(entry.episode_id)
+        place = (tenant, entry.episode_id)
+        self._under_way.add(place)
         try:
             yield entry
         finally:
-            self._under_way.discard(entry.episode_id)
+            self._under_way.discard(place)
 
-    def _find(self, messages: Sequence[Message], episode_id: str | None, policy: int | None) -> Comeback | None:
+    def _find(
+        self, messages: Sequence[Message], episode_id: str | None, policy: int | None, tenant: str
+    ) -> Comeback | None:
         """Return what these messages go on with, exactly; of several that look the same, the oldest that is free."""
         parts = split_at_answer(messages)
         if parts is None:
             return None
         said, tail = parts
         is_busy = False
-        for trajectory in self._memory.trajectories.waiting(handover_digest=digest(said), episode_id=episode_id):
+        waiting = self._memory.trajectories.waiting
+        for trajectory in waiting(handover_digest=digest(said), episode_id=episode_id, tenant=tenant):
             if policy not in (None, trajectory.policy):
                 continue
-            if trajectory.episode_id in self._under_way:
+            if _place(trajectory) in self._under_way:
                 is_busy = True
                 continue
             steps = self._memory.trajectories.steps(trajectory.id, with_token_ids=False)
@@ -103,9 +116,9 @@ class EpisodeBook:
             IllegalMove: it is closed already.
             EpisodeBusy: its client has just come back.
         """
-        if trajectory.episode_id in self._under_way:
+        if _place(trajectory) in self._under_way:
             raise EpisodeBusy(f"trajectory {trajectory.id!r} is being played: wait for the answer")
-        self._under_way.add(trajectory.episode_id)  # nobody takes it up while it closes
+        self._under_way.add(_place(trajectory))  # nobody takes it up while it closes
         try:
             reply = last_handover(self._memory.trajectories.steps(trajectory.id, with_token_ids=False))
             return await self._memory.trajectories.close(
@@ -116,7 +129,7 @@ class EpisodeBook:
                 num_invalid_tool_calls=trajectory.num_invalid_tool_calls,
             )
         finally:
-            self._under_way.discard(trajectory.episode_id)
+            self._under_way.discard(_place(trajectory))
 
     async def sweep(self) -> int:
         """Close what no client came back to in time; return how many."""
@@ -125,8 +138,8 @@ class EpisodeBook:
         num_closed = 0
         # In a thread, because there may be thousands; by the time one is closed its client may be back, or gone again.
         for idle in await asyncio.to_thread(trajectories.waiting, handed_over_before=before):
-            still = trajectories.waiting(episode_id=idle.episode_id, handed_over_before=before)
-            if idle.episode_id in self._under_way or idle.id not in {trajectory.id for trajectory in still}:
+            still = trajectories.waiting(episode_id=idle.episode_id, handed_over_before=before, tenant=idle.tenant)
+            if _place(idle) in self._under_way or idle.id not in {trajectory.id for trajectory in still}:
                 continue
             await self.close(idle, f"Idle: the client did not come back within {self._idle_seconds:g} seconds")
             num_closed += 1
@@ -141,3 +154,7 @@ class EpisodeBook:
             except StoreError as error:  # a full disk must not end the server; what is idle stays so
                 log.warning("idle episodes were not closed", error=str(error))
             await asyncio.sleep(min(SWEEP_SECONDS, self._idle_seconds / 2))
+
+
+def _place(trajectory: Trajectory) -> Place:
+    return (trajectory.tenant, trajectory.episode_id)

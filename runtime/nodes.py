@@ -35,10 +35,12 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
             task=task.name if task else None,
             query_text=episode.task_text,
             exclude_task=task.name if task else None,
+            tenant=episode.tenant,
         )
         memory_text, memory_ids = recollection.text, recollection.ids
     trajectory = Trajectory(
         id=new_id("trj"),
+        tenant=episode.tenant,
         episode_id=episode.episode_id,
         environment=environment,
         task=task.name if task else None,
@@ -179,7 +181,8 @@ async def _run_call(episode: Episode, call: dict[str, Any]) -> tuple[ToolResult,
     if tool is None:
         known = ", ".join(repr(definition["function"]["name"]) for definition in episode.definitions) or "none"
         return invalid(f"there is no tool {name!r}; the tools are: {known}"), 0.0
-    return await run_tool(tool, call["function"]["arguments"]), time.monotonic() - started
+    result = await run_tool(tool, call["function"]["arguments"], tenant=episode.tenant)
+    return result, time.monotonic() - started
 
 
 async def _record(episode: Episode, kind: StepKind, *, tool_calls: Sequence[dict[str, Any]] = (), **said: Any) -> None:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 Settings = TypeVar("Settings", bound=BaseModel)
 
 ENV_PREFIX = "RATCHET_"
-ENV_OF_CLIENTS = frozenset({"RATCHET_URL"})
+ENV_OF_CLIENTS = frozenset({"RATCHET_URL", "RATCHET_KEY"})
 
 
 class BadSettings(ValueError):

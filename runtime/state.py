@@ -69,6 +69,8 @@ class Episode:
 
     memory: Memory
     actor: Actor
+    tenant: str
+    """Whose episode it is: what it may find, and who may ever see it."""
     episode_id: str
     task: Task | None
     playthrough: Playthrough | None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import pytest
 from typer.main import get_command
 
 import serve
+from runtime.config import LimitsConfig
+from runtime.console.speak import run
 from runtime.tools.base import run_tool
 from runtime.tools.toolbox import Toolbox
 from tests.api.playing import PlayedWorld
@@ -21,6 +25,7 @@ from tests.api.worlds import ServedWorld
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+KEYS = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
 TOOLS = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
 
 
@@ -79,6 +84,31 @@ def test_every_verb_and_file_that_the_readme_names_exists():
             assert path.exists(), path
 
 
+def test_the_page_on_keys_makes_keys_that_answer(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    keys = []
+    for line in "".join(blocks("sh", KEYS)).splitlines():
+        code = run(serve.app, [*shlex.split(line)[1:], "--data", str(tmp_path / "data"), "--json"])
+        said = json.loads(capsys.readouterr().out)
+        assert code == 0, said
+        keys.append(said.get("key"))
+    monkeypatch.setenv("RATCHET_KEY", keys[1])
+    (code,) = blocks("python", KEYS)
+    with PlayedWorld(tmp_path / "data") as world:
+        exec(compile(code.replace("http://127.0.0.1:8080", world.url), "keys.md", "exec"), namespace := {})
+        namespace["client"].close()
+        (view,) = world.memory.trajectories.list(tenant="shop")
+        assert view.trajectory.id == namespace["answer"].id
+    assert "You said: How is Oslo?" in capsys.readouterr().out
+
+
+def test_the_page_on_keys_tells_the_limits_as_they_are():
+    for name, shown in (("max_body_bytes", "16 MiB"), ("max_json_depth", "100"), ("max_messages", "4096")):
+        assert f"`server.limits.{name}` ({shown})" in KEYS
+        value = getattr(LimitsConfig(), name)
+        assert value == (16 * 2**20 if shown == "16 MiB" else int(shown))
+
+
 async def test_the_tools_in_the_documents_are_offered_and_answer(tmp_path: Path, monkeypatch):
     for code in blocks("python", TOOLS):
         (tmp_path / re.match(r"# (\w+\.py)\n", code)[1]).write_text(code)
@@ -87,7 +117,7 @@ async def test_the_tools_in_the_documents_are_offered_and_answer(tmp_path: Path,
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
-    async def find_passages(query_text: str, num: int) -> list[str]:
+    async def find_passages(query_text: str, num: int, *, tenant: str = "") -> list[str]:
         return [f"Tea: {query_text}"]
 
     toolbox = Toolbox(serve.read_all_settings(None, {}, []).tools, find_passages, tmp_path / "logs")

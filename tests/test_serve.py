@@ -127,6 +127,33 @@ def test_an_engine_that_is_not_there_is_said(tmp_path: Path) -> None:
     assert "no engine answers at 'http://127.0.0.1:9'" in json.loads(done.stdout)["error"]["message"]
 
 
+def test_an_open_address_without_keys_ends_the_start_in_one_line(tmp_path: Path) -> None:
+    given = ["--engine.url", "http://127.0.0.1:9", "--data", str(tmp_path / "data"), "--port", "0"]
+    done = run_cli("serve", *given, "--host", "0.0.0.0")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "server.host = '0.0.0.0' is open to others" in done.stderr and "keys create" in done.stderr
+
+
+def test_a_server_with_keys_may_listen_anywhere_and_asks_everybody(engine_url: str, tmp_path: Path) -> None:
+    at = ["--data", str(tmp_path / "data"), "--json"]
+    key = json.loads(run_cli("keys", "create", "operator", "--scope", "admin", *at).stdout)["key"]
+    process = begin(engine_url, tmp_path / "data", "--json", "--host", "0.0.0.0")
+    try:
+        facts = json.loads(process.stdout.readline())
+        url = facts["url"].replace("0.0.0.0", "127.0.0.1")
+        assert facts["requires_key"] is True
+        assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+        assert httpx.get(f"{url}/v1/models", trust_env=False).status_code == 401
+        mine = {"Authorization": f"Bearer {key}"}
+        assert httpx.get(f"{url}/v1/models", headers=mine, trust_env=False).status_code == 200
+        beside, known = run_cli("keys", "list", *at), run_cli("keys", "list", "--key", key, *at)
+        assert json.loads(beside.stdout)["error"]["code"] == "invalid_api_key"  # the owner was asked, and asked back
+        assert [row["name"] for row in json.loads(known.stdout)["data"]] == ["operator"]
+    finally:
+        process.terminate()
+        process.communicate(timeout=START_SECONDS)
+
+
 def test_a_tool_that_cannot_be_had_ends_the_start_in_one_line(engine_url: str, tmp_path: Path) -> None:
     given = ["--engine.url", engine_url, "--data", str(tmp_path / "data"), "--port", "0"]
     done = run_cli("serve", *given, "--tools.functions", "no_shop:price")
@@ -158,5 +185,6 @@ def test_people_are_told_what_to_try(engine_url: str, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=START_SECONDS)
     text = "".join(lines)
+    assert "There are no keys: it listens on the loopback only." in text
     assert "opening memory" in text and "Ratchet answers at http://127.0.0.1:" in text
     assert text.count("serve.py ") == 3 and "stopping" in rest

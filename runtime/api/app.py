@@ -6,6 +6,9 @@ Invariant: everything answers in OpenAI's shapes, errors too.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from fastapi import FastAPI
 
 from runtime.api import (
@@ -18,11 +21,15 @@ from runtime.api import (
     health,
     index,
     insights,
+    keys,
     models,
     policies,
     responses,
     trajectories,
 )
+from runtime.api.access import OPEN_PATHS
+from runtime.api.errors import Forbidden, TooLarge, TooManyRequests, Unauthorized, refusals
+from runtime.api.gate import Gate
 from runtime.api.services import Services
 
 DESCRIPTION = """
@@ -34,6 +41,8 @@ An agent that answers, remembers, learns, proves that it learned, and only then 
 * **Say how it went**: `POST /v1/feedback` with the `id` of the answer.
 * **Learn**: `POST /v1/cycles`, then watch `GET /v1/cycles/{id}` and read `GET /v1/cycles/{id}/report`.
 * **Decide**: `POST /v1/policies/{version}/promote` and `POST /v1/policies/rollback`.
+
+Once a key was made (`POST /v1/keys`), every request but those for health needs `Authorization: Bearer <key>`.
 
 Every error is `{"error": {"message", "type", "param", "code"}}`.
 """
@@ -49,6 +58,7 @@ TAGS = [
     {"name": "insights", "description": "Lessons in words."},
     {"name": "documents", "description": "What the agent was given to read."},
     {"name": "environments", "description": "Where tasks can be played again."},
+    {"name": "keys", "description": "Who may ask, for what, and how much."},
     {"name": "index", "description": "What finds memories; rebuilt from the rows at any time."},
     {"name": "health", "description": "Alive, ready, sound."},
 ]
@@ -64,6 +74,7 @@ ROUTERS = (
     insights,
     documents,
     environments,
+    keys,
     index,
     health,
 )
@@ -81,6 +92,19 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     errors.add_error_handlers(app)
+    refused = refusals(Unauthorized, Forbidden, TooLarge, TooManyRequests)
     for module in ROUTERS:
-        app.include_router(module.router)
+        app.include_router(module.router, responses={} if module is health else refused)
+    app.add_middleware(Gate, services=services, routes=app.router.routes)
+    app.openapi = partial(describe_api, app)
     return app
+
+
+def describe_api(app: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI page, with the key that every closed route asks for."""
+    page = FastAPI.openapi(app)
+    page.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, methods in page["paths"].items():
+        for route in methods.values():
+            route["security"] = [] if path in OPEN_PATHS else [{"key": []}]
+    return page

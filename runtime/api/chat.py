@@ -13,6 +13,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from runtime.api.access import Asker
 from runtime.api.chat_answer import DONE, ChatCompletion, ChunkWriter, complete, event
 from runtime.api.chat_request import EXAMPLES, ChatRequest, check_request, read_extensions
 from runtime.api.errors import (
@@ -41,7 +42,7 @@ router = APIRouter(prefix="/v1/chat", tags=["chat"])
     responses=refusals(BadRequest, NotFound, Conflict, EpisodeFailed, NotReady),
 )
 async def create_completion(
-    server: Server, request: Request, body: Annotated[ChatRequest, Body(openapi_examples=EXAMPLES)]
+    server: Server, caller: Asker, request: Request, body: Annotated[ChatRequest, Body(openapi_examples=EXAMPLES)]
 ) -> Response:
     """OpenAI's chat completions, with the agent behind the model's name. The answer's `id` is the target for feedback,
     and leads to the trajectory that the header `X-Trajectory-Id` names; `X-Policy` says who acted; the object
@@ -58,6 +59,7 @@ async def create_completion(
         model=body.model,
         messages=[message.plain() for message in body.messages],
         extensions=extensions,
+        caller=caller,
         temperature=body.temperature,
         seed=body.seed,
         max_tokens=body.max_completion_tokens or body.max_tokens,

@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body
 from pydantic import BaseModel, Field
 
+from runtime.api.access import Asker
 from runtime.api.errors import CREATED, BadRequest, NotFound, refusals
 from runtime.api.services import Server
 
@@ -53,19 +54,19 @@ EXAMPLE = {"handbook": {"value": {"title": "Refunds", "text": "Refunds above 100
 
 @router.post("", status_code=CREATED, summary="Give the agent a text to read", responses=refusals(BadRequest))
 async def add_document(
-    server: Server, body: Annotated[DocumentRequest, Body(openapi_examples=EXAMPLE)]
+    server: Server, caller: Asker, body: Annotated[DocumentRequest, Body(openapi_examples=EXAMPLE)]
 ) -> DocumentDetail:
-    row = await server.memory.documents.ingest(body.title, body.text)
+    row = await server.memory.documents.ingest(body.title, body.text, tenant=caller.tenant)
     return DocumentDetail.model_validate(row, from_attributes=True)
 
 
 @router.get("", summary="List what the agent was given to read")
-async def list_documents(server: Server) -> DocumentList:
-    rows = server.memory.documents.list()
+async def list_documents(server: Server, caller: Asker) -> DocumentList:
+    rows = server.memory.documents.list(tenant=caller.tenant)
     return DocumentList(data=[DocumentDetail.model_validate(row, from_attributes=True) for row in rows])
 
 
 @router.delete("/{document_id}", summary="Take a text away again", responses=refusals(NotFound))
-async def remove_document(document_id: str, server: Server) -> Removed:
-    await server.memory.documents.remove(document_id)
+async def remove_document(document_id: str, server: Server, caller: Asker) -> Removed:
+    await server.memory.documents.remove(document_id, tenant=caller.tenant)
     return Removed(id=document_id)

@@ -9,8 +9,12 @@ Flow: a route raises one of the classes below, or lets an exception of memory or
 
     ApiError
     ├── BadRequest       400
-    ├── NotFound         404
+    ├── Unauthorized     401, with WWW-Authenticate
+    ├── Forbidden        403
+    ├── NotFound         404, also for what is another tenant's
     ├── Conflict         409
+    ├── TooLarge         413
+    ├── TooManyRequests  429, with Retry-After
     ├── ClientLeft       499, read by nobody
     ├── EpisodeFailed    502
     ├── NotReady         503, with Retry-After
@@ -39,6 +43,7 @@ from memory.errors import (
     StorageError,
     UnknownCycle,
     UnknownDocument,
+    UnknownKey,
     UnknownPolicy,
     UnknownResponse,
     UnknownRow,
@@ -73,6 +78,24 @@ class BadRequest(ApiError):
     type = "invalid_request_error"
 
 
+class Unauthorized(ApiError):
+    """No key, or none that is known here."""
+
+    status = 401
+    type = "authentication_error"
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message, code=code)
+        self.headers = {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(ApiError):
+    """The key is known, but this is not for it."""
+
+    status = 403
+    type = "permission_error"
+
+
 class NotFound(ApiError):
     """The request names something that is not there."""
 
@@ -85,6 +108,25 @@ class Conflict(ApiError):
 
     status = 409
     type = "conflict_error"
+
+
+class TooLarge(ApiError):
+    """The request is longer than this server takes."""
+
+    status = 413
+    type = "invalid_request_error"
+
+
+class TooManyRequests(ApiError):
+    """The key's quota is used up for now."""
+
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(self, message: str, *, limited: str, retry_after_seconds: int) -> None:
+        super().__init__(message, code="rate_limit_exceeded")
+        self.type = limited  # "requests" or "tokens", as OpenAI has it
+        self.headers = {"Retry-After": str(retry_after_seconds)}
 
 
 class EpisodeFailed(ApiError):
@@ -142,6 +184,7 @@ KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     UnknownDocument: (NotFound, "document_not_found"),
     UnknownCycle: (NotFound, "cycle_not_found"),
     UnknownResponse: (NotFound, "response_not_found"),
+    UnknownKey: (NotFound, "key_not_found"),
     UnknownRow: (NotFound, "not_found"),
     UnknownEnvironment: (NotFound, "environment_not_found"),
     UnknownTask: (NotFound, "task_not_found"),

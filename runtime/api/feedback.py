@@ -13,10 +13,10 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from memory.schema import Feedback
 from memory.store import Memory
+from runtime.api.access import Asker
 from runtime.api.answer_ids import trajectory_of
 from runtime.api.errors import CREATED, BadRequest, Conflict, NotFound, refusals
 from runtime.api.services import Server
-from runtime.api.trajectories import find_of_episode
 
 router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
 
@@ -84,14 +84,15 @@ EXAMPLES = {
     responses=refusals(BadRequest, NotFound, Conflict),
 )
 async def post_feedback(
-    server: Server, body: Annotated[FeedbackRequest, Body(openapi_examples=EXAMPLES)]
+    server: Server, caller: Asker, body: Annotated[FeedbackRequest, Body(openapi_examples=EXAMPLES)]
 ) -> FeedbackAnswer:
     """Keep it, durably. May come before the episode has closed. The same `id` and body again is answered 201 with
     `is_new: false`; the same `id` with another body is a conflict."""
     kept, is_new = await server.memory.feedback.post(
         Feedback(
+            tenant=caller.tenant,
             id=body.id or "",
-            trajectory_id=_find_trajectory(body, server.memory),
+            trajectory_id=_find_trajectory(body, server.memory, caller.tenant),
             name=body.name,
             value=body.value,
             comment=body.comment,
@@ -103,10 +104,10 @@ async def post_feedback(
     return FeedbackAnswer(feedback_id=kept.id, trajectory_id=kept.trajectory_id, is_new=is_new)
 
 
-def _find_trajectory(body: FeedbackRequest, memory: Memory) -> str:
+def _find_trajectory(body: FeedbackRequest, memory: Memory, tenant: str) -> str:
     if body.episode_id is None:
         return trajectory_of(body.target or body.inference_id or "")
-    found = find_of_episode(memory, body.episode_id)
+    found = memory.trajectories.newest_of(body.episode_id, tenant=tenant)
     if found is None:
         raise NotFound(f"no episode has the id {body.episode_id!r}", param="episode_id", code="episode_not_found")
     return found.id

@@ -10,6 +10,7 @@ from datetime import datetime
 from fastapi import APIRouter
 from pydantic import BaseModel
 
+from runtime.api.access import Asker
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/insights", tags=["insights"])
@@ -38,7 +39,9 @@ class InsightList(BaseModel):
 
 
 @router.get("", summary="List the lessons that count, strongest first")
-async def list_insights(server: Server, environment: str | None = None, kind: str | None = None) -> InsightList:
-    rows = server.memory.insights.active(environment, kind)
+async def list_insights(
+    server: Server, caller: Asker, environment: str | None = None, kind: str | None = None
+) -> InsightList:
+    rows = server.memory.insights.active(environment, kind, tenant=caller.tenant)
     ranked = sorted(rows, key=lambda row: (-row.strength, row.losses - row.wins, row.text))
     return InsightList(data=[InsightDetail.model_validate(row, from_attributes=True) for row in ranked])

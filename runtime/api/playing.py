@@ -16,6 +16,7 @@ from fastapi import Request
 
 from memory.schema import Trajectory, TrajectoryStage
 from memory.store import Memory
+from runtime.api.access import Caller
 from runtime.api.chat_request import Extensions
 from runtime.api.errors import ApiError, BadRequest, ClientLeft, EpisodeFailed
 from runtime.api.models import resolve
@@ -33,11 +34,14 @@ class Asked:
     model: str
     messages: list[dict[str, Any]]
     extensions: Extensions
+    caller: Caller
     temperature: float | None = None
     seed: int | None = None
     max_tokens: int | None = None
     tools: Sequence[dict[str, Any]] = ()
     sampling: dict[str, Any] = field(default_factory=dict)
+    field_of_messages: str = "messages"
+    """Where they are in the request."""
 
 
 def prepare(server: Services, asked: Asked) -> Play:
@@ -45,7 +49,14 @@ def prepare(server: Services, asked: Asked) -> Play:
 
     Raises:
         NotFound, UnknownEnvironment, UnknownTask: the request names something that is not there.
+        BadRequest: more messages than are taken, or a task of another split.
     """
+    if len(asked.messages) > server.limits.max_messages:
+        raise BadRequest(
+            f"the conversation has {len(asked.messages)} messages, {server.limits.max_messages} are allowed",
+            param=asked.field_of_messages,
+            code="too_many_messages",
+        )
     version = resolve(asked.model, server.memory.policies)
     extensions, task = asked.extensions, None
     if extensions.environment is not None and extensions.task is not None:
@@ -55,20 +66,25 @@ def prepare(server: Services, asked: Asked) -> Play:
                 f"task {task.name!r} is {task.split.value!r}, not {extensions.split!r}", param="metadata.split"
             )
 
-    def play(**more: Any) -> Coroutine[Any, Any, Trajectory]:
-        return server.agent.rollout(
-            task,
-            messages=None if task else asked.messages,  # an environment speaks first
-            policy=version,
-            use_memory=extensions.use_memory,
-            temperature=asked.temperature,
-            seed=asked.seed if asked.seed is not None else extensions.seed,
-            max_tokens=asked.max_tokens,
-            tools=asked.tools,
-            sampling=asked.sampling,
-            episode_id=extensions.episode_id,
-            **more,
-        )
+    async def play(*, on_open: Opened, **more: Any) -> Trajectory:
+        try:
+            return await server.agent.rollout(
+                task,
+                messages=None if task else asked.messages,  # an environment speaks first
+                policy=version,
+                use_memory=extensions.use_memory,
+                temperature=asked.temperature,
+                seed=asked.seed if asked.seed is not None else extensions.seed,
+                max_tokens=asked.max_tokens,
+                tools=asked.tools,
+                sampling=asked.sampling,
+                episode_id=extensions.episode_id,
+                tenant=asked.caller.tenant,
+                on_open=on_open,
+                **more,
+            )
+        finally:  # what was used was used, however it ended
+            asked.caller.quota.spend_tokens(on_open.num_tokens)
 
     return play
 

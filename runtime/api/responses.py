@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from memory.errors import UnknownResponse
 from memory.schema import StoredResponse, dump_json
 from memory.store import Memory
+from runtime.api.access import Asker
 from runtime.api.answer_ids import trajectory_of
 from runtime.api.chat_request import read_extensions
 from runtime.api.errors import (
@@ -78,7 +79,7 @@ class ItemList(BaseModel):
     responses=refusals(BadRequest, NotFound, Conflict, EpisodeFailed, NotReady),
 )
 async def create_response(
-    server: Server, request: Request, body: Annotated[ResponseRequest, Body(openapi_examples=EXAMPLES)]
+    server: Server, caller: Asker, request: Request, body: Annotated[ResponseRequest, Body(openapi_examples=EXAMPLES)]
 ) -> Response:
     """OpenAI's responses: text and function tools, at once or as events, stored unless `store` is false. The `id` is a
     target for feedback. `previous_response_id` goes on from a stored response; where that one called functions, the
@@ -87,7 +88,7 @@ async def create_response(
     extensions = read_extensions(body.metadata)
     check_request(body, extensions)
     items = body.items()
-    history, instructions = read_history(server.memory, body)
+    history, instructions = read_history(server.memory, body, caller.tenant)
     messages = as_messages([*history, *items])
     check_conversation(messages)
     if instructions:
@@ -96,14 +97,16 @@ async def create_response(
         model=body.model,
         messages=messages,
         extensions=extensions,
+        caller=caller,
         temperature=body.temperature,
         max_tokens=body.max_output_tokens,
         tools=body.chat_tools(),
         sampling=body.sampling(),
+        field_of_messages="input",
     )
     play = prepare(server, asked)
     require_ready(server)
-    keep = Keeper(server.memory, body, items)
+    keep = Keeper(server.memory, body, items, caller.tenant)
     if not body.stream:
         turn = await finish(request, server.memory, play)
         begun = begin_response(body, turn.trajectory, turn.first_position, instructions)
@@ -120,7 +123,7 @@ async def create_response(
     )
 
 
-def read_history(memory: Memory, body: ResponseRequest) -> tuple[list[Json], str | None]:
+def read_history(memory: Memory, body: ResponseRequest, tenant: str) -> tuple[list[Json], str | None]:
     """Return the items before this request, and the instructions that hold for it.
 
     Raises:
@@ -129,7 +132,7 @@ def read_history(memory: Memory, body: ResponseRequest) -> tuple[list[Json], str
     if body.previous_response_id is None:
         return [], body.instructions
     try:
-        chain = memory.responses.conversation(body.previous_response_id)
+        chain = memory.responses.conversation(body.previous_response_id, tenant=tenant)
     except UnknownResponse as problem:
         raise NotFound(str(problem), param="previous_response_id", code="previous_response_not_found") from problem
     items = [item for each in chain for item in (*each.input, *each.body["output"])]
@@ -142,10 +145,11 @@ def read_history(memory: Memory, body: ResponseRequest) -> tuple[list[Json], str
 class Keeper:
     """Stores the response to one request, unless that wants nothing stored."""
 
-    def __init__(self, memory: Memory, body: ResponseRequest, items: list[Json]) -> None:
+    def __init__(self, memory: Memory, body: ResponseRequest, items: list[Json], tenant: str) -> None:
         self._memory = memory
         self._body = body
         self._items = items
+        self._tenant = tenant
 
     async def __call__(self, response: Json) -> None:
         """Keep it; durable when it returns."""
@@ -153,6 +157,7 @@ class Keeper:
             return
         row = StoredResponse(
             id=response["id"],
+            tenant=self._tenant,
             trajectory_id=trajectory_of(response["id"]),
             previous_id=self._body.previous_response_id,
             input=self._items,
@@ -186,11 +191,12 @@ async def write_events(listening: Listening, writer: EventWriter, keep: Keeper) 
 async def get_response(
     response_id: str,
     server: Server,
+    caller: Asker,
     stream: Annotated[bool, Query(description="Not supported: a stored response is read at once.")] = False,
 ) -> Response:
     if stream:
         raise BadRequest("stream=True is not supported here", param="stream", code="unsupported_parameter")
-    return _send(server.memory.responses.get(response_id).body)
+    return _send(server.memory.responses.get(response_id, tenant=caller.tenant).body)
 
 
 def _send(response: Json, headers: Mapping[str, str] | None = None) -> Response:
@@ -199,9 +205,9 @@ def _send(response: Json, headers: Mapping[str, str] | None = None) -> Response:
 
 
 @router.delete("/{response_id}", summary="Forget a stored response", responses=refusals(NotFound))
-async def delete_response(response_id: str, server: Server) -> DeletedResponse:
+async def delete_response(response_id: str, server: Server, caller: Asker) -> DeletedResponse:
     """The copy kept for its client goes; the trajectory, its steps and its rewards stay."""
-    await server.memory.responses.delete(response_id)
+    await server.memory.responses.delete(response_id, tenant=caller.tenant)
     return DeletedResponse(id=response_id)
 
 
@@ -209,11 +215,12 @@ async def delete_response(response_id: str, server: Server) -> DeletedResponse:
 async def list_input_items(
     response_id: str,
     server: Server,
+    caller: Asker,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
     after: Annotated[str | None, Query(description="`last_id` of the page before.")] = None,
 ) -> ItemList:
-    items = server.memory.responses.get(response_id).input
+    items = server.memory.responses.get(response_id, tenant=caller.tenant).input
     if order == "desc":
         items = items[::-1]
     if after is not None:

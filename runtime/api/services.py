@@ -15,6 +15,7 @@ from fastapi import Depends, Request
 from memory.schema import Cycle
 from memory.store import Memory
 from runtime.agent import Agent
+from runtime.config import LimitsConfig
 from runtime.engine import Engine
 from runtime.environments.base import Environment
 from runtime.errors import UnknownEnvironment
@@ -51,6 +52,7 @@ class Services:
     environments: Mapping[str, Environment] = field(default_factory=dict)
     toolbox: Toolbox | None = None
     """Opened before the engine starts, closed before it stops."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
     def environment(self, name: str) -> Environment:
         """Return the environment called `name`.

@@ -11,11 +11,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
-from sqlmodel import col, select
 
 from memory.schema import RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage
-from memory.store import Memory
 from memory.trajectories import TrajectoryView
+from runtime.api.access import Asker
 from runtime.api.answer_ids import trajectory_of
 from runtime.api.errors import BadRequest, Conflict, NotFound, refusals
 from runtime.api.services import Server
@@ -113,6 +112,7 @@ class TrajectoryDetail(TrajectorySummary):
 @router.get("", summary="List trajectories, newest first", responses=refusals(BadRequest))
 async def list_trajectories(
     server: Server,
+    caller: Asker,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     before: Annotated[str | None, Query(description="`next_before` of the page before.")] = None,
     environment: str | None = None,
@@ -130,6 +130,7 @@ async def list_trajectories(
         policy=None if policy is None else memory.policies.get(policy).version,
         stage=stage,
         is_success=success,
+        tenant=caller.tenant,
     )
     data = [TrajectorySummary(**summarize(view)) for view in views]
     return TrajectoryPage(data=data, next_before=data[-1].id if len(data) == limit else None)
@@ -139,11 +140,12 @@ async def list_trajectories(
 async def get_trajectory(
     trajectory_id: str,
     server: Server,
+    caller: Asker,
     token_ids: Annotated[bool, Query(description="With the exact token ids of every call.")] = False,
 ) -> TrajectoryDetail:
     memory = server.memory
     trajectory_id = trajectory_of(trajectory_id)
-    trajectory = memory.trajectories.get(trajectory_id)
+    trajectory = memory.trajectories.get(trajectory_id, tenant=caller.tenant)
     reward = memory.trajectories.effective_reward(trajectory_id)
     success = None if reward is None else reward >= memory.trajectories.success_reward
     rewards = memory.trajectories.rewards(trajectory_id)
@@ -163,15 +165,14 @@ async def get_trajectory(
     summary="Close a trajectory that waits for its client",
     responses=refusals(NotFound, Conflict),
 )
-async def close_trajectory(trajectory_id: str, server: Server) -> TrajectorySummary:
+async def close_trajectory(trajectory_id: str, server: Server, caller: Asker) -> TrajectorySummary:
     """For a client that runs tools and is done: what the last tool did was the end. Without this, the trajectory closes
     when nobody has come back for a while. What is closed already is answered as it is."""
     memory = server.memory
-    trajectory = memory.trajectories.get(trajectory_of(trajectory_id))
+    trajectory = memory.trajectories.get(trajectory_of(trajectory_id), tenant=caller.tenant)
     if trajectory.stage is TrajectoryStage.RUNNING:
-        if trajectory.id not in {
-            waiting.id for waiting in memory.trajectories.waiting(episode_id=trajectory.episode_id)
-        }:
+        waiting = memory.trajectories.waiting(episode_id=trajectory.episode_id, tenant=caller.tenant)
+        if trajectory.id not in {each.id for each in waiting}:
             raise Conflict(f"trajectory {trajectory.id!r} is being played: it closes by itself", code="episode_busy")
         trajectory = await server.agent.book.close(trajectory, None)
     reward = memory.trajectories.effective_reward(trajectory.id)
@@ -192,13 +193,6 @@ def summarize(view: TrajectoryView) -> dict[str, Any]:
         "success": view.is_success,
         "used_memory": bool(trajectory.memory_text),
     }
-
-
-def find_of_episode(memory: Memory, episode_id: str) -> Trajectory | None:
-    """Return the newest trajectory of an episode."""
-    query = select(Trajectory).where(Trajectory.episode_id == episode_id)
-    with memory.database.read() as session:
-        return session.exec(query.order_by(col(Trajectory.id).desc()).limit(1)).first()
 
 
 def _describe_step(step: Step, with_token_ids: bool) -> StepDetail:

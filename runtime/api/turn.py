@@ -50,6 +50,11 @@ class Opened:
         return self.episode and self.episode.trajectory
 
     @property
+    def num_tokens(self) -> int:
+        """Used in this turn so far, by model calls that ended."""
+        return self.episode.budget.num_tokens if self.episode else 0
+
+    @property
     def logprobs(self) -> list[dict[str, Any]]:
         """Of the tokens of the last reply; in no row, so they are had here or never."""
         reply = self.episode and self.episode.reply

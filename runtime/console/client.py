@@ -36,14 +36,19 @@ class NoServer(Exception):
 class Client:
     """One server, asked over HTTP; usable as an async context manager."""
 
-    def __init__(self, url: str = DEFAULT_URL, *, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    def __init__(
+        self, url: str = DEFAULT_URL, *, key: str | None = None, patience_seconds: float = PATIENCE_SECONDS
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._patience_seconds = patience_seconds
         self._has_answered = False
         timeout = httpx.Timeout(None, connect=5.0)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         # No proxy: the server is ours, and usually this machine.
-        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits, trust_env=False)
+        headers = {"Authorization": f"Bearer {key}"} if key else None
+        self._http = httpx.AsyncClient(
+            base_url=self.url, timeout=timeout, limits=limits, headers=headers, trust_env=False
+        )
 
     async def __aenter__(self) -> Client:
         return self

@@ -141,6 +141,16 @@ def policies_table(listed: dict[str, Any]) -> Table:
     return table
 
 
+def keys_table(listed: dict[str, Any]) -> Table:
+    table = table_of("id", "name", "tenant", "scopes", "#req/min", "#tok/min", "last used")
+    table.columns[0].no_wrap, table.columns[0].min_width = True, 32  # ids are there to be copied
+    for row in listed["data"]:
+        limits = [str(row[name] or "-") for name in ("requests_per_minute", "tokens_per_minute")]
+        used = "revoked" if row["revoked_at"] else (row["last_used_at"] or "never")[:10]
+        table.add_row(row["id"], Text(row["name"]), row["tenant"] or "-", " ".join(row["scopes"]), *limits, used)
+    return table
+
+
 def insights_table(listed: dict[str, Any]) -> Table:
     table = table_of("environment", "kind", "#strength", "#won", "#lost", "insight")
     for row in listed["data"]:

@@ -5,6 +5,7 @@ Refuses to know the server's insides, and to import anything heavy: a verb is on
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
 DEFAULT_URL = "http://127.0.0.1:8080"
 
 Url = Annotated[str, typer.Option("--url", envvar="RATCHET_URL", help="Where the server answers.")]
+Key = Annotated[
+    str | None,
+    typer.Option("--key", envvar="RATCHET_KEY", show_envvar=True, help="An API key, where the server asks for one."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+Config = Annotated[Path | None, typer.Option("-c", "--config", help="A TOML file; ./ratchet.toml if it is there.")]
+Data = Annotated[str | None, typer.Option("--data", help="The data directory (.ratchet).")]
 
 trajectories = typer.Typer(help="What was lived, step by step.", no_args_is_help=True)
 
@@ -29,10 +37,10 @@ def add_verbs(app: typer.Typer) -> None:
     app.add_typer(trajectories, name="trajectories")
 
 
-def connect(url: str) -> Client:
+def connect(url: str, key: str | None) -> Client:
     from runtime.console.client import Client
 
-    return Client(url)
+    return Client(url, key=key)
 
 
 def play(
@@ -48,6 +56,7 @@ def play(
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     concurrency: Annotated[int, typer.Option(min=1, help="Episodes at a time.")] = 16,
     url: Url = DEFAULT_URL,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Play tasks through the running server; say how many succeeded, with a 95 % interval."""
@@ -77,7 +86,7 @@ def play(
                 description = f"playing, {num_successes} won"
                 progress.update(bar, completed=num_done, total=num_tasks, description=description)
 
-            async with connect(url) as client:
+            async with connect(url, key) as client:
                 return await play_order(
                     client,
                     order,
@@ -99,6 +108,7 @@ def learn(
     ] = None,
     cycle: Annotated[str | None, typer.Option(help="Watch this cycle instead of starting one.")] = None,
     url: Url = DEFAULT_URL,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Turn the loop once on the running server: collect, learn, prove, swap or reject; ends with the report."""
@@ -118,7 +128,7 @@ def learn(
     under_way: list[str] = [cycle] if cycle else []
 
     async def work() -> dict[str, Any]:
-        async with connect(url) as client:
+        async with connect(url, key) as client:
             if not under_way:
                 under_way.append(await start_cycle(client, settings))
             console = watching(as_json)
@@ -153,35 +163,39 @@ def _read_settings(given: list[str]) -> dict[str, Any]:
     return settings
 
 
-def policies(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+def policies(url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
     """List all policies: who acts, who acted, who may."""
     from runtime.console import show
 
-    _get("/v1/policies", url, as_json, show.policies_table)
+    _get("/v1/policies", url, key, as_json, show.policies_table)
 
 
 def promote(
-    version: Annotated[str, typer.Argument(help="e.g. v3")], url: Url = DEFAULT_URL, as_json: Json = False
+    version: Annotated[str, typer.Argument(help="e.g. v3")],
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: Json = False,
 ) -> None:
     """Let a policy act, from the next episode on."""
-    _post(f"/v1/policies/{version}/promote", url, as_json, lambda policy: f"{policy['name']} acts now")
+    _post(f"/v1/policies/{version}/promote", url, key, as_json, lambda policy: f"{policy['name']} acts now")
 
 
-def rollback(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+def rollback(url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
     """Let the policy act that acted before."""
-    _post("/v1/policies/rollback", url, as_json, lambda policy: f"{policy['name']} acts again")
+    _post("/v1/policies/rollback", url, key, as_json, lambda policy: f"{policy['name']} acts again")
 
 
 def insights(
     environment: Annotated[str | None, typer.Option(help="Only of this environment.")] = None,
     kind: Annotated[str | None, typer.Option(help="Only for this kind of task.")] = None,
     url: Url = DEFAULT_URL,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """List the lessons in words, strongest first."""
     from runtime.console import show
 
-    _get("/v1/insights", url, as_json, show.insights_table, environment=environment, kind=kind)
+    _get("/v1/insights", url, key, as_json, show.insights_table, environment=environment, kind=kind)
 
 
 @trajectories.command("list")
@@ -193,13 +207,14 @@ def list_trajectories(
     stage: str | None = None,
     success: bool | None = None,
     url: Url = DEFAULT_URL,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """List the newest."""
     from runtime.console import show
 
     wanted = {"limit": limit, "environment": environment, "split": split, "policy": policy, "stage": stage}
-    _get("/v1/trajectories", url, as_json, show.trajectories_table, success=success, **wanted)
+    _get("/v1/trajectories", url, key, as_json, show.trajectories_table, success=success, **wanted)
 
 
 @trajectories.command("show")
@@ -207,25 +222,26 @@ def show_trajectory(
     trajectory_id: Annotated[str, typer.Argument(metavar="ID")],
     tokens: Annotated[bool, typer.Option("--tokens", help="With token ids (JSON only).")] = False,
     url: Url = DEFAULT_URL,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Read one, step by step."""
     from runtime.console import show
 
-    _get(f"/v1/trajectories/{trajectory_id}", url, as_json, show.trajectory_story, token_ids=tokens or None)
+    _get(f"/v1/trajectories/{trajectory_id}", url, key, as_json, show.trajectory_story, token_ids=tokens or None)
 
 
-def _get(path: str, url: str, as_json: bool, show: Any, **query: Any) -> None:
+def _get(path: str, url: str, key: str | None, as_json: bool, show: Any, **query: Any) -> None:
     async def work() -> dict[str, Any]:
-        async with connect(url) as client:
+        async with connect(url, key) as client:
             return await client.get(path, **query)
 
     perform(work, as_json=as_json, show=show)
 
 
-def _post(path: str, url: str, as_json: bool, show: Any) -> None:
+def _post(path: str, url: str, key: str | None, as_json: bool, show: Any) -> None:
     async def work() -> dict[str, Any]:
-        async with connect(url) as client:
+        async with connect(url, key) as client:
             return await client.post(path)
 
     perform(work, as_json=as_json, show=show)

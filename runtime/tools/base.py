@@ -46,6 +46,8 @@ class Tool:
     """Most calls at once, of all episodes together."""
     source: str = "this server"
     """Where it comes from, for messages."""
+    call_for: Callable[[str, dict[str, Any]], Awaitable[str]] | None = None
+    """Instead of `call`, for a tool that shows what belongs to a tenant: told whose episode it is."""
 
     def definition(self) -> dict[str, Any]:
         """Return the tool as the model is told of it, in OpenAI's form."""
@@ -72,7 +74,7 @@ class ToolResult:
     is_invalid: bool = False
 
 
-async def run_tool(tool: Tool, arguments_json: str) -> ToolResult:
+async def run_tool(tool: Tool, arguments_json: str, *, tenant: str = "") -> ToolResult:
     """Call `tool` with arguments as the model wrote them; return its result, or what was wrong in words."""
     try:
         arguments = parse_arguments(arguments_json)
@@ -92,7 +94,8 @@ async def run_tool(tool: Tool, arguments_json: str) -> ToolResult:
     except TimeoutError:
         return failed(f"TimeoutError: {tool.name!r} is busy: no place came free in {tool.timeout_seconds:g} seconds")
     # A task, not `except Exception`: whatever a tool raises is data here, and our own cancellation is not.
-    running = asyncio.ensure_future(tool.call(arguments))
+    asked = tool.call(arguments) if tool.call_for is None else tool.call_for(tenant, arguments)
+    running = asyncio.ensure_future(asked)
     running.add_done_callback(lambda ended: _leave(tool, ended))
     try:
         await asyncio.wait({running}, timeout=deadline - asyncio.get_running_loop().time())

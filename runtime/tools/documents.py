@@ -1,11 +1,13 @@
 """A tool that searches the documents the agent was given to read.
 
-Refuses to know how passages are found: memory does. What is found is text from elsewhere, shown with its tags broken.
+Refuses to know how passages are found: memory does. Only documents of the episode's tenant are searched. What is found
+is text from elsewhere, shown with its tags broken.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Protocol
+from dataclasses import replace
+from typing import Annotated, Any, Protocol
 
 from annotated_types import Interval, MinLen
 
@@ -18,13 +20,20 @@ SOURCE = "tools.documents"
 
 
 class FindPassages(Protocol):
-    async def __call__(self, query_text: str, num: int) -> list[str]:
-        """Return the passages nearest to a question, best first."""
+    async def __call__(self, query_text: str, num: int, *, tenant: str = "") -> list[str]:
+        """Return the passages of a tenant's documents nearest to a question, best first."""
         ...
 
 
 def document_search(find_passages: FindPassages) -> Tool:
     """Return the tool."""
+
+    async def search(query: str, num_passages: int, tenant: str) -> str:
+        try:
+            passages = await find_passages(query, num_passages, tenant=tenant)
+        except StorageError as error:
+            raise ToolError(f"the documents cannot be read now: {error}") from error
+        return "\n\n".join(passages) or "No passage fits; try other words."
 
     async def search_documents(
         query: Annotated[str, MinLen(1)], num_passages: Annotated[int, Interval(ge=1, le=10)] = 3
@@ -35,10 +44,10 @@ def document_search(find_passages: FindPassages) -> Tool:
             query: what to look for, in words that the text may use
             num_passages: how many passages to show at most
         """
-        try:
-            passages = await find_passages(query, num_passages)
-        except StorageError as error:
-            raise ToolError(f"the documents cannot be read now: {error}") from error
-        return "\n\n".join(passages) or "No passage fits; try other words."
+        return await search(query, num_passages, "")
 
-    return tool_from_function(search_documents, source=SOURCE, max_concurrency=16)
+    async def search_for(tenant: str, arguments: dict[str, Any]) -> str:
+        return await search(arguments["query"], int(arguments.get("num_passages", 3)), tenant)
+
+    tool = tool_from_function(search_documents, source=SOURCE, max_concurrency=16)
+    return replace(tool, call_for=search_for)

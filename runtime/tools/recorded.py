@@ -41,4 +41,4 @@ def stand_in(tool: Tool, find_result: FindResult) -> Tool:
             )
         return result
 
-    return replace(tool, call=call)
+    return replace(tool, call=call, call_for=None)

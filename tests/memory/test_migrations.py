@@ -16,7 +16,9 @@ from sqlmodel import SQLModel
 from memory.database import Database
 from memory.errors import DatabaseTooNew
 from memory.migrations.upgrade import _make_config, upgrade
+from memory.store import Memory
 from memory.trajectories import Trajectories
+from tests.memory.episodes import PATIENT, HashingEncoder
 
 
 @pytest.fixture
@@ -86,6 +88,71 @@ def test_the_rows_of_the_first_revision_live_on(tmp_path: Path):
     assert (step.content, step.handover_digest) == ("hello", None)
     assert trajectories.waiting() == []
     database.close()
+
+
+def run_revisions(path: Path, *statements: str, upgrade_to: str = "", downgrade_to: str = "") -> None:
+    """Move a database to a revision, then run statements on it; foreign keys are enforced, as in the program."""
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA foreign_keys=ON")
+        connection.commit()
+        with connection.begin():
+            config = _make_config()
+            config.attributes["connection"] = connection
+            if upgrade_to:
+                command.upgrade(config, upgrade_to)
+            if downgrade_to:
+                command.downgrade(config, downgrade_to)
+            for statement in statements:
+                connection.exec_driver_sql(statement)
+    engine.dispose()
+
+
+MOMENT = "'2026-11-22 00:00:00'"
+ROWS_BEFORE_TENANTS = (
+    f"INSERT INTO policies (version, stage, base_model, note, created_at) VALUES (0, 'active', 'pocket', '', {MOMENT})",
+    "INSERT INTO trajectories (id, episode_id, kind, split, task_text, policy, stage, memory_text, num_steps, "
+    "prompt_tokens, output_tokens, num_invalid_tool_calls, opened_at) "
+    f"VALUES ('trj_1', 'eps_1', 'chat', 'live', 'hi', 0, 'running', '', 0, 0, 0, 0, {MOMENT})",
+    "INSERT INTO insights (id, environment, kind, text, strength, wins, losses, wins_otherwise, losses_otherwise, "
+    f"created_at) VALUES ('ins_1', 'kitchen', 'cooking', 'fry it', 2, 0, 0, 0, 0, {MOMENT})",
+    f"INSERT INTO documents (id, title, digest, created_at) VALUES ('doc_1', 'Stove', 'd', {MOMENT})",
+    "INSERT INTO passages (id, document_id, position, text) VALUES ('psg_1', 'doc_1', 0, 'How to fry.')",
+    "INSERT INTO feedback (id, trajectory_id, name, value, source, tags, created_at) "
+    f"VALUES ('fb_1', 'trj_1', 'reward', 'true', 'user', '{{}}', {MOMENT})",
+    "CREATE TABLE word_entries (id INTEGER PRIMARY KEY, collection TEXT, row_id TEXT)",
+)
+
+
+def test_rows_from_before_tenants_are_the_default_tenants_and_can_go_back(tmp_path: Path, encoder: HashingEncoder):
+    path = tmp_path / "ratchet.db"
+    run_revisions(path, *ROWS_BEFORE_TENANTS, upgrade_to="0002")
+    with Memory.open(tmp_path, PATIENT, encoder=encoder) as memory:
+        assert memory.trajectories.get("trj_1", tenant="").task_text == "hi"
+        assert [insight.text for insight in memory.insights.active()] == ["fry it"]
+        assert [passage.text for passage in memory.documents.passages("doc_1")] == ["How to fry."]
+        assert [said.id for said in memory.feedback.list("trj_1")] == ["fb_1"]
+        assert memory.database.check() == []
+    others = (
+        "INSERT INTO documents (id, tenant, title, digest, created_at) "
+        f"VALUES ('doc_2', 'acme', 'Stove', 'd', {MOMENT})",
+        "INSERT INTO passages (id, document_id, position, text) VALUES ('psg_2', 'doc_2', 0, 'How acme fries.')",
+    )
+    run_revisions(path, *others)
+    run_revisions(path, downgrade_to="0002")
+    connection = sqlite3.connect(path)
+    assert connection.execute("SELECT id FROM documents").fetchall() == [("doc_1",)]
+    assert connection.execute("SELECT text FROM passages").fetchall() == [("How to fry.",)]
+    assert connection.execute("SELECT id FROM feedback").fetchall() == [("fb_1",)]
+    connection.close()
+
+
+async def test_an_index_from_before_tenants_is_filled_again(tmp_path: Path, encoder: HashingEncoder):
+    run_revisions(tmp_path / "ratchet.db", *ROWS_BEFORE_TENANTS, upgrade_to="0002")
+    with Memory.open(tmp_path, PATIENT, encoder=encoder) as memory:
+        await memory.index.drain()
+        assert memory.index.count() == {"insights": 1, "exemplars": 0, "passages": 1}
+        assert await memory.retrieval.find_passages("how to fry", 3) == ["Stove: How to fry."]
 
 
 def test_a_downgrade_takes_everything_back(connection: Connection):

@@ -120,7 +120,7 @@ async def test_what_is_remembered_speaks_as_data(memory: Memory):
 
 
 async def test_storage_that_fails_costs_the_memory_and_not_the_answer(memory: Memory, monkeypatch: pytest.MonkeyPatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise StorageError("planted")
 
     monkeypatch.setattr(memory.insights, "active", fail)

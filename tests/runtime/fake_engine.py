@@ -66,13 +66,15 @@ class FakeEngine:
         self.num_under_way = 0
         self.num_tokens = 0
         self.num_calls = 0
+        self.api_key: str | None = None
+        """Asked for on every route under /v1, as vLLM does."""
         self.breaks_off_after: int | None = None
         """Events of a stream after which the connection is gone."""
         self.render_prompt = _prompt_ids
         self.url = ""
 
     async def __aenter__(self) -> FakeEngine:
-        app = web.Application(client_max_size=2**26)
+        app = web.Application(client_max_size=2**26, middlewares=[self._ask_for_key])
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/load_lora_adapter", self._load)
@@ -89,6 +91,13 @@ class FakeEngine:
 
     async def __aexit__(self, *_: object) -> None:
         await self._runner.cleanup()
+
+    @web.middleware
+    async def _ask_for_key(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        is_known = self.api_key is None or request.headers.get("Authorization") == f"Bearer {self.api_key}"
+        if request.path.startswith("/v1") and not is_known:
+            return _error(401, "Unauthorized")
+        return await handler(request)
 
     def forget_adapters(self) -> None:
         """What a restart does."""

@@ -1,0 +1,149 @@
+"""API keys: made, known again, revoked. What is kept of one is a digest, so that a stolen database opens no door.
+
+This module refuses to know how a key is presented, and what a scope opens. A key is 256 random bits, so one SHA-256 is
+as good as a slow hash; and whoever times the look-up learns about digests, which say nothing of any key.
+
+Invariants: a key is told once, by `create`; a revoked one is as unknown as one that never was; where a key was ever
+made, keys are required from then on, even when all are revoked.
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import re
+import secrets
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+from sqlalchemy import update
+from sqlmodel import Session, col, select
+
+from memory.database import Database
+from memory.errors import UnknownKey
+from memory.schema import ApiKey, Scope, new_id, now
+
+PREFIX = "ratchet_"  # so that scanners of code and logs know one when they see one
+TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}|")
+NOTED_EVERY = timedelta(minutes=1)
+
+
+class Keys:
+    """All keys ever made."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        # In memory, because each request asks. True to the rows as long as one process owns the directory.
+        self._by_digest: dict[str, ApiKey] = {}
+        self._noted_at: dict[str, datetime] = {}
+        self.is_required = False
+        """Whether any key was ever made."""
+        self._learn_rows()
+
+    async def create(
+        self,
+        name: str,
+        scopes: Iterable[str],
+        *,
+        tenant: str = "",
+        requests_per_minute: int | None = None,
+        tokens_per_minute: int | None = None,
+    ) -> tuple[ApiKey, str]:
+        """Make a key; return its row, and the key itself, which nobody can tell again.
+
+        Raises: ValueError for a blank name, an unknown scope or none, a tenant's name or a limit that cannot be.
+        """
+        key = PREFIX + secrets.token_hex(32)
+        values = {
+            "id": new_id("key"),
+            "digest": digest(key),
+            "name": _check_name(name),
+            "tenant": _check_tenant(tenant),
+            "scopes": _check_scopes(scopes),
+            "requests_per_minute": _check_limit("requests_per_minute", requests_per_minute),
+            "tokens_per_minute": _check_limit("tokens_per_minute", tokens_per_minute),
+        }
+
+        def write(session: Session) -> ApiKey:
+            row = ApiKey(**values)
+            session.add(row)
+            session.flush()
+            return row
+
+        row = await self._database.write(write)
+        self._learn_rows()
+        return row, key
+
+    async def revoke(self, key_id: str) -> ApiKey:
+        """Have a key open nothing from now on; revoked already is no error. Raises: UnknownKey."""
+
+        def write(session: Session) -> ApiKey:
+            row = session.get(ApiKey, key_id)
+            if row is None:
+                raise UnknownKey(f"no key has the id {key_id!r}: list them to see which exist")
+            row.revoked_at = row.revoked_at or now()
+            session.add(row)
+            session.flush()
+            return row
+
+        row = await self._database.write(write)
+        self._learn_rows()
+        return row
+
+    def list(self) -> builtins.list[ApiKey]:
+        """Return all keys, revoked ones too, oldest first."""
+        with self._database.read() as session:
+            return builtins.list(session.exec(select(ApiKey).order_by(col(ApiKey.id))))
+
+    def find(self, key: str) -> ApiKey | None:
+        """Return the row of a key that is in force; None for any other text."""
+        return self._by_digest.get(digest(key))
+
+    async def note_use(self, row: ApiKey) -> None:
+        """Keep when a key was last used, to the minute. Raises: StorageError."""
+        moment, before = now(), self._noted_at.get(row.id, row.last_used_at)
+        if before is not None and moment - before < NOTED_EVERY:
+            return
+        self._noted_at[row.id] = moment
+        await self._database.write(
+            lambda session: session.execute(update(ApiKey).where(col(ApiKey.id) == row.id).values(last_used_at=moment))
+        )
+
+    def _learn_rows(self) -> None:
+        rows = self.list()
+        self._by_digest = {row.digest: row for row in rows if row.revoked_at is None}
+        self.is_required = bool(rows)
+
+
+def digest(key: str) -> str:
+    """Return what is kept of a key: its SHA-256, in hex."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _check_name(name: str) -> str:
+    tidy = " ".join(name.split())
+    if not 1 <= len(tidy) <= 200:
+        raise ValueError(f"a key needs a name of up to 200 characters, not {name[:80]!r}: say who will use it")
+    return tidy
+
+
+def _check_tenant(tenant: str) -> str:
+    if not TENANT.fullmatch(tenant):
+        raise ValueError(f"a tenant is up to 64 letters, digits, '.', '_' and '-', not {tenant!r}; '' is the default")
+    return tenant
+
+
+def _check_scopes(scopes: Iterable[str]) -> list[str]:
+    given = list(dict.fromkeys(scopes))
+    known = [scope.value for scope in Scope]
+    strays = [scope for scope in given if scope not in known]
+    if strays or not given:
+        what = f"{strays[0]!r} is no scope" if strays else "a key without a scope opens nothing"
+        raise ValueError(f"{what}: choose among {', '.join(known)}")
+    return [scope for scope in known if scope in given]
+
+
+def _check_limit(name: str, value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is at least 1, not {value!r}: leave it out for no limit")
+    return value

@@ -1,0 +1,86 @@
+"""API keys: made, listed, revoked, by whoever runs the server.
+
+Refuses to tell a key again: it is in the answer that made it, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Body
+from pydantic import BaseModel, Field
+
+from memory.schema import ApiKey, Scope
+from runtime.api.errors import CREATED, BadRequest, NotFound, refusals
+from runtime.api.services import Server
+
+router = APIRouter(prefix="/v1/keys", tags=["keys"])
+
+
+class KeyRequest(BaseModel, extra="forbid"):
+    """Who will use the key, and for what."""
+
+    name: str = Field(min_length=1, max_length=200, examples=["shop frontend"])
+    scopes: list[Scope] = Field(min_length=1, description="`admin` is all of them.")
+    tenant: str = Field(default="", description="Whose data it opens; empty is the default tenant.")
+    requests_per_minute: int | None = Field(default=None, ge=1, description="Without it, no limit.")
+    tokens_per_minute: int | None = Field(default=None, ge=1, description="Prompt and output; without it, no limit.")
+
+
+class KeyDetail(BaseModel):
+    """A key, without the key. `last_used_at` is true to the minute."""
+
+    id: str
+    name: str
+    tenant: str
+    scopes: list[Scope]
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    created_at: datetime
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+
+
+class NewKey(KeyDetail):
+    """A key, told this once."""
+
+    key: str
+
+
+class KeyList(BaseModel):
+    """All keys, revoked ones too, oldest first."""
+
+    object: str = "list"
+    data: list[KeyDetail]
+
+
+EXAMPLE = {"a client": {"value": {"name": "shop frontend", "scopes": ["infer", "feedback"], "tenant": "shop"}}}
+
+
+@router.post("", status_code=CREATED, summary="Make a key", responses=refusals(BadRequest))
+async def create_key(server: Server, body: Annotated[KeyRequest, Body(openapi_examples=EXAMPLE)]) -> NewKey:
+    """The first key that is made closes the server to everybody without one: let it be an `admin`'s."""
+    row, key = await server.memory.keys.create(
+        body.name,
+        body.scopes,
+        tenant=body.tenant,
+        requests_per_minute=body.requests_per_minute,
+        tokens_per_minute=body.tokens_per_minute,
+    )
+    return NewKey(**describe(row).model_dump(), key=key)
+
+
+@router.get("", summary="List all keys")
+async def list_keys(server: Server) -> KeyList:
+    return KeyList(data=[describe(row) for row in server.memory.keys.list()])
+
+
+@router.post("/{key_id}/revoke", summary="Have a key open nothing any more", responses=refusals(NotFound))
+async def revoke_key(key_id: str, server: Server) -> KeyDetail:
+    """At once, and for good. What is being answered is answered."""
+    return describe(await server.memory.keys.revoke(key_id))
+
+
+def describe(row: ApiKey) -> KeyDetail:
+    return KeyDetail.model_validate(row, from_attributes=True)

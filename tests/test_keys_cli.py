@@ -1,0 +1,93 @@
+"""The verbs about keys, where a server runs and where none does; and the address a server refuses to listen on."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+import serve
+from memory.store import open_keys
+from runtime.console.speak import Failure, run
+from tests.api.worlds import ServedWorld
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in ("RATCHET_URL", "RATCHET_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, dict]:
+        code = run(serve.app, [*arguments, "--json"])
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1, "one JSON object, on one line, and nothing else"
+        return code, json.loads(out)
+
+    return call
+
+
+def test_keys_are_made_listed_and_revoked_in_the_data_directory(cli, tmp_path: Path) -> None:
+    at = ["--data", str(tmp_path / "data")]
+    more = ["--tenant", "acme", "--requests-per-minute", "60"]
+    code, made = cli("keys", "create", "the shop", "--scope", "infer", "--scope", "feedback", *more, *at)
+    assert code == 0 and made["key"].startswith("ratchet_")
+    assert (made["name"], made["scopes"], made["tenant"]) == ("the shop", ["infer", "feedback"], "acme")
+    listed = cli("keys", "list", *at)[1]["data"]
+    assert [row["id"] for row in listed] == [made["id"]] and "key" not in listed[0] and "digest" not in listed[0]
+    assert cli("keys", "revoke", made["id"], *at)[1]["revoked_at"] is not None
+    code, refused = cli("keys", "revoke", "nobody", *at)
+    assert code == 1 and "'nobody'" in refused["error"]["message"]
+    code, refused = cli("keys", "create", "x", "--scope", "fly", *at)
+    assert code == 2 and "'fly' is no scope" in refused["error"]["message"]
+
+
+def test_people_read_the_key_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    at = ["--data", str(tmp_path / "data")]
+    assert run(serve.app, ["keys", "create", "the shop", "--scope", "infer", *at]) == 0
+    said = capsys.readouterr().out
+    assert "  ratchet_" in said and "the only time" in said
+    assert run(serve.app, ["keys", "list", *at]) == 0
+    listed = capsys.readouterr().out
+    assert "the shop" in listed and "ratchet_" not in listed
+
+
+def test_a_running_server_is_asked_with_a_key(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ServedWorld(tmp_path / "data") as world:
+        made = cli("keys", "create", "operator", "--scope", "admin", "--url", world.url)[1]
+        code, refused = cli("keys", "list", "--url", world.url)
+        assert code == 1 and (refused["error"]["status"], refused["error"]["code"]) == (401, "invalid_api_key")
+        assert len(cli("keys", "list", "--url", world.url, "--key", made["key"])[1]["data"]) == 1
+        monkeypatch.setenv("RATCHET_KEY", made["key"])
+        for verb in (["policies"], ["insights"], ["trajectories", "list"], ["keys", "list"]):
+            assert cli(*verb, "--url", world.url)[0] == 0
+        played = cli("play", "--environment", "doors", "--tasks", "1", "--url", world.url)[1]
+        assert played["num_tasks"] == 1
+        # The directory has its owner: the server there is asked, once it has said where it is.
+        code, refused = cli("keys", "list", "--data", str(tmp_path / "data"))
+        said = refused["error"]["message"]
+        assert code == 1 and "in use by process" in said and "--url" in said
+        world.memory.answers_at(world.url)
+        assert len(cli("keys", "list", "--data", str(tmp_path / "data"))[1]["data"]) == 1
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "", "192.0.2.7", "::"])
+async def test_an_open_address_without_keys_is_refused_by_name(tmp_path: Path, host: str) -> None:
+    with open_keys(tmp_path) as keys:
+        with pytest.raises(Failure, match=rf"server\.host = {host!r} is open to others.*keys create"):
+            serve.refuse_open_door(host, keys)
+        await keys.create("operator", ["admin"])
+        serve.refuse_open_door(host, keys)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_the_loopback_needs_no_keys(tmp_path: Path, host: str) -> None:
+    if host == "::1" and not socket.has_ipv6:
+        pytest.skip("no IPv6")
+    with open_keys(tmp_path) as keys:
+        serve.refuse_open_door(host, keys)
