@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -78,6 +79,8 @@ class Trajectories:
     def __init__(self, database: Database, *, success_reward: float = 1.0) -> None:
         self._database = database
         self.success_reward = success_reward
+        self.num_closed: Counter[tuple[str, Split]] = Counter()
+        """Since the start, by how they ended and by split."""
 
     async def open(self, trajectory: Trajectory) -> Trajectory:
         """Record that an episode began; durable when it returns.
@@ -132,7 +135,9 @@ class Trajectories:
             self.note_exemplar(session, trajectory)
             return trajectory
 
-        return await self._database.write(write)
+        closed = await self._database.write(write)
+        self.num_closed[_outcome_of(closed), closed.split] += 1
+        return closed
 
     async def reward(self, trajectory_id: str, value: float, source: RewardSource, reason: str = "") -> Reward:
         """Add a reward, before or after the close. Raises: UnknownTrajectory; ValueError outside [0, 1]."""
@@ -393,6 +398,12 @@ def _last_handover(digest: str | None = None, before: datetime | None = None):
     if before is not None:
         query = query.where(col(Step.created_at) < before)
     return query
+
+
+def _outcome_of(trajectory: Trajectory) -> str:
+    """Return the stage it ended in, or `truncated`: finished because a budget or somebody's patience was."""
+    is_truncated = trajectory.stage is TrajectoryStage.FINISHED and trajectory.error is not None
+    return "truncated" if is_truncated else trajectory.stage.value
 
 
 def _equals(column, value):

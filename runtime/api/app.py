@@ -15,14 +15,17 @@ from runtime.api import (
     environments,
     errors,
     feedback,
+    feedback_links,
     health,
     index,
     insights,
+    metrics,
     models,
     policies,
     responses,
     trajectories,
 )
+from runtime.api.measuring import MeasureRequests
 from runtime.api.services import Services
 
 DESCRIPTION = """
@@ -31,7 +34,8 @@ An agent that answers, remembers, learns, proves that it learned, and only then 
 * **Answer**: `POST /v1/chat/completions`, as any OpenAI client speaks it. `model="agent"` is the active policy,
   `agent@v3` pins one. `metadata={"environment": "textworld", "task": "900000"}` plays that task on the server.
   `POST /v1/responses` is the same in the words of the Responses API.
-* **Say how it went**: `POST /v1/feedback` with the `id` of the answer.
+* **Say how it went**: `POST /v1/feedback` with the `id` of the answer; `POST /v1/feedback/links` makes a
+  link for somebody without a key.
 * **Learn**: `POST /v1/cycles`, then watch `GET /v1/cycles/{id}` and read `GET /v1/cycles/{id}/report`.
 * **Decide**: `POST /v1/policies/{version}/promote` and `POST /v1/policies/rollback`.
 
@@ -50,7 +54,7 @@ TAGS = [
     {"name": "documents", "description": "What the agent was given to read."},
     {"name": "environments", "description": "Where tasks can be played again."},
     {"name": "index", "description": "What finds memories; rebuilt from the rows at any time."},
-    {"name": "health", "description": "Alive, ready, sound."},
+    {"name": "health", "description": "Alive, ready, sound; and counted."},
 ]
 
 ROUTERS = (
@@ -58,6 +62,7 @@ ROUTERS = (
     responses,
     models,
     feedback,
+    feedback_links,
     trajectories,
     policies,
     cycles,
@@ -66,6 +71,7 @@ ROUTERS = (
     environments,
     index,
     health,
+    metrics,
 )
 
 
@@ -81,6 +87,7 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     errors.add_error_handlers(app)
+    app.add_middleware(MeasureRequests, telemetry=services.agent.telemetry)
     for module in ROUTERS:
         app.include_router(module.router)
     return app
