@@ -144,11 +144,10 @@ def _place_of_reply(session: Session, feedback: Feedback) -> int | None:
 
 
 def _kinds(values: dict[str, Any]) -> builtins.list[str]:
-    value = values["value"]
-    kinds = (
-        [] if value is None else ["bool" if isinstance(value, bool) else "text" if isinstance(value, str) else "number"]
-    )
-    return kinds + [kind for kind in ("comment", "correction") if values[kind] is not None]
+    kinds = [kind for kind in ("comment", "correction") if values[kind] is not None]
+    if values["value"] is not None:
+        kinds.append({bool: "bool", str: "text"}.get(type(values["value"]), "number"))
+    return kinds
 
 
 def _same(known: Feedback, values: dict[str, Any]) -> Feedback:

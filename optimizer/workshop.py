@@ -88,7 +88,7 @@ class Workshop:
         return [each for each in pool if each.task_key not in held_out]
 
     async def read_corrections(self) -> list[Correction]:
-        """Return what people said replies should have been; of held-out tasks none, also when a client asked for one."""
+        """Return what people said replies should have been; of held-out tasks none, whoever asked."""
         found = await asyncio.to_thread(self.memory.feedback.corrections, limit=self.config.max_pool)
         held_out = {(task.environment, task.name) for task in self.held_out_tasks()}
         return [each for each in found if each.task_key not in held_out]

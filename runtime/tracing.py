@@ -1,8 +1,8 @@
 """Spans of OpenTelemetry's GenAI conventions: `invoke_agent`, `chat`, `execute_tool`, and where they go.
 
 Refuses to know what is measured besides (telemetry.py). Without a tracer every span is a no-op.
-Flow: `open_tracing` reads the standard OTEL_* variables -> a tracer of our own, not the process's -> spans are queued ->
-a thread of the SDK's exports them.
+Flow: `open_tracing` reads the standard OTEL_* variables -> a tracer of our own, not the process's -> spans are queued
+-> a thread of the SDK's exports them.
 Invariants: no exporter is ever called on the event loop; nothing that was said is in a span, unless
 OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT is true; an exception's message may say something too, so only its
 class is.
@@ -48,13 +48,12 @@ class Tracing:
         self._with_content = with_content
         self._propagator = TraceContextTextMapPropagator()
 
-    @property
-    def is_on(self) -> bool:
-        return self._tracer is not None
-
     @contextlib.contextmanager
     def continue_from(self, headers: Sequence[tuple[bytes, bytes]]) -> Iterator[None]:
         """Hang the spans of a request under the caller's own, where its `traceparent` names one."""
+        if self._tracer is None:
+            yield
+            return
         carrier = {
             name: value.decode("latin-1")
             for key, value in headers
