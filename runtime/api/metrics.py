@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -91,15 +92,15 @@ class State:
 
 
 def counter(key: str, samples: Samples) -> Metric:
-    return _fill(CounterMetricFamily(*_head(key)), samples)
+    return _fill(CounterMetricFamily(**_head(key)), samples)
 
 
 def gauge(key: str, samples: Samples) -> Metric:
-    return _fill(GaugeMetricFamily(*_head(key)), samples)
+    return _fill(GaugeMetricFamily(**_head(key)), samples)
 
 
 def histogram(key: str, tallies: dict[tuple[str, ...], Tally]) -> Metric:
-    family = HistogramMetricFamily(*_head(key))
+    family = HistogramMetricFamily(**_head(key))
     for labels, tally in tallies.items():
         counts, sum_so_far = list(tally.counts), 0
         buckets = []
@@ -115,9 +116,9 @@ def _describe(policy: Policy, worn: int | None) -> tuple[str, ...]:
     return policy.name, policy.stage.value, policy.base_model, adapter, str(policy.version == worn).lower()
 
 
-def _head(key: str) -> tuple[str, str, None, tuple[str, ...]]:
+def _head(key: str) -> dict[str, Any]:
     name, explained, labels = STATE[key]
-    return name, explained, None, labels
+    return {"name": name, "documentation": explained, "labels": labels}
 
 
 def _fill(family: CounterMetricFamily | GaugeMetricFamily, samples: Samples) -> Metric:
