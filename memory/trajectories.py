@@ -204,7 +204,7 @@ class Trajectories:
         What waits for a client goes on waiting: all of it is in its rows.
         """
 
-        def write(session: Session) -> int:
+        def write(session: Session) -> builtins.list[Trajectory]:
             is_waiting = _last_handover().where(Step.trajectory_id == Trajectory.id).exists()
             query = select(Trajectory).where(Trajectory.stage == TrajectoryStage.RUNNING, ~is_waiting)
             orphans = session.exec(query).all()
@@ -213,9 +213,11 @@ class Trajectories:
                     session, trajectory, TrajectoryStage.FAILED, "Interrupted: the process ended before the episode did"
                 )
                 session.add(trajectory)
-            return len(orphans)
+            return builtins.list(orphans)
 
-        return await self._database.write(write)
+        orphans = await self._database.write(write)
+        self.num_closed.update((_outcome_of(orphan), orphan.split) for orphan in orphans)
+        return len(orphans)
 
     def get(self, trajectory_id: str) -> Trajectory:
         """Return one trajectory. Raises: UnknownTrajectory."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import structlog
@@ -162,6 +164,30 @@ def is_on(environ: dict[str, str]) -> bool:
 )
 def test_the_standard_variables_decide_whether_anything_leaves(environ: dict[str, str], expected: bool):
     assert is_on(environ) is expected
+
+
+def test_spans_reach_a_collector_from_a_thread_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    got: list[tuple[str, bytes]] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+        monkeypatch.setenv("NO_PROXY", "*")
+        tracing = open_tracing(os.environ)
+        with tracing.invoke_agent("eps_1", "trj_1", "v0") as note:
+            note(None)
+        tracing.close()
+        collector.shutdown()
+    ((path, body),) = got
+    assert path == "/v1/traces" and b"invoke_agent ratchet" in body and b"trj_1" in body
 
 
 @pytest.mark.parametrize(
