@@ -25,7 +25,7 @@ SECRET_NAME = "links.secret"
 SECRET_BYTES = 32
 PURPOSE = b"ratchet feedback link 1\n"
 """Signed along, so that a signature for anything else is never one for a link."""
-MAX_TOKEN_CHARS = 4_096
+MAX_TOKEN_CHARS = 8_192
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,13 @@ class LinkSigner:
         self._secret = secret
 
     def sign(self, link: Link) -> str:
-        """Return the link as a token for a URL."""
+        """Return the link as a token for a URL. Raises ValueError for one that no URL should hold."""
         given = {key: value for key, value in asdict(link).items() if value not in (None, (), False)}
-        body = _encode(json.dumps(given, separators=(",", ":")).encode())
-        return f"{body}.{self._seal(body)}"
+        body = _encode(json.dumps(given, separators=(",", ":"), ensure_ascii=False).encode())
+        token = f"{body}.{self._seal(body)}"
+        if len(token) > MAX_TOKEN_CHARS:
+            raise ValueError(f"a link on {link.target[:80]!r} would have {len(token)} characters: shorten its texts")
+        return token
 
     def read(self, token: str, *, now: float | None = None) -> Link:
         """Return what the token allows.

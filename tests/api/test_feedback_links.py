@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import httpx
@@ -148,6 +149,13 @@ def test_a_link_that_is_over_or_broken_says_so(world: ServedWorld, http: httpx.C
 )
 def test_a_link_that_cannot_be_is_not_made(http: httpx.Client, body: dict, status: int):
     assert http.post("/v1/feedback/links", json=body).status_code == status
+
+
+def test_many_long_choices_fit_and_what_does_not_fit_is_refused(http: httpx.Client):
+    choices = [f"{number}" + "🍲" * 59 for number in range(10)]
+    assert Form(http.get(make(http, target=ask(http), choices=choices)["path"]).text).buttons == choices
+    with pytest.raises(ValueError, match="shorten its texts"):
+        LinkSigner(b"1" * 32).sign(replace(LINK, target="e" * 8_192))
 
 
 def test_links_outlive_a_restart(world: ServedWorld, http: httpx.Client):
