@@ -200,13 +200,16 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
     from runtime.engine import Engine
     from runtime.environments.textworld import TextWorld
     from runtime.hotswap import HotSwap
+    from runtime.telemetry import Telemetry
     from runtime.tools.toolbox import Toolbox
+    from runtime.tracing import open_tracing
 
     engine = Engine(settings.engine, memory.data_dir, on_progress=phases.say)
     hotswap = HotSwap(memory.policies, engine, max_lora_rank=settings.engine.max_lora_rank)
     environments = {"textworld": TextWorld(memory.data_dir / "environments")}
     toolbox = Toolbox(settings.tools, memory.retrieval.find_passages, memory.data_dir / "logs")
-    agent = Agent(memory, hotswap, environments, settings.agent, tools=toolbox.tools)
+    telemetry = Telemetry(open_tracing(os.environ))
+    agent = Agent(memory, hotswap, environments, settings.agent, tools=toolbox.tools, telemetry=telemetry)
 
     async def complete(messages: list[dict[str, Any]]) -> str:
         async with hotswap.lease(0) as base:  # judgement stays the base's, whoever acts
@@ -261,6 +264,7 @@ async def live(
         await services.cycles.stop()
         await services.toolbox.close()
         await services.engine.stop()
+        await asyncio.to_thread(services.agent.telemetry.close)
 
 
 async def start(services: Services, settings: Any, phases: Phases) -> None:

@@ -6,6 +6,8 @@ This module refuses to know what a stage does. Invariants: at most one cycle is 
 from __future__ import annotations
 
 import builtins
+import time
+from collections import Counter
 from typing import Any
 
 from sqlmodel import Session, col, select
@@ -23,6 +25,9 @@ class Cycles:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._entered: tuple[CycleStage, float] | None = None
+        self.stage_seconds: Counter[CycleStage] = Counter()
+        """How long each stage took since the start, all cycles together."""
 
     async def open(self, settings: dict[str, Any]) -> Cycle:
         """Begin a cycle at COLLECT. Raises: CycleInProgress, naming the one that is open."""
@@ -59,7 +64,22 @@ class Cycles:
             session.add(cycle)
             return cycle
 
-        return await self._database.write(write)
+        cycle = await self._database.write(write)
+        if "stage" in fields:
+            self._clock(cycle.stage)
+        return cycle
+
+    def _clock(self, stage: CycleStage) -> None:
+        now = time.monotonic()
+        if self._entered is not None:
+            self.stage_seconds[self._entered[0]] += now - self._entered[1]
+        self._entered = None if stage in FINAL_STAGES else (stage, now)
+
+    def outcomes(self) -> builtins.list[tuple[CycleStage, dict[str, Any] | None]]:
+        """Return (final stage, verdict) of every cycle that ended."""
+        with self._database.read() as session:
+            query = select(Cycle.stage, Cycle.verdict).where(col(Cycle.closed_at).is_not(None))
+            return [(stage, verdict) for stage, verdict in session.exec(query)]
 
     def get(self, cycle_id: str) -> Cycle:
         """Return one cycle. Raises: UnknownCycle."""

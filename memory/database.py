@@ -14,10 +14,11 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from sqlmodel import Session
 from memory.errors import StorageError
 from memory.migrations.upgrade import upgrade
 from memory.schema import dump_json
+from memory.tally import Tally
 
 T = TypeVar("T")
 Work = Callable[[Connection], Any]
@@ -54,6 +56,7 @@ class _Write:
     loop: asyncio.AbstractEventLoop | None
     result: Any = None
     error: BaseException | None = None
+    queued_at: float = field(default_factory=time.monotonic)
 
     def settle(self) -> None:
         if self.future.done():  # its task was cancelled; the write stands all the same
@@ -75,6 +78,8 @@ class Database:
         self.path = _path_of(path_or_url)
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._is_open = True
+        self.acknowledgements = Tally()
+        """From the queue to the disk, of every write that got there."""
         self._gate = threading.Lock()  # nothing may be queued behind the mark that ends the writer
         self._writing = _make_engine(self.path, WRITER_PRAGMAS, begin="BEGIN IMMEDIATE", num_connections=1)
         self._reading = _make_engine(self.path, READER_PRAGMAS, begin="BEGIN", num_connections=MAX_READERS)
@@ -122,6 +127,11 @@ class Database:
                 raise
             raise self._storage_error(error) from error
 
+    @property
+    def num_queued(self) -> int:
+        """How many writes wait for the writer."""
+        return self._queue.qsize()
+
     def check(self) -> list[str]:
         """Return what SQLite finds wrong with the file: an empty list when all is well. Reads every page."""
         with self.read() as session:
@@ -160,7 +170,14 @@ class Database:
         with self._writing.connect() as connection:
             while (batch := self._next_batch()) is not None:
                 self._commit(connection, batch)
+                self._count(batch)
                 _tell(batch)
+
+    def _count(self, batch: list[_Write]) -> None:
+        now = time.monotonic()
+        for write in batch:
+            if write.error is None:
+                self.acknowledgements.add(now - write.queued_at)
 
     def _next_batch(self) -> list[_Write] | None:
         """Wait for a write, then take all that are waiting behind it; None when the database closes."""

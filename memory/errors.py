@@ -6,6 +6,7 @@
     +-- DataDirectoryInUse       another process owns the directory
     +-- UnknownRow               nothing has that id (also a LookupError)
     |   +-- UnknownTrajectory
+    |   +-- UnknownStep
     |   +-- UnknownPolicy
     |   +-- UnknownDocument
     |   +-- UnknownCycle
@@ -52,6 +53,10 @@ class UnknownRow(StoreError, LookupError):
 
 class UnknownTrajectory(UnknownRow):
     """No trajectory has that id."""
+
+
+class UnknownStep(UnknownRow):
+    """The trajectory has no such step."""
 
 
 class UnknownPolicy(UnknownRow):

@@ -1,22 +1,43 @@
 """What people and programs say of an episode, kept as it was posted; a number among it becomes a reward.
 
-This module refuses to know what a correction teaches. Invariants: one id of one tenant, one body: posting it again
-changes nothing; feedback and its trajectory are of one tenant.
+This module refuses to know how a correction is learned from; it tells which reply each of them speaks of.
+Invariants: one id of one tenant, one body: posting it again changes nothing; feedback and its trajectory are of one
+tenant; what is said of one step rewards nothing, because it says nothing of the rest.
 """
 
 from __future__ import annotations
 
 import builtins
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import insert
 from sqlmodel import Session, col, select
 
 from memory.database import Database
-from memory.errors import FeedbackConflict, UnknownTrajectory
-from memory.schema import Feedback, RewardSource, Trajectory, new_id
+from memory.errors import FeedbackConflict, UnknownStep, UnknownTrajectory
+from memory.schema import Feedback, RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage, dump_json, new_id
 from memory.trajectories import Trajectories, check_reward
 
-BODY = frozenset({"trajectory_id", "name", "value", "comment", "correction", "source", "tags"})
+# Not `trajectory_id`: an episode may have another newest trajectory by the time a retry comes.
+BODY = ("target", "step", "name", "value", "comment", "correction", "source", "tags")
+SOURCES = {"code": RewardSource.CODE, "judge": RewardSource.JUDGE}
+"""Posters that are no people, and how much they are trusted; any other name is a user's."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a reply should have been: the reply as it was recorded, and the better words."""
+
+    trajectory: Trajectory
+    step: Step
+    text: str
+
+    @property
+    def task_key(self) -> tuple[str, str]:
+        """What the correction is about; a client's request is its own text."""
+        return (self.trajectory.environment or "", self.trajectory.task or self.trajectory.task_text)
 
 
 class FeedbackBook:
@@ -25,17 +46,20 @@ class FeedbackBook:
     def __init__(self, database: Database, trajectories: Trajectories) -> None:
         self._database = database
         self._trajectories = trajectories
+        self.num_posted: Counter[str] = Counter()
+        """Since the start, by kind: bool, number, text, comment, correction. One piece may be of several kinds."""
 
     async def post(self, feedback: Feedback) -> tuple[Feedback, bool]:
-        """Keep the feedback; return it, and whether it is new. A bool or a number also becomes a user's reward.
+        """Keep the feedback; return it, and whether it is new. A bool or a number also becomes a reward.
 
-        Raises: UnknownTrajectory; FeedbackConflict for a known id with another body; ValueError for a number
-        outside [0, 1].
+        Raises: UnknownTrajectory; UnknownStep; FeedbackConflict for a known id with another body; ValueError for a
+        number outside [0, 1], and for a correction of a step that is no reply.
         """
         values = feedback.model_dump()
         values["id"] = values.get("id") or new_id("fb")
-        is_reward = isinstance(values["value"], bool | int | float)
-        if is_reward:
+        values["target"] = values["target"] or values["trajectory_id"]
+        is_number = isinstance(values["value"], bool | int | float)
+        if is_number:
             check_reward(values["value"])
 
         def write(session: Session) -> tuple[Feedback, bool]:
@@ -43,19 +67,19 @@ class FeedbackBook:
             known = session.get(Feedback, place)
             if known is not None:
                 return _same(known, values), False
-            target = session.get(Trajectory, values["trajectory_id"])
-            if target is None or target.tenant != values["tenant"]:
-                raise UnknownTrajectory(
-                    f"no trajectory has the id {values['trajectory_id']!r}: feedback needs its target"
-                )
+            _require_target(session, values)
             session.execute(insert(Feedback).values(**values))
-            if is_reward:
+            if is_number and values["step"] is None:
                 reason = ": ".join(part for part in (values["name"], values["comment"]) if part)
+                source = SOURCES.get(values["source"], RewardSource.USER)
                 reward = float(values["value"])
-                self._trajectories.add_reward(session, values["trajectory_id"], reward, RewardSource.USER, reason)
+                self._trajectories.add_reward(session, values["trajectory_id"], reward, source, reason)
             return session.get_one(Feedback, place), True
 
-        return await self._database.write(write)
+        kept, is_new = await self._database.write(write)
+        if is_new:
+            self.num_posted.update(_kinds(values))
+        return kept, is_new
 
     def list(self, trajectory_id: str) -> builtins.list[Feedback]:
         """Return what was said of one trajectory, oldest first."""
@@ -63,10 +87,75 @@ class FeedbackBook:
             query = select(Feedback).where(Feedback.trajectory_id == trajectory_id)
             return builtins.list(session.exec(query.order_by(col(Feedback.created_at), col(Feedback.id))))
 
+    def corrections(self, *, limit: int) -> builtins.list[Correction]:
+        """Return the newest corrections from which one may learn, oldest first: the last word on each reply, of
+        episodes that are over and not held out. Reads steps: for a thread when there may be many.
+        """
+        query = (
+            select(Feedback, Trajectory)
+            .join(Trajectory, col(Trajectory.id) == Feedback.trajectory_id)
+            .where(
+                col(Feedback.correction).is_not(None),
+                Trajectory.stage != TrajectoryStage.RUNNING,
+                Trajectory.split != Split.HELD_OUT,
+            )
+            .order_by(col(Feedback.created_at).desc(), col(Feedback.id).desc())
+            .limit(limit)
+        )
+        found: dict[tuple[str, int], Correction] = {}
+        with self._database.read() as session:
+            for feedback, trajectory in session.exec(query).all():
+                place = _place_of_reply(session, feedback)
+                if place is not None and (trajectory.id, place) not in found:
+                    step = session.get_one(Step, (trajectory.id, place))
+                    found[trajectory.id, place] = Correction(trajectory, step, feedback.correction or "")
+        return builtins.list(found.values())[::-1]
 
-def _same(known: Feedback, values: dict) -> Feedback:
-    """Return the feedback that is known if its body is the same."""
-    different = sorted(name for name in BODY if getattr(known, name) != values[name])
+
+def _require_target(session: Session, values: dict[str, Any]) -> None:
+    trajectory_id, position = values["trajectory_id"], values["step"]
+    target = session.get(Trajectory, trajectory_id)
+    if target is None or target.tenant != values["tenant"]:
+        raise UnknownTrajectory(f"no trajectory has the id {trajectory_id!r}: feedback needs its target")
+    if position is None:
+        return
+    query = select(Step.kind).where(Step.trajectory_id == trajectory_id, Step.position == position)
+    kind = session.scalar(query)
+    if kind is None:
+        raise UnknownStep(f"trajectory {trajectory_id!r} has no step {position!r}: read it to see which there are")
+    if values["correction"] is not None and kind is not StepKind.MODEL:
+        raise ValueError(f"step {position!r} of {trajectory_id!r} is a {kind.value}'s: correct a reply of the model")
+
+
+def _place_of_reply(session: Session, feedback: Feedback) -> int | None:
+    """Return the position of the reply that is meant: the step named, or what the answer named ended with."""
+    if feedback.step is not None:
+        return feedback.step
+    replies = session.execute(
+        select(Step.position, Step.handover_digest)
+        .where(
+            Step.trajectory_id == feedback.trajectory_id,
+            Step.kind == StepKind.MODEL,
+            col(Step.position) >= (feedback.answer_start or 0),
+        )
+        .order_by(col(Step.position))
+    ).all()
+    if feedback.answer_start is not None:  # an answer ends where it hands over to the client
+        replies = next(([reply] for reply in replies if reply.handover_digest is not None), replies)
+    return replies[-1].position if replies else None
+
+
+def _kinds(values: dict[str, Any]) -> builtins.list[str]:
+    kinds = [kind for kind in ("comment", "correction") if values[kind] is not None]
+    if values["value"] is not None:
+        kinds.append({bool: "bool", str: "text"}.get(type(values["value"]), "number"))
+    return kinds
+
+
+def _same(known: Feedback, values: dict[str, Any]) -> Feedback:
+    """Return the feedback that is known if its body is the same, as JSON has it: `true` and `1` differ."""
+    # dump_json mends what is no Unicode just as the columns do.
+    different = sorted(name for name in BODY if dump_json(getattr(known, name)) != dump_json(values[name]))
     if different:
         raise FeedbackConflict(
             f"feedback {known.id!r} was posted before with another {', '.join(different)}: give this one a new id"

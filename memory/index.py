@@ -24,6 +24,7 @@ from memory.errors import IndexDamaged, IndexUnavailable, StorageError
 from memory.follower import Follower
 from memory.meanings import MeaningIndex
 from memory.searchables import COLLECTIONS, Searchables
+from memory.tally import Tally
 from memory.trajectories import Trajectories
 from memory.words import WordIndex
 
@@ -50,6 +51,7 @@ class MemoryIndex:
         self._hanging: list[_Question] = []
         self.num_without_meanings = 0
         """Questions that were answered by words alone since the start."""
+        self.seconds = {stage: Tally() for stage in ("words", "encoding", "meanings")}
         database.write_sync(self._words.create)
 
     def start(self) -> None:
@@ -128,9 +130,10 @@ class MemoryIndex:
         self, collection: str, query_text: str, where: dict[str, str], num: int, exclude_task: str | None
     ) -> list[str]:
         try:
-            return await asyncio.to_thread(
-                self._words.find, collection, query_text, where, num, exclude_task=exclude_task
-            )
+            with self.seconds["words"].measure():
+                return await asyncio.to_thread(
+                    self._words.find, collection, query_text, where, num, exclude_task=exclude_task
+                )
         except StorageError as error:
             logger.warning("the word index failed, rebuild it: %s", error)
             return []
@@ -148,13 +151,16 @@ class MemoryIndex:
         try:
             if not self.has_meanings:
                 raise IndexUnavailable("the encoder or the index is not ready")
-            vector = await asyncio.wait_for(self._queries.encode(query_text), self._config.encoding_deadline_seconds)
+            with self.seconds["encoding"].measure():
+                deadline = self._config.encoding_deadline_seconds
+                vector = await asyncio.wait_for(self._queries.encode(query_text), deadline)
             question = _Question(
                 lambda: self._meanings.find(
                     collection, vector, where, num, exclude_task=exclude_task, min_similarity=min_similarity
                 )
             )
-            return await self._answer(question)
+            with self.seconds["meanings"].measure():
+                return await self._answer(question)
         except IndexDamaged:
             self._follower.suspect()
         except (IndexUnavailable, TimeoutError) as error:

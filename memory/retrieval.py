@@ -24,6 +24,7 @@ from memory.exemplars import render_exemplar
 from memory.index import MemoryIndex, fuse
 from memory.insights import FIRST_STRENGTH, Insights
 from memory.schema import Document, Insight, Passage, Step, Trajectory
+from memory.tally import Tally
 
 SIMILAR_PER_SHOWN = 4  # how many similar solved tasks are looked at for each that is shown: the shortest wins
 MIN_SIMILARITY = 0.3  # cosine; what is further away than this only distracts
@@ -76,6 +77,12 @@ class Retrieval:
         self._insights = insights
         self._index = index
         self._config = config
+        self._seconds = {stage: Tally() for stage in ("insights", "exemplars", "passages", "all")}
+
+    @property
+    def seconds(self) -> dict[str, Tally]:
+        """How long each stage took so far: the index's, what is made of them, and `all` of it for one question."""
+        return {**self._index.seconds, **self._seconds}
 
     async def retrieve(
         self,
@@ -97,9 +104,10 @@ class Retrieval:
         if budget <= 0:
             return Recollection()
         try:
-            return await self._retrieve(
-                tenant, environment or "", kind, query_text, exclude_task or task, budget, count_tokens
-            )
+            with self._seconds["all"].measure():
+                return await self._retrieve(
+                    tenant, environment or "", kind, query_text, exclude_task or task, budget, count_tokens
+                )
         except StorageError as error:
             logger.warning("answering without memory: %s", error)
             return Recollection()
@@ -115,22 +123,16 @@ class Retrieval:
         count_tokens: Callable[[str], int],
     ) -> Recollection:
         segment, ids = _Segment(), []
+        with self._seconds["insights"].measure():
+            insights = await self._find_insights(tenant, environment, kind, query_text)
+        with self._seconds["exemplars"].measure():
+            exemplars = await self._find_exemplars(tenant, environment, kind, query_text, exclude_task)
+        with self._seconds["passages"].measure():
+            passages = await self._find_passages(tenant, query_text, self._config.max_passages)
         sections = (
-            (
-                segment.insights,
-                self._config.max_insights,
-                await self._find_insights(tenant, environment, kind, query_text),
-            ),
-            (
-                segment.exemplars,
-                self._config.max_exemplars,
-                await self._find_exemplars(tenant, environment, kind, query_text, exclude_task),
-            ),
-            (
-                segment.passages,
-                self._config.max_passages,
-                await self._find_passages(tenant, query_text, self._config.max_passages),
-            ),
+            (segment.insights, self._config.max_insights, insights),
+            (segment.exemplars, self._config.max_exemplars, exemplars),
+            (segment.passages, self._config.max_passages, passages),
         )
         for shown, most, found in sections:
             for row_id, text in found:

@@ -264,6 +264,12 @@ class Feedback(SQLModel, table=True):
     tenant: str = Field(default="", primary_key=True)  # two tenants may choose the same id
     id: str = Field(primary_key=True)  # the poster's, for idempotency, or ours
     trajectory_id: str = Field(foreign_key="trajectories.id", index=True)
+    target: str = Field(default="", sa_type=CleanText)
+    """What the poster named: an answer, a trajectory or an episode."""
+    answer_start: int | None = None
+    """The step at which the answer begins that was named; None where the whole trajectory was."""
+    step: int | None = None
+    """The one step that is meant, where the poster said so; then nothing is said of the rest."""
     name: str = "reward"
     value: Any = Field(default=None, sa_column=Column(JSON))
     comment: str | None = Field(default=None, sa_type=CleanText)

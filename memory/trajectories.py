@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -80,6 +81,8 @@ class Trajectories:
     def __init__(self, database: Database, *, success_reward: float = 1.0) -> None:
         self._database = database
         self.success_reward = success_reward
+        self.num_closed: Counter[tuple[str, Split]] = Counter()
+        """Since the start, by how they ended and by split."""
 
     async def open(self, trajectory: Trajectory) -> Trajectory:
         """Record that an episode began; durable when it returns.
@@ -134,7 +137,9 @@ class Trajectories:
             self.note_exemplar(session, trajectory)
             return trajectory
 
-        return await self._database.write(write)
+        closed = await self._database.write(write)
+        self.num_closed[_outcome_of(closed), closed.split] += 1
+        return closed
 
     async def reward(self, trajectory_id: str, value: float, source: RewardSource, reason: str = "") -> Reward:
         """Add a reward, before or after the close. Raises: UnknownTrajectory; ValueError outside [0, 1]."""
@@ -204,7 +209,7 @@ class Trajectories:
         What waits for a client goes on waiting: all of it is in its rows.
         """
 
-        def write(session: Session) -> int:
+        def write(session: Session) -> builtins.list[Trajectory]:
             is_waiting = _last_handover().where(Step.trajectory_id == Trajectory.id).exists()
             query = select(Trajectory).where(Trajectory.stage == TrajectoryStage.RUNNING, ~is_waiting)
             orphans = session.exec(query).all()
@@ -213,9 +218,11 @@ class Trajectories:
                     session, trajectory, TrajectoryStage.FAILED, "Interrupted: the process ended before the episode did"
                 )
                 session.add(trajectory)
-            return len(orphans)
+            return builtins.list(orphans)
 
-        return await self._database.write(write)
+        orphans = await self._database.write(write)
+        self.num_closed.update((_outcome_of(orphan), orphan.split) for orphan in orphans)
+        return len(orphans)
 
     def get(self, trajectory_id: str, *, tenant: str | None = None) -> Trajectory:
         """Return one trajectory. Raises: UnknownTrajectory, also for another tenant's."""
@@ -406,6 +413,12 @@ def _last_handover(digest: str | None = None, before: datetime | None = None):
     if before is not None:
         query = query.where(col(Step.created_at) < before)
     return query
+
+
+def _outcome_of(trajectory: Trajectory) -> str:
+    """Return the stage it ended in, or `truncated`: finished because a budget or somebody's patience was."""
+    is_truncated = trajectory.stage is TrajectoryStage.FINISHED and trajectory.error is not None
+    return "truncated" if is_truncated else trajectory.stage.value
 
 
 def _equals(column, value):

@@ -55,12 +55,13 @@ async def open_cycle(memory: Any, config: OptimizerConfig) -> Cycle:
     """
     if config.practice_episodes == 0:
         successes, failures = split(grade(memory, limit=config.max_pool))
-        num_missing = config.demonstrations.min_rows - len(successes)
+        corrections = memory.feedback.corrections(limit=config.demonstrations.min_rows)
+        num_missing = config.demonstrations.min_rows - len(successes) - len(corrections)
         if num_missing > 0:
             raise TooFewTrajectories(
-                f"{len(successes)} of {len(successes) + len(failures)} rewarded trajectories are successes and "
-                f"{config.demonstrations.min_rows} are needed: {num_missing} are missing; "
-                "ask for practice_episodes, or give feedback",
+                f"{len(successes)} of {len(successes) + len(failures)} rewarded trajectories are successes, "
+                f"{len(corrections)} replies were corrected, and {config.demonstrations.min_rows} are needed: "
+                f"{num_missing} are missing; ask for practice_episodes, or give feedback",
                 num_missing=num_missing,
             )
     return await memory.cycles.open(config.model_dump(mode="json"))

@@ -18,8 +18,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from memory.feedback import Correction
 from memory.schema import Step
 from optimizer.config import DemonstrationConfig, PreferenceConfig
+from optimizer.corrections import stitch_correction
 from optimizer.rewards import GradedTrajectory, refuse_held_out
 from optimizer.stitching import Row, Unstitchable, remove_memory, stitch
 
@@ -54,6 +56,8 @@ class DemonstrationRows:
     rows: list[Demonstration] = field(default_factory=list)
     tally: Counter[str] = field(default_factory=Counter)
     num_tasks: int = 0
+    num_corrections: int = 0
+    """Rows that are not what was played, but what somebody said should have been."""
     tokens_shown: int = 0
     """Prompt tokens of the first calls of the rows as they were played."""
     tokens_kept: int = 0
@@ -84,15 +88,22 @@ def build_demonstrations(
     config: DemonstrationConfig,
     max_length_tokens: int,
     seed: int = 0,
+    corrections: Sequence[Correction] = (),
 ) -> DemonstrationRows:
-    """Return the rows to imitate: successes, few per task, the shortest first, mostly without their memory segment."""
+    """Return the rows to imitate: corrections, and successes that nobody corrected, few per task, the shortest first.
+    Mostly without their memory segment."""
     graded = list(graded)
     refuse_held_out(graded)
+    refuse_held_out(corrections)
     built = DemonstrationRows()
+    _take_corrections(corrections, tokenizer, config, max_length_tokens, seed, built)
+    corrected = {each.trajectory.id for each in corrections}
     by_task: dict[tuple[str, str], list[tuple[Demonstration, int, int]]] = defaultdict(list)
     for each in graded:
         try:
             _require_imitable(each)
+            if each.trajectory.id in corrected:
+                raise Unstitchable("corrected")
             candidates = _demonstrate(
                 each, tokenizer, _keeps_memory(each, config, seed), max_length_tokens, built.tally
             )
@@ -107,6 +118,34 @@ def build_demonstrations(
     return built
 
 
+def _take_corrections(
+    corrections: Sequence[Correction],
+    tokenizer: Any,
+    config: DemonstrationConfig,
+    max_length_tokens: int,
+    seed: int,
+    built: DemonstrationRows,
+) -> None:
+    """Add a row for each correction that can be one. No cap for a task: somebody took the trouble."""
+    tasks = set()
+    for each in corrections:
+        has_memory = bool(each.trajectory.memory_text) and _keeps_memory(each, config, seed)
+        try:
+            row = stitch_correction(each, tokenizer)
+            kept = row if has_memory else remove_memory(row, each.trajectory, tokenizer)
+            if len(kept.input_ids) > max_length_tokens:
+                raise Unstitchable("too_long")
+        except Unstitchable as reason:
+            built.tally[str(reason)] += 1
+            continue
+        built.rows.append(Demonstration(each.trajectory.id, kept.input_ids, kept.mask, has_memory))
+        built.tokens_shown += row.num_prompt_tokens
+        built.tokens_kept += kept.num_prompt_tokens
+        tasks.add(each.task_key)
+    built.num_corrections = len(built.rows)
+    built.num_tasks += len(tasks)
+
+
 def _require_imitable(each: GradedTrajectory) -> None:
     if not each.is_success:
         raise Unstitchable("not_a_success")
@@ -116,7 +155,7 @@ def _require_imitable(each: GradedTrajectory) -> None:
         raise Unstitchable("cut_output")
 
 
-def _keeps_memory(each: GradedTrajectory, config: DemonstrationConfig, seed: int) -> bool:
+def _keeps_memory(each: GradedTrajectory | Correction, config: DemonstrationConfig, seed: int) -> bool:
     # by the trajectory's own id, so that a repeated stage builds the same rows
     return random.Random(f"{seed}:{each.trajectory.id}").random() < config.keep_memory_share
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from memory.feedback import Correction
 from memory.schema import Split, Step, StepKind, Trajectory
 
 
@@ -58,7 +59,7 @@ def split(graded: Iterable[GradedTrajectory]) -> tuple[list[GradedTrajectory], l
     return [each for each in graded if each.is_success], [each for each in graded if not each.is_success]
 
 
-def refuse_held_out(graded: Iterable[GradedTrajectory]) -> None:
+def refuse_held_out(graded: Iterable[GradedTrajectory | Correction]) -> None:
     """Stop everything when a held-out episode is about to be learned from: the gate would measure its own teacher."""
     for each in graded:
         if each.trajectory.split is Split.HELD_OUT:

@@ -43,6 +43,7 @@ async def demonstrate(shop: Workshop) -> None:
     """
     config = shop.config
     pool = await shop.read_pool()
+    corrections = await shop.read_corrections()
     built = await asyncio.to_thread(
         build_demonstrations,
         pool,
@@ -50,6 +51,7 @@ async def demonstrate(shop: Workshop) -> None:
         config=config.demonstrations,
         max_length_tokens=config.max_length_tokens,
         seed=config.seed,
+        corrections=corrections,
     )
     _require_enough(len(built.rows), config.demonstrations.min_rows, len(pool), built.tally)
     write_rows(built.rows, shop.directory / "demonstrations.jsonl")
@@ -57,6 +59,7 @@ async def demonstrate(shop: Workshop) -> None:
         demonstrations={
             "num_rows": len(built.rows),
             "num_tasks": built.num_tasks,
+            "num_corrections": built.num_corrections,
             "num_with_memory": sum(row.has_memory for row in built.rows),
             "tokens_shown": built.tokens_shown,
             "tokens_kept": built.tokens_kept,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from memory.feedback import Correction
 from memory.schema import Cycle, CycleStage, Split, Task, Trajectory
 from optimizer.config import OptimizerConfig
 from optimizer.rewards import GradedTrajectory, grade
@@ -85,6 +86,12 @@ class Workshop:
         pool = await asyncio.to_thread(grade, self.memory, since=since, limit=self.config.max_pool)
         held_out = {(task.environment, task.name) for task in self.held_out_tasks()}
         return [each for each in pool if each.task_key not in held_out]
+
+    async def read_corrections(self) -> list[Correction]:
+        """Return what people said replies should have been; of held-out tasks none, whoever asked."""
+        found = await asyncio.to_thread(self.memory.feedback.corrections, limit=self.config.max_pool)
+        held_out = {(task.environment, task.name) for task in self.held_out_tasks()}
+        return [each for each in found if each.task_key not in held_out]
 
     def practice_tasks(self) -> list[Task]:
         """Return this cycle's practice tasks."""

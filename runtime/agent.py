@@ -26,7 +26,7 @@ from typing import Any
 import structlog
 from langgraph.graph import END, START, StateGraph
 
-from memory.schema import RewardSource, Task, Trajectory, TrajectoryStage
+from memory.schema import RewardSource, Task, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
 from runtime.cache_salts import CacheSalts
 from runtime.completion import Message, OnDelta
@@ -39,6 +39,7 @@ from runtime.hotswap import HotSwap
 from runtime.nodes import act, resume, retrieve, show_memory, use_tools
 from runtime.policy import Actor
 from runtime.state import Budget, Episode, EpisodeState, OnOpen
+from runtime.telemetry import Telemetry
 from runtime.tools.base import Tool
 from runtime.tools.recorded import tools_for
 
@@ -56,6 +57,7 @@ class Agent:
         config: AgentConfig | None = None,
         *,
         tools: Sequence[Tool] = (),
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._memory = memory
         self._hotswap = hotswap
@@ -63,6 +65,7 @@ class Agent:
         self._config = config or AgentConfig()
         self._tools = tools
         """Run by the server in requests that name no environment; whoever made the list may fill it later."""
+        self.telemetry = telemetry or Telemetry()
         self.book = EpisodeBook(memory, idle_seconds=self._config.client_idle_seconds)
         self._salts = CacheSalts()
         self._graph = build_graph()
@@ -118,6 +121,7 @@ class Agent:
                 playthrough = await self.environment(task.environment).start(task) if task is not None else None
                 episode = Episode(
                     memory=self._memory,
+                    telemetry=self.telemetry,
                     actor=actor,
                     tenant=tenant,
                     episode_id=entry.episode_id,
@@ -139,7 +143,7 @@ class Agent:
                     heard=list(messages or ()),
                     **self._begin(entry, actor, task, playthrough, messages or ()),
                 )
-                return await self._play(episode)
+                return await self._watch(episode)
 
     def _begin(
         self,
@@ -156,12 +160,17 @@ class Agent:
                 "opening": trajectory.opening,
                 "task_text": trajectory.task_text,
                 "comeback": entry.comeback,
+                "trajectory_id": trajectory.id,
                 "trajectory": trajectory,
                 "num_recorded": len(entry.comeback.steps),
                 "num_invalid_tool_calls": trajectory.num_invalid_tool_calls,
             }
         opening = [{"role": "user", "content": playthrough.task_text}] if playthrough else list(messages)
-        return {"opening": self._with_system_prompt(opening, actor, task), "task_text": _last_user_text(opening)}
+        return {
+            "opening": self._with_system_prompt(opening, actor, task),
+            "task_text": _last_user_text(opening),
+            "trajectory_id": new_id("trj"),
+        }
 
     def _tools_for(self, task: Task | None, playthrough: Playthrough | None, tenant: str) -> list[Tool]:
         tools = playthrough.tools if playthrough else self._tools
@@ -174,6 +183,18 @@ class Agent:
         if prompt is None:
             prompt = self.environment(task.environment).system_prompt if task else self._config.system_prompt
         return [{"role": "system", "content": prompt}, *opening] if prompt else opening
+
+    async def _watch(self, episode: Episode) -> Trajectory:
+        """Play, while logs and spans know of what."""
+        names = {"trajectory_id": episode.trajectory_id, "episode_id": episode.episode_id}
+        policy = f"v{episode.actor.version}"
+        with (
+            structlog.contextvars.bound_contextvars(**names),
+            self.telemetry.tracing.invoke_agent(**names, policy=policy) as note,
+        ):
+            trajectory = await self._play(episode)
+            note(trajectory)
+            return trajectory
 
     async def _play(self, episode: Episode) -> Trajectory:
         """Run the graph, judge, close the trajectory. The episode's edge: here a failure becomes data."""
@@ -192,7 +213,7 @@ class Agent:
                 await _leave(episode)
                 raise
             stage, error = TrajectoryStage.FAILED, _describe(raised)
-            log.warning("episode failed", trajectory=episode.trajectory.id, error=error)
+            log.warning("episode failed", error=error)
         return await _close(episode, stage, error)
 
     async def _run(self, episode: Episode) -> str | None:
@@ -241,7 +262,7 @@ async def _close(episode: Episode, stage: TrajectoryStage, error: str | None) ->
     """Leave a playthrough that nobody judged, then close the trajectory, if there is one; durable when it returns."""
     (problem,) = await asyncio.gather(_leave(episode), return_exceptions=True)
     if isinstance(problem, Exception):  # the episode ended for another reason, which is the one to record
-        log.warning("environment did not close", episode=episode.episode_id, error=_describe(problem))
+        log.warning("environment did not close", error=_describe(problem))
     if episode.trajectory is None:
         return None
     return await episode.memory.trajectories.close(

@@ -9,6 +9,8 @@
     ├── EngineError              the engine cannot be started or is not ready
     ├── EpisodeBusy              a request for this episode is being answered already
     ├── AdapterError             an adapter was refused, or isn't what the engine serves under its name
+    ├── LinkRefused              a signed link that was not made here, or was changed
+    │   └── LinkExpired          its time is over
     ├── UnknownEnvironment       no environment has that name (a ValueError)
     ├── UnknownTask              an environment has no such task (a ValueError)
     └── ToolRefused              a configured tool cannot be offered (a ValueError)
@@ -53,6 +55,14 @@ class EpisodeBusy(Exception):
 
 class AdapterError(Exception):
     """An adapter was refused, or isn't what the engine serves under its name. The policy before it stays on."""
+
+
+class LinkRefused(Exception):
+    """A signed link that this server did not make, or that was changed on its way."""
+
+
+class LinkExpired(LinkRefused):
+    """The time of a signed link is over."""
 
 
 class UnknownEnvironment(ValueError):

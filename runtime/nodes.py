@@ -13,7 +13,7 @@ from typing import Any
 
 from langgraph.runtime import Runtime
 
-from memory.schema import Split, Step, StepKind, Trajectory, new_id, now
+from memory.schema import Split, Step, StepKind, Trajectory, now
 from runtime.completion import Message
 from runtime.handover import digest, last_handover, text_of
 from runtime.hearing import ClientsEar
@@ -39,7 +39,7 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
         )
         memory_text, memory_ids = recollection.text, recollection.ids
     trajectory = Trajectory(
-        id=new_id("trj"),
+        id=episode.trajectory_id,
         tenant=episode.tenant,
         episode_id=episode.episode_id,
         environment=environment,
@@ -85,15 +85,19 @@ async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState
 async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     """Let the policy reply; find out whether that ends the episode, or hands it over to the client."""
     episode = runtime.context
-    completion = await episode.actor.complete(
-        state["messages"],
-        episode.definitions,
-        temperature=episode.temperature,
-        max_tokens=episode.budget.require(),
-        seed=None if episode.seed is None else episode.seed + episode.budget.num_steps,
-        on_delta=episode.on_delta and ClientsEar(episode.on_delta, episode.client_tool_names),
-        **episode.sampling,
-    )
+    sampling = {"temperature": episode.temperature, "max_tokens": episode.budget.require(), "seed": _seed_of(episode)}
+    request = {"model": episode.actor.served_name, **sampling}
+    with episode.telemetry.model_call(
+        f"v{episode.actor.version}", episode.episode_id, state["messages"], request
+    ) as replied:
+        completion = await episode.actor.complete(
+            state["messages"],
+            episode.definitions,
+            **sampling,
+            on_delta=episode.on_delta and ClientsEar(episode.on_delta, episode.client_tool_names),
+            **episode.sampling,
+        )
+        replied(completion)
     episode.budget.spend(completion)
     episode.reply, episode.said = completion, episode.said + completion.content
     theirs = [call for call in completion.tool_calls if call["function"]["name"] in episode.client_tool_names]
@@ -119,6 +123,10 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     if not ours:
         change["answer"] = completion.content
     return change
+
+
+def _seed_of(episode: Episode) -> int | None:
+    return None if episode.seed is None else episode.seed + episode.budget.num_steps
 
 
 def _digest_handover(episode: Episode, calls: Sequence[dict[str, Any]]) -> str:
@@ -178,11 +186,14 @@ async def _run_call(episode: Episode, call: dict[str, Any]) -> tuple[ToolResult,
     started = time.monotonic()
     name = call["function"]["name"]
     tool = episode.tools.get(name)
-    if tool is None:
-        known = ", ".join(repr(definition["function"]["name"]) for definition in episode.definitions) or "none"
-        return invalid(f"there is no tool {name!r}; the tools are: {known}"), 0.0
-    result = await run_tool(tool, call["function"]["arguments"], tenant=episode.tenant)
-    return result, time.monotonic() - started
+    with episode.telemetry.tool_call(call, is_known=tool is not None) as ended:
+        if tool is None:
+            known = ", ".join(repr(definition["function"]["name"]) for definition in episode.definitions) or "none"
+            result = invalid(f"there is no tool {name!r}; the tools are: {known}")
+        else:
+            result = await run_tool(tool, call["function"]["arguments"], tenant=episode.tenant)
+        ended(result)
+    return result, time.monotonic() - started if tool is not None else 0.0
 
 
 async def _record(episode: Episode, kind: StepKind, *, tool_calls: Sequence[dict[str, Any]] = (), **said: Any) -> None:

@@ -18,6 +18,7 @@ from runtime.environments.base import Playthrough
 from runtime.errors import BudgetExceeded
 from runtime.handover import Comeback
 from runtime.policy import Actor
+from runtime.telemetry import Telemetry
 from runtime.tools.base import Tool
 
 
@@ -68,10 +69,12 @@ class Episode:
     """One episode under way: who acts, on what, with which tools, and how far it got."""
 
     memory: Memory
+    telemetry: Telemetry
     actor: Actor
     tenant: str
     """Whose episode it is: what it may find, and who may ever see it."""
     episode_id: str
+    trajectory_id: str
     task: Task | None
     playthrough: Playthrough | None
     opening: list[Message]

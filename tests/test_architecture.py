@@ -26,6 +26,8 @@ HOMES = {
     "langgraph": ("runtime/agent.py", "runtime/nodes.py", "runtime/state.py", "optimizer/cycle.py"),
     "textworld": ("runtime/environments/",),
     "mcp": ("runtime/tools/mcp.py",),
+    "prometheus_client": ("runtime/telemetry.py", "runtime/api/metrics.py"),
+    "opentelemetry": ("runtime/tracing.py",),
 }
 
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 KEYS = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
 TOOLS = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -136,3 +138,18 @@ async def test_the_tools_in_the_documents_are_offered_and_answer(tmp_path: Path,
 def test_toml_about_tools_is_a_valid_configuration(text: str, tmp_path: Path):
     (tmp_path / "ratchet.toml").write_text(text)
     assert serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).tools.mcp
+
+
+def test_the_page_on_operations_runs_and_names_every_metric(tmp_path: Path, capsys):
+    (code,), (command,) = blocks("python", OPERATIONS), blocks("sh", OPERATIONS)
+    with ServedWorld(tmp_path / "data") as world:
+        exec(compile(code.replace("http://127.0.0.1:8080", world.url), "operations.md", "exec"), namespace := {})
+        namespace["client"].close()
+        (view,) = world.memory.trajectories.list()
+        assert len(world.memory.feedback.list(view.trajectory.id)) == 5
+        assert view.reward == 0.5
+        assert capsys.readouterr().out.startswith(f"{world.url}/feedback/")
+        with urllib.request.urlopen(command.split()[-1].replace("http://127.0.0.1:8080", world.url)) as answer:
+            families = re.findall(r"^# TYPE (ratchet_\w+) (\w+)", answer.read().decode(), re.MULTILINE)
+    named = set(re.findall(r"`(ratchet_\w+)`", OPERATIONS))
+    assert named == {name for name, _ in families if not name.endswith("_created")}

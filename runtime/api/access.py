@@ -51,6 +51,8 @@ OPERATE = _door(is_shared=True)
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
 """For anybody: whether the server is well, and the description of its API."""
+LINKED_PATHS = "/feedback/"
+"""For whoever holds a link: what follows is signed, and says what it allows."""
 
 DOORS: dict[tuple[str, str], Door] = {
     ("POST", "/v1/chat/completions"): INFER,
@@ -61,6 +63,7 @@ DOORS: dict[tuple[str, str], Door] = {
     ("GET", "/v1/models"): READ,
     ("GET", "/v1/models/{model}"): READ,
     ("POST", "/v1/feedback"): FEEDBACK,
+    ("POST", "/v1/feedback/links"): FEEDBACK,
     ("GET", "/v1/trajectories"): READ,
     ("GET", "/v1/trajectories/{trajectory_id}"): READ,
     ("POST", "/v1/trajectories/{trajectory_id}/close"): INFER,
@@ -83,10 +86,16 @@ DOORS: dict[tuple[str, str], Door] = {
     ("GET", "/v1/cycles/{cycle_id}/report"): SHARED_LEARN,
     ("POST", "/v1/index/rebuild"): OPERATE,
     ("GET", "/v1/doctor"): OPERATE,
+    ("GET", "/metrics"): OPERATE,
     ("POST", "/v1/keys"): OPERATE,
     ("GET", "/v1/keys"): OPERATE,
     ("POST", "/v1/keys/{key_id}/revoke"): OPERATE,
 }
+
+
+def is_open(path: str) -> bool:
+    """Whether a path asks for no key."""
+    return path in OPEN_PATHS or path.startswith(LINKED_PATHS)
 
 
 def require_open(caller: Caller, method: str, path: str) -> None:

@@ -31,3 +31,9 @@ def trajectory_of(answer_id: str) -> str:
         return f"trj_{match[1]}"
     match = _LATER_ANSWER.fullmatch(answer_id)
     return match[1] if match else answer_id
+
+
+def start_of(answer_id: str) -> int | None:
+    """Return the step at which an answer begins; None for the id of a trajectory, which means the whole of it."""
+    match = _RESPONSE.fullmatch(answer_id) or _LATER_ANSWER.fullmatch(answer_id)
+    return int(match[2]) if match else None

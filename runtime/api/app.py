@@ -18,18 +18,21 @@ from runtime.api import (
     environments,
     errors,
     feedback,
+    feedback_links,
     health,
     index,
     insights,
     keys,
+    metrics,
     models,
     policies,
     responses,
     trajectories,
 )
-from runtime.api.access import OPEN_PATHS
+from runtime.api.access import is_open
 from runtime.api.errors import Forbidden, TooLarge, TooManyRequests, Unauthorized, refusals
 from runtime.api.gate import Gate
+from runtime.api.measuring import MeasureRequests
 from runtime.api.services import Services
 
 DESCRIPTION = """
@@ -38,7 +41,8 @@ An agent that answers, remembers, learns, proves that it learned, and only then 
 * **Answer**: `POST /v1/chat/completions`, as any OpenAI client speaks it. `model="agent"` is the active policy,
   `agent@v3` pins one. `metadata={"environment": "textworld", "task": "900000"}` plays that task on the server.
   `POST /v1/responses` is the same in the words of the Responses API.
-* **Say how it went**: `POST /v1/feedback` with the `id` of the answer.
+* **Say how it went**: `POST /v1/feedback` with the `id` of the answer; `POST /v1/feedback/links` makes a
+  link for somebody without a key.
 * **Learn**: `POST /v1/cycles`, then watch `GET /v1/cycles/{id}` and read `GET /v1/cycles/{id}/report`.
 * **Decide**: `POST /v1/policies/{version}/promote` and `POST /v1/policies/rollback`.
 
@@ -60,7 +64,7 @@ TAGS = [
     {"name": "environments", "description": "Where tasks can be played again."},
     {"name": "keys", "description": "Who may ask, for what, and how much."},
     {"name": "index", "description": "What finds memories; rebuilt from the rows at any time."},
-    {"name": "health", "description": "Alive, ready, sound."},
+    {"name": "health", "description": "Alive, ready, sound; and counted."},
 ]
 
 ROUTERS = (
@@ -68,6 +72,7 @@ ROUTERS = (
     responses,
     models,
     feedback,
+    feedback_links,
     trajectories,
     policies,
     cycles,
@@ -77,6 +82,7 @@ ROUTERS = (
     keys,
     index,
     health,
+    metrics,
 )
 
 
@@ -96,6 +102,7 @@ def create_app(services: Services) -> FastAPI:
     for module in ROUTERS:
         app.include_router(module.router, responses={} if module is health else refused)
     app.add_middleware(Gate, services=services, routes=app.router.routes)
+    app.add_middleware(MeasureRequests, telemetry=services.agent.telemetry)  # the last is the outermost
     app.openapi = partial(describe_api, app)
     return app
 
@@ -106,5 +113,5 @@ def describe_api(app: FastAPI) -> dict[str, Any]:
     page.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, methods in page["paths"].items():
         for route in methods.values():
-            route["security"] = [] if path in OPEN_PATHS else [{"key": []}]
+            route["security"] = [] if is_open(path) else [{"key": []}]
     return page

@@ -15,6 +15,7 @@ Flow: a route raises one of the classes below, or lets an exception of memory or
     ├── Conflict         409
     ├── TooLarge         413
     ├── TooManyRequests  429, with Retry-After
+    ├── Gone             410
     ├── ClientLeft       499, read by nobody
     ├── EpisodeFailed    502
     ├── NotReady         503, with Retry-After
@@ -49,10 +50,22 @@ from memory.errors import (
     UnknownRow,
     UnknownTrajectory,
 )
-from runtime.errors import AdapterError, EngineError, EpisodeBusy, EpisodeError, UnknownEnvironment, UnknownTask
+from runtime.errors import (
+    AdapterError,
+    EngineError,
+    EpisodeBusy,
+    EpisodeError,
+    LinkExpired,
+    LinkRefused,
+    UnknownEnvironment,
+    UnknownTask,
+)
 
+OK = 200
 CREATED = 201
 ACCEPTED = 202
+SHED = (429, 503)
+"""What is counted as turned away for the load's sake."""
 
 log = structlog.get_logger()
 
@@ -129,6 +142,13 @@ class TooManyRequests(ApiError):
         self.headers = {"Retry-After": str(retry_after_seconds)}
 
 
+class Gone(ApiError):
+    """What was asked for was there, and its time is over."""
+
+    status = 410
+    type = "invalid_request_error"
+
+
 class EpisodeFailed(ApiError):
     """The episode closed FAILED; its record is complete up to that point."""
 
@@ -188,6 +208,8 @@ KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     UnknownRow: (NotFound, "not_found"),
     UnknownEnvironment: (NotFound, "environment_not_found"),
     UnknownTask: (NotFound, "task_not_found"),
+    LinkRefused: (NotFound, "link_not_found"),
+    LinkExpired: (Gone, "link_expired"),
     EpisodeBusy: (Conflict, "episode_busy"),
     IllegalMove: (Conflict, "illegal_move"),
     CycleInProgress: (Conflict, "cycle_in_progress"),
@@ -263,6 +285,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def answer_known(request: Request, error: Exception) -> JSONResponse:
         refusal = classify(error)
+        if refusal.status in SHED:
+            request.app.state.services.agent.telemetry.shed(refusal.code or refusal.type)
         if isinstance(refusal, NotStored) or type(refusal) is ApiError:
             log.error("request failed", path=request.url.path, error=repr(error), exc_info=error)
         return respond(refusal)

@@ -8,25 +8,40 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Self
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, Response
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from memory.schema import Feedback
 from memory.store import Memory
 from runtime.api.access import Asker
-from runtime.api.answer_ids import trajectory_of
-from runtime.api.errors import CREATED, BadRequest, Conflict, NotFound, refusals
+from runtime.api.answer_ids import start_of, trajectory_of
+from runtime.api.errors import CREATED, OK, BadRequest, Conflict, NotFound, refusals
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
 
 
-class FeedbackRequest(BaseModel, extra="forbid"):
-    """One thing said of one episode. Name the episode in exactly one of the three ways."""
+class Target(BaseModel, extra="forbid"):
+    """What is spoken of. Name the episode in exactly one of the three ways; `step` narrows it down."""
 
     target: str | None = Field(default=None, description="The `id` of an answer, a response or a trajectory.")
     inference_id: str | None = Field(default=None, description="The same, under the name other gateways use.")
     episode_id: str | None = Field(default=None, description="The episode; its newest trajectory is meant.")
+    step: int | None = Field(
+        default=None, ge=0, lt=2**31, description="The position of the one step that is meant; rewards nothing else."
+    )
+
+    @model_validator(mode="after")
+    def _names_one_episode(self) -> Self:
+        given = [name for name in ("target", "inference_id", "episode_id") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of target, inference_id, episode_id; there are {len(given)}")
+        return self
+
+
+class FeedbackRequest(Target):
+    """One thing said of one episode, one answer of it, or one step."""
+
     name: str = Field(default="reward", min_length=1, max_length=200, description="What is judged.")
     value: bool | int | float | str | None = Field(
         default=None,
@@ -34,8 +49,12 @@ class FeedbackRequest(BaseModel, extra="forbid"):
         description="true or false, or a number in [0, 1]: becomes a reward. A category or a text is kept as it is.",
     )
     comment: str | None = None
-    correction: str | None = Field(default=None, description="What the answer should have been: a demonstration.")
-    source: str = "user"
+    correction: str | None = Field(
+        default=None, min_length=1, description="What the answer should have been: the next cycle learns to say it."
+    )
+    source: str = Field(
+        default="user", min_length=1, max_length=200, description="Who says so. `judge` and `code` are trusted less."
+    )
     id: str | None = Field(default=None, min_length=1, max_length=200, description="Yours, so that a retry is safe.")
     tags: dict[str, str] = {}
 
@@ -47,10 +66,7 @@ class FeedbackRequest(BaseModel, extra="forbid"):
         return value
 
     @model_validator(mode="after")
-    def _names_one_episode(self) -> Self:
-        given = [name for name in ("target", "inference_id", "episode_id") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of target, inference_id, episode_id; there are {len(given)}")
+    def _says_something(self) -> Self:
         if self.value is None and self.comment is None and self.correction is None:
             raise ValueError("it says nothing: give a value, a comment or a correction")
         return self
@@ -65,14 +81,18 @@ class FeedbackAnswer(BaseModel):
 
 
 EXAMPLES = {
-    "thumb": {"summary": "It was good", "value": {"target": "tr_0199...", "value": True}},
+    "thumb": {"summary": "It was good", "value": {"target": "trj_0199...", "value": True}},
     "number": {
         "summary": "Half right, safe to retry",
-        "value": {"target": "tr_0199...", "value": 0.5, "comment": "wrong date", "id": "ticket-4711"},
+        "value": {"target": "trj_0199...", "value": 0.5, "comment": "wrong date", "id": "ticket-4711"},
     },
     "correction": {
         "summary": "What it should have said",
-        "value": {"target": "tr_0199...", "value": False, "correction": "The invoice is due on May 2."},
+        "value": {"target": "trj_0199...", "value": False, "correction": "The invoice is due on May 2."},
+    },
+    "step": {
+        "summary": "One step was wrong, whatever came of it",
+        "value": {"episode_id": "ticket-4711", "step": 2, "value": False, "comment": "asked for what it knew"},
     },
 }
 
@@ -81,33 +101,46 @@ EXAMPLES = {
     "",
     status_code=CREATED,
     summary="Say how an episode went",
-    responses=refusals(BadRequest, NotFound, Conflict),
+    responses={
+        OK: {"model": FeedbackAnswer, "description": "The same was posted before under this `id`; nothing changed."},
+        **refusals(BadRequest, NotFound, Conflict),
+    },
 )
 async def post_feedback(
-    server: Server, caller: Asker, body: Annotated[FeedbackRequest, Body(openapi_examples=EXAMPLES)]
+    server: Server,
+    caller: Asker,
+    response: Response,
+    body: Annotated[FeedbackRequest, Body(openapi_examples=EXAMPLES)],
 ) -> FeedbackAnswer:
-    """Keep it, durably. May come before the episode has closed. The same `id` and body again is answered 201 with
-    `is_new: false`; the same `id` with another body is a conflict."""
+    """Keep it, durably. May come before the episode has closed, and any time after. The same `id` and body again is
+    answered 200 with the row that was kept; the same `id` with another body is a conflict (409)."""
     kept, is_new = await server.memory.feedback.post(
         Feedback(
             tenant=caller.tenant,
             id=body.id or "",
-            trajectory_id=_find_trajectory(body, server.memory, caller.tenant),
-            name=body.name,
-            value=body.value,
-            comment=body.comment,
-            correction=body.correction,
-            source=body.source,
-            tags=body.tags,
+            **find_target(body, server.memory, caller.tenant),
+            **body.model_dump(include={"name", "value", "comment", "correction", "source", "tags"}),
         )
     )
+    if not is_new:
+        response.status_code = OK
     return FeedbackAnswer(feedback_id=kept.id, trajectory_id=kept.trajectory_id, is_new=is_new)
 
 
-def _find_trajectory(body: FeedbackRequest, memory: Memory, tenant: str) -> str:
+def find_target(body: Target, memory: Memory, tenant: str) -> dict[str, Any]:
+    """Return what a piece of feedback keeps of its target, which is this tenant's.
+
+    Raises:
+        NotFound, UnknownTrajectory: there is no such thing.
+    """
     if body.episode_id is None:
-        return trajectory_of(body.target or body.inference_id or "")
-    found = memory.trajectories.newest_of(body.episode_id, tenant=tenant)
-    if found is None:
-        raise NotFound(f"no episode has the id {body.episode_id!r}", param="episode_id", code="episode_not_found")
-    return found.id
+        name = body.target or body.inference_id or ""
+        trajectory_id = memory.trajectories.get(trajectory_of(name), tenant=tenant).id
+        answer_start = start_of(name)
+    else:
+        name, answer_start = body.episode_id, None
+        found = memory.trajectories.newest_of(name, tenant=tenant)
+        if found is None:
+            raise NotFound(f"no episode has the id {name!r}", param="episode_id", code="episode_not_found")
+        trajectory_id = found.id
+    return {"target": name, "trajectory_id": trajectory_id, "answer_start": answer_start, "step": body.step}

@@ -4,7 +4,7 @@ Refuses to know what a request is about: it looks at the path, one header and th
 body is read but its own size and depth.
 Flow: key -> door -> quota -> body -> the application, with `request.state.caller` set.
 
-Invariants: where keys are required nothing but `OPEN_PATHS` is answered without one; a missing, an unknown and a
+Invariants: where keys are required nothing but the open paths is answered without one; a missing, an unknown and a
 revoked key get the same answer, after the same work.
 """
 
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from memory.errors import StoreError
 from memory.schema import ApiKey
-from runtime.api.access import OPEN_PATHS, OPERATOR, Caller, require_open
+from runtime.api.access import OPERATOR, Caller, is_open, require_open
 from runtime.api.bounds import bound_body
 from runtime.api.errors import ApiError, Unauthorized, respond
 from runtime.api.quota import Quota
@@ -40,7 +40,7 @@ class Gate:
             return await self._app(scope, receive, send)
         caller = None
         try:
-            if scope["path"] not in OPEN_PATHS:
+            if not is_open(scope["path"]):
                 caller = self._admit(scope)
             receive = await bound_body(scope, receive, self._services.limits)
         except ApiError as refusal:

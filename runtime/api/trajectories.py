@@ -86,6 +86,8 @@ class FeedbackDetail(BaseModel):
     """What was said of the episode."""
 
     id: str
+    target: str
+    step: int | None
     name: str
     value: Any
     comment: str | None

@@ -40,6 +40,7 @@ class ScriptedEngine:
         self.model_path = None
         self.log_path = log_path
         self.is_ready = True
+        self.num_restarts = 0
         self.on_restart = None
         self.calls: list[dict[str, Any]] = []
         self.num_cut_off = 0

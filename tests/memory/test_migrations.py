@@ -172,3 +172,23 @@ def test_a_database_from_the_future_is_refused(tmp_path: Path):
     connection.close()
     with pytest.raises(DatabaseTooNew, match=r"'9999'.*use the newer program"):
         Database(tmp_path / "ratchet.db")
+
+
+def test_feedback_of_earlier_revisions_speaks_of_the_whole(tmp_path: Path):
+    path = tmp_path / "ratchet.db"
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.connect() as connection, connection.begin():
+        config = _make_config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        connection.exec_driver_sql(
+            "INSERT INTO feedback (id, trajectory_id, name, source, created_at) "
+            "VALUES ('fb_1', 'trj_1', 'reward', 'user', '2026-11-22 00:00:00')"
+        )
+        command.upgrade(config, "head")
+        row = connection.exec_driver_sql("SELECT target, answer_start, step FROM feedback").one()
+        assert tuple(row) == ("trj_1", None, None)
+        command.downgrade(config, "0002")
+        columns = {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(feedback)")}
+    engine.dispose()
+    assert not columns & {"target", "answer_start", "step"}

@@ -11,13 +11,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from memory.adapters import CONFIG_NAME, WEIGHTS_NAME, Manifest, write_adapter_atomically, write_manifest
-from memory.schema import CycleStage, PolicyStage, RewardSource, Split, Task, TrajectoryStage
+from memory.schema import CycleStage, Feedback, PolicyStage, RewardSource, Split, Task, TrajectoryStage
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle import abandon_cycle, open_cycle, run_cycle
 from optimizer.errors import TooFewTrajectories, TrainingError
 from optimizer.seams import Seams
+from optimizer.stages import demonstrate
 from optimizer.training.launch import read_finished
+from optimizer.workshop import Workshop
 from tests.memory.episodes import HashingEncoder
 from tests.optimizer.worlds import live
 
@@ -266,6 +268,21 @@ async def test_a_cycle_without_practice_is_refused_at_once_when_there_is_nothing
         await open_cycle(memory, config)
 
     assert memory.cycles.unfinished() is None
+
+
+async def test_corrections_of_lost_episodes_are_enough_to_learn_from(memory, kitchen, trainer):
+    kitchen.skill = {0: -1.0}
+    config = CONFIG.model_copy(update={"practice_episodes": 0})
+    for task in kitchen.tasks("kitchen", Split.PRACTICE, config.demonstrations.min_rows):
+        lost = await kitchen.rollout(task, policy=0, use_memory=False, temperature=1.0, seed=1)
+        await memory.feedback.post(Feedback(trajectory_id=lost.id, correction="The stove, please."))
+
+    cycle = await open_cycle(memory, config)
+    shop = Workshop(memory, seams_of(kitchen, trainer), cycle.id)
+    await demonstrate(shop)
+
+    made = shop.artifacts["demonstrations"]
+    assert made["num_rows"] == made["num_corrections"] == made["num_tasks"] == config.demonstrations.min_rows
 
 
 async def test_the_next_cycle_practices_on_other_tasks_and_measures_the_new_incumbent(memory, kitchen, trainer):
