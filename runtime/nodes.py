@@ -83,19 +83,20 @@ async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState
 async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     """Let the policy reply; find out whether that ends the episode, or hands it over to the client."""
     episode = runtime.context
+    client_tools = episode.client_tool_names
     completion = await episode.actor.complete(
         state["messages"],
         episode.definitions,
         temperature=episode.temperature,
         max_tokens=episode.budget.require(),
         seed=None if episode.seed is None else episode.seed + episode.budget.num_steps,
-        on_delta=episode.on_delta and ClientsEar(episode.on_delta, episode.client_tool_names),
+        on_delta=episode.on_delta and ClientsEar(episode.on_delta, client_tools),
         **episode.sampling,
     )
     episode.budget.spend(completion)
     episode.reply, episode.said = completion, episode.said + completion.content
-    theirs = [call for call in completion.tool_calls if call["function"]["name"] in episode.client_tool_names]
-    ours = [call for call in completion.tool_calls if call not in theirs]
+    theirs = [call for call in completion.tool_calls if call["function"]["name"] in client_tools]
+    ours = [call for call in completion.tool_calls if call["function"]["name"] not in client_tools]
     await _record(
         episode,
         StepKind.MODEL,
