@@ -296,6 +296,11 @@ class Trajectories:
             _require(session, trajectory_id)
             return session.scalar(select(_effective_reward_of(literal(trajectory_id))))
 
+    def view(self, trajectory: Trajectory) -> TrajectoryView:
+        """Return a trajectory with the reward that counts. Raises: UnknownTrajectory."""
+        reward = self.effective_reward(trajectory.id)
+        return TrajectoryView(trajectory, reward, None if reward is None else reward >= self.success_reward)
+
     def exemplary(self) -> Select:
         """The query for every trajectory that may be shown as an exemplar: finished, a success, not held out."""
         return select(Trajectory).where(

@@ -85,6 +85,7 @@ async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState
 async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     """Let the policy reply; find out whether that ends the episode, or hands it over to the client."""
     episode = runtime.context
+    client_tools = episode.client_tool_names
     sampling = {"temperature": episode.temperature, "max_tokens": episode.budget.require(), "seed": _seed_of(episode)}
     request = {"model": episode.actor.served_name, **sampling}
     with episode.telemetry.model_call(
@@ -94,14 +95,14 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
             state["messages"],
             episode.definitions,
             **sampling,
-            on_delta=episode.on_delta and ClientsEar(episode.on_delta, episode.client_tool_names),
+            on_delta=episode.on_delta and ClientsEar(episode.on_delta, client_tools),
             **episode.sampling,
         )
         replied(completion)
     episode.budget.spend(completion)
     episode.reply, episode.said = completion, episode.said + completion.content
-    theirs = [call for call in completion.tool_calls if call["function"]["name"] in episode.client_tool_names]
-    ours = [call for call in completion.tool_calls if call not in theirs]
+    theirs = [call for call in completion.tool_calls if call["function"]["name"] in client_tools]
+    ours = [call for call in completion.tool_calls if call["function"]["name"] not in client_tools]
     await _record(
         episode,
         StepKind.MODEL,

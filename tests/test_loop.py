@@ -292,7 +292,7 @@ RIGHT += tuple(f"{cut} the _ -> {cut} _ with knife" for cut in ("chop", "slice",
 NUM_AT_ONCE = 32
 NUM_PRACTICE = 40
 SMALL = {
-    **{"num_practice_tasks": 32, "practice_episodes": 96, "explore_episodes": 64},
+    **{"num_practice_tasks": 24, "practice_episodes": 72, "explore_episodes": 48},
     "demonstrations": {"min_rows": 8},
     "preferences": {"min_rows": 2},
     "evaluation": {"num_tasks": 30, "min_tasks": 30},

@@ -148,11 +148,9 @@ async def get_trajectory(
     memory = server.memory
     trajectory_id = trajectory_of(trajectory_id)
     trajectory = memory.trajectories.get(trajectory_id, tenant=caller.tenant)
-    reward = memory.trajectories.effective_reward(trajectory_id)
-    success = None if reward is None else reward >= memory.trajectories.success_reward
     rewards = memory.trajectories.rewards(trajectory_id)
     return TrajectoryDetail(
-        **summarize(TrajectoryView(trajectory, reward, success)),
+        **summarize(memory.trajectories.view(trajectory)),
         **{name: getattr(trajectory, name) for name in _ONLY_IN_DETAIL},
         steps=[_describe_step(step, token_ids) for step in memory.trajectories.steps(trajectory_id)],
         rewards=[RewardDetail.model_validate(row, from_attributes=True) for row in rewards],
@@ -177,9 +175,7 @@ async def close_trajectory(trajectory_id: str, server: Server, caller: Asker) ->
         if trajectory.id not in {each.id for each in waiting}:
             raise Conflict(f"trajectory {trajectory.id!r} is being played: it closes by itself", code="episode_busy")
         trajectory = await server.agent.book.close(trajectory, None)
-    reward = memory.trajectories.effective_reward(trajectory.id)
-    success = None if reward is None else reward >= memory.trajectories.success_reward
-    return TrajectorySummary(**summarize(TrajectoryView(trajectory, reward, success)))
+    return TrajectorySummary(**summarize(memory.trajectories.view(trajectory)))
 
 
 _ONLY_IN_DETAIL = ("task_text", "temperature", "opening", "tools", "memory_text", "memory_ids")

@@ -131,14 +131,14 @@ def read_turn(memory: Memory, trajectory: Trajectory, opened: Opened) -> Turn:
         size = Measures(trajectory.num_steps, num_model_calls, trajectory.prompt_tokens, trajectory.output_tokens)
     else:
         size = trajectories.measure(trajectory.id, since=first_position)
-    reward = trajectories.effective_reward(trajectory.id)
+    worth = trajectories.view(trajectory)
     return Turn(
         trajectory=trajectory,
         first_position=first_position,
         steps=steps,
         size=size,
         episode_size=trajectories.measure(trajectory.id) if first_position else size,
-        reward=reward,
-        is_success=None if reward is None else reward >= trajectories.success_reward,
+        reward=worth.reward,
+        is_success=worth.is_success,
         logprobs=opened.logprobs,
     )

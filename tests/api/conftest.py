@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from tests.api.playing import FORGETFUL, PlayedWorld
 from tests.api.worlds import ServedWorld
 
 
@@ -16,6 +17,20 @@ from tests.api.worlds import ServedWorld
 def world(tmp_path: Path) -> Iterator[ServedWorld]:
     with ServedWorld(tmp_path / "data") as world:
         yield world
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlayedWorld]:
+    """A played world for a module's tests, each of which begins it anew."""
+    with PlayedWorld(tmp_path_factory.mktemp("shared"), memory_config=FORGETFUL) as world:
+        yield world
+
+
+@pytest.fixture
+def untouched(world: PlayedWorld, client: openai.OpenAI) -> Iterator[openai.OpenAI]:
+    """A client all of whose requests are refused before anything comes of them."""
+    yield client
+    assert world.num_trajectories == 0
 
 
 @pytest.fixture

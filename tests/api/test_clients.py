@@ -6,7 +6,6 @@ import asyncio
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -21,29 +20,16 @@ from pydantic import BaseModel
 from memory.schema import StepKind, TrajectoryStage
 from optimizer.rewards import grade
 from optimizer.stitching import stitch
-from tests.api.playing import FORGETFUL, WEATHER, PlayedWorld
+from tests.api.playing import WEATHER, PlayedWorld
 from tests.runtime.fake_engine import Reply
 
 HI = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlayedWorld]:
-    with PlayedWorld(tmp_path_factory.mktemp("shared"), memory_config=FORGETFUL) as world:
-        yield world
 
 
 @pytest.fixture
 def world(shared: PlayedWorld) -> PlayedWorld:
     shared.begin_anew()
     return shared
-
-
-@pytest.fixture
-def untouched(world: PlayedWorld, client: openai.OpenAI) -> Iterator[openai.OpenAI]:
-    """A client all of whose requests are refused before anything comes of them."""
-    yield client
-    assert world.num_trajectories == 0
 
 
 @tool

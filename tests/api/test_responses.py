@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -11,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from memory.schema import TrajectoryStage
-from tests.api.playing import FORGETFUL, PlayedWorld
+from tests.api.playing import PlayedWorld
 from tests.runtime.fake_engine import Reply, call
 
 WEATHER = {
@@ -23,23 +22,10 @@ WEATHER = {
 }
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlayedWorld]:
-    with PlayedWorld(tmp_path_factory.mktemp("shared"), memory_config=FORGETFUL) as world:
-        yield world
-
-
 @pytest.fixture
 def world(shared: PlayedWorld) -> PlayedWorld:
     shared.begin_anew()
     return shared
-
-
-@pytest.fixture
-def untouched(world: PlayedWorld, client: openai.OpenAI) -> Iterator[openai.OpenAI]:
-    """A client all of whose requests are refused before anything comes of them."""
-    yield client
-    assert world.num_trajectories == 0
 
 
 def ask(client: openai.OpenAI, given: Any = "hi", **more: Any):

@@ -51,6 +51,17 @@ def base_logprobs(token_ids: list[int]) -> list[float]:
     return [-(token_id % 7) - 0.5 for token_id in token_ids[1:]]
 
 
+LOOK = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Look somewhere.",
+        "parameters": {"type": "object", "properties": {"where": {"type": "string"}}, "required": ["where"]},
+    },
+}
+"""A tool to tell a model of, in OpenAI's form."""
+
+
 class FakeEngine:
     """`async with FakeEngine(script) as engine: engine.url`. `requests` holds every chat request that came."""
 

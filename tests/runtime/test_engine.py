@@ -21,7 +21,7 @@ from runtime.engine import Engine, find_last_words, server_arguments
 from runtime.errors import EngineError
 from runtime.hotswap import HotSwap, mean_distance
 from runtime.model_family import choose_tool_call_parser, find_model, holds_unparsed_call
-from tests.runtime.fake_engine import FakeEngine
+from tests.runtime.fake_engine import LOOK, FakeEngine
 from tests.runtime.levers import Levers
 
 
@@ -124,14 +124,6 @@ async def test_a_slow_probe_is_no_proof_of_death_while_tokens_move(engine: Engin
         task.cancel()
 
 
-LOOK = {
-    "type": "function",
-    "function": {
-        "name": "look",
-        "description": "Look somewhere.",
-        "parameters": {"type": "object", "properties": {"where": {"type": "string"}}, "required": ["where"]},
-    },
-}
 NUM_SWAPS = 20
 NUM_STREAMS = 8
 PROBE_IDS = [72, 69, 76, 76, 79, 12, 0, 87, 79, 82]

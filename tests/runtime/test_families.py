@@ -10,17 +10,10 @@ import pytest
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.hotswap import LEAST_CHANGE_NATS, TOLERANCE_NATS, mean_distance
+from tests.runtime.fake_engine import LOOK
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-LOOK = {
-    "type": "function",
-    "function": {
-        "name": "look",
-        "description": "Look somewhere.",
-        "parameters": {"type": "object", "properties": {"where": {"type": "string"}}, "required": ["where"]},
-    },
-}
 WHERE = {"where": "here"}
 CALLS = {
     "qwen3": "<tool_call>" + json.dumps({"name": "look", "arguments": WHERE}) + "</tool_call>",

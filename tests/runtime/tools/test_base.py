@@ -5,24 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from typing import Literal
 
 import pytest
 
 from runtime.errors import ToolError
 from runtime.tools.base import Tool, run_tool
 from runtime.tools.functions import tool_from_function
-
-
-def find_train(origin: str, seats: int = 1, comfort: Literal["plain", "quiet"] = "plain") -> dict[str, object]:
-    """Find the next train.
-
-    Args:
-        origin: where to board,
-            by its full name
-        seats: how many
-    """
-    return {"from": origin, "seats": seats, "comfort": comfort}
+from tests.runtime.tools.functions import find_train
 
 
 def hang() -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from datetime import date
-from typing import Literal
 
 import pytest
 from pydantic import BaseModel
@@ -13,17 +12,7 @@ from pydantic import BaseModel
 from runtime.errors import ToolRefused
 from runtime.tools.base import run_tool
 from runtime.tools.functions import functions_at, tool_from_function
-
-
-def find_train(origin: str, seats: int = 1, comfort: Literal["plain", "quiet"] = "plain") -> dict[str, object]:
-    """Find the next train.
-
-    Args:
-        origin: where to board,
-            by its full name
-        seats: how many
-    """
-    return {"from": origin, "seats": seats, "comfort": comfort}
+from tests.runtime.tools.functions import find_train
 
 
 class Address(BaseModel):
