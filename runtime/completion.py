@@ -10,7 +10,6 @@ caller who is cancelled frees the engine, which drops a request as soon as its c
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -99,7 +98,7 @@ class EngineClient:
         """Return the reply of `model`; `sampling` goes to vLLM as it is.
 
         Raises:
-            PolicyError: the engine refused or answered nonsense; as EngineBusy, it takes no more; as EngineLost, it died.
+            PolicyError: the engine refused or answered nonsense; EngineBusy: it takes no more; EngineLost: it died.
             BudgetExceeded: the messages fill the model's context.
         """
         started = time.monotonic()

@@ -4,9 +4,9 @@ Refuses to know what is asked of it (completion.py), and which adapters it wears
 Flow: find the model -> start the child -> follow its log until a real token came -> watch: a dead child at once, a
 zombie (alive, but no token moves) within seconds -> end it, start another, let `on_restart` dress it -> ready again.
 
-Invariants: while `is_ready`, a real token was generated since the last start; a zombie is found within the pause between
-two probes and the time of one; the child dies with this process, however that ends; it listens on the loopback alone,
-and answers nobody there who does not know the key it was started with.
+Invariants: while `is_ready`, a real token was generated since the last start; a zombie is found within the pause
+between two probes and the time of one; the child dies with this process, however that ends; it listens on the loopback
+alone, and answers nobody there who does not know the key it was started with.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
 
 
 async def _ask_policy(episode: Episode, messages: Sequence[Message]) -> Completion:
-    """Return the policy's reply. An engine that died before a word of it was heard is waited for, and asked once more."""
+    """Return the policy's reply. An engine that died before a word was heard is waited for, and asked once more."""
     ear = _ear_of(episode)
     try:
         return await _call_model(episode, messages, ear)

@@ -1,9 +1,8 @@
-"""Ten times what the engine can do: who is let in is answered in good time, the others are told at once to come again."""
+"""Ten times what the engine can do: who is let in is answered in good time, the rest at once."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,9 +83,8 @@ async def overload(url: str, seconds: float) -> tuple[list[Told], list[Told], fl
         nominal = await come(http, per_second=0.8 * CAPACITY, seconds=seconds / 4)
         told = await come(http, per_second=10 * CAPACITY, seconds=seconds)
         ended = time.monotonic()
-        for _ in itertools.takewhile(lambda _: (time.monotonic() - ended) < 30, itertools.count()):
-            if (await ask(http)).seconds < 1.5 * CALL_SECONDS:
-                break
+        while (await ask(http)).seconds > 1.5 * CALL_SECONDS and time.monotonic() - ended < 30:
+            pass
         return nominal, told, time.monotonic() - ended
 
 
@@ -106,8 +104,8 @@ def test_overload_is_turned_away_at_once_and_harms_nobody_who_was_let_in(world: 
     shed = world.services.agent.telemetry.registry.get_sample_value
     assert shed("ratchet_shed_total", {"reason": "engine_overloaded"}) == len(refused)
     print(
-        f"\n{len(nominal)} at 0.8x: p99 {p99(nominal):.3f} s; {len(admitted)} let in at 10x: p99 {p99(admitted):.3f} s, "
-        f"{p99(admitted) / p99(nominal):.2f} times; {len(refused)} turned away: p99 {p99(refused) * 1e3:.1f} ms, "
+        f"\n{len(nominal)} at 0.8x: p99 {p99(nominal):.3f} s; {len(admitted)} let in at 10x: p99 {p99(admitted):.3f} s,"
+        f" {p99(admitted) / p99(nominal):.2f} times; {len(refused)} turned away: p99 {p99(refused) * 1e3:.1f} ms, "
         f"worst {max(it.seconds for it in refused) * 1e3:.1f} ms; answered as usual {recovery_seconds:.2f} s afterwards"
     )
 

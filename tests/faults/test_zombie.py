@@ -1,4 +1,4 @@
-"""An engine that is dead, or alive and stuck: found, started again, dressed as before; who was heard nothing of waits."""
+"""An engine that is dead, or alive and stuck: found, started again, dressed as before; its callers wait."""
 
 from __future__ import annotations
 
