@@ -160,6 +160,12 @@ async def open_streams(home: Path) -> AsyncIterator[Streams]:
 async def measure(
     streams: Streams, still: Side, swapping: Side, *, num_swaps: int, num_streams: int, pause: float
 ) -> None:
+    """Swap, then leave alone for as long, in turns; put what was seen on either side."""
+    playing = [asyncio.create_task(streams.play()) for _ in range(num_streams)]
+    versions = itertools.cycle(range(1, NUM_ADAPTERS + 1))
+    try:
+        await asyncio.sleep(WARM_UP_SECONDS)
+        for round_number in range(NUM_ROUNDS):
             began = time.monotonic()
             streams.side = swapping
             for _ in range(num_swaps * (round_number + 1) // NUM_ROUNDS - len(swapping.swaps)):
@@ -167,13 +173,14 @@ async def measure(
                 await streams.hotswap.wear(next(versions))
                 swapping.swaps.append(time.monotonic() - swap_began)
                 await asyncio.sleep(pause)
-            swapping.seconds += (seconds := time.monotonic() - began)
+            seconds = time.monotonic() - began
+            swapping.seconds += seconds
             streams.side = still
             await asyncio.sleep(min(seconds, MAX_STILL_SECONDS))
             still.seconds += min(seconds, MAX_STILL_SECONDS)
             print(f"round {round_number + 1} of {NUM_ROUNDS}: {len(swapping.swaps)} swaps, {seconds:.0f} s", flush=True)
-            died = [task for task in playing if task.done()]
-            assert not died, died[0].exception()
+            for task in playing:
+                assert not task.done(), task.exception()
     finally:
         for task in playing:
             task.cancel()
