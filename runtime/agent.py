@@ -229,6 +229,8 @@ class Agent:
         except TimeoutError:
             if not limit.expired():
                 raise
+            if episode.lost is not None:  # not the policy's fault, and nothing to be learned from
+                raise episode.lost from None
             return _describe(BudgetExceeded(f"no answer within {self._config.max_seconds:g} seconds"))
         episode.answer = state["answer"]
         episode.is_handed_over = state.get("is_handed_over", False)

@@ -15,7 +15,7 @@ from memory.schema import Task, Trajectory
 from memory.store import Memory
 from runtime.completion import Completion, Message, OnDelta
 from runtime.environments.base import Playthrough
-from runtime.errors import BudgetExceeded
+from runtime.errors import BudgetExceeded, EngineLost
 from runtime.handover import Comeback
 from runtime.policy import Actor
 from runtime.telemetry import Telemetry
@@ -104,6 +104,8 @@ class Episode:
     """The last one."""
     is_handed_over: bool = False
     """Whether the client has calls to run: the trajectory stays open for it."""
+    lost: EngineLost | None = None
+    """What took the engine away, while the episode waits for it to come back."""
     answer: str | None = None
 
     @property

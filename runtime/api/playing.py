@@ -18,7 +18,7 @@ from memory.schema import Trajectory, TrajectoryStage
 from memory.store import Memory
 from runtime.api.access import Caller
 from runtime.api.chat_request import Extensions
-from runtime.api.errors import ApiError, BadRequest, ClientLeft, EpisodeFailed
+from runtime.api.errors import ApiError, BadRequest, ClientLeft, EpisodeFailed, Overloaded
 from runtime.api.models import resolve
 from runtime.api.services import Services
 from runtime.api.turn import Opened, Turn, read_turn
@@ -174,6 +174,7 @@ def refuse_failed(turn: Turn) -> None:
 
     Raises:
         BadRequest: the engine refused what was asked, or there was no room for a single reply.
+        Overloaded: the engine had too much to do.
         EpisodeFailed: the episode failed.
     """
     trajectory = turn.trajectory
@@ -183,13 +184,15 @@ def refuse_failed(turn: Turn) -> None:
     if trajectory.stage not in (TrajectoryStage.RUNNING, TrajectoryStage.FINISHED):
         if kind == "RequestRefused":
             refusal = BadRequest(message, code="request_refused", **extra)
+        elif kind == "EngineBusy":
+            refusal = Overloaded(message, **extra)
         else:
             said = f"the episode failed: {kind}: {message}" if message else f"the episode ended {kind}"
             refusal = EpisodeFailed(said, code=kind, **extra)
     elif turn.last_call is None and trajectory.environment is None and "context" in message:
         refusal = BadRequest(message, param="messages", code="context_length_exceeded", **extra)
     if refusal is not None:
-        refusal.headers = headers_for(trajectory)
+        refusal.headers |= headers_for(trajectory)
         raise refusal
 
 

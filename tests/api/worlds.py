@@ -23,7 +23,7 @@ from runtime.agent import Agent
 from runtime.api.app import create_app
 from runtime.api.services import Services
 from runtime.completion import Completion, Delta
-from runtime.config import AgentConfig
+from runtime.config import AgentConfig, EngineConfig
 from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.errors import PolicyError, UnknownTask
 from runtime.hotswap import HotSwap
@@ -39,6 +39,7 @@ class ScriptedEngine:
         self.url = "http://scripted"
         self.model_path = None
         self.log_path = log_path
+        self.config = EngineConfig()
         self.is_ready = True
         self.num_restarts = 0
         self.on_restart = None
