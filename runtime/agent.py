@@ -116,7 +116,7 @@ class Agent:
         _refuse_namesakes(() if environment is not None else self._tools, tools)
         config = self._config
         asked = None if environment is not None else messages
-        with self.book.enter(asked, episode_id=episode_id, policy=policy, tenant=tenant) as entry:
+        with self.book.enter(asked, episode_id=episode_id, policy=policy, task=task, tenant=tenant) as entry:
             pinned = entry.comeback.trajectory.policy if entry.comeback is not None else policy
             async with self._hotswap.lease(pinned) as actor:
                 playthrough = await environment.start(task) if environment is not None else None

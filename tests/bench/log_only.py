@@ -7,6 +7,9 @@ doesn't: which games are for practice and which measure, and how each ended. Flo
 games as they are played on day one -> (practise, give feedback, `serve.py learn --logged`) twice -> play the held-out
 games as both policies, each told that it only measures -> `serve.py judge`. The server never plays.
 
+Twice, because the first log has mostly luck to learn from. The first cycle is for its words: they make the second log a
+better teacher, and its candidate, trained in a moment, is not tried.
+
 Refuses to know how the server learns. TextWorld's games are compiled first, a second or two each; `--games` keeps them.
 """
 
@@ -40,7 +43,8 @@ from runtime.environments.textworld import TextWorld
 
 ROOT = Path(__file__).parents[2]
 APP = ROOT / "docs" / "examples" / "textworld_app.py"
-START_SECONDS, LEARN_SECONDS = 600, 1500
+LEARN_SECONDS = 1500
+FOR_WORDS = ("--set", "recipe.sft_epochs=1", "--set", "preferences.min_rows=1000", "--set", "demonstrations.min_rows=8")
 
 
 @dataclass
@@ -89,15 +93,16 @@ class Author:
 
     async def _play_all(self, name: str, seeds: Sequence[int], extra: dict[int, Any], **how: Any) -> Tried:
         started = time.monotonic()
-        won = await asyncio.gather(*(self._play(seed, extra.get(seed), **how) for seed in seeds))
+        model = ChatOpenAI(base_url=f"{self._url}/v1", api_key="none", timeout=300, **how)
+        models = [model.model_copy(update={"extra_body": extra.get(seed)}) for seed in seeds]
+        won = await asyncio.gather(*(self._play(*each) for each in zip(seeds, models, strict=True)))
         ended = {str(seed): bool(it) for seed, it in zip(seeds, won, strict=True)}
         tried = Tried(name, ended, sum(it is None for it in won), time.monotonic() - started)
         print(f"  {name}: {sum(ended.values())} of {len(ended)} won, {tried.seconds:.0f} s", flush=True)
         return tried
 
-    async def _play(self, seed: int, extra_body: Any, **how: Any) -> bool | None:
+    async def _play(self, seed: int, model: ChatOpenAI) -> bool | None:
         """Return whether the game was won; None if it broke off."""
-        model = ChatOpenAI(base_url=f"{self._url}/v1", api_key="none", extra_body=extra_body, timeout=300, **how)
         async with self._places:
             try:
                 ended = await self._app.play(self._games / f"cooking-{seed}.z8", model)
@@ -170,11 +175,15 @@ async def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     with serving(work / "data") as url:
         author = Author(url, games, options.concurrency)
         tried.append(await author.measure("day one: v0, nothing remembered", held_out, "v0"))
-        for cycle in (1, 2):
-            for number in range(options.rounds):
+        for cycle, num_rounds in enumerate(options.rounds, start=1):
+            for number in range(num_rounds):
                 tried.append(await author.practise(f"practice {cycle}.{number + 1}", practice))
-            learned = await asyncio.to_thread(ask, url, "learn", "--logged", *options.settings)
-            print(f"  learn: {learned['policy']} is a candidate, {learned['verdict']}: {learned['reason']}", flush=True)
+            started = time.monotonic()
+            is_last = cycle == len(options.rounds)
+            settings = options.settings if is_last else [*options.settings, *FOR_WORDS]
+            learned = await asyncio.to_thread(ask, url, "learn", "--logged", *settings)
+            seconds = time.monotonic() - started
+            print(f"  learn: {seconds:.0f} s, {learned['policy']}, {learned['reason']}", flush=True)
         candidate = learned["policy"]
         tried.append(await author.measure("v0 with what is remembered now", held_out, "v0"))
         tried.append(await author.measure(f"{candidate} with the same", held_out, candidate))
@@ -212,8 +221,8 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--games", type=Path, help="where compiled games are, and are kept")
-    parser.add_argument("--practice", type=int, default=192, help="games to practise on")
-    parser.add_argument("--rounds", type=int, default=2, help="tries of each of them before each cycle")
+    parser.add_argument("--practice", type=int, default=64, help="games to practise on")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[3, 3], help="tries of each before each cycle")
     parser.add_argument("--held-out", type=int, default=200, help="games that measure")
     parser.add_argument("--concurrency", type=int, default=32, help="games at a time")
     parser.add_argument("--json", type=Path, help="where to write everything")

@@ -4,15 +4,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from memory.schema import Policy, RewardSource, Split, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
-from optimizer.config import EvaluationConfig
+from optimizer.config import EvaluationConfig, OptimizerConfig
 from optimizer.evaluation import Decision, judge
 from optimizer.logged_evaluation import read_logged_cells
+from optimizer.seams import Seams
+from optimizer.workshop import Workshop
 from tests.memory.episodes import PATIENT, HashingEncoder
 
 NUM_TASKS = 40
+PLAYS_NOTHING = OptimizerConfig(environment="", practice_episodes=0, explore_episodes=0)
 
 
 @pytest.fixture
@@ -122,3 +126,22 @@ async def test_tries_that_nobody_rewarded_are_a_doubt(memory, candidate):
     verdict = decide(memory, candidate)
 
     assert verdict.decision is Decision.UNINFORMATIVE and "no reward" in verdict.reason
+
+
+async def test_a_task_that_measures_teaches_nothing_however_else_it_is_asked(memory, candidate):
+    await log(memory, 0, 1, 1.0)
+    await log(memory, 0, 1, 1.0, split=Split.LIVE)
+    taught = [
+        await log(memory, 0, 1, 1.0, split=Split.LIVE, tenant="shop"),
+        await log(memory, 0, 2, 1.0, split=Split.LIVE),
+    ]
+    cycle = await memory.cycles.open(PLAYS_NOTHING.model_dump())
+
+    pool = await Workshop(memory, Seams(rollout=None, tasks=None), cycle.id).read_pool()
+
+    assert sorted(each.trajectory.id for each in pool) == sorted(taught)
+
+
+def test_without_an_environment_nothing_can_be_played():
+    with pytest.raises(ValidationError, match="nothing can be played without an environment"):
+        OptimizerConfig(environment="")
