@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 import serve
+from memory.schema import PolicyStage
 from optimizer.intervals import wilson
 from runtime.console.play import parse_seeds, wilson_interval
 from runtime.console.speak import run
@@ -91,6 +92,18 @@ def test_learning_from_the_log_alone_asks_the_server_to_play_nothing(world: Serv
     assert as_json("learn", "--logged")[0] == 0
     settings = {"environment": "", "practice_episodes": 0, "explore_episodes": 0}
     assert world.memory.cycles.list()[0].settings == settings
+
+
+async def test_judge_ends_with_the_verdict_and_the_report(world: ServedWorld, as_json: AsJson) -> None:
+    code, learned = as_json("learn")
+    candidate = await world.memory.policies.draft(parent=0, cycle_id=learned["cycle"])
+    await world.memory.policies.move(candidate.version, PolicyStage.CANDIDATE)
+
+    code, judged = as_json("judge", candidate.name)
+
+    assert code == 0
+    assert (judged["verdict"], judged["reason"]) == ("uninformative", "nobody played")
+    assert (judged["policy"], judged["active"], judged["report"]) == ("v2", "v1", {"cells": {}})
 
 
 def test_a_cycle_that_fails_says_why_and_fails_the_verb(world: ServedWorld, as_json: AsJson) -> None:

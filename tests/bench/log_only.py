@@ -225,13 +225,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, nargs="+", default=[3, 3], help="tries of each before each cycle")
     parser.add_argument("--held-out", type=int, default=200, help="games that measure")
     parser.add_argument("--concurrency", type=int, default=32, help="games at a time")
+    parser.add_argument("--work", type=Path, help="where the server's data stay; else they are deleted")
     parser.add_argument("--json", type=Path, help="where to write everything")
     parser.add_argument("settings", nargs="*", help="for learn, e.g. --set recipe.sft_epochs=2 (after a --)")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="Game .* is not fully supported")
-    with tempfile.TemporaryDirectory(prefix="log-only-") as work:
+    with contextlib.ExitStack() as stack:
+        work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="log-only-")))
+        work.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        result = asyncio.run(measure(options, Path(work)))
+        result = asyncio.run(measure(options, work))
     result["seconds"] = round(time.monotonic() - started, 1)
     show(result)
     if options.json:
