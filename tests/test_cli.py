@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -94,12 +95,12 @@ def test_learning_from_the_log_alone_asks_the_server_to_play_nothing(world: Serv
     assert world.memory.cycles.list()[0].settings == settings
 
 
-async def test_judge_ends_with_the_verdict_and_the_report(world: ServedWorld, as_json: AsJson) -> None:
+def test_judge_ends_with_the_verdict_and_the_report(world: ServedWorld, as_json: AsJson) -> None:
     code, learned = as_json("learn")
-    candidate = await world.memory.policies.draft(parent=0, cycle_id=learned["cycle"])
-    await world.memory.policies.move(candidate.version, PolicyStage.CANDIDATE)
+    drafted = asyncio.run(world.memory.policies.draft(parent=0, cycle_id=learned["cycle"]))
+    asyncio.run(world.memory.policies.move(drafted.version, PolicyStage.CANDIDATE))
 
-    code, judged = as_json("judge", candidate.name)
+    code, judged = as_json("judge", drafted.name)
 
     assert code == 0
     assert (judged["verdict"], judged["reason"]) == ("uninformative", "nobody played")
