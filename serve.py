@@ -30,7 +30,7 @@ from runtime.console.verbs import DEFAULT_URL, Config, Data, Json, Key, Url, add
 
 if TYPE_CHECKING:
     from memory.keys import Keys
-    from memory.schema import Cycle
+    from memory.schema import Cycle, Policy
     from memory.store import Memory
     from optimizer.config import OptimizerConfig
     from optimizer.seams import Seams
@@ -378,6 +378,13 @@ class Learner:
 
         await self.stop()
         return await abandon_cycle(self._memory, cycle_id, "Cancelled: by request")
+
+    async def judge(self, policy: Policy) -> dict[str, Any]:
+        """Settle a candidate by what clients played, if that is enough; return the verdict."""
+        from optimizer.stages import judge_by_log
+        from optimizer.workshop import Workshop
+
+        return await judge_by_log(Workshop(self._memory, self._seams, policy.cycle_id))
 
     async def stop(self) -> None:
         """Interrupt what runs; its row stays open."""

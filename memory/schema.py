@@ -136,7 +136,8 @@ LEGAL_MOVES: dict[StrEnum, frozenset[StrEnum]] = {
 class Task:
     """What is asked. `kind` groups tasks that lessons carry over between; `name` is unique in its environment."""
 
-    environment: str
+    environment: str | None
+    """None: a client's own, which it plays itself; nobody here can play it again."""
     name: str
     kind: str
     split: Split
@@ -181,6 +182,11 @@ class Trajectory(SQLModel, table=True):
     num_invalid_tool_calls: int = 0
     opened_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     closed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+    @property
+    def task_key(self) -> tuple[str, str]:
+        """What makes two episodes tries at the same thing; a client's request that names no task is its own text."""
+        return (self.environment or "", self.task or self.task_text)
 
 
 class StepKind(StrEnum):

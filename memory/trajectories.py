@@ -329,6 +329,16 @@ class Trajectories:
             rows = session.exec(query.order_by(col(Trajectory.closed_at), col(Trajectory.id))).all()
         return [Graded(trajectory, value, value >= self.success_reward) for trajectory, value in rows]
 
+    def kept_back(self) -> set[tuple[str, str]]:
+        """Return (tenant, task) of every held-out task that a client played, and (tenant, text) of it."""
+        query = (
+            select(Trajectory.tenant, Trajectory.task, Trajectory.task_text)
+            .where(Trajectory.split == Split.HELD_OUT, col(Trajectory.environment).is_(None))
+            .distinct()
+        )
+        with self._database.read() as session:
+            return {(tenant, it) for tenant, task, text in session.exec(query) for it in (task, text) if it}
+
     def list(
         self,
         *,
@@ -339,13 +349,17 @@ class Trajectories:
         policy: int | None = None,
         stage: TrajectoryStage | None = None,
         is_success: bool | None = None,
+        since: datetime | None = None,
         tenant: str = "",
     ) -> builtins.list[TrajectoryView]:
-        """Return trajectories with their rewards, newest first; pass the last id as `before_id` for the next page."""
+        """Return trajectories with their rewards, newest first; pass the last id as `before_id` for the next page.
+        With `since`, only what was opened after it."""
         reward = _effective_reward_of(col(Trajectory.id)).label("reward")
         query = select(Trajectory, reward).where(Trajectory.tenant == tenant)
         if before_id is not None:
             query = query.where(col(Trajectory.id) < before_id)
+        if since is not None:
+            query = query.where(col(Trajectory.opened_at) > since)
         for column, wanted in (
             (Trajectory.environment, environment),
             (Trajectory.split, split),

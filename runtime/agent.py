@@ -26,7 +26,7 @@ from typing import Any
 import structlog
 from langgraph.graph import END, START, StateGraph
 
-from memory.schema import RewardSource, Task, Trajectory, TrajectoryStage, new_id
+from memory.schema import RewardSource, Split, Task, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
 from runtime.cache_salts import CacheSalts
 from runtime.completion import Message, OnDelta
@@ -96,9 +96,10 @@ class Agent:
     ) -> Trajectory:
         """Play one episode and return its closed trajectory; its record and reward are durable by then.
 
-        Either `task` (the environment speaks first) or `messages` (a client does). `tools` are definitions of tools
-        that the client runs: a reply that calls one ends this turn, and the trajectory is returned RUNNING. Messages
-        that begin with all of that and bring the results go on with it: same policy, same memory, same trajectory.
+        Either a `task` of an environment (which speaks first) or `messages` (a client does; a `task` beside them is its
+        own, and says what the record is about). `tools` are definitions of tools that the client runs: a reply that
+        calls one ends this turn, and the trajectory is returned RUNNING. Messages that begin with all of that and bring
+        the results go on with it: same policy, same memory, same trajectory.
         `sampling` goes to the engine as it is; `max_tokens` bounds one model call; `on_open` is called when the record
         is open, `on_delta` is awaited with each piece the model writes for the client.
 
@@ -107,18 +108,19 @@ class Agent:
             EpisodeBusy: the episode is answering another request.
             UnknownEnvironment, UnknownPolicy, AdapterError, EngineError: the episode could not even open.
         """
-        if task is not None and tools:
-            raise ValueError(f"a task of {task.environment!r} brings its own tools: send none with it")
-        if task is None and not messages:
-            raise ValueError("nothing was asked: give a task, or at least one message")
-        server_tools = () if task is not None else self._tools
-        _refuse_namesakes(server_tools, tools)
+        environment = self.environment(task.environment) if task and task.environment is not None else None
+        if environment is not None and tools:
+            raise ValueError(f"a task of {environment.name!r} brings its own tools: send none with it")
+        if environment is None and not messages:
+            raise ValueError("nothing was asked: give a task of an environment, or at least one message")
+        _refuse_namesakes(() if environment is not None else self._tools, tools)
         config = self._config
-        asked = None if task is not None else messages
-        with self.book.enter(asked, episode_id=episode_id, policy=policy, tenant=tenant) as entry:
+        asked = None if environment is not None else messages
+        with self.book.enter(asked, episode_id=episode_id, policy=policy, task=task, tenant=tenant) as entry:
             pinned = entry.comeback.trajectory.policy if entry.comeback is not None else policy
             async with self._hotswap.lease(pinned) as actor:
-                playthrough = await self.environment(task.environment).start(task) if task is not None else None
+                playthrough = await environment.start(task) if environment is not None else None
+                split = entry.comeback.trajectory.split if entry.comeback else task.split if task else Split.LIVE
                 episode = Episode(
                     memory=self._memory,
                     telemetry=self.telemetry,
@@ -127,7 +129,7 @@ class Agent:
                     episode_id=entry.episode_id,
                     task=task,
                     playthrough=playthrough,
-                    tools={tool.name: tool for tool in self._tools_for(task, playthrough, tenant)},
+                    tools={tool.name: tool for tool in self._tools_for(split, playthrough, tenant)},
                     client_tools=list(tools),
                     budget=Budget(
                         max_steps=config.max_steps,
@@ -141,7 +143,7 @@ class Agent:
                     on_delta=on_delta,
                     on_open=on_open,
                     heard=list(messages or ()),
-                    **self._begin(entry, actor, task, playthrough, messages or ()),
+                    **self._begin(entry, actor, environment, playthrough, messages or ()),
                 )
                 return await self._watch(episode)
 
@@ -149,7 +151,7 @@ class Agent:
         self,
         entry: Entry,
         actor: Actor,
-        task: Task | None,
+        environment: Environment | None,
         playthrough: Playthrough | None,
         messages: Sequence[Message],
     ) -> dict[str, Any]:
@@ -167,21 +169,23 @@ class Agent:
             }
         opening = [{"role": "user", "content": playthrough.task_text}] if playthrough else list(messages)
         return {
-            "opening": self._with_system_prompt(opening, actor, task),
+            "opening": self._with_system_prompt(opening, actor, environment),
             "task_text": _last_user_text(opening),
             "trajectory_id": new_id("trj"),
         }
 
-    def _tools_for(self, task: Task | None, playthrough: Playthrough | None, tenant: str) -> list[Tool]:
+    def _tools_for(self, split: Split, playthrough: Playthrough | None, tenant: str) -> list[Tool]:
         tools = playthrough.tools if playthrough else self._tools
-        return tools_for(task, tools, partial(self._memory.trajectories.recorded_result, tenant=tenant))
+        return tools_for(split, tools, partial(self._memory.trajectories.recorded_result, tenant=tenant))
 
-    def _with_system_prompt(self, opening: list[Message], actor: Actor, task: Task | None) -> list[Message]:
+    def _with_system_prompt(
+        self, opening: list[Message], actor: Actor, environment: Environment | None
+    ) -> list[Message]:
         if opening[0].get("role") in ("system", "developer"):
             return opening
         prompt = actor.policy.system_prompt
         if prompt is None:
-            prompt = self.environment(task.environment).system_prompt if task else self._config.system_prompt
+            prompt = environment.system_prompt if environment is not None else self._config.system_prompt
         return [{"role": "system", "content": prompt}, *opening] if prompt else opening
 
     async def _watch(self, episode: Episode) -> Trajectory:

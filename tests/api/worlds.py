@@ -17,7 +17,7 @@ import structlog
 import uvicorn
 
 from memory.config import MemoryConfig
-from memory.schema import Cycle, CycleStage, Split, Task
+from memory.schema import Cycle, CycleStage, Policy, Split, Task
 from memory.store import Memory
 from runtime.agent import Agent
 from runtime.api.app import create_app
@@ -149,6 +149,9 @@ class QuickLearner:
         self._turn.cancel()
         return await self.memory.cycles.save(cycle_id, stage=CycleStage.ERROR, error="Cancelled: by request")
 
+    async def judge(self, policy: Policy) -> dict[str, Any]:
+        return {"decision": "uninformative", "reason": "nobody played"}
+
     async def _run(self, cycle_id: str) -> None:
         cycles = self.memory.cycles
         for stage in (CycleStage.COLLECT, CycleStage.SFT, CycleStage.EVALUATE):
@@ -183,7 +186,9 @@ class ServedWorld:
         config: AgentConfig | None = None,
         tools: Sequence[Tool] = (),
         memory_config: MemoryConfig = PATIENT,
+        base_model: str = "scripted",
     ) -> None:
+        self.base_model = base_model
         self.config = config or AgentConfig(max_steps=4, max_seconds=20)
         self.tools = tools
         self.memory = Memory.open(data_dir, memory_config, encoder=HashingEncoder())
@@ -211,7 +216,7 @@ class ServedWorld:
 
     async def _serve_with(self, engine: Any) -> None:
         await self.memory.trajectories.close_orphans()
-        await self.memory.policies.register_base("scripted")
+        await self.memory.policies.register_base(self.base_model)
         environments = {"doors": Doors()}
         hotswap = HotSwap(self.memory.policies, engine)
         agent = Agent(self.memory, hotswap, environments, self.config, tools=self.tools)
