@@ -75,9 +75,24 @@ def read_all_settings(config: Path | None, given: dict[str, str | None], extra: 
     toml = config or (DEFAULT_TOML if DEFAULT_TOML.exists() else None)
     try:
         flags = parse_flags(extra) | {key: value for key, value in given.items() if value is not None}
+        refuse_written_password(read_settings(Settings, toml=toml, flags=flags).memory.database)
         return read_settings(Settings, toml=toml, environ=os.environ, flags=flags)
     except BadSettings as bad:
         raise Failure(str(bad), exit_code=2) from None
+
+
+def refuse_written_password(database: str | None) -> None:
+    """Raise Failure for a database's password in a file or on the command line, where others may read it."""
+    if database is None:
+        return
+    from memory.dialects import holds_password
+
+    if holds_password(database):
+        raise Failure(
+            "memory.database holds a password: take it out and give it as PGPASSWORD, or give the whole URL as the "
+            "environment variable RATCHET_MEMORY__DATABASE",
+            exit_code=2,
+        )
 
 
 @app.command(context_settings=OPEN_ENDED)
@@ -493,7 +508,8 @@ def open_keys_of(config: Path | None, data: str | None) -> AbstractContextManage
     """Return the keys in a data directory, to be opened."""
     from memory.store import open_keys
 
-    return open_keys(read_all_settings(config, {"data": data}, []).data)
+    settings = read_all_settings(config, {"data": data}, [])
+    return open_keys(settings.data, settings.memory)
 
 
 add_key_verbs(app, open_keys_of)

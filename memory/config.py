@@ -1,4 +1,4 @@
-"""Which encoder, how much memory to show, and from which reward on an episode counts as a success."""
+"""Where the rows are, which encoder, how much memory to show, and from which reward on an episode is a success."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pydantic import BaseModel, Field
 class MemoryConfig(BaseModel, extra="forbid"):
     """Settings of memory. The defaults are the recommendation."""
 
+    database: str | None = None
+    """Where the rows are. None: in `ratchet.db` in the data directory. Else a URL, `postgresql+psycopg://USER@HOST/NAME`;
+    the password comes from PGPASSWORD or a password file, or in the URL where that is an environment variable."""
     encoder: str = "embedded"
     """`embedded`: all-MiniLM-L6-v2 as installed, no download. Else a sentence-transformers name or directory."""
     success_reward: float = Field(default=1.0, ge=0.0, le=1.0)

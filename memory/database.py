@@ -1,11 +1,12 @@
 """The rows' home: one writer thread with group commit, and readers that cannot write.
 
-This module refuses to know what the rows mean. The flow of a write: it is queued with a future, the writer takes
-all that wait, runs each behind a savepoint of its own inside one transaction, commits once with `synchronous=FULL`,
-and only then do the futures resolve: an awaited write is on the disk.
+This module refuses to know what the rows mean, and whether a file or a server holds them. The flow of a write: it is
+queued with a future, the writer takes all that wait, runs each behind a savepoint of its own inside one transaction,
+commits once, durably, and only then do the futures resolve: an awaited write is on the disk.
 
-Invariants: one connection per file writes and checkpoints (SQLite up to 3.51.2 can corrupt a WAL database when one
-connection commits while another checkpoints); a failed write leaves nothing behind and never fails its neighbours.
+Invariants: one connection of a process writes and checkpoints (SQLite up to 3.51.2 can corrupt a WAL database when one
+connection commits while another checkpoints); a failed write leaves nothing behind and never fails its neighbours. One
+exception: a server lost in the very moment of a commit doesn't tell whether it kept what it was told.
 """
 
 from __future__ import annotations
@@ -22,29 +23,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, CursorResult, Engine, Executable, create_engine, event
+from sqlalchemy import Connection, CursorResult, Executable
 from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, ProgrammingError
 from sqlmodel import Session
 
+from memory.dialects import dialect_of
 from memory.errors import StorageError
 from memory.migrations.upgrade import upgrade
-from memory.schema import dump_json
 from memory.tally import Tally
 
 T = TypeVar("T")
 Work = Callable[[Connection], Any]
 
 MAX_BATCH = 512  # writes that share one commit
-MAX_READERS = 16
-WRITER_PRAGMAS = (
-    "journal_mode=WAL",
-    "synchronous=FULL",
-    "busy_timeout=30000",
-    "foreign_keys=ON",
-    "mmap_size=0",
-    "journal_size_limit=67108864",
-)
-READER_PRAGMAS = ("busy_timeout=30000", "query_only=ON", "wal_autocheckpoint=0", "mmap_size=0")
 
 
 @dataclass
@@ -68,32 +59,43 @@ class _Write:
 
 
 class Database:
-    """One SQLite file, open. Everything that was awaited is durable; readers see only what is committed."""
+    """One place for rows, open. Everything that was awaited is durable; readers see only what is committed."""
 
-    def __init__(self, path_or_url: Path | str) -> None:
-        """Open the file, creating it if it is missing, and bring its tables up to date.
+    def __init__(self, path_or_url: Path | str, *, prepare: Callable[[Connection], None] | None = None) -> None:
+        """Open it, creating a file that is missing, and bring its tables up to date, or do what `prepare` does instead.
 
-        Raises: StorageError when it can't be opened, DatabaseTooNew when a later version of this program wrote it.
+        Raises: StorageError when it can't be opened, DatabaseTooNew when a later version of this program wrote it,
+        ValueError for a URL that can't be.
         """
-        self.path = _path_of(path_or_url)
+        self._dialect = dialect_of(path_or_url)
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._is_open = True
         self.acknowledgements = Tally()
         """From the queue to the disk, of every write that got there."""
         self._gate = threading.Lock()  # nothing may be queued behind the mark that ends the writer
-        self._writing = _make_engine(self.path, WRITER_PRAGMAS, begin="BEGIN IMMEDIATE", num_connections=1)
-        self._reading = _make_engine(self.path, READER_PRAGMAS, begin="BEGIN", num_connections=MAX_READERS)
+        self._writing, self._reading = self._dialect.writing, self._dialect.reading
         try:
             with self._writing.connect() as connection:
-                upgrade(connection)
+                (prepare or upgrade)(connection)
+            self._connection = self._writing.connect()
         except DBAPIError as error:
             self._writing.dispose()
-            raise self._storage_error(error) from error
+            raise self._translated(error) from error
         except BaseException:
             self._writing.dispose()
             raise
         self._writer = threading.Thread(target=self._write_forever, name="ratchet-writer", daemon=True)
         self._writer.start()
+
+    @property
+    def kind(self) -> str:
+        """`sqlite` or `postgresql`."""
+        return self._dialect.name
+
+    @property
+    def place(self) -> str:
+        """Where the rows are, for messages; without a password."""
+        return self._dialect.place
 
     async def write(self, work: Callable[[Session], T]) -> T:
         """Run `work` in the writer's next transaction; return its result once that is durable.
@@ -125,7 +127,7 @@ class Database:
         except DatabaseError as error:
             if isinstance(error, IntegrityError | ProgrammingError):
                 raise
-            raise self._storage_error(error) from error
+            raise self._translated(error) from error
 
     @property
     def num_queued(self) -> int:
@@ -133,15 +135,9 @@ class Database:
         return self._queue.qsize()
 
     def check(self) -> list[str]:
-        """Return what SQLite finds wrong with the file: an empty list when all is well. Reads every page."""
+        """Return what is wrong with the rows' home: an empty list when all is well. A whole file is read for it."""
         with self.read() as session:
-            connection = session.connection()
-            problems = [row[0] for row in connection.exec_driver_sql("PRAGMA integrity_check")]
-            orphans = [
-                f"{row[0]} row {row[1]} has no {row[2]}"
-                for row in connection.exec_driver_sql("PRAGMA foreign_key_check")
-            ]
-        return [problem for problem in problems if problem != "ok"] + orphans
+            return self._dialect.check(session)
 
     def close(self) -> None:
         """Finish what is queued, then close. The writer closes last: the last connection out checkpoints."""
@@ -167,7 +163,7 @@ class Database:
             self._queue.put(write)
 
     def _write_forever(self) -> None:
-        with self._writing.connect() as connection:
+        with self._connection as connection:
             while (batch := self._next_batch()) is not None:
                 self._commit(connection, batch)
                 self._count(batch)
@@ -196,21 +192,28 @@ class Database:
             batch.append(write)
         return batch
 
-    def _commit(self, connection: Connection, batch: list[_Write]) -> None:
+    def _commit(self, connection: Connection, batch: list[_Write], *, is_second_try: bool = False) -> None:
         """Run the batch in one transaction, or, when that fails as a whole, each of its writes in one of its own."""
+        is_ending = False
         try:
             with connection.begin():
                 for write in batch:
                     self._run(connection, write)
-                    # On some failures (a full disk) SQLite rolls the whole transaction back, savepoints and all.
-                    if write.error is not None and not _is_in_transaction(connection):
+                    # A failure may end the whole transaction, savepoints and all: on a full disk SQLite's, on
+                    # PostgreSQL that of a statement without a savepoint.
+                    if write.error is not None and not self._dialect.is_in_transaction(connection):
                         raise write.error
+                is_ending = True
         except Exception as error:
-            if len(batch) > 1:
+            if connection.invalidated and not is_ending and not is_second_try:
+                self._commit(connection, batch, is_second_try=True)  # by a new connection: the old one kept nothing
+            elif connection.invalidated or len(batch) == 1:
+                is_in_doubt = connection.invalidated and is_ending
+                for write in batch:
+                    write.result, write.error = None, self._doubt() if is_in_doubt else self._classified(error)
+            else:
                 for write in batch:
                     self._commit(connection, [write])
-                return
-            batch[0].result, batch[0].error = None, self._classified(error)
 
     def _run(self, connection: Connection, write: _Write) -> None:
         write.result = write.error = None
@@ -220,26 +223,21 @@ class Database:
             write.error = self._classified(error)
 
     def _classified(self, error: Exception) -> Exception:
-        is_disk = isinstance(error, DatabaseError) and not isinstance(error, IntegrityError | ProgrammingError)
-        return self._storage_error(error) if is_disk else error
+        is_refusal = isinstance(error, DatabaseError) and not isinstance(error, IntegrityError | ProgrammingError)
+        return self._translated(error) if is_refusal else error
+
+    def _translated(self, error: DBAPIError) -> Exception:
+        translated = self._dialect.translate(error)
+        translated.__cause__ = error
+        return translated
+
+    def _doubt(self) -> StorageError:
+        return StorageError(
+            f"lost the database {self.place} while it kept this: see whether it is there, then try again"
+        )
 
     def _closed_error(self) -> StorageError:
-        return StorageError(f"the database {str(self.path)!r} is closed: open it again")
-
-    def _storage_error(self, error: DBAPIError) -> StorageError:
-        said = str(error.orig)
-        mends = {
-            "full": "free some disk space; nothing that was acknowledged is lost",
-            "readonly": "make the file and its directory writable",
-            "unable to open": "check that the directory exists and is writable",
-            "malformed": "restore a backup: the file is damaged",
-            "not a database": "restore a backup: the file is damaged",
-            "locked": "close the other program that writes to it",
-        }
-        mend = next((mend for sign, mend in mends.items() if sign in said), "check the disk")
-        storage_error = StorageError(f"cannot use the database {str(self.path)!r}: {said}; {mend}")
-        storage_error.__cause__ = error
-        return storage_error
+        return StorageError(f"the database {self.place} is closed: open it again")
 
 
 def _in_session(connection: Connection, work: Callable[[Session], T]) -> T:
@@ -266,45 +264,3 @@ def _tell(batch: list[_Write]) -> None:
 def _settle_all(writes: list[_Write]) -> None:
     for write in writes:
         write.settle()
-
-
-def _is_in_transaction(connection: Connection) -> bool:
-    return connection.connection.driver_connection.in_transaction
-
-
-def _path_of(path_or_url: Path | str) -> Path:
-    text = str(path_or_url)
-    if "://" not in text:
-        return Path(text)
-    if not text.startswith("sqlite:///"):
-        raise ValueError(f"unsupported database {text!r}: give a path, or a URL that begins with sqlite:///")
-    return Path(text.removeprefix("sqlite:///"))
-
-
-def _make_engine(path: Path, pragmas: tuple[str, ...], *, begin: str, num_connections: int) -> Engine:
-    """Make a pool of connections that each begin with `pragmas` and begin transactions in their own way."""
-    engine = create_engine(
-        f"sqlite:///{path}",
-        pool_size=min(num_connections, 4),
-        max_overflow=max(0, num_connections - 4),
-        connect_args={"check_same_thread": False},
-        json_serializer=dump_json,
-    )
-
-    @event.listens_for(engine, "connect")
-    def _prepare(dbapi_connection: Any, _record: Any) -> None:
-        dbapi_connection.isolation_level = None  # the driver must not begin transactions of its own
-        for pragma in pragmas:
-            dbapi_connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
-
-    @event.listens_for(engine, "do_execute")
-    def _skip_what_is_undone(cursor: Any, statement: str, _parameters: Any, _context: Any) -> bool:
-        # After a failure for which SQLite rolled everything back itself, a rollback to a savepoint that is gone
-        # would fail and hide the failure.
-        return statement.startswith("ROLLBACK TO") and not cursor.connection.in_transaction
-
-    return engine

@@ -1,7 +1,7 @@
 """What can go wrong in keeping and finding, one leaf for each thing a caller can act on.
 
     StoreError
-    +-- StorageError             the disk refused: full, unreadable, read-only
+    +-- StorageError             the disk or the server refused: full, unreadable, read-only, away
     |   +-- DatabaseTooNew       written by a later version of this program
     +-- DataDirectoryInUse       another process owns the directory
     +-- UnknownRow               nothing has that id (also a LookupError)
@@ -32,7 +32,9 @@ class StoreError(Exception):
 
 
 class StorageError(StoreError):
-    """The disk refused. What was acknowledged before is safe; the refused write left nothing behind."""
+    """The disk or the server refused. What was acknowledged before is safe; the refused write left nothing behind, but
+    where the message doubts it: a server was lost in the moment of its commit.
+    """
 
 
 class DatabaseTooNew(StorageError):

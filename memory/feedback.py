@@ -17,7 +17,18 @@ from sqlmodel import Session, col, select
 
 from memory.database import Database
 from memory.errors import FeedbackConflict, UnknownStep, UnknownTrajectory
-from memory.schema import Feedback, RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage, dump_json, new_id
+from memory.schema import (
+    Feedback,
+    RewardSource,
+    Split,
+    Step,
+    StepKind,
+    Trajectory,
+    TrajectoryStage,
+    clean,
+    dump_json,
+    new_id,
+)
 from memory.trajectories import Trajectories, check_reward
 
 # Not `trajectory_id`: an episode may have another newest trajectory by the time a retry comes.
@@ -149,10 +160,14 @@ def _kinds(values: dict[str, Any]) -> builtins.list[str]:
 
 def _same(known: Feedback, values: dict[str, Any]) -> Feedback:
     """Return the feedback that is known if its body is the same, as JSON has it: `true` and `1` differ."""
-    # dump_json mends what is no Unicode just as the columns do.
-    different = sorted(name for name in BODY if dump_json(getattr(known, name)) != dump_json(values[name]))
+    different = sorted(name for name in BODY if _as_kept(getattr(known, name)) != _as_kept(values[name]))
     if different:
         raise FeedbackConflict(
             f"feedback {known.id!r} was posted before with another {', '.join(different)}: give this one a new id"
         )
     return known
+
+
+def _as_kept(value: Any) -> str:
+    """Return what tells two values apart once both are kept: what no text can hold was mended in the row."""
+    return dump_json(clean(value) if isinstance(value, str) else value)

@@ -1,7 +1,7 @@
 """Keeps the index in step with the rows: one thread that reads the outbox, and heals whatever the index lost.
 
-This module refuses to know how rows are found. The flow: words first, in one transaction with the mark in the
-outbox; then meanings; only then the outbox row goes. Each outbox row only says "look at this row again", so doing
+This module refuses to know how rows are found. The flow: words first, then the mark in the outbox that they are
+held; then meanings; only then the outbox row goes. Each outbox row only says "look at this row again", so doing
 it twice is harmless, and to heal is to put what differs back into the outbox.
 
 Invariant: an empty outbox after the first reconciliation means that both indexes hold exactly what the rows say.
@@ -23,7 +23,7 @@ from memory.encoder import Encoder, QueryEncoder, encode
 from memory.errors import IndexDamaged, IndexUnavailable, StorageError
 from memory.meanings import MeaningIndex
 from memory.schema import Outbox
-from memory.searchables import COLLECTIONS, Searchables
+from memory.searchables import COLLECTIONS, Searchable, Searchables
 from memory.words import WordIndex
 
 POLL_SECONDS = 0.25
@@ -133,30 +133,27 @@ class Follower:
                 self._meanings.set_aside()
 
     def _follow_words(self) -> bool:
-        """Bring the word index up to date in one transaction with the outbox."""
-
-        def write(session: Session) -> int:
-            rows = session.exec(_batch(WORDS_BATCH).where(col(Outbox.is_worded).is_(False))).all()
-            for collection, row_ids in _by_collection(rows).items():
-                entries = self._searchables.load(session, collection, row_ids)
-                self._words.replace(session, collection, row_ids, entries)
-            ids = [row.id for row in rows]
-            session.execute(update(Outbox).where(col(Outbox.id).in_(ids)).values(is_worded=True))
-            return len(rows)
-
+        """Bring the word index up to date, then mark in the outbox what it holds."""
         with self._database.read() as session:
-            if session.exec(_batch(1).where(col(Outbox.is_worded).is_(False))).first() is None:
-                return False
-        return self._database.write_sync(write) == WORDS_BATCH
+            rows = session.exec(_batch(WORDS_BATCH).where(col(Outbox.is_worded).is_(False))).all()
+            loaded = self._load(session, rows)
+        if not rows:
+            return False
+
+        def hold(session: Session) -> None:
+            for collection, (row_ids, entries) in loaded.items():
+                self._words.replace(session, collection, row_ids, entries)
+
+        self._words.write(hold)
+        marked = update(Outbox).where(col(Outbox.id).in_([row.id for row in rows])).values(is_worded=True)
+        self._database.write_sync(lambda session: session.execute(marked))
+        return len(rows) == WORDS_BATCH
 
     def _follow_meanings(self) -> bool:
         """Bring the index of meanings up to date, then delete what both indexes hold from the outbox."""
         with self._database.read() as session:
             rows = session.exec(_batch(MEANINGS_BATCH).where(col(Outbox.is_worded).is_(True))).all()
-            loaded = {
-                collection: (row_ids, self._searchables.load(session, collection, row_ids))
-                for collection, row_ids in _by_collection(rows).items()
-            }
+            loaded = self._load(session, rows)
         if not rows:
             return False
         for collection, (row_ids, entries) in loaded.items():
@@ -167,6 +164,13 @@ class Follower:
         ids = [row.id for row in rows]
         self._database.write_sync(lambda session: session.execute(delete(Outbox).where(col(Outbox.id).in_(ids))))
         return len(rows) == MEANINGS_BATCH
+
+    def _load(self, session: Session, rows: Iterable[Outbox]) -> dict[str, tuple[list[str], list[Searchable]]]:
+        """Return, by collection, the ids that the outbox names, and what is searchable of them now."""
+        return {
+            collection: (row_ids, self._searchables.load(session, collection, row_ids))
+            for collection, row_ids in _by_collection(rows).items()
+        }
 
     def _open(self) -> None:
         """Load the encoder and open the index, once; check the index when a question to it failed."""
@@ -186,12 +190,9 @@ class Follower:
 
     def _rebuild(self) -> None:
         """Fill the word index anew in one transaction, begin an empty index of meanings, and queue all rows for it."""
-
-        def write(session: Session) -> None:
+        with self._database.read() as session:
             everything = {collection: self._searchables.load_all(session, collection) for collection in COLLECTIONS}
-            self._words.rebuild(session, everything)
-
-        self._database.write_sync(write)
+        self._words.write(lambda session: self._words.rebuild(session, everything))
         self._meanings.set_aside()
         self._open()
         waiting, self._rebuilds = self._rebuilds, []
@@ -205,7 +206,7 @@ class Follower:
             meant = self._meanings.digests(collection)
             with self._database.read() as session:
                 expected = {it.row_id: it.digest for it in self._searchables.load_all(session, collection)}
-                worded = self._words.digests(session, collection)
+            worded = self._words.digests(collection)
             self._look_again(collection, _differing(expected, worded), is_worded=False)
             self._look_again(collection, _differing(expected, meant), is_worded=True)
 

@@ -39,10 +39,16 @@ class MemoryIndex:
     """Everything searchable, by meaning and by word."""
 
     def __init__(
-        self, database: Database, trajectories: Trajectories, directory: Path, encoder: Encoder, config: MemoryConfig
+        self,
+        database: Database,
+        words: WordIndex,
+        trajectories: Trajectories,
+        directory: Path,
+        encoder: Encoder,
+        config: MemoryConfig,
     ) -> None:
         self._config = config
-        self._words = WordIndex(database)
+        self._words = words
         self._meanings = MeaningIndex(directory, encoder.name)
         self._queries = QueryEncoder(encoder)
         self._follower = Follower(
@@ -52,7 +58,7 @@ class MemoryIndex:
         self.num_without_meanings = 0
         """Questions that were answered by words alone since the start."""
         self.seconds = {stage: Tally() for stage in ("words", "encoding", "meanings")}
-        database.write_sync(self._words.create)
+        words.write(words.create)
 
     def start(self) -> None:
         """Begin to follow the rows, and to load the encoder, in a thread."""

@@ -10,9 +10,11 @@ made, keys are required from then on, even when all are revoked.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import hashlib
 import re
 import secrets
+import time
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 
@@ -20,12 +22,13 @@ from sqlalchemy import update
 from sqlmodel import Session, col, select
 
 from memory.database import Database
-from memory.errors import UnknownKey
+from memory.errors import StorageError, UnknownKey
 from memory.schema import ApiKey, Scope, new_id, now
 
 PREFIX = "ratchet_"  # so that scanners of code and logs know one when they see one
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}|")
 NOTED_EVERY = timedelta(minutes=1)
+FRESH_SECONDS = 5.0
 
 
 class Keys:
@@ -33,12 +36,18 @@ class Keys:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        # In memory, because each request asks. True to the rows as long as one process owns the directory.
+        # In memory, because each request asks. Another process on the same database may make and revoke keys too.
         self._by_digest: dict[str, ApiKey] = {}
+        self._was_any_made = False
+        self._learned_at = 0.0
         self._noted_at: dict[str, datetime] = {}
-        self.is_required = False
-        """Whether any key was ever made."""
         self._learn_rows()
+
+    @property
+    def is_required(self) -> bool:
+        """Whether any key was ever made."""
+        self._refresh()
+        return self._was_any_made
 
     async def create(
         self,
@@ -96,7 +105,10 @@ class Keys:
             return builtins.list(session.exec(select(ApiKey).order_by(col(ApiKey.id))))
 
     def find(self, key: str) -> ApiKey | None:
-        """Return the row of a key that is in force; None for any other text."""
+        """Return the row of a key that is in force, here at once, and elsewhere after `FRESH_SECONDS` at the latest;
+        None for any other text.
+        """
+        self._refresh()
         return self._by_digest.get(digest(key))
 
     async def note_use(self, row: ApiKey) -> None:
@@ -109,10 +121,16 @@ class Keys:
             lambda session: session.execute(update(ApiKey).where(col(ApiKey.id) == row.id).values(last_used_at=moment))
         )
 
+    def _refresh(self) -> None:
+        if time.monotonic() - self._learned_at > FRESH_SECONDS:
+            with contextlib.suppress(StorageError):  # what was known stays known
+                self._learn_rows()
+
     def _learn_rows(self) -> None:
+        self._learned_at = time.monotonic()
         rows = self.list()
         self._by_digest = {row.digest: row for row in rows if row.revoked_at is None}
-        self.is_required = bool(rows)
+        self._was_any_made = bool(rows)
 
 
 def digest(key: str) -> str:

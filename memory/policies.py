@@ -18,7 +18,7 @@ from sqlalchemy import func, insert
 from sqlmodel import Session, col, select
 
 from memory.database import Database
-from memory.errors import IllegalMove, NothingToRollBackTo, OtherBaseModel, UnknownPolicy
+from memory.errors import IllegalMove, NothingToRollBackTo, OtherBaseModel, StorageError, UnknownPolicy
 from memory.schema import LEGAL_MOVES, Activation, Policy, PolicyStage
 
 POLL_SECONDS = 1.0
@@ -147,15 +147,19 @@ class Policies:
         return await self._announced(write)
 
     async def wait_for_change(self, last_seen: int) -> int:
-        """Wait until the active version isn't `last_seen`, and return it; for -1, as soon as there is one."""
+        """Wait until the active version isn't `last_seen`, and return it; for -1, as soon as there is one.
+
+        A database that can't be asked for a while is waited for.
+        """
         waiter = (asyncio.get_running_loop(), asyncio.Event())
         self._waiters.add(waiter)
         try:
             while True:
                 waiter[1].clear()
-                version = self._active_version()
-                if version is not None and version != last_seen:
-                    return version
+                with contextlib.suppress(StorageError):
+                    version = self._active_version()
+                    if version is not None and version != last_seen:
+                        return version
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(waiter[1].wait(), POLL_SECONDS)
         finally:
@@ -215,7 +219,7 @@ def _version_of(version: int | str) -> int:
 
 
 def _require(session: Session, version: int) -> Policy:
-    policy = session.get(Policy, version) if version < 2**63 else None
+    policy = session.get(Policy, version) if version < 2**31 else None
     if policy is None:
         raise UnknownPolicy(f"no policy has version {version!r}: list them to see which exist")
     return policy

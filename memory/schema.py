@@ -18,7 +18,20 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, Column, DateTime, Enum, Index, LargeBinary, String, TypeDecorator, UniqueConstraint, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    DateTime,
+    Enum,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
 from sqlmodel import Field, SQLModel
 
 
@@ -58,20 +71,27 @@ class TokenIds(TypeDecorator):
 
 
 class CleanText(TypeDecorator):
-    """Text from anywhere, made storable: a lone surrogate (models emit them in JSON escapes) becomes U+FFFD."""
+    """Text from anywhere, made storable by `clean`."""
 
     impl = String
     cache_ok = True
 
     def process_bind_param(self, value, dialect):
-        if value is None or value.isascii():
-            return value
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value if value is None else clean(value)
+
+
+def clean(text: str) -> str:
+    """Return text that any database holds: NUL and lone surrogates (models emit them in JSON) become U+FFFD."""
+    text = text.replace("\x00", "\ufffd")
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def dump_json(value: Any) -> str:
-    """Return JSON that reads well by hand and stores anywhere: no escapes, no lone surrogates."""
-    text = json.dumps(value, ensure_ascii=False)
+    """Return JSON that reads well by hand and stores anywhere: no escapes, no lone surrogates, NaN as a word."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # what JSON has no number for is said in words
+        text = json.dumps(json.loads(json.dumps(value), parse_constant=str), ensure_ascii=False)
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -425,7 +445,10 @@ class Outbox(SQLModel, table=True):
 
     __tablename__ = "outbox"
 
-    id: int | None = Field(default=None, primary_key=True)
+    # PostgreSQL's Integer would run out within a busy year; SQLite's alone numbers its rows by itself.
+    id: int | None = Field(
+        default=None, primary_key=True, sa_type=BigInteger().with_variant(Integer(), "sqlite"), nullable=False
+    )
     collection: str  # insights | exemplars | passages
     row_id: str
     is_removed: bool = False

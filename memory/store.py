@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from sqlalchemy import Connection
+
 from memory.config import MemoryConfig
 from memory.cycles import Cycles
 from memory.database import Database
@@ -25,8 +27,10 @@ from memory.policies import Policies
 from memory.responses import Responses
 from memory.retrieval import Retrieval
 from memory.trajectories import Trajectories
+from memory.words import WordIndex
 
 DATABASE_NAME = "ratchet.db"
+WORDS_NAME = "words.db"
 INDEX_NAME = "chroma"
 
 
@@ -37,7 +41,10 @@ class Memory:
         self.data_dir = data_dir
         self.config = config
         self._lock = lock
-        self.database = Database(data_dir / DATABASE_NAME)
+        self.database = open_rows(data_dir, config)
+        # An index lives beside the program that asks it, as Chroma does.
+        is_file = self.database.kind == "sqlite"
+        self._words = self.database if is_file else Database(data_dir / WORDS_NAME, prepare=leave)
         self.trajectories = Trajectories(self.database, success_reward=config.success_reward)
         self.insights = Insights(self.database, max_kept=config.max_kept_insights)
         self.documents = Documents(self.database, passage_tokens=config.passage_tokens)
@@ -46,7 +53,9 @@ class Memory:
         self.responses = Responses(self.database)
         self.keys = Keys(self.database)
         self.feedback = FeedbackBook(self.database, self.trajectories)
-        self.index = MemoryIndex(self.database, self.trajectories, data_dir / INDEX_NAME, encoder, config)
+        self.index = MemoryIndex(
+            self.database, WordIndex(self._words), self.trajectories, data_dir / INDEX_NAME, encoder, config
+        )
         self.retrieval = Retrieval(self.database, self.insights, self.index, config)
 
     @classmethod
@@ -76,6 +85,7 @@ class Memory:
         with contextlib.ExitStack() as stack:
             stack.callback(self._lock.close)
             stack.callback(self.database.close)
+            stack.callback(self._words.close)
             stack.callback(self.index.close)
 
     def __enter__(self) -> Memory:
@@ -88,11 +98,21 @@ class Memory:
 
 
 @contextlib.contextmanager
-def open_keys(data_dir: Path) -> Iterator[Keys]:
+def open_keys(data_dir: Path, config: MemoryConfig | None = None) -> Iterator[Keys]:
     """Take the directory for its keys alone: no encoder is loaded, no index is opened.
 
     Raises: DataDirectoryInUse, naming the owner; StorageError.
     """
     data_dir = Path(data_dir).absolute()
-    with contextlib.closing(take_ownership(data_dir)), contextlib.closing(Database(data_dir / DATABASE_NAME)) as rows:
-        yield Keys(rows)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(take_ownership(data_dir)))
+        yield Keys(stack.enter_context(contextlib.closing(open_rows(data_dir, config or MemoryConfig()))))
+
+
+def open_rows(data_dir: Path, config: MemoryConfig) -> Database:
+    """Open the database of a data directory: the file in it, or the one elsewhere that its settings name."""
+    return Database(config.database or data_dir / DATABASE_NAME)
+
+
+def leave(_connection: Connection) -> None:
+    """Prepare no tables: an index makes its own."""

@@ -495,7 +495,8 @@ def _build_step_insert():
     is_running = exists().where(Trajectory.id == trajectory_id, Trajectory.stage == TrajectoryStage.RUNNING)
     is_next = bindparam("position", type_=columns["position"].type) == _next_position(trajectory_id)
     values = select(*(bindparam(column.name, type_=column.type) for column in columns)).where(is_running, is_next)
-    return insert(Step).from_select([column.name for column in columns], values)
+    inserted = insert(Step).from_select([column.name for column in columns], values)
+    return inserted.execution_options(preserve_rowcount=True)  # else gone on PostgreSQL when the writer has it
 
 
 _INSERT_STEP = _build_step_insert()

@@ -1,4 +1,4 @@
-"""Find rows by word: SQLite's FTS5, beside the rows and in their transactions.
+"""Find rows by word: SQLite's FTS5, in the rows' own file, or in one beside the index of meanings.
 
 This module refuses to know meanings, and never trusts a query: any text of a user's is safe, because every word of
 it is quoted. It is an index: both tables are made anew from the rows whenever they are missing or damaged.
@@ -7,7 +7,7 @@ it is quoted. It is an index: both tables are made anew from the rows whenever t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from sqlalchemy import text
 from sqlmodel import Session
@@ -37,6 +37,7 @@ class WordIndex:
     """The words of everything searchable. `word_entries` says what a line of `words` speaks of."""
 
     def __init__(self, database: Database) -> None:
+        """`database`: where the index's tables are, SQLite in any case."""
         self._database = database
 
     def create(self, session: Session) -> None:
@@ -65,10 +66,14 @@ class WordIndex:
             entry_id = session.execute(_HOLD_ENTRY, values).lastrowid
             session.execute(_HOLD_WORDS, {"id": entry_id, "text": _storable(entry.text)})
 
-    def digests(self, session: Session, collection: str) -> dict[str, str]:
+    def write(self, work: Callable[[Session], None]) -> None:
+        """Run `work`, which may call what takes a session, in a transaction of the index's own. Blocks."""
+        self._database.write_sync(work)
+
+    def digests(self, collection: str) -> dict[str, str]:
         """Return what is held of a collection: the digest of each row, by id."""
-        rows = session.execute(_DIGESTS, {"collection": collection})
-        return {row_id: digest for row_id, digest in rows}
+        with self._database.read() as session:
+            return {row_id: digest for row_id, digest in session.execute(_DIGESTS, {"collection": collection})}
 
     def count(self) -> dict[str, int]:
         """Return how many rows of each collection are held."""

@@ -45,8 +45,10 @@ def check_rows(memory: Memory) -> Check:
     except StoreError as error:
         problems = [str(error)]
     if problems:
-        return Check("sqlite", False, "; ".join(problems[:3]), "restore ratchet.db from a backup")
-    return Check("sqlite", True, f"{memory.data_dir / 'ratchet.db'} is sound ({time.monotonic() - started:.2f} s)")
+        mend = {"sqlite": "restore ratchet.db from a backup", "postgresql": "see the server's settings and its log"}
+        return Check(memory.database.kind, False, "; ".join(problems[:3]), mend[memory.database.kind])
+    found = f"{memory.database.place} is sound ({time.monotonic() - started:.2f} s)"
+    return Check(memory.database.kind, True, found)
 
 
 def check_encoder(memory: Memory) -> Check:

@@ -19,6 +19,7 @@ MAY_IMPORT = {
 # Where a heavy package may be imported: a file, or a directory. vllm is a process, never an import.
 HOMES = {
     "chromadb": ("memory/meanings.py",),
+    "psycopg": ("memory/dialects.py",),
     "sentence_transformers": ("memory/encoder.py",),
     "trl": ("optimizer/training/",),
     "peft": ("optimizer/training/",),

@@ -1,4 +1,4 @@
-"""Fixtures of the memory tests."""
+"""Fixtures of the memory tests: what asks for rows runs on SQLite, and again on PostgreSQL where that is installed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from memory.config import MemoryConfig
 from memory.database import Database
 from memory.store import Memory
 from tests.memory.episodes import PATIENT, HashingEncoder
+from tests.postgresql import Cluster, Databases, skip_without_postgresql, start_cluster
 
 
 @pytest.fixture
@@ -17,14 +19,43 @@ def encoder() -> HashingEncoder:
     return HashingEncoder()
 
 
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    skip_without_postgresql()
+    yield from start_cluster()
+
+
+@pytest.fixture(scope="session")
+def databases(cluster: Cluster) -> Databases:
+    return Databases(cluster)
+
+
 @pytest.fixture
-def memory(tmp_path: Path, encoder: HashingEncoder) -> Iterator[Memory]:
-    with Memory.open(tmp_path / "data", PATIENT, encoder=encoder) as memory:
+def postgresql(databases: Databases) -> Iterator[str]:
+    """The URL of a database whose tables are there and empty."""
+    with databases.lend() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    """Where the rows are: a file or a URL."""
+    return tmp_path / "ratchet.db" if request.param == "sqlite" else request.getfixturevalue("postgresql")
+
+
+@pytest.fixture
+def config(location: Path | str) -> MemoryConfig:
+    return PATIENT.model_copy(update={"database": location if isinstance(location, str) else None})
+
+
+@pytest.fixture
+def memory(tmp_path: Path, config: MemoryConfig, encoder: HashingEncoder) -> Iterator[Memory]:
+    with Memory.open(tmp_path / "data", config, encoder=encoder) as memory:
         yield memory
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(tmp_path / "ratchet.db")
+def database(location: Path | str) -> Iterator[Database]:
+    database = Database(location)
     yield database
     database.close()

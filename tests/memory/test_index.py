@@ -18,7 +18,7 @@ from memory.insights import OperationKind
 from memory.schema import Outbox, RewardSource, Split, TrajectoryStage
 from memory.searchables import Searchable
 from memory.store import Memory
-from tests.memory.episodes import PATIENT, HashingEncoder, add, operation, play
+from tests.memory.episodes import HashingEncoder, add, operation, play
 
 KITCHEN = {"environment": "kitchen", "kind": "cooking"}
 
@@ -140,19 +140,19 @@ def overwrite(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, overwrite, Path.unlink])
-async def test_an_unreadable_chroma_directory_is_set_aside_and_rebuilt(tmp_path: Path, damage):
-    with Memory.open(tmp_path, PATIENT, encoder=HashingEncoder()) as memory:
+async def test_an_unreadable_chroma_directory_is_set_aside_and_rebuilt(tmp_path: Path, config: MemoryConfig, damage):
+    with Memory.open(tmp_path, config, encoder=HashingEncoder()) as memory:
         await memory.insights.apply([add("fry on the stove"), add("roast in the oven")])
         await memory.index.drain()
     for path in chroma_files(tmp_path):
         damage(path)
-    with Memory.open(tmp_path, PATIENT, encoder=HashingEncoder()) as memory:
+    with Memory.open(tmp_path, config, encoder=HashingEncoder()) as memory:
         assert await held(memory) == both(insights=2)
         assert len(await ids_found(memory, "insights", "roast")) >= 1
 
 
-async def test_what_the_index_lost_or_kept_too_long_is_reconciled_at_the_start(tmp_path: Path):
-    with Memory.open(tmp_path, PATIENT, encoder=HashingEncoder()) as memory:
+async def test_what_the_index_lost_or_kept_too_long_is_reconciled_at_the_start(tmp_path: Path, config: MemoryConfig):
+    with Memory.open(tmp_path, config, encoder=HashingEncoder()) as memory:
         await memory.insights.apply([add("fry on the stove"), add("roast in the oven")])
         await memory.index.drain()
         lost, stale = memory.insights.active()
@@ -162,7 +162,7 @@ async def test_what_the_index_lost_or_kept_too_long_is_reconciled_at_the_start(t
         meanings.upsert(
             "insights", [Searchable("ins_never", "never said")], memory.index._queries._encoder.encode(["x"])
         )
-    with Memory.open(tmp_path, PATIENT, encoder=HashingEncoder()) as memory:
+    with Memory.open(tmp_path, config, encoder=HashingEncoder()) as memory:
         assert await held(memory) == both(insights=2)
         assert "old" not in memory.index._meanings.digests("insights").values()
 
@@ -172,31 +172,31 @@ async def test_a_rebuild_brings_everything_back(memory: Memory):
     await memory.insights.apply([add("fry on the stove")])
     await memory.documents.ingest("Stove", "How to fry.")
     await memory.index.drain()
-    await memory.database.write(lambda session: session.execute(text("DROP TABLE words")).close())
+    memory.index._words.write(lambda session: session.execute(text("DROP TABLE words")).close())
     memory.index._meanings.forget("insights", [memory.insights.active()[0].id])
     assert await ids_found(memory, "passages", "fry")  # by meaning alone
     assert await memory.index.rebuild() == {"insights": 1, "exemplars": 1, "passages": 1}
     assert await held(memory) == both(1, 1, 1)
 
 
-async def test_another_encoder_begins_another_index(tmp_path: Path):
-    with Memory.open(tmp_path, PATIENT, encoder=HashingEncoder("first")) as memory:
+async def test_another_encoder_begins_another_index(tmp_path: Path, config: MemoryConfig):
+    with Memory.open(tmp_path, config, encoder=HashingEncoder("first")) as memory:
         await memory.insights.apply([add("fry on the stove")])
         await memory.index.drain()
     encoder = HashingEncoder("second")
-    with Memory.open(tmp_path, PATIENT, encoder=encoder) as memory:
+    with Memory.open(tmp_path, config, encoder=encoder) as memory:
         assert await held(memory) == both(insights=1)
         assert encoder.num_calls == 2  # to warm up, and for the insight
 
 
-async def test_an_encoder_that_cannot_load_leaves_words(tmp_path: Path):
+async def test_an_encoder_that_cannot_load_leaves_words(tmp_path: Path, config: MemoryConfig):
     class BrokenEncoder:
         name = "broken"
 
         def encode(self, texts):
             raise OSError("no such model")
 
-    with Memory.open(tmp_path, PATIENT, encoder=BrokenEncoder()) as memory:
+    with Memory.open(tmp_path, config, encoder=BrokenEncoder()) as memory:
         await memory.insights.apply([add("fry on the stove")])
         with pytest.raises(TimeoutError, match="'broken' failed: OSError: no such model"):
             await memory.index.drain(timeout_seconds=0.6)

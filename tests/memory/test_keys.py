@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from memory import keys as keys_module
+from memory.config import MemoryConfig
 from memory.database import Database
 from memory.errors import DataDirectoryInUse, UnknownKey
 from memory.keys import PREFIX, Keys, digest
@@ -20,12 +21,13 @@ def keys(database: Database) -> Keys:
     return Keys(database)
 
 
-async def test_a_key_is_told_once_and_only_its_digest_is_kept(keys: Keys, database: Database):
-    row, key = await keys.create("shop", ["infer"])
-    assert key.startswith(PREFIX) and len(key) == len(PREFIX) + 64
-    assert row.digest == digest(key) and keys.find(key) == row
-    kept = b"".join(path.read_bytes() for path in database.path.parent.glob("ratchet.db*"))
-    assert row.digest.encode() in kept and key.removeprefix(PREFIX).encode() not in kept
+async def test_a_key_is_told_once_and_only_its_digest_is_kept(tmp_path: Path):
+    with open_keys(tmp_path) as keys:
+        row, key = await keys.create("shop", ["infer"])
+        assert key.startswith(PREFIX) and len(key) == len(PREFIX) + 64
+        assert row.digest == digest(key) and keys.find(key) == row
+        kept = b"".join(path.read_bytes() for path in tmp_path.glob("ratchet.db*"))
+        assert row.digest.encode() in kept and key.removeprefix(PREFIX).encode() not in kept
 
 
 async def test_a_revoked_key_is_as_unknown_as_one_that_never_was(keys: Keys):
@@ -80,10 +82,23 @@ async def test_the_last_use_is_kept_to_the_minute(keys: Keys, monkeypatch: pytes
     assert keys._noted_at[row.id] == kept.last_used_at
 
 
-async def test_keys_are_made_without_a_server_but_never_beside_one(tmp_path: Path):
-    with open_keys(tmp_path) as keys:
+async def test_a_key_is_revoked_elsewhere_too_within_seconds(
+    keys: Keys, database: Database, monkeypatch: pytest.MonkeyPatch
+):
+    elsewhere = Keys(database)
+    row, key = await keys.create("shop", ["infer"])
+    assert elsewhere.find(key) is None and not elsewhere.is_required
+    elsewhere._learned_at -= keys_module.FRESH_SECONDS
+    assert elsewhere.find(key) == row and elsewhere.is_required
+    await keys.revoke(row.id)
+    elsewhere._learned_at -= keys_module.FRESH_SECONDS
+    assert elsewhere.find(key) is None
+
+
+async def test_keys_are_made_without_a_server_but_never_beside_one(tmp_path: Path, config: MemoryConfig):
+    with open_keys(tmp_path, config) as keys:
         await keys.create("shop", ["admin"])
-        with pytest.raises(DataDirectoryInUse, match="in use by process"), open_keys(tmp_path):
+        with pytest.raises(DataDirectoryInUse, match="in use by process"), open_keys(tmp_path, config):
             pass
-    with open_keys(tmp_path) as keys:
+    with open_keys(tmp_path, config) as keys:
         assert [row.name for row in keys.list()] == ["shop"]

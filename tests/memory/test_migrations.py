@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sqlite3
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,25 +10,49 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import Connection, create_engine, inspect
 from sqlmodel import SQLModel
 
+from memory.config import MemoryConfig
 from memory.database import Database
 from memory.errors import DatabaseTooNew
 from memory.migrations.upgrade import _make_config, upgrade
 from memory.store import Memory
 from memory.trajectories import Trajectories
-from tests.memory.episodes import PATIENT, HashingEncoder
+from tests.memory.episodes import HashingEncoder
+from tests.postgresql import Cluster
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    """Where no table is yet."""
+    if request.param == "sqlite":
+        return tmp_path / "ratchet.db"
+    cluster: Cluster = request.getfixturevalue("cluster")
+    return cluster.url(cluster.create_database())
+
+
+@contextlib.contextmanager
+def connect(location: Path | str) -> Iterator[Connection]:
+    """Give a connection of our own."""
+    engine = create_engine(location if isinstance(location, str) else f"sqlite:///{location}")
+    try:
+        with engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
 
 
 @pytest.fixture
-def connection(tmp_path: Path) -> Iterator[Connection]:
+def connection(location: Path | str) -> Iterator[Connection]:
     """A connection of our own to a database that is up to date."""
-    Database(tmp_path / "ratchet.db").close()
-    engine = create_engine(f"sqlite:///{tmp_path / 'ratchet.db'}")
-    with engine.connect() as connection:
+    Database(location).close()
+    with connect(location) as connection:
         yield connection
-    engine.dispose()
+
+
+def tables_of(connection: Connection) -> set[str]:
+    return set(inspect(connection).get_table_names())
 
 
 def test_the_revisions_lead_to_the_schema(connection: Connection):
@@ -36,7 +60,7 @@ def test_the_revisions_lead_to_the_schema(connection: Connection):
     assert differences == []
 
 
-def test_an_interrupted_upgrade_leaves_nothing_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_upgrade_leaves_nothing_and_resumes(location: Path | str, monkeypatch: pytest.MonkeyPatch):
     upgraded = []
 
     def upgrade_then_die(connection) -> None:
@@ -49,22 +73,19 @@ def test_an_interrupted_upgrade_leaves_nothing_and_resumes(tmp_path: Path, monke
 
     monkeypatch.setattr("memory.database.upgrade", upgrade_then_die)
     with pytest.raises(KeyboardInterrupt):
-        Database(tmp_path / "ratchet.db")
-    connection = sqlite3.connect(tmp_path / "ratchet.db")
-    assert upgraded and connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
-    connection.close()
+        Database(location)
+    with connect(location) as connection:
+        assert upgraded and tables_of(connection) == set()
 
     monkeypatch.setattr("memory.database.upgrade", upgrade)
-    Database(tmp_path / "ratchet.db").close()
-    database = Database(tmp_path / "ratchet.db")  # up to date: nothing to do
+    Database(location).close()
+    database = Database(location)  # up to date: nothing to do
     assert database.check() == []
     database.close()
 
 
-def test_the_rows_of_the_first_revision_live_on(tmp_path: Path):
-    path = tmp_path / "ratchet.db"
-    engine = create_engine(f"sqlite:///{path}")
-    with engine.connect() as connection, connection.begin():
+def test_the_rows_of_the_first_revision_live_on(location: Path | str):
+    with connect(location) as connection, connection.begin():
         config = _make_config()
         config.attributes["connection"] = connection
         command.upgrade(config, "0001")
@@ -81,8 +102,7 @@ def test_the_rows_of_the_first_revision_live_on(tmp_path: Path):
             "INSERT INTO steps (trajectory_id, position, kind, content, seconds, created_at) "
             "VALUES ('trj_1', 0, 'model', 'hello', 0.5, '2026-11-22 00:00:00')"
         )
-    engine.dispose()
-    database = Database(path)
+    database = Database(location)
     trajectories = Trajectories(database)
     (step,) = trajectories.steps("trj_1")
     assert (step.content, step.handover_digest) == ("hello", None)
@@ -90,12 +110,12 @@ def test_the_rows_of_the_first_revision_live_on(tmp_path: Path):
     database.close()
 
 
-def run_revisions(path: Path, *statements: str, upgrade_to: str = "", downgrade_to: str = "") -> None:
+def run_revisions(location: Path | str, *statements: str, upgrade_to: str = "", downgrade_to: str = "") -> None:
     """Move a database to a revision, then run statements on it; foreign keys are enforced, as in the program."""
-    engine = create_engine(f"sqlite:///{path}")
-    with engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA foreign_keys=ON")
-        connection.commit()
+    with connect(location) as connection:
+        if isinstance(location, Path):
+            connection.exec_driver_sql("PRAGMA foreign_keys=ON")
+            connection.commit()
         with connection.begin():
             config = _make_config()
             config.attributes["connection"] = connection
@@ -105,7 +125,6 @@ def run_revisions(path: Path, *statements: str, upgrade_to: str = "", downgrade_
                 command.downgrade(config, downgrade_to)
             for statement in statements:
                 connection.exec_driver_sql(statement)
-    engine.dispose()
 
 
 MOMENT = "'2026-11-22 00:00:00'"
@@ -124,10 +143,11 @@ ROWS_BEFORE_TENANTS = (
 )
 
 
-def test_rows_from_before_tenants_are_the_default_tenants_and_can_go_back(tmp_path: Path, encoder: HashingEncoder):
-    path = tmp_path / "ratchet.db"
-    run_revisions(path, *ROWS_BEFORE_TENANTS, upgrade_to="0002")
-    with Memory.open(tmp_path, PATIENT, encoder=encoder) as memory:
+def test_rows_from_before_tenants_are_the_default_tenants_and_can_go_back(
+    location: Path | str, config: MemoryConfig, tmp_path: Path, encoder: HashingEncoder
+):
+    run_revisions(location, *ROWS_BEFORE_TENANTS, upgrade_to="0002")
+    with Memory.open(tmp_path, config, encoder=encoder) as memory:
         assert memory.trajectories.get("trj_1", tenant="").task_text == "hi"
         assert [insight.text for insight in memory.insights.active()] == ["fry it"]
         assert [passage.text for passage in memory.documents.passages("doc_1")] == ["How to fry."]
@@ -138,18 +158,19 @@ def test_rows_from_before_tenants_are_the_default_tenants_and_can_go_back(tmp_pa
         f"VALUES ('doc_2', 'acme', 'Stove', 'd', {MOMENT})",
         "INSERT INTO passages (id, document_id, position, text) VALUES ('psg_2', 'doc_2', 0, 'How acme fries.')",
     )
-    run_revisions(path, *others)
-    run_revisions(path, downgrade_to="0002")
-    connection = sqlite3.connect(path)
-    assert connection.execute("SELECT id FROM documents").fetchall() == [("doc_1",)]
-    assert connection.execute("SELECT text FROM passages").fetchall() == [("How to fry.",)]
-    assert connection.execute("SELECT id FROM feedback").fetchall() == [("fb_1",)]
-    connection.close()
+    run_revisions(location, *others)
+    run_revisions(location, downgrade_to="0002")
+    with connect(location) as connection:
+        assert connection.exec_driver_sql("SELECT id FROM documents").all() == [("doc_1",)]
+        assert connection.exec_driver_sql("SELECT text FROM passages").all() == [("How to fry.",)]
+        assert connection.exec_driver_sql("SELECT id FROM feedback").all() == [("fb_1",)]
 
 
-async def test_an_index_from_before_tenants_is_filled_again(tmp_path: Path, encoder: HashingEncoder):
-    run_revisions(tmp_path / "ratchet.db", *ROWS_BEFORE_TENANTS, upgrade_to="0002")
-    with Memory.open(tmp_path, PATIENT, encoder=encoder) as memory:
+async def test_an_index_from_before_tenants_is_filled_again(
+    location: Path | str, config: MemoryConfig, tmp_path: Path, encoder: HashingEncoder
+):
+    run_revisions(location, *ROWS_BEFORE_TENANTS, upgrade_to="0002")
+    with Memory.open(tmp_path, config, encoder=encoder) as memory:
         await memory.index.drain()
         assert memory.index.count() == {"insights": 1, "exemplars": 0, "passages": 1}
         assert await memory.retrieval.find_passages("how to fry", 3) == ["Stove: How to fry."]
@@ -160,27 +181,24 @@ def test_a_downgrade_takes_everything_back(connection: Connection):
         config = _make_config()
         config.attributes["connection"] = connection
         command.downgrade(config, "base")
-        tables = {row[0] for row in connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    assert tables == {"alembic_version"}
+        assert tables_of(connection) == {"alembic_version"}
 
 
-def test_a_database_from_the_future_is_refused(tmp_path: Path):
-    Database(tmp_path / "ratchet.db").close()
-    connection = sqlite3.connect(tmp_path / "ratchet.db")
-    connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    connection.commit()
-    connection.close()
+def test_a_database_from_the_future_is_refused(location: Path | str):
+    Database(location).close()
+    with connect(location) as connection, connection.begin():
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(DatabaseTooNew, match=r"'9999'.*use the newer program"):
-        Database(tmp_path / "ratchet.db")
+        Database(location)
 
 
-def test_feedback_of_earlier_revisions_speaks_of_the_whole(tmp_path: Path):
-    path = tmp_path / "ratchet.db"
-    engine = create_engine(f"sqlite:///{path}")
-    with engine.connect() as connection, connection.begin():
+def test_feedback_of_earlier_revisions_speaks_of_the_whole(location: Path | str):
+    with connect(location) as connection, connection.begin():
         config = _make_config()
         config.attributes["connection"] = connection
         command.upgrade(config, "0002")
+        for statement in ROWS_BEFORE_TENANTS[:2]:
+            connection.exec_driver_sql(statement)
         connection.exec_driver_sql(
             "INSERT INTO feedback (id, trajectory_id, name, source, created_at) "
             "VALUES ('fb_1', 'trj_1', 'reward', 'user', '2026-11-22 00:00:00')"
@@ -189,6 +207,5 @@ def test_feedback_of_earlier_revisions_speaks_of_the_whole(tmp_path: Path):
         row = connection.exec_driver_sql("SELECT target, answer_start, step FROM feedback").one()
         assert tuple(row) == ("trj_1", None, None)
         command.downgrade(config, "0002")
-        columns = {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(feedback)")}
-    engine.dispose()
+        columns = {column["name"] for column in inspect(connection).get_columns("feedback")}
     assert not columns & {"target", "answer_start", "step"}

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memory.config import MemoryConfig
 from memory.errors import StorageError
 from memory.insights import OperationKind, SupportCounts
 from memory.retrieval import Recollection, estimate, is_supported, neutralise
 from memory.schema import Insight
 from memory.store import Memory
-from tests.memory.episodes import PATIENT, HashingEncoder, add, operation, play
+from tests.memory.episodes import HashingEncoder, add, operation, play
 
 ASKED = {"environment": "kitchen", "kind": "cooking", "task": "t9", "query_text": "fry the potato on the stove"}
 
@@ -84,8 +85,8 @@ async def test_the_budget_holds_and_shorter_ones_still_fit(memory: Memory):
     assert await memory.retrieval.retrieve(**ASKED, budget_tokens=7, count_tokens=lambda text: 8) == Recollection()
 
 
-async def test_where_insights_are_many_strength_and_meaning_choose(tmp_path: Path):
-    with Memory.open(tmp_path, PATIENT.model_copy(update={"max_insights": 2}), encoder=HashingEncoder()) as memory:
+async def test_where_insights_are_many_strength_and_meaning_choose(tmp_path: Path, config: MemoryConfig):
+    with Memory.open(tmp_path, config.model_copy(update={"max_insights": 2}), encoder=HashingEncoder()) as memory:
         await memory.insights.apply([add(f"unrelated number {number}") for number in range(8)])
         await memory.insights.apply([add("fry the potato on the stove")])
         await memory.insights.apply([operation(OperationKind.AGREE, "unrelated number 5")] * 3)

@@ -45,18 +45,18 @@ def test_a_second_owner_in_the_same_process_is_refused_too(memory: Memory):
     assert time.monotonic() - began < 1
 
 
-async def test_everything_is_there_when_it_is_opened_again(tmp_path: Path):
-    with Memory.open(tmp_path, encoder=HashingEncoder()) as memory:
+async def test_everything_is_there_when_it_is_opened_again(tmp_path: Path, config: MemoryConfig):
+    with Memory.open(tmp_path, config, encoder=HashingEncoder()) as memory:
         trajectory = await play(memory, "look", task="t1")
         await memory.insights.apply([add("fry on the stove")])
         cycle = await memory.cycles.open({"a": 1})
-    with Memory.open(tmp_path, encoder=HashingEncoder()) as memory:
+    with Memory.open(tmp_path, config, encoder=HashingEncoder()) as memory:
         assert memory.trajectories.get(trajectory.id) == trajectory
         assert len(memory.trajectories.steps(trajectory.id)) == 2
         assert memory.policies.active().version == 0 and memory.cycles.unfinished() == cycle
         assert memory.insights.active()[0].text == "fry on the stove"
         assert memory.database.check() == []
-    assert {path.name for path in tmp_path.iterdir()} >= {"ratchet.db", "owner.lock"}
+    assert {path.name for path in tmp_path.iterdir()} >= {"words.db" if config.database else "ratchet.db", "owner.lock"}
 
 
 def test_a_failed_opening_gives_the_directory_up(tmp_path: Path):

@@ -213,7 +213,7 @@ async def test_text_that_no_disk_can_hold_is_mended(memory: Memory):
         tool_calls=[command_call("\ud83d")],
     )
     await memory.trajectories.append(step, trajectory=trajectory)
-    assert memory.trajectories.steps(trajectory.id)[0].content == "half a pair \ufffd, a whole 😀, nothing \x00"
+    assert memory.trajectories.steps(trajectory.id)[0].content == "half a pair \ufffd, a whole 😀, nothing \ufffd"
     assert memory.trajectories.get(trajectory.id).opening[0]["content"] == "bad \ufffd half"
 
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memory.database import Database
 from memory.searchables import Searchable
+from memory.store import leave
 from memory.words import WordIndex, quote_terms
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    """A file of the index's own, as it has beside PostgreSQL."""
+    database = Database(tmp_path / "words.db", prepare=leave)
+    yield database
+    database.close()
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "outbox",
-        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("collection", sa.String(), nullable=False),
         sa.Column("row_id", sa.String(), nullable=False),
         sa.Column("is_removed", sa.Boolean(), nullable=False),

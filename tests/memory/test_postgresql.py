@@ -1,0 +1,206 @@
+"""What only a server does: it can be away, be shared by two processes, and be told a password."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlmodel import Session
+
+from memory import dialects
+from memory.cycles import Cycles
+from memory.database import Database
+from memory.dialects import dialect_of, holds_password
+from memory.errors import CycleInProgress, StorageError
+from memory.policies import Policies
+from memory.schema import PolicyStage, Step, StepKind, Trajectory, new_id
+from memory.trajectories import Trajectories
+from tests.memory.test_database import add_document, titles
+from tests.postgresql import Cluster, skip_without_postgresql, start_cluster
+
+ROOT = Path(__file__).parents[2]
+SECRET = "s3cret-w0rd"
+
+
+@pytest.fixture
+def other(postgresql: str, database_there: Database) -> Iterator[Database]:
+    """The same rows in another process's hands; another writer in this one is as good."""
+    database = Database(postgresql)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def database_there(postgresql: str) -> Iterator[Database]:
+    database = Database(postgresql)
+    yield database
+    database.close()
+
+
+@pytest.fixture(scope="module")
+def own_cluster() -> Iterator[Cluster]:
+    """One that may be stopped."""
+    skip_without_postgresql()
+    yield from start_cluster()
+
+
+async def live_on(trajectories: Trajectories, kept: list[tuple[str, int]], refusals: list[str], *, until) -> None:
+    """Open trajectories and append steps; note what was acknowledged, and what was refused."""
+    while not until.is_set():
+        try:
+            trajectory = await trajectories.open(Trajectory(id=new_id("trj"), episode_id="e", policy=0))
+            for position in range(4):
+                step = Step(trajectory_id=trajectory.id, position=position, kind=StepKind.MODEL)
+                await trajectories.append(step, trajectory=trajectory)
+                kept.append((trajectory.id, position))
+        except StorageError as error:
+            refusals.append(str(error))
+            await asyncio.sleep(0.05)
+
+
+async def test_a_server_that_crashes_loses_nothing_acknowledged_and_is_written_to_again(own_cluster: Cluster):
+    name = own_cluster.create_database()
+    database = Database(own_cluster.url(name))
+    trajectories = Trajectories(database)
+    await Policies(database).register_base("pocket")
+    kept, refusals, stop = [], [], asyncio.Event()
+    living = [asyncio.ensure_future(live_on(trajectories, kept, refusals, until=stop)) for _ in range(8)]
+    for _ in range(2):
+        enough = len(kept) + 20
+        while len(kept) < enough:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(own_cluster.stop, is_crash=True)
+        await asyncio.sleep(0.1)
+        with pytest.raises(StorageError, match=f"'{name}' on '{own_cluster.home}'.*see that the server is up"):
+            trajectories.list()
+        await asyncio.to_thread(own_cluster.start)
+    enough = len(kept) + 20
+    while len(kept) < enough:
+        await asyncio.sleep(0.01)
+    stop.set()
+    await asyncio.gather(*living)
+    assert refusals and all(f"the database '{name}' on" in refusal for refusal in refusals)
+    for trajectory_id in {trajectory_id for trajectory_id, _ in kept}:
+        positions = [step.position for step in trajectories.steps(trajectory_id)]
+        assert positions == list(range(len(positions)))
+        assert {position for it, position in kept if it == trajectory_id} <= set(positions)
+    assert database.check() == []
+    database.close()
+
+
+async def test_a_restart_between_two_writes_is_not_noticed(own_cluster: Cluster):
+    database = Database(own_cluster.url(own_cluster.create_database()))
+    await database.write(add_document("before"))
+    assert titles(database) == {"before"}
+    await asyncio.to_thread(own_cluster.stop)
+    await asyncio.to_thread(own_cluster.start)
+    await database.write(add_document("after"))
+    assert titles(database) == {"before", "after"}
+    database.close()
+
+
+def test_a_server_that_is_not_there_is_named_without_the_password(tmp_path: Path):
+    url = f"postgresql://ratchet:{SECRET}@127.0.0.1:1/rows"
+    with pytest.raises(StorageError, match=r"'rows' on '127.0.0.1:1'.*refused.*see that the server is up") as refused:
+        Database(url)
+    assert SECRET not in str(refused.value) and SECRET not in repr(dialect_of(url).writing)
+
+
+@pytest.mark.parametrize(
+    ("url", "is_one"),
+    [
+        (f"postgresql://u:{SECRET}@h/d", True),
+        (f"postgresql+psycopg://u@h/d?password={SECRET}", True),
+        ("postgresql+psycopg://u@h/d", False),
+        ("/var/lib/ratchet.db", False),
+        (None, False),
+    ],
+)
+def test_a_password_in_a_url_is_seen(url: str | None, is_one: bool):
+    assert holds_password(url) is is_one
+
+
+@pytest.mark.parametrize("url", [f"mysql://u:{SECRET}@h/d", f"postgresql://u:{SECRET}@h:port/d", f"x y://{SECRET}"])
+def test_a_url_that_cannot_be_is_refused_without_its_password(url: str):
+    with pytest.raises(ValueError, match=r"postgresql\+psycopg://") as refused:
+        dialect_of(url)
+    assert SECRET not in str(refused.value)
+
+
+def test_a_database_that_is_not_there_and_one_of_another_encoding_are_named(cluster: Cluster):
+    with pytest.raises(StorageError, match=r"'missing' on .*does not exist; create the database and its user first"):
+        Database(cluster.url("missing"))
+    cluster.run_sql("postgres", "CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0")
+    with pytest.raises(StorageError, match=r"'latin' on .*'LATIN1'; create it with ENCODING 'UTF8'"):
+        Database(cluster.url("latin"))
+
+
+async def test_commits_are_on_the_disk_and_a_stricter_setting_stays(cluster: Cluster, postgresql: str):
+    name = postgresql.partition("?")[0].rpartition("/")[2]
+    for given, wanted in (("off", "on"), ("remote_apply", "remote_apply")):
+        cluster.run_sql("postgres", f"ALTER DATABASE {name} SET synchronous_commit = '{given}'")
+        database = Database(postgresql)
+        assert await database.write(lambda session: ask(session, "SHOW synchronous_commit")) == wanted
+        database.close()
+    cluster.run_sql("postgres", f"ALTER DATABASE {name} RESET synchronous_commit")
+
+
+def ask(session: Session, question: str) -> str:
+    return session.connection().exec_driver_sql(question).scalar_one()
+
+
+async def test_of_two_writers_one_sees_what_the_other_did(database_there: Database, other: Database):
+    first, second = Policies(database_there), Policies(other)
+    await first.register_base("pocket")
+    drafts = await asyncio.gather(*(policies.draft() for policies in (first, second) * 8))
+    assert sorted(policy.version for policy in drafts) == list(range(1, 17))
+    await asyncio.gather(*((first, second)[policy.version % 2].promote(policy.version) for policy in drafts))
+    assert [policy.stage for policy in first.list()].count(PolicyStage.ACTIVE) == 1
+    assert len(second.activations()) == 17
+    opened = await asyncio.gather(
+        *(Cycles(database).open({}) for database in (database_there, other) * 4), return_exceptions=True
+    )
+    assert [type(it) for it in opened].count(CycleInProgress) == 7
+
+
+async def test_a_writer_that_hangs_holds_others_up_only_so_long(
+    database_there: Database, postgresql: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dialects, "POSTGRESQL_WRITER", "SET lock_timeout = '100ms'")
+    impatient = Database(postgresql)
+    is_held, release = threading.Event(), threading.Event()
+    held = asyncio.ensure_future(database_there.write(lambda session: is_held.set() or release.wait(10)))
+    await asyncio.to_thread(is_held.wait)
+    with pytest.raises(StorageError, match="another process holds the database's write lock"):
+        await impatient.write(add_document("late"))
+    release.set()
+    await held
+    await impatient.write(add_document("late"))
+    assert titles(database_there) == {"late"}
+    impatient.close()
+
+
+OPENER = "import sys; from memory.database import Database; Database(sys.argv[1]).close()"
+
+
+def test_processes_that_open_a_new_database_at_once_all_find_it_made(cluster: Cluster):
+    url = cluster.url(cluster.create_database())
+    openers = [
+        subprocess.Popen([sys.executable, "-c", OPENER, url], cwd=ROOT, stderr=subprocess.PIPE) for _ in range(3)
+    ]
+    said = [opener.communicate(timeout=60)[1] for opener in openers]
+    assert [opener.returncode for opener in openers] == [0, 0, 0], said
+
+
+async def test_what_a_column_cannot_hold_is_a_bad_value_and_no_storage_failure(database_there: Database):
+    with pytest.raises(ValueError, match="cannot keep such a value"):
+        await database_there.write(add_document("long " + "".join(map(str, range(100_000)))))
+    trajectories = Trajectories(database_there)
+    assert trajectories.newest_of("nul \x00 in an id", tenant="") is None
+    with pytest.raises(ValueError, match="cannot keep such a value"):
+        trajectories.list(policy=2**40)
