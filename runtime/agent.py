@@ -19,7 +19,7 @@ outside.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -252,10 +252,11 @@ async def _judge(episode: Episode) -> None:
 
 async def _leave_open(episode: Episode) -> Trajectory:
     """Leave the trajectory to its client. Everything is in the rows already, but for a count that is seldom news."""
-    trajectories, trajectory_id = episode.memory.trajectories, episode.trajectory.id
-    if episode.num_invalid_tool_calls != episode.trajectory.num_invalid_tool_calls:
-        await trajectories.note_invalid_calls(trajectory_id, episode.num_invalid_tool_calls)
-    return trajectories.get(trajectory_id)
+    trajectory, num_invalid = episode.trajectory, episode.num_invalid_tool_calls
+    if num_invalid != trajectory.num_invalid_tool_calls:
+        await episode.memory.trajectories.note_invalid_calls(trajectory.id, num_invalid)
+        trajectory.num_invalid_tool_calls = num_invalid
+    return trajectory
 
 
 async def _leave(episode: Episode) -> Outcome | None:
@@ -287,15 +288,28 @@ def build_graph():
     graph.add_node("resume", resume)
     graph.add_node("act", act)
     graph.add_node("use_tools", use_tools)
-    # What is resumed has been said already; what is retrieved for has not begun.
-    graph.add_conditional_edges(
-        START, lambda state: "resume" if state["messages"] else "retrieve", ["resume", "retrieve"]
-    )
+    graph.add_conditional_edges(START, _begin, ["resume", "retrieve"])
     graph.add_edge("retrieve", "act")
     graph.add_edge("resume", "act")
-    graph.add_conditional_edges("act", lambda state: END if _is_over(state) else "use_tools", ["use_tools", END])
-    graph.add_conditional_edges("use_tools", lambda state: END if _is_over(state) else "act", ["act", END])
+    graph.add_conditional_edges("act", _end_or("use_tools"), ["use_tools", END])
+    graph.add_conditional_edges("use_tools", _end_or("act"), ["act", END])
     return graph.compile()
+
+
+# Asynchronous, though nothing is awaited: LangGraph asks a plain function in a thread, at the price of a model call's
+# whole overhead.
+
+
+async def _begin(state: EpisodeState) -> str:
+    """What is resumed has been said already; what is retrieved for has not begun."""
+    return "resume" if state["messages"] else "retrieve"
+
+
+def _end_or(node: str) -> Callable[[EpisodeState], Awaitable[str]]:
+    async def choose(state: EpisodeState) -> str:
+        return node if state.get("answer") is None else END
+
+    return choose
 
 
 def _begin_state(episode: Episode) -> EpisodeState:
@@ -304,10 +318,6 @@ def _begin_state(episode: Episode) -> EpisodeState:
         return {"messages": []}
     opening = show_memory(episode.opening, episode.trajectory.memory_text)
     return {"messages": [*opening, *restore_messages(episode.comeback.steps)]}
-
-
-def _is_over(state: EpisodeState) -> bool:
-    return state.get("answer") is not None
 
 
 def _refuse_namesakes(server_tools: Sequence[Tool], definitions: Sequence[dict[str, Any]]) -> None:

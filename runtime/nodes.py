@@ -232,4 +232,5 @@ async def _record(episode: Episode, kind: StepKind, *, tool_calls: Sequence[dict
         **said,
     )
     await episode.memory.trajectories.append(step, trajectory=episode.trajectory)
+    episode.steps.append(step)
     episode.num_recorded += 1

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypedDict
 
-from memory.schema import Task, Trajectory
+from memory.schema import Step, Task, Trajectory
 from memory.store import Memory
 from runtime.completion import Completion, Message, OnDelta
 from runtime.environments.base import Playthrough
@@ -97,6 +97,8 @@ class Episode:
     trajectory: Trajectory | None = None
     """None until it is open."""
     num_recorded: int = 0
+    steps: list[Step] = field(default_factory=list)
+    """Those of this turn that are durable."""
     num_invalid_tool_calls: int = 0
     said: str = ""
     """All text written in this turn."""

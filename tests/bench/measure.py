@@ -67,13 +67,18 @@ def percentile(ranked: Sequence[float], share: float) -> float:
 
 @dataclass
 class Load:
-    """What came of one run: how long each request that succeeded took, and what became of the others."""
+    """What came of one run."""
 
     due_per_second: float
     """As planned; 0 where one request followed the other."""
-    latencies: list[float] = field(default_factory=list)
+    spans: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """When each request that succeeded was due and when it was done, by its number, on the monotonic clock."""
     errors: Counter[str] = field(default_factory=Counter)
     wall_seconds: float = 0.0
+
+    @property
+    def latencies(self) -> list[float]:
+        return [done_at - due_at for due_at, done_at in self.spans.values()]
 
     @property
     def spread(self) -> Spread:
@@ -81,7 +86,7 @@ class Load:
 
     @property
     def done_per_second(self) -> float:
-        return len(self.latencies) / self.wall_seconds if self.wall_seconds else 0.0
+        return len(self.spans) / self.wall_seconds if self.wall_seconds else 0.0
 
     def keeps(self, p99_seconds: float, *, share_of_rate: float = 0.95) -> bool:
         """Return whether it kept up: no error, this p99, and as many done as were due."""
@@ -95,7 +100,7 @@ class Load:
         except Exception as error:
             self.errors[type(error).__name__] += 1
         else:
-            self.latencies.append(time.monotonic() - due_at)
+            self.spans[number] = (due_at, time.monotonic())
 
 
 async def run_open_loop(
