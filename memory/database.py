@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import queue
 import threading
 import time
@@ -22,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, CursorResult, Engine, Executable, create_engine, event
-from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, ProgrammingError
+from sqlalchemy import Connection, Engine, Executable, create_engine, event
+from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
 from sqlmodel import Session
 
 from memory.errors import StorageError
@@ -45,6 +46,17 @@ WRITER_PRAGMAS = (
     "journal_size_limit=67108864",
 )
 READER_PRAGMAS = ("busy_timeout=30000", "query_only=ON", "wal_autocheckpoint=0", "mmap_size=0")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Work that is one statement, which takes one row or none."""
+
+    statement: Executable
+    values: Mapping[str, Any]
+
+    def __call__(self, connection: Connection) -> bool:
+        return connection.execute(self.statement, self.values).rowcount == 1
 
 
 @dataclass
@@ -104,9 +116,12 @@ class Database:
         """
         return await self._enqueue(lambda connection: _in_session(connection, work))
 
-    async def execute(self, statement: Executable, values: Mapping[str, Any]) -> CursorResult:
-        """The hot path: run one Core statement, which is atomic by itself, in the writer's next transaction."""
-        return await self._enqueue(lambda connection: connection.execute(statement, values))
+    async def take(self, statement: Executable, values: Mapping[str, Any]) -> bool:
+        """The hot path: run a Core statement that takes one row or none; return whether it took it, once durable.
+
+        Writes of the same statement that wait next to each other are handed to the driver together.
+        """
+        return await self._enqueue(_Row(statement, values))
 
     def write_sync(self, work: Callable[[Session], T]) -> T:
         """`write` for threads without an event loop. Never call it on one: it blocks until the disk has it."""
@@ -200,17 +215,36 @@ class Database:
         """Run the batch in one transaction, or, when that fails as a whole, each of its writes in one of its own."""
         try:
             with connection.begin():
-                for write in batch:
-                    self._run(connection, write)
-                    # On some failures (a full disk) SQLite rolls the whole transaction back, savepoints and all.
-                    if write.error is not None and not _is_in_transaction(connection):
-                        raise write.error
+                for same in _group(batch):
+                    if len(same) > 1 and self._run_together(connection, same):
+                        continue
+                    for write in same:
+                        self._run(connection, write)
+                        # On some failures (a full disk) SQLite rolls the whole transaction back, savepoints and all.
+                        if write.error is not None and not _is_in_transaction(connection):
+                            raise write.error
         except Exception as error:
             if len(batch) > 1:
                 for write in batch:
                     self._commit(connection, [write])
                 return
             batch[0].result, batch[0].error = None, self._classified(error)
+
+    def _run_together(self, connection: Connection, writes: list[_Write]) -> bool:
+        """Take all rows of one statement at once; return False, with nothing changed, where one of them can't be."""
+        try:
+            with connection.begin_nested() as savepoint:
+                result = connection.execute(writes[0].work.statement, [write.work.values for write in writes])
+                if result.rowcount != len(writes):
+                    savepoint.rollback()
+                    return False
+        except SQLAlchemyError:
+            if not _is_in_transaction(connection):
+                raise
+            return False
+        for write in writes:
+            write.result, write.error = True, None
+        return True
 
     def _run(self, connection: Connection, write: _Write) -> None:
         write.result = write.error = None
@@ -240,6 +274,12 @@ class Database:
         storage_error = StorageError(f"cannot use the database {str(self.path)!r}: {said}; {mend}")
         storage_error.__cause__ = error
         return storage_error
+
+
+def _group(batch: list[_Write]) -> Iterator[list[_Write]]:
+    """Yield the batch in order, writes of the same statement that follow each other as one."""
+    for _, same in itertools.groupby(batch, lambda write: id(getattr(write.work, "statement", write))):
+        yield list(same)
 
 
 def _in_session(connection: Connection, work: Callable[[Session], T]) -> T:

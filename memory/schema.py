@@ -69,9 +69,12 @@ class CleanText(TypeDecorator):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
+
+
 def dump_json(value: Any) -> str:
     """Return JSON that reads well by hand and stores anywhere: no escapes, no lone surrogates."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = _JSON.encode(value)
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -110,8 +110,8 @@ class Trajectories:
         """
         if step.trajectory_id != trajectory.id:
             raise ValueError(f"step of {step.trajectory_id!r} cannot be appended to trajectory {trajectory.id!r}")
-        result = await self._database.execute(_INSERT_STEP, step.model_dump())
-        if result.rowcount == 0:
+        fields = vars(step)  # model_dump copies thousands of token ids, one by one
+        if not await self._database.take(_INSERT_STEP, {name: fields[name] for name in Step.model_fields}):
             raise self._refused_step(step)
 
     async def close(
