@@ -86,12 +86,15 @@ def clean(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
 def dump_json(value: Any) -> str:
     """Return JSON that reads well by hand and stores anywhere: no escapes, no lone surrogates, NaN as a word."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = _JSON.encode(value)
     except ValueError:  # what JSON has no number for is said in words
-        text = json.dumps(json.loads(json.dumps(value), parse_constant=str), ensure_ascii=False)
+        text = _JSON.encode(json.loads(json.dumps(value), parse_constant=str))
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

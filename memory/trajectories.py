@@ -93,7 +93,7 @@ class Trajectories:
         if trajectory.stage is not TrajectoryStage.RUNNING:
             raise ValueError(f"a trajectory opens as 'running', not as {trajectory.stage.value!r}")
         try:
-            await self._database.execute(_INSERT_TRAJECTORY, trajectory.model_dump())
+            await self._database.take(_INSERT_TRAJECTORY, trajectory.model_dump())
         except IntegrityError as error:
             raise self._refused_trajectory(trajectory) from error
         return trajectory
@@ -105,8 +105,8 @@ class Trajectories:
         """
         if step.trajectory_id != trajectory.id:
             raise ValueError(f"step of {step.trajectory_id!r} cannot be appended to trajectory {trajectory.id!r}")
-        result = await self._database.execute(_INSERT_STEP, step.model_dump())
-        if result.rowcount == 0:
+        fields = vars(step)  # model_dump copies thousands of token ids, one by one
+        if not await self._database.take(_INSERT_STEP, {name: fields[name] for name in Step.model_fields}):
             raise self._refused_step(step)
 
     async def close(
