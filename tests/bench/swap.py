@@ -2,9 +2,10 @@
 
     python -m tests.bench.swap [--swaps 500] [--streams 32] [--json FILE]
 
-Refuses to measure a swap that loads nothing: there are more adapters than stay resident, so that each swap loads one,
-proves it, points at it and unloads another. Both sides in one run, in turns, on one engine, with durability on: each
-stream plays episodes of several model calls, as fast as they end, and every step is on the disk before the next.
+Refuses to measure a swap that loads nothing: there are more adapters than stay resident, and one is put on again only
+when the engine has dropped it, so that each swap loads one, proves it, points at it and unloads another. Both sides in
+one run, in turns, on one engine, with durability on: each stream plays episodes of two model calls, as fast as they
+end, and every step is on the disk before the next.
 Invariant: an episode is counted as mixed if the engine was asked for another model than the one it was opened with.
 """
 
@@ -36,11 +37,14 @@ from tests.bench.measure import Spread, print_table, write_json
 from tests.memory.episodes import HashingEncoder
 from tests.runtime import tiny_models
 
-NUM_ADAPTERS = NUM_IDLE_KEPT + 4
+NUM_ADAPTERS = NUM_IDLE_KEPT + 6
 NUM_ROUNDS = 4
 WARM_UP_SECONDS = 10.0
 MAX_STILL_SECONDS = 40.0
-MAX_STEPS = 4
+MAX_STEPS = 2
+MAX_OUTPUT_TOKENS = 24
+"""Short episodes: an adapter stays loaded as long as one of its own goes on."""
+DRAIN_SECONDS = 10.0
 OPENING = (
     "You are in a kitchen. There is a cookbook on the counter. Directions:\nfry the egg\nslice the onion\nprepare meal"
 )
@@ -56,6 +60,7 @@ class Side:
         """Between two pieces of one reply, as its listener hears them."""
         self.swaps: list[float] = []
         self.played: list[Trajectory] = []
+        self.num_loads = 0
         self.num_pieces = 0
         self.seconds = 0.0
 
@@ -66,8 +71,8 @@ class Side:
 
     def row(self, num_mixed: int) -> dict[str, Any]:
         num_failed = sum(trajectory.stage is not TrajectoryStage.FINISHED for trajectory in self.played)
-        row = {"side": self.name, "swaps": len(self.swaps), "episodes": len(self.played), "failed": num_failed}
-        row |= {"mixed": num_mixed, "pieces_per_second": round(self.num_pieces / self.seconds, 1)}
+        row = {"side": self.name, "swaps": len(self.swaps), "loads": self.num_loads, "episodes": len(self.played)}
+        row |= {"failed": num_failed, "mixed": num_mixed, "pieces_per_second": round(self.num_pieces / self.seconds, 1)}
         for name, values in (("gap", self.gaps), ("swap", self.swaps)):
             if values:
                 spread = Spread.of(values).in_millis()
@@ -85,7 +90,7 @@ class Streams:
         self.served: dict[str, set[str]] = defaultdict(set)
         """Episode -> the models that the engine was asked for."""
         act = Tool("act", "Do one thing.", COMMAND, self._act)
-        config = AgentConfig(max_steps=MAX_STEPS, max_output_tokens=48, max_seconds=600.0)
+        config = AgentConfig(max_steps=MAX_STEPS, max_output_tokens=MAX_OUTPUT_TOKENS, max_seconds=600.0)
         self.agent = Agent(memory, hotswap, {}, config, tools=[act])
         self._numbers = itertools.count()
         self._note_what_is_served(engine)
@@ -157,6 +162,14 @@ async def open_streams(home: Path) -> AsyncIterator[Streams]:
             await engine.stop()
 
 
+async def wait_until_unloaded(hotswap: HotSwap, version: int) -> bool:
+    """Wait until the engine has dropped an adapter, because nobody acts with it any more; return whether it came to."""
+    deadline = time.monotonic() + DRAIN_SECONDS
+    while version in hotswap.loaded_versions and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    return version not in hotswap.loaded_versions
+
+
 async def measure(
     streams: Streams, still: Side, swapping: Side, *, num_swaps: int, num_streams: int, pause: float
 ) -> None:
@@ -169,8 +182,10 @@ async def measure(
             began = time.monotonic()
             streams.side = swapping
             for _ in range(num_swaps * (round_number + 1) // NUM_ROUNDS - len(swapping.swaps)):
+                version = next(versions)
+                swapping.num_loads += await wait_until_unloaded(streams.hotswap, version)
                 swap_began = time.monotonic()
-                await streams.hotswap.wear(next(versions))
+                await streams.hotswap.wear(version)
                 swapping.swaps.append(time.monotonic() - swap_began)
                 await asyncio.sleep(pause)
             seconds = time.monotonic() - began
@@ -191,7 +206,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--swaps", type=int, default=500)
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--pause", type=float, default=0.1, help="seconds between two swaps")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between two swaps")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     sides = (Side("no swap"), Side("swaps"))

@@ -171,7 +171,7 @@ FAULTS: dict[Fault, tuple[Ending, ...]] = {
     reset: (EngineLost,),
     stop_short: (EngineLost, PolicyError),
     garble: (PolicyError,),
-    choose_nothing: (PolicyError,),
+    choose_nothing: (PolicyError, EngineLost),
     mistype: (PolicyError,),
     repeat_ids: (Completion,),
     send_much: (Completion, PolicyError),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -69,18 +70,22 @@ def test_the_pause_and_the_time_of_a_probe_are_ten_seconds_together():
 
 @pytest.mark.parametrize("how", ["dead", "zombie"])
 async def test_it_is_started_again_and_dressed_as_before_and_nobody_notices(start: Start, how: str):
-    engine, agent, memory = await start(probe_interval_seconds=0.05, probe_timeout_seconds=0.5)
+    engine, agent, memory = await start(probe_interval_seconds=0.05, probe_timeout_seconds=1.5)
     worn, before = await engine.adapters(), engine.pid
     assert worn == {"pocket-v1", "pocket-v2"}
     os.kill(before, signal.SIGUSR1 if how == "zombie" else signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        while await asyncio.wait_for(engine.probe(), 0.2):
+            pass
     episodes = [asyncio.create_task(agent.rollout(None, messages=ASK)) for _ in range(8)]
     if how == "dead":
         await wait_until(lambda: len(memory.trajectories.list()) == 8)
-        os.kill(before, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # on a slow machine it was found first
+            os.kill(before, signal.SIGKILL)
     played = await asyncio.gather(*episodes)
 
     assert {(it.stage, it.answer, it.policy) for it in played} == {(TrajectoryStage.FINISHED, "hello", 2)}
-    assert engine.num_restarts == 1 and engine.pid != before
+    assert engine.num_restarts >= 1 and engine.pid != before
     assert await engine.adapters() == worn
     with pytest.raises(ProcessLookupError):
         os.kill(before, 0)
