@@ -191,10 +191,10 @@ OPENER = "import sys; from memory.database import Database; Database(sys.argv[1]
 def test_processes_that_open_a_new_database_at_once_all_find_it_made(cluster: Cluster):
     url = cluster.url(cluster.create_database())
     openers = [
-        subprocess.Popen([sys.executable, "-c", OPENER, url], cwd=ROOT, stderr=subprocess.PIPE) for _ in range(3)
+        subprocess.Popen([sys.executable, "-c", OPENER, url], cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)
     ]
     said = [opener.communicate(timeout=60)[1] for opener in openers]
-    assert [opener.returncode for opener in openers] == [0, 0, 0], said
+    assert [opener.returncode for opener in openers] == [0, 0], said
 
 
 async def test_what_a_column_cannot_hold_is_a_bad_value_and_no_storage_failure(database_there: Database):
