@@ -19,7 +19,9 @@ from memory.dialects import dialect_of, holds_password
 from memory.errors import CycleInProgress, StorageError
 from memory.policies import Policies
 from memory.schema import PolicyStage, Step, StepKind, Trajectory, new_id
+from memory.store import Memory, copy_to_server
 from memory.trajectories import Trajectories
+from tests.memory.episodes import PATIENT, HashingEncoder, play
 from tests.memory.test_database import add_document, titles
 from tests.postgresql import Cluster, skip_without_postgresql, start_cluster
 
@@ -195,6 +197,34 @@ def test_processes_that_open_a_new_database_at_once_all_find_it_made(cluster: Cl
     ]
     said = [opener.communicate(timeout=60)[1] for opener in openers]
     assert [opener.returncode for opener in openers] == [0, 0], said
+
+
+async def test_rows_move_from_a_file_to_a_server_and_life_goes_on(tmp_path: Path, postgresql: str):
+    config = PATIENT.model_copy(update={"database": postgresql})
+    with Memory.open(tmp_path, PATIENT, encoder=HashingEncoder()) as memory:
+        lived = await play(memory, "look", task_text="fry the carrot")
+        await memory.documents.ingest("Stove", "How to fry.")
+        await memory.policies.draft(parent=0)
+        await memory.policies.promote(1)
+        steps, active = memory.trajectories.steps(lived.id), memory.policies.active()
+    counts = copy_to_server(tmp_path, config)
+    assert (counts["trajectories"], counts["steps"], counts["activations"]) == (1, 2, 2)
+    with pytest.raises(ValueError, match=r"holds .* already: copy into an empty one"):
+        copy_to_server(tmp_path, config)
+    with Memory.open(tmp_path, config, encoder=HashingEncoder()) as memory:
+        assert memory.trajectories.get(lived.id) == lived and memory.trajectories.steps(lived.id) == steps
+        assert memory.policies.active() == active
+        await memory.policies.rollback()
+        assert [it.id for it in memory.policies.activations()] == [1, 2, 3]
+        await memory.index.drain()
+        assert memory.index.count() == {"insights": 0, "exemplars": 1, "passages": 1}
+
+
+def test_nothing_is_moved_without_a_place_to_go_and_a_file_to_come_from(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"memory\.database is not set"):
+        copy_to_server(tmp_path, PATIENT)
+    with pytest.raises(ValueError, match=r"there is no .*ratchet\.db"):
+        copy_to_server(tmp_path, PATIENT.model_copy(update={"database": "postgresql://u@h/d"}))
 
 
 async def test_what_a_column_cannot_hold_is_a_bad_value_and_no_storage_failure(database_there: Database):
