@@ -15,10 +15,11 @@ from tests.api.worlds import ServedWorld, eventually
 from tests.memory.episodes import PATIENT
 from tests.postgresql import Cluster, skip_without_postgresql, start_cluster
 
+skip_without_postgresql()
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    skip_without_postgresql()
     yield from start_cluster()
 
 
