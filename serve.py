@@ -437,6 +437,26 @@ def rebuild_index(
     perform(work, as_json=as_json, show=show)
 
 
+@app.command("copy-rows")
+def copy_rows(config: Config = None, data: Data = None, as_json: Json = False) -> None:
+    """Copy the rows of the data directory's file into the empty database that memory.database names."""
+    settings = read_all_settings(config, {"data": data}, [])
+
+    async def work() -> dict[str, Any]:
+        from memory.errors import StoreError
+        from memory.store import copy_to_server
+
+        try:
+            return {"counts": await asyncio.to_thread(copy_to_server, settings.data, settings.memory)}
+        except (StoreError, ValueError) as error:
+            raise Failure(str(error)) from error
+
+    def show(copied: dict[str, Any]) -> str:
+        return "copied: " + ", ".join(f"{count} {name}" for name, count in copied["counts"].items() if count)
+
+    perform(work, as_json=as_json, show=show)
+
+
 @app.command(context_settings=OPEN_ENDED)
 def doctor(
     context: typer.Context,

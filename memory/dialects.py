@@ -193,7 +193,7 @@ class Postgresql:
         code = getattr(error.orig, "sqlstate", None) or ""
         if code[:2] in VALUES_THAT_CANNOT_BE or type(error.orig).__name__ == "DataError":
             return ValueError(f"the database cannot keep such a value: {said}")
-        mends = (mend for sign, mend in POSTGRESQL_MENDS.items() if sign in (code or said))
+        mends = (mend for sign, mend in POSTGRESQL_MENDS.items() if sign in f"{code} {said}")
         mend = next(mends, "see that the server is up and can be reached, and what its log says")
         return StorageError(f"cannot use the database {self.place}: {said}; {mend}")
 
@@ -249,7 +249,7 @@ def _open_postgresql(home: Postgresql, url: URL, settings: str, *, num_connectio
         encoding = dbapi_connection.info.parameter_status("server_encoding")
         if encoding != "UTF8":
             raise StorageError(
-                f"cannot use the database {home.place}: it is in {encoding}; create it with ENCODING UTF8"
+                f"cannot use the database {home.place}: its encoding is {encoding!r}; create it with ENCODING 'UTF8'"
             )
         dbapi_connection.adapters.register_dumper(str, _make_text_dumper())
         dbapi_connection.execute(settings)

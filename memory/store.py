@@ -22,6 +22,7 @@ from memory.feedback import FeedbackBook
 from memory.index import MemoryIndex
 from memory.insights import Insights
 from memory.keys import Keys
+from memory.moving import copy_rows
 from memory.ownership import take_ownership, tell_address
 from memory.policies import Policies
 from memory.responses import Responses
@@ -107,6 +108,23 @@ def open_keys(data_dir: Path, config: MemoryConfig | None = None) -> Iterator[Ke
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(take_ownership(data_dir)))
         yield Keys(stack.enter_context(contextlib.closing(open_rows(data_dir, config or MemoryConfig()))))
+
+
+def copy_to_server(data_dir: Path, config: MemoryConfig) -> dict[str, int]:
+    """Copy what the directory's own file holds into the database that the settings name; return how many rows of each
+    table. The file stays as it is.
+
+    Raises: ValueError without such a setting or without a file, and for a database that isn't empty;
+    DataDirectoryInUse; StorageError.
+    """
+    path = Path(data_dir).absolute() / DATABASE_NAME
+    if config.database is None or not path.exists():
+        missing = "memory.database is not set" if config.database is None else f"there is no {str(path)!r}"
+        raise ValueError(f"{missing}: name the server's database, and the data directory whose rows go there")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(take_ownership(path.parent)))
+        source, target = (stack.enter_context(contextlib.closing(Database(it))) for it in (path, config.database))
+        return copy_rows(source, target)
 
 
 def open_rows(data_dir: Path, config: MemoryConfig) -> Database:

@@ -38,12 +38,23 @@ def find_programs() -> Path | None:
     return found[-1].parent if found else Path(on_path).resolve().parent if on_path else None
 
 
-def skip_without_postgresql() -> None:
-    """Skip a test, saying why, where no server can be started."""
+def find_obstacle() -> str | None:
+    """Return why no server can be started here, if none can."""
     if os.environ.get("CI"):
-        pytest.skip("PostgreSQL: not in continuous integration (CI is set)")
+        return "the storage tests ran on SQLite alone: PostgreSQL is not for continuous integration (CI is set)"
     if find_programs() is None:
-        pytest.skip("PostgreSQL: not installed (no initdb in /usr/lib/postgresql/*/bin nor on the PATH)")
+        return "the storage tests ran on SQLite alone: PostgreSQL is not installed (there is no initdb)"
+    return None
+
+
+OBSTACLE = find_obstacle()
+HOMES = ["sqlite"] if OBSTACLE else ["sqlite", "postgresql"]
+
+
+def skip_without_postgresql() -> None:
+    """Skip the rest of a module, in one line that says why, where no server can be started."""
+    if OBSTACLE:
+        pytest.skip(OBSTACLE, allow_module_level=True)
 
 
 class Cluster:

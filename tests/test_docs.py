@@ -140,6 +140,14 @@ def test_toml_about_tools_is_a_valid_configuration(text: str, tmp_path: Path):
     assert serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).tools.mcp
 
 
+def test_toml_about_operations_is_a_valid_configuration(tmp_path: Path):
+    (text,) = blocks("toml", OPERATIONS)
+    (tmp_path / "ratchet.toml").write_text(text)
+    assert serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).memory.database.startswith(
+        "postgresql+psycopg://"
+    )
+
+
 def test_the_page_on_operations_runs_and_names_every_metric(tmp_path: Path, capsys):
     (code,), (command,) = blocks("python", OPERATIONS), blocks("sh", OPERATIONS)
     with ServedWorld(tmp_path / "data") as world:

@@ -74,6 +74,21 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize("form", ["toml", "flag"])
+def test_a_password_for_others_to_read_is_refused_and_not_repeated(form: str, tmp_path: Path):
+    url, config = "postgresql://u:s3cret@h/d", tmp_path / "ratchet.toml"
+    config.write_text(f'[memory]\ndatabase = "{url}"\n' if form == "toml" else "")
+    with pytest.raises(serve.Failure, match=r"memory\.database holds a password: .*PGPASSWORD") as refused:
+        serve.read_all_settings(config, {}, ["--memory.database", url] if form == "flag" else [])
+    assert "s3cret" not in str(refused.value)
+
+
+def test_a_password_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RATCHET_MEMORY__DATABASE", "postgresql://u:s3cret@h/d")
+    (tmp_path / "ratchet.toml").write_text("")
+    assert serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).memory.database.endswith("@h/d")
+
+
 def test_a_started_server_answers(server) -> None:
     facts, _ = server
     body = {"model": "agent", "messages": [{"role": "user", "content": "hello"}]}

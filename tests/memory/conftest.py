@@ -11,7 +11,7 @@ from memory.config import MemoryConfig
 from memory.database import Database
 from memory.store import Memory
 from tests.memory.episodes import PATIENT, HashingEncoder
-from tests.postgresql import Cluster, Databases, skip_without_postgresql, start_cluster
+from tests.postgresql import HOMES, Cluster, Databases, start_cluster
 
 
 @pytest.fixture
@@ -21,7 +21,6 @@ def encoder() -> HashingEncoder:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    skip_without_postgresql()
     yield from start_cluster()
 
 
@@ -37,7 +36,7 @@ def postgresql(databases: Databases) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=HOMES)
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
     """Where the rows are: a file or a URL."""
     return tmp_path / "ratchet.db" if request.param == "sqlite" else request.getfixturevalue("postgresql")

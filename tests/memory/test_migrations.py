@@ -20,10 +20,10 @@ from memory.migrations.upgrade import _make_config, upgrade
 from memory.store import Memory
 from memory.trajectories import Trajectories
 from tests.memory.episodes import HashingEncoder
-from tests.postgresql import Cluster
+from tests.postgresql import HOMES, Cluster
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=HOMES)
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
     """Where no table is yet."""
     if request.param == "sqlite":
