@@ -16,13 +16,13 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, CursorResult, Engine, Executable, create_engine, event
+from sqlalchemy import Connection, CursorResult, Engine, Executable, Row, create_engine, event
 from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, ProgrammingError
 from sqlmodel import Session
 
@@ -117,11 +117,20 @@ class Database:
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
         """Give a session that sees one moment of the database and cannot write. Rows outlive it, detached."""
+        with self._reads(), Session(self._reading, expire_on_commit=False, autoflush=False) as session:
+            yield session
+
+    def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Sequence[Row[Any]]:
+        """The hot path of reads: return the rows of one Core statement, for less than half of what a session costs."""
+        with self._reads(), self._reading.connect() as connection:
+            return connection.execute(statement, values).all()
+
+    @contextlib.contextmanager
+    def _reads(self) -> Iterator[None]:
         if not self._is_open:
             raise self._closed_error()
         try:
-            with Session(self._reading, expire_on_commit=False, autoflush=False) as session:
-                yield session
+            yield
         except DatabaseError as error:
             if isinstance(error, IntegrityError | ProgrammingError):
                 raise
@@ -299,7 +308,10 @@ def _make_engine(path: Path, pragmas: tuple[str, ...], *, begin: str, num_connec
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
+        if begin == "BEGIN":  # touches nothing, so it cannot fail: past SQLAlchemy, where it would be a third of a read
+            connection.connection.driver_connection.execute(begin)
+        else:
+            connection.exec_driver_sql(begin)
 
     @event.listens_for(engine, "do_execute")
     def _skip_what_is_undone(cursor: Any, statement: str, _parameters: Any, _context: Any) -> bool:

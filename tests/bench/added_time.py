@@ -113,6 +113,8 @@ async def our_library(engine_url: str, _server_url: str) -> AsyncIterator[Act]:
             assert trajectory.stage is TrajectoryStage.FINISHED, trajectory
             assert trajectory.num_steps == NUM_STEPS + NUM_TOOL_CALLS, trajectory
 
+        while not memory.index.has_meanings:
+            await asyncio.sleep(0.1)
         yield play
         await engine.stop()
 
@@ -205,7 +207,7 @@ def measure(rates: list[float], *, seconds: float, num_turns: int) -> list[dict[
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(FixedEngine(delay_seconds=DELAY_SECONDS, num_tool_calls=NUM_TOOL_CALLS))
         tools = '["tests.bench.tools:look_up"]'
-        server = stack.enter_context(OurServer("--engine.url", engine.url, "--tools.functions", tools))
+        server = stack.enter_context(OurServer("--engine.url", engine.url, "--tools.functions", tools)).settle()
         workers = [stack.enter_context(contextlib.closing(Worker(name, engine.url, server.url))) for name in SIDES]
         for rate in rates:
             for _ in range(num_turns):

@@ -155,8 +155,8 @@ def proxy(program: Path, engine_url: str) -> Iterator[Process]:
 async def measure(program: Path, *, seconds: float, max_rate: float) -> tuple[list[dict[str, Any]], dict[str, float]]:
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(FixedEngine(delay_seconds=DELAY_SECONDS, num_tool_calls=1))
-        theirs = Side("LiteLLM", stack.enter_context(proxy(program, engine.url)), "agent")
-        ours = Side("ours", stack.enter_context(OurServer("--engine.url", engine.url)), "agent")
+        theirs = Side("LiteLLM", stack.enter_context(proxy(program, engine.url)).settle(), "agent")
+        ours = Side("ours", stack.enter_context(OurServer("--engine.url", engine.url)).settle(), "agent")
         sides = (theirs, ours)
         for side in sides:
             warm = await run_alone(side.ask, num_requests=NUM_WARM)

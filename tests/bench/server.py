@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 180.0
+SETTLE_SECONDS = 60.0
+IDLE_SHARE = 0.1
 
 
 class Process:
@@ -39,6 +41,16 @@ class Process:
             self.stop()
             raise
         self.start_seconds = time.monotonic() - self.started_at
+
+    def settle(self) -> Process:
+        """Wait until it has nothing left to do: servers go on loading after they are ready."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while time.monotonic() < deadline:
+            began = cpu_seconds(self.pid)
+            time.sleep(1.0)
+            if cpu_seconds(self.pid) - began < IDLE_SHARE:
+                break
+        return self
 
     def stop(self) -> None:
         self._process.terminate()
