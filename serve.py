@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -259,6 +260,7 @@ async def live(
     server.capture_signals = contextlib.nullcontext  # signals are ours: children must be stopped in order
     answering = asyncio.ensure_future(server.serve(sockets=[listener]))
     starting = asyncio.ensure_future(start(services, settings, phases))
+    settling = asyncio.ensure_future(settle_heap(services.memory))
     background: list[asyncio.Future[Any]] = []
     services.memory.answers_at(url_of(listener))
     try:
@@ -275,11 +277,24 @@ async def live(
         server.should_exit = True
         server.force_exit = starting.cancelled() or not starting.done()
         await asyncio.wait({answering})
-        await give_up(starting, *background)
+        await give_up(starting, settling, *background)
+        gc.unfreeze()  # some libraries complain of what is still there at the end
         await services.cycles.stop()
         await services.toolbox.close()
         await services.engine.stop()
         await asyncio.to_thread(services.agent.telemetry.close)
+
+
+async def settle_heap(memory: Memory) -> None:
+    """Once all is loaded, take it out of the garbage collector's sight.
+
+    Torch and its kin leave a million objects that live as long as the process; looking through them again and again
+    stopped every answer for a third of a second.
+    """
+    while not memory.index.has_meanings:
+        await asyncio.sleep(1.0)
+    gc.collect()
+    gc.freeze()
 
 
 async def start(services: Services, settings: Any, phases: Phases) -> None:

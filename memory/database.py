@@ -18,13 +18,13 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Executable
+from sqlalchemy import Connection, Executable, Row
 from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
 from sqlmodel import Session
 
@@ -134,11 +134,20 @@ class Database:
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
         """Give a session that sees one moment of the database and cannot write. Rows outlive it, detached."""
+        with self._reads(), Session(self._reading, expire_on_commit=False, autoflush=False) as session:
+            yield session
+
+    def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Sequence[Row[Any]]:
+        """The hot path of reads: return the rows of one Core statement, for less than half of what a session costs."""
+        with self._reads(), self._reading.connect() as connection:
+            return connection.execute(statement, values).all()
+
+    @contextlib.contextmanager
+    def _reads(self) -> Iterator[None]:
         if not self._is_open:
             raise self._closed_error()
         try:
-            with Session(self._reading, expire_on_commit=False, autoflush=False) as session:
-                yield session
+            yield
         except DatabaseError as error:
             if isinstance(error, IntegrityError | ProgrammingError):
                 raise

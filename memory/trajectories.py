@@ -297,8 +297,7 @@ class Trajectories:
 
     def view(self, trajectory: Trajectory) -> TrajectoryView:
         """Return a trajectory with the reward that counts."""
-        with self._database.read() as session:
-            reward = session.scalar(_EFFECTIVE_REWARD, {"trajectory_id": trajectory.id})
+        ((reward,),) = self._database.fetch(_EFFECTIVE_REWARD, {"trajectory_id": trajectory.id})
         return TrajectoryView(trajectory, reward, None if reward is None else reward >= self.success_reward)
 
     def exemplary(self) -> Select:

@@ -114,7 +114,7 @@ def require_open(caller: Caller, method: str, path: str) -> None:
         )
 
 
-def caller_of(request: Request) -> Caller:
+async def caller_of(request: Request) -> Caller:  # asynchronous, or FastAPI would ask it in a thread
     return request.state.caller
 
 

@@ -70,7 +70,7 @@ class Services:
         return self.environments[name]
 
 
-def services_of(request: Request) -> Services:
+async def services_of(request: Request) -> Services:  # asynchronous, or FastAPI would ask it in a thread
     return request.app.state.services
 
 

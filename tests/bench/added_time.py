@@ -113,6 +113,8 @@ async def our_library(engine_url: str, _server_url: str) -> AsyncIterator[Act]:
             assert trajectory.stage is TrajectoryStage.FINISHED, trajectory
             assert trajectory.num_steps == NUM_STEPS + NUM_TOOL_CALLS, trajectory
 
+        while not memory.index.has_meanings:
+            await asyncio.sleep(0.1)
         yield play
         await engine.stop()
 
@@ -134,7 +136,12 @@ SIDES: dict[str, Callable[[str, str], contextlib.AbstractAsyncContextManager[Act
     "create_agent": create_agent_alone,
     "ours, library": our_library,
     "ours, HTTP": our_server,
+    "ours before, HTTP": our_server,
 }
+
+
+SERVED = ("ours, HTTP", "ours before, HTTP")
+"""The second only where an older checkout is measured as well."""
 
 
 class Worker:
@@ -199,21 +206,27 @@ def added_seconds(load: Load, stamps: dict[int, list[Stamp]]) -> list[float]:
     return added
 
 
-def measure(rates: list[float], *, seconds: float, num_turns: int) -> list[dict[str, Any]]:
+def measure(rates: list[float], before: Path | None, *, seconds: float, num_turns: int) -> list[dict[str, Any]]:
     """Run every side at every rate, in turns; return a row each."""
     found: dict[tuple[float, str], list[tuple[Load, list[float], float]]] = {}
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(FixedEngine(delay_seconds=DELAY_SECONDS, num_tool_calls=NUM_TOOL_CALLS))
-        tools = '["tests.bench.tools:look_up"]'
-        server = stack.enter_context(OurServer("--engine.url", engine.url, "--tools.functions", tools))
-        workers = [stack.enter_context(contextlib.closing(Worker(name, engine.url, server.url))) for name in SIDES]
+        arguments = ("--engine.url", engine.url, "--tools.functions", '["tests.bench.tools:look_up"]')
+        servers = {"ours, HTTP": stack.enter_context(OurServer(*arguments)).settle()}
+        if before is not None:
+            servers["ours before, HTTP"] = stack.enter_context(OurServer(*arguments, root=before)).settle()
+        urls = {name: server.url for name, server in servers.items()}
+        names = [name for name in SIDES if name in servers or name not in SERVED]
+        opened = (Worker(name, engine.url, urls.get(name, "")) for name in names)
+        workers = [stack.enter_context(contextlib.closing(worker)) for worker in opened]
         for rate in rates:
             for _ in range(num_turns):
                 for worker in workers:
                     engine.stamps()
-                    began = cpu_seconds(server.pid)
+                    server = servers.get(worker.name)
+                    began = cpu_seconds(server.pid) if server else 0.0
                     load, cpu = worker.run(rate / NUM_STEPS, seconds / num_turns)
-                    if worker.name == "ours, HTTP":  # the caller's own is not the server's
+                    if server is not None:  # the caller's own is not the server's
                         cpu = cpu_seconds(server.pid) - began
                     added = added_seconds(load, engine.stamps())
                     found.setdefault((rate, worker.name), []).append((load, added, cpu))
@@ -250,9 +263,10 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="*", default=[0, 25, 100, 150], help="steps a second; 0: alone")
     parser.add_argument("--seconds", type=float, default=12.0, help="of each side at each rate")
     parser.add_argument("--turns", type=int, default=2, help="how often the sides take turns at a rate")
+    parser.add_argument("--before", type=Path, help="an older checkout, to be measured beside this one")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    rows = measure(given.rates, seconds=given.seconds, num_turns=given.turns)
+    rows = measure(given.rates, given.before, seconds=given.seconds, num_turns=given.turns)
     notes = judge(rows)
     print_table("Added time of an agent's step: all but the model and the tool", rows, notes=notes)
     conditions = {"delay_ms": DELAY_SECONDS * 1e3, "num_tool_calls": NUM_TOOL_CALLS, "seconds": given.seconds}

@@ -152,12 +152,18 @@ def proxy(program: Path, engine_url: str) -> Iterator[Process]:
             process.stop()
 
 
-async def measure(program: Path, *, seconds: float, max_rate: float) -> tuple[list[dict[str, Any]], dict[str, float]]:
+async def measure(
+    program: Path, before: Path | None, *, seconds: float, max_rate: float
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Look for each side's best rate, then ask all of them at the same rates; return the rows and the best rates."""
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(FixedEngine(delay_seconds=DELAY_SECONDS, num_tool_calls=1))
-        theirs = Side("LiteLLM", stack.enter_context(proxy(program, engine.url)), "agent")
-        ours = Side("ours", stack.enter_context(OurServer("--engine.url", engine.url)), "agent")
-        sides = (theirs, ours)
+        theirs = Side("LiteLLM", stack.enter_context(proxy(program, engine.url)).settle(), "agent")
+        ours = Side("ours", stack.enter_context(OurServer("--engine.url", engine.url)).settle(), "agent")
+        sides = [theirs, ours]
+        if before is not None:
+            older = stack.enter_context(OurServer("--engine.url", engine.url, root=before))
+            sides.append(Side("ours before", older.settle(), "agent"))
         for side in sides:
             warm = await run_alone(side.ask, num_requests=NUM_WARM)
             if warm.errors:
@@ -179,11 +185,12 @@ def main() -> None:
     parser.add_argument("--litellm-venv", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each rate that is tried")
     parser.add_argument("--max-rate", type=float, default=2_000.0, help="requests a second")
+    parser.add_argument("--before", type=Path, help="an older checkout, to be measured beside this one")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         program = prepare_venv(given.litellm_venv)
-        rows, best = runner.run(measure(program, seconds=given.seconds, max_rate=given.max_rate))
+        rows, best = runner.run(measure(program, given.before, seconds=given.seconds, max_rate=given.max_rate))
     ratio = best["ours"] / best["LiteLLM"] if best["LiteLLM"] else float("inf")
     notes = [f"best rate at p99 <= {P99_SECONDS * 1e3:g} ms: {best}: x{ratio:.2f}, to reach x4"]
     print_table("Pass-through: one model call, the client's tools; 0 a second is alone", rows, notes=notes)

@@ -22,16 +22,20 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 180.0
+SETTLE_SECONDS = 60.0
+IDLE_SHARE = 0.1
 
 
 class Process:
     """A server in a process of its own, its output in a file; ready when `path` answers 200."""
 
-    def __init__(self, command: list[str], url: str, path: str, *, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, command: list[str], url: str, path: str, *, cwd: Path = ROOT, env: dict[str, str] | None = None
+    ) -> None:
         self.url = url
         self.started_at = time.monotonic()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
-        self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, cwd=ROOT, env=env)
+        self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, cwd=cwd, env=env)
         self.pid = self._process.pid
         try:
             self._wait_until_ready(path)
@@ -39,6 +43,16 @@ class Process:
             self.stop()
             raise
         self.start_seconds = time.monotonic() - self.started_at
+
+    def settle(self) -> Process:
+        """Wait until it has nothing left to do: servers go on loading after they are ready."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while time.monotonic() < deadline:
+            began = cpu_seconds(self.pid)
+            time.sleep(1.0)
+            if cpu_seconds(self.pid) - began < IDLE_SHARE:
+                break
+        return self
 
     def stop(self) -> None:
         self._process.terminate()
@@ -64,16 +78,16 @@ class Process:
 
 
 class OurServer:
-    """`with OurServer("--engine.url", URL) as server: server.url`."""
+    """`with OurServer("--engine.url", URL) as server: server.url`; of another checkout where `root` names one."""
 
-    def __init__(self, *arguments: str) -> None:
-        self._arguments = arguments
+    def __init__(self, *arguments: str, root: Path = ROOT) -> None:
+        self._arguments, self._root = arguments, root
 
     def __enter__(self) -> Process:
         self._data = tempfile.TemporaryDirectory(prefix="ratchet-bench-")
         url = f"http://127.0.0.1:{free_port()}"
         command = [sys.executable, "serve.py", "serve", "--port", url.rpartition(":")[2], "--data", self._data.name]
-        self._process = Process([*command, *self._arguments], url, "/readyz")
+        self._process = Process([*command, *self._arguments], url, "/readyz", cwd=self._root)
         return self._process
 
     def __exit__(self, *_: object) -> None:
