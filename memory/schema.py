@@ -14,7 +14,7 @@ import secrets
 import time
 from array import array
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -34,14 +34,25 @@ from sqlalchemy import (
 )
 from sqlmodel import Field, SQLModel
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_latest_ns = 0
+
+
+def _tick() -> int:
+    """Return the time in nanoseconds, later each time: a clock that is set back must not turn what is newest."""
+    global _latest_ns
+    _latest_ns = max(time.time_ns(), _latest_ns + 1_000)
+    return _latest_ns
+
 
 def new_id(prefix: str) -> str:
     """Return a unique id that sorts by time of birth: `<prefix>_<12 hex of milliseconds><16 random hex>`."""
-    return f"{prefix}_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(8)}"
+    return f"{prefix}_{_tick() // 1_000_000:012x}{secrets.token_hex(8)}"
 
 
 def now() -> datetime:
-    return datetime.now(UTC)
+    """Return the time. Within one process it never goes back, and no two moments are the same."""
+    return _EPOCH + timedelta(microseconds=_tick() // 1_000)
 
 
 class UtcDateTime(TypeDecorator):

@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 from langgraph.runtime import Runtime
 
+from memory.errors import StoreError
 from memory.schema import Split, Step, StepKind, Trajectory, now
 from runtime.completion import Completion, Message
 from runtime.errors import EngineLost
@@ -60,7 +61,11 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
     )
     # Before it is durable: a write that was begun cannot be cancelled, and what is open must be closed.
     episode.trajectory = trajectory
-    await episode.memory.trajectories.open(trajectory)
+    try:
+        await episode.memory.trajectories.open(trajectory)
+    except (StoreError, ValueError):
+        episode.trajectory = None  # refused: there is no record to note that on
+        raise
     episode.announce()
     return {"messages": show_memory(episode.opening, memory_text)}
 

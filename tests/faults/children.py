@@ -17,7 +17,9 @@ Tell = Callable[..., None]
 """`tell("closed", trajectory_id)`: on its way to the parent when it returns, whatever becomes of us."""
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "chromadb", "tests.faults.worlds", "tests.faults.turns"])
+CONTEXT.set_forkserver_preload(
+    ["pytest", "chromadb", "tests.faults.worlds", "tests.faults.turns", "tests.faults.records"]
+)
 PATIENCE_SECONDS = 120.0
 
 

@@ -7,14 +7,15 @@ with what it should be, byte by byte, by somebody who was not there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-from memory.schema import RewardSource, StepKind
+from memory.schema import RewardSource, StepKind, Trajectory
 from memory.store import Memory
 from runtime.agent import Agent
 from runtime.config import AgentConfig, EngineConfig
@@ -61,6 +62,14 @@ def play_until_killed(tell: Tell, data_dir: Path, names: str) -> None:
 async def _play(tell: Tell, data_dir: Path, names: str) -> None:
     memory = Memory.open(data_dir, PATIENT, encoder=HashingEncoder())
     tell("booted", memory.database.check(), await memory.trajectories.close_orphans())
+    async with playing(tell, memory) as agent:
+        numbers = itertools.count()
+        await asyncio.gather(*(_live(tell, memory, agent, names, numbers) for _ in range(NUM_EPISODES)))
+
+
+@contextlib.asynccontextmanager
+async def playing(tell: Tell, memory: Memory) -> AsyncIterator[Agent]:
+    """An agent, its tool and the engine that it asks, all in this process."""
 
     def reply(request: dict[str, Any]) -> Reply:
         name = next(it["content"] for it in request["messages"] if it["role"] == "user").splitlines()[-1]
@@ -74,19 +83,23 @@ async def _play(tell: Tell, data_dir: Path, names: str) -> None:
 
     async with FakeEngine(reply) as fake:
         fake.render_prompt = lambda request: PROMPT_IDS
-        engine = Engine(EngineConfig(url=fake.url), data_dir)
+        engine = Engine(EngineConfig(url=fake.url), memory.data_dir)
         await engine.start()
         await memory.policies.register_base("base")
         tool = Tool("look", "Look somewhere.", LOOK["function"]["parameters"], look)
-        agent = Agent(memory, HotSwap(memory.policies, engine), {}, AgentConfig(), tools=[tool])
-        numbers = itertools.count()
-        await asyncio.gather(*(_live(tell, memory, agent, names, numbers) for _ in range(NUM_EPISODES)))
+        yield Agent(memory, HotSwap(memory.policies, engine), {}, AgentConfig(), tools=[tool])
+        await engine.stop()
+        await engine.close()
 
 
 async def _live(tell: Tell, memory: Memory, agent: Agent, names: str, numbers: Iterator[int]) -> None:
     for number in numbers:
         name = f"{names}-{number}"
-        closed = await agent.rollout(None, messages=[{"role": "user", "content": name}])
+        closed = await play_one(agent, name)
         tell("closed", name, closed.id)
         await memory.trajectories.reward(closed.id, number % 2, RewardSource.USER, reason=name)
         tell("rewarded", name, closed.id)
+
+
+async def play_one(agent: Agent, name: str) -> Trajectory:
+    return await agent.rollout(None, messages=[{"role": "user", "content": name}])
