@@ -26,9 +26,12 @@ from memory.schema import PolicyStage, Split
 from optimizer.config import OptimizerConfig
 from optimizer.seams import Seams
 from runtime.console.verbs import PLAY_NOTHING
+from runtime.environments.textworld import TextWorld
 from runtime.model_family import POCKET_MODEL
 from tests.api.playing import PlayedWorld
+from tests.bench.log_only import load_app
 from tests.optimizer.worlds import ACT
+from tests.runtime.fake_engine import call
 from tests.test_loop import FOODS, Cook, QuickTrainer
 
 SETTINGS = OptimizerConfig.model_validate(
@@ -194,3 +197,23 @@ async def test_a_candidate_that_is_no_better_is_rejected_and_cannot_be_judged_ag
     assert (judged["decision"], judged["active"]) == ("reject", "v0")
     assert world.memory.policies.get(candidate).stage is PolicyStage.REJECTED
     assert again.status_code == 409 and "only a cycle's candidate" in again.json()["error"]["message"]
+
+
+async def test_the_app_in_the_documents_plays_as_it_stands(tmp_path: Path) -> None:
+    environment = TextWorld(tmp_path)
+    task = environment.task("500000")
+    played_here = await environment.start(task)
+    with PlayedWorld(tmp_path / "data", lambda request: call("act", command="look")) as world:
+        async with openai.DefaultAsyncHttpxClient() as connections:
+            url, only_this = f"{world.url}/v1", {"max_retries": 0, "http_async_client": connections}
+            model = ChatOpenAI(model="agent", base_url=url, api_key="none", **only_this)
+            ended = await load_app().play(tmp_path / "cooking-500000.z8", model)
+        asked = world.fake.requests[-1]
+
+    # The pocket model knows no other words and no other tool, so the app's own must be the same.
+    assert asked["messages"][1]["content"] == played_here.task_text
+    assert asked["tools"] == [tool.definition() for tool in played_here.tools]
+    looked = await played_here.tools[0].call({"command": "look"})
+    heard = [message.content for message in ended.messages if message.type == "tool"]
+    assert heard == [looked] * 24 and not ended.is_won
+    await played_here.close()
