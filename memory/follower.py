@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 from sqlalchemy import delete, insert, update
 from sqlmodel import Session, col, select
@@ -23,13 +24,16 @@ from memory.encoder import Encoder, QueryEncoder, encode
 from memory.errors import IndexDamaged, IndexUnavailable, StorageError
 from memory.meanings import MeaningIndex
 from memory.schema import Outbox
-from memory.searchables import COLLECTIONS, Searchables
+from memory.searchables import COLLECTIONS, Searchable, Searchables
 from memory.words import WordIndex
+
+if TYPE_CHECKING:
+    import numpy
 
 POLL_SECONDS = 0.25
 MAX_PAUSE_SECONDS = 30.0
 WORDS_BATCH = 500
-MEANINGS_BATCH = 64
+MEANINGS_BATCH = 256  # Chroma takes as long for a few as for many
 ENCODE_BATCH = 8  # small: a question may be waiting for the encoder
 STOP_SECONDS = 5.0
 
@@ -160,13 +164,21 @@ class Follower:
         if not rows:
             return False
         for collection, (row_ids, entries) in loaded.items():
-            for start in range(0, len(entries), ENCODE_BATCH):
-                batch = entries[start : start + ENCODE_BATCH]
-                self._meanings.upsert(collection, batch, encode(self._encoder, [entry.text for entry in batch]))
+            if entries:
+                self._meanings.upsert(collection, entries, self._encode(entries))
             self._meanings.forget(collection, set(row_ids) - {entry.row_id for entry in entries})
         ids = [row.id for row in rows]
         self._database.write_sync(lambda session: session.execute(delete(Outbox).where(col(Outbox.id).in_(ids))))
         return len(rows) == MEANINGS_BATCH
+
+    def _encode(self, entries: Sequence[Searchable]) -> list[numpy.ndarray]:
+        """Return the vector of each, a few encoded at a time. Raises: IndexUnavailable, also when it is to stop."""
+        vectors: list[numpy.ndarray] = []
+        for start in range(0, len(entries), ENCODE_BATCH):
+            if self._stopping.is_set():
+                raise IndexUnavailable("the index was closed while rows were encoded")
+            vectors += list(encode(self._encoder, [entry.text for entry in entries[start : start + ENCODE_BATCH]]))
+        return vectors
 
     def _open(self) -> None:
         """Load the encoder and open the index, once; check the index when a question to it failed."""
