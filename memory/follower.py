@@ -186,7 +186,7 @@ class Follower:
             self._queries.warm()
             if self._stopping.is_set():  # loading took long, and the directory may have another owner by now
                 raise IndexUnavailable("the index was closed while the encoder loaded")
-        if self._meanings.is_open and (self._suspected.is_set() or not self._meanings.is_present):
+        if self._meanings.is_open and (self._suspected.is_set() or not self._meanings.is_whole):
             self._suspected.clear()
             self._meanings.verify()
         if not self._meanings.is_open:

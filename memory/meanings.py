@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import heapq
 import json
+import resource
 import shutil
 import sqlite3
 import threading
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 DATABASE_NAME = "chroma.sqlite3"
 MAX_BATCH = 200
 SPARE = 10  # rows asked for beyond those wanted, where some of the nearest may be of the task that is left out
+MAX_OPEN_PLACES = 1_000_000  # as good as all
 PAGE = 20_000  # digests read at once
 HNSW = {"space": "cosine"}
 LAYOUT = 2  # of what is in there: an index of another layout is made anew
@@ -46,6 +48,7 @@ class MeaningIndex:
         self._home: Path | None = None
         self._client: Any = None
         self._places: dict[str, dict[Place, Any]] = {}
+        self._num_bytes = 0  # of Chroma's database when it was last looked at
         self._lock = threading.Lock()  # opening and closing; Chroma guards the rest itself
 
     @property
@@ -66,7 +69,7 @@ class MeaningIndex:
                     self._client.delete_collection(held.name)
                 else:
                     places[told["collection"]][tuple(told[name] for name in PLACE)] = held
-            self._places = places
+            self._places, self._num_bytes = places, 0
 
     def close(self) -> None:
         """Let go of the files."""
@@ -87,17 +90,22 @@ class MeaningIndex:
     def verify(self) -> None:
         """Find one stored vector in each place. Raises: IndexDamaged when the files are gone or don't answer."""
         with _chroma_errors():
-            if self._home is None or not (self._home / DATABASE_NAME).exists():
-                raise IndexDamaged(f"the files of the index of meanings are gone from {str(self._directory)!r}")
+            if not self.is_whole:
+                raise IndexDamaged(f"files of the index of meanings are gone from {str(self._directory)!r}, or cut")
             for held in [held for name in COLLECTIONS for held in self._held(name)]:
                 stored = held.get(limit=1, include=["embeddings"])
                 if stored["ids"]:
                     held.query(query_embeddings=stored["embeddings"], n_results=1, include=[])
 
     @property
-    def is_present(self) -> bool:
-        """Say whether the files of the open index still exist: Chroma itself goes on reading deleted ones."""
-        return self._home is not None and (self._home / DATABASE_NAME).exists()
+    def is_whole(self) -> bool:
+        """Whether the files of the open index are there, and no shorter: Chroma itself goes on with what it has."""
+        try:
+            num_bytes = (self._home / DATABASE_NAME).stat().st_size if self._home else 0
+        except OSError:
+            return False
+        was, self._num_bytes = self._num_bytes, num_bytes
+        return 0 < num_bytes >= was
 
     def upsert(self, collection: str, entries: Sequence[Searchable], vectors: Sequence[numpy.ndarray]) -> None:
         """Hold the entries with their vectors, (dim,) float32 each: idempotent. Raises: IndexDamaged."""
@@ -202,7 +210,18 @@ def _connect(home: Path) -> Any:
     from chromadb.config import Settings
 
     home.mkdir(parents=True, exist_ok=True)
-    return chromadb.PersistentClient(path=str(home), settings=Settings(anonymized_telemetry=False))
+    client = chromadb.PersistentClient(path=str(home), settings=Settings(anonymized_telemetry=False))
+    # A place has four files open and takes some 3 MB. Chroma closes those asked longest ago when there are more than
+    # a fifth of the files that the process may open, and one that it had not saved yet is then past reading ("Nothing
+    # found on disk"). So none is closed, and more files may be opened. Chroma has no setting for it: it is told
+    # before its Rust half starts, which is therefore started again.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    chroma: Any = client._server
+    chroma.stop()
+    chroma.hnsw_cache_size = MAX_OPEN_PLACES
+    chroma.start()
+    return client
 
 
 def _check_file(path: Path) -> None:

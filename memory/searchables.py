@@ -60,7 +60,10 @@ class Searchables:
         return found
 
     def load_all(self, session: Session, collection: str) -> Iterator[Searchable]:
-        """Yield everything searchable of one collection, a page of rows in memory at a time."""
+        """Yield everything searchable of one collection, a page of rows in memory at a time.
+
+        Nothing is read before the first is asked for: SQLite drops no table while one is read.
+        """
         return self._query(session, collection, None)
 
     def _query(self, session: Session, collection: str, ids: list[str] | None) -> Iterator[Searchable]:
@@ -68,15 +71,16 @@ class Searchables:
             case "insights":
                 query = select(Insight).where(col(Insight.removed_at).is_(None))
                 rows = session.exec(_among(query, Insight.id, ids), execution_options=PAGED)
-                return (_of_insight(row) for row in rows)
+                yield from (_of_insight(row) for row in rows)
             case "exemplars":
                 query = _among(self._trajectories.exemplary(), Trajectory.id, ids)
-                return (_of_exemplar(row) for row in session.scalars(query, execution_options=PAGED))
+                yield from (_of_exemplar(row) for row in session.scalars(query, execution_options=PAGED))
             case "passages":
                 query = select(Passage, Document).join(Document, col(Document.id) == Passage.document_id)
                 rows = session.exec(_among(query, Passage.id, ids), execution_options=PAGED)
-                return (_of_passage(*row) for row in rows)
-        raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
+                yield from (_of_passage(*row) for row in rows)
+            case _:
+                raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
 
 
 def _among(query, column, ids: list[str] | None):

@@ -8,7 +8,8 @@ how). Flow: build, or go on building what `--directory` holds, for at most `--bu
 
 Recall is of the stage that finds by meaning: the share of the exact ten nearest, among the rows that the question may
 see, that it returned. Each question is asked of every side before the next one: exact search by numpy (the floor),
-meanings, words, FTS5's own BM25 over everything (the peer of words), both fused, and the whole memory segment.
+meanings, words, FTS5's own BM25 over everything (the peer of words), both fused, and the whole memory segment. The
+processor's time tells what a busy machine hides.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ NUM_INSIGHTS = 2_000  # in 20 places of 100
 NUM_BM25 = 20  # questions that FTS5's own ranking is asked: it may take seconds
 PASSAGES_PER_DOCUMENT = 100
 PROGRESS = "progress.json"
+Times = tuple[float, float]  # seconds of one question: by the clock, and of all cores together
 FLOOR, MEANINGS, WORDS, BM25, FUSED, ROWS, SEGMENT = (
     "exact search (numpy)",
     "meanings",
@@ -75,6 +77,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--build-seconds", type=float, default=3600.0, help="then stop; the same command goes on")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--per-second", type=float, default=20.0, help="of the open-loop part")
+    parser.add_argument("--load-seconds", type=float, default=10.0, help="how long that lasts")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -182,43 +185,43 @@ def _disk_mb(memory: Memory) -> dict[str, int]:
 
 async def _ask(memory: Memory, memories: Memories, num_rows: int, options: argparse.Namespace) -> dict[str, Any]:
     vectors = memories.vectors(0, num_rows)  # (num_rows, dim)
-    seconds: dict[str, list[float]] = defaultdict(list)
+    times: dict[str, list[Times]] = defaultdict(list)
     recalls, overlaps, num_foreign = [], [], 0
     where = {"tenant": TENANT}
     questions = list(zip(memories.questions, memories.question_vectors, strict=True))[: options.questions]
     for position, (question, vector) in enumerate(questions):
         await memory.index._queries.encode(question)  # embedding isn't what is measured
-        exact = _time(seconds[FLOOR], lambda vector=vector: _nearest(vectors, vector))
+        exact = _time(times[FLOOR], lambda vector=vector: _nearest(vectors, vector))
         near = _time(
-            seconds[MEANINGS],
+            times[MEANINGS],
             lambda vector=vector: memory.index._meanings.find("passages", vector, where, NUM_FOUND),
         )
         recalls.append(len({_number(row_id) for row_id in near} & set(exact)) / NUM_FOUND)
         by_word = _time(
-            seconds[WORDS],
+            times[WORDS],
             lambda question=question: memory.index._words.find("passages", question, where, NUM_FOUND),
         )
         if position < NUM_BM25:
-            best = _time(seconds[BM25], lambda question=question: _bm25(memory, question))
+            best = _time(times[BM25], lambda question=question: _bm25(memory, question))
             overlaps.append(len(set(best) & set(by_word)) / max(1, len(best)))
         fused = await _time_async(
-            seconds[FUSED],
+            times[FUSED],
             lambda question=question: memory.index.find("passages", question, num=NUM_FOUND, tenant=TENANT),
         )
         await _time_async(
-            seconds[ROWS],
+            times[ROWS],
             lambda question=question: memory.retrieval.find_passages(question, NUM_FOUND, tenant=TENANT),
         )
-        await _time_async(seconds[SEGMENT], lambda question=question: _retrieve(memory, question))
+        await _time_async(times[SEGMENT], lambda question=question: _retrieve(memory, question))
         num_foreign += sum("_asked_" not in row_id for row_id in [*near, *by_word, *(row_id for row_id, _ in fused)])
     num_alone = memory.index.num_without_meanings
 
     async def act(number: int) -> None:
         await _retrieve(memory, questions[number % len(questions)][0])
 
-    load = await run_open_loop(act, per_second=options.per_second, duration_seconds=10.0)
+    load = await run_open_loop(act, per_second=options.per_second, duration_seconds=options.load_seconds)
     return {
-        "seconds": seconds,
+        "times": times,
         "recall": float(numpy.mean(recalls)),
         "worst_recall": min(recalls),
         "overlap": float(numpy.mean(overlaps)),
@@ -254,20 +257,20 @@ def _number(row_id: str) -> int:
     return int(row_id.rpartition("_")[2])
 
 
-def _time(seconds: list[float], act: Callable[[], Any]) -> Any:
-    started_at = time.perf_counter()
+def _time(times: list[Times], act: Callable[[], Any]) -> Any:
+    started_at, cpu_at = time.perf_counter(), time.process_time()
     try:
         return act()
     finally:
-        seconds.append(time.perf_counter() - started_at)
+        times.append((time.perf_counter() - started_at, time.process_time() - cpu_at))
 
 
-async def _time_async(seconds: list[float], act: Callable[[], Awaitable[Any]]) -> Any:
-    started_at = time.perf_counter()
+async def _time_async(times: list[Times], act: Callable[[], Awaitable[Any]]) -> Any:
+    started_at, cpu_at = time.perf_counter(), time.process_time()
     try:
         return await act()
     finally:
-        seconds.append(time.perf_counter() - started_at)
+        times.append((time.perf_counter() - started_at, time.process_time() - cpu_at))
 
 
 # Telling
@@ -275,8 +278,9 @@ async def _time_async(seconds: list[float], act: Callable[[], Awaitable[Any]]) -
 
 def _report(asked: dict[str, Any], built: dict[str, Any], options: argparse.Namespace) -> None:
     rows = []
-    for side, seconds in asked["seconds"].items():
-        rows.append({"side": side, "questions": len(seconds), **Spread.of(seconds).in_millis()})
+    for side, times in asked["times"].items():
+        row = {"side": side, "questions": len(times), **Spread.of([wall for wall, _ in times]).in_millis()}
+        rows.append(row | {"cpu_p50_ms": Spread.of([cpu for _, cpu in times]).in_millis()["p50_ms"]})
     load = asked["load"]
     under_load = f"{SEGMENT}, {options.per_second:g}/s open loop"
     rows.append({"side": under_load, "questions": len(load.latencies), **load.spread.in_millis()})

@@ -88,7 +88,7 @@ async def test_filters_hold_on_both_sides(memory: Memory):
 def test_many_rows_of_the_task_left_out_hide_no_other(tmp_path: Path):
     meanings = MeaningIndex(tmp_path, "hashing")
     meanings.open()
-    rows = [Searchable(f"trj{number:03d}", "fry", "kitchen", "cooking", "asked") for number in range(120)]
+    rows = [Searchable(f"trj{number:03d}", f"fry {number}", "kitchen", "cooking", "asked") for number in range(120)]
     rows += [Searchable("far", "roast", "kitchen", "cooking", "other"), Searchable("away", "fry", "garden", "cooking")]
     vectors = HashingEncoder().encode([row.text for row in rows])
     meanings.upsert("exemplars", rows, vectors)
