@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 from sqlalchemy import delete, insert, update
 from sqlmodel import Session, col, select
@@ -26,10 +27,13 @@ from memory.schema import Outbox
 from memory.searchables import COLLECTIONS, Searchable, Searchables
 from memory.words import WordIndex
 
+if TYPE_CHECKING:
+    import numpy
+
 POLL_SECONDS = 0.25
 MAX_PAUSE_SECONDS = 30.0
 WORDS_BATCH = 500
-MEANINGS_BATCH = 64
+MEANINGS_BATCH = 256  # Chroma takes as long for a few as for many
 ENCODE_BATCH = 8  # small: a question may be waiting for the encoder
 STOP_SECONDS = 5.0
 
@@ -157,9 +161,8 @@ class Follower:
         if not rows:
             return False
         for collection, (row_ids, entries) in loaded.items():
-            for start in range(0, len(entries), ENCODE_BATCH):
-                batch = entries[start : start + ENCODE_BATCH]
-                self._meanings.upsert(collection, batch, encode(self._encoder, [entry.text for entry in batch]))
+            if entries:
+                self._meanings.upsert(collection, entries, self._encode(entries))
             self._meanings.forget(collection, set(row_ids) - {entry.row_id for entry in entries})
         ids = [row.id for row in rows]
         self._database.write_sync(lambda session: session.execute(delete(Outbox).where(col(Outbox.id).in_(ids))))
@@ -172,13 +175,22 @@ class Follower:
             for collection, row_ids in _by_collection(rows).items()
         }
 
+    def _encode(self, entries: Sequence[Searchable]) -> list[numpy.ndarray]:
+        """Return the vector of each, a few encoded at a time. Raises: IndexUnavailable, also when it is to stop."""
+        vectors: list[numpy.ndarray] = []
+        for start in range(0, len(entries), ENCODE_BATCH):
+            if self._stopping.is_set():
+                raise IndexUnavailable("the index was closed while rows were encoded")
+            vectors += list(encode(self._encoder, [entry.text for entry in entries[start : start + ENCODE_BATCH]]))
+        return vectors
+
     def _open(self) -> None:
         """Load the encoder and open the index, once; check the index when a question to it failed."""
         if not self._queries.is_ready:
             self._queries.warm()
             if self._stopping.is_set():  # loading took long, and the directory may have another owner by now
                 raise IndexUnavailable("the index was closed while the encoder loaded")
-        if self._meanings.is_open and (self._suspected.is_set() or not self._meanings.is_present):
+        if self._meanings.is_open and (self._suspected.is_set() or not self._meanings.is_whole):
             self._suspected.clear()
             self._meanings.verify()
         if not self._meanings.is_open:
@@ -190,9 +202,13 @@ class Follower:
 
     def _rebuild(self) -> None:
         """Fill the word index anew in one transaction, begin an empty index of meanings, and queue all rows for it."""
-        with self._database.read() as session:
-            everything = {collection: self._searchables.load_all(session, collection) for collection in COLLECTIONS}
-        self._words.write(lambda session: self._words.rebuild(session, everything))
+
+        def fill(words: Session) -> None:
+            with self._database.read() as session:
+                everything = {collection: self._searchables.load_all(session, collection) for collection in COLLECTIONS}
+                self._words.rebuild(words, everything)
+
+        self._words.write(fill)
         self._meanings.set_aside()
         self._open()
         waiting, self._rebuilds = self._rebuilds, []

@@ -1,7 +1,9 @@
 """Find rows by meaning: vectors in Chroma, an index that may be lost at any time.
 
-This module refuses to know rows and encoders; it is given ids, vectors and filters. Chroma lives in a subdirectory
-that is never reused after a failure, because the client caches what it knows of a path for the life of the process.
+This module refuses to know rows and encoders; it is given ids, vectors and filters. Each place (tenant, environment,
+kind) of a collection is a Chroma collection of its own: Chroma answers a filter by first listing every row that
+passes, which takes seconds among a million. Chroma lives in a subdirectory that is never reused after a failure,
+because the client caches what it knows of a path for the life of the process.
 
 Invariant: whatever goes wrong in there comes out as IndexDamaged.
 """
@@ -9,38 +11,49 @@ Invariant: whatever goes wrong in there comes out as IndexDamaged.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import heapq
+import json
+import resource
 import shutil
 import sqlite3
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memory.errors import IndexDamaged
 from memory.schema import new_id
-from memory.searchables import COLLECTIONS, Searchable
+from memory.searchables import COLLECTIONS, PLACE, Place, Searchable
 
 if TYPE_CHECKING:
     import numpy
 
 DATABASE_NAME = "chroma.sqlite3"
 MAX_BATCH = 200
+SPARE = 10  # rows asked for beyond those wanted, where some of the nearest may be of the task that is left out
+MAX_OPEN_PLACES = 1_000_000  # as good as all
+PAGE = 20_000  # digests read at once
+HNSW = {"space": "cosine"}
+LAYOUT = 2  # of what is in there: an index of another layout is made anew
 
 
 class MeaningIndex:
-    """The vectors of everything searchable, one Chroma collection each. Safe to use from many threads."""
+    """The vectors of everything searchable. A row never moves to another place. Safe to use from many threads."""
 
     def __init__(self, directory: Path, encoder_name: str) -> None:
         self._directory = directory
         self._encoder_name = encoder_name
         self._home: Path | None = None
         self._client: Any = None
-        self._collections: dict[str, Any] = {}
+        self._places: dict[str, dict[Place, Any]] = {}
+        self._num_bytes = 0  # of Chroma's database when it was last looked at
         self._lock = threading.Lock()  # opening and closing; Chroma guards the rest itself
 
     @property
     def is_open(self) -> bool:
-        return bool(self._collections)
+        return bool(self._places)
 
     def open(self) -> None:
         """Open what is there, or an empty index. What another encoder made is thrown away. Raises: IndexDamaged."""
@@ -49,17 +62,19 @@ class MeaningIndex:
             self._home = homes[-1] if homes else self._directory / new_id("idx")
             _check_file(self._home / DATABASE_NAME)
             self._client = _connect(self._home)
-            collections = {name: self._collection(name) for name in COLLECTIONS}
-            if any((it.metadata or {}).get("encoder") != self._encoder_name for it in collections.values()):
-                for name in COLLECTIONS:
-                    self._client.delete_collection(name)
-                collections = {name: self._collection(name) for name in COLLECTIONS}
-            self._collections = collections
+            places: dict[str, dict[Place, Any]] = {name: {} for name in COLLECTIONS}
+            for held in self._client.list_collections():
+                told = held.metadata or {}
+                if (told.get("encoder"), told.get("layout")) != (self._encoder_name, LAYOUT):
+                    self._client.delete_collection(held.name)
+                else:
+                    places[told["collection"]][tuple(told[name] for name in PLACE)] = held
+            self._places, self._num_bytes = places, 0
 
     def close(self) -> None:
         """Let go of the files."""
         with self._lock:
-            client, self._client, self._collections = self._client, None, {}
+            client, self._client, self._places = self._client, None, {}
             if client is not None:
                 with contextlib.suppress(IndexDamaged), _chroma_errors():
                     client.close()
@@ -73,37 +88,50 @@ class MeaningIndex:
             home.rename(home.with_name(f"damaged_{home.name}"))
 
     def verify(self) -> None:
-        """Find one stored vector in each collection. Raises: IndexDamaged when the files are gone or don't answer."""
+        """Find one stored vector in each place. Raises: IndexDamaged when the files are gone or don't answer."""
         with _chroma_errors():
-            if self._home is None or not (self._home / DATABASE_NAME).exists():
-                raise IndexDamaged(f"the files of the index of meanings are gone from {str(self._directory)!r}")
-            for collection in self._collections.values():
-                stored = collection.get(limit=1, include=["embeddings"])
+            if not self.is_whole:
+                raise IndexDamaged(f"files of the index of meanings are gone from {str(self._directory)!r}, or cut")
+            for held in [held for name in COLLECTIONS for held in self._held(name)]:
+                stored = held.get(limit=1, include=["embeddings"])
                 if stored["ids"]:
-                    collection.query(query_embeddings=stored["embeddings"], n_results=1, include=[])
+                    held.query(query_embeddings=stored["embeddings"], n_results=1, include=[])
 
     @property
-    def is_present(self) -> bool:
-        """Say whether the files of the open index still exist: Chroma itself goes on reading deleted ones."""
-        return self._home is not None and (self._home / DATABASE_NAME).exists()
+    def is_whole(self) -> bool:
+        """Whether the files of the open index are there, and no shorter: Chroma itself goes on with what it has."""
+        try:
+            num_bytes = (self._home / DATABASE_NAME).stat().st_size if self._home else 0
+        except OSError:
+            return False
+        was, self._num_bytes = self._num_bytes, num_bytes
+        return 0 < num_bytes >= was
 
-    def upsert(self, collection: str, entries: Sequence[Searchable], vectors: numpy.ndarray) -> None:
-        """Hold the entries with their vectors, (num_entries, dim) float32: idempotent. Raises: IndexDamaged."""
+    def upsert(self, collection: str, entries: Sequence[Searchable], vectors: Sequence[numpy.ndarray]) -> None:
+        """Hold the entries with their vectors, (dim,) float32 each: idempotent. Raises: IndexDamaged."""
+        by_place: dict[Place, list[int]] = defaultdict(list)
+        for position, entry in enumerate(entries):
+            by_place[entry.place].append(position)
         with _chroma_errors():
-            for start in range(0, len(entries), MAX_BATCH):
-                batch = entries[start : start + MAX_BATCH]
-                self._open_collection(collection).upsert(
-                    ids=[entry.row_id for entry in batch],
-                    embeddings=vectors[start : start + MAX_BATCH],
-                    metadatas=[_metadata(entry) for entry in batch],
-                )
+            for place, positions in by_place.items():
+                held = self._hold(collection, place)
+                for start in range(0, len(positions), MAX_BATCH):
+                    batch = positions[start : start + MAX_BATCH]
+                    held.upsert(
+                        ids=[entries[position].row_id for position in batch],
+                        embeddings=[vectors[position] for position in batch],
+                        metadatas=[{"task": entries[it].task, "digest": entries[it].digest} for it in batch],
+                    )
 
     def forget(self, collection: str, row_ids: Iterable[str]) -> None:
         """Hold none of these any more: idempotent. Raises: IndexDamaged."""
         row_ids = list(row_ids)
         with _chroma_errors():
             for start in range(0, len(row_ids), MAX_BATCH):
-                self._open_collection(collection).delete(ids=row_ids[start : start + MAX_BATCH])
+                for held in self._held(collection):
+                    found = held.get(ids=row_ids[start : start + MAX_BATCH], include=[])["ids"]
+                    if found:
+                        held.delete(ids=found)
 
     def find(
         self,
@@ -117,36 +145,64 @@ class MeaningIndex:
     ) -> list[str]:
         """Return the ids of the nearest rows, best first, by cosine similarity. Raises: IndexDamaged."""
         with _chroma_errors():
-            found = self._open_collection(collection).query(
-                query_embeddings=[vector], n_results=num, where=_where(where, exclude_task), include=["distances"]
-            )
-        hits = zip(found["ids"][0], found["distances"][0], strict=True)
-        return [row_id for row_id, distance in hits if 1.0 - distance >= min_similarity]
+            hits = [_nearest(held, vector, num, exclude_task) for held in self._held(collection, where)]
+        nearest = heapq.nsmallest(num, (hit for of_one in hits for hit in of_one))
+        return [row_id for distance, row_id in nearest if 1.0 - distance >= min_similarity]
 
     def digests(self, collection: str) -> dict[str, str]:
         """Return what is held: the digest of each row, by id. Raises: IndexDamaged."""
+        digests: dict[str, str] = {}
         with _chroma_errors():
-            held = self._open_collection(collection).get(include=["metadatas"])
-        return {row_id: kept["digest"] for row_id, kept in zip(held["ids"], held["metadatas"], strict=True)}
+            for held in self._held(collection):
+                for start in range(0, held.count(), PAGE):
+                    page = held.get(limit=PAGE, offset=start, include=["metadatas"])
+                    kept = zip(page["ids"], page["metadatas"], strict=True)
+                    digests.update((row_id, metadata["digest"]) for row_id, metadata in kept)
+        return digests
 
     def count(self) -> dict[str, int]:
         """Return how many rows of each collection are held. Raises: IndexDamaged."""
         with _chroma_errors():
-            return {name: self._open_collection(name).count() for name in COLLECTIONS}
+            return {name: sum(held.count() for held in self._held(name)) for name in COLLECTIONS}
 
-    def _open_collection(self, name: str) -> Any:
-        collection = self._collections.get(name)
-        if collection is None:
+    def _held(self, collection: str, where: Mapping[str, str] | None = None) -> list[Any]:
+        """Return the Chroma collections of the places that a filter names, all of them without one."""
+        if not self._places:
             raise IndexDamaged("the index of meanings is not open")
-        return collection
+        wanted = [(position, where[name]) for position, name in enumerate(PLACE) if where and name in where]
+        places = self._places[collection].copy()
+        return [held for place, held in places.items() if all(place[position] == value for position, value in wanted)]
 
-    def _collection(self, name: str) -> Any:
-        return self._client.get_or_create_collection(
-            name,
-            embedding_function=None,  # Chroma's own would be downloaded
-            configuration={"hnsw": {"space": "cosine"}},
-            metadata={"encoder": self._encoder_name},
-        )
+    def _hold(self, collection: str, place: Place) -> Any:
+        """Return the Chroma collection of a place, made where it is missing."""
+        if not self._places:
+            raise IndexDamaged("the index of meanings is not open")
+        places = self._places[collection]
+        if place not in places:
+            told = {"encoder": self._encoder_name, "layout": LAYOUT, "collection": collection}
+            name = hashlib.sha256(json.dumps([collection, *place]).encode()).hexdigest()[:40]
+            places[place] = self._client.get_or_create_collection(
+                f"{collection}-{name}",
+                embedding_function=None,  # Chroma's own would be downloaded
+                configuration={"hnsw": HNSW},
+                metadata=told | dict(zip(PLACE, place, strict=True)),
+            )
+        return places[place]
+
+
+def _nearest(held: Any, vector: numpy.ndarray, num: int, exclude_task: str | None) -> list[tuple[float, str]]:
+    """Return (distance, id) of the nearest rows of one place, asking for more while too many are of that task."""
+    include = ["distances", "metadatas"] if exclude_task else ["distances"]
+    num_asked = num + SPARE if exclude_task else num
+    while True:
+        found = held.query(query_embeddings=[vector], n_results=num_asked, include=include)
+        hits = list(zip(found["distances"][0], found["ids"][0], strict=True))
+        if not exclude_task:
+            return hits
+        kept = [hit for hit, told in zip(hits, found["metadatas"][0], strict=True) if told["task"] != exclude_task]
+        if len(kept) >= num or len(hits) < num_asked:
+            return kept[:num]
+        num_asked *= 4
 
 
 def _connect(home: Path) -> Any:
@@ -154,7 +210,18 @@ def _connect(home: Path) -> Any:
     from chromadb.config import Settings
 
     home.mkdir(parents=True, exist_ok=True)
-    return chromadb.PersistentClient(path=str(home), settings=Settings(anonymized_telemetry=False))
+    client = chromadb.PersistentClient(path=str(home), settings=Settings(anonymized_telemetry=False))
+    # A place has four files open and takes some 3 MB. Chroma closes those asked longest ago when there are more than
+    # a fifth of the files that the process may open, and one that it had not saved yet is then past reading ("Nothing
+    # found on disk"). So none is closed, and more files may be opened. Chroma has no setting for it: it is told
+    # before its Rust half starts, which is therefore started again.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    chroma: Any = client._server
+    chroma.stop()
+    chroma.hnsw_cache_size = MAX_OPEN_PLACES
+    chroma.start()
+    return client
 
 
 def _check_file(path: Path) -> None:
@@ -170,20 +237,6 @@ def _check_file(path: Path) -> None:
         connection.close()
     if verdict != "ok":
         raise IndexDamaged(f"{str(path)!r} is damaged: {verdict}")
-
-
-def _metadata(entry: Searchable) -> dict[str, str]:
-    place = {"tenant": entry.tenant, "environment": entry.environment, "kind": entry.kind, "task": entry.task}
-    return place | {"digest": entry.digest}
-
-
-def _where(where: Mapping[str, str], exclude_task: str | None) -> dict[str, Any] | None:
-    conditions: list[dict[str, Any]] = [{name: value} for name, value in where.items()]
-    if exclude_task:
-        conditions.append({"task": {"$ne": exclude_task}})
-    if len(conditions) > 1:
-        return {"$and": conditions}
-    return conditions[0] if conditions else None
 
 
 @contextlib.contextmanager

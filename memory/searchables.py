@@ -7,7 +7,7 @@ looking at a row again always heals whatever the index missed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sqlmodel import Session, col, select
@@ -16,6 +16,9 @@ from memory.schema import Document, Insight, Passage, Trajectory
 from memory.trajectories import Trajectories
 
 COLLECTIONS = ("insights", "exemplars", "passages")
+PLACE = ("tenant", "environment", "kind")  # what a question may be narrowed to
+Place = tuple[str, str, str]
+PAGED = {"yield_per": 1000}
 MAX_IDS = 500  # of one query: SQLite bounds its variables
 
 
@@ -30,6 +33,11 @@ class Searchable:
     kind: str = ""
     task: str = ""
     tenant: str = ""
+
+    @property
+    def place(self) -> Place:
+        """The values of `PLACE`."""
+        return self.tenant, self.environment, self.kind
 
     @property
     def digest(self) -> str:
@@ -51,22 +59,28 @@ class Searchables:
             found += self._query(session, collection, ids[start : start + MAX_IDS])
         return found
 
-    def load_all(self, session: Session, collection: str) -> list[Searchable]:
-        """Return everything searchable of one collection."""
+    def load_all(self, session: Session, collection: str) -> Iterator[Searchable]:
+        """Yield everything searchable of one collection, a page of rows in memory at a time.
+
+        Nothing is read before the first is asked for: SQLite drops no table while one is read.
+        """
         return self._query(session, collection, None)
 
-    def _query(self, session: Session, collection: str, ids: list[str] | None) -> list[Searchable]:
+    def _query(self, session: Session, collection: str, ids: list[str] | None) -> Iterator[Searchable]:
         match collection:
             case "insights":
                 query = select(Insight).where(col(Insight.removed_at).is_(None))
-                return [_of_insight(row) for row in session.exec(_among(query, Insight.id, ids))]
+                rows = session.exec(_among(query, Insight.id, ids), execution_options=PAGED)
+                yield from (_of_insight(row) for row in rows)
             case "exemplars":
                 query = _among(self._trajectories.exemplary(), Trajectory.id, ids)
-                return [_of_exemplar(row) for row in session.scalars(query)]
+                yield from (_of_exemplar(row) for row in session.scalars(query, execution_options=PAGED))
             case "passages":
                 query = select(Passage, Document).join(Document, col(Document.id) == Passage.document_id)
-                return [_of_passage(*row) for row in session.exec(_among(query, Passage.id, ids))]
-        raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
+                rows = session.exec(_among(query, Passage.id, ids), execution_options=PAGED)
+                yield from (_of_passage(*row) for row in rows)
+            case _:
+                raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
 
 
 def _among(query, column, ids: list[str] | None):

@@ -1,21 +1,35 @@
 """Find rows by word: SQLite's FTS5, in the rows' own file, or in one beside the index of meanings.
 
 This module refuses to know meanings, and never trusts a query: any text of a user's is safe, because every word of
-it is quoted. It is an index: both tables are made anew from the rows whenever they are missing or damaged.
+it is quoted. It is an index: its tables are made anew from the rows whenever they are missing or damaged.
+
+The rows of one place (tenant, environment, kind of a collection) have ids in a range of their own, so that FTS5 looks
+for a word there and nowhere else. It ranks by how rare the shared words are there, as BM25 does; but FTS5's own
+`bm25` reads every row that has any of the words, of all tenants, and takes a second among a million rows.
+
+Invariant: a question reads at most `MAX_ROWS` rows for each of its words, however many there are.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 
 from sqlalchemy import text
 from sqlmodel import Session
 
 from memory.database import Database
-from memory.searchables import COLLECTIONS, Searchable
+from memory.searchables import COLLECTIONS, PLACE, Place, Searchable
 
-MAX_TERMS = 64
+WRITE_BATCH = 1000
+MAX_TERMS = 32
+MAX_ROWS = 500  # a word that more rows of a place have says little there
+MAX_RARE = 12  # words of a question that rank: the rarest
+COMMON_WEIGHT = 1e-3
+PLACE_BITS = 40  # of an id, for the count within its place
 WORD = re.compile(r"\w+")
 # Words so common that sharing them says nothing.
 COMMON_WORDS = """
@@ -24,13 +38,13 @@ them then there these they this to was we were what when where which who why wil
 """
 COMMON = frozenset(COMMON_WORDS.split())
 TABLES = (
+    "CREATE TABLE IF NOT EXISTS word_places (id INTEGER PRIMARY KEY, collection TEXT NOT NULL, tenant TEXT NOT NULL, "
+    "environment TEXT NOT NULL, kind TEXT NOT NULL, UNIQUE (collection, tenant, environment, kind))",
     "CREATE TABLE IF NOT EXISTS word_entries (id INTEGER PRIMARY KEY, collection TEXT NOT NULL, "
-    "row_id TEXT NOT NULL, tenant TEXT NOT NULL, environment TEXT NOT NULL, kind TEXT NOT NULL, "
-    "task TEXT NOT NULL, digest TEXT NOT NULL, UNIQUE (collection, row_id))",
-    "CREATE INDEX IF NOT EXISTS word_entries_by_tenant ON word_entries (collection, tenant, environment, kind)",
+    "row_id TEXT NOT NULL, task TEXT NOT NULL, digest TEXT NOT NULL, UNIQUE (collection, row_id))",
     "CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(text, tokenize='porter unicode61 remove_diacritics 2')",
 )
-FILTERS = ("tenant", "environment", "kind")
+NAMES = ("words", "word_entries", "word_places")
 
 
 class WordIndex:
@@ -41,30 +55,38 @@ class WordIndex:
         self._database = database
 
     def create(self, session: Session) -> None:
-        """Make the tables where they are missing."""
+        """Make the tables where they are missing, or are from before rows had places."""
+        if not session.execute(_HAS_PLACES).first():
+            self._drop(session)
         for statement in TABLES:
             session.execute(text(statement))
 
     def rebuild(self, session: Session, searchables: Mapping[str, Iterable[Searchable]]) -> None:
-        """Drop both tables, whatever their state, and fill them again."""
-        for table in ("words", "word_entries"):
-            session.execute(text(f"DROP TABLE IF EXISTS {table}"))
+        """Drop the tables, whatever their state, and fill them again."""
+        self._drop(session)
         self.create(session)
         for collection, entries in searchables.items():
-            self.replace(session, collection, (), entries)
+            rest = iter(entries)
+            while batch := list(islice(rest, WRITE_BATCH)):
+                self.replace(session, collection, (), batch)
 
     def replace(self, session: Session, collection: str, row_ids: Iterable[str], entries: Iterable[Searchable]) -> None:
         """Forget `row_ids`, then hold `entries`: idempotent."""
-        for row_id in row_ids:
-            place = {"collection": collection, "row_id": row_id}
-            session.execute(_FORGET_WORDS, place)
-            session.execute(_FORGET_ENTRY, place)
+        forgotten = [{"collection": collection, "row_id": row_id} for row_id in row_ids]
+        if forgotten:
+            session.execute(_FORGET_WORDS, forgotten)
+            session.execute(_FORGET_ENTRY, forgotten)
+        next_ids: dict[Place, int] = {}
+        held, told = [], []
         for entry in entries:
-            values = {"collection": collection, "row_id": entry.row_id, "digest": entry.digest}
-            values |= {"environment": entry.environment, "kind": entry.kind, "task": entry.task}
-            values |= {"tenant": entry.tenant}
-            entry_id = session.execute(_HOLD_ENTRY, values).lastrowid
-            session.execute(_HOLD_WORDS, {"id": entry_id, "text": _storable(entry.text)})
+            entry_id = next_ids.get(entry.place) or _next_id(session, collection, entry.place)
+            next_ids[entry.place] = entry_id + 1
+            values = {"id": entry_id, "collection": collection, "row_id": entry.row_id}
+            held.append(values | {"task": entry.task, "digest": entry.digest})
+            told.append({"id": entry_id, "text": _storable(entry.text)})
+        if held:
+            session.execute(_HOLD_ENTRY, held)
+            session.execute(_HOLD_WORDS, told)
 
     def write(self, work: Callable[[Session], None]) -> None:
         """Run `work`, which may call what takes a session, in a transaction of the index's own. Blocks."""
@@ -83,44 +105,91 @@ class WordIndex:
 
     def has_any(self, collection: str, where: Mapping[str, str]) -> bool:
         """Say whether anything at all could be found."""
-        clause, values = _clause(collection, where, None)
-        return bool(self._database.fetch(text(f"SELECT 1 FROM word_entries e WHERE {clause} LIMIT 1"), values))
+        with self._database.read() as session:
+            ranges = _ranges(session, collection, where)
+            return any(session.execute(_ANY, within).first() is not None for within in ranges)
 
     def find(
         self, collection: str, query_text: str, where: Mapping[str, str], num: int, *, exclude_task: str | None = None
     ) -> list[str]:
-        """Return the ids of rows that share words with the query, best first (BM25)."""
-        query = quote_terms(query_text)
-        if not query:
-            return []
-        clause, values = _clause(collection, where, exclude_task)
-        statement = (
-            "SELECT e.row_id FROM words JOIN word_entries e ON e.id = words.rowid "
-            f"WHERE words MATCH :query AND {clause} ORDER BY bm25(words), e.id LIMIT :num"
-        )
+        """Return the ids of rows that share words with the query, best first: those that share the rarest words."""
+        terms = quote_terms(query_text)
         with self._database.read() as session:
-            return [row_id for (row_id,) in session.execute(text(statement), values | {"query": query, "num": num})]
+            ranges = _ranges(session, collection, where) if terms else []
+            hits = [hit for within in ranges for hit in _rank(session, terms, within, num, exclude_task)]
+        return [row_id for _, row_id in heapq.nsmallest(num, hits)]
+
+    def _drop(self, session: Session) -> None:
+        for table in NAMES:
+            session.execute(text(f"DROP TABLE IF EXISTS {table}"))
 
 
-def quote_terms(query_text: str) -> str:
-    """Return an FTS5 query for any of the text's words: each one quoted, so that none can be an operator."""
+def quote_terms(query_text: str) -> list[str]:
+    """Return the text's telling words for FTS5: each one quoted, so that none can be an operator."""
     words = dict.fromkeys(word.casefold() for word in WORD.findall(_storable(query_text)))
-    telling = [word for word in words if word not in COMMON]
-    return " OR ".join(f'"{word}"' for word in telling[:MAX_TERMS])
+    return [f'"{word}"' for word in words if word not in COMMON][:MAX_TERMS]
 
 
-def _clause(collection: str, where: Mapping[str, str], exclude_task: str | None) -> tuple[str, dict[str, str]]:
-    unknown = where.keys() - set(FILTERS)
+def _ranges(session: Session, collection: str, where: Mapping[str, str]) -> list[dict[str, int]]:
+    """Return the first and last id of every place that a filter names. Raises: ValueError for an unknown filter."""
+    unknown = where.keys() - set(PLACE)
     if unknown:
-        raise ValueError(f"cannot filter by {sorted(unknown)!r}: choose among {FILTERS!r}")
-    conditions, values = ["e.collection = :collection"], {"collection": collection}
-    for name, value in where.items():
-        conditions.append(f"e.{name} = :{name}")
-        values[name] = value
-    if exclude_task:
-        conditions.append("e.task <> :exclude_task")
-        values["exclude_task"] = exclude_task
-    return " AND ".join(conditions), values
+        raise ValueError(f"cannot filter by {sorted(unknown)!r}: choose among {PLACE!r}")
+    condition = " AND ".join(["collection = :collection", *(f"{name} = :{name}" for name in where)])
+    found = session.execute(text(f"SELECT id FROM word_places WHERE {condition}"), {"collection": collection, **where})
+    return [_range(place_id) for (place_id,) in found]
+
+
+def _range(place_id: int) -> dict[str, int]:
+    return {"first": place_id << PLACE_BITS, "last": ((place_id + 1) << PLACE_BITS) - 1}
+
+
+def _next_id(session: Session, collection: str, place: Place) -> int:
+    values = {"collection": collection} | dict(zip(PLACE, place, strict=True))
+    session.execute(_ADD_PLACE, values)
+    within = _range(session.execute(_PLACE_ID, values).scalar_one())
+    last = session.execute(_LAST_ID, within).scalar_one()
+    return within["first"] if last is None else last + 1
+
+
+def _rank(
+    session: Session, terms: list[str], within: dict[str, int], num: int, exclude_task: str | None
+) -> list[tuple[tuple[float, int], str]]:
+    """Return (what to sort by, row id) of the best rows of one place: a word counts by its rarity there.
+
+    A common word counts, and next to nothing, only where the rare ones find too little.
+    """
+    weights = _weigh(session, terms, within, num)
+    if not weights:
+        return []
+    each = f"SELECT * FROM (SELECT rowid AS id, ? AS weight FROM words WHERE {_WITHIN} LIMIT {MAX_ROWS})"
+    best = f"SELECT id, sum(weight) AS score FROM ({' UNION ALL '.join([each] * len(weights))}) GROUP BY id"
+    values: list[str | float | int] = []
+    for term, weight in weights.items():
+        values += [weight, term, within["first"], within["last"]]
+    statement = (
+        f"SELECT e.id, score, e.row_id FROM ({best} ORDER BY score DESC, id LIMIT ?) AS best "
+        "JOIN word_entries e ON e.id = best.id WHERE e.task <> ? OR ? = '' ORDER BY score DESC, e.id LIMIT ?"
+    )
+    left_out = exclude_task or ""
+    values += [-1 if left_out else num, left_out, left_out, num]
+    found = session.connection().exec_driver_sql(statement, tuple(values))
+    return [((-score, entry_id), row_id) for entry_id, score, row_id in found]
+
+
+def _weigh(session: Session, terms: list[str], within: dict[str, int], num: int) -> dict[str, float]:
+    """Return what each of the words that matter is worth, as BM25 has it: by how few rows of the place have it."""
+    counted = f"(SELECT count(*) FROM (SELECT rowid FROM words WHERE {_WITHIN} LIMIT {MAX_ROWS}))"
+    values = [value for term in terms for value in (term, within["first"], within["last"])]
+    counts = session.connection().exec_driver_sql(f"SELECT {', '.join([counted] * len(terms))}", tuple(values)).one()
+    last = session.execute(_LAST_ID, within).scalar_one()
+    num_rows = 0 if last is None else last - within["first"] + 1
+    rare = sorted((count, term) for count, term in zip(counts, terms, strict=True) if 0 < count < MAX_ROWS)[:MAX_RARE]
+    weights = {term: math.log(1 + max(0.0, num_rows - count + 0.5) / (count + 0.5)) for count, term in rare}
+    if sum(count for count, _ in rare) < num:
+        common = [term for count, term in zip(counts, terms, strict=True) if count == MAX_ROWS]
+        weights |= dict.fromkeys(common[:MAX_RARE], COMMON_WEIGHT)
+    return weights
 
 
 def _storable(value: str) -> str:
@@ -132,9 +201,20 @@ _FORGET_WORDS = text(
 )
 _FORGET_ENTRY = text("DELETE FROM word_entries WHERE collection = :collection AND row_id = :row_id")
 _HOLD_ENTRY = text(
-    "INSERT INTO word_entries (collection, row_id, tenant, environment, kind, task, digest) "
-    "VALUES (:collection, :row_id, :tenant, :environment, :kind, :task, :digest)"
+    "INSERT INTO word_entries (id, collection, row_id, task, digest) VALUES (:id, :collection, :row_id, :task, :digest)"
 )
 _HOLD_WORDS = text("INSERT INTO words (rowid, text) VALUES (:id, :text)")
 _DIGESTS = text("SELECT row_id, digest FROM word_entries WHERE collection = :collection")
 _COUNTS = text("SELECT collection, count(*) FROM word_entries GROUP BY collection")
+_HAS_PLACES = text("SELECT 1 FROM sqlite_master WHERE name = 'word_places'")
+_ADD_PLACE = text(
+    "INSERT OR IGNORE INTO word_places (collection, tenant, environment, kind) "
+    "VALUES (:collection, :tenant, :environment, :kind)"
+)
+_PLACE_ID = text(
+    "SELECT id FROM word_places "
+    "WHERE collection = :collection AND tenant = :tenant AND environment = :environment AND kind = :kind"
+)
+_LAST_ID = text("SELECT max(id) FROM word_entries WHERE id BETWEEN :first AND :last")
+_ANY = text("SELECT 1 FROM word_entries WHERE id BETWEEN :first AND :last LIMIT 1")
+_WITHIN = "words MATCH ? AND rowid BETWEEN ? AND ?"

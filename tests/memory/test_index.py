@@ -15,6 +15,7 @@ from memory.config import MemoryConfig
 from memory.errors import IndexDamaged
 from memory.index import MAX_HANGING, fuse
 from memory.insights import OperationKind
+from memory.meanings import MeaningIndex
 from memory.schema import Outbox, RewardSource, Split, TrajectoryStage
 from memory.searchables import Searchable
 from memory.store import Memory
@@ -84,6 +85,21 @@ async def test_filters_hold_on_both_sides(memory: Memory):
         await memory.index.find("recipes", "carrot")
 
 
+def test_many_rows_of_the_task_left_out_hide_no_other(tmp_path: Path):
+    meanings = MeaningIndex(tmp_path, "hashing")
+    meanings.open()
+    rows = [Searchable(f"trj{number:03d}", f"fry {number}", "kitchen", "cooking", "asked") for number in range(120)]
+    rows += [Searchable("far", "roast", "kitchen", "cooking", "other"), Searchable("away", "fry", "garden", "cooking")]
+    vectors = HashingEncoder().encode([row.text for row in rows])
+    meanings.upsert("exemplars", rows, vectors)
+    found = meanings.find("exemplars", vectors[0], KITCHEN, 5, exclude_task="asked")
+    assert found == ["far"] and meanings.count()["exemplars"] == 122
+    assert "away" in meanings.find("exemplars", vectors[0], {"kind": "cooking"}, 122)
+    meanings.forget("exemplars", ["far", "away", "never"])
+    assert meanings.digests("exemplars").keys() == {row.row_id for row in rows[:120]}
+    meanings.close()
+
+
 async def test_a_chroma_that_hangs_costs_the_deadline_and_then_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     release, deadline = threading.Event(), 0.5
     config = MemoryConfig(retrieval_deadline_seconds=deadline, encoding_deadline_seconds=120)
@@ -113,7 +129,7 @@ async def test_a_chroma_that_fails_never_fails_a_question(memory: Memory, monkey
     def fail(*_, **__):
         raise Panic("planted")
 
-    monkeypatch.setattr(memory.index._meanings, "_open_collection", fail)
+    monkeypatch.setattr(memory.index._meanings, "_held", fail)
     with pytest.raises(IndexDamaged, match="Panic: planted"):
         memory.index._meanings.find("insights", [0.0], {}, 1)
     assert len(await ids_found(memory, "insights", "fry")) == 1
@@ -158,7 +174,7 @@ async def test_what_the_index_lost_or_kept_too_long_is_reconciled_at_the_start(t
         lost, stale = memory.insights.active()
         meanings = memory.index._meanings
         meanings.forget("insights", [lost.id])
-        meanings._open_collection("insights").update(ids=[stale.id], metadatas=[{"digest": "old"}])
+        meanings._held("insights")[0].update(ids=[stale.id], metadatas=[{"digest": "old"}])
         meanings.upsert(
             "insights", [Searchable("ins_never", "never said")], memory.index._queries._encoder.encode(["x"])
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import text
 
 from memory.database import Database
 from memory.searchables import Searchable
@@ -53,11 +54,40 @@ def test_the_best_match_comes_first_and_filters_hold(words: WordIndex, database:
 
 
 def test_what_is_held_again_is_held_once_and_what_is_forgotten_is_gone(words: WordIndex, database: Database):
-    for text in ("fry", "roast"):
-        hold(words, database, Searchable("a", text))
+    for told in ("fry", "roast"):
+        hold(words, database, Searchable("a", told))
     assert words.find("insights", "fry", {}, 5) == [] and words.find("insights", "roast", {}, 5) == ["a"]
     hold(words, database, forget=("a",))
     assert words.count()["insights"] == 0 and not words.has_any("insights", {})
+
+
+def test_what_is_common_elsewhere_is_telling_where_it_is_rare(
+    words: WordIndex, database: Database, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("memory.words.MAX_ROWS", 5)
+    crowd = [Searchable(f"theirs{number}", "refund of an order", tenant="many") for number in range(9)]
+    hold(words, database, *crowd, Searchable("mine", "refund of a late order", tenant="few"))
+    assert words.find("insights", "refund", {"tenant": "few"}, 5) == ["mine"]
+    assert words.find("insights", "refund", {"tenant": "none"}, 5) == []
+    assert len(words.find("insights", "refund order", {"tenant": "many"}, 3)) == 3
+
+
+def test_a_rare_word_outweighs_common_ones(words: WordIndex, database: Database):
+    crowd = [Searchable(f"row{number}", f"fry the carrot in pan {number}") for number in range(20)]
+    hold(words, database, *crowd, Searchable("rare", "saffron"))
+    assert words.find("insights", "fry carrot with saffron", {}, 2)[0] == "rare"
+
+
+def test_an_index_without_places_is_made_anew(database: Database):
+    def write_old(session):
+        session.execute(text("CREATE TABLE word_entries (id INTEGER PRIMARY KEY, row_id TEXT)"))
+        session.execute(text("CREATE VIRTUAL TABLE words USING fts5(text)"))
+
+    database.write_sync(write_old)
+    words = WordIndex(database)
+    database.write_sync(words.create)
+    hold(words, database, Searchable("a", "fry"))
+    assert words.find("insights", "fry", {}, 5) == ["a"]
 
 
 def test_common_words_find_nothing_by_themselves(words: WordIndex, database: Database):
@@ -66,7 +96,7 @@ def test_common_words_find_nothing_by_themselves(words: WordIndex, database: Dat
 
 
 @pytest.mark.parametrize(
-    "text",
+    "told",
     [
         '"',
         "a OR",
@@ -83,15 +113,15 @@ def test_common_words_find_nothing_by_themselves(words: WordIndex, database: Dat
         "{a b}",
     ],
 )
-def test_no_text_is_an_operator(words: WordIndex, database: Database, text: str):
+def test_no_text_is_an_operator(words: WordIndex, database: Database, told: str):
     hold(words, database, Searchable("a", "fry the carrot"))
-    found = words.find("insights", text, {}, 5)
-    assert found == (["a"] if "fry" in text else [])
+    found = words.find("insights", told, {}, 5)
+    assert found == (["a"] if "fry" in told else [])
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(max_size=80))
-def test_any_text_can_be_asked_and_held(words: WordIndex, database: Database, text: str):
-    hold(words, database, Searchable("a", text))
-    found = words.find("insights", text, {}, 5)
-    assert found in ([], ["a"]) and (quote_terms(text) or not found)
+def test_any_text_can_be_asked_and_held(words: WordIndex, database: Database, told: str):
+    hold(words, database, Searchable("a", told))
+    found = words.find("insights", told, {}, 5)
+    assert found in ([], ["a"]) and (quote_terms(told) or not found)

@@ -1,0 +1,161 @@
+"""A million memories out of some thousand real texts: their words and vectors, the same on every machine.
+
+Refuses to know indexes and what is measured. Flow: real texts -> the product's encoder, once, kept in a file -> any
+number of memories, each a function of its number alone, so that a build can stop and go on.
+
+Invariant: a question is a real text that no memory was made of. How a memory is made: a real text and one of its
+nearest; words of both in turns; and between their two vectors a third, moved by noise of the spread that real
+vectors have, so that clusters stay clusters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy
+
+from memory.documents import split_text
+from memory.encoder import SentenceEncoder
+
+DATA = Path(os.environ.get("RATCHET_BENCH_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+NUM_REAL = 5000
+MAX_CHARS = 500
+QUESTION_EVERY = 20  # real texts: one of so many is kept as a question
+NUM_NEAR = 12
+NOISE = 0.35  # of the length of a real vector's distance from the mean of all
+BLOCK = 1000  # memories whose randomness comes from one seed
+MARK = re.compile(r"memory (\d+)")
+
+
+class Memories:
+    """Memories by their number, and questions to ask of them."""
+
+    def __init__(self, texts: Sequence[str], vectors: numpy.ndarray) -> None:
+        is_question = numpy.arange(len(texts)) % QUESTION_EVERY == 0
+        self.questions = [text for text, kept in zip(texts, is_question, strict=True) if kept]
+        self.question_vectors = vectors[is_question]  # (num_questions, dim) float32, unit length
+        self._texts = [text.split() for text, kept in zip(texts, is_question, strict=True) if not kept]
+        self._vectors = vectors[~is_question]
+        similarity = self._vectors @ self._vectors.T
+        self._near = numpy.argpartition(-similarity, NUM_NEAR + 1, axis=1)[:, : NUM_NEAR + 1]
+        centred = self._vectors - self._vectors.mean(axis=0)
+        scales, directions = numpy.linalg.svd(centred, full_matrices=False)[1:]
+        self._spread = (directions.T * scales / numpy.sqrt(len(centred))).T.astype("float32")  # (dim, dim)
+
+    @property
+    def num_real(self) -> int:
+        return len(self._texts)
+
+    def vectors(self, start: int, stop: int) -> numpy.ndarray:
+        """Return the vectors of these memories, (stop - start, dim) float32 of unit length."""
+        return numpy.concatenate([self._block(block)[2] for block in _blocks(start, stop)])[_within(start, stop)]
+
+    def texts(self, start: int, stop: int) -> list[str]:
+        """Return the texts of these memories; each tells its number."""
+        made = []
+        for block in _blocks(start, stop):
+            first, second, _ = self._block(block)
+            for place, (one, other) in enumerate(zip(first, second, strict=True)):
+                made.append(f"memory {block * BLOCK + place}: {self._mix(block * BLOCK + place, one, other)}")
+        return made[_within(start, stop)]
+
+    def _block(self, block: int) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+        """Return the first and the second real text of each memory of a block, and their vectors."""
+        random = numpy.random.default_rng((20_000, block))
+        first = random.integers(len(self._texts), size=BLOCK)
+        second = self._near[first, random.integers(NUM_NEAR + 1, size=BLOCK)]
+        share = random.uniform(0, 0.5, size=(BLOCK, 1)).astype("float32")
+        noise = random.standard_normal((BLOCK, len(self._spread)), dtype="float32") @ self._spread
+        moved = self._vectors[first] * (1 - share) + self._vectors[second] * share + NOISE * noise
+        return first, second, moved / numpy.linalg.norm(moved, axis=1, keepdims=True)
+
+    def _mix(self, number: int, first: int, second: int) -> str:
+        """Return words of two texts in turns of twelve, beginning anywhere in the first."""
+        words, others = self._texts[first], self._texts[second]
+        begin = number * 7919 % max(1, len(words) - 24)
+        turns = [words[begin : begin + 24], others[:12], words[begin + 24 : begin + 36], others[12:24]]
+        return " ".join(word for turn in turns for word in turn)
+
+
+class KeptEncoder:
+    """Gives memories and questions the vectors they have already: embedding isn't what is measured."""
+
+    name = "kept"
+
+    def __init__(self, memories: Memories) -> None:
+        self._memories = memories
+        self._questions = dict(zip(memories.questions, memories.question_vectors, strict=True))
+        self._block: tuple[int, numpy.ndarray] = (-1, memories.question_vectors)
+
+    def encode(self, texts: Sequence[str]) -> numpy.ndarray:
+        return numpy.stack([self._vector(text) for text in texts])
+
+    def _vector(self, text: str) -> numpy.ndarray:
+        if text in self._questions:
+            return self._questions[text]
+        mark = MARK.search(text)
+        if mark is None:  # the encoder's warming up
+            return self._memories.question_vectors[0]
+        block, place = divmod(int(mark[1]), BLOCK)
+        if self._block[0] != block:
+            self._block = (block, self._memories.vectors(block * BLOCK, (block + 1) * BLOCK))
+        return self._block[1][place]
+
+
+def load_memories(directory: Path) -> Memories:
+    """Encode the real texts with the product's encoder, or take what an earlier run kept in `directory`.
+
+    Raises: FileNotFoundError when the public texts are not there.
+    """
+    kept = directory / "real_texts.npz"
+    if kept.exists():
+        found = numpy.load(kept)
+        return Memories([str(text) for text in found["texts"]], found["vectors"])
+    texts = list(dict.fromkeys(" ".join(text.split()) for text in _real_texts() if len(text.split()) >= 8))
+    if not texts:
+        raise FileNotFoundError(f"no public texts in {str(DATA)!r}: name their folder in RATCHET_BENCH_DATA")
+    numpy.random.default_rng(1).shuffle(texts)
+    texts = texts[:NUM_REAL]
+    vectors = SentenceEncoder().encode(texts)
+    directory.mkdir(parents=True, exist_ok=True)
+    numpy.savez(kept, texts=numpy.array(texts), vectors=vectors)
+    return Memories(texts, vectors)
+
+
+def _real_texts() -> Iterator[str]:
+    """Yield encyclopedia paragraphs and questions, sums, documentation, requests to tools; whatever is there."""
+    for row in _rows("beerqa_1000/beir/corpus.jsonl"):
+        yield f"{row['title']}: {row['text']}"[:MAX_CHARS]
+    for row in _rows("beerqa_1000/beir/queries.jsonl"):
+        yield row["text"]
+    for row in _rows("gsm8k/train.jsonl"):
+        yield row["question"]
+    for row in _rows("xlam_form/*.jsonl"):
+        yield row["query"]
+    for path in sorted(DATA.glob("sharegpt_toolcalls/glaive*.json")):
+        for row in json.loads(path.read_text()):
+            yield from (turn["value"][:MAX_CHARS] for turn in row["conversations"])
+    for path in sorted(DATA.glob("docs_corpus/**/*.md")):
+        yield from split_text(path.read_text(), MAX_CHARS)
+    for path in sorted(DATA.glob("docs_corpus/chroma/*.json")):
+        yield from (text[:MAX_CHARS] for text in json.loads(path.read_text()).values())
+
+
+def _rows(pattern: str) -> Iterator[dict]:
+    for path in sorted(DATA.glob(pattern)):
+        for line in path.read_text().splitlines():
+            if line.strip():
+                yield json.loads(line)
+
+
+def _blocks(start: int, stop: int) -> range:
+    return range(start // BLOCK, -(-stop // BLOCK))
+
+
+def _within(start: int, stop: int) -> slice:
+    begin = start % BLOCK
+    return slice(begin, begin + stop - start)
