@@ -1,15 +1,16 @@
-# Four commands, each of which first makes sure that .venv holds what pyproject.toml and constraints.txt say.
+# Five commands, each of which first makes sure that .venv holds what pyproject.toml and constraints.txt say.
 #
 #   make serve                      the agent on http://127.0.0.1:8080, its data in .ratchet/
 #   make serve ARGS="--port 9000 --data /tmp/elsewhere"
 #   make test                       what continuous integration runs (ARGS go to pytest)
+#   make faults                     the full counts of the faults that `make test` tries a few times (ARGS="-k kill")
 #   make lint                       ruff, without changing a file (`make format` changes them)
 #   make check                      lint, then test
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format check clean
+.PHONY: help install serve test faults lint format check clean
 
 PYTHON ?= python3.11
 VENV   ?= .venv
@@ -29,7 +30,10 @@ serve: $(STAMP)
 	@exec $(BIN)/python serve.py serve $(ARGS)
 
 test: $(STAMP)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+faults: $(STAMP)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m slow tests/faults $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -30,7 +31,7 @@ from runtime.console.verbs import DEFAULT_URL, Config, Data, Json, Key, Url, add
 
 if TYPE_CHECKING:
     from memory.keys import Keys
-    from memory.schema import Cycle
+    from memory.schema import Cycle, Policy
     from memory.store import Memory
     from optimizer.config import OptimizerConfig
     from optimizer.seams import Seams
@@ -259,6 +260,7 @@ async def live(
     server.capture_signals = contextlib.nullcontext  # signals are ours: children must be stopped in order
     answering = asyncio.ensure_future(server.serve(sockets=[listener]))
     starting = asyncio.ensure_future(start(services, settings, phases))
+    settling = asyncio.ensure_future(settle_heap(services.memory))
     background: list[asyncio.Future[Any]] = []
     services.memory.answers_at(url_of(listener))
     try:
@@ -275,11 +277,24 @@ async def live(
         server.should_exit = True
         server.force_exit = starting.cancelled() or not starting.done()
         await asyncio.wait({answering})
-        await give_up(starting, *background)
+        await give_up(starting, settling, *background)
+        gc.unfreeze()  # some libraries complain of what is still there at the end
         await services.cycles.stop()
         await services.toolbox.close()
         await services.engine.stop()
         await asyncio.to_thread(services.agent.telemetry.close)
+
+
+async def settle_heap(memory: Memory) -> None:
+    """Once all is loaded, take it out of the garbage collector's sight.
+
+    Torch and its kin leave a million objects that live as long as the process; looking through them again and again
+    stopped every answer for a third of a second.
+    """
+    while not memory.index.has_meanings:
+        await asyncio.sleep(1.0)
+    gc.collect()
+    gc.freeze()
 
 
 async def start(services: Services, settings: Any, phases: Phases) -> None:
@@ -393,6 +408,13 @@ class Learner:
 
         await self.stop()
         return await abandon_cycle(self._memory, cycle_id, "Cancelled: by request")
+
+    async def judge(self, policy: Policy) -> dict[str, Any]:
+        """Settle a candidate by what clients played, if that is enough; return the verdict."""
+        from optimizer.stages import judge_by_log
+        from optimizer.workshop import Workshop
+
+        return await judge_by_log(Workshop(self._memory, self._seams, policy.cycle_id))
 
     async def stop(self) -> None:
         """Interrupt what runs; its row stays open."""

@@ -161,6 +161,8 @@ def digest_chat_template(template: str) -> str:
 
 
 def _verify_files(directory: Path) -> None:
+    if ".." in directory.parts:
+        raise AdapterRefused(f"{str(directory)!r} leads through '..': give the adapter's own directory")
     if directory.is_symlink() or not directory.is_dir():
         raise AdapterRefused(f"{str(directory)!r} is not a directory: give the directory of an adapter")
     present = set()

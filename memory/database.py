@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, CursorResult, Executable
-from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, ProgrammingError
+from sqlalchemy import Connection, Executable, Row
+from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
 from sqlmodel import Session
 
 from memory.dialects import dialect_of
@@ -36,6 +37,17 @@ T = TypeVar("T")
 Work = Callable[[Connection], Any]
 
 MAX_BATCH = 512  # writes that share one commit
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Work that is one statement, which takes one row or none."""
+
+    statement: Executable
+    values: Mapping[str, Any]
+
+    def __call__(self, connection: Connection) -> bool:
+        return connection.execute(self.statement, self.values).rowcount == 1
 
 
 @dataclass
@@ -106,9 +118,12 @@ class Database:
         """
         return await self._enqueue(lambda connection: _in_session(connection, work))
 
-    async def execute(self, statement: Executable, values: Mapping[str, Any]) -> CursorResult:
-        """The hot path: run one Core statement, which is atomic by itself, in the writer's next transaction."""
-        return await self._enqueue(lambda connection: connection.execute(statement, values))
+    async def take(self, statement: Executable, values: Mapping[str, Any]) -> bool:
+        """The hot path: run a Core statement that takes one row or none; return whether it took it, once durable.
+
+        Writes of the same statement that wait next to each other are handed to the driver together.
+        """
+        return await self._enqueue(_Row(statement, values))
 
     def write_sync(self, work: Callable[[Session], T]) -> T:
         """`write` for threads without an event loop. Never call it on one: it blocks until the disk has it."""
@@ -119,11 +134,20 @@ class Database:
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
         """Give a session that sees one moment of the database and cannot write. Rows outlive it, detached."""
+        with self._reads(), Session(self._reading, expire_on_commit=False, autoflush=False) as session:
+            yield session
+
+    def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Sequence[Row[Any]]:
+        """The hot path of reads: return the rows of one Core statement, for less than half of what a session costs."""
+        with self._reads(), self._reading.connect() as connection:
+            return connection.execute(statement, values).all()
+
+    @contextlib.contextmanager
+    def _reads(self) -> Iterator[None]:
         if not self._is_open:
             raise self._closed_error()
         try:
-            with Session(self._reading, expire_on_commit=False, autoflush=False) as session:
-                yield session
+            yield
         except DatabaseError as error:
             if isinstance(error, IntegrityError | ProgrammingError):
                 raise
@@ -197,12 +221,15 @@ class Database:
         is_ending = False
         try:
             with connection.begin():
-                for write in batch:
-                    self._run(connection, write)
-                    # A failure may end the whole transaction, savepoints and all: on a full disk SQLite's, on
-                    # PostgreSQL that of a statement without a savepoint.
-                    if write.error is not None and not self._dialect.is_in_transaction(connection):
-                        raise write.error
+                for same in _group(batch):
+                    if len(same) > 1 and self._run_together(connection, same):
+                        continue
+                    for write in same:
+                        self._run(connection, write)
+                        # A failure may end the whole transaction, savepoints and all: on a full disk SQLite's, on
+                        # PostgreSQL that of a statement without a savepoint.
+                        if write.error is not None and not self._dialect.is_in_transaction(connection):
+                            raise write.error
                 is_ending = True
         except Exception as error:
             if connection.invalidated and not is_ending and not is_second_try:
@@ -214,6 +241,22 @@ class Database:
             else:
                 for write in batch:
                     self._commit(connection, [write])
+
+    def _run_together(self, connection: Connection, writes: list[_Write]) -> bool:
+        """Take all rows of one statement at once; return False, with nothing changed, where one of them can't be."""
+        try:
+            with connection.begin_nested() as savepoint:
+                result = connection.execute(writes[0].work.statement, [write.work.values for write in writes])
+                if result.rowcount != len(writes):
+                    savepoint.rollback()
+                    return False
+        except SQLAlchemyError:
+            if not self._dialect.is_in_transaction(connection):
+                raise
+            return False
+        for write in writes:
+            write.result, write.error = True, None
+        return True
 
     def _run(self, connection: Connection, write: _Write) -> None:
         write.result = write.error = None
@@ -238,6 +281,12 @@ class Database:
 
     def _closed_error(self) -> StorageError:
         return StorageError(f"the database {self.place} is closed: open it again")
+
+
+def _group(batch: list[_Write]) -> Iterator[list[_Write]]:
+    """Yield the batch in order, writes of the same statement that follow each other as one."""
+    for _, same in itertools.groupby(batch, lambda write: id(getattr(write.work, "statement", write))):
+        yield list(same)
 
 
 def _in_session(connection: Connection, work: Callable[[Session], T]) -> T:

@@ -45,11 +45,6 @@ class Correction:
     step: Step
     text: str
 
-    @property
-    def task_key(self) -> tuple[str, str]:
-        """What the correction is about; a client's request is its own text."""
-        return (self.trajectory.environment or "", self.trajectory.task or self.trajectory.task_text)
-
 
 class FeedbackBook:
     """All feedback ever posted."""

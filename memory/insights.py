@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
+from sqlalchemy import bindparam
 from sqlmodel import Session, col, select
 
 from memory.database import Database
@@ -89,14 +91,18 @@ class Insights:
 
     def active(self, environment: str | None = None, kind: str | None = None, *, tenant: str = "") -> list[Insight]:
         """Return a tenant's insights in force, strongest first."""
-        query = select(Insight).where(col(Insight.removed_at).is_(None), Insight.tenant == tenant)
-        if environment is not None:
-            query = query.where(Insight.environment == environment)
-        if kind is not None:
-            query = query.where(Insight.kind == kind)
-        query = query.order_by(col(Insight.strength).desc(), col(Insight.wins).desc(), col(Insight.id))
+        place = {"tenant": tenant, "environment": environment, "kind": kind}
+        given = {name: value for name, value in place.items() if value is not None}
         with self._database.read() as session:
-            return list(session.exec(query))
+            return list(session.exec(_active_at(tuple(given)), params=given))
+
+
+@cache
+def _active_at(names: tuple[str, ...]):
+    """The query for active insights by these columns, strongest first; made once, because each request asks it."""
+    query = select(Insight).where(col(Insight.removed_at).is_(None))
+    query = query.where(*(getattr(Insight, name) == bindparam(name) for name in names))
+    return query.order_by(col(Insight.strength).desc(), col(Insight.wins).desc(), col(Insight.id))
 
 
 class _Lists:

@@ -169,6 +169,8 @@ class Retrieval:
             return []
         where = {"environment": environment, "kind": kind}
         near = await self._index.find("exemplars", query_text, where, num, tenant=tenant, exclude_task=exclude_task)
+        if not near:
+            return []
         with self._database.read() as session:
             found = [it for row_id, _ in near if (it := session.get(Trajectory, row_id)) is not None]
             trajectories = [trajectory for trajectory in found if trajectory.tenant == tenant]
@@ -188,6 +190,8 @@ class Retrieval:
         if num == 0:
             return []
         near = await self._index.find("passages", query_text, num=num, tenant=tenant, min_similarity=MIN_SIMILARITY)
+        if not near:
+            return []
         query = select(Passage, Document.title).join(Document, col(Document.id) == Passage.document_id)
         query = query.where(Document.tenant == tenant)
         with self._database.read() as session:

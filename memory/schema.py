@@ -14,7 +14,7 @@ import secrets
 import time
 from array import array
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -34,14 +34,25 @@ from sqlalchemy import (
 )
 from sqlmodel import Field, SQLModel
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_latest_ns = 0
+
+
+def _tick() -> int:
+    """Return the time in nanoseconds, later each time: a clock that is set back must not turn what is newest."""
+    global _latest_ns
+    _latest_ns = max(time.time_ns(), _latest_ns + 1_000)
+    return _latest_ns
+
 
 def new_id(prefix: str) -> str:
     """Return a unique id that sorts by time of birth: `<prefix>_<12 hex of milliseconds><16 random hex>`."""
-    return f"{prefix}_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(8)}"
+    return f"{prefix}_{_tick() // 1_000_000:012x}{secrets.token_hex(8)}"
 
 
 def now() -> datetime:
-    return datetime.now(UTC)
+    """Return the time. Within one process it never goes back, and no two moments are the same."""
+    return _EPOCH + timedelta(microseconds=_tick() // 1_000)
 
 
 class UtcDateTime(TypeDecorator):
@@ -86,12 +97,15 @@ def clean(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
 def dump_json(value: Any) -> str:
     """Return JSON that reads well by hand and stores anywhere: no escapes, no lone surrogates, NaN as a word."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = _JSON.encode(value)
     except ValueError:  # what JSON has no number for is said in words
-        text = json.dumps(json.loads(json.dumps(value), parse_constant=str), ensure_ascii=False)
+        text = _JSON.encode(json.loads(json.dumps(value), parse_constant=str))
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -156,7 +170,8 @@ LEGAL_MOVES: dict[StrEnum, frozenset[StrEnum]] = {
 class Task:
     """What is asked. `kind` groups tasks that lessons carry over between; `name` is unique in its environment."""
 
-    environment: str
+    environment: str | None
+    """None: a client's own, which it plays itself; nobody here can play it again."""
     name: str
     kind: str
     split: Split
@@ -201,6 +216,11 @@ class Trajectory(SQLModel, table=True):
     num_invalid_tool_calls: int = 0
     opened_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     closed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+    @property
+    def task_key(self) -> tuple[str, str]:
+        """What makes two episodes tries at the same thing; a client's request that names no task is its own text."""
+        return (self.environment or "", self.task or self.task_text)
 
 
 class StepKind(StrEnum):

@@ -21,6 +21,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Select, String, bindparam, case, cast, exists, func, insert, literal, or_
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased, defer
 from sqlmodel import Session, col, select
 
@@ -91,17 +92,11 @@ class Trajectories:
         """
         if trajectory.stage is not TrajectoryStage.RUNNING:
             raise ValueError(f"a trajectory opens as 'running', not as {trajectory.stage.value!r}")
-        values = trajectory.model_dump()
-
-        def write(session: Session) -> Trajectory:
-            if session.get(Policy, values["policy"]) is None:
-                raise UnknownPolicy(f"no policy has version {values['policy']!r}: register it before it acts")
-            if session.get(Trajectory, values["id"]) is not None:
-                raise ValueError(f"trajectory {values['id']!r} exists: open another with a new id")
-            session.execute(insert(Trajectory).values(**values))
-            return session.get_one(Trajectory, values["id"])
-
-        return await self._database.write(write)
+        try:
+            await self._database.take(_INSERT_TRAJECTORY, trajectory.model_dump())
+        except IntegrityError as error:
+            raise self._refused_trajectory(trajectory) from error
+        return trajectory
 
     async def append(self, step: Step, *, trajectory: Trajectory) -> None:
         """Add the next step; durable when it returns.
@@ -110,8 +105,8 @@ class Trajectories:
         """
         if step.trajectory_id != trajectory.id:
             raise ValueError(f"step of {step.trajectory_id!r} cannot be appended to trajectory {trajectory.id!r}")
-        result = await self._database.execute(_INSERT_STEP, step.model_dump())
-        if result.rowcount == 0:
+        fields = vars(step)  # model_dump copies thousands of token ids, one by one
+        if not await self._database.take(_INSERT_STEP, {name: fields[name] for name in Step.model_fields}):
             raise self._refused_step(step)
 
     async def close(
@@ -164,7 +159,7 @@ class Trajectories:
         """Have the index look at a closed trajectory again if its success may have changed."""
         if trajectory.stage is not TrajectoryStage.FINISHED or trajectory.split is Split.HELD_OUT:
             return
-        reward = session.scalar(select(_effective_reward_of(literal(trajectory.id))))
+        reward = session.scalar(_EFFECTIVE_REWARD, {"trajectory_id": trajectory.id})
         if reward is not None:
             session.add(Outbox(collection="exemplars", row_id=trajectory.id, is_removed=reward < self.success_reward))
 
@@ -241,11 +236,13 @@ class Trajectories:
         Without token ids a long episode is read quickly; asking such a step for them raises.
         """
         with self._database.read() as session:
-            _require(session, trajectory_id)
             query = select(Step).where(Step.trajectory_id == trajectory_id, col(Step.position) >= since)
             if not with_token_ids:
                 query = query.options(defer(Step.prompt_token_ids), defer(Step.output_token_ids))
-            return builtins.list(session.exec(query.order_by(col(Step.position))))
+            steps = builtins.list(session.exec(query.order_by(col(Step.position))))
+            if not steps:
+                _require(session, trajectory_id)
+            return steps
 
     def measure(self, trajectory_id: str, *, since: int = 0) -> Measures:
         """Return how long a trajectory is by now, from position `since` on."""
@@ -293,12 +290,14 @@ class Trajectories:
     def effective_reward(self, trajectory_id: str) -> float | None:
         """Return the reward that counts: the newest of the most trusted source; None when there is none."""
         with self._database.read() as session:
-            _require(session, trajectory_id)
-            return session.scalar(select(_effective_reward_of(literal(trajectory_id))))
+            reward = session.scalar(_EFFECTIVE_REWARD, {"trajectory_id": trajectory_id})
+            if reward is None:
+                _require(session, trajectory_id)
+            return reward
 
     def view(self, trajectory: Trajectory) -> TrajectoryView:
-        """Return a trajectory with the reward that counts. Raises: UnknownTrajectory."""
-        reward = self.effective_reward(trajectory.id)
+        """Return a trajectory with the reward that counts."""
+        ((reward,),) = self._database.fetch(_EFFECTIVE_REWARD, {"trajectory_id": trajectory.id})
         return TrajectoryView(trajectory, reward, None if reward is None else reward >= self.success_reward)
 
     def exemplary(self) -> Select:
@@ -329,6 +328,16 @@ class Trajectories:
             rows = session.exec(query.order_by(col(Trajectory.closed_at), col(Trajectory.id))).all()
         return [Graded(trajectory, value, value >= self.success_reward) for trajectory, value in rows]
 
+    def kept_back(self) -> set[tuple[str, str]]:
+        """Return (tenant, task) of every held-out task that a client played, and (tenant, text) of it."""
+        query = (
+            select(Trajectory.tenant, Trajectory.task, Trajectory.task_text)
+            .where(Trajectory.split == Split.HELD_OUT, col(Trajectory.environment).is_(None))
+            .distinct()
+        )
+        with self._database.read() as session:
+            return {(tenant, it) for tenant, task, text in session.exec(query) for it in (task, text) if it}
+
     def list(
         self,
         *,
@@ -339,13 +348,17 @@ class Trajectories:
         policy: int | None = None,
         stage: TrajectoryStage | None = None,
         is_success: bool | None = None,
+        since: datetime | None = None,
         tenant: str = "",
     ) -> builtins.list[TrajectoryView]:
-        """Return trajectories with their rewards, newest first; pass the last id as `before_id` for the next page."""
+        """Return trajectories with their rewards, newest first; pass the last id as `before_id` for the next page.
+        With `since`, only what was opened after it."""
         reward = _effective_reward_of(col(Trajectory.id)).label("reward")
         query = select(Trajectory, reward).where(Trajectory.tenant == tenant)
         if before_id is not None:
             query = query.where(col(Trajectory.id) < before_id)
+        if since is not None:
+            query = query.where(col(Trajectory.opened_at) > since)
         for column, wanted in (
             (Trajectory.environment, environment),
             (Trajectory.split, split),
@@ -363,6 +376,13 @@ class Trajectories:
             for trajectory, value in rows
         ]
 
+    def _refused_trajectory(self, trajectory: Trajectory) -> Exception:
+        """Find out why it could not be opened."""
+        with self._database.read() as session:
+            if session.get(Policy, trajectory.policy) is None:
+                return UnknownPolicy(f"no policy has version {trajectory.policy!r}: register it before it acts")
+        return ValueError(f"trajectory {trajectory.id!r} exists: open another with a new id")
+
     def _refused_step(self, step: Step) -> Exception:
         """Find out why the guarded insert took no row."""
         with self._database.read() as session:
@@ -377,6 +397,17 @@ class Trajectories:
             expected = session.scalar(select(_next_position(literal(step.trajectory_id))))
         place = f"step {step.position!r} of trajectory {step.trajectory_id!r}"
         return ValueError(f"{place} is out of order: the next position is {expected}")
+
+
+def measure(steps: Iterable[Step]) -> Measures:
+    """Return how long these steps are, with their tokens, as `Trajectories.measure` would once they are rows."""
+    steps = builtins.list(steps)
+    return Measures(
+        num_steps=len(steps),
+        num_model_calls=sum(step.kind is StepKind.MODEL for step in steps),
+        prompt_tokens=sum(len(step.prompt_token_ids or ()) for step in steps),
+        output_tokens=sum(len(step.output_token_ids or ()) for step in steps),
+    )
 
 
 def check_reward(value: float) -> None:
@@ -485,7 +516,9 @@ def _build_step_insert():
     return inserted.execution_options(preserve_rowcount=True)  # else gone on PostgreSQL when the writer has it
 
 
+_INSERT_TRAJECTORY = insert(Trajectory)
 _INSERT_STEP = _build_step_insert()
+_EFFECTIVE_REWARD = select(_effective_reward_of(bindparam("trajectory_id")))
 _SUMS = select(
     func.count(),
     func.coalesce(func.sum(case((Step.kind == StepKind.MODEL, 1), else_=0)), 0),

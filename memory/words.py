@@ -84,11 +84,7 @@ class WordIndex:
     def has_any(self, collection: str, where: Mapping[str, str]) -> bool:
         """Say whether anything at all could be found."""
         clause, values = _clause(collection, where, None)
-        with self._database.read() as session:
-            return (
-                session.execute(text(f"SELECT 1 FROM word_entries e WHERE {clause} LIMIT 1"), values).first()
-                is not None
-            )
+        return bool(self._database.fetch(text(f"SELECT 1 FROM word_entries e WHERE {clause} LIMIT 1"), values))
 
     def find(
         self, collection: str, query_text: str, where: Mapping[str, str], num: int, *, exclude_task: str | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 
 class Recipe(BaseModel, extra="forbid", frozen=True):
@@ -135,6 +135,8 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     """One turn of the loop."""
 
     environment: str = "textworld"
+    """Where to practise and to prove. Empty: only clients play; then both counts of episodes are 0, and a candidate
+    waits until clients have played held-out tasks as it and as the incumbent."""
     name: str = "ratchet"
     """Adapters are called `<name>-v<version>`."""
     seed: int = 0
@@ -163,3 +165,11 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     """Threads of the trainer on a CPU."""
     training_attempts: int = Field(default=2, ge=1)
     """How often a trainer that died is started again, each time from its last checkpoint."""
+
+    @model_validator(mode="after")
+    def _plays_somewhere(self) -> OptimizerConfig:
+        if not self.environment and (self.practice_episodes or self.explore_episodes):
+            raise ValueError(
+                "nothing can be played without an environment: set practice_episodes and explore_episodes to 0"
+            )
+        return self

@@ -110,7 +110,7 @@ def build_demonstrations(
         except Unstitchable as reason:
             built.tally[str(reason)] += 1
             continue
-        by_task[each.task_key] += candidates
+        by_task[each.trajectory.task_key] += candidates
     for _, candidates in sorted(by_task.items()):
         _take_shortest(candidates, config.per_task, built)
     built.rows = _cap(built.rows, config.max_rows, seed, built.tally)
@@ -141,7 +141,7 @@ def _take_corrections(
         built.rows.append(Demonstration(each.trajectory.id, kept.input_ids, kept.mask, has_memory))
         built.tokens_shown += row.num_prompt_tokens
         built.tokens_kept += kept.num_prompt_tokens
-        tasks.add(each.task_key)
+        tasks.add(each.trajectory.task_key)
     built.num_corrections = len(built.rows)
     built.num_tasks += len(tasks)
 
@@ -214,7 +214,7 @@ def build_preferences(
     built = PreferenceRows()
     by_task: dict[tuple[str, str], list[GradedTrajectory]] = defaultdict(list)
     for each in graded:
-        by_task[each.task_key].append(each)
+        by_task[each.trajectory.task_key].append(each)
     for _, tries in sorted(by_task.items()):
         if len({each.is_success for each in tries}) == 2:
             found = _weigh_task(tries, tokenizer, config, max_length_tokens, built.tally)

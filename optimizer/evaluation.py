@@ -42,7 +42,8 @@ class Played:
     trajectory_id: str
     is_success: bool
     is_broken: bool
-    """It did not end by itself: FAILED, cancelled, or out of time. Its outcome says nothing of the policy."""
+    """It did not end by itself (FAILED, cancelled, out of time), or nobody said what it was worth. Its outcome says
+    nothing of the policy."""
     is_truncated: bool
     """A budget of steps or tokens ended it."""
     num_turns: int
@@ -160,25 +161,27 @@ async def play_cell(
         num_done += 1
         if on_progress is not None:
             await on_progress(num_done, len(tasks), cell.name)
-        return describe(task, trajectory, grade(trajectory.id), success_reward)
+        return describe(task.name, trajectory, grade(trajectory.id), success_reward)
 
     async with asyncio.TaskGroup() as group:
         playing = [group.create_task(play(task)) for task in tasks]
     return CellResult(cell, [each.result() for each in playing])
 
 
-def describe(task: Task, trajectory: Trajectory, reward: float | None, success_reward: float) -> Played:
+def describe(task: str, trajectory: Trajectory, reward: float | None, success_reward: float) -> Played:
     """Sum up one episode."""
     error = trajectory.error or ""
     is_finished = trajectory.stage is TrajectoryStage.FINISHED
+    # a client that went without a word is no budget: what it left is what its reward says
+    is_cut = is_finished and error.startswith("BudgetExceeded")
     # a clock says more about the machine than about the policy; steps and tokens are the policy's own
-    is_out_of_time = is_finished and "second" in error
+    is_out_of_time = is_cut and "second" in error
     return Played(
-        task=task.name,
+        task=task,
         trajectory_id=trajectory.id,
         is_success=reward is not None and reward >= success_reward,
         is_broken=not is_finished or is_out_of_time or reward is None,
-        is_truncated=is_finished and bool(error) and not is_out_of_time,
+        is_truncated=is_cut and not is_out_of_time,
         num_turns=_count_turns(trajectory),
         prompt_tokens=trajectory.prompt_tokens,
         output_tokens=trajectory.output_tokens,
@@ -227,7 +230,7 @@ def _doubt(
     for cell in cells:
         if cell.share("is_broken") > config.max_broken_share:
             return Decision.UNINFORMATIVE, (
-                f"{cell.share('is_broken'):.0%} of the episodes of {cell.cell.name!r} broke off "
+                f"{cell.share('is_broken'):.0%} of the episodes of {cell.cell.name!r} broke off or have no reward "
                 f"(more than {config.max_broken_share:.0%}): mend the cause and evaluate again"
             )
     if len(pairs) < config.min_tasks:

@@ -136,8 +136,7 @@ def contrast_insights(
     """Return what the tallies say: ADD or AGREE for the best action of each cue, REMOVE for what they speak against."""
     by_place: dict[tuple[str, str], list[GradedTrajectory]] = defaultdict(list)
     for each in graded:
-        if each.trajectory.environment is not None:
-            by_place[(each.trajectory.environment, each.trajectory.kind)].append(each)
+        by_place[(each.trajectory.environment or "", each.trajectory.kind)].append(each)
     operations: list[InsightOperation] = []
     for (environment, kind), episodes in sorted(by_place.items()):
         answers = find_answers(episodes)

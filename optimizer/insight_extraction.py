@@ -78,15 +78,15 @@ def _choose_readings(
     successes: Sequence[GradedTrajectory], failures: Sequence[GradedTrajectory], max_critiques: int, seed: int
 ) -> list[tuple[Place, str]]:
     """Return what the critic reads, in ExpeL's two passes: the same task won and lost, then successes side by side."""
-    lost = {each.task_key: each for each in failures}
+    lost = {each.trajectory.task_key: each for each in failures}
     compared = [
-        (_place(won), f"Lost:\n{_tell(lost[won.task_key])}\n\nWon, the same task:\n{_tell(won)}")
-        for won in {each.task_key: each for each in successes}.values()
-        if won.task_key in lost
+        (_place(won), f"Lost:\n{_tell(lost[won.trajectory.task_key])}\n\nWon, the same task:\n{_tell(won)}")
+        for won in {each.trajectory.task_key: each for each in successes}.values()
+        if won.trajectory.task_key in lost
     ]
     random.Random(seed).shuffle(compared)
     by_place: dict[Place, list[GradedTrajectory]] = defaultdict(list)
-    for each in {each.task_key: each for each in successes}.values():
+    for each in {each.trajectory.task_key: each for each in successes}.values():
         by_place[_place(each)].append(each)
     grouped = [
         (place, "\n\n".join(f"Won:\n{_tell(each)}" for each in won[start : start + GROUP_SIZE]))

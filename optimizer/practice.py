@@ -70,9 +70,11 @@ async def explore(shop: Workshop, policy: int) -> None:
     which samples every task alike.
     """
     config = shop.config
+    rounds = plan_rounds(config.explore_episodes, config.num_practice_tasks)
+    if not rounds:
+        return
     tasks = shop.practice_tasks()
     await shop.prepare(tasks)
-    rounds = plan_rounds(config.explore_episodes, config.num_practice_tasks)
     for number in range(shop.artifacts.get("num_explore_rounds", 0), len(rounds)):
         chosen = tasks[: rounds[number]]
         if number >= len(rounds) / 2:

@@ -51,7 +51,7 @@ def build_report(shop: Workshop, cells: dict[str, CellResult], verdict: Verdict)
         "verdict": verdict.to_json(),
         "cells": {name: result.summary() for name, result in cells.items()},
         "comparisons": compare_cells(cells),
-        "saving": measure_saving(cells, artifacts),
+        "saving": measure_saving(cells),
         "demonstrations": _without_ids(artifacts["demonstrations"]),
         "preferences": artifacts.get("preferences", {}),
         "training": {kind: artifacts[kind] for kind in ("sft", "dpo") if kind in artifacts},
@@ -107,8 +107,11 @@ def _relative_gain(first: float, second: float) -> float | None:
     return first / second - 1 if second else None
 
 
-def measure_saving(cells: dict[str, CellResult], artifacts: dict[str, Any]) -> dict[str, Any]:
-    """Return what the words cost before they became weights: base with memory against the final policy without."""
+def measure_saving(cells: dict[str, CellResult]) -> dict[str, Any] | None:
+    """Return what the words cost before they became weights: base with memory against the final policy without; None
+    where clients played, who are not asked for that."""
+    if "base-on" not in cells:
+        return None
     final = cells.get("dpo-off") or cells["sft-off"]
     before, after = cells["base-on"].per_turn("prompt_tokens"), final.per_turn("prompt_tokens")
     by_task = {episode.task: episode for episode in cells["base-on"].played}
@@ -139,8 +142,7 @@ def render_markdown(report: dict[str, Any]) -> str:
     parts = [
         f"# Cycle {report['cycle']}: {verdict['decision']}",
         f"Policy v{verdict['candidate']['policy']} against v{verdict['incumbent']['policy']} on {paired['num_tasks']} "
-        f"held-out tasks of {report['environment']}, played greedily through the rollout that serves: "
-        f"{verdict['reason']}.",
+        f"held-out tasks {_played_by(report)}: {verdict['reason']}.",
         "![Success by stage](success.png)",
         "## Success by stage",
         _render_cells(report["cells"]),
@@ -220,7 +222,15 @@ def _render_comparisons(comparisons: list[dict[str, Any]]) -> str:
     )
 
 
-def _render_saving(saving: dict[str, Any]) -> str:
+def _played_by(report: dict[str, Any]) -> str:
+    if not report["environment"]:
+        return "as clients played and rewarded them"
+    return f"of {report['environment']}, played greedily through the rollout that serves"
+
+
+def _render_saving(saving: dict[str, Any] | None) -> str:
+    if saving is None:
+        return "Not measured: clients played."
     return (
         f"Prompt tokens per turn: {saving['prompt_tokens_per_turn_before']:.0f} for the base with memory, "
         f"{saving['prompt_tokens_per_turn_after']:.0f} for {saving['final']} without: {saving['share']:.0%} less "
@@ -317,7 +327,7 @@ def plot_success(cells: dict[str, dict[str, Any]], path: Path) -> None:
             label=f"memory {memory}",
         )
         axes.bar_label(bars, fmt="%.1f %%", padding=2, fontsize=8)
-    titles = {"base": "base", "sft": "SFT", "dpo": "SFT + DPO", "incumbent": "incumbent"}
+    titles = {"base": "base", "sft": "SFT", "dpo": "SFT + DPO"}
     axes.set_xticks(range(len(stages)), [titles.get(stage, stage) for stage in stages])
     axes.set_ylabel("held-out tasks won, %")
     axes.set_ylim(bottom=0)

@@ -24,12 +24,6 @@ class GradedTrajectory:
     is_success: bool
 
     @property
-    def task_key(self) -> tuple[str, str]:
-        """What makes two episodes tries at the same thing; a client's request is its own text."""
-        trajectory = self.trajectory
-        return (trajectory.environment or "", trajectory.task or trajectory.task_text)
-
-    @property
     def model_steps(self) -> list[Step]:
         return [step for step in self.steps if step.kind is StepKind.MODEL]
 

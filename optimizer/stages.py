@@ -9,6 +9,7 @@ import asyncio
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from optimizer.config import Recipe, choose_recipe
 from optimizer.data import build_demonstrations, build_preferences, write_rows
 from optimizer.errors import OptimizerError, TooFewTrajectories
 from optimizer.evaluation import Cell, CellResult, Decision, Played, Verdict, judge, play_cell
+from optimizer.logged_evaluation import read_logged_cells
 from optimizer.practice import explore as play_exploration
 from optimizer.practice import practice
 from optimizer.report import write_report
@@ -104,11 +106,15 @@ async def explore(shop: Workshop) -> None:
 
 
 async def train_dpo(shop: Workshop) -> None:
-    """Train on preferences, from the SFT adapter; with too few of them the SFT policy itself becomes the candidate."""
+    """Train on preferences, from the SFT adapter; with too few of them the SFT policy itself becomes the candidate.
+
+    Where the SFT policy explored, its own mistakes are weighed. Where nothing was explored there are only those of the
+    policies that were logged.
+    """
     config, sft = shop.config, shop.artifacts["sft"]
     built = await asyncio.to_thread(
         build_preferences,
-        await shop.read_pool(this_cycle_only=True),
+        await shop.read_pool(this_cycle_only=config.explore_episodes > 0),
         await _load_tokenizer(shop),
         config=config.preferences,
         max_length_tokens=config.max_length_tokens,
@@ -140,6 +146,8 @@ async def train_dpo(shop: Workshop) -> None:
 
 async def evaluate(shop: Workshop) -> None:
     """Play every cell on the same held-out tasks; a cell that was played is not played again."""
+    if not shop.config.environment:
+        return
     if "incumbent" not in shop.artifacts:
         await shop.keep(incumbent=shop.memory.policies.active().version)
     tasks = shop.held_out_tasks()
@@ -152,23 +160,42 @@ async def evaluate(shop: Workshop) -> None:
 
 async def settle(shop: Workshop) -> None:
     """Judge, write the report, and let the candidate act or reject it. The report is there before the swap."""
-    cells = {cell.name: _read_cell(shop, cell) for cell in choose_cells(shop)}
-    verdict = judge(*_contestants(shop, cells), shop.config.evaluation)
-    active = shop.memory.policies.active().version
-    if active not in (verdict.incumbent.policy, verdict.candidate.policy):
-        verdict = _doubt_incumbent(verdict, active)
-    report = await asyncio.to_thread(write_report, shop, cells, verdict)
-    stage = PolicyStage.ACTIVE if verdict.decision is Decision.PROMOTE else PolicyStage.REJECTED
-    summary = {**verdict.to_json(), "policy": verdict.candidate.policy, "report": str(report)}
-    if shop.memory.policies.get(verdict.candidate.policy).stage is not stage:
-        await shop.memory.policies.move(verdict.candidate.policy, stage, verdict=summary)
+    if shop.config.environment:
+        cells = {cell.name: _read_cell(shop, cell) for cell in choose_cells(shop)}
+        summary = await _conclude(shop, cells, judge(*_contestants(shop, cells), shop.config.evaluation))
+    else:
+        summary = await judge_by_log(shop)
     shutil.rmtree(shop.directory / "training", ignore_errors=True)
     await shop.keep(verdict=summary)
 
 
-def _doubt_incumbent(verdict: Verdict, active: int) -> Verdict:
-    reason = f"policy v{active} became active meanwhile; the candidate was measured against v{verdict.incumbent.policy}"
-    return Verdict(**{**vars(verdict), "decision": Decision.UNINFORMATIVE, "reason": reason})
+async def judge_by_log(shop: Workshop) -> dict[str, Any]:
+    """Judge the candidate by what clients played as it and as the active policy; until they have, it stays one."""
+    policies = shop.memory.policies
+    candidate, incumbent = policies.get(shop.artifacts["candidate"]), policies.active()
+    found = await asyncio.to_thread(read_logged_cells, shop.memory, candidate, incumbent, limit=shop.config.max_pool)
+    verdict = judge(*found, shop.config.evaluation)
+    if verdict.decision is Decision.UNINFORMATIVE:
+        mend = f"have {candidate.name} and {incumbent.name} play the same held-out tasks alike, reward all of them"
+        verdict = replace(verdict, reason=f"{verdict.reason}; {mend}, and judge again")
+    return await _conclude(shop, {cell.cell.name: cell for cell in found}, verdict)
+
+
+async def _conclude(shop: Workshop, cells: dict[str, CellResult], verdict: Verdict) -> dict[str, Any]:
+    """Write the report, then move the candidate to where the verdict sends it."""
+    policies = shop.memory.policies
+    active, measured = policies.active().version, f"measured against v{verdict.incumbent.policy}"
+    if active not in (verdict.incumbent.policy, verdict.candidate.policy):
+        reason = f"policy v{active} became active meanwhile; the candidate was {measured}"
+        verdict = replace(verdict, decision=Decision.UNINFORMATIVE, reason=reason)
+    report = await asyncio.to_thread(write_report, shop, cells, verdict)
+    summary = {**verdict.to_json(), "policy": verdict.candidate.policy, "report": str(report)}
+    stage = PolicyStage.ACTIVE if verdict.decision is Decision.PROMOTE else PolicyStage.REJECTED
+    if verdict.decision is Decision.UNINFORMATIVE and not shop.config.environment:
+        stage = PolicyStage.CANDIDATE  # clients may still play
+    if policies.get(verdict.candidate.policy).stage is not stage:
+        await policies.move(verdict.candidate.policy, stage, verdict=summary)
+    return summary
 
 
 def choose_cells(shop: Workshop) -> list[Cell]:

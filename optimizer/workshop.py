@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from memory.feedback import Correction
 from memory.schema import Cycle, CycleStage, Split, Task, Trajectory
@@ -22,6 +22,8 @@ from optimizer.rewards import GradedTrajectory, grade
 from optimizer.seams import Seams
 
 PROGRESS_INTERVAL_SECONDS = 0.5
+
+Lived = TypeVar("Lived", GradedTrajectory, Correction)
 
 
 @dataclass
@@ -83,15 +85,27 @@ class Workshop:
     async def read_pool(self, *, this_cycle_only: bool = False) -> list[GradedTrajectory]:
         """Return what may be learned from, oldest first; held-out tasks stay out, also when a client asked for one."""
         since = self.cycle.created_at if this_cycle_only else None
-        pool = await asyncio.to_thread(grade, self.memory, since=since, limit=self.config.max_pool)
-        held_out = {(task.environment, task.name) for task in self.held_out_tasks()}
-        return [each for each in pool if each.task_key not in held_out]
+        return await self._drop_held_out(
+            await asyncio.to_thread(grade, self.memory, since=since, limit=self.config.max_pool)
+        )
 
     async def read_corrections(self) -> list[Correction]:
         """Return what people said replies should have been; of held-out tasks none, whoever asked."""
-        found = await asyncio.to_thread(self.memory.feedback.corrections, limit=self.config.max_pool)
-        held_out = {(task.environment, task.name) for task in self.held_out_tasks()}
-        return [each for each in found if each.task_key not in held_out]
+        return await self._drop_held_out(
+            await asyncio.to_thread(self.memory.feedback.corrections, limit=self.config.max_pool)
+        )
+
+    async def _drop_held_out(self, found: list[Lived]) -> list[Lived]:
+        """Leave out tries at a task that measures, though they were not marked so themselves."""
+        environments_own = {(task.environment, task.name) for task in self.held_out_tasks()}
+        clients_own = await asyncio.to_thread(self.memory.trajectories.kept_back)
+
+        def measures(trajectory: Trajectory) -> bool:
+            if trajectory.environment is not None:
+                return trajectory.task_key in environments_own
+            return any((trajectory.tenant, it) in clients_own for it in (trajectory.task, trajectory.task_text))
+
+        return [each for each in found if not measures(each.trajectory)]
 
     def practice_tasks(self) -> list[Task]:
         """Return this cycle's practice tasks."""
@@ -103,6 +117,9 @@ class Workshop:
         )
 
     def held_out_tasks(self) -> list[Task]:
+        """Return the tasks that decide; none where nothing can be played here."""
+        if not self.config.environment:
+            return []
         return self.seams.tasks(self.config.environment, Split.HELD_OUT, self.config.evaluation.num_tasks, 0)
 
     async def prepare(self, tasks: Sequence[Task]) -> None:

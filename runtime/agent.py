@@ -19,14 +19,14 @@ outside.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import structlog
 from langgraph.graph import END, START, StateGraph
 
-from memory.schema import RewardSource, Task, Trajectory, TrajectoryStage, new_id
+from memory.schema import RewardSource, Split, Task, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
 from runtime.cache_salts import CacheSalts
 from runtime.completion import Message, OnDelta
@@ -96,9 +96,10 @@ class Agent:
     ) -> Trajectory:
         """Play one episode and return its closed trajectory; its record and reward are durable by then.
 
-        Either `task` (the environment speaks first) or `messages` (a client does). `tools` are definitions of tools
-        that the client runs: a reply that calls one ends this turn, and the trajectory is returned RUNNING. Messages
-        that begin with all of that and bring the results go on with it: same policy, same memory, same trajectory.
+        Either a `task` of an environment (which speaks first) or `messages` (a client does; a `task` beside them is its
+        own, and says what the record is about). `tools` are definitions of tools that the client runs: a reply that
+        calls one ends this turn, and the trajectory is returned RUNNING. Messages that begin with all of that and bring
+        the results go on with it: same policy, same memory, same trajectory.
         `sampling` goes to the engine as it is; `max_tokens` bounds one model call; `on_open` is called when the record
         is open, `on_delta` is awaited with each piece the model writes for the client.
 
@@ -107,18 +108,19 @@ class Agent:
             EpisodeBusy: the episode is answering another request.
             UnknownEnvironment, UnknownPolicy, AdapterError, EngineError: the episode could not even open.
         """
-        if task is not None and tools:
-            raise ValueError(f"a task of {task.environment!r} brings its own tools: send none with it")
-        if task is None and not messages:
-            raise ValueError("nothing was asked: give a task, or at least one message")
-        server_tools = () if task is not None else self._tools
-        _refuse_namesakes(server_tools, tools)
+        environment = self.environment(task.environment) if task and task.environment is not None else None
+        if environment is not None and tools:
+            raise ValueError(f"a task of {environment.name!r} brings its own tools: send none with it")
+        if environment is None and not messages:
+            raise ValueError("nothing was asked: give a task of an environment, or at least one message")
+        _refuse_namesakes(() if environment is not None else self._tools, tools)
         config = self._config
-        asked = None if task is not None else messages
-        with self.book.enter(asked, episode_id=episode_id, policy=policy, tenant=tenant) as entry:
+        asked = None if environment is not None else messages
+        with self.book.enter(asked, episode_id=episode_id, policy=policy, task=task, tenant=tenant) as entry:
             pinned = entry.comeback.trajectory.policy if entry.comeback is not None else policy
             async with self._hotswap.lease(pinned) as actor:
-                playthrough = await self.environment(task.environment).start(task) if task is not None else None
+                playthrough = await environment.start(task) if environment is not None else None
+                split = entry.comeback.trajectory.split if entry.comeback else task.split if task else Split.LIVE
                 episode = Episode(
                     memory=self._memory,
                     telemetry=self.telemetry,
@@ -127,7 +129,7 @@ class Agent:
                     episode_id=entry.episode_id,
                     task=task,
                     playthrough=playthrough,
-                    tools={tool.name: tool for tool in self._tools_for(task, playthrough, tenant)},
+                    tools={tool.name: tool for tool in self._tools_for(split, playthrough, tenant)},
                     client_tools=list(tools),
                     budget=Budget(
                         max_steps=config.max_steps,
@@ -141,7 +143,7 @@ class Agent:
                     on_delta=on_delta,
                     on_open=on_open,
                     heard=list(messages or ()),
-                    **self._begin(entry, actor, task, playthrough, messages or ()),
+                    **self._begin(entry, actor, environment, playthrough, messages or ()),
                 )
                 return await self._watch(episode)
 
@@ -149,7 +151,7 @@ class Agent:
         self,
         entry: Entry,
         actor: Actor,
-        task: Task | None,
+        environment: Environment | None,
         playthrough: Playthrough | None,
         messages: Sequence[Message],
     ) -> dict[str, Any]:
@@ -167,21 +169,23 @@ class Agent:
             }
         opening = [{"role": "user", "content": playthrough.task_text}] if playthrough else list(messages)
         return {
-            "opening": self._with_system_prompt(opening, actor, task),
+            "opening": self._with_system_prompt(opening, actor, environment),
             "task_text": _last_user_text(opening),
             "trajectory_id": new_id("trj"),
         }
 
-    def _tools_for(self, task: Task | None, playthrough: Playthrough | None, tenant: str) -> list[Tool]:
+    def _tools_for(self, split: Split, playthrough: Playthrough | None, tenant: str) -> list[Tool]:
         tools = playthrough.tools if playthrough else self._tools
-        return tools_for(task, tools, partial(self._memory.trajectories.recorded_result, tenant=tenant))
+        return tools_for(split, tools, partial(self._memory.trajectories.recorded_result, tenant=tenant))
 
-    def _with_system_prompt(self, opening: list[Message], actor: Actor, task: Task | None) -> list[Message]:
+    def _with_system_prompt(
+        self, opening: list[Message], actor: Actor, environment: Environment | None
+    ) -> list[Message]:
         if opening[0].get("role") in ("system", "developer"):
             return opening
         prompt = actor.policy.system_prompt
         if prompt is None:
-            prompt = self.environment(task.environment).system_prompt if task else self._config.system_prompt
+            prompt = environment.system_prompt if environment is not None else self._config.system_prompt
         return [{"role": "system", "content": prompt}, *opening] if prompt else opening
 
     async def _watch(self, episode: Episode) -> Trajectory:
@@ -229,6 +233,8 @@ class Agent:
         except TimeoutError:
             if not limit.expired():
                 raise
+            if episode.lost is not None:  # not the policy's fault, and nothing to be learned from
+                raise episode.lost from None
             return _describe(BudgetExceeded(f"no answer within {self._config.max_seconds:g} seconds"))
         episode.answer = state["answer"]
         episode.is_handed_over = state.get("is_handed_over", False)
@@ -246,10 +252,11 @@ async def _judge(episode: Episode) -> None:
 
 async def _leave_open(episode: Episode) -> Trajectory:
     """Leave the trajectory to its client. Everything is in the rows already, but for a count that is seldom news."""
-    trajectories, trajectory_id = episode.memory.trajectories, episode.trajectory.id
-    if episode.num_invalid_tool_calls != episode.trajectory.num_invalid_tool_calls:
-        await trajectories.note_invalid_calls(trajectory_id, episode.num_invalid_tool_calls)
-    return trajectories.get(trajectory_id)
+    trajectory, num_invalid = episode.trajectory, episode.num_invalid_tool_calls
+    if num_invalid != trajectory.num_invalid_tool_calls:
+        await episode.memory.trajectories.note_invalid_calls(trajectory.id, num_invalid)
+        trajectory.num_invalid_tool_calls = num_invalid
+    return trajectory
 
 
 async def _leave(episode: Episode) -> Outcome | None:
@@ -281,15 +288,28 @@ def build_graph():
     graph.add_node("resume", resume)
     graph.add_node("act", act)
     graph.add_node("use_tools", use_tools)
-    # What is resumed has been said already; what is retrieved for has not begun.
-    graph.add_conditional_edges(
-        START, lambda state: "resume" if state["messages"] else "retrieve", ["resume", "retrieve"]
-    )
+    graph.add_conditional_edges(START, _begin, ["resume", "retrieve"])
     graph.add_edge("retrieve", "act")
     graph.add_edge("resume", "act")
-    graph.add_conditional_edges("act", lambda state: END if _is_over(state) else "use_tools", ["use_tools", END])
-    graph.add_conditional_edges("use_tools", lambda state: END if _is_over(state) else "act", ["act", END])
+    graph.add_conditional_edges("act", _end_or("use_tools"), ["use_tools", END])
+    graph.add_conditional_edges("use_tools", _end_or("act"), ["act", END])
     return graph.compile()
+
+
+# Asynchronous, though nothing is awaited: LangGraph asks a plain function in a thread, at the price of a model call's
+# whole overhead.
+
+
+async def _begin(state: EpisodeState) -> str:
+    """What is resumed has been said already; what is retrieved for has not begun."""
+    return "resume" if state["messages"] else "retrieve"
+
+
+def _end_or(node: str) -> Callable[[EpisodeState], Awaitable[str]]:
+    async def choose(state: EpisodeState) -> str:
+        return node if state.get("answer") is None else END
+
+    return choose
 
 
 def _begin_state(episode: Episode) -> EpisodeState:
@@ -298,10 +318,6 @@ def _begin_state(episode: Episode) -> EpisodeState:
         return {"messages": []}
     opening = show_memory(episode.opening, episode.trajectory.memory_text)
     return {"messages": [*opening, *restore_messages(episode.comeback.steps)]}
-
-
-def _is_over(state: EpisodeState) -> bool:
-    return state.get("answer") is not None
 
 
 def _refuse_namesakes(server_tools: Sequence[Tool], definitions: Sequence[dict[str, Any]]) -> None:

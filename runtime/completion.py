@@ -10,7 +10,6 @@ caller who is cancelled frees the engine, which drops a request as soon as its c
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -19,11 +18,21 @@ from typing import Any
 
 import aiohttp
 
-from runtime.errors import AdapterError, BudgetExceeded, EngineError, PolicyError, RequestRefused
+from runtime.errors import (
+    AdapterError,
+    BudgetExceeded,
+    EngineBusy,
+    EngineError,
+    EngineLost,
+    PolicyError,
+    RequestRefused,
+)
 
 CONNECT_SECONDS = 5.0
 # The engine closes idle connections after 5 seconds; one reused at that moment would be a failed call.
 KEEP_ALIVE_SECONDS = 3.0
+MAX_EVENT_BYTES = 2**25
+"""The longest event of a stream; the first one of a call holds the prompt's token ids."""
 FIRST_IN_LINE = -1_000
 """Priority of a probe: ahead of everything that waits."""
 
@@ -89,7 +98,7 @@ class EngineClient:
         """Return the reply of `model`; `sampling` goes to vLLM as it is.
 
         Raises:
-            PolicyError: the engine refused, died, or answered nonsense.
+            PolicyError: the engine refused or answered nonsense; EngineBusy: it takes no more; EngineLost: it died.
             BudgetExceeded: the messages fill the model's context.
         """
         started = time.monotonic()
@@ -97,7 +106,7 @@ class EngineClient:
         try:
             choice = answer["choices"][0]
             message = choice["message"]
-            return Completion(
+            reply = Completion(
                 content=message.get("content") or "",
                 tool_calls=_tidy_calls(message.get("tool_calls") or []),
                 finish_reason=choice.get("finish_reason") or "stop",
@@ -106,6 +115,8 @@ class EngineClient:
                 logprobs=(choice.get("logprobs") or {}).get("content") or [],
                 seconds=time.monotonic() - started,
             )
+            _require_types(reply)
+            return reply
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise PolicyError(f"the engine's answer makes no sense: {_shorten(answer)}") from error
 
@@ -131,8 +142,12 @@ class EngineClient:
             if delta:
                 await on_delta(delta)
         if not reply.finish_reason:
-            raise PolicyError("the engine stopped in the middle of its answer")
-        reply.tool_calls = _tidy_calls([calls[index] for index in sorted(calls)])
+            raise EngineLost("the engine stopped in the middle of its answer")
+        try:
+            reply.tool_calls = _tidy_calls([calls[index] for index in sorted(calls)])
+            _require_types(reply)
+        except TypeError as error:
+            raise PolicyError(f"the engine's answer makes no sense: {_shorten(reply)}") from error
         reply.seconds = time.monotonic() - started
         return reply
 
@@ -211,7 +226,7 @@ class EngineClient:
         text = await self._request("POST", path, body)
         try:
             return json.loads(text)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             raise PolicyError(f"the engine's answer is not JSON: {_shorten(text)}") from None
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
@@ -221,7 +236,7 @@ class EngineClient:
                 _refuse_error(response.status, text)
                 return text
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise PolicyError(_describe_silence(error)) from error
+            raise _describe_silence(error) from error
 
     async def _stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Yield the server-sent events of a call, decoded."""
@@ -236,7 +251,7 @@ class EngineClient:
                     if data and line.startswith(b"data:"):
                         yield _decode_event(data)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise PolicyError(_describe_silence(error)) from error
+            raise _describe_silence(error) from error
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None or self._session.closed:
@@ -292,6 +307,16 @@ def _add_call_piece(calls: dict[int, dict[str, Any]], piece: dict[str, Any]) -> 
     return tidy
 
 
+def _require_types(reply: Completion) -> None:
+    """Raise TypeError for what could not be recorded: the engine's word is not taken for it."""
+    called = [part for call in reply.tool_calls for part in (call["id"], *call["function"].values())]
+    texts = [reply.content, reply.finish_reason, *called]
+    lists = [reply.prompt_token_ids, reply.output_token_ids, reply.logprobs]
+    is_sound = all(type(text) is str for text in texts) and all(type(each) is list for each in lists)
+    if not is_sound or not {*map(type, reply.prompt_token_ids), *map(type, reply.output_token_ids)} <= {int}:
+        raise TypeError("a reply of texts and numbers was expected")
+
+
 def _tidy_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the calls in OpenAI's form, each with an id of its own: a repeated id would tie a result to two calls."""
     tidy: list[dict[str, Any]] = []
@@ -317,41 +342,54 @@ def _refuse_error(status: int, text: str) -> None:
         message = _shorten(text)
     if status == 400 and "maximum context length" in message:
         raise BudgetExceeded(f"the conversation fills the model's context: {message}")
-    kind = RequestRefused if status == 400 else PolicyError
-    raise kind(f"the engine answered {status}: {message}", status=status)
+    raise _kind_of(status)(f"the engine answered {status}: {message}", status=status)
+
+
+def _kind_of(status: int) -> type[PolicyError]:
+    if status == 400:
+        return RequestRefused
+    if status in (429, 503):
+        return EngineBusy
+    return EngineLost if status >= 500 else PolicyError
 
 
 def _decode_event(data: bytes) -> dict[str, Any]:
     try:
         event = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise PolicyError(f"a piece of the engine's answer is not JSON: {_shorten(data)}") from None
     if not isinstance(event, dict):
         raise PolicyError(f"a piece of the engine's answer makes no sense: {_shorten(event)}")
     if "error" in event:
         problem = event["error"]
         message = problem.get("message") if isinstance(problem, dict) else problem
-        raise PolicyError(f"the engine failed in the middle of its answer: {message}")
+        raise EngineLost(f"the engine failed in the middle of its answer: {message}")
     return event
 
 
 async def _split_lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield lines of any length; aiohttp's own reader refuses those beyond its buffer."""
-    rest = b""
+    """Yield lines of almost any length; aiohttp's own reader refuses those beyond its buffer."""
+    rest: list[bytes] = []
+    num_bytes = 0
     async for piece in pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            yield line
-    if rest:
-        yield rest
+        *ends, begun = piece.split(b"\n")
+        for end in ends:
+            yield b"".join([*rest, end])
+            rest, num_bytes = [], 0
+        rest.append(begun)  # joined once, at its end: a long line comes in hundreds of pieces
+        num_bytes += len(begun)
+        if num_bytes > MAX_EVENT_BYTES:
+            raise PolicyError(f"a piece of the engine's answer is longer than {MAX_EVENT_BYTES} bytes")
+    if num_bytes:
+        yield b"".join(rest)
 
 
-def _describe_silence(error: Exception) -> str:
-    if isinstance(error, asyncio.TimeoutError):
-        return "the engine is silent: no answer in time"
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return f"the engine cannot be reached: {error}"
-    return f"the engine broke off: {type(error).__name__}: {error}"
+def _describe_silence(error: Exception) -> PolicyError:
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        return EngineLost(f"the engine cannot be reached: {error}")
+    if isinstance(error, TimeoutError):
+        return PolicyError("the engine is silent: no answer in time")
+    return EngineLost(f"the engine broke off: {type(error).__name__}: {error}")
 
 
 def _shorten(value: Any) -> str:

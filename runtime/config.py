@@ -29,8 +29,9 @@ class EngineConfig(BaseModel, extra="forbid"):
     """Memory for attention on a CPU, in GiB; no meaning on a GPU."""
     max_num_seqs: int = Field(default=64, ge=1)
     """Most requests decoded together."""
-    max_num_queued: int = Field(default=1024, ge=1)
-    """Most requests waiting in the engine; beyond it refuses."""
+    max_num_queued: int | None = Field(default=None, ge=0)
+    """Most turns that wait for those, beyond which clients are turned away; None is half of `max_num_seqs`, so that who
+    waits is still answered within twice the time."""
     max_loras: int = Field(default=4, ge=1)
     """Most adapters in one batch."""
     max_cpu_loras: int = Field(default=16, ge=1)
@@ -41,12 +42,19 @@ class EngineConfig(BaseModel, extra="forbid"):
     """How long the engine may take to its first token."""
     probe_interval_seconds: float = Field(default=2.0, gt=0)
     """Pause between two probes of one token each."""
-    probe_timeout_seconds: float = Field(default=8.0, gt=0)
-    """A probe without a token for this long, while no other token moves either, means a zombie."""
+    probe_timeout_seconds: float = Field(default=7.5, gt=0)
+    """A probe without a token for this long, while no other token moves either, means a zombie: found within this and
+    the pause before it."""
     call_timeout_seconds: float = Field(default=600.0, gt=0)
     """The longest silence of the engine within one call."""
     extra_args: list[str] = Field(default_factory=list)
     """Further arguments for vLLM, as on its command line."""
+
+    @property
+    def max_turns(self) -> int:
+        """Most turns under way at once: those the engine decodes together, and those that wait for them."""
+        waiting = self.max_num_seqs // 2 if self.max_num_queued is None else self.max_num_queued
+        return self.max_num_seqs + waiting
 
 
 class AgentConfig(BaseModel, extra="forbid"):

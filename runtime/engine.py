@@ -4,8 +4,9 @@ Refuses to know what is asked of it (completion.py), and which adapters it wears
 Flow: find the model -> start the child -> follow its log until a real token came -> watch: a dead child at once, a
 zombie (alive, but no token moves) within seconds -> end it, start another, let `on_restart` dress it -> ready again.
 
-Invariants: while `is_ready`, a real token was generated since the last start; the child dies with this process, however
-that ends; it listens on the loopback alone, and answers nobody there who does not know the key it was started with.
+Invariants: while `is_ready`, a real token was generated since the last start; a zombie is found within the pause
+between two probes and the time of one; the child dies with this process, however that ends; it listens on the loopback
+alone, and answers nobody there who does not know the key it was started with.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ KEY_VARIABLE = "VLLM_API_KEY"
 BASE = "base"
 """The name under which the bare base model is served."""
 STOP_SECONDS = 10.0
-ZOMBIE_GRACE_SECONDS = 1.0
+LOOK_SECONDS = 1.0
+"""How long a look at the engine's count of tokens may take."""
+RECOVERY_PAUSE_SECONDS = 0.25
 BACKOFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 # What the engine's log says as it starts, in this order, and what that means to who waits.
@@ -129,6 +132,15 @@ class Engine(EngineClient):
         except TimeoutError:
             raise EngineError(f"the engine is not ready; its log is {self.log_path}") from None
 
+    async def recover(self) -> None:
+        """Return when a token comes again, after a call that lost the engine: it may be ready, only stumble, or be dead
+        without anybody having noticed yet. Waits as long as the caller does."""
+        while True:
+            await self._ready.wait()
+            if await self._probe_within(self.config.probe_timeout_seconds):
+                return
+            await asyncio.sleep(RECOVERY_PAUSE_SECONDS)
+
     async def watch(self) -> None:
         """Probe until the engine is stopped; restart a server of ours that is dead or a zombie."""
         while True:
@@ -162,16 +174,31 @@ class Engine(EngineClient):
                 exited.cancel()
 
     async def _is_alive(self, exited: asyncio.Future[int] | None) -> bool:
-        """Probe by one token. A probe that waits behind others is no proof of death while their tokens move."""
+        """Probe by one token. A probe that waits behind others is no proof of death while their tokens move.
+
+        Takes `probe_timeout_seconds` at most, the looks at whether they move included: one once the probe is late, one
+        at the end.
+        """
+        seconds = self.config.probe_timeout_seconds
+        look_seconds = min(LOOK_SECONDS, seconds / 4)
         probe = asyncio.ensure_future(self.probe())
         watched = {probe} if exited is None else {probe, exited}
         try:
-            await asyncio.wait(watched, timeout=self.config.probe_timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(watched, timeout=look_seconds, return_when=asyncio.FIRST_COMPLETED)
             if exited is not None and exited.done():
                 return True  # the next look at `exited` tells
             if probe.done() and probe.result():
                 return True
-            return await self._do_tokens_move()
+            before = await self._count_tokens(look_seconds)
+            rest_seconds = seconds - 3 * look_seconds
+            if probe.done():  # refused: only moving tokens speak for the engine now
+                await asyncio.sleep(min(look_seconds, rest_seconds))
+            else:
+                await asyncio.wait(watched, timeout=rest_seconds, return_when=asyncio.FIRST_COMPLETED)
+                if (exited is not None and exited.done()) or (probe.done() and probe.result()):
+                    return True
+            after = await self._count_tokens(look_seconds)
+            return before is not None and after is not None and after > before
         finally:
             probe.cancel()
 
@@ -181,19 +208,17 @@ class Engine(EngineClient):
         except TimeoutError:
             return False
 
-    async def _do_tokens_move(self) -> bool:
+    async def _count_tokens(self, seconds: float) -> float | None:
+        """Return how many tokens the engine has moved so far; None if it doesn't say within `seconds`."""
         try:
-            async with asyncio.timeout(2 * ZOMBIE_GRACE_SECONDS):
-                before = await self.num_tokens_so_far()
-                await asyncio.sleep(ZOMBIE_GRACE_SECONDS)
-                return await self.num_tokens_so_far() > before
+            return await asyncio.wait_for(self.num_tokens_so_far(), seconds)
         except (TimeoutError, PolicyError):
-            return False
+            return None
 
     async def _restart(self) -> None:
         """End what is left of the child and start another, until one is up and dressed."""
         for attempt in itertools.count():
-            await self._end_child()
+            await self._end_child(signal.SIGKILL)  # nothing dead or stuck ends in good order
             await asyncio.sleep(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
             if self._is_stopped:
                 return
@@ -279,12 +304,12 @@ class Engine(EngineClient):
         text = self.log_path.read_text(encoding="utf-8", errors="replace")
         return f"{what}; its last words: {find_last_words(text)}; the whole log: {self.log_path}"
 
-    async def _end_child(self) -> None:
-        """End the child's whole process group: in good order first, then for certain."""
+    async def _end_child(self, *signals: signal.Signals) -> None:
+        """End the child's whole process group: in good order first, then for certain, or as told."""
         process, self._process = self._process, None
         if process is None:
             return
-        for one_signal in (signal.SIGTERM, signal.SIGKILL):
+        for one_signal in signals or (signal.SIGTERM, signal.SIGKILL):
             # The group outlives its leader when that one crashed, so it is signalled in any case.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, one_signal)
@@ -304,7 +329,6 @@ def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[
         "tool-call-parser": parser,
         "scheduling-policy": "priority",
         "max-num-seqs": config.max_num_seqs,
-        "max-num-queued-reqs": config.max_num_queued,
         "generation-config": "vllm",  # the model's own sampling defaults would surprise
         "max-model-len": config.max_model_len,
     }

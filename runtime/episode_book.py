@@ -20,7 +20,7 @@ from datetime import timedelta
 import structlog
 
 from memory.errors import StoreError
-from memory.schema import Trajectory, TrajectoryStage, new_id, now
+from memory.schema import Task, Trajectory, TrajectoryStage, new_id, now
 from memory.store import Memory
 from runtime.completion import Message
 from runtime.errors import EpisodeBusy
@@ -58,12 +58,13 @@ class EpisodeBook:
         *,
         episode_id: str | None = None,
         policy: int | None = None,
+        task: Task | None = None,
         tenant: str = "",
     ) -> Iterator[Entry]:
         """Take up the episode that `messages` go on with, or begin one; nobody else has it meanwhile.
 
-        A request that names another policy than the one that is pinned begins a new trajectory: a policy never changes
-        within one.
+        A request that names another policy than the one that is pinned begins a new trajectory, and so does one that
+        names another task: neither ever changes within one.
 
         Raises:
             EpisodeBusy: a request for it is being answered already.
@@ -71,7 +72,7 @@ class EpisodeBook:
         # No await in here: between looking and taking nobody may come.
         if (tenant, episode_id) in self._under_way:
             raise EpisodeBusy(f"episode {episode_id!r} is answering another request: wait for that answer")
-        comeback = None if messages is None else self._find(messages, episode_id, policy, tenant)
+        comeback = None if messages is None else self._find(messages, episode_id, policy, task, tenant)
         if comeback is not None:
             entry = Entry(comeback.trajectory.episode_id, comeback)
         else:
@@ -84,7 +85,7 @@ class EpisodeBook:
             self._under_way.discard(place)
 
     def _find(
-        self, messages: Sequence[Message], episode_id: str | None, policy: int | None, tenant: str
+        self, messages: Sequence[Message], episode_id: str | None, policy: int | None, task: Task | None, tenant: str
     ) -> Comeback | None:
         """Return what these messages go on with, exactly; of several that look the same, the oldest that is free."""
         parts = split_at_answer(messages)
@@ -95,6 +96,8 @@ class EpisodeBook:
         waiting = self._memory.trajectories.waiting
         for trajectory in waiting(handover_digest=digest(said), episode_id=episode_id, tenant=tenant):
             if policy not in (None, trajectory.policy):
+                continue
+            if task is not None and (task.name, task.split) != (trajectory.task, trajectory.split):
                 continue
             if _place(trajectory) in self._under_way:
                 is_busy = True

@@ -3,7 +3,9 @@
     Exception
     ├── EpisodeError             something inside one episode; recorded on its trajectory, never raised by rollout
     │   ├── PolicyError          the engine refused a call or died during it
-    │   │   └── RequestRefused   it refused what was asked of it: a schema or a parameter that cannot be
+    │   │   ├── RequestRefused   it refused what was asked of it: a schema or a parameter that cannot be
+    │   │   ├── EngineBusy       it has as much to do as it takes
+    │   │   └── EngineLost       it died during the call, or was not there: the same call may succeed when it is back
     │   ├── ToolError            a tool's own way of saying no; its message is shown to the model
     │   └── BudgetExceeded       the episode ran out of steps, tokens, seconds or context
     ├── EngineError              the engine cannot be started or is not ready
@@ -35,6 +37,14 @@ class PolicyError(EpisodeError):
 
 class RequestRefused(PolicyError):
     """The engine refused what was asked of it: a schema, a tool or a parameter that cannot be."""
+
+
+class EngineBusy(PolicyError):
+    """The engine has as much to do as it takes, and said so."""
+
+
+class EngineLost(PolicyError):
+    """The engine died during the call, or was not there. The same call may succeed when it is back."""
 
 
 class ToolError(EpisodeError):

@@ -23,10 +23,13 @@ class ClientsEar:
         """The engine's number of a call -> the client's."""
         self._held: dict[int, dict[str, Any]] = {}
         """The beginnings of calls whose name is not complete, or not a client's tool."""
+        self.has_heard = False
+        """Whether any of it was said: what was said cannot be taken back."""
 
     async def __call__(self, delta: Delta) -> None:
         heard = replace(delta, calls=[piece for call in delta.calls if (piece := self._let_through(call))])
         if heard:
+            self.has_heard = True
             await self._on_delta(heard)
 
     def _let_through(self, piece: dict[str, Any]) -> dict[str, Any] | None:

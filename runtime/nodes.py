@@ -11,15 +11,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import structlog
 from langgraph.runtime import Runtime
 
+from memory.errors import StoreError
 from memory.schema import Split, Step, StepKind, Trajectory, now
-from runtime.completion import Message
+from runtime.completion import Completion, Message
+from runtime.errors import EngineLost
 from runtime.handover import digest, last_handover, text_of
 from runtime.hearing import ClientsEar
 from runtime.model_family import holds_unparsed_call
 from runtime.state import Episode, EpisodeState
 from runtime.tools.base import ToolResult, invalid, parse_arguments, run_tool
+
+log = structlog.get_logger()
 
 
 async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
@@ -56,7 +61,11 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
     )
     # Before it is durable: a write that was begun cannot be cancelled, and what is open must be closed.
     episode.trajectory = trajectory
-    await episode.memory.trajectories.open(trajectory)
+    try:
+        await episode.memory.trajectories.open(trajectory)
+    except (StoreError, ValueError):
+        episode.trajectory = None  # refused: there is no record to note that on
+        raise
     episode.announce()
     return {"messages": show_memory(episode.opening, memory_text)}
 
@@ -86,19 +95,7 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     """Let the policy reply; find out whether that ends the episode, or hands it over to the client."""
     episode = runtime.context
     client_tools = episode.client_tool_names
-    sampling = {"temperature": episode.temperature, "max_tokens": episode.budget.require(), "seed": _seed_of(episode)}
-    request = {"model": episode.actor.served_name, **sampling}
-    with episode.telemetry.model_call(
-        f"v{episode.actor.version}", episode.episode_id, state["messages"], request
-    ) as replied:
-        completion = await episode.actor.complete(
-            state["messages"],
-            episode.definitions,
-            **sampling,
-            on_delta=episode.on_delta and ClientsEar(episode.on_delta, client_tools),
-            **episode.sampling,
-        )
-        replied(completion)
+    completion = await _ask_policy(episode, state["messages"])
     episode.budget.spend(completion)
     episode.reply, episode.said = completion, episode.said + completion.content
     theirs = [call for call in completion.tool_calls if call["function"]["name"] in client_tools]
@@ -124,6 +121,36 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     if not ours:
         change["answer"] = completion.content
     return change
+
+
+async def _ask_policy(episode: Episode, messages: Sequence[Message]) -> Completion:
+    """Return the policy's reply. An engine that died before a word was heard is waited for, and asked once more."""
+    ear = _ear_of(episode)
+    try:
+        return await _call_model(episode, messages, ear)
+    except EngineLost as lost:
+        if ear is not None and ear.has_heard:
+            raise
+        log.warning("waiting for the engine", error=str(lost))
+        episode.lost = lost
+    await episode.actor.engine.recover()  # the episode's own time limits it
+    episode.lost = None
+    return await _call_model(episode, messages, _ear_of(episode))
+
+
+async def _call_model(episode: Episode, messages: Sequence[Message], ear: ClientsEar | None) -> Completion:
+    sampling = {"temperature": episode.temperature, "max_tokens": episode.budget.require(), "seed": _seed_of(episode)}
+    request = {"model": episode.actor.served_name, **sampling}
+    with episode.telemetry.model_call(f"v{episode.actor.version}", episode.episode_id, messages, request) as replied:
+        completion = await episode.actor.complete(
+            messages, episode.definitions, **sampling, on_delta=ear, **episode.sampling
+        )
+        replied(completion)
+    return completion
+
+
+def _ear_of(episode: Episode) -> ClientsEar | None:
+    return None if episode.on_delta is None else ClientsEar(episode.on_delta, episode.client_tool_names)
 
 
 def _seed_of(episode: Episode) -> int | None:
@@ -210,4 +237,5 @@ async def _record(episode: Episode, kind: StepKind, *, tool_calls: Sequence[dict
         **said,
     )
     await episode.memory.trajectories.append(step, trajectory=episode.trajectory)
+    episode.steps.append(step)
     episode.num_recorded += 1

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from memory.schema import Policy
-from runtime.completion import Completion, EngineClient, Message, OnDelta
+from runtime.completion import Completion, Message, OnDelta
+from runtime.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Actor:
     policy: Policy
     served_name: str
     """The engine's name for it: the adapter's, or the base's."""
-    engine: EngineClient
+    engine: Engine
 
     @property
     def version(self) -> int:
@@ -41,7 +42,7 @@ class Actor:
         """Return the policy's reply, streamed piece by piece when somebody listens.
 
         Raises:
-            PolicyError: the engine refused or died.
+            PolicyError: the engine refused; as EngineLost, it died.
             BudgetExceeded: the messages fill the model's context.
         """
         sampling |= {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}

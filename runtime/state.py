@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypedDict
 
-from memory.schema import Task, Trajectory
+from memory.schema import Step, Task, Trajectory
 from memory.store import Memory
 from runtime.completion import Completion, Message, OnDelta
 from runtime.environments.base import Playthrough
-from runtime.errors import BudgetExceeded
+from runtime.errors import BudgetExceeded, EngineLost
 from runtime.handover import Comeback
 from runtime.policy import Actor
 from runtime.telemetry import Telemetry
@@ -97,6 +97,8 @@ class Episode:
     trajectory: Trajectory | None = None
     """None until it is open."""
     num_recorded: int = 0
+    steps: list[Step] = field(default_factory=list)
+    """Those of this turn that are durable."""
     num_invalid_tool_calls: int = 0
     said: str = ""
     """All text written in this turn."""
@@ -104,6 +106,8 @@ class Episode:
     """The last one."""
     is_handed_over: bool = False
     """Whether the client has calls to run: the trajectory stays open for it."""
+    lost: EngineLost | None = None
+    """What took the engine away, while the episode waits for it to come back."""
     answer: str | None = None
 
     @property

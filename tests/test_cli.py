@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 import serve
+from memory.schema import PolicyStage
 from optimizer.intervals import wilson
 from runtime.console.play import parse_seeds, wilson_interval
 from runtime.console.speak import run
@@ -87,6 +89,24 @@ def test_learn_sends_its_settings_and_shows_the_report(world: ServedWorld, cli: 
     assert settings == {"practice_episodes": 4, "evaluation": {"num_tasks": 2}, "recipe": {"sft_epochs": 3}}
 
 
+def test_learning_from_the_log_alone_asks_the_server_to_play_nothing(world: ServedWorld, as_json: AsJson) -> None:
+    assert as_json("learn", "--logged")[0] == 0
+    settings = {"environment": "", "practice_episodes": 0, "explore_episodes": 0}
+    assert world.memory.cycles.list()[0].settings == settings
+
+
+def test_judge_ends_with_the_verdict_and_the_report(world: ServedWorld, as_json: AsJson) -> None:
+    code, learned = as_json("learn")
+    drafted = asyncio.run(world.memory.policies.draft(parent=0, cycle_id=learned["cycle"]))
+    asyncio.run(world.memory.policies.move(drafted.version, PolicyStage.CANDIDATE))
+
+    code, judged = as_json("judge", drafted.name)
+
+    assert code == 0
+    assert (judged["verdict"], judged["reason"]) == ("uninformative", "nobody played")
+    assert (judged["policy"], judged["active"], judged["report"]) == ("v2", "v1", {"cells": {}})
+
+
 def test_a_cycle_that_fails_says_why_and_fails_the_verb(world: ServedWorld, as_json: AsJson) -> None:
     world.learner.ends_badly = True
     code, failed = as_json("learn")
@@ -137,6 +157,8 @@ def test_the_other_verbs_answer_too(as_json: AsJson, cli: Cli, verb: list[str]) 
         (["trajectories", "show", "nobody"], "'nobody'"),
         (["learn", "--set", "nonsense=1"], "'nonsense'"),
         (["learn", "--set", "nonsense"], "key=value"),
+        (["learn", "--logged", "--practice", "4"], "plays nothing"),
+        (["judge", "v0"], "policy v0 is 'active': only a cycle's candidate can be judged"),
         (["fly"], "No such command 'fly'"),
     ],
 )

@@ -79,6 +79,7 @@ DOORS: dict[tuple[str, str], Door] = {
     ("POST", "/v1/policies/rollback"): OPERATE,
     ("POST", "/v1/policies/{version}/promote"): OPERATE,
     ("POST", "/v1/policies/{version}/rollback"): OPERATE,
+    ("POST", "/v1/policies/{version}/judge"): SHARED_LEARN,
     ("POST", "/v1/cycles"): SHARED_LEARN,
     ("GET", "/v1/cycles"): SHARED_LEARN,
     ("GET", "/v1/cycles/{cycle_id}"): SHARED_LEARN,
@@ -113,7 +114,7 @@ def require_open(caller: Caller, method: str, path: str) -> None:
         )
 
 
-def caller_of(request: Request) -> Caller:
+async def caller_of(request: Request) -> Caller:  # asynchronous, or FastAPI would ask it in a thread
     return request.state.caller
 
 

@@ -30,7 +30,7 @@ from runtime.api import (
     trajectories,
 )
 from runtime.api.access import is_open
-from runtime.api.errors import Forbidden, TooLarge, TooManyRequests, Unauthorized, refusals
+from runtime.api.errors import BadRequest, Forbidden, TooLarge, TooManyRequests, Unauthorized, refusals
 from runtime.api.gate import Gate
 from runtime.api.measuring import MeasureRequests
 from runtime.api.services import Services
@@ -98,7 +98,7 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     errors.add_error_handlers(app)
-    refused = refusals(Unauthorized, Forbidden, TooLarge, TooManyRequests)
+    refused = refusals(BadRequest, Unauthorized, Forbidden, TooLarge, TooManyRequests)
     for module in ROUTERS:
         app.include_router(module.router, responses={} if module is health else refused)
     app.add_middleware(Gate, services=services, routes=app.router.routes)
@@ -108,10 +108,13 @@ def create_app(services: Services) -> FastAPI:
 
 
 def describe_api(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI page, with the key that every closed route asks for."""
+    """Return the OpenAPI page: with the key that every closed route asks for, without the 422 that none answers."""
     page = FastAPI.openapi(app)
+    for unused in ("HTTPValidationError", "ValidationError"):
+        page["components"]["schemas"].pop(unused, None)
     page.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, methods in page["paths"].items():
         for route in methods.values():
             route["security"] = [] if is_open(path) else [{"key": []}]
+            route["responses"].pop("422", None)
     return page

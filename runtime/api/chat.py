@@ -19,7 +19,6 @@ from runtime.api.chat_request import EXAMPLES, ChatRequest, check_request, read_
 from runtime.api.errors import (
     KNOWN_EXCEPTIONS,
     ApiError,
-    BadRequest,
     Conflict,
     EpisodeFailed,
     NotFound,
@@ -39,7 +38,7 @@ router = APIRouter(prefix="/v1/chat", tags=["chat"])
     "/completions",
     summary="Ask the agent, or have it play a task",
     response_model=ChatCompletion,
-    responses=refusals(BadRequest, NotFound, Conflict, EpisodeFailed, NotReady),
+    responses=refusals(NotFound, Conflict, EpisodeFailed, NotReady),
 )
 async def create_completion(
     server: Server, caller: Asker, request: Request, body: Annotated[ChatRequest, Body(openapi_examples=EXAMPLES)]

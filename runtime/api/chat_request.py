@@ -103,7 +103,10 @@ class ChatRequest(BaseModel):
 
     * `environment`, `task`: play that task on the server; `messages` may be empty then.
     * `use_memory`: `on` (default) or `off`.
-    * `split`: what the task must be; a guard against learning from what measures.
+    * `task` without an environment: what this conversation is a try at, where its text does not say. It is the
+      client's own name for it: tries at one task are compared with each other.
+    * `split`: whether the task may teach (`live`, `practice`) or only measures (`held-out`). A task of an environment
+      has one already; then this must be the same.
     * `seed`: like `seed`, for clients that cannot send that.
     * `episode_id`: names the episode, at most one request of which is answered at a time.
     """
@@ -185,12 +188,12 @@ def read_extensions(metadata: Mapping[str, str] | None) -> Extensions:
     """Return what `metadata` asks for.
 
     Raises:
-        BadRequest: a value that cannot be, or an environment without a task or the reverse.
+        BadRequest: a value that cannot be, or an environment or a split without a task.
     """
     given = dict(metadata or {})
-    if ("environment" in given) != ("task" in given):
-        missing = "task" if "environment" in given else "environment"
-        raise BadRequest(f"metadata.{missing} is missing: a task is named by both", param=f"metadata.{missing}")
+    for name in ("environment", "split"):
+        if name in given and not given.get("task"):
+            raise BadRequest(f"metadata.task is missing: metadata.{name} is a task's", param="metadata.task")
     memory = _one_of("use_memory", given.get("use_memory", "on"), {"on": True, "off": False})
     split = _one_of("split", given["split"], {split.value: split for split in Split}) if "split" in given else None
     seed = given.get("seed")

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from memory.cycles import FINAL_STAGES
 from memory.schema import Cycle, CycleStage
-from runtime.api.errors import ACCEPTED, BadRequest, Conflict, NotFound, refusals
+from runtime.api.errors import ACCEPTED, Conflict, NotFound, refusals
 from runtime.api.services import Server, Services
 
 REPORT_FILES = {"json": "report.json", "markdown": "report.md", "plot": "success.png"}
@@ -59,9 +59,7 @@ EXAMPLES = {
 }
 
 
-@router.post(
-    "", status_code=ACCEPTED, summary="Turn the loop once, in the background", responses=refusals(BadRequest, Conflict)
-)
+@router.post("", status_code=ACCEPTED, summary="Turn the loop once, in the background", responses=refusals(Conflict))
 async def start_cycle(
     server: Server, response: Response, body: Annotated[CycleRequest | None, Body(openapi_examples=EXAMPLES)] = None
 ) -> CycleDetail:

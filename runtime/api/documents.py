@@ -12,7 +12,7 @@ from fastapi import APIRouter, Body
 from pydantic import BaseModel, Field
 
 from runtime.api.access import Asker
-from runtime.api.errors import CREATED, BadRequest, NotFound, refusals
+from runtime.api.errors import CREATED, NotFound, refusals
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/documents", tags=["documents"])
@@ -52,7 +52,7 @@ class Removed(BaseModel):
 EXAMPLE = {"handbook": {"value": {"title": "Refunds", "text": "Refunds above 100 EUR need a second signature."}}}
 
 
-@router.post("", status_code=CREATED, summary="Give the agent a text to read", responses=refusals(BadRequest))
+@router.post("", status_code=CREATED, summary="Give the agent a text to read")
 async def add_document(
     server: Server, caller: Asker, body: Annotated[DocumentRequest, Body(openapi_examples=EXAMPLE)]
 ) -> DocumentDetail:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
 from memory.schema import Split
-from runtime.api.errors import BadRequest, NotFound, refusals
+from runtime.api.errors import NotFound, refusals
 from runtime.api.services import Server
 
 MAX_TASKS = 10_000
@@ -68,7 +68,7 @@ async def list_environments(server: Server) -> EnvironmentList:
     )
 
 
-@router.get("/{environment}/tasks", summary="List tasks of a split", responses=refusals(BadRequest, NotFound))
+@router.get("/{environment}/tasks", summary="List tasks of a split", responses=refusals(NotFound))
 async def list_tasks(
     environment: str,
     server: Server,
@@ -83,7 +83,7 @@ async def list_tasks(
 @router.post(
     "/{environment}/prepare",
     summary="Do ahead of time what starting tasks would wait for",
-    responses=refusals(BadRequest, NotFound),
+    responses=refusals(NotFound),
 )
 async def prepare_tasks(environment: str, server: Server, body: PrepareRequest) -> Prepared:
     world = server.environment(environment)

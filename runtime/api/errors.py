@@ -19,6 +19,7 @@ Flow: a route raises one of the classes below, or lets an exception of memory or
     ├── ClientLeft       499, read by nobody
     ├── EpisodeFailed    502
     ├── NotReady         503, with Retry-After
+    ├── Overloaded       503, with Retry-After
     └── NotStored        507
 
 Invariant: no answer, however unlucky, is of any other shape.
@@ -172,6 +173,17 @@ class NotReady(ApiError):
     def __init__(self, message: str, *, code: str = "engine_not_ready", retry_after_seconds: int = 5) -> None:
         super().__init__(message, code=code)
         self.headers = {"Retry-After": str(retry_after_seconds)}
+
+
+class Overloaded(ApiError):
+    """There is more to do than the engine holds; the same request may be taken in a moment."""
+
+    status = 503
+    type = "overloaded_error"
+
+    def __init__(self, message: str, *, code: str = "engine_overloaded", **extra: Any) -> None:
+        super().__init__(message, code=code, **extra)
+        self.headers = {"Retry-After": "1"}
 
 
 class NotStored(ApiError):

@@ -15,7 +15,7 @@ from memory.schema import Feedback
 from memory.store import Memory
 from runtime.api.access import Asker
 from runtime.api.answer_ids import start_of, trajectory_of
-from runtime.api.errors import CREATED, OK, BadRequest, Conflict, NotFound, refusals
+from runtime.api.errors import CREATED, OK, Conflict, NotFound, refusals
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
@@ -103,7 +103,7 @@ EXAMPLES = {
     summary="Say how an episode went",
     responses={
         OK: {"model": FeedbackAnswer, "description": "The same was posted before under this `id`; nothing changed."},
-        **refusals(BadRequest, NotFound, Conflict),
+        **refusals(NotFound, Conflict),
     },
 )
 async def post_feedback(

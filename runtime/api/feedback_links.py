@@ -66,7 +66,7 @@ class LinkAnswer(BaseModel):
     "/v1/feedback/links",
     status_code=CREATED,
     summary="Make a link that takes one piece of feedback",
-    responses=refusals(BadRequest, NotFound),
+    responses=refusals(NotFound),
 )
 async def make_link(
     server: Server,
@@ -110,7 +110,7 @@ async def show_form(token: str, server: Server) -> HTMLResponse:
     "/feedback/{token}",
     summary="Post the piece of feedback that a link allows",
     response_class=HTMLResponse,
-    responses=refusals(BadRequest, NotFound, Conflict, Gone),
+    responses=refusals(NotFound, Conflict, Gone),
 )
 async def post_form(token: str, server: Server, request: Request) -> HTMLResponse:
     """Keeps it, durably. The same again changes nothing; something else is refused: a link is for one piece."""

@@ -2,16 +2,17 @@
 
 Refuses to know what a request is about: it looks at the path, one header and the size. Everything is refused before the
 body is read but its own size and depth.
-Flow: key -> door -> quota -> body -> the application, with `request.state.caller` set.
+Flow: key -> door -> room -> quota -> body -> the application, with `request.state.caller` set.
 
 Invariants: where keys are required nothing but the open paths is answered without one; a missing, an unknown and a
-revoked key get the same answer, after the same work.
+revoked key get the same answer, after the same work; who is let in for a turn holds a place until it is answered.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,8 +20,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from memory.errors import StoreError
 from memory.schema import ApiKey
 from runtime.api.access import OPERATOR, Caller, is_open, require_open
+from runtime.api.admission import TURNS, Room
 from runtime.api.bounds import bound_body
-from runtime.api.errors import ApiError, Unauthorized, respond
+from runtime.api.errors import SHED, ApiError, Unauthorized, respond
 from runtime.api.quota import Quota
 from runtime.api.services import Services
 
@@ -34,33 +36,49 @@ class Gate:
         self._routes = routes
         self._callers: dict[str, Caller] = {}
         """By the key's id: a caller keeps its quota from request to request."""
+        self._room = Room(services.engine.config.max_turns)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        caller = None
+        if is_open(scope["path"]):
+            return await self._pass_on(None, scope, receive, send)
         try:
-            if not is_open(scope["path"]):
-                caller = self._admit(scope)
+            caller = self._identify(scope)
+            place = self._admit(caller, scope)
+        except ApiError as refusal:
+            return await self._refuse(refusal, scope, receive, send)
+        with place:
+            try:
+                await self._pass_on(caller, scope, receive, send)
+            finally:
+                if caller.key is not None:
+                    with contextlib.suppress(StoreError):  # when a key was last used is worth no failure
+                        await self._services.memory.keys.note_use(caller.key)
+
+    async def _pass_on(self, caller: Caller | None, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
             receive = await bound_body(scope, receive, self._services.limits)
         except ApiError as refusal:
-            return await respond(refusal)(scope, receive, send)
+            return await self._refuse(refusal, scope, receive, send)
         scope.setdefault("state", {})["caller"] = caller
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            if caller is not None and caller.key is not None:
-                with contextlib.suppress(StoreError):  # when a key was last used is worth no failure
-                    await self._services.memory.keys.note_use(caller.key)
+        await self._app(scope, receive, send)
 
-    def _admit(self, scope: Scope) -> Caller:
-        """Return who asks. Raises: Unauthorized, Forbidden, TooManyRequests."""
-        caller = self._identify(scope)
+    async def _refuse(self, refusal: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        if refusal.status in SHED:
+            self._services.agent.telemetry.shed(refusal.code or refusal.type)
+        await respond(refusal)(scope, receive, send)
+
+    def _admit(self, caller: Caller, scope: Scope) -> AbstractContextManager[None]:
+        """Return the place that the request holds. Raises: Forbidden, Overloaded, TooManyRequests."""
         path = self._template_of(scope)
         if path is not None:  # else it is the router's to say that there is nothing
             require_open(caller, scope["method"], path)
+        is_turn = (scope["method"], path) in TURNS
+        if is_turn:
+            self._room.require()  # who is turned away has used nothing of its quota
         caller.quota.admit()
-        return caller
+        return self._room.take() if is_turn else contextlib.nullcontext()
 
     def _identify(self, scope: Scope) -> Caller:
         keys = self._services.memory.keys

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Body
 from pydantic import BaseModel, Field
 
 from memory.schema import ApiKey, Scope
-from runtime.api.errors import CREATED, BadRequest, NotFound, refusals
+from runtime.api.errors import CREATED, NotFound, refusals
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
@@ -58,7 +58,7 @@ class KeyList(BaseModel):
 EXAMPLE = {"a client": {"value": {"name": "shop frontend", "scopes": ["infer", "feedback"], "tenant": "shop"}}}
 
 
-@router.post("", status_code=CREATED, summary="Make a key", responses=refusals(BadRequest))
+@router.post("", status_code=CREATED, summary="Make a key")
 async def create_key(server: Server, body: Annotated[KeyRequest, Body(openapi_examples=EXAMPLE)]) -> NewKey:
     """The first key that is made closes the server to everybody without one: let it be an `admin`'s."""
     row, key = await server.memory.keys.create(

@@ -14,11 +14,11 @@ from typing import Any
 
 from fastapi import Request
 
-from memory.schema import Trajectory, TrajectoryStage
+from memory.schema import Split, Task, Trajectory, TrajectoryStage
 from memory.store import Memory
 from runtime.api.access import Caller
 from runtime.api.chat_request import Extensions
-from runtime.api.errors import ApiError, BadRequest, ClientLeft, EpisodeFailed
+from runtime.api.errors import ApiError, BadRequest, ClientLeft, EpisodeFailed, Overloaded
 from runtime.api.models import resolve
 from runtime.api.services import Services
 from runtime.api.turn import Opened, Turn, read_turn
@@ -58,19 +58,13 @@ def prepare(server: Services, asked: Asked) -> Play:
             code="too_many_messages",
         )
     version = resolve(asked.model, server.memory.policies)
-    extensions, task = asked.extensions, None
-    if extensions.environment is not None and extensions.task is not None:
-        task = server.environment(extensions.environment).task(extensions.task)
-        if extensions.split not in (None, task.split):
-            raise BadRequest(
-                f"task {task.name!r} is {task.split.value!r}, not {extensions.split!r}", param="metadata.split"
-            )
+    extensions, task = asked.extensions, _task_of(server, asked.extensions)
 
     async def play(*, on_open: Opened, **more: Any) -> Trajectory:
         try:
             return await server.agent.rollout(
                 task,
-                messages=None if task else asked.messages,  # an environment speaks first
+                messages=None if extensions.environment else asked.messages,  # an environment speaks first
                 policy=version,
                 use_memory=extensions.use_memory,
                 temperature=asked.temperature,
@@ -87,6 +81,19 @@ def prepare(server: Services, asked: Asked) -> Play:
             asked.caller.quota.spend_tokens(on_open.num_tokens)
 
     return play
+
+
+def _task_of(server: Services, extensions: Extensions) -> Task | None:
+    if not extensions.task:
+        return None
+    if extensions.environment is None:
+        return Task(None, extensions.task, "chat", extensions.split or Split.LIVE)
+    task = server.environment(extensions.environment).task(extensions.task)
+    if extensions.split not in (None, task.split):
+        raise BadRequest(
+            f"task {task.name!r} is {task.split.value!r}, not {extensions.split!r}", param="metadata.split"
+        )
+    return task
 
 
 async def finish(request: Request, memory: Memory, play: Play) -> Turn:
@@ -174,6 +181,7 @@ def refuse_failed(turn: Turn) -> None:
 
     Raises:
         BadRequest: the engine refused what was asked, or there was no room for a single reply.
+        Overloaded: the engine had too much to do.
         EpisodeFailed: the episode failed.
     """
     trajectory = turn.trajectory
@@ -183,13 +191,15 @@ def refuse_failed(turn: Turn) -> None:
     if trajectory.stage not in (TrajectoryStage.RUNNING, TrajectoryStage.FINISHED):
         if kind == "RequestRefused":
             refusal = BadRequest(message, code="request_refused", **extra)
+        elif kind == "EngineBusy":
+            refusal = Overloaded(message, **extra)
         else:
             said = f"the episode failed: {kind}: {message}" if message else f"the episode ended {kind}"
             refusal = EpisodeFailed(said, code=kind, **extra)
     elif turn.last_call is None and trajectory.environment is None and "context" in message:
         refusal = BadRequest(message, param="messages", code="context_length_exceeded", **extra)
     if refusal is not None:
-        refusal.headers = headers_for(trajectory)
+        refusal.headers |= headers_for(trajectory)
         raise refusal
 
 

@@ -1,4 +1,5 @@
-"""Who acts: every policy with its stage and verdict, and the two decisions an operator can take, promote and roll back.
+"""Who acts: every policy with its stage and verdict, the gate's decision on a candidate that clients tried, and the two
+that an operator can take, promote and roll back.
 
 Refuses to swap anything itself: a decision is a row, which whoever wears policies notices. A policy is worn once, on
 trial, before it may be promoted, so that an adapter the engine cannot serve never becomes the active one.
@@ -7,7 +8,7 @@ trial, before it may be promoted, so that an adapter the engine cannot serve nev
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path
 from pydantic import BaseModel
@@ -53,6 +54,17 @@ class PolicyWithLineage(PolicyDetail):
     lineage: list[str]
 
 
+class Judgement(BaseModel):
+    """What the gate said, and who acts now. The report is the cycle's."""
+
+    policy: str
+    decision: Literal["promote", "reject", "uninformative"]
+    reason: str
+    active: str
+    cycle: str
+    verdict: dict[str, Any]
+
+
 @router.get("", summary="List all policies")
 async def list_policies(server: Server) -> PolicyList:
     policies = server.memory.policies
@@ -79,6 +91,31 @@ async def promote(version: Version, server: Server) -> PolicyDetail:
         promoted = await server.memory.policies.promote(wanted)
         await server.hotswap.wear(wanted)
     return describe(promoted)
+
+
+@router.post("/{version}/judge", summary="Decide by what clients played", responses=refusals(NotFound, Conflict))
+async def judge(version: Version, server: Server) -> Judgement:
+    """Compare a candidate with the active policy on the held-out tasks that clients had both play (`model="agent@v3"`,
+    `metadata` with `task` and `split`) and gave feedback on, by the gate's own test. Better: it acts from now on. Not
+    better: it is rejected. Too little to tell: it stays a candidate, and `reason` says what is missing."""
+    wanted = server.memory.policies.get(version_name(version))
+    if wanted.stage is not PolicyStage.CANDIDATE or wanted.cycle_id is None:
+        raise Conflict(
+            f"policy {wanted.name} is {wanted.stage.value!r}: only a cycle's candidate can be judged",
+            code="no_candidate",
+        )
+    verdict = await server.cycles.judge(wanted)
+    active = server.memory.policies.active()
+    if active.version == wanted.version and server.engine.is_ready:
+        await server.hotswap.wear(active.version)
+    return Judgement(
+        policy=wanted.name,
+        decision=verdict["decision"],
+        reason=verdict["reason"],
+        active=active.name,
+        cycle=wanted.cycle_id,
+        verdict=verdict,
+    )
 
 
 @router.post(

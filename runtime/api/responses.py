@@ -76,7 +76,7 @@ class ItemList(BaseModel):
 @router.post(
     "",
     summary="Ask the agent, in the words of the Responses API",
-    responses=refusals(BadRequest, NotFound, Conflict, EpisodeFailed, NotReady),
+    responses=refusals(NotFound, Conflict, EpisodeFailed, NotReady),
 )
 async def create_response(
     server: Server, caller: Asker, request: Request, body: Annotated[ResponseRequest, Body(openapi_examples=EXAMPLES)]

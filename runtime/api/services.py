@@ -12,7 +12,7 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
-from memory.schema import Cycle
+from memory.schema import Cycle, Policy
 from memory.store import Memory
 from runtime.agent import Agent
 from runtime.config import LimitsConfig
@@ -24,7 +24,7 @@ from runtime.tools.toolbox import Toolbox
 
 
 class CycleStarter(Protocol):
-    """Whoever can turn the loop once, in the background."""
+    """Whoever can turn the loop once, in the background, and judge what came of it."""
 
     async def start(self, settings: dict[str, Any]) -> Cycle:
         """Open a cycle and set it going.
@@ -37,6 +37,10 @@ class CycleStarter(Protocol):
 
     async def cancel(self, cycle_id: str) -> Cycle:
         """Stop a cycle that is under way; it closes with an error that says so."""
+        ...
+
+    async def judge(self, policy: Policy) -> dict[str, Any]:
+        """Settle a cycle's candidate by what clients played, if that is enough; return the verdict."""
         ...
 
 
@@ -66,7 +70,7 @@ class Services:
         return self.environments[name]
 
 
-def services_of(request: Request) -> Services:
+async def services_of(request: Request) -> Services:  # asynchronous, or FastAPI would ask it in a thread
     return request.app.state.services
 
 

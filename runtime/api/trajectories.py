@@ -16,7 +16,7 @@ from memory.schema import RewardSource, Split, Step, StepKind, Trajectory, Traje
 from memory.trajectories import TrajectoryView
 from runtime.api.access import Asker
 from runtime.api.answer_ids import trajectory_of
-from runtime.api.errors import BadRequest, Conflict, NotFound, refusals
+from runtime.api.errors import Conflict, NotFound, refusals
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/trajectories", tags=["trajectories"])
@@ -111,7 +111,7 @@ class TrajectoryDetail(TrajectorySummary):
     feedback: list[FeedbackDetail]
 
 
-@router.get("", summary="List trajectories, newest first", responses=refusals(BadRequest))
+@router.get("", summary="List trajectories, newest first")
 async def list_trajectories(
     server: Server,
     caller: Asker,

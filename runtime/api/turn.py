@@ -5,6 +5,7 @@ Refuses to know those words, and how a turn is played.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel
 
 from memory.schema import Step, StepKind, Trajectory, TrajectoryStage
 from memory.store import Memory
-from memory.trajectories import Measures
+from memory.trajectories import Measures, measure
 from runtime.api.answer_ids import name_answer
 from runtime.state import Episode
 
@@ -50,6 +51,11 @@ class Opened:
         return self.episode and self.episode.trajectory
 
     @property
+    def steps(self) -> Sequence[Step]:
+        """Of this turn."""
+        return self.episode.steps if self.episode else ()
+
+    @property
     def num_tokens(self) -> int:
         """Used in this turn so far, by model calls that ended."""
         return self.episode.budget.num_tokens if self.episode else 0
@@ -67,7 +73,7 @@ class Turn:
 
     trajectory: Trajectory
     first_position: int
-    steps: list[Step]
+    steps: Sequence[Step]
     size: Measures
     episode_size: Measures
     reward: float | None
@@ -123,14 +129,10 @@ class Turn:
 
 
 def read_turn(memory: Memory, trajectory: Trajectory, opened: Opened) -> Turn:
-    """Return a turn that is over, as its rows have it."""
+    """Return a turn that is over: its own steps as they were recorded, the rest as the rows have it."""
     trajectories, first_position = memory.trajectories, opened.first_position
-    steps = trajectories.steps(trajectory.id, since=first_position, with_token_ids=False)
-    if first_position == 0 and trajectory.closed_at is not None:  # as it mostly is: the row has been summed up
-        num_model_calls = sum(step.kind is StepKind.MODEL for step in steps)
-        size = Measures(trajectory.num_steps, num_model_calls, trajectory.prompt_tokens, trajectory.output_tokens)
-    else:
-        size = trajectories.measure(trajectory.id, since=first_position)
+    steps = opened.steps
+    size = measure(steps)
     worth = trajectories.view(trajectory)
     return Turn(
         trajectory=trajectory,

@@ -48,10 +48,8 @@ async def watch_cycle(client: Client, cycle_id: str, on_cycle: OnCycle) -> dict[
 
 async def read_outcome(client: Client, cycle: dict[str, Any]) -> dict[str, Any]:
     """Return the outcome of a completed cycle: the verdict, the policy it was about, and the report."""
-    path = f"/v1/cycles/{cycle['id']}/report"
     try:
-        report: dict[str, Any] | None = await client.get(path)
-        markdown: str | None = await client.get_text(path, format="markdown")
+        report, markdown = await _read_report(client, cycle["id"])
     except Refused:  # a cycle may end before there is anything to compare
         report = markdown = None
     verdict = cycle["verdict"] or {}
@@ -66,6 +64,19 @@ async def read_outcome(client: Client, cycle: dict[str, Any]) -> dict[str, Any]:
         "report": report,
         "markdown": markdown,
     }
+
+
+async def judge(client: Client, version: str) -> dict[str, Any]:
+    """Have a candidate judged by what clients played, and return what it came to. Raises: Refused, NoServer."""
+    said = await client.post(f"/v1/policies/{version}/judge")
+    report, markdown = await _read_report(client, said["cycle"])
+    as_they_are = {name: said[name] for name in ("cycle", "reason", "policy", "active")}
+    return {**as_they_are, "verdict": said["decision"], "report": report, "markdown": markdown}
+
+
+async def _read_report(client: Client, cycle_id: str) -> tuple[dict[str, Any], str]:
+    path = f"/v1/cycles/{cycle_id}/report"
+    return await client.get(path), await client.get_text(path, format="markdown")
 
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:

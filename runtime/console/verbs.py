@@ -1,4 +1,4 @@
-"""The verbs that talk to a running server: play, learn, policies, promote, rollback, insights, trajectories.
+"""The verbs that talk to a running server: play, learn, judge, policies, promote, rollback, insights, trajectories.
 
 Refuses to know the server's insides, and to import anything heavy: a verb is on the screen within a second.
 """
@@ -27,12 +27,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Config = Annotated[Path | None, typer.Option("-c", "--config", help="A TOML file; ./ratchet.toml if it is there.")]
 Data = Annotated[str | None, typer.Option("--data", help="The data directory (.ratchet).")]
 
+PLAY_NOTHING = {"environment": "", "practice_episodes": 0, "explore_episodes": 0}
+
 trajectories = typer.Typer(help="What was lived, step by step.", no_args_is_help=True)
 
 
 def add_verbs(app: typer.Typer) -> None:
     """Put the verbs on the command line."""
-    for verb in (play, learn, policies, promote, rollback, insights):
+    for verb in (play, learn, judge, policies, promote, rollback, insights):
         app.command()(verb)
     app.add_typer(trajectories, name="trajectories")
 
@@ -102,6 +104,9 @@ def learn(
     practice: Annotated[int | None, typer.Option(min=0, help="Episodes to collect; 0 learns from logged ones.")] = None,
     practice_tasks: Annotated[int | None, typer.Option(min=1, help="Tasks they are spread over.")] = None,
     explore: Annotated[int | None, typer.Option(min=0, help="Episodes to find preferences in.")] = None,
+    logged: Annotated[
+        bool, typer.Option("--logged", help="Play nothing: learn from what clients played. `judge` settles it.")
+    ] = False,
     tasks: Annotated[int | None, typer.Option(min=1, help="Held-out tasks that decide.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Any optimizer setting, e.g. recipe.sft_epochs=3.")
@@ -115,6 +120,8 @@ def learn(
     from runtime.console import show
     from runtime.console.learn import nest, start_cycle, watch_cycle
 
+    if logged and (environment or practice or explore):
+        raise Failure("--logged plays nothing: leave --environment, --practice and --explore out", exit_code=2)
     settings = nest(
         {
             "environment": environment,
@@ -122,6 +129,7 @@ def learn(
             "num_practice_tasks": practice_tasks,
             "explore_episodes": explore,
             "evaluation.num_tasks": tasks,
+            **(PLAY_NOTHING if logged else {}),
             **_read_settings(setting or []),
         }
     )
@@ -161,6 +169,22 @@ def _read_settings(given: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             settings[key] = value
     return settings
+
+
+def judge(
+    version: Annotated[str, typer.Argument(help="A candidate, e.g. v3")],
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Decide on a candidate by the held-out tasks that clients had it and the active policy play."""
+    from runtime.console import learn, show
+
+    async def work() -> dict[str, Any]:
+        async with connect(url, key) as client:
+            return await learn.judge(client, version)
+
+    perform(work, as_json=as_json, show=show.cycle_outcome)
 
 
 def policies(url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:

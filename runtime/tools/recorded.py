@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from memory.schema import Split, Task
+from memory.schema import Split
 from runtime.errors import ToolError
 from runtime.tools.base import Tool
 
@@ -22,9 +22,9 @@ FindResult = Callable[[str, dict[str, Any]], str | None]
 """Tool and arguments -> what a call in a live episode yielded; None where there was none."""
 
 
-def tools_for(task: Task | None, tools: Sequence[Tool], find_result: FindResult) -> list[Tool]:
+def tools_for(split: Split, tools: Sequence[Tool], find_result: FindResult) -> list[Tool]:
     """Return the tools that an episode may hold: in a rehearsal, stand-ins for those with side effects."""
-    if task is None or task.split is Split.LIVE:
+    if split is Split.LIVE:
         return list(tools)
     return [stand_in(tool, find_result) if tool.has_side_effects else tool for tool in tools]
 

@@ -55,8 +55,11 @@ FORGETFUL = MemoryConfig(memory_tokens=0)
 class PlayedWorld(ServedWorld):
     """A served world whose engine is played over HTTP by a script."""
 
-    def __init__(self, data_dir: Path, script: Script = forecast, **more: Any) -> None:
+    def __init__(
+        self, data_dir: Path, script: Script = forecast, *, engine_config: dict[str, Any] | None = None, **more: Any
+    ) -> None:
         super().__init__(data_dir, **more)
+        self._engine_config = engine_config or {}
         self.fake = FakeEngine(script)
         self.fake.render_prompt = render_as_dialogue
         self._num_before = 0
@@ -69,7 +72,7 @@ class PlayedWorld(ServedWorld):
 
     async def _serve(self) -> None:
         async with self.fake:
-            engine = Engine(EngineConfig(url=self.fake.url), self.memory.data_dir)
+            engine = Engine(EngineConfig(url=self.fake.url, **self._engine_config), self.memory.data_dir)
             await engine.start()
             try:
                 await self._serve_with(engine)

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from memory.schema import Step, StepKind, TrajectoryStage
+from memory.schema import Split, Step, StepKind, TrajectoryStage
 from optimizer.config import DemonstrationConfig, PreferenceConfig
 from optimizer.data import build_demonstrations, build_preferences
 from optimizer.rewards import grade
@@ -346,6 +346,60 @@ async def test_the_memory_segment_is_taken_out_of_it_as_the_real_template_has_it
     assert "It rains" not in whole and "<tool_response>\nrain\n</tool_response>" in whole
     said = [token for token, own in zip(row.input_ids, row.mask, strict=True) if own]
     assert tokenizer.decode(said) == calling + telling
+
+
+HELD_OUT = {"task": "oslo", "split": "held-out"}
+
+
+def test_a_client_names_its_task_and_says_that_it_only_measures(
+    world: PlayedWorld, client: openai.OpenAI, http: httpx.Client
+) -> None:
+    first = ask(client, [ASKED], metadata=HELD_OUT)
+    last = ask(client, [ASKED, *results(first, "rain")], metadata=HELD_OUT)
+    http.post("/v1/feedback", json={"target": last.id, "value": True})
+    trajectory = world.newest
+    assert (trajectory.environment, trajectory.task, trajectory.split) == (None, "oslo", Split.HELD_OUT)
+    assert world.memory.trajectories.view(trajectory).is_success and world.num_trajectories == 1
+    assert grade(world.memory) == []
+    with world.memory.database.read() as session:
+        assert session.exec(world.memory.trajectories.exemplary()).all() == []
+
+
+def test_a_try_that_measures_is_never_taken_for_one_that_teaches(world: PlayedWorld, client: openai.OpenAI) -> None:
+    teaches, measures = ask(client, [ASKED]), ask(client, [ASKED], metadata=HELD_OUT)
+    last = ask(client, [ASKED, *results(measures, "rain")], metadata=HELD_OUT)
+    assert last.id.startswith(measures.id)
+    assert world.memory.trajectories.get(teaches.id).stage is TrajectoryStage.RUNNING
+
+
+@pytest.mark.parametrize("metadata", [{"split": "held-out"}, {"split": "held-out", "task": ""}])
+def test_a_split_without_a_task_is_refused(client: openai.OpenAI, metadata: dict[str, str]) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"metadata\.task is missing") as refused:
+        ask(client, [ASKED], metadata=metadata)
+    assert refused.value.param == "metadata.task"
+
+
+def test_what_an_episode_was_opened_as_holds_for_all_its_turns(tmp_path: Path) -> None:
+    orders: list[str] = []
+
+    def order(article: str) -> str:
+        """Buy something."""
+        orders.append(article)
+        return "bought"
+
+    def script(request: dict[str, Any]) -> Reply:
+        last = request["messages"][-1]
+        if last["role"] == "user":
+            return call("weather", city="Oslo")
+        return call("order", article="umbrella") if last["content"] == "rain" else Reply(f"Heard: {last['content']}")
+
+    with PlayedWorld(tmp_path / "data", script, tools=[tool_from_function(order, has_side_effects=True)]) as world:
+        client = openai.OpenAI(base_url=f"{world.url}/v1", api_key="none", max_retries=0)
+        first = ask(client, [ASKED], metadata=HELD_OUT)
+        last = ask(client, [ASKED, *results(first, "rain")])  # a later turn need not say it again
+        assert "not available here" in last.choices[0].message.content
+        client.close()
+    assert orders == []
 
 
 async def test_with_memory_shown_the_prompt_grows_from_the_same_beginning(

@@ -260,3 +260,5 @@ def test_the_openapi_page_describes_every_route(http: httpx.Client) -> None:
     assert {tag["name"] for tag in page["tags"]} == {tag for route in routes for tag in route["tags"]}
     wanted = {"/v1/chat/completions", "/v1/feedback", "/v1/cycles/{cycle_id}", "/v1/policies/{version}/promote"}
     assert wanted <= set(page["paths"])
+    assert {code for route in routes for code in route["responses"] if code >= "400"} >= {"400", "401", "404", "409"}
+    assert not any("422" in route["responses"] for route in routes)

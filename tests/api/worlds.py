@@ -17,13 +17,13 @@ import structlog
 import uvicorn
 
 from memory.config import MemoryConfig
-from memory.schema import Cycle, CycleStage, Split, Task
+from memory.schema import Cycle, CycleStage, Policy, Split, Task
 from memory.store import Memory
 from runtime.agent import Agent
 from runtime.api.app import create_app
 from runtime.api.services import Services
 from runtime.completion import Completion, Delta
-from runtime.config import AgentConfig
+from runtime.config import AgentConfig, EngineConfig
 from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.errors import PolicyError, UnknownTask
 from runtime.hotswap import HotSwap
@@ -39,6 +39,7 @@ class ScriptedEngine:
         self.url = "http://scripted"
         self.model_path = None
         self.log_path = log_path
+        self.config = EngineConfig()
         self.is_ready = True
         self.num_restarts = 0
         self.on_restart = None
@@ -148,6 +149,9 @@ class QuickLearner:
         self._turn.cancel()
         return await self.memory.cycles.save(cycle_id, stage=CycleStage.ERROR, error="Cancelled: by request")
 
+    async def judge(self, policy: Policy) -> dict[str, Any]:
+        return {"decision": "uninformative", "reason": "nobody played"}
+
     async def _run(self, cycle_id: str) -> None:
         cycles = self.memory.cycles
         for stage in (CycleStage.COLLECT, CycleStage.SFT, CycleStage.EVALUATE):
@@ -182,7 +186,9 @@ class ServedWorld:
         config: AgentConfig | None = None,
         tools: Sequence[Tool] = (),
         memory_config: MemoryConfig = PATIENT,
+        base_model: str = "scripted",
     ) -> None:
+        self.base_model = base_model
         self.config = config or AgentConfig(max_steps=4, max_seconds=20)
         self.tools = tools
         self.memory = Memory.open(data_dir, memory_config, encoder=HashingEncoder())
@@ -210,7 +216,7 @@ class ServedWorld:
 
     async def _serve_with(self, engine: Any) -> None:
         await self.memory.trajectories.close_orphans()
-        await self.memory.policies.register_base("scripted")
+        await self.memory.policies.register_base(self.base_model)
         environments = {"doors": Doors()}
         hotswap = HotSwap(self.memory.policies, engine)
         agent = Agent(self.memory, hotswap, environments, self.config, tools=self.tools)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,14 +16,13 @@ from memory.adapters import (
     digest_base,
     digest_chat_template,
     digest_tokenizer,
-    read_manifest,
     verify_adapter,
     write_adapter_atomically,
     write_manifest,
 )
 from memory.errors import AdapterRefused
+from tests.memory.spoiled import DAMAGES, A, B, vouch, write_safetensors
 
-A, B = "base_model.model.layers.0.q.lora_A.weight", "base_model.model.layers.0.q.lora_B.weight"
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q"], "rank_pattern": {}}
 
 
@@ -46,12 +44,6 @@ def refused(directory: Path) -> str:
     with pytest.raises(AdapterRefused) as caught:
         verify_adapter(directory, base_digest="base", max_rank=8)
     return str(caught.value)
-
-
-def vouch(directory: Path) -> Path:
-    """Have the manifest agree with what the files are now."""
-    write_manifest(directory, read_manifest(directory))
-    return directory
 
 
 def test_a_sound_adapter_passes_and_says_where_it_comes_from(tmp_path: Path):
@@ -78,11 +70,6 @@ def write_bfloat16(path: Path, bits: int) -> None:
     spans = {A: [0, 16], B: [16, 32]}
     header = {name: {"dtype": "BF16", "shape": [2, 4], "data_offsets": span} for name, span in spans.items()}
     write_safetensors(path, header, data)
-
-
-def write_safetensors(path: Path, header: object, data: bytes) -> None:
-    encoded = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
 
 
 def test_a_name_is_used_once_and_a_half_written_one_is_not_moved(tmp_path: Path):
@@ -127,102 +114,9 @@ def test_a_config_the_engine_cannot_serve_is_refused(tmp_path: Path, config: dic
     assert reason in refused(make_adapter(tmp_path / "a", config=config))
 
 
-def corrupt_weights(directory: Path) -> None:
-    path = directory / "adapter_model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def truncate_weights(directory: Path) -> None:
-    path = directory / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-8])
-    vouch(directory)
-
-
-def empty_weights(directory: Path) -> None:
-    (directory / "adapter_model.safetensors").write_bytes(b"")
-    vouch(directory)
-
-
-def huge_header(directory: Path) -> None:
-    (directory / "adapter_model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
-    vouch(directory)
-
-
-def list_header(directory: Path) -> None:
-    write_safetensors(directory / "adapter_model.safetensors", [], b"")
-    vouch(directory)
-
-
-def overlapping_tensors(directory: Path) -> None:
-    spec = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
-    write_safetensors(directory / "adapter_model.safetensors", {A: spec, B: spec}, b"\x01" * 16)
-    vouch(directory)
-
-
-def pickle_beside(directory: Path) -> None:
-    (directory / "adapter_model.bin").write_bytes(b"pickle")
-
-
-def link_inside(directory: Path) -> None:
-    path = directory / "adapter_model.safetensors"
-    path.rename(directory.parent / "elsewhere")
-    path.symlink_to(directory.parent / "elsewhere")
-
-
-def directory_inside(directory: Path) -> None:
-    (directory / "ref").mkdir()
-
-
-def no_manifest(directory: Path) -> None:
-    (directory / "manifest.json").unlink()
-
-
-def manifest_not_json(directory: Path) -> None:
-    (directory / "manifest.json").write_text("{")
-
-
-def manifest_of_the_future(directory: Path) -> None:
-    rewrite(directory, format=2)
-
-
-def manifest_vouches_for_too_little(directory: Path) -> None:
-    rewrite(directory, files={"adapter_config.json": "0"})
-
-
-def manifest_leads_outside(directory: Path) -> None:
-    rewrite(directory, files={"../../etc/passwd": "0", "adapter_config.json": "0"})
-
-
-def other_base(directory: Path) -> None:
-    rewrite(directory, base_digest="another")
-
-
-def rewrite(directory: Path, **fields) -> None:
-    path = directory / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
 @pytest.mark.parametrize(
     ("damage", "reason"),
-    [
-        (corrupt_weights, "not the file its manifest vouches for"),
-        (truncate_weights, "truncated"),
-        (empty_weights, "truncated or not safetensors"),
-        (huge_header, "its header would have"),
-        (list_header, "not a JSON object"),
-        (overlapping_tensors, "overlap"),
-        (pickle_beside, "does not belong in an adapter"),
-        (link_inside, "not a plain file"),
-        (directory_inside, "not a plain file"),
-        (no_manifest, "lacks 'manifest.json'"),
-        (manifest_not_json, "is not JSON"),
-        (manifest_of_the_future, "is not a manifest: format"),
-        (manifest_vouches_for_too_little, "vouches for"),
-        (manifest_leads_outside, "vouches for"),
-        (other_base, "was made for base 'pocket'"),
-    ],
+    DAMAGES,
 )
 def test_a_damaged_directory_is_refused(tmp_path: Path, damage: Callable[[Path], None], reason: str):
     directory = make_adapter(tmp_path / "a")
@@ -236,6 +130,7 @@ def test_what_is_no_directory_is_refused(tmp_path: Path):
     (tmp_path / "link").symlink_to(tmp_path / "a")
     assert "not a directory" in refused(tmp_path / "link")
     assert "not a directory" in refused(tmp_path / "missing")
+    assert "leads through '..'" in refused(tmp_path / "x" / ".." / "a")
 
 
 def test_digests_tell_bases_and_tokenizers_apart(tmp_path: Path):

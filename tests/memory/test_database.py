@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,9 @@ from sqlmodel import Session, select
 
 from memory.database import Database
 from memory.errors import StorageError
-from memory.schema import Document
+from memory.policies import Policies
+from memory.schema import Document, Step, StepKind, Trajectory
+from memory.trajectories import Trajectories
 
 
 @pytest.fixture
@@ -47,8 +49,12 @@ async def hold_the_writer(database: Database) -> tuple[threading.Event, asyncio.
 
 
 async def together(database: Database, *works) -> list:
+    return await waiting_together(database, *(database.write(work) for work in works))
+
+
+async def waiting_together(database: Database, *writes: Awaitable) -> list:
     release, held = await hold_the_writer(database)
-    tasks = [asyncio.ensure_future(database.write(work)) for work in works]
+    tasks = [asyncio.ensure_future(write) for write in writes]
     await asyncio.sleep(0.05)
     release.set()
     await held
@@ -108,6 +114,41 @@ async def test_a_failing_write_leaves_nothing_and_spares_its_neighbours(database
     )
     assert [isinstance(result, Exception) for result in results] == [False, True, False, True, False]
     assert titles(database) == {"a", "b", "c"}
+
+
+def append(trajectories: Trajectories, trajectory: Trajectory, position: int, **said) -> Awaitable[None]:
+    step = Step(trajectory_id=trajectory.id, position=position, kind=StepKind.TOOL, **said)
+    return trajectories.append(step, trajectory=trajectory)
+
+
+async def test_steps_that_wait_are_handed_over_together_and_each_is_there(database: Database):
+    await Policies(database).register_base("pocket")
+    trajectories = Trajectories(database)
+    opened = [await trajectories.open(Trajectory(id=f"t{n}", episode_id="e", policy=0)) for n in range(20)]
+    statements = []
+    event.listen(database._writing, "after_cursor_execute", lambda *said: statements.append(said[2].split()[0]))
+    writes = [append(trajectories, trajectory, n, content=f"{n}") for n in range(3) for trajectory in opened]
+    await waiting_together(database, *writes)
+    assert statements.count("INSERT") == 1
+    for trajectory in opened:
+        assert [step.content for step in trajectories.steps(trajectory.id)] == ["0", "1", "2"]
+
+
+async def test_a_step_that_is_refused_or_cannot_be_stored_spares_those_it_waited_with(database: Database):
+    await Policies(database).register_base("pocket")
+    trajectories = Trajectories(database)
+    opened = [await trajectories.open(Trajectory(id=f"t{n}", episode_id="e", policy=0)) for n in range(4)]
+    for position in (0, 1):
+        refused, stored, broken, late = await waiting_together(
+            database,
+            append(trajectories, opened[0], 7),
+            append(trajectories, opened[1], position),
+            append(trajectories, opened[2], position, prompt_token_ids=[-1] if position else None),
+            append(trajectories, opened[3], position),
+        )
+        assert isinstance(refused, ValueError) and "the next position is 0" in str(refused)
+        assert (stored, late) == (None, None) and isinstance(broken, Exception) == bool(position)
+    assert [len(trajectories.steps(trajectory.id)) for trajectory in opened] == [0, 2, 1, 2]
 
 
 async def test_a_cancelled_wait_does_not_undo_the_write(database: Database):

@@ -115,11 +115,9 @@ def trajectory(**fields) -> Trajectory:
 
 
 def test_an_episode_that_ran_out_of_time_or_failed_says_nothing_of_the_policy():
-    task = Task("kitchen", "1", "cooking", Split.HELD_OUT)
-
-    late = describe(task, trajectory(error="BudgetExceeded: 300 seconds are over"), 0.0, 1.0)
-    failed = describe(task, trajectory(stage=TrajectoryStage.FAILED, error="PolicyError: gone"), None, 1.0)
-    cut = describe(task, trajectory(error="BudgetExceeded: 24 steps are used up"), 0.0, 1.0)
+    late = describe("1", trajectory(error="BudgetExceeded: 300 seconds are over"), 0.0, 1.0)
+    failed = describe("1", trajectory(stage=TrajectoryStage.FAILED, error="PolicyError: gone"), None, 1.0)
+    cut = describe("1", trajectory(error="BudgetExceeded: 24 steps are used up"), 0.0, 1.0)
 
     assert late.is_broken and failed.is_broken and not cut.is_broken
     assert cut.is_truncated and not late.is_truncated

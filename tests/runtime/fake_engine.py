@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ class Reply:
     error: str = ""
     is_cut: bool = False
     output_ids: list[int] | None = None  # None: the characters
+    pause_seconds: float = 0.0  # between two pieces of a stream
 
     @property
     def finish_reason(self) -> str:
@@ -73,7 +75,8 @@ class FakeEngine:
         self.ever_loaded: list[str] = []
         self.ignores_adapters = False
         self.is_zombie = False
-        self.num_broken_off = 0
+        self.broken_off_at: list[tuple[str, float]] = []
+        """What was last said in each request whose client left, and when that was noticed here."""
         self.num_under_way = 0
         self.num_tokens = 0
         self.num_calls = 0
@@ -82,6 +85,8 @@ class FakeEngine:
         self.breaks_off_after: int | None = None
         """Events of a stream after which the connection is gone."""
         self.render_prompt = _prompt_ids
+        self.port = 0
+        """Where to listen; 0 takes a free one."""
         self.url = ""
 
     async def __aenter__(self) -> FakeEngine:
@@ -95,7 +100,7 @@ class FakeEngine:
         # As vLLM does: who leaves is no longer answered.
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
         await site.start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
         return self
@@ -109,6 +114,10 @@ class FakeEngine:
         if request.path.startswith("/v1") and not is_known:
             return _error(401, "Unauthorized")
         return await handler(request)
+
+    @property
+    def num_broken_off(self) -> int:
+        return len(self.broken_off_at)
 
     def forget_adapters(self) -> None:
         """What a restart does."""
@@ -124,14 +133,14 @@ class FakeEngine:
             reply = self.script(body)
             if not isinstance(reply, Reply):
                 reply = await reply
-        except asyncio.CancelledError:
-            self.num_broken_off += 1
+            if reply.status != 200:
+                return _error(reply.status, reply.error)
+            return await self._stream(request, body, reply) if body.get("stream") else self._answer(body, reply)
+        except (asyncio.CancelledError, ConnectionResetError):
+            self.broken_off_at.append((str(body["messages"][-1]["content"]), time.monotonic()))
             raise
         finally:
             self.num_under_way -= 1
-        if reply.status != 200:
-            return _error(reply.status, reply.error)
-        return await self._stream(request, body, reply) if body.get("stream") else self._answer(body, reply)
 
     def _answer(self, body: dict[str, Any], reply: Reply) -> web.Response:
         message = {"role": "assistant", "content": reply.content or None, "tool_calls": self._calls(reply)}
@@ -168,6 +177,7 @@ class FakeEngine:
             if number == self.breaks_off_after:
                 request.transport.abort()
                 return response
+            await asyncio.sleep(reply.pause_seconds)
         await response.write(b"data: [DONE]\n\n")
         return response
 

@@ -13,6 +13,7 @@ from memory.store import Memory
 from runtime.agent import Agent
 from runtime.completion import Delta
 from runtime.config import AgentConfig
+from runtime.engine import Engine
 from runtime.errors import UnknownEnvironment
 from runtime.hotswap import HotSwap
 from runtime.tools.functions import tool_from_function
@@ -158,9 +159,49 @@ async def test_an_engine_that_fails_ends_the_episode_failed_and_unrewarded(
 ):
     fake.script = lambda request: Reply(status=500, error="out of luck")
     trajectory = await agent.rollout(levers.task("left"))
-    assert (trajectory.stage, trajectory.error) == ("failed", "PolicyError: the engine answered 500: out of luck")
+    assert (trajectory.stage, trajectory.error) == ("failed", "EngineLost: the engine answered 500: out of luck")
     assert memory.trajectories.rewards(trajectory.id) == []
     assert levers.started[0].num_closed == 1
+
+
+@pytest.mark.parametrize("is_heard", [False, True])
+async def test_a_call_that_lost_the_engine_is_made_once_more_if_nobody_heard_a_word_of_it(
+    agent: Agent, memory: Memory, fake: FakeEngine, is_heard: bool
+):
+    fake.breaks_off_after = 3 if is_heard else 0
+    heard = []
+
+    async def on_delta(delta: Delta) -> None:
+        heard.append(delta.text)
+
+    def script(request):
+        if len(fake.requests) == 2:
+            fake.breaks_off_after = None
+        return Reply("hello")
+
+    fake.script = script
+    trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}], on_delta=on_delta)
+    if is_heard:
+        assert trajectory.stage == "failed" and trajectory.error.startswith("EngineLost: the engine broke off")
+        assert len(fake.requests) == 1 and "".join(heard) == "hel"
+    else:
+        assert (trajectory.stage, trajectory.answer, "".join(heard)) == ("finished", "hello", "hello")
+        assert len(fake.requests) == 2 and len(memory.trajectories.steps(trajectory.id)) == 1
+
+
+async def test_an_engine_that_does_not_come_back_in_time_fails_the_episode(
+    memory: Memory, hotswap: HotSwap, engine: Engine, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+):
+    agent = Agent(memory, hotswap, {}, AgentConfig(max_seconds=0.5))
+    fake.script = lambda request: Reply(status=500, error="dead")
+
+    async def stays_dead(*_) -> bool:
+        return False
+
+    monkeypatch.setattr(engine, "probe", stays_dead)
+    trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}])
+    assert (trajectory.stage, trajectory.error) == ("failed", "EngineLost: the engine answered 500: dead")
+    assert len(fake.requests) == 1
 
 
 async def test_who_leaves_frees_the_engine_and_the_record_is_closed_cancelled(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 import pytest_asyncio
 
@@ -18,7 +22,7 @@ from runtime.agent import Agent
 from runtime.completion import Delta
 from runtime.config import AgentConfig, EngineConfig
 from runtime.engine import Engine, find_last_words, server_arguments
-from runtime.errors import EngineError
+from runtime.errors import EngineError, EngineLost, RequestRefused
 from runtime.hotswap import HotSwap, mean_distance
 from runtime.model_family import choose_tool_call_parser, find_model, holds_unparsed_call
 from tests.runtime.fake_engine import LOOK, FakeEngine
@@ -290,29 +294,98 @@ async def test_twenty_swaps_under_eight_streams_fail_nobody(real: Engine, memory
 
 
 @on_real_engine
-async def test_an_engine_killed_in_mid_episode_fails_it_and_comes_back_dressed(
+async def test_a_schema_is_enforced_and_a_call_is_streamed_in_pieces(real: Engine):
+    schema = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+    schema |= {"additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    pieces: list[dict] = []
+
+    async def on_delta(delta: Delta) -> None:
+        pieces.extend(delta.calls)
+
+    said = [{"role": "user", "content": "hi"}]
+    asked = {"response_format": wanted, "temperature": 0, "max_tokens": 900}
+    for reply in (
+        await real.chat("base", said, **asked),
+        await real.chat_stream("base", said, on_delta=on_delta, cache_salt="5a" * 32, **asked),
+    ):
+        assert json.loads(reply.content)["city"] in ("Oslo", "Rome")
+    with pytest.raises(RequestRefused):
+        await real.chat("base", said, **asked | {"response_format": {"type": "json_schema"}})
+
+    go = [{"role": "user", "content": "go"}]
+    reply = await real.chat_stream("base", go, [LOOK], on_delta=on_delta, temperature=0, max_tokens=120)
+    (call,) = reply.tool_calls
+    assert len(pieces) > 1 and (pieces[0]["id"], pieces[0]["type"]) == (call["id"], "function")
+    names, arguments = ("".join(piece["function"][part] for piece in pieces) for part in ("name", "arguments"))
+    assert {"name": names, "arguments": arguments} == call["function"]
+    assert json.loads(arguments) == {"where": "here"}
+
+
+@on_real_engine
+async def test_an_engine_killed_in_mid_episode_fails_who_heard_of_it_and_comes_back_dressed_for_the_others(
     real: Engine, memory: Memory, adapters: list[Path]
 ):
     await register(memory, adapters[:1])
     hotswap = HotSwap(memory.policies, real)
-    agent = Agent(memory, hotswap, {"levers": Levers()}, AgentConfig(max_output_tokens=900))
+    agent = Agent(memory, hotswap, {"levers": Levers()}, AgentConfig(max_output_tokens=900, max_seconds=900))
     await hotswap.wear(1)
     watching = asyncio.create_task(real.watch())
-    episode = asyncio.create_task(
-        agent.rollout(None, messages=[{"role": "user", "content": "hi"}], sampling={"min_tokens": 900})
+    heard = asyncio.Event()
+
+    async def on_delta(delta: Delta) -> None:
+        heard.set()
+
+    unheard, listening = (
+        asyncio.create_task(
+            agent.rollout(
+                None, messages=[{"role": "user", "content": "hi"}], sampling={"min_tokens": 900}, on_delta=who
+            )
+        )
+        for who in (None, on_delta)
     )
-    while not memory.trajectories.list():
-        await asyncio.sleep(0.05)
-    await asyncio.sleep(0.3)
+    await heard.wait()
     os.kill(real.pid, signal.SIGKILL)
 
-    trajectory = await episode
-    assert trajectory.stage is TrajectoryStage.FAILED
-    assert trajectory.error.startswith("PolicyError: the engine ")
-    while not real.num_restarts:  # the episode fails a moment before the watch sees why
-        await asyncio.sleep(0.05)
-    await real.wait_until_ready(900)
-    assert await real.adapters() == {"tiny-v1"}
-    again = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}], max_tokens=5)
-    assert (again.stage, again.policy) == (TrajectoryStage.FINISHED, 1)
+    failed = await listening
+    assert failed.stage is TrajectoryStage.FAILED
+    assert failed.error.startswith("EngineLost: the engine ")
+    retried = await unheard
+    assert (retried.stage, retried.policy, retried.num_steps) == (TrajectoryStage.FINISHED, 1, 1)
+    assert real.num_restarts == 1 and await real.adapters() == {"tiny-v1"}
     watching.cancel()
+
+
+def find_core(pid: int) -> int:
+    """Return the process in which the engine at `pid` computes."""
+    for each in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            name, parent = (each / "comm").read_text(), (each / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == pid and "EngineCor" in name:
+                return int(each.name)
+    raise AssertionError(f"process {pid} has no core")
+
+
+@on_real_engine
+async def test_a_core_that_stands_still_is_found_within_ten_seconds(real: Engine):
+    watching = asyncio.create_task(real.watch())
+    await asyncio.sleep(1.0)
+    call = asyncio.create_task(real.chat("base", [{"role": "user", "content": "hi"}], min_tokens=900, max_tokens=900))
+    await asyncio.sleep(0.5)
+    os.kill(find_core(real.pid), signal.SIGSTOP)
+    began = time.monotonic()
+    while real.is_ready:
+        assert await healthy(real.url)
+        await asyncio.sleep(0.05)
+    found_after = time.monotonic() - began
+    with pytest.raises(EngineLost):
+        await call
+    watching.cancel()  # that it comes back was shown; what stands in its place ends with the module
+    await asyncio.wait({watching})
+    print(f"found after {found_after:.2f} s")
+    assert found_after <= 10.0
+
+
+async def healthy(url: str) -> bool:
+    async with aiohttp.ClientSession() as http, http.get(f"{url}/health") as answer:
+        return answer.status == 200

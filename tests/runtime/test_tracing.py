@@ -85,7 +85,7 @@ async def test_nothing_that_was_said_is_in_a_span(traced: Traced, fake: FakeEngi
 
 
 async def test_a_failure_is_named_by_its_class(traced: Traced, fake: FakeEngine):
-    fake.script = lambda request: Reply(status=500, error="broken")
+    fake.script = lambda request: Reply(status=422, error="broken")
     trajectory = await traced.agent.rollout(None, messages=[{"role": "user", "content": "hi"}])
     assert trajectory.stage is TrajectoryStage.FAILED
     for spans in traced.spans.values():

@@ -1,0 +1,302 @@
+"""The durable log against the disk: steps of 4 KB, each acknowledged after its fsync, beside raw SQLite batch inserts.
+
+    python -m tests.bench.durable_log [--producers 64] [--steps 12800] [--rounds 3] [--kills 5] [--on DIR] [--json FILE]
+
+Ours is all that an episode's step goes through in memory: the guard on its trajectory and position, group commit, the
+wake-up of its producer. Raw is the floor: the same rows as bound tuples into the same tables, by `executemany` and
+nothing else. Both sides take turns in one directory, which must be on the disk that is meant: not a tmpfs.
+
+Refuses to know who acts. Invariant: every row counted is on the disk (WAL, synchronous=FULL) before it is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from memory.database import WRITER_PRAGMAS, Database
+from memory.policies import Policies
+from memory.schema import Step, StepKind, Trajectory, new_id, now
+from memory.trajectories import Trajectories
+from tests.bench.measure import Load, Spread, print_table, run_open_loop, write_json
+
+RAW_BATCHES = (1, 64, 512)
+SHARES_OF_BEST = (0.25, 0.5, 0.75)
+"""Open-loop rates, as shares of what the producers reached when each went on as soon as it was acknowledged."""
+TARGET_SHARE = 0.5
+TARGET_P99_SECONDS = 0.015
+LINE = "{trajectory_id} {position}\n"
+TALK = "You are in a kitchen. " * 180  # 4 KB of what a tool says
+CALL = {"id": "call-0", "type": "function", "function": {"name": "act", "arguments": '{"command": "open the fridge"}'}}
+PROMPT_IDS, OUTPUT_IDS = list(range(850)), list(range(60))
+
+
+def make_step(trajectory_id: str, position: int) -> Step:
+    """Return a step of about 4 KB: by turns what a model wrote, with its token ids, and what a tool said."""
+    place = {"trajectory_id": trajectory_id, "position": position, "created_at": now()}
+    if position % 2:
+        return Step(**place, kind=StepKind.TOOL, content=TALK, tool_calls=[], tool_name="act", tool_call_id="call-0")
+    return Step(
+        **place,
+        kind=StepKind.MODEL,
+        content="I look into the fridge, then.",
+        tool_calls=[CALL],
+        finish_reason="tool_calls",
+        prompt_token_ids=PROMPT_IDS,
+        output_token_ids=OUTPUT_IDS,
+    )
+
+
+class Log:
+    """A database with one open trajectory for each producer."""
+
+    def __init__(self, path: Path) -> None:
+        self.database = Database(path)
+        self.trajectories = Trajectories(self.database)
+        self.opened: list[Trajectory] = []
+
+    async def open(self, num_producers: int) -> list[Trajectory]:
+        await Policies(self.database).register_base("pocket")
+        self.opened = [
+            await self.trajectories.open(Trajectory(id=new_id("trj"), episode_id="e", policy=0))
+            for _ in range(num_producers)
+        ]
+        return self.opened
+
+    async def append(self, producer: int, step: Step) -> None:
+        await self.trajectories.append(step, trajectory=self.opened[producer])
+
+
+async def append_as_fast_as_acknowledged(path: Path, num_producers: int, num_steps: int) -> Load:
+    """Have each producer append its steps one after the other; a latency is that of one acknowledgement."""
+    log = Log(path)
+    with closing(log.database):
+        steps = [
+            [make_step(trajectory.id, position) for position in range(num_steps // num_producers)]
+            for trajectory in await log.open(num_producers)
+        ]
+        load = Load(0.0)
+
+        async def produce(producer: int) -> None:
+            for step in steps[producer]:
+                began_at = time.monotonic()
+                await log.append(producer, step)
+                load.spans[len(load.spans)] = (began_at, time.monotonic())
+
+        began_at = time.monotonic()
+        await asyncio.gather(*(produce(producer) for producer in range(num_producers)))
+        load.wall_seconds = time.monotonic() - began_at
+        return load
+
+
+async def append_by_the_clock(path: Path, num_producers: int, per_second: float, seconds: float) -> Load:
+    """Append steps when they are due, whoever still waits; within a trajectory one after the other."""
+    log = Log(path)
+    with closing(log.database):
+        await log.open(num_producers)
+        turns = [asyncio.Lock() for _ in range(num_producers)]
+        num_appended = Counter[int]()
+
+        async def append(number: int) -> None:
+            producer = number % num_producers
+            async with turns[producer]:
+                await log.append(producer, make_step(log.opened[producer].id, num_appended[producer]))
+                num_appended[producer] += 1
+
+        return await run_open_loop(append, per_second=per_second, duration_seconds=seconds, max_open=20_000)
+
+
+def insert_raw(path: Path, rows: Sequence[tuple], batch_size: int) -> Load:
+    """Insert the rows in batches into tables that are the same; a latency is that of one batch."""
+    Database(path).close()  # makes the tables
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for pragma in WRITER_PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
+        connection.execute("PRAGMA foreign_keys=OFF")
+        statement = f"INSERT INTO steps VALUES ({', '.join('?' * len(rows[0]))})"
+        load = Load(0.0)
+        began_at = time.monotonic()
+        for start in range(0, len(rows), batch_size):
+            batch_began_at = time.monotonic()
+            batch = rows[start : start + batch_size]
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany(statement, batch)
+            connection.execute("COMMIT")
+            span = (batch_began_at, time.monotonic())
+            load.spans.update({start + place: span for place in range(len(batch))})
+        load.wall_seconds = time.monotonic() - began_at
+        return load
+
+
+def bound_rows(path: Path) -> list[tuple]:
+    """Return the steps in a file as SQLite holds them."""
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute("SELECT * FROM steps ORDER BY position, trajectory_id").fetchall()
+
+
+def kill_in_the_middle(path: Path, num_producers: int, seconds: float) -> dict[str, int]:
+    """Have a child append until it is killed; compare what it was acknowledged with the rows that are there."""
+    command = [sys.executable, "-m", "tests.bench.durable_log", "--append-forever", str(path)]
+    with subprocess.Popen([*command, "--producers", str(num_producers)], stdout=subprocess.PIPE) as child:
+        said = child.stdout.readline()
+        os.set_blocking(child.stdout.fileno(), False)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            said += child.stdout.read() or b""
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        os.set_blocking(child.stdout.fileno(), True)
+        said += child.stdout.read()
+    lines = said.decode().splitlines(keepends=True)
+    acknowledged = Counter(line for line in lines if line.endswith("\n"))
+    with closing(sqlite3.connect(path)) as connection:
+        is_sound = connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        found = Counter(
+            LINE.format(trajectory_id=trajectory_id, position=position)
+            for trajectory_id, position in connection.execute("SELECT trajectory_id, position FROM steps")
+        )
+    return {
+        "acknowledged": acknowledged.total(),
+        "rows": found.total(),
+        "missing": (acknowledged - found).total(),
+        "twice": found.total() - len(found),
+        "in flight": (found - acknowledged).total(),
+        "damaged": int(not is_sound),
+    }
+
+
+async def append_forever(path: Path, num_producers: int) -> None:
+    """The child: acknowledge each step to whoever reads our output, until we are killed."""
+    log = Log(path)
+    await log.open(num_producers)
+
+    async def produce(producer: int) -> None:
+        position = 0
+        while True:
+            step = make_step(log.opened[producer].id, position)
+            await log.append(producer, step)
+            told = LINE.format(trajectory_id=step.trajectory_id, position=position)
+            os.write(sys.stdout.fileno(), told.encode())
+            position += 1
+
+    await asyncio.gather(*(produce(producer) for producer in range(num_producers)))
+
+
+@contextmanager
+def fresh_file(on: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix=".durable-log-", dir=on) as directory:
+        yield Path(directory) / "ratchet.db"
+
+
+def measure_throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Let both sides take turns; return a row for each way to write, medians of the rounds."""
+    loads: dict[tuple[str, int], list[Load]] = {}
+    crowds = (arguments.producers, 8 * arguments.producers)
+    for _ in range(arguments.rounds):
+        for num_producers in crowds:
+            with fresh_file(arguments.on) as path:
+                load = asyncio.run(append_as_fast_as_acknowledged(path, num_producers, arguments.steps))
+                loads.setdefault(("ours", num_producers), []).append(load)
+                rows = bound_rows(path)
+        for batch_size in RAW_BATCHES:
+            with fresh_file(arguments.on) as path:
+                # One by one, a tenth of them is enough to know.
+                load = insert_raw(path, rows if batch_size > 1 else rows[: len(rows) // 10], batch_size)
+                loads.setdefault(("raw", batch_size), []).append(load)
+    return [
+        {
+            "side": side,
+            "rows that wait together": num_rows,
+            "rows/s": statistics.median(load.done_per_second for load in found),
+            "p50 ms": statistics.median(load.spread.p50 for load in found) * 1e3,
+            "p99 ms": statistics.median(load.spread.p99 for load in found) * 1e3,
+        }
+        for (side, num_rows), found in loads.items()
+    ]
+
+
+def add_shares(rows: list[dict[str, Any]]) -> None:
+    """Say what share of raw each of our rows reaches: of the same batch, and of the best."""
+    raw = {row["rows that wait together"]: row["rows/s"] for row in rows if row["side"] == "raw"}
+    for row in rows:
+        if row["side"] == "ours":
+            row["of raw, same batch"] = row["rows/s"] / raw.get(row["rows that wait together"], max(raw.values()))
+            row["of raw at its best"] = row["rows/s"] / max(raw.values())
+
+
+def measure_latency(arguments: argparse.Namespace, best_rate: float) -> list[dict[str, Any]]:
+    """Append at fixed rates; return a row for each."""
+    rows = []
+    for share in SHARES_OF_BEST:
+        with fresh_file(arguments.on) as path:
+            rate = share * best_rate
+            load = asyncio.run(append_by_the_clock(path, arguments.producers, rate, arguments.seconds))
+        spread = load.spread
+        rows.append(
+            {"due/s": rate, "acknowledged/s": load.done_per_second, "errors": load.errors.total()} | _millis(spread)
+        )
+    return rows
+
+
+def _millis(spread: Spread) -> dict[str, float]:
+    return {f"{name} ms": getattr(spread, name) * 1e3 for name in ("p50", "p90", "p99", "worst")}
+
+
+def measure_kills(arguments: argparse.Namespace) -> dict[str, int]:
+    total = Counter[str]()
+    for number in range(arguments.kills):
+        with fresh_file(arguments.on) as path:
+            total.update(kill_in_the_middle(path, arguments.producers, 0.5 + number / 4))
+    return {"kills": arguments.kills, **total}
+
+
+def main(arguments: argparse.Namespace) -> None:
+    if arguments.append_forever is not None:
+        asyncio.run(append_forever(arguments.append_forever, arguments.producers))
+        return
+    throughput = measure_throughput(arguments)
+    add_shares(throughput)
+    ours = throughput[0]
+    print_table("Each goes on as soon as it is acknowledged; rows of 4 KB, medians of the rounds", throughput)
+    latency = measure_latency(arguments, ours["rows/s"])
+    print_table(f"{arguments.producers} producers, steps due by the clock", latency)
+    kills = measure_kills(arguments)
+    targets = {
+        f">= {TARGET_SHARE:.0%} of raw, same batch": ours["of raw, same batch"] >= TARGET_SHARE,
+        f"p99 <= {TARGET_P99_SECONDS * 1e3:g} ms": ours["p99 ms"] <= TARGET_P99_SECONDS * 1e3,
+        "rows = acknowledgements after SIGKILL": not any(kills[name] for name in ("missing", "twice", "damaged")),
+    }
+    print_table(
+        "SIGKILL under load; in flight: on the disk, and killed before it was told",
+        [kills],
+        notes=[f"{'reached' if is_reached else 'MISSED'}: {name}" for name, is_reached in targets.items()],
+    )
+    conditions = {name: value for name, value in vars(arguments).items() if isinstance(value, int | float)}
+    found = {"latency": latency, "kills": kills, "targets": targets}
+    write_json(arguments.json, "durable_log", throughput, conditions=conditions, **found)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--producers", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=12_800, help="of one round of one side")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of one rate by the clock")
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--on", type=Path, default=Path.cwd(), help="a directory on the disk that is meant")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--append-forever", type=Path, help=argparse.SUPPRESS)
+    main(parser.parse_args())

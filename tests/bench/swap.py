@@ -1,0 +1,225 @@
+"""What a swap costs those who are being answered: 32 streams on the real vLLM, swapped under, and left alone.
+
+    python -m tests.bench.swap [--swaps 500] [--streams 32] [--json FILE]
+
+Refuses to measure a swap that loads nothing: there are more adapters than stay resident, and one is put on again only
+when the engine has dropped it, so that each swap loads one, proves it, points at it and unloads another. Both sides in
+one run, in turns, on one engine, with durability on: each stream plays episodes of two model calls, as fast as they
+end, and every step is on the disk before the next.
+Invariant: an episode is counted as mixed if the engine was asked for another model than the one it was opened with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from memory.adapters import Fingerprint, Manifest, digest_base, write_manifest
+from memory.config import MemoryConfig
+from memory.schema import Trajectory, TrajectoryStage
+from memory.store import Memory
+from runtime.agent import Agent
+from runtime.completion import Completion, Delta, Message, OnDelta
+from runtime.config import AgentConfig, EngineConfig
+from runtime.engine import Engine
+from runtime.hotswap import NUM_IDLE_KEPT, HotSwap
+from runtime.model_family import POCKET_MODEL
+from runtime.tools.base import Tool
+from tests.bench.measure import Spread, print_table, write_json
+from tests.memory.episodes import HashingEncoder
+from tests.runtime import tiny_models
+
+NUM_ADAPTERS = NUM_IDLE_KEPT + 6
+NUM_ROUNDS = 4
+WARM_UP_SECONDS = 10.0
+MAX_STILL_SECONDS = 40.0
+MAX_STEPS = 2
+MAX_OUTPUT_TOKENS = 24
+"""Short episodes: an adapter stays loaded as long as one of its own goes on."""
+DRAIN_SECONDS = 10.0
+OPENING = (
+    "You are in a kitchen. There is a cookbook on the counter. Directions:\nfry the egg\nslice the onion\nprepare meal"
+)
+COMMAND = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
+
+
+class Side:
+    """What was measured while swapping, or while not."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.gaps: list[float] = []
+        """Between two pieces of one reply, as its listener hears them."""
+        self.swaps: list[float] = []
+        self.played: list[Trajectory] = []
+        self.num_loads = 0
+        self.num_pieces = 0
+        self.seconds = 0.0
+
+    def hear(self, before: float | None, now: float) -> None:
+        self.num_pieces += 1
+        if before is not None:
+            self.gaps.append(now - before)
+
+    def row(self, num_mixed: int) -> dict[str, Any]:
+        num_failed = sum(trajectory.stage is not TrajectoryStage.FINISHED for trajectory in self.played)
+        row = {"side": self.name, "swaps": len(self.swaps), "loads": self.num_loads, "episodes": len(self.played)}
+        row |= {"failed": num_failed, "mixed": num_mixed, "pieces_per_second": round(self.num_pieces / self.seconds, 1)}
+        for name, values in (("gap", self.gaps), ("swap", self.swaps)):
+            if values:
+                spread = Spread.of(values).in_millis()
+                row |= {f"{name}_{figure}": spread[figure] for figure in ("p50_ms", "p99_ms", "worst_ms")}
+        return row
+
+
+class Streams:
+    """Episodes without end, so many at once; what they hear goes to the side that is on."""
+
+    def __init__(self, memory: Memory, engine: Engine, hotswap: HotSwap) -> None:
+        self.memory = memory
+        self.hotswap = hotswap
+        self.side = Side("warm-up")
+        self.served: dict[str, set[str]] = defaultdict(set)
+        """Episode -> the models that the engine was asked for."""
+        act = Tool("act", "Do one thing.", COMMAND, self._act)
+        config = AgentConfig(max_steps=MAX_STEPS, max_output_tokens=MAX_OUTPUT_TOKENS, max_seconds=600.0)
+        self.agent = Agent(memory, hotswap, {}, config, tools=[act])
+        self._numbers = itertools.count()
+        self._note_what_is_served(engine)
+
+    async def _act(self, arguments: dict[str, Any]) -> str:
+        return "Nothing happens."
+
+    def _note_what_is_served(self, engine: Engine) -> None:
+        chat_stream = engine.chat_stream
+
+        async def noted(
+            model: str, messages: Sequence[Message], tools: Any = None, *, on_delta: OnDelta, **sampling: Any
+        ) -> Completion:
+            heard_at: float | None = None
+
+            async def timed(delta: Delta) -> None:
+                nonlocal heard_at
+                before, heard_at = heard_at, time.monotonic()
+                self.side.hear(before, heard_at)
+                await on_delta(delta)
+
+            self.served[messages[0]["content"]].add(model)
+            return await chat_stream(model, messages, tools, on_delta=timed, **sampling)
+
+        engine.chat_stream = noted  # type: ignore[method-assign]
+
+    async def play(self) -> None:
+        """Play one episode after the other. An episode belongs to the side on which it was opened."""
+
+        async def ignore(delta: Delta) -> None:
+            pass
+
+        while True:
+            name = f"{OPENING}\nKitchen {next(self._numbers)}."
+            side, ask = self.side, [{"role": "user", "content": name}]
+            side.played.append(await self.agent.rollout(None, messages=ask, temperature=1.0, on_delta=ignore))
+
+    def is_mixed(self, trajectory: Trajectory) -> bool:
+        wanted = self.memory.policies.get(trajectory.policy).adapter_path
+        return self.served[trajectory.task_text] != {Path(wanted).name if wanted else "base"}
+
+
+def make_adapters(home: Path) -> list[Path]:
+    """Write random adapters of the pocket model, each with the manifest that proves it."""
+    paths = [home / f"pocket-v{version}" for version in range(1, NUM_ADAPTERS + 1)]
+    for version, fingerprint in enumerate(tiny_models.make_adapters(POCKET_MODEL, paths), start=1):
+        values = {"name": "pocket", "version": version, "base_model": "pocket", "kind": "sft"}
+        values |= {"base_digest": digest_base(POCKET_MODEL), "fingerprint": Fingerprint(**fingerprint)}
+        write_manifest(paths[version - 1], Manifest(**values))
+    return paths
+
+
+@contextlib.asynccontextmanager
+async def open_streams(home: Path) -> AsyncIterator[Streams]:
+    """Start the real engine with a memory of its own; end both."""
+    paths = make_adapters(home / "adapters")
+    with Memory.open(home / "data", MemoryConfig(memory_tokens=0), encoder=HashingEncoder()) as memory:
+        engine = Engine(EngineConfig(kv_cache_gib=1, startup_seconds=300), home / "data")
+        try:
+            await engine.start()
+            await memory.policies.register_base("pocket")
+            for path in paths:
+                await memory.policies.draft(adapter_path=str(path), parent=0)
+            hotswap = HotSwap(memory.policies, engine)
+            for version in range(1, NUM_ADAPTERS + 1):  # what is compiled or read once is so by now
+                await hotswap.wear(version)
+            yield Streams(memory, engine, hotswap)
+        finally:
+            await engine.stop()
+
+
+async def wait_until_unloaded(hotswap: HotSwap, version: int) -> bool:
+    """Wait until the engine has dropped an adapter, because nobody acts with it any more; return whether it came to."""
+    deadline = time.monotonic() + DRAIN_SECONDS
+    while version in hotswap.loaded_versions and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    return version not in hotswap.loaded_versions
+
+
+async def measure(
+    streams: Streams, still: Side, swapping: Side, *, num_swaps: int, num_streams: int, pause: float
+) -> None:
+    """Swap, then leave alone for as long, in turns; put what was seen on either side."""
+    playing = [asyncio.create_task(streams.play()) for _ in range(num_streams)]
+    versions = itertools.cycle(range(1, NUM_ADAPTERS + 1))
+    try:
+        await asyncio.sleep(WARM_UP_SECONDS)
+        for round_number in range(NUM_ROUNDS):
+            began = time.monotonic()
+            streams.side = swapping
+            for _ in range(num_swaps * (round_number + 1) // NUM_ROUNDS - len(swapping.swaps)):
+                version = next(versions)
+                swapping.num_loads += await wait_until_unloaded(streams.hotswap, version)
+                swap_began = time.monotonic()
+                await streams.hotswap.wear(version)
+                swapping.swaps.append(time.monotonic() - swap_began)
+                await asyncio.sleep(pause)
+            seconds = time.monotonic() - began
+            swapping.seconds += seconds
+            streams.side = still
+            await asyncio.sleep(min(seconds, MAX_STILL_SECONDS))
+            still.seconds += min(seconds, MAX_STILL_SECONDS)
+            print(f"round {round_number + 1} of {NUM_ROUNDS}: {len(swapping.swaps)} swaps, {seconds:.0f} s", flush=True)
+            for task in playing:
+                assert not task.done(), task.exception()
+    finally:
+        for task in playing:
+            task.cancel()
+        await asyncio.gather(*playing, return_exceptions=True)
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--swaps", type=int, default=500)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between two swaps")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    sides = (Side("no swap"), Side("swaps"))
+    with tempfile.TemporaryDirectory(prefix="swap-") as home:
+        async with open_streams(Path(home)) as streams:
+            settings = {"num_swaps": given.swaps, "num_streams": given.streams, "pause": given.pause}
+            await measure(streams, *sides, **settings)
+            rows = [side.row(sum(map(streams.is_mixed, side.played))) for side in sides]
+    title = f"{given.swaps} swaps of an adapter each under {given.streams} streams, vLLM on this CPU, pocket model"
+    notes = ["gap: between two pieces of one reply, as its listener hears them; swap: load, prove, point, unload"]
+    print_table(title, rows, notes=notes)
+    write_json(given.json, "swap", rows, conditions=settings)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,63 @@
+"""A disk of one's own for a process: small, full or read-only, and nobody else's.
+
+Refuses to touch what other processes see: the mount is in a namespace of this process and goes with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 1, 32, 16384, 1 << 18
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def mount_disk(at: Path, num_bytes: int) -> None:
+    """Mount an empty disk of this size, for this process alone, which must have no other thread.
+
+    Raises: OSError where that isn't allowed.
+    """
+    _enter_namespace()
+    _mount("none", "/", None, MS_REC | MS_PRIVATE)
+    _mount("none", str(at), "tmpfs", 0, f"size={num_bytes}")
+
+
+def make_read_only(at: Path) -> None:
+    """Let nothing be written to a mounted disk any more; nobody may have a file of it open for writing."""
+    _mount("none", str(at), "tmpfs", MS_REMOUNT | MS_RDONLY)
+
+
+def fill(at: Path) -> Path:
+    """Leave no byte free; delete the file that is returned to make room again."""
+    filler = at / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (2**16, 4096, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+    return filler
+
+
+def _enter_namespace() -> None:
+    user, group = os.getuid(), os.getgid()
+    if LIBC.unshare(CLONE_NEWNS) == 0:
+        return
+    _check(LIBC.unshare(CLONE_NEWNS | CLONE_NEWUSER))
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+
+
+def _mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    kind_bytes = None if kind is None else kind.encode()
+    _check(LIBC.mount(source.encode(), target.encode(), kind_bytes, ctypes.c_ulong(flags), options.encode()))
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

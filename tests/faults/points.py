@@ -1,0 +1,134 @@
+"""Named points of the code at which a process can be made to die, without a word about it in that code.
+
+Refuses to know what is lost there. A point is a line of a function, named by what stands on it: whoever changes that
+line is told by a test that its point is gone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from memory import adapters, database, policies, trajectories
+from memory.adapters import write_adapter_atomically, write_manifest
+from memory.database import Database
+from memory.policies import Policies
+from memory.trajectories import Trajectories
+from optimizer import stages
+from runtime.hotswap import HotSwap
+
+
+@dataclass(frozen=True)
+class Point:
+    """The moment before a line is run."""
+
+    operation: str
+    function: Callable[..., Any]
+    words: str
+    """What stands on that line and on no other of the function."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation}: {self.function.__qualname__}: {self.words}"
+
+    @property
+    def line(self) -> int:
+        """Return its number in the file. Raises ValueError unless there is exactly one."""
+        lines, first = inspect.getsourcelines(self.function)
+        found = [first + number for number, line in enumerate(lines) if self.words in line]
+        if len(found) != 1:
+            raise ValueError(f"{self.name!r} stands on {len(found)} lines of its function: name the point anew")
+        return found[0]
+
+
+POINTS = [
+    Point(operation, function, words)
+    for operation, function, words in (
+        ("log", Trajectories.open, "return await self._database.write(write)"),
+        ("log", Trajectories.open, "session.execute(insert(Trajectory)"),
+        ("log", Trajectories.append, "self._database.take("),
+        ("log", Database._put, "self._queue.put(write)"),
+        ("log", Database._next_batch, "batch = [first]"),
+        ("log", Database._commit, "with connection.begin():"),
+        ("log", Database._commit, "for same in _group(batch):"),
+        ("log", Database._run, "write.result = write.work(connection)"),
+        ("log", database._in_session, "session.commit()"),
+        ("log", Database._write_forever, "self._count(batch)"),
+        ("log", Database._write_forever, "_tell(batch)"),
+        ("log", database._settle_all, "write.settle()"),
+        ("log", trajectories._close, "trajectory.stage = stage"),
+        ("log", Trajectories.close, "self.note_exemplar(session, trajectory)"),
+        ("log", Trajectories.add_reward, "session.flush()"),
+        ("train", stages._reserve_version, "shutil.rmtree("),
+        ("train", stages._reserve_version, "await shop.keep("),
+        ("train", write_manifest, "files = {"),
+        ("train", write_manifest, ".write_text("),
+        ("train", write_adapter_atomically, "for path in"),
+        ("train", adapters._sync, "os.fsync(descriptor)"),
+        ("train", write_adapter_atomically, "temporary.rename(final)"),
+        ("train", write_adapter_atomically, "_sync(final.parent)"),
+        ("train", stages._train_and_register, "policy = next("),
+        ("train", Policies.draft, "session.add(policy)"),
+        ("train", stages._train_and_register, "if policy.version != spec.version"),
+        ("train", stages._train_and_register, "await shop.keep("),
+        ("train", stages._nominate, "await shop.memory.policies.move("),
+        ("train", stages._nominate, "await shop.keep("),
+        ("promote", Policies.promote, "return await self._announced(write)"),
+        ("promote", Policies.promote, "_replace_active(session, policy)"),
+        ("promote", policies._replace_active, "here = _newest_activation(session)"),
+        ("promote", policies._retire, "session.flush()"),
+        ("promote", policies._activate, "session.add(Activation("),
+        ("promote", Policies._announced, "for loop, event in"),
+        ("rollback", Policies.rollback, "return await self._announced(write)"),
+        ("rollback", Policies.rollback, "_retire(session,"),
+        ("rollback", Policies.rollback, "_activate(session, policy"),
+        ("rollback", Policies.rollback, "return policy"),
+        ("swap", HotSwap.wear, "await self._load(outfit)"),
+        ("swap", HotSwap._load, "await asyncio.to_thread(self._verify"),
+        ("swap", HotSwap._load, "await self._engine.load_adapter("),
+        ("swap", HotSwap._load, "await self._prove("),
+        ("swap", HotSwap._prove, "served = await"),
+        ("swap", HotSwap.wear, "self._retired, self._active ="),
+        ("swap", HotSwap.wear, "self.refusal = None"),
+        ("swap", HotSwap.wear, "await self._unload_surplus()"),
+        ("swap", HotSwap._unload_surplus, "outfit.is_loaded = False"),
+        ("swap", HotSwap._unload_surplus, "await self._engine.unload_adapter("),
+    )
+]
+
+
+def die_at(point: Point, passes: int) -> Callable[[], None]:
+    """Have this process end by SIGKILL as the point is about to be passed for the `passes`-th time, in any thread.
+
+    Threads that run already are not watched. Counting begins when what is returned is called.
+    """
+    code, line = inspect.unwrap(point.function).__code__, point.line
+    left, is_counting = passes, False
+
+    def watch_lines(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if is_counting and event == "line" and frame.f_lineno == line:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return watch_lines
+
+    def watch_calls(frame: FrameType, event: str, _: Any) -> Any:
+        # What a function defines within itself, such as what a transaction runs, has code of its own on its lines.
+        is_inside = frame.f_code.co_filename == code.co_filename and frame.f_code.co_firstlineno <= line
+        return watch_lines if is_inside else None
+
+    def begin() -> None:
+        nonlocal is_counting
+        is_counting = True
+
+    threading.settrace(watch_calls)
+    sys.settrace(watch_calls)
+    return begin

@@ -1,0 +1,122 @@
+"""Ten times what the engine can do: who is let in is answered in good time, the rest at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+
+from memory.schema import TrajectoryStage
+from tests.api.playing import FORGETFUL, PlayedWorld
+from tests.runtime.fake_engine import Reply
+
+NUM_SEQS = 8
+CALL_SECONDS = 0.5
+CAPACITY = NUM_SEQS / CALL_SECONDS
+"""Requests a second that the played engine answers."""
+
+
+def at_most(num_seqs: int, seconds: float):
+    """A policy that takes its time for each reply, and makes so many together."""
+    places: list[asyncio.Semaphore] = []  # made in the engine's own loop
+
+    async def script(request: dict[str, Any]) -> Reply:
+        if not places:
+            places.append(asyncio.Semaphore(num_seqs))
+        async with places[0]:
+            await asyncio.sleep(seconds)
+        return Reply("done")
+
+    return script
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[PlayedWorld]:
+    script = at_most(NUM_SEQS, CALL_SECONDS)
+    sized = {"max_num_seqs": NUM_SEQS}
+    with PlayedWorld(tmp_path / "data", script, engine_config=sized, memory_config=FORGETFUL) as world:
+        yield world
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one client was told."""
+
+    status: int
+    seconds: float
+    retry_after: str | None
+    code: str | None
+
+
+async def ask(http: aiohttp.ClientSession, number: int = 0) -> Told:
+    started = time.monotonic()
+    body = {"model": "agent", "messages": [{"role": "user", "content": f"hi {number}"}], "stream": number % 2 == 1}
+    async with http.post("/v1/chat/completions", json=body) as answer:
+        read = await answer.read() if answer.status == 200 else await answer.json()
+    code = None if answer.status == 200 else read["error"]["code"]
+    return Told(answer.status, time.monotonic() - started, answer.headers.get("Retry-After"), code)
+
+
+async def come(http: aiohttp.ClientSession, *, per_second: float, seconds: float) -> list[Told]:
+    """Ask by the clock, whatever the answers do."""
+    began, asking = time.monotonic(), []
+    for number in range(int(per_second * seconds)):
+        await asyncio.sleep(max(0.0, began + number / per_second - time.monotonic()))
+        asking.append(asyncio.ensure_future(ask(http, number)))
+    return await asyncio.gather(*asking)
+
+
+def p99(told: list[Told]) -> float:
+    return sorted(it.seconds for it in told)[int(len(told) * 0.99)]
+
+
+async def overload(url: str, seconds: float) -> tuple[list[Told], list[Told], float]:
+    """Come at half of what the engine can do, then at ten times of it; return both, and how long recovery took."""
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as http:
+        nominal = await come(http, per_second=0.5 * CAPACITY, seconds=seconds / 4)
+        told = await come(http, per_second=10 * CAPACITY, seconds=seconds)
+        ended = time.monotonic()
+        while (await ask(http)).seconds > 1.5 * CALL_SECONDS and time.monotonic() - ended < 30:
+            pass
+        return nominal, told, time.monotonic() - ended
+
+
+@pytest.mark.parametrize("seconds", [1.5, pytest.param(60.0, marks=pytest.mark.slow)])
+def test_overload_is_turned_away_at_once_and_harms_nobody_who_was_let_in(world: PlayedWorld, seconds: float) -> None:
+    nominal, told, recovery_seconds = asyncio.run(overload(world.url, seconds))
+    refused = [it for it in (*nominal, *told) if it.status != 200]
+    nominal, admitted = ([it for it in each if it.status == 200] for each in (nominal, told))
+
+    assert nominal and admitted and refused
+    assert {(it.status, it.retry_after, it.code) for it in refused} == {(503, "1", "engine_overloaded")}
+    views = world.memory.trajectories.list(limit=100_000)
+    assert {view.trajectory.stage for view in views} == {TrajectoryStage.FINISHED}
+    num_recovered = len(views) - len(nominal) - len(admitted)
+    assert num_recovered >= 1, "nothing was answered afterwards, or an answer has no record"
+    shed = world.services.agent.telemetry.registry.get_sample_value
+    assert shed("ratchet_shed_total", {"reason": "engine_overloaded"}) == len(refused)
+    print(
+        f"\n{len(nominal)} at 0.5x: p99 {p99(nominal):.3f} s; {len(admitted)} let in at 10x: p99 {p99(admitted):.3f} s,"
+        f" {p99(admitted) / p99(nominal):.2f} times; {len(refused)} turned away: p99 {p99(refused) * 1e3:.1f} ms, "
+        f"worst {max(it.seconds for it in refused) * 1e3:.1f} ms; answered as usual {recovery_seconds:.2f} s afterwards"
+    )
+
+
+def test_an_engine_that_says_it_is_full_is_no_failure_of_the_server(world: PlayedWorld) -> None:
+    world.fake.script = lambda request: Reply(status=503, error="The engine is currently busy.")
+    with (
+        openai.OpenAI(base_url=f"{world.url}/v1", api_key="none", max_retries=0) as client,
+        pytest.raises(openai.InternalServerError, match="currently busy") as told,
+    ):
+        client.chat.completions.create(model="agent", messages=[{"role": "user", "content": "hi"}])
+    assert (told.value.status_code, told.value.code) == (503, "engine_overloaded")
+    assert told.value.response.headers["retry-after"] == "1"
+    assert world.newest.id == told.value.response.headers["x-trajectory-id"]
+    assert world.newest.stage is TrajectoryStage.FAILED

@@ -1,0 +1,88 @@
+"""Death at every named point of log, train, promote, rollback, swap: whoever boots next finds a policy that acts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy
+import pytest
+from safetensors.numpy import save_file
+
+from memory.schema import TrajectoryStage
+from tests.faults.children import Child
+from tests.faults.points import POINTS, Point
+from tests.faults.turns import boot, turn_until_killed
+from tests.runtime.fake_engine import FakeEngine, say
+
+NUM_TIMES = 5
+SHORT = {  # one of each operation, where two things that belong together are done one after the other
+    "log: Database._write_forever: _tell(batch)",
+    "train: write_adapter_atomically: _sync(final.parent)",
+    "promote: _retire: session.flush()",
+    "rollback: Policies.rollback: _activate(session, policy",
+    "swap: HotSwap._load: await self._prove(",
+}
+
+
+@pytest.fixture
+def base_dir(tmp_path: Path) -> Path:
+    """A base model as far as a recipe is chosen for it."""
+    directory = tmp_path / "base"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}))
+    save_file({"weight": numpy.ones((2, 2), "float32")}, directory / "model.safetensors")
+    return directory
+
+
+@pytest.fixture
+async def fake(base_dir: Path) -> AsyncIterator[FakeEngine]:
+    """An engine that outlives who asks it."""
+    async with FakeEngine(say("hello"), base_dir=base_dir) as fake:
+        yield fake
+
+
+async def die_and_boot(point: Point, num_passes: int, data_dir: Path, base_dir: Path, fake: FakeEngine) -> None:
+    """Have a child die at a point, boot on what it left, check it, and go on from there."""
+    child = Child(turn_until_killed, data_dir, base_dir, fake.url, point, num_passes)
+    exit_code = await asyncio.to_thread(child.join)
+    assert exit_code == -signal.SIGKILL
+    turns = await boot(child.told.append, data_dir, base_dir, fake.url)
+    with turns.memory as memory:
+        assert turns.flaws() == []
+        assert await turns.act() == memory.policies.active().version
+        changes = [(words[1], words[2]) for words in child.told if words[0] == "active"]
+        activations = memory.policies.activations()
+        assert [activations[number - 1].version for number, _ in changes] == [version for _, version in changes]
+        logged = [words[1] for words in child.told if words[0] == "logged"]
+        stages = {memory.trajectories.get(trajectory_id).stage for trajectory_id in logged}
+        assert stages <= {TrajectoryStage.FINISHED}
+        turns.tell = lambda *words: None
+        await turns.turn()
+        assert turns.flaws() == [] and memory.cycles.unfinished() is None
+    await turns.engine.stop()
+    await turns.engine.close()
+
+
+def test_there_are_forty_points_and_each_is_one_line():
+    assert len({(point.function.__code__, point.line) for point in POINTS}) == len(POINTS) >= 40
+    assert {point.name for point in POINTS} >= SHORT
+
+
+@pytest.mark.parametrize("point", [pytest.param(it, id=it.name) for it in POINTS if it.name in SHORT])
+async def test_after_death_at_a_point_of_each_kind_the_active_policy_acts(
+    point: Point, tmp_path: Path, base_dir: Path, fake: FakeEngine
+):
+    await die_and_boot(point, 2, tmp_path / "data", base_dir, fake)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", [pytest.param(it, id=it.name) for it in POINTS])
+async def test_after_death_at_every_point_five_times_the_active_policy_acts(
+    point: Point, tmp_path: Path, base_dir: Path, fake: FakeEngine
+):
+    for num_passes in range(1, NUM_TIMES + 1):
+        await die_and_boot(point, num_passes, tmp_path / "data", base_dir, fake)

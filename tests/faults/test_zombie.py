@@ -1,0 +1,108 @@
+"""An engine that is dead, or alive and stuck: found, started again, dressed as before; its callers wait."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from memory.config import MemoryConfig
+from memory.schema import TrajectoryStage
+from memory.store import Memory
+from runtime.agent import Agent
+from runtime.config import AgentConfig, EngineConfig
+from runtime.engine import Engine
+from runtime.hotswap import HotSwap
+from tests.memory.episodes import HashingEncoder
+from tests.runtime.conftest import base_dir, write_adapter
+
+__all__ = ["base_dir"]
+
+ASK = [{"role": "user", "content": "hi"}]
+FOUND_SECONDS = 10.0
+Start = Callable[..., Awaitable[tuple[Engine, Agent, Memory]]]
+
+
+@pytest.fixture
+async def start(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
+    """`await start(**settings)`: an engine of ours, played, watched and worn: two adapters, the newer one active."""
+    monkeypatch.setattr("runtime.engine.CHILD", Path(__file__).with_name("played_child.py"))
+    undo: list[Callable] = []
+
+    async def begin(**settings) -> tuple[Engine, Agent, Memory]:
+        memory = Memory.open(tmp_path / "data", MemoryConfig(memory_tokens=0), encoder=HashingEncoder())
+        undo.append(memory.close)
+        engine = Engine(EngineConfig(model=str(base_dir), **settings), tmp_path / "data")
+        await engine.start()
+        watching = asyncio.create_task(engine.watch())
+        undo.extend([engine.stop, watching.cancel])
+        await memory.policies.register_base("base")
+        hotswap = HotSwap(memory.policies, engine)
+        for version in (1, 2):
+            path = write_adapter(tmp_path / f"pocket-v{version}", base_dir, version)
+            await memory.policies.draft(adapter_path=str(path), parent=0)
+            await hotswap.wear(version)
+        return engine, Agent(memory, hotswap, {}, AgentConfig(max_seconds=60.0)), memory
+
+    yield begin
+    for step in reversed(undo):
+        ended = step()
+        if asyncio.iscoroutine(ended):
+            await ended
+
+
+async def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_the_pause_and_the_time_of_a_probe_are_ten_seconds_together():
+    settings = EngineConfig()
+    assert settings.probe_interval_seconds + settings.probe_timeout_seconds <= FOUND_SECONDS
+
+
+@pytest.mark.parametrize("how", ["dead", "zombie"])
+async def test_it_is_started_again_and_dressed_as_before_and_nobody_notices(start: Start, how: str):
+    engine, agent, memory = await start(probe_interval_seconds=0.05, probe_timeout_seconds=1.5)
+    worn, before = await engine.adapters(), engine.pid
+    assert worn == {"pocket-v1", "pocket-v2"}
+    os.kill(before, signal.SIGUSR1 if how == "zombie" else signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        while await asyncio.wait_for(engine.probe(), 0.2):
+            pass
+    episodes = [asyncio.create_task(agent.rollout(None, messages=ASK)) for _ in range(8)]
+    if how == "dead":
+        await wait_until(lambda: len(memory.trajectories.list()) == 8)
+        with contextlib.suppress(ProcessLookupError):  # on a slow machine it was found first
+            os.kill(before, signal.SIGKILL)
+    played = await asyncio.gather(*episodes)
+
+    assert {(it.stage, it.answer, it.policy) for it in played} == {(TrajectoryStage.FINISHED, "hello", 2)}
+    assert engine.num_restarts >= 1 and engine.pid != before
+    assert await engine.adapters() == worn
+    with pytest.raises(ProcessLookupError):
+        os.kill(before, 0)
+
+
+@pytest.mark.slow
+async def test_a_zombie_is_found_within_ten_seconds(start: Start):
+    engine, agent, _ = await start()
+    waits = []
+    for turn in range(8):
+        await asyncio.sleep(turn * 0.3)  # a zombie comes at any time between two probes
+        began = time.monotonic()
+        os.kill(engine.pid, signal.SIGUSR1)
+        await wait_until(lambda: not engine.is_ready)
+        waits.append(time.monotonic() - began)
+        await engine.wait_until_ready(60)
+        assert await engine.adapters() == {"pocket-v1", "pocket-v2"}
+        assert (await agent.rollout(None, messages=ASK)).stage is TrajectoryStage.FINISHED
+    print("found after", " ".join(f"{wait:.2f}" for wait in waits), "seconds")
+    assert max(waits) <= FOUND_SECONDS

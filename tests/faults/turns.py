@@ -1,0 +1,154 @@
+"""Turns of all that changes who acts: an episode is logged, a policy trained, promoted, worn, at times rolled back.
+
+Refuses to know what kills it. Each turn takes up what the one before left behind, in this process or a dead one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+from typing import Any
+
+from memory.adapters import Manifest, verify_adapter, write_adapter_atomically
+from memory.schema import (
+    CycleStage,
+    Policy,
+    PolicyStage,
+    RewardSource,
+    Step,
+    StepKind,
+    Trajectory,
+    TrajectoryStage,
+    new_id,
+)
+from memory.store import Memory
+from optimizer import stages
+from optimizer.config import OptimizerConfig
+from optimizer.seams import Seams
+from optimizer.training.launch import read_finished
+from optimizer.training.spec import TrainingSpec
+from optimizer.workshop import Workshop
+from runtime import hotswap
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+from runtime.hotswap import HotSwap
+from tests.faults.children import Tell
+from tests.faults.points import Point, die_at
+from tests.memory.episodes import PATIENT, HashingEncoder
+from tests.runtime.conftest import write_adapter
+
+MAX_RANK = 32
+
+
+class Turns:
+    """An open memory and what its active policy is worn on: an engine that outlives this process."""
+
+    def __init__(self, memory: Memory, engine: Engine, base_dir: Path, tell: Tell) -> None:
+        self.memory, self.engine, self.base_dir, self.tell = memory, engine, base_dir, tell
+        self.hotswap = HotSwap(memory.policies, engine, max_lora_rank=MAX_RANK)
+
+    async def act(self) -> int:
+        """Answer with the active policy, loaded and proved; return its version."""
+        async with self.hotswap.lease() as actor:
+            await actor.complete([{"role": "user", "content": "hi"}])
+            return actor.version
+
+    async def turn(self) -> None:
+        await self.log()
+        policy = await self.learn()
+        await self.memory.policies.promote(policy.version)
+        self.announce()
+        await self.hotswap.wear(policy.version)
+        if policy.version % 2 == 0:
+            back = await self.memory.policies.rollback()
+            self.announce()
+            await self.hotswap.wear(back.version)
+
+    async def log(self) -> None:
+        """Keep an episode of two steps, a success."""
+        trajectories = self.memory.trajectories
+        trajectory = await trajectories.open(Trajectory(id=new_id("trj"), episode_id=new_id("eps"), policy=0))
+        for position in range(2):
+            step = Step(trajectory_id=trajectory.id, position=position, kind=StepKind.TOOL, content="dusty " * 500)
+            await trajectories.append(step, trajectory=trajectory)
+        await trajectories.close(trajectory.id, stage=TrajectoryStage.FINISHED, answer="done")
+        await trajectories.reward(trajectory.id, 1.0, RewardSource.USER)
+        self.tell("logged", trajectory.id)
+
+    async def learn(self) -> Policy:
+        """Train in the cycle that a dead process left open, or in a new one; return the candidate."""
+        cycles, config = self.memory.cycles, OptimizerConfig().model_dump(mode="json")
+        cycle = cycles.unfinished() or await cycles.open(config)
+        seams = Seams(rollout=_never, tasks=_never, train=self.train)
+        shop = Workshop(self.memory, seams, cycle.id)
+        shop.directory.mkdir(parents=True, exist_ok=True)
+        (shop.directory / "demonstrations.jsonl").write_text("{}\n")
+        await shop.keep(demonstrations={"trajectory_ids": []})
+        await stages.train_sft(shop)
+        version = shop.artifacts["sft"]["policy"]
+        await stages._nominate(shop, version)
+        await cycles.save(cycle.id, stage=CycleStage.COMPLETED)
+        return self.memory.policies.get(version)
+
+    async def train(self, spec: TrainingSpec, *, on_step: Any = None, num_attempts: int = 2) -> Manifest:
+        """The trainer's part as this process sees it: an adapter that was finished is found, else one is written."""
+        if (made := read_finished(spec)) is not None:
+            return made
+        unfinished = spec.work_dir / "adapter"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        settings = {**spec.settings(), "spec_digest": spec.digest()}
+        write_adapter(unfinished, self.base_dir, spec.version, name=spec.name, settings=settings)
+        write_adapter_atomically(unfinished, spec.output_dir)
+        return read_finished(spec)
+
+    def announce(self) -> None:
+        """Tell who acts by now, and after how many changes."""
+        self.tell("active", len(self.memory.policies.activations()), self.memory.policies.active().version)
+
+    def flaws(self) -> list[str]:
+        """Return what is wrong with what is kept: the file, who acts, and the adapters that policies wear."""
+        policies = self.memory.policies
+        found = list(self.memory.database.check())
+        if policies.activations()[-1].version != policies.active().version:
+            found.append("the last activation is not of the policy that acts")
+        if [policy.stage for policy in policies.list()].count(PolicyStage.ACTIVE) != 1:
+            found.append("not one policy acts")
+        for policy in policies.list():
+            if policy.adapter_path is not None:
+                verify_adapter(Path(policy.adapter_path), base_digest=self.base_digest, max_rank=MAX_RANK)
+        return found
+
+    @property
+    def base_digest(self) -> str:
+        return hotswap.digest_base(self.base_dir)
+
+
+async def boot(tell: Tell, data_dir: Path, base_dir: Path, engine_url: str) -> Turns:
+    """Open what is there, as a server does."""
+    memory = Memory.open(data_dir, PATIENT, encoder=HashingEncoder())
+    await memory.trajectories.close_orphans()
+    engine = Engine(EngineConfig(url=engine_url), data_dir)
+    await engine.start()
+    await memory.policies.register_base(str(base_dir))
+    return Turns(memory, engine, base_dir, tell)
+
+
+def turn_until_killed(
+    tell: Tell, data_dir: Path, base_dir: Path, engine_url: str, point: Point, num_passes: int
+) -> None:
+    """Boot, then turn and turn again, to die at a point."""
+    hotswap.NUM_IDLE_KEPT = 0  # so that each swap unloads an adapter
+
+    async def run() -> None:
+        begin = die_at(point, num_passes)
+        turns = await boot(tell, data_dir, base_dir, engine_url)
+        begin()
+        while True:
+            await turns.turn()
+
+    asyncio.run(run())
+
+
+def _never(*arguments: Any, **more: Any) -> Any:
+    raise AssertionError("nothing is played here")

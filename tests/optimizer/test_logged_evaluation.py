@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from memory.schema import Policy, RewardSource, Split, Trajectory, TrajectoryStage, new_id
+from memory.store import Memory
+from optimizer.config import EvaluationConfig, OptimizerConfig
+from optimizer.evaluation import Decision, judge
+from optimizer.logged_evaluation import read_logged_cells
+from optimizer.seams import Seams
+from optimizer.workshop import Workshop
+from tests.memory.episodes import PATIENT, HashingEncoder
+
+NUM_TASKS = 40
+PLAYS_NOTHING = OptimizerConfig(environment="", practice_episodes=0, explore_episodes=0)
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Memory]:
+    with Memory.open(tmp_path / "data", PATIENT, encoder=HashingEncoder()) as memory:
+        yield memory
+
+
+@pytest.fixture
+async def candidate(memory: Memory) -> Policy:
+    await memory.policies.register_base("base")
+    return await memory.policies.draft(parent=0)
+
+
+async def log(
+    memory: Memory,
+    policy: int,
+    task: int,
+    reward: float | None,
+    *,
+    split: Split = Split.HELD_OUT,
+    temperature: float = 0.0,
+    tenant: str = "",
+) -> str:
+    """Record what a client played."""
+    trajectory = await memory.trajectories.open(
+        Trajectory(
+            id=new_id("trj"),
+            episode_id=new_id("eps"),
+            tenant=tenant,
+            task=str(task),
+            split=split,
+            policy=policy,
+            temperature=temperature,
+        )
+    )
+    if reward is not None:
+        await memory.trajectories.reward(trajectory.id, reward, RewardSource.USER)
+    await memory.trajectories.close(trajectory.id, stage=TrajectoryStage.FINISHED)
+    return trajectory.id
+
+
+def decide(memory: Memory, candidate: Policy):
+    cells = read_logged_cells(memory, candidate, memory.policies.get(0), limit=1000)
+    return judge(*cells, EvaluationConfig(min_tasks=NUM_TASKS))
+
+
+async def log_both(memory: Memory, candidate: Policy, num_tasks: int = NUM_TASKS, **how) -> None:
+    """Have the base win every fourth task, and the candidate all but every eighth."""
+    for task in range(num_tasks):
+        await log(memory, 0, task, float(task % 4 == 0), **how)
+        await log(memory, candidate.version, task, float(task % 8 != 7), **how)
+
+
+async def test_logged_tries_at_the_same_tasks_pass_the_gate_as_played_ones_do(memory, candidate):
+    await log_both(memory, candidate)
+
+    verdict = decide(memory, candidate)
+
+    assert verdict.decision is Decision.PROMOTE
+    assert (verdict.paired.num_won, verdict.paired.num_lost) == (25, 0)
+    assert (verdict.candidate.name, verdict.incumbent.name) == ("candidate-off", "incumbent-off")
+
+
+async def test_of_several_tries_at_a_task_the_newest_counts(memory, candidate):
+    await log_both(memory, candidate)
+    again = await log(memory, candidate.version, 1, 0.0)
+
+    ours, _ = read_logged_cells(memory, candidate, memory.policies.get(0), limit=1000)
+
+    (tried,) = [played for played in ours.played if played.task == "1"]
+    assert (tried.trajectory_id, tried.is_success) == (again, False)
+
+
+@pytest.mark.parametrize("how", [{"split": Split.LIVE}, {"tenant": "shop"}])
+async def test_what_is_not_held_out_or_another_tenant_s_decides_nothing(memory, candidate, how):
+    await log_both(memory, candidate, **how)
+
+    verdict = decide(memory, candidate)
+
+    assert verdict.decision is Decision.UNINFORMATIVE and verdict.paired.num_tasks == 0
+
+
+async def test_what_was_played_before_the_candidate_was_there_is_not_compared_with_it(memory, candidate):
+    await log_both(memory, candidate)
+    later = await memory.policies.draft(parent=0)
+    for task in range(NUM_TASKS):
+        await log(memory, later.version, task, 1.0)
+
+    assert decide(memory, later).paired.num_tasks == 0
+
+
+async def test_tries_at_different_temperatures_are_not_compared(memory, candidate):
+    await log_both(memory, candidate)
+    await log(memory, candidate.version, 0, 1.0, temperature=1.0)
+
+    verdict = decide(memory, candidate)
+
+    assert verdict.decision is Decision.UNINFORMATIVE and verdict.paired.num_tasks == NUM_TASKS - 1
+
+
+async def test_tries_that_nobody_rewarded_are_a_doubt(memory, candidate):
+    await log_both(memory, candidate)
+    for task in range(7, NUM_TASKS, 8):  # where the candidate lost
+        await log(memory, candidate.version, task, None)
+
+    verdict = decide(memory, candidate)
+
+    assert verdict.decision is Decision.UNINFORMATIVE and "no reward" in verdict.reason
+
+
+async def test_a_task_that_measures_teaches_nothing_however_else_it_is_asked(memory, candidate):
+    await log(memory, 0, 1, 1.0)
+    await log(memory, 0, 1, 1.0, split=Split.LIVE)
+    taught = [
+        await log(memory, 0, 1, 1.0, split=Split.LIVE, tenant="shop"),
+        await log(memory, 0, 2, 1.0, split=Split.LIVE),
+    ]
+    cycle = await memory.cycles.open(PLAYS_NOTHING.model_dump())
+
+    pool = await Workshop(memory, Seams(rollout=None, tasks=None), cycle.id).read_pool()
+
+    assert sorted(each.trajectory.id for each in pool) == sorted(taught)
+
+
+def test_without_an_environment_nothing_can_be_played():
+    with pytest.raises(ValidationError, match="nothing can be played without an environment"):
+        OptimizerConfig(environment="")
