@@ -105,6 +105,25 @@ async def test_a_restart_between_two_writes_is_not_noticed(own_cluster: Cluster)
     database.close()
 
 
+DIE_AT_COMMIT = (
+    "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS "
+    "$$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$",
+    "CREATE CONSTRAINT TRIGGER die AFTER INSERT ON documents DEFERRABLE INITIALLY DEFERRED FOR EACH ROW "
+    "WHEN (new.title = 'fatal') EXECUTE FUNCTION die()",
+)
+
+
+async def test_a_connection_lost_in_the_commit_leaves_a_doubt_that_is_told_and_nothing_runs_twice(cluster: Cluster):
+    name, runs = cluster.create_database(), []
+    database = Database(cluster.url(name))
+    cluster.run_sql(name, *DIE_AT_COMMIT)
+    with pytest.raises(StorageError, match=f"lost the database '{name}' .* see whether it is there"):
+        await database.write(lambda session: runs.append(1) or add_document("fatal")(session))
+    await database.write(add_document("after"))
+    assert titles(database) == {"after"} and len(runs) == 1
+    database.close()
+
+
 def test_a_database_that_is_not_there_and_one_of_another_encoding_are_named(cluster: Cluster):
     with pytest.raises(StorageError, match=r"'missing' on .*does not exist; create the database and its user first"):
         Database(cluster.url("missing"))
