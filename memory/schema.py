@@ -57,22 +57,25 @@ class TokenIds(TypeDecorator):
         return array("I", value).tolist() if value is not None else None
 
 
+def mend(text: str) -> str:
+    """Return text that can be stored and sent anywhere: half a character (models emit them in JSON escapes) becomes
+    U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class CleanText(TypeDecorator):
-    """Text from anywhere, made storable: a lone surrogate (models emit them in JSON escapes) becomes U+FFFD."""
+    """Text from anywhere, mended."""
 
     impl = String
     cache_ok = True
 
     def process_bind_param(self, value, dialect):
-        if value is None or value.isascii():
-            return value
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return None if value is None else mend(value)
 
 
 def dump_json(value: Any) -> str:
-    """Return JSON that reads well by hand and stores anywhere: no escapes, no lone surrogates."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    """Return JSON that reads well by hand and stores anywhere: no escapes, no half characters."""
+    return mend(json.dumps(value, ensure_ascii=False))
 
 
 def words_of(enum_class: type[StrEnum]) -> Enum:

@@ -19,6 +19,7 @@ from typing import Any
 
 import aiohttp
 
+from memory.schema import mend
 from runtime.errors import AdapterError, BudgetExceeded, EngineError, PolicyError, RequestRefused
 
 CONNECT_SECONDS = 5.0
@@ -98,7 +99,7 @@ class EngineClient:
             choice = answer["choices"][0]
             message = choice["message"]
             return Completion(
-                content=message.get("content") or "",
+                content=mend(message.get("content") or ""),
                 tool_calls=_tidy_calls(message.get("tool_calls") or []),
                 finish_reason=choice.get("finish_reason") or "stop",
                 prompt_token_ids=answer.get("prompt_token_ids") or [],
@@ -132,6 +133,7 @@ class EngineClient:
                 await on_delta(delta)
         if not reply.finish_reason:
             raise PolicyError("the engine stopped in the middle of its answer")
+        reply.content = mend(reply.content)
         reply.tool_calls = _tidy_calls([calls[index] for index in sorted(calls)])
         reply.seconds = time.monotonic() - started
         return reply
@@ -299,7 +301,8 @@ def _tidy_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for number, call in enumerate(calls):
         call_id = _settle_id(call.get("id"), seen, number)
         seen.add(call_id)
-        function = {"name": call["function"]["name"] or "", "arguments": call["function"].get("arguments") or ""}
+        name, arguments = call["function"]["name"], call["function"].get("arguments")
+        function = {"name": mend(name or ""), "arguments": mend(arguments or "")}
         tidy.append({"id": call_id, "type": "function", "function": function})
     return tidy
 
