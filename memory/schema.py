@@ -81,6 +81,13 @@ class TokenIds(TypeDecorator):
         return array("I", value).tolist() if value is not None else None
 
 
+def clean(text: str) -> str:
+    """Return text that can be stored and sent anywhere: NUL and half characters (models emit them in JSON escapes)
+    become U+FFFD."""
+    text = text.replace("\x00", "\ufffd")
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class CleanText(TypeDecorator):
     """Text from anywhere, made storable by `clean`."""
 
@@ -91,22 +98,16 @@ class CleanText(TypeDecorator):
         return value if value is None else clean(value)
 
 
-def clean(text: str) -> str:
-    """Return text that any database holds: NUL and lone surrogates (models emit them in JSON) become U+FFFD."""
-    text = text.replace("\x00", "\ufffd")
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def dump_json(value: Any) -> str:
-    """Return JSON that reads well by hand and stores anywhere: no escapes, no lone surrogates, NaN as a word."""
+    """Return JSON that reads well by hand and stores anywhere: no escapes, no half characters, NaN as a word."""
     try:
         text = _JSON.encode(value)
     except ValueError:  # what JSON has no number for is said in words
         text = _JSON.encode(json.loads(json.dumps(value), parse_constant=str))
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return clean(text)
 
 
 def words_of(enum_class: type[StrEnum]) -> Enum:

@@ -18,6 +18,7 @@ from typing import Any
 
 import aiohttp
 
+from memory.schema import clean
 from runtime.errors import (
     AdapterError,
     BudgetExceeded,
@@ -107,7 +108,7 @@ class EngineClient:
             choice = answer["choices"][0]
             message = choice["message"]
             reply = Completion(
-                content=message.get("content") or "",
+                content=clean(message.get("content") or ""),
                 tool_calls=_tidy_calls(message.get("tool_calls") or []),
                 finish_reason=choice.get("finish_reason") or "stop",
                 prompt_token_ids=answer.get("prompt_token_ids") or [],
@@ -144,9 +145,10 @@ class EngineClient:
         if not reply.finish_reason:
             raise EngineLost("the engine stopped in the middle of its answer")
         try:
+            reply.content = clean(reply.content)
             reply.tool_calls = _tidy_calls([calls[index] for index in sorted(calls)])
             _require_types(reply)
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise PolicyError(f"the engine's answer makes no sense: {_shorten(reply)}") from error
         reply.seconds = time.monotonic() - started
         return reply
@@ -324,7 +326,8 @@ def _tidy_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for number, call in enumerate(calls):
         call_id = _settle_id(call.get("id"), seen, number)
         seen.add(call_id)
-        function = {"name": call["function"]["name"] or "", "arguments": call["function"].get("arguments") or ""}
+        name, arguments = call["function"]["name"], call["function"].get("arguments")
+        function = {"name": clean(name or ""), "arguments": clean(arguments or "")}
         tidy.append({"id": call_id, "type": "function", "function": function})
     return tidy
 

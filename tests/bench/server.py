@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 START_SECONDS = 180.0
 SETTLE_SECONDS = 60.0
 IDLE_SHARE = 0.1
+KEEP_ALIVE_SECONDS = 3.0
+"""Servers close a connection that is idle for some seconds: uvicorn after five."""
 
 
 class Process:
@@ -117,7 +119,8 @@ class Client:
         given = {"Host": place.netloc, "Content-Type": "application/json", **(headers or {})}
         lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items())]
         self._head = "\r\n".join(lines).encode()
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, float]] = []
+        """With when each was used last."""
 
     async def post(self, body: bytes) -> bytes:
         """Return the body of the answer. Raises: RuntimeError for any status but 200."""
@@ -130,21 +133,21 @@ class Client:
         except BaseException:
             writer.close()
             raise
-        self._idle.append((reader, writer))
+        self._idle.append((reader, writer, time.monotonic()))
         if not head.startswith(b"http/1.1 200"):
             raise RuntimeError(answer[:300].decode(errors="replace"))
         return answer
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         while self._idle:
-            reader, writer = self._idle.pop()
-            if not reader.at_eof():
+            reader, writer, used_at = self._idle.pop()
+            if time.monotonic() - used_at < KEEP_ALIVE_SECONDS:
                 return reader, writer
-            writer.close()  # the server has, after some idle seconds
+            writer.close()
         return await asyncio.open_connection(self._host, self._port)
 
     def close(self) -> None:
-        for _, writer in self._idle:
+        for _, writer, _ in self._idle:
             writer.close()
         self._idle.clear()
 

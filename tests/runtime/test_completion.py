@@ -144,3 +144,15 @@ async def test_calls_that_share_an_id_get_their_own(serve: Serve):
     client = await serve(handler)
     calls = (await client.chat("base", HI)).tool_calls
     assert [call["id"] for call in calls] == ["same", "same-1"]
+
+
+async def test_half_a_character_is_mended_before_anybody_sees_it(serve: Serve):
+    call = {"id": "c1", "function": {"name": "say", "arguments": '{"text": "\ud83d"}'}}
+    message = {"content": "half \udc00, whole \ud83d\ude00", "tool_calls": [call]}
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({"choices": [{"message": message}]})
+
+    reply = await (await serve(answer)).chat("base", HI)
+    assert reply.content == "half \ufffd, whole \U0001f600"
+    assert reply.tool_calls[0]["function"]["arguments"] == '{"text": "\ufffd"}'
