@@ -516,7 +516,7 @@ def _build_step_insert():
     return inserted.execution_options(preserve_rowcount=True)  # else gone on PostgreSQL when the writer has it
 
 
-_INSERT_TRAJECTORY = insert(Trajectory)
+_INSERT_TRAJECTORY = insert(Trajectory).execution_options(preserve_rowcount=True)
 _INSERT_STEP = _build_step_insert()
 _EFFECTIVE_REWARD = select(_effective_reward_of(bindparam("trajectory_id")))
 _SUMS = select(
