@@ -289,7 +289,7 @@ async def settle_heap(memory: Memory) -> None:
     """Once all is loaded, take it out of the garbage collector's sight.
 
     Torch and its kin leave a million objects that live as long as the process; looking through them again and again
-    stopped every answer for a third of a second.
+    stopped every answer, on a busy machine for a second.
     """
     while not memory.index.has_meanings:
         await asyncio.sleep(1.0)

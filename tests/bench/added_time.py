@@ -30,7 +30,7 @@ from typing import Any
 
 from tests.bench.fixed_engine import FixedEngine, Stamp
 from tests.bench.measure import Act, Load, Spread, print_table, run_alone, run_open_loop, write_json
-from tests.bench.server import Client, OurServer, cpu_seconds, dump
+from tests.bench.server import Client, OurServer, cpu_seconds, dump, end_in_order
 from tests.bench.tools import look_up
 
 NUM_TOOL_CALLS = 4
@@ -266,6 +266,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="an older checkout, to be measured beside this one")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    end_in_order()
     rows = measure(given.rates, given.before, seconds=given.seconds, num_turns=given.turns)
     notes = judge(rows)
     print_table("Added time of an agent's step: all but the model and the tool", rows, notes=notes)

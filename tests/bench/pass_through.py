@@ -29,7 +29,7 @@ import uvloop
 
 from tests.bench.fixed_engine import FixedEngine
 from tests.bench.measure import Load, print_table, run_alone, run_open_loop, write_json
-from tests.bench.server import Client, OurServer, Process, cpu_seconds, dump, free_port
+from tests.bench.server import Client, OurServer, Process, cpu_seconds, dump, end_in_order, free_port
 
 DELAY_SECONDS = 0.01
 P99_SECONDS = 0.05
@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="an older checkout, to be measured beside this one")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    end_in_order()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         program = prepare_venv(given.litellm_venv)
         rows, best = runner.run(measure(program, given.before, seconds=given.seconds, max_rate=given.max_rate))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -95,6 +96,11 @@ class OurServer:
     def __exit__(self, *_: object) -> None:
         self._process.stop()
         self._data.cleanup()
+
+
+def end_in_order() -> None:
+    """Have a SIGTERM (`timeout` sends one) end this process as an exception does: nothing it started is left behind."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def cpu_seconds(pid: int) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.measure import print_table, write_json
-from tests.bench.server import OurServer, Process
+from tests.bench.server import OurServer, Process, end_in_order
 
 REST_SECONDS = 5.0
 
@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    end_in_order()
     with OurServer() as server:
         seconds, rows = round(server.start_seconds, 1), measure(server)
     note = f"ready after {seconds} s"
