@@ -1,6 +1,6 @@
 """What a swap costs those who are being answered: 32 streams on the real vLLM, swapped under, and left alone.
 
-    python -m tests.bench.swap [--swaps 500] [--streams 32] [--json FILE]
+    python -m tests.bench.swap [--swaps 500] [--streams 32] [--json FILE]    # 500 take some ten minutes on 2 cores
 
 Refuses to measure a swap that loads nothing: there are more adapters than stay resident, and one is put on again only
 when the engine has dropped it, so that each swap loads one, proves it, points at it and unloads another. Both sides in
