@@ -171,6 +171,9 @@ async def test_an_agent_gets_better_by_its_base_url_alone(world: PlayedWorld, au
 
     assert (judged["decision"], judged["active"]) == ("promote", candidate.name), judged["reason"]
     assert memory.policies.active().verdict["paired"]["num_tasks"] == len(HELD_OUT)
+    metrics = (await author.http.get("/metrics")).text
+    for decision in ("promote", "uninformative"):
+        assert f'ratchet_gate_decisions_total{{decision="{decision}"}} 1.0' in metrics
     report = await author.http.get(f"/v1/cycles/{cycle['id']}/report", params={"format": "markdown"})
     assert "as clients played and rewarded them: better on the same tasks" in report.text
     _, is_good = await author.cook(PRACTICE[1], model="agent", temperature=0.0)

@@ -78,7 +78,12 @@ class State:
     def _of_cycles(self) -> Iterator[Metric]:
         cycles = self._server.memory.cycles
         ended = cycles.outcomes()
-        decisions = Counter(verdict["decision"] for _, verdict in ended if verdict and "decision" in verdict)
+        verdicts = [verdict for _, verdict in ended if verdict and "decision" in verdict]
+        at_once = {(verdict.get("policy"), verdict["decision"]) for verdict in verdicts}
+        judged = [(policy.version, policy.verdict) for policy in self._server.memory.policies.list() if policy.verdict]
+        # judged by the log, after its cycle had ended
+        verdicts += [verdict for version, verdict in judged if (version, verdict["decision"]) not in at_once]
+        decisions = Counter(verdict["decision"] for verdict in verdicts)
         yield counter("decisions", (((decision,), n) for decision, n in decisions.items()))
         outcomes = Counter(stage for stage, _ in ended)
         yield counter("cycles", (((stage.value,), n) for stage, n in outcomes.items()))
