@@ -222,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--games", type=Path, help="where compiled games are, and are kept")
     parser.add_argument("--practice", type=int, default=64, help="games to practise on")
-    parser.add_argument("--rounds", type=int, nargs="+", default=[3, 3], help="tries of each before each cycle")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[3, 2], help="tries of each before each cycle")
     parser.add_argument("--held-out", type=int, default=200, help="games that measure")
     parser.add_argument("--concurrency", type=int, default=32, help="games at a time")
     parser.add_argument("--work", type=Path, help="where the server's data stay; else they are deleted")
