@@ -30,7 +30,7 @@ serve: $(STAMP)
 	@exec $(BIN)/python serve.py serve $(ARGS)
 
 test: $(STAMP)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 faults: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m slow tests/faults $(ARGS)
