@@ -292,10 +292,10 @@ RIGHT += tuple(f"{cut} the _ -> {cut} _ with knife" for cut in ("chop", "slice",
 NUM_AT_ONCE = 32
 NUM_PRACTICE = 40
 SMALL = {
-    **{"num_practice_tasks": 24, "practice_episodes": 72, "explore_episodes": 48},
+    **{"num_practice_tasks": 24, "practice_episodes": 48, "explore_episodes": 32},
     "demonstrations": {"min_rows": 8},
     "preferences": {"min_rows": 2},
-    "evaluation": {"num_tasks": 30, "min_tasks": 30},
+    "evaluation": {"num_tasks": 20, "min_tasks": 20},
     "recipe": {"sft_epochs": 2, "dpo_epochs": 1},
 }
 CYCLE_SECONDS = 1800

@@ -6,10 +6,13 @@ Refuses to touch what other processes see: the mount is in a namespace of this p
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import time
 from pathlib import Path
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+BUSY_SECONDS = 10.0  # closing goes on in threads
 MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 1, 32, 16384, 1 << 18
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -25,8 +28,15 @@ def mount_disk(at: Path, num_bytes: int) -> None:
 
 
 def make_read_only(at: Path) -> None:
-    """Let nothing be written to a mounted disk any more; nobody may have a file of it open for writing."""
-    _mount("none", str(at), "tmpfs", MS_REMOUNT | MS_RDONLY)
+    """Let nothing be written to a mounted disk any more, once nobody has a file of it open for writing."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return _mount("none", str(at), "tmpfs", MS_REMOUNT | MS_RDONLY)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def fill(at: Path) -> Path:

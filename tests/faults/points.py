@@ -51,8 +51,8 @@ class Point:
 POINTS = [
     Point(operation, function, words)
     for operation, function, words in (
-        ("log", Trajectories.open, "return await self._database.write(write)"),
-        ("log", Trajectories.open, "session.execute(insert(Trajectory)"),
+        ("log", Trajectories.open, "await self._database.take("),
+        ("log", Database.take, "return await self._enqueue("),
         ("log", Trajectories.append, "self._database.take("),
         ("log", Database._put, "self._queue.put(write)"),
         ("log", Database._next_batch, "batch = [first]"),
