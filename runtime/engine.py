@@ -48,8 +48,6 @@ KEY_VARIABLE = "VLLM_API_KEY"
 BASE = "base"
 """The name under which the bare base model is served."""
 STOP_SECONDS = 10.0
-LOOK_SECONDS = 1.0
-"""How long a look at the engine's count of tokens may take."""
 RECOVERY_PAUSE_SECONDS = 0.25
 BACKOFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 
@@ -174,33 +172,31 @@ class Engine(EngineClient):
                 exited.cancel()
 
     async def _is_alive(self, exited: asyncio.Future[int] | None) -> bool:
-        """Probe by one token. A probe that waits behind others is no proof of death while their tokens move.
+        """Probe by one token. A probe that waits behind others is no proof of death while their tokens move, nor is a
+        count of them that came only now: the engine's own loop was busy, and is looked at again.
 
-        Takes `probe_timeout_seconds` at most, the looks at whether they move included: one once the probe is late, one
-        at the end.
+        Takes `probe_timeout_seconds` at most: two thirds for the probe and the first look, one for the last.
         """
-        seconds = self.config.probe_timeout_seconds
-        look_seconds = min(LOOK_SECONDS, seconds / 4)
+        look_seconds = self.config.probe_timeout_seconds / 3
+        began, patience = time.monotonic(), 2 * look_seconds
         probe = asyncio.ensure_future(self.probe())
+        before = asyncio.ensure_future(self._count_tokens(patience))
         watched = {probe} if exited is None else {probe, exited}
         try:
-            await asyncio.wait(watched, timeout=look_seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(watched, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             if exited is not None and exited.done():
                 return True  # the next look at `exited` tells
             if probe.done() and probe.result():
                 return True
-            before = await self._count_tokens(look_seconds)
-            rest_seconds = seconds - 3 * look_seconds
-            if probe.done():  # refused: only moving tokens speak for the engine now
-                await asyncio.sleep(min(look_seconds, rest_seconds))
-            else:
-                await asyncio.wait(watched, timeout=rest_seconds, return_when=asyncio.FIRST_COMPLETED)
-                if (exited is not None and exited.done()) or (probe.done() and probe.result()):
-                    return True
-            after = await self._count_tokens(look_seconds)
-            return before is not None and after is not None and after > before
+            # A probe that was refused ends at once; only moving tokens speak for the engine then.
+            rest_seconds = began + patience - time.monotonic()
+            await asyncio.sleep(max(0.0, min(look_seconds, rest_seconds)))
+            first = before.result() if before.done() else None
+            last = await self._count_tokens(look_seconds)
+            return last is not None and (first is None or last > first)
         finally:
             probe.cancel()
+            before.cancel()
 
     async def _probe_within(self, seconds: float) -> bool:
         try:
