@@ -13,20 +13,20 @@ exemplars or lessons; rewards are only ever added.
 from __future__ import annotations
 
 import builtins
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, String, bindparam, case, cast, exists, func, insert, literal, or_
+from sqlalchemy import Select, bindparam, case, exists, func, insert, literal, or_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased, defer
 from sqlmodel import Session, col, select
 
 from memory.database import Database
 from memory.errors import IllegalMove, UnknownPolicy, UnknownTrajectory
+from memory.recorded_results import find_result
 from memory.schema import (
     LEGAL_MOVES,
     Outbox,
@@ -44,8 +44,6 @@ from memory.schema import (
 
 TRUST = (RewardSource.USER, RewardSource.CODE, RewardSource.ENVIRONMENT, RewardSource.JUDGE)  # most trusted first
 BYTES_PER_TOKEN_ID = 4
-MAX_EPISODES_SEEN = 20_000  # in search of what a tool once yielded
-MAX_EPISODES_READ = 1_000
 
 
 @dataclass(frozen=True)
@@ -247,38 +245,12 @@ class Trajectories:
     def measure(self, trajectory_id: str, *, since: int = 0) -> Measures:
         """Return how long a trajectory is by now, from position `since` on."""
         with self._database.read() as session:
-            values = {"trajectory_id": trajectory_id, "since": since}
-            num_steps, num_model_calls, prompt_bytes, output_bytes = session.execute(_SUMS, values).one()
-        return Measures(
-            num_steps, num_model_calls, prompt_bytes // BYTES_PER_TOKEN_ID, output_bytes // BYTES_PER_TOKEN_ID
-        )
+            return _measure(session, trajectory_id, since)
 
     def recorded_result(self, tool_name: str, arguments: dict[str, Any], *, tenant: str = "") -> str | None:
-        """Return what a tool yielded when it was last called with these arguments in a live episode of this tenant,
-        without error.
-
-        Looks at the newest `MAX_EPISODES_SEEN` live episodes, and in the newest `MAX_EPISODES_READ` that held the tool.
-        Blocks: for a thread.
-        """
-        live = (
-            select(Trajectory.id, cast(Trajectory.tools, String).label("tools"))
-            .where(Trajectory.split == Split.LIVE, Trajectory.tenant == tenant)
-            .order_by(col(Trajectory.id).desc())
-            .limit(MAX_EPISODES_SEEN)
-            .subquery()
-        )
-        holding = (
-            select(live.c.id)
-            .where(live.c.tools.contains(json.dumps(tool_name, ensure_ascii=False), autoescape=True))
-            .order_by(live.c.id.desc())
-            .limit(MAX_EPISODES_READ)
-        )
+        """Return what a tool yielded when this tenant last had it called with these arguments. Blocks: for a thread."""
         with self._database.read() as session:
-            for trajectory_id in session.exec(holding):
-                result = _last_result(session.exec(_steps_with_calls(trajectory_id)), tool_name, arguments)
-                if result is not None:
-                    return result
-        return None
+            return find_result(session, tool_name, arguments, tenant)
 
     def rewards(self, trajectory_id: str) -> builtins.list[Reward]:
         """Return every reward it was given, oldest first. Raises: UnknownTrajectory."""
@@ -298,7 +270,7 @@ class Trajectories:
     def view(self, trajectory: Trajectory) -> TrajectoryView:
         """Return a trajectory with the reward that counts."""
         ((reward,),) = self._database.fetch(_EFFECTIVE_REWARD, {"trajectory_id": trajectory.id})
-        return TrajectoryView(trajectory, reward, None if reward is None else reward >= self.success_reward)
+        return self._with_reward(trajectory, reward)
 
     def exemplary(self) -> Select:
         """The query for every trajectory that may be shown as an exemplar: finished, a success, not held out."""
@@ -371,10 +343,10 @@ class Trajectories:
             query = query.where(reward >= self.success_reward if is_success else reward < self.success_reward)
         with self._database.read() as session:
             rows = session.exec(query.order_by(col(Trajectory.id).desc()).limit(limit)).all()
-        return [
-            TrajectoryView(trajectory, value, None if value is None else value >= self.success_reward)
-            for trajectory, value in rows
-        ]
+        return [self._with_reward(trajectory, value) for trajectory, value in rows]
+
+    def _with_reward(self, trajectory: Trajectory, reward: float | None) -> TrajectoryView:
+        return TrajectoryView(trajectory, reward, None if reward is None else reward >= self.success_reward)
 
     def _refused_trajectory(self, trajectory: Trajectory) -> Exception:
         """Find out why it could not be opened."""
@@ -424,16 +396,21 @@ def _require(session: Session, trajectory_id: str, tenant: str | None = None) ->
     return trajectory
 
 
+def _measure(session: Session, trajectory_id: str, since: int = 0) -> Measures:
+    values = {"trajectory_id": trajectory_id, "since": since}
+    num_steps, num_model_calls, prompt_bytes, output_bytes = session.execute(_SUMS, values).one()
+    return Measures(num_steps, num_model_calls, prompt_bytes // BYTES_PER_TOKEN_ID, output_bytes // BYTES_PER_TOKEN_ID)
+
+
 def _close(session: Session, trajectory: Trajectory, stage: TrajectoryStage, error: str | None) -> None:
     if stage not in LEGAL_MOVES[trajectory.stage]:
         raise IllegalMove(f"trajectory {trajectory.id!r} cannot go from {trajectory.stage.value!r} to {stage.value!r}")
-    values = {"trajectory_id": trajectory.id, "since": 0}
-    num_steps, _, prompt_bytes, output_bytes = session.execute(_SUMS, values).one()
+    size = _measure(session, trajectory.id)
     trajectory.stage = stage
     trajectory.error = error
-    trajectory.num_steps = num_steps
-    trajectory.prompt_tokens = prompt_bytes // BYTES_PER_TOKEN_ID
-    trajectory.output_tokens = output_bytes // BYTES_PER_TOKEN_ID
+    trajectory.num_steps = size.num_steps
+    trajectory.prompt_tokens = size.prompt_tokens
+    trajectory.output_tokens = size.output_tokens
     trajectory.closed_at = now()
 
 
@@ -457,10 +434,6 @@ def _outcome_of(trajectory: Trajectory) -> str:
     return "truncated" if is_truncated else trajectory.stage.value
 
 
-def _equals(column, value):
-    return column.is_(None) if value is None else column == value
-
-
 def _effective_reward_of(trajectory_id):
     """The scalar subquery behind `effective_reward`; evaluated per row, so a page costs a page."""
     rank = case({source: place for place, source in enumerate(TRUST)}, value=col(Reward.source))
@@ -471,33 +444,6 @@ def _effective_reward_of(trajectory_id):
         .limit(1)
         .scalar_subquery()
     )
-
-
-def _steps_with_calls(trajectory_id: str) -> Select:
-    """The query for what was called and what came of it, in order; token ids are left where they are."""
-    return (
-        select(Step.kind, Step.content, Step.tool_calls, Step.tool_name, Step.tool_call_id, Step.error)
-        .where(Step.trajectory_id == trajectory_id)
-        .order_by(col(Step.position))
-    )
-
-
-def _last_result(steps: Iterable[Any], tool_name: str, arguments: dict[str, Any]) -> str | None:
-    """Return what the last such call of one episode yielded. Ids of calls are unique in one reply, not beyond."""
-    result, asked = None, {}
-    for step in steps:
-        if step.kind is StepKind.MODEL:
-            asked = {call["id"]: _arguments_of(call) for call in step.tool_calls}
-        elif step.tool_name == tool_name and step.error is None and asked.get(step.tool_call_id) == arguments:
-            result = step.content
-    return result
-
-
-def _arguments_of(call: dict[str, Any]) -> Any:
-    try:
-        return json.loads(call["function"]["arguments"] or "{}")
-    except (json.JSONDecodeError, RecursionError):
-        return None
 
 
 def _next_position(trajectory_id):

@@ -16,7 +16,6 @@ clock.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.fixed_engine import FixedEngine, Stamp
-from tests.bench.measure import Act, Load, Spread, print_table, run_alone, run_open_loop, write_json
+from tests.bench.measure import Act, Load, Spread, make_parser, print_table, run_alone, run_open_loop, write_json
 from tests.bench.server import Client, OurServer, cpu_seconds, dump, end_in_order
 from tests.bench.tools import look_up
 
@@ -259,12 +258,11 @@ def judge(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rates", type=float, nargs="*", default=[0, 25, 100, 150], help="steps a second; 0: alone")
     parser.add_argument("--seconds", type=float, default=12.0, help="of each side at each rate")
     parser.add_argument("--turns", type=int, default=2, help="how often the sides take turns at a rate")
     parser.add_argument("--before", type=Path, help="an older checkout, to be measured beside this one")
-    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     end_in_order()
     rows = measure(given.rates, given.before, seconds=given.seconds, num_turns=given.turns)

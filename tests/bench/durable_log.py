@@ -27,11 +27,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from memory.database import WRITER_PRAGMAS, Database
+from memory.database import Database
+from memory.dialects import SQLITE_WRITER
 from memory.policies import Policies
 from memory.schema import Step, StepKind, Trajectory, new_id, now
 from memory.trajectories import Trajectories
-from tests.bench.measure import Load, Spread, print_table, run_open_loop, write_json
+from tests.bench.measure import Load, Spread, make_parser, print_table, run_open_loop, write_json
 
 RAW_BATCHES = (1, 64, 512)
 SHARES_OF_BEST = (0.25, 0.5, 0.75)
@@ -123,7 +124,7 @@ def insert_raw(path: Path, rows: Sequence[tuple], batch_size: int) -> Load:
     """Insert the rows in batches into tables that are the same; a latency is that of one batch."""
     Database(path).close()  # makes the tables
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        for pragma in WRITER_PRAGMAS:
+        for pragma in SQLITE_WRITER:
             connection.execute(f"PRAGMA {pragma}")
         connection.execute("PRAGMA foreign_keys=OFF")
         statement = f"INSERT INTO steps VALUES ({', '.join('?' * len(rows[0]))})"
@@ -290,13 +291,12 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--producers", type=int, default=64)
     parser.add_argument("--steps", type=int, default=12_800, help="of one round of one side")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="of one rate by the clock")
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--on", type=Path, default=Path.cwd(), help="a directory on the disk that is meant")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--append-forever", type=Path, help=argparse.SUPPRESS)
     main(parser.parse_args())

@@ -19,16 +19,13 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -40,8 +37,9 @@ from langchain_openai import ChatOpenAI
 from memory.schema import Split
 from optimizer.intervals import compare_paired, wilson
 from runtime.environments.textworld import TextWorld
+from tests.bench.measure import make_parser, print_table, write_json
+from tests.bench.server import ROOT, OurServer, end_in_order
 
-ROOT = Path(__file__).parents[2]
 APP = ROOT / "docs" / "examples" / "textworld_app.py"
 LEARN_SECONDS = 1500
 FOR_WORDS = ("--set", "recipe.sft_epochs=1", "--set", "preferences.min_rows=1000", "--set", "demonstrations.min_rows=8")
@@ -59,12 +57,11 @@ class Tried:
     def row(self) -> dict[str, Any]:
         num_won = sum(self.won.values())
         low, high = wilson(num_won, len(self.won))
-        share = num_won / max(1, len(self.won))
         return {
-            "name": self.name,
+            "round": self.name,
             "num_games": len(self.won),
             "num_won": num_won,
-            "success": share,
+            "success": num_won / max(1, len(self.won)),
             "low": low,
             "high": high,
             "num_failed": self.num_failed,
@@ -130,23 +127,6 @@ def load_app() -> Any:
     return module
 
 
-@contextlib.contextmanager
-def serving(data: Path) -> Iterator[str]:
-    """Run `serve.py serve` as people do, and yield its address."""
-    command = [sys.executable, "serve.py", "serve", "--data", str(data), "--port", "0", "--json"]
-    with (data.parent / "server.log").open("w") as log:
-        server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
-            line = server.stdout.readline()  # comes when it answers, or is empty when it died
-            if not line:
-                raise RuntimeError(f"the server did not start; read {log.name}")
-            yield json.loads(line)["url"]
-        finally:
-            server.terminate()
-            server.wait(60)
-            server.stdout.close()
-
-
 def ask(url: str, *verb: str) -> dict[str, Any]:
     """Run a verb of the command line and return what it says."""
     command = [sys.executable, "serve.py", *verb, "--url", url, "--json"]
@@ -172,7 +152,8 @@ async def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     games = options.games or work / "games"
     practice, held_out = await prepare(games, options.practice, options.held_out)
     tried: list[Tried] = []
-    with serving(work / "data") as url:
+    with OurServer(data=work / "data") as server:
+        url = server.url
         author = Author(url, games, options.concurrency)
         tried.append(await author.measure("day one: v0, nothing remembered", held_out, "v0"))
         for cycle, num_rounds in enumerate(options.rounds, start=1):
@@ -198,37 +179,31 @@ async def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "after_against_day_one": vars(compare_paired(after, day_one)),
         "words_against_day_one": vars(compare_paired(before, day_one)),
         "after_against_words": vars(compare_paired(after, before)),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {datetime.now(UTC):%Y-%m-%d}",
     }
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print the table."""
-    print(f"\n{'':34}{'games':>6}{'won':>9}  95 % interval     seconds")
-    for row in result["rounds"]:
-        shares = f"{row['success']:9.1%}  {row['low']:.1%} to {row['high']:.1%}"
-        print(f"{row['name']:34}{row['num_games']:6}{shares:28}{row['seconds']:8.0f}")
+def describe(result: dict[str, Any]) -> list[str]:
+    """Return what the rounds come to: paired differences, and the verdict."""
+    lines = []
     for name in ("after_against_day_one", "words_against_day_one", "after_against_words"):
         paired = result[name]
-        numbers = (
-            f"{paired['difference']:+.1%} ({paired['low']:+.1%} to {paired['high']:+.1%}, p = {paired['p_value']:.2g})"
-        )
-        print(f"{name.replace('_', ' '):34}{numbers}")
-    print(f"verdict: {result['judged']['verdict']}, {result['judged']['policy']}: {result['judged']['reason']}")
-    print(f"{result['machine']}")
+        interval = f"{paired['low']:+.1%} to {paired['high']:+.1%}"
+        lines.append(f"{name.replace('_', ' ')}: {paired['difference']:+.1%} ({interval}, p = {paired['p_value']:.2g})")
+    judged = result["judged"]
+    return [*lines, f"verdict: {judged['verdict']}, {judged['policy']}: {judged['reason']}"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--games", type=Path, help="where compiled games are, and are kept")
     parser.add_argument("--practice", type=int, default=64, help="games to practise on")
     parser.add_argument("--rounds", type=int, nargs="+", default=[3, 2], help="tries of each before each cycle")
     parser.add_argument("--held-out", type=int, default=200, help="games that measure")
     parser.add_argument("--concurrency", type=int, default=32, help="games at a time")
     parser.add_argument("--work", type=Path, help="where the server's data stay; else they are deleted")
-    parser.add_argument("--json", type=Path, help="where to write everything")
     parser.add_argument("settings", nargs="*", help="for learn, e.g. --set recipe.sft_epochs=2 (after a --)")
     options = parser.parse_args()
+    end_in_order()
     warnings.filterwarnings("ignore", message="Game .* is not fully supported")
     with contextlib.ExitStack() as stack:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="log-only-")))
@@ -236,9 +211,10 @@ def main() -> None:
         started = time.monotonic()
         result = asyncio.run(measure(options, work))
     result["seconds"] = round(time.monotonic() - started, 1)
-    show(result)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    rounds, notes = result.pop("rounds"), describe(result)
+    print_table("An app that knows only our address; 95 % intervals", rounds, notes=notes)
+    conditions = {"practice": options.practice, "rounds": options.rounds, "settings": options.settings}
+    write_json(options.json, "log_only", rounds, conditions=conditions, **result)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ everybody who had to wait meanwhile.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -156,6 +157,13 @@ def _arrivals(per_second: float, duration_seconds: float, seed: int) -> Iterator
     while due < duration_seconds:
         yield due
         due += gaps.expovariate(per_second)
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """Return a benchmark's command line, with what all of them take."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to write everything")
+    return parser
 
 
 def machine() -> dict[str, Any]:

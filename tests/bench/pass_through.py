@@ -11,7 +11,6 @@ of its own best rate, at the best rate of the other, and alone.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -28,7 +27,7 @@ from typing import Any
 import uvloop
 
 from tests.bench.fixed_engine import FixedEngine
-from tests.bench.measure import Load, print_table, run_alone, run_open_loop, write_json
+from tests.bench.measure import Load, make_parser, print_table, run_alone, run_open_loop, write_json
 from tests.bench.server import Client, OurServer, Process, cpu_seconds, dump, end_in_order, free_port
 
 DELAY_SECONDS = 0.01
@@ -181,12 +180,11 @@ async def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--litellm-venv", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each rate that is tried")
     parser.add_argument("--max-rate", type=float, default=2_000.0, help="requests a second")
     parser.add_argument("--before", type=Path, help="an older checkout, to be measured beside this one")
-    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     end_in_order()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -34,7 +34,7 @@ from sqlmodel import Session, col, func, select
 from memory.schema import Document, Insight, Outbox, Passage
 from memory.store import Memory
 from memory.words import quote_terms
-from tests.bench.measure import Spread, print_table, run_open_loop, write_json
+from tests.bench.measure import Spread, make_parser, print_table, run_open_loop, write_json
 from tests.bench.memories import BLOCK, KeptEncoder, Memories, load_memories
 
 NUM_FOUND = 10
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--rows", type=int, default=100_000, help="memories of the tenant that asks")
     parser.add_argument("--directory", type=Path, help="kept, and gone on with; else a temporary one")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "ratchet-bench-texts")
@@ -78,7 +78,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--per-second", type=float, default=20.0, help="of the open-loop part")
     parser.add_argument("--load-seconds", type=float, default=10.0, help="how long that lasts")
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 

@@ -7,6 +7,7 @@ which should be one whose `fsync` tells the truth.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -81,21 +82,26 @@ class Process:
 
 
 class OurServer:
-    """`with OurServer("--engine.url", URL) as server: server.url`; of another checkout where `root` names one."""
+    """`with OurServer("--engine.url", URL) as server: server.url`; of another checkout where `root` names one.
 
-    def __init__(self, *arguments: str, root: Path = ROOT) -> None:
-        self._arguments, self._root = arguments, root
+    Its data are deleted at the end, unless they lie in `data`.
+    """
+
+    def __init__(self, *arguments: str, root: Path = ROOT, data: Path | None = None) -> None:
+        self._arguments, self._root, self._data = arguments, root, data
 
     def __enter__(self) -> Process:
-        self._data = tempfile.TemporaryDirectory(prefix="ratchet-bench-")
-        url = f"http://127.0.0.1:{free_port()}"
-        command = [sys.executable, "serve.py", "serve", "--port", url.rpartition(":")[2], "--data", self._data.name]
-        self._process = Process([*command, *self._arguments], url, "/readyz", cwd=self._root)
-        return self._process
+        with contextlib.ExitStack() as stack:
+            data = self._data or stack.enter_context(tempfile.TemporaryDirectory(prefix="ratchet-bench-"))
+            url = f"http://127.0.0.1:{free_port()}"
+            command = [sys.executable, "serve.py", "serve", "--port", url.rpartition(":")[2], "--data", str(data)]
+            process = Process([*command, *self._arguments], url, "/readyz", cwd=self._root)
+            stack.callback(process.stop)
+            self._stack = stack.pop_all()
+        return process
 
     def __exit__(self, *_: object) -> None:
-        self._process.stop()
-        self._data.cleanup()
+        self._stack.close()
 
 
 def end_in_order() -> None:

@@ -8,13 +8,12 @@ once nothing is loading any more: RSS counts what processes share once for each,
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.bench.measure import print_table, write_json
+from tests.bench.measure import make_parser, print_table, write_json
 from tests.bench.server import OurServer, Process, end_in_order
 
 REST_SECONDS = 5.0
@@ -57,8 +56,7 @@ def measure(server: Process) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser = make_parser(__doc__)
     given = parser.parse_args()
     end_in_order()
     with OurServer() as server:

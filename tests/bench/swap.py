@@ -11,7 +11,6 @@ Invariant: an episode is counted as mixed if the engine was asked for another mo
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -22,7 +21,6 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from memory.adapters import Fingerprint, Manifest, digest_base, write_manifest
 from memory.config import MemoryConfig
 from memory.schema import Trajectory, TrajectoryStage
 from memory.store import Memory
@@ -33,7 +31,7 @@ from runtime.engine import Engine
 from runtime.hotswap import NUM_IDLE_KEPT, HotSwap
 from runtime.model_family import POCKET_MODEL
 from runtime.tools.base import Tool
-from tests.bench.measure import Spread, print_table, write_json
+from tests.bench.measure import Spread, make_parser, print_table, write_json
 from tests.memory.episodes import HashingEncoder
 from tests.runtime import tiny_models
 
@@ -133,20 +131,10 @@ class Streams:
         return self.served[trajectory.task_text] != {Path(wanted).name if wanted else "base"}
 
 
-def make_adapters(home: Path) -> list[Path]:
-    """Write random adapters of the pocket model, each with the manifest that proves it."""
-    paths = [home / f"pocket-v{version}" for version in range(1, NUM_ADAPTERS + 1)]
-    for version, fingerprint in enumerate(tiny_models.make_adapters(POCKET_MODEL, paths), start=1):
-        values = {"name": "pocket", "version": version, "base_model": "pocket", "kind": "sft"}
-        values |= {"base_digest": digest_base(POCKET_MODEL), "fingerprint": Fingerprint(**fingerprint)}
-        write_manifest(paths[version - 1], Manifest(**values))
-    return paths
-
-
 @contextlib.asynccontextmanager
 async def open_streams(home: Path) -> AsyncIterator[Streams]:
     """Start the real engine with a memory of its own; end both."""
-    paths = make_adapters(home / "adapters")
+    paths = tiny_models.make_proved_adapters(POCKET_MODEL, home / "adapters", name="pocket", num=NUM_ADAPTERS)
     with Memory.open(home / "data", MemoryConfig(memory_tokens=0), encoder=HashingEncoder()) as memory:
         engine = Engine(EngineConfig(kv_cache_gib=1, startup_seconds=300), home / "data")
         try:
@@ -203,11 +191,10 @@ async def measure(
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--swaps", type=int, default=500)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between two swaps")
-    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     sides = (Side("no swap"), Side("swaps"))
     with tempfile.TemporaryDirectory(prefix="swap-") as home:

@@ -15,7 +15,6 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from memory.adapters import Fingerprint, Manifest, digest_base, write_manifest
 from memory.schema import TrajectoryStage
 from memory.store import Memory
 from runtime.agent import Agent
@@ -157,12 +156,7 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     from tests.runtime import tiny_models
 
     home = tmp_path_factory.mktemp("adapters")
-    paths = [home / f"tiny-v{version}" for version in range(1, NUM_SWAPS + 1)]
-    for version, fingerprint in enumerate(tiny_models.make_adapters(tiny_model, paths), start=1):
-        values = {"name": "tiny", "version": version, "base_model": "tiny", "kind": "sft"}
-        values |= {"base_digest": digest_base(tiny_model), "fingerprint": Fingerprint(**fingerprint)}
-        write_manifest(paths[version - 1], Manifest(**values))
-    return paths
+    return tiny_models.make_proved_adapters(tiny_model, home, name="tiny", num=NUM_SWAPS)
 
 
 @pytest.fixture(scope="module")

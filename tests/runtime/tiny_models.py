@@ -22,6 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from memory.adapters import Fingerprint, Manifest, digest_base, write_manifest
+
 FAMILIES: dict[str, type[PretrainedConfig]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
@@ -139,6 +141,16 @@ def make_adapters(base: Path, paths: list[Path], *, rank: int = 8, size: float =
         after = _logprobs(worn, probe)
         fingerprints.append({"token_ids": PROBE_IDS, "base_logprobs": before, "adapter_logprobs": after})
     return fingerprints
+
+
+def make_proved_adapters(base: Path, home: Path, *, name: str, num: int) -> list[Path]:
+    """Write `num` random adapters, each with the manifest that proves it, as a trainer would leave them."""
+    paths = [home / f"{name}-v{version}" for version in range(1, num + 1)]
+    for version, fingerprint in enumerate(make_adapters(base, paths), start=1):
+        values = {"name": name, "version": version, "base_model": name, "kind": "sft"}
+        values |= {"base_digest": digest_base(base), "fingerprint": Fingerprint(**fingerprint)}
+        write_manifest(paths[version - 1], Manifest(**values))
+    return paths
 
 
 PROBE_IDS = [72, 69, 76, 76, 79, 12, 0, 87, 79, 82, 76, 68, 5, 9, 33, 41]
