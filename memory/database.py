@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import queue
 import threading
 import time
 from collections import defaultdict
@@ -80,11 +79,12 @@ class Database:
         ValueError for a URL that can't be.
         """
         self._dialect = dialect_of(path_or_url)
-        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._is_open = True
+        self._waiting: list[_Write] = []
+        self._waking: set[asyncio.AbstractEventLoop] = set()
         self.acknowledgements = Tally()
         """From the queue to the disk, of every write that got there."""
-        self._gate = threading.Lock()  # nothing may be queued behind the mark that ends the writer
+        self._gate = threading.Condition()  # around all that the writer shares with those who write
         self._writing, self._reading = self._dialect.writing, self._dialect.reading
         try:
             with self._writing.connect() as connection:
@@ -156,7 +156,7 @@ class Database:
     @property
     def num_queued(self) -> int:
         """How many writes wait for the writer."""
-        return self._queue.qsize()
+        return len(self._waiting)
 
     def check(self) -> list[str]:
         """Return what is wrong with the rows' home: an empty list when all is well. A whole file is read for it."""
@@ -169,7 +169,7 @@ class Database:
             if not self._is_open:
                 return
             self._is_open = False
-            self._queue.put(None)
+            self._gate.notify()
         self._writer.join()
         self._reading.dispose()
         self._writing.dispose()
@@ -184,11 +184,22 @@ class Database:
         with self._gate:
             if not self._is_open:
                 raise self._closed_error()
-            self._queue.put(write)
+            self._waiting.append(write)
+            if write.loop is None:
+                self._gate.notify()
+            elif write.loop not in self._waking:
+                self._waking.add(write.loop)
+                write.loop.call_soon(self._wake, write.loop)
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wake the writer once the loop's tasks had their turn: woken by the first, it would commit that one alone."""
+        with self._gate:
+            self._waking.discard(loop)
+            self._gate.notify()
 
     def _write_forever(self) -> None:
         with self._connection as connection:
-            while (batch := self._next_batch()) is not None:
+            while batch := self._next_batch():
                 self._commit(connection, batch)
                 self._count(batch)
                 _tell(batch)
@@ -199,22 +210,13 @@ class Database:
             if write.error is None:
                 self.acknowledgements.add(now - write.queued_at)
 
-    def _next_batch(self) -> list[_Write] | None:
-        """Wait for a write, then take all that are waiting behind it; None when the database closes."""
-        first = self._queue.get()
-        if first is None:
-            return None
-        batch = [first]
-        while len(batch) < MAX_BATCH:
-            try:
-                write = self._queue.get_nowait()
-            except queue.Empty:
-                break
-            if write is None:
-                self._queue.put(None)  # close() after this batch
-                break
-            batch.append(write)
-        return batch
+    def _next_batch(self) -> list[_Write]:
+        """Wait for a write, then take all that are waiting; none when the database closes."""
+        with self._gate:
+            while not self._waiting and self._is_open:
+                self._gate.wait()
+            batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+            return batch
 
     def _commit(self, connection: Connection, batch: list[_Write], *, is_second_try: bool = False) -> None:
         """Run the batch in one transaction, or, when that fails as a whole, each of its writes in one of its own."""

@@ -112,7 +112,7 @@ async def _run_child(spec: TrainingSpec, spec_path: Path, on_step: OnStep | None
         if child.returncode is None:  # we were cancelled, or `on_step` raised
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            await child.wait()
+            await child.communicate()  # not wait(): its pipe must be closed before the loop may end
 
 
 def child_environment(spec: TrainingSpec) -> dict[str, str]:
