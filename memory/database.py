@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Executable, Row
-from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy import Connection, Executable, Insert, Row
+from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, ProgrammingError
 from sqlmodel import Session
 
 from memory.dialects import dialect_of
@@ -38,22 +38,19 @@ Work = Callable[[Connection], Any]
 MAX_BATCH = 512  # writes that share one commit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Row:
     """Work that is one statement, which takes one row or none."""
 
-    statement: Executable
-    values: Mapping[str, Any]
-
-    def __call__(self, connection: Connection) -> bool:
-        return connection.execute(self.statement, self.values).rowcount == 1
+    statement: Insert
+    bound: Any
 
 
-@dataclass
+@dataclass(slots=True)
 class _Write:
     """One queued write and whom to tell. `loop` is None where a thread waits instead of a task."""
 
-    work: Work
+    work: Work | _Row
     future: asyncio.Future | Future
     loop: asyncio.AbstractEventLoop | None
     result: Any = None
@@ -118,12 +115,13 @@ class Database:
         """
         return await self._enqueue(lambda connection: _in_session(connection, work))
 
-    async def take(self, statement: Executable, values: Mapping[str, Any]) -> bool:
+    async def take(self, statement: Insert, values: Mapping[str, Any]) -> bool:
         """The hot path: run a Core statement that takes one row or none; return whether it took it, once durable.
 
-        Writes of the same statement that wait next to each other are handed to the driver together.
+        Of `values` it takes what it names. Writes of the same statement that wait next to each other are handed to the
+        driver together.
         """
-        return await self._enqueue(_Row(statement, values))
+        return await self._enqueue(_Row(statement, self._dialect.bind(statement, values)))
 
     def write_sync(self, work: Callable[[Session], T]) -> T:
         """`write` for threads without an event loop. Never call it on one: it blocks until the disk has it."""
@@ -203,6 +201,7 @@ class Database:
                 self._commit(connection, batch)
                 self._count(batch)
                 _tell(batch)
+                self._dialect.tidy(connection, len(batch))
 
     def _count(self, batch: list[_Write]) -> None:
         now = time.monotonic()
@@ -224,14 +223,12 @@ class Database:
         try:
             with connection.begin():
                 for same in _group(batch):
-                    if len(same) > 1 and self._run_together(connection, same):
-                        continue
-                    for write in same:
-                        self._run(connection, write)
-                        # A failure may end the whole transaction, savepoints and all: on a full disk SQLite's, on
-                        # PostgreSQL that of a statement without a savepoint.
-                        if write.error is not None and not self._dialect.is_in_transaction(connection):
-                            raise write.error
+                    self._run(connection, same)
+                    # A failure may end the whole transaction, savepoints and all: on a full disk SQLite's, on
+                    # PostgreSQL that of a statement without a savepoint.
+                    failed = next((write.error for write in same if write.error is not None), None)
+                    if failed is not None and not self._dialect.is_in_transaction(connection):
+                        raise failed
                 is_ending = True
         except Exception as error:
             if connection.invalidated and not is_ending and not is_second_try:
@@ -244,28 +241,19 @@ class Database:
                 for write in batch:
                     self._commit(connection, [write])
 
-    def _run_together(self, connection: Connection, writes: list[_Write]) -> bool:
-        """Take all rows of one statement at once; return False, with nothing changed, where one of them can't be."""
+    def _run(self, connection: Connection, same: list[_Write]) -> None:
+        """Run one piece of work, or the rows of one statement."""
+        work = same[0].work
         try:
-            with connection.begin_nested() as savepoint:
-                result = connection.execute(writes[0].work.statement, [write.work.values for write in writes])
-                if result.rowcount != len(writes):
-                    savepoint.rollback()
-                    return False
-        except SQLAlchemyError:
-            if not self._dialect.is_in_transaction(connection):
-                raise
-            return False
-        for write in writes:
-            write.result, write.error = True, None
-        return True
-
-    def _run(self, connection: Connection, write: _Write) -> None:
-        write.result = write.error = None
-        try:
-            write.result = write.work(connection)
+            if isinstance(work, _Row):
+                came = self._dialect.take(connection, work.statement, [write.work.bound for write in same])
+            else:
+                came = [work(connection)]
         except Exception as error:
-            write.error = self._classified(error)
+            came = [error] * len(same)
+        for write, result in zip(same, came, strict=True):
+            is_error = isinstance(result, Exception)
+            write.result, write.error = (None, self._classified(result)) if is_error else (result, None)
 
     def _classified(self, error: Exception) -> Exception:
         is_refusal = isinstance(error, DatabaseError) and not isinstance(error, IntegrityError | ProgrammingError)
@@ -286,8 +274,12 @@ class Database:
 
 
 def _group(batch: list[_Write]) -> Iterator[list[_Write]]:
-    """Yield the batch in order, writes of the same statement that follow each other as one."""
-    for _, same in itertools.groupby(batch, lambda write: id(getattr(write.work, "statement", write))):
+    """Yield the batch in order, rows of the same statement that follow each other as one."""
+
+    def kind_of(write: _Write) -> int:
+        return id(write.work.statement if isinstance(write.work, _Row) else write)
+
+    for _, same in itertools.groupby(batch, kind_of):
         yield list(same)
 
 

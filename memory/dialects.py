@@ -9,11 +9,15 @@ Invariants: no message names a password; SQLite's one writing connection is also
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy import URL, Connection, Engine, Insert, create_engine, event, make_url, text
+from sqlalchemy import Dialect as EngineDialect
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlmodel import Session
 
 from memory.errors import StorageError
@@ -28,7 +32,9 @@ SQLITE_WRITER = (
     "foreign_keys=ON",
     "mmap_size=0",
     "journal_size_limit=67108864",
+    "wal_autocheckpoint=8000",  # pages, should `tidy` be late
 )
+CHECKPOINT_WRITES = 512
 SQLITE_READER = ("busy_timeout=30000", "query_only=ON", "wal_autocheckpoint=0", "mmap_size=0")
 SQLITE_MENDS = {
     "full": "free some disk space; nothing that was acknowledged is lost",
@@ -85,6 +91,21 @@ class Dialect(Protocol):
         """Whether what ran in the transaction can still be committed: some failures end it behind SQLAlchemy's back."""
         ...
 
+    def bind(self, statement: Insert, values: Mapping[str, Any]) -> Any:
+        """Return a row for `take`, made of those values that the statement names."""
+        ...
+
+    def take(self, connection: Connection, statement: Insert, rows: Sequence[Any]) -> list[bool | Exception]:
+        """Run a statement once for each row, and return whether it took it, or what it raised, which changed nothing.
+
+        Raises: what ended the whole transaction.
+        """
+        ...
+
+    def tidy(self, connection: Connection, num_writes: int) -> None:
+        """Do what may be done later, now that those who made the last writes are told: nobody waits for it."""
+        ...
+
     def check(self, session: Session) -> list[str]:
         """Return what is wrong with the rows' home."""
         ...
@@ -132,9 +153,38 @@ class Sqlite:
         self.place = repr(str(path))
         self.writing = _open_sqlite(path, SQLITE_WRITER, begin="BEGIN IMMEDIATE", num_connections=1)
         self.reading = _open_sqlite(path, SQLITE_READER, begin="BEGIN", num_connections=MAX_READERS)
+        self._compiled = _CompiledOnce(self.writing.dialect)
+        self._num_logged = 0
 
     def is_in_transaction(self, connection: Connection) -> bool:
         return connection.connection.driver_connection.in_transaction
+
+    def bind(self, statement: Insert, values: Mapping[str, Any]) -> list[Any]:
+        return self._compiled.get(statement).bind(values)
+
+    def take(self, connection: Connection, statement: Insert, rows: Sequence[Any]) -> list[bool | Exception]:
+        # Past SQLAlchemy, which takes longer over a row than SQLite does with its disk.
+        driver = connection.connection.driver_connection
+        cursor, sql = driver.cursor(), self._compiled.get(statement).sql
+        came: list[bool | Exception] = []
+        for row in rows:
+            try:
+                cursor.execute(sql, row)
+                came.append(cursor.rowcount == 1)
+            except Exception as error:
+                said = DBAPIError.instance(sql, row, error, sqlite3.Error, hide_parameters=True)
+                if not driver.in_transaction:
+                    raise said from error
+                came.append(said)
+        return came
+
+    def tidy(self, connection: Connection, num_writes: int) -> None:
+        """Move what is in the log into the file, before SQLite does it in the midst of a commit."""
+        self._num_logged += num_writes
+        if self._num_logged >= CHECKPOINT_WRITES:
+            self._num_logged = 0
+            with contextlib.suppress(sqlite3.Error):  # what is full or broken shows in the next commit
+                connection.connection.driver_connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def check(self, session: Session) -> list[str]:
         """Return what SQLite finds wrong with the file. Reads every page."""
@@ -163,6 +213,7 @@ class Postgresql:
         self.place = f"{url.database!r} on {f'{server}:{url.port}' if url.port else server!r}"
         self.writing = _open_postgresql(self, url, POSTGRESQL_WRITER, num_connections=1)
         self.reading = _open_postgresql(self, url, POSTGRESQL_READER, num_connections=MAX_READERS)
+        self._compiled = _CompiledOnce(self.writing.dialect)
 
         @event.listens_for(self.writing, "begin")
         def _wait_for_others(connection: Connection) -> None:
@@ -172,6 +223,33 @@ class Postgresql:
         from psycopg.pq import TransactionStatus
 
         return connection.connection.driver_connection.info.transaction_status == TransactionStatus.INTRANS
+
+    def bind(self, statement: Insert, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: values[name] for name in self._compiled.get(statement).names}
+
+    def take(self, connection: Connection, statement: Insert, rows: Sequence[Any]) -> list[bool | Exception]:
+        # All at once, which is one answer of the server to wait for; one by one where one of them can't be.
+        if len(rows) > 1:
+            try:
+                with connection.begin_nested() as savepoint:
+                    if connection.execute(statement, rows).rowcount == len(rows):
+                        return [True] * len(rows)
+                    savepoint.rollback()
+            except SQLAlchemyError:
+                if not self.is_in_transaction(connection):
+                    raise
+        came: list[bool | Exception] = []
+        for row in rows:
+            try:
+                came.append(connection.execute(statement, row).rowcount == 1)
+            except SQLAlchemyError as error:
+                if not self.is_in_transaction(connection):
+                    raise
+                came.append(error)
+        return came
+
+    def tidy(self, connection: Connection, num_writes: int) -> None:
+        """Nothing: the server looks after its log."""
 
     def check(self, session: Session) -> list[str]:
         """Return what the server knows to be wrong. It enforces keys by itself, and looks at pages as it reads them."""
@@ -196,6 +274,53 @@ class Postgresql:
         mends = (mend for sign, mend in POSTGRESQL_MENDS.items() if sign in f"{code} {said}")
         mend = next(mends, "see that the server is up and can be reached, and what its log says")
         return StorageError(f"cannot use the database {self.place}: {said}; {mend}")
+
+
+class _Compiled:
+    """A statement as the driver takes it."""
+
+    def __init__(self, statement: Insert, dialect: EngineDialect) -> None:
+        compiled = statement.compile(dialect=dialect)
+        self.sql = compiled.string
+        self.names = [name for name, parameter in compiled.binds.items() if parameter.required]
+        given = {
+            name: parameter.effective_value for name, parameter in compiled.binds.items() if not parameter.required
+        }
+        order = compiled.positiontup or []
+        self._template = [given.get(name) for name in order]
+        self._places = [(place, name) for place, name in enumerate(order) if name not in given]
+        self._processed = []
+        """Place, how to make the driver's value of ours, whether None is to be made one too."""
+        for place, name in enumerate(order):
+            kind = compiled.binds[name].type
+            process = kind.dialect_impl(dialect).bind_processor(dialect)
+            if process is not None and name in given:
+                self._template[place] = process(given[name])
+            elif process is not None:
+                self._processed.append((place, process, kind.should_evaluate_none))
+
+    def bind(self, values: Mapping[str, Any]) -> list[Any]:
+        """Return what stands in the statement's places, in their order."""
+        row = self._template.copy()
+        for place, name in self._places:
+            row[place] = values[name]
+        for place, process, takes_none in self._processed:
+            if takes_none or row[place] is not None:
+                row[place] = process(row[place])
+        return row
+
+
+class _CompiledOnce:
+    """Statements by themselves: each is compiled when it first comes."""
+
+    def __init__(self, dialect: EngineDialect) -> None:
+        self._dialect = dialect
+        self._compiled: dict[Insert, _Compiled] = {}
+
+    def get(self, statement: Insert) -> _Compiled:
+        if statement not in self._compiled:
+            self._compiled[statement] = _Compiled(statement, self._dialect)
+        return self._compiled[statement]
 
 
 def _open_sqlite(path: Path, pragmas: tuple[str, ...], *, begin: str, num_connections: int) -> Engine:

@@ -91,7 +91,7 @@ class Trajectories:
         if trajectory.stage is not TrajectoryStage.RUNNING:
             raise ValueError(f"a trajectory opens as 'running', not as {trajectory.stage.value!r}")
         try:
-            await self._database.take(_INSERT_TRAJECTORY, trajectory.model_dump())
+            await self._database.take(_INSERT_TRAJECTORY, vars(trajectory))
         except IntegrityError as error:
             raise self._refused_trajectory(trajectory) from error
         return trajectory
@@ -103,8 +103,8 @@ class Trajectories:
         """
         if step.trajectory_id != trajectory.id:
             raise ValueError(f"step of {step.trajectory_id!r} cannot be appended to trajectory {trajectory.id!r}")
-        fields = vars(step)  # model_dump copies thousands of token ids, one by one
-        if not await self._database.take(_INSERT_STEP, {name: fields[name] for name in Step.model_fields}):
+        # model_dump would copy thousands of token ids, one by one
+        if not await self._database.take(_INSERT_STEP, vars(step)):
             raise self._refused_step(step)
 
     async def close(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import signal
 import sqlite3
@@ -26,6 +27,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+
+import uvloop
 
 from memory.database import Database
 from memory.dialects import SQLITE_WRITER
@@ -61,6 +64,14 @@ def make_step(trajectory_id: str, position: int) -> Step:
     )
 
 
+def make_steps(opened: Sequence[Trajectory], num_each: int) -> list[list[Step]]:
+    """Return the steps of each trajectory, made beforehand; the collector of garbage need not look at them again."""
+    steps = [[make_step(trajectory.id, position) for position in range(num_each)] for trajectory in opened]
+    gc.collect()
+    gc.freeze()
+    return steps
+
+
 class Log:
     """A database with one open trajectory for each producer."""
 
@@ -85,10 +96,7 @@ async def append_as_fast_as_acknowledged(path: Path, num_producers: int, num_ste
     """Have each producer append its steps one after the other; a latency is that of one acknowledgement."""
     log = Log(path)
     with closing(log.database):
-        steps = [
-            [make_step(trajectory.id, position) for position in range(num_steps // num_producers)]
-            for trajectory in await log.open(num_producers)
-        ]
+        steps = make_steps(await log.open(num_producers), num_steps // num_producers)
         load = Load(0.0)
 
         async def produce(producer: int) -> None:
@@ -107,15 +115,13 @@ async def append_by_the_clock(path: Path, num_producers: int, per_second: float,
     """Append steps when they are due, whoever still waits; within a trajectory one after the other."""
     log = Log(path)
     with closing(log.database):
-        await log.open(num_producers)
+        rest = make_steps(await log.open(num_producers), int(1.5 * per_second * seconds / num_producers) + 8)
         turns = [asyncio.Lock() for _ in range(num_producers)]
-        num_appended = Counter[int]()
 
         async def append(number: int) -> None:
             producer = number % num_producers
             async with turns[producer]:
-                await log.append(producer, make_step(log.opened[producer].id, num_appended[producer]))
-                num_appended[producer] += 1
+                await log.append(producer, rest[producer].pop(0))
 
         return await run_open_loop(append, per_second=per_second, duration_seconds=seconds, max_open=20_000)
 
@@ -209,7 +215,7 @@ def measure_throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for _ in range(arguments.rounds):
         for num_producers in crowds:
             with fresh_file(arguments.on) as path:
-                load = asyncio.run(append_as_fast_as_acknowledged(path, num_producers, arguments.steps))
+                load = uvloop.run(append_as_fast_as_acknowledged(path, num_producers, arguments.steps))
                 loads.setdefault(("ours", num_producers), []).append(load)
                 rows = bound_rows(path)
         for batch_size in RAW_BATCHES:
@@ -244,7 +250,7 @@ def measure_latency(arguments: argparse.Namespace, best_rate: float) -> list[dic
     for share in SHARES_OF_BEST:
         with fresh_file(arguments.on) as path:
             rate = share * best_rate
-            load = asyncio.run(append_by_the_clock(path, arguments.producers, rate, arguments.seconds))
+            load = uvloop.run(append_by_the_clock(path, arguments.producers, rate, arguments.seconds))
         spread = load.spread
         rows.append(
             {"due/s": rate, "acknowledged/s": load.done_per_second, "errors": load.errors.total()} | _millis(spread)
@@ -266,7 +272,7 @@ def measure_kills(arguments: argparse.Namespace) -> dict[str, int]:
 
 def main(arguments: argparse.Namespace) -> None:
     if arguments.append_forever is not None:
-        asyncio.run(append_forever(arguments.append_forever, arguments.producers))
+        uvloop.run(append_forever(arguments.append_forever, arguments.producers))
         return
     throughput = measure_throughput(arguments)
     add_shares(throughput)

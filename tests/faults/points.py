@@ -19,6 +19,7 @@ from typing import Any
 from memory import adapters, database, policies, trajectories
 from memory.adapters import write_adapter_atomically, write_manifest
 from memory.database import Database
+from memory.dialects import Sqlite
 from memory.policies import Policies
 from memory.trajectories import Trajectories
 from optimizer import stages
@@ -58,7 +59,8 @@ POINTS = [
         ("log", Database._next_batch, "batch, self._waiting ="),
         ("log", Database._commit, "with connection.begin():"),
         ("log", Database._commit, "for same in _group(batch):"),
-        ("log", Database._run, "write.result = write.work(connection)"),
+        ("log", Database._run, "came = [work(connection)]"),
+        ("log", Sqlite.take, "cursor.execute(sql, row)"),
         ("log", database._in_session, "session.commit()"),
         ("log", Database._write_forever, "self._count(batch)"),
         ("log", Database._write_forever, "_tell(batch)"),
