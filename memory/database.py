@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Executable, Insert, Row
+from sqlalchemy import Connection, Executable, Insert
 from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, ProgrammingError
 from sqlmodel import Session
 
@@ -135,10 +135,10 @@ class Database:
         with self._reads(), Session(self._reading, expire_on_commit=False, autoflush=False) as session:
             yield session
 
-    def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Sequence[Row[Any]]:
-        """The hot path of reads: return the rows of one Core statement, for less than half of what a session costs."""
-        with self._reads(), self._reading.connect() as connection:
-            return connection.execute(statement, values).all()
+    def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        """The hot path of reads: return the rows of numbers and plain texts that a Core statement finds at once."""
+        with self._reads():
+            return self._dialect.fetch(statement, values)
 
     @contextlib.contextmanager
     def _reads(self) -> Iterator[None]:
@@ -169,8 +169,7 @@ class Database:
             self._is_open = False
             self._gate.notify()
         self._writer.join()
-        self._reading.dispose()
-        self._writing.dispose()
+        self._dialect.close()
 
     async def _enqueue(self, work: Work) -> Any:
         loop = asyncio.get_running_loop()

@@ -11,11 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from sqlalchemy import URL, Connection, Engine, Insert, create_engine, event, make_url, text
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    Executable,
+    Insert,
+    PoolProxiedConnection,
+    create_engine,
+    event,
+    make_url,
+    text,
+)
 from sqlalchemy import Dialect as EngineDialect
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlmodel import Session
@@ -102,6 +114,15 @@ class Dialect(Protocol):
         """
         ...
 
+    def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        """Return the rows that a statement finds in what is committed: of numbers and plain texts, which every driver
+        has alike."""
+        ...
+
+    def close(self) -> None:
+        """Close every connection."""
+        ...
+
     def tidy(self, connection: Connection, num_writes: int) -> None:
         """Do what may be done later, now that those who made the last writes are told: nobody waits for it."""
         ...
@@ -155,6 +176,8 @@ class Sqlite:
         self.reading = _open_sqlite(path, SQLITE_READER, begin="BEGIN", num_connections=MAX_READERS)
         self._compiled = _CompiledOnce(self.writing.dialect)
         self._num_logged = 0
+        self._asking = threading.Lock()
+        self._asked: PoolProxiedConnection | None = None
 
     def is_in_transaction(self, connection: Connection) -> bool:
         return connection.connection.driver_connection.in_transaction
@@ -177,6 +200,23 @@ class Sqlite:
                     raise said from error
                 came.append(said)
         return came
+
+    def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        compiled = self._compiled.get(statement)
+        row = compiled.bind(values)
+        with self._asking:
+            self._asked = self._asked or self.reading.raw_connection()
+            try:
+                return self._asked.driver_connection.execute(compiled.sql, row).fetchall()
+            except sqlite3.Error as error:
+                raise DBAPIError.instance(compiled.sql, row, error, sqlite3.Error, hide_parameters=True) from error
+
+    def close(self) -> None:
+        with self._asking:
+            if self._asked is not None:
+                self._asked.close()
+        self.reading.dispose()
+        self.writing.dispose()  # last: the last connection out checkpoints
 
     def tidy(self, connection: Connection, num_writes: int) -> None:
         """Move what is in the log into the file, before SQLite does it in the midst of a commit."""
@@ -248,6 +288,14 @@ class Postgresql:
                 came.append(error)
         return came
 
+    def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        with self.reading.connect() as connection:
+            return connection.execute(statement, values).all()
+
+    def close(self) -> None:
+        self.reading.dispose()
+        self.writing.dispose()
+
     def tidy(self, connection: Connection, num_writes: int) -> None:
         """Nothing: the server looks after its log."""
 
@@ -279,7 +327,7 @@ class Postgresql:
 class _Compiled:
     """A statement as the driver takes it."""
 
-    def __init__(self, statement: Insert, dialect: EngineDialect) -> None:
+    def __init__(self, statement: Executable, dialect: EngineDialect) -> None:
         compiled = statement.compile(dialect=dialect)
         self.sql = compiled.string
         self.names = [name for name, parameter in compiled.binds.items() if parameter.required]
@@ -315,9 +363,9 @@ class _CompiledOnce:
 
     def __init__(self, dialect: EngineDialect) -> None:
         self._dialect = dialect
-        self._compiled: dict[Insert, _Compiled] = {}
+        self._compiled: dict[Executable, _Compiled] = {}
 
-    def get(self, statement: Insert) -> _Compiled:
+    def get(self, statement: Executable) -> _Compiled:
         if statement not in self._compiled:
             self._compiled[statement] = _Compiled(statement, self._dialect)
         return self._compiled[statement]

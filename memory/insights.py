@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
+from typing import NamedTuple
 
-from sqlalchemy import bindparam
+from sqlalchemy import Select, bindparam
+from sqlalchemy import select as sql_select
 from sqlmodel import Session, col, select
 
 from memory.database import Database
@@ -66,6 +67,18 @@ Place = tuple[str, str, str]
 """(tenant, environment, kind of task): where lessons carry over."""
 
 
+class Standing(NamedTuple):
+    """An insight in force: what it says, and what speaks for it."""
+
+    id: str
+    text: str
+    strength: int
+    wins: int
+    losses: int
+    wins_otherwise: int
+    losses_otherwise: int
+
+
 class Insights:
     """All lessons in words."""
 
@@ -94,15 +107,25 @@ class Insights:
         place = {"tenant": tenant, "environment": environment, "kind": kind}
         given = {name: value for name, value in place.items() if value is not None}
         with self._database.read() as session:
-            return list(session.exec(_active_at(tuple(given)), params=given))
+            return list(session.exec(_in_force(select(Insight), given), params=given))
+
+    def standing(self, environment: str, kind: str, *, tenant: str) -> list[Standing]:
+        """Return the same of one kind of task, as much of it as a request needs."""
+        place = {"tenant": tenant, "environment": environment, "kind": kind}
+        return [Standing(*row) for row in self._database.fetch(_STANDING, place)]
 
 
-@cache
-def _active_at(names: tuple[str, ...]):
-    """The query for active insights by these columns, strongest first; made once, because each request asks it."""
-    query = select(Insight).where(col(Insight.removed_at).is_(None))
-    query = query.where(*(getattr(Insight, name) == bindparam(name) for name in names))
+def _in_force(query: Select, names: Iterable[str]) -> Select:
+    """Narrow the query to active insights by these columns, strongest first."""
+    query = query.where(
+        col(Insight.removed_at).is_(None), *(getattr(Insight, name) == bindparam(name) for name in names)
+    )
     return query.order_by(col(Insight.strength).desc(), col(Insight.wins).desc(), col(Insight.id))
+
+
+_STANDING = _in_force(
+    sql_select(*(getattr(Insight, name) for name in Standing._fields)), ("tenant", "environment", "kind")
+)
 
 
 class _Lists:

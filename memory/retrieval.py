@@ -22,7 +22,7 @@ from memory.database import Database
 from memory.errors import StorageError
 from memory.exemplars import render_exemplar
 from memory.index import MemoryIndex, fuse
-from memory.insights import FIRST_STRENGTH, Insights
+from memory.insights import FIRST_STRENGTH, Insights, Standing
 from memory.schema import Document, Insight, Passage, Step, Trajectory
 from memory.tally import Tally
 
@@ -148,7 +148,7 @@ class Retrieval:
 
     async def _find_insights(self, tenant: str, environment: str, kind: str, query_text: str) -> list[tuple[str, str]]:
         """Return the insights that evidence supports; where there are too many, strength and meaning choose."""
-        insights = {it.id: it for it in self._insights.active(environment, kind, tenant=tenant) if is_supported(it)}
+        insights = {it.id: it for it in self._insights.standing(environment, kind, tenant=tenant) if is_supported(it)}
         ranked = list(insights)
         if self._config.max_insights == 0:
             return []
@@ -200,7 +200,7 @@ class Retrieval:
         return [(row_id, texts[row_id]) for row_id, _ in near if row_id in texts]
 
 
-def is_supported(insight: Insight) -> bool:
+def is_supported(insight: Insight | Standing) -> bool:
     """Whether an insight may be shown: not voted down, or doing what it says wins more often than not doing it."""
     if insight.strength >= FIRST_STRENGTH:
         return True

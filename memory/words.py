@@ -16,9 +16,10 @@ import heapq
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from itertools import islice
 
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 from sqlmodel import Session
 
 from memory.database import Database
@@ -105,9 +106,8 @@ class WordIndex:
 
     def has_any(self, collection: str, where: Mapping[str, str]) -> bool:
         """Say whether anything at all could be found."""
-        with self._database.read() as session:
-            ranges = _ranges(session, collection, where)
-            return any(session.execute(_ANY, within).first() is not None for within in ranges)
+        ((is_any,),) = self._database.fetch(_any_at(tuple(where)), {"collection": collection, **where})
+        return bool(is_any)
 
     def find(
         self, collection: str, query_text: str, where: Mapping[str, str], num: int, *, exclude_task: str | None = None
@@ -130,13 +130,27 @@ def quote_terms(query_text: str) -> list[str]:
     return [f'"{word}"' for word in words if word not in COMMON][:MAX_TERMS]
 
 
-def _ranges(session: Session, collection: str, where: Mapping[str, str]) -> list[dict[str, int]]:
-    """Return the first and last id of every place that a filter names. Raises: ValueError for an unknown filter."""
-    unknown = where.keys() - set(PLACE)
+@cache
+def _any_at(names: tuple[str, ...]) -> TextClause:
+    """The question for anything in the places that these filters name."""
+    return text(
+        f"SELECT EXISTS (SELECT 1 FROM word_places place WHERE {_condition(names)} AND EXISTS (SELECT 1 "
+        f"FROM word_entries WHERE id BETWEEN place.id << {PLACE_BITS} AND ((place.id + 1) << {PLACE_BITS}) - 1))"
+    )
+
+
+def _condition(names: Iterable[str]) -> str:
+    """Return what is true of the places that a filter names. Raises: ValueError for an unknown filter."""
+    unknown = set(names) - set(PLACE)
     if unknown:
         raise ValueError(f"cannot filter by {sorted(unknown)!r}: choose among {PLACE!r}")
-    condition = " AND ".join(["collection = :collection", *(f"{name} = :{name}" for name in where)])
-    found = session.execute(text(f"SELECT id FROM word_places WHERE {condition}"), {"collection": collection, **where})
+    return " AND ".join(["collection = :collection", *(f"{name} = :{name}" for name in names)])
+
+
+def _ranges(session: Session, collection: str, where: Mapping[str, str]) -> list[dict[str, int]]:
+    """Return the first and last id of every place that a filter names. Raises: ValueError for an unknown filter."""
+    query = text(f"SELECT id FROM word_places WHERE {_condition(where)}")
+    found = session.execute(query, {"collection": collection, **where})
     return [_range(place_id) for (place_id,) in found]
 
 
@@ -216,5 +230,4 @@ _PLACE_ID = text(
     "WHERE collection = :collection AND tenant = :tenant AND environment = :environment AND kind = :kind"
 )
 _LAST_ID = text("SELECT max(id) FROM word_entries WHERE id BETWEEN :first AND :last")
-_ANY = text("SELECT 1 FROM word_entries WHERE id BETWEEN :first AND :last LIMIT 1")
 _WITHIN = "words MATCH ? AND rowid BETWEEN ? AND ?"
