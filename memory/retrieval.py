@@ -10,10 +10,12 @@ models were trained on, to the character.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from sqlmodel import Session, col, select
 
@@ -34,6 +36,8 @@ CHAT_TAGS = re.compile(
 )
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,12 @@ class Retrieval:
         count_tokens: Callable[[str], int],
     ) -> Recollection:
         segment, ids = _Segment(), []
-        with self._seconds["insights"].measure():
-            insights = await self._find_insights(tenant, environment, kind, query_text)
-        with self._seconds["exemplars"].measure():
-            exemplars = await self._find_exemplars(tenant, environment, kind, query_text, exclude_task)
-        with self._seconds["passages"].measure():
-            passages = await self._find_passages(tenant, query_text, self._config.max_passages)
+        # At once: their threads wait for one another's disk and Rust, and the question is encoded once for all.
+        insights, exemplars, passages = await asyncio.gather(
+            self._timed("insights", self._find_insights(tenant, environment, kind, query_text)),
+            self._timed("exemplars", self._find_exemplars(tenant, environment, kind, query_text, exclude_task)),
+            self._timed("passages", self._find_passages(tenant, query_text, self._config.max_passages)),
+        )
         sections = (
             (segment.insights, self._config.max_insights, insights),
             (segment.exemplars, self._config.max_exemplars, exemplars),
@@ -145,6 +149,10 @@ class Retrieval:
                     ids.append(row_id)
         text = segment.render()
         return Recollection(text, ids, count_tokens(text)) if text else Recollection()
+
+    async def _timed(self, stage: str, finding: Awaitable[T]) -> T:
+        with self._seconds[stage].measure():
+            return await finding
 
     async def _find_insights(self, tenant: str, environment: str, kind: str, query_text: str) -> list[tuple[str, str]]:
         """Return the insights that evidence supports; where there are too many, strength and meaning choose."""

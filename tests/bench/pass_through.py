@@ -32,7 +32,7 @@ from tests.bench.server import Client, OurServer, Process, cpu_seconds, dump, en
 
 DELAY_SECONDS = 0.01
 P99_SECONDS = 0.05
-FIRST_RATE, STEP = 40.0, 1.3
+FIRST_RATE, STEP = 15.0, 1.35
 NUM_HALVINGS = 2
 MAX_OPEN = 200
 NUM_WARM, NUM_ALONE = 100, 200
