@@ -71,7 +71,7 @@ class Load:
     """What came of one run."""
 
     due_per_second: float
-    """As planned; 0 where one request followed the other."""
+    """As they came due; 0 where one request followed the other."""
     spans: dict[int, tuple[float, float]] = field(default_factory=dict)
     """When each request that succeeded was due and when it was done, by its number, on the monotonic clock."""
     errors: Counter[str] = field(default_factory=Counter)
@@ -111,8 +111,8 @@ async def run_open_loop(
 
     They come as from many who do not know of one another: a Poisson process, the same for each run with one seed.
     """
-    load, open_tasks = Load(per_second), set[asyncio.Task[None]]()
     dues = list(_arrivals(per_second, duration_seconds, seed))
+    load, open_tasks = Load(len(dues) / duration_seconds), set[asyncio.Task[None]]()
     all_begun = asyncio.Event()
     loop = asyncio.get_running_loop()
     started_at = time.monotonic() + 0.05

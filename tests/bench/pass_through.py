@@ -34,6 +34,8 @@ DELAY_SECONDS = 0.01
 P99_SECONDS = 0.05
 FIRST_RATE, STEP = 15.0, 1.35
 NUM_HALVINGS = 2
+NUM_FOR_P99 = 300
+"""Requests at least: of fewer, one moment of the machine's would be the p99."""
 MAX_OPEN = 200
 NUM_WARM, NUM_ALONE = 100, 200
 PIN = "litellm[proxy]==1.106.2"
@@ -79,6 +81,7 @@ class Side:
         """Ask at a rate (0: one after the other); return a row."""
         began = cpu_seconds(self.process.pid)
         if per_second:
+            seconds = max(seconds, NUM_FOR_P99 / per_second)
             running = run_open_loop(
                 self.ask, per_second=per_second, duration_seconds=seconds, seed=int(per_second), max_open=MAX_OPEN
             )
@@ -105,10 +108,18 @@ async def find_best_rate(side: Side, seconds: float, max_rate: float) -> tuple[f
             rows.append(await side.at(rate, seconds))
         return bool(rows[-1]["keeps"])
 
-    best, rate = 0.0, FIRST_RATE
-    while rate <= max_rate and await keeps(rate):
-        best, rate = rate, rate * STEP
-    failed = rate
+    best, rate, failed = 0.0, FIRST_RATE, None
+    while best == 0.0 and rate >= 1.0:
+        if await keeps(rate):
+            best = rate
+        else:
+            rate, failed = rate / 2, rate
+    while best and failed is None:
+        rate = min(best * STEP, max_rate)
+        if rate > best and await keeps(rate):
+            best = rate
+        else:
+            failed = rate
     for _ in range(NUM_HALVINGS if best else 0):
         middle = (best + failed) / 2
         if await keeps(middle):
