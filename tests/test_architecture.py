@@ -19,7 +19,7 @@ MAY_IMPORT = {
 # Where a heavy package may be imported: a file, or a directory. vllm is a process, never an import.
 HOMES = {
     "chromadb": ("memory/meanings.py",),
-    "psycopg": ("memory/dialects.py",),
+    "psycopg": ("memory/postgresql.py",),
     "sentence_transformers": ("memory/encoder.py",),
     "trl": ("optimizer/training/",),
     "peft": ("optimizer/training/",),

@@ -31,9 +31,9 @@ from typing import Any
 import uvloop
 
 from memory.database import Database
-from memory.dialects import SQLITE_WRITER
 from memory.policies import Policies
 from memory.schema import Step, StepKind, Trajectory, new_id, now
+from memory.sqlite import WRITER
 from memory.trajectories import Trajectories
 from tests.bench.measure import Load, Spread, make_parser, print_table, run_open_loop, write_json
 
@@ -130,7 +130,7 @@ def insert_raw(path: Path, rows: Sequence[tuple], batch_size: int) -> Load:
     """Insert the rows in batches into tables that are the same; a latency is that of one batch."""
     Database(path).close()  # makes the tables
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        for pragma in SQLITE_WRITER:
+        for pragma in WRITER:
             connection.execute(f"PRAGMA {pragma}")
         connection.execute("PRAGMA foreign_keys=OFF")
         statement = f"INSERT INTO steps VALUES ({', '.join('?' * len(rows[0]))})"

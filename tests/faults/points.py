@@ -19,8 +19,8 @@ from typing import Any
 from memory import adapters, database, policies, trajectories
 from memory.adapters import write_adapter_atomically, write_manifest
 from memory.database import Database
-from memory.dialects import Sqlite
 from memory.policies import Policies
+from memory.sqlite import Sqlite
 from memory.trajectories import Trajectories
 from optimizer import stages
 from runtime.hotswap import HotSwap

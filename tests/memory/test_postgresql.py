@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from sqlmodel import Session
 
-from memory import dialects
+from memory import postgresql as home
 from memory.cycles import Cycles
 from memory.database import Database
 from memory.errors import CycleInProgress, StorageError
@@ -163,7 +163,7 @@ async def test_of_two_writers_one_sees_what_the_other_did(database_there: Databa
 async def test_a_writer_that_hangs_holds_others_up_only_so_long(
     database_there: Database, postgresql: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(dialects, "POSTGRESQL_WRITER", "SET lock_timeout = '100ms'")
+    monkeypatch.setattr(home, "WRITER", "SET lock_timeout = '100ms'")
     impatient = Database(postgresql)
     is_held, release = threading.Event(), threading.Event()
     held = asyncio.ensure_future(database_there.write(lambda session: is_held.set() or release.wait(10)))
