@@ -35,8 +35,9 @@ MAX_BATCH = 200
 SPARE = 10  # rows asked for beyond those wanted, where some of the nearest may be of the task that is left out
 MAX_OPEN_PLACES = 1_000_000  # as good as all
 PAGE = 20_000  # digests read at once
-HNSW = {"space": "cosine"}
-LAYOUT = 2  # of what is in there: an index of another layout is made anew
+# Chroma's own 100 finds 85 of the 100 nearest among a million rows in tight clusters, this 98, for 1 ms more.
+HNSW = {"space": "cosine", "ef_search": 800}
+LAYOUT = 3  # of what is in there: an index of another layout is made anew
 
 
 class MeaningIndex:

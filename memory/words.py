@@ -27,7 +27,7 @@ from memory.searchables import COLLECTIONS, PLACE, Place, Searchable
 
 WRITE_BATCH = 1000
 MAX_TERMS = 32
-MAX_ROWS = 300  # a word that more rows of a place have says little there
+MAX_ROWS = 200  # a word that more rows of a place have says little there
 MAX_RARE = 12  # words of a question that rank: the rarest
 COMMON_WEIGHT = 1e-3
 PLACE_BITS = 40  # of an id, for the count within its place

@@ -24,7 +24,7 @@ async def dawdle(request: dict[str, Any]) -> Reply:
     """A policy that says one word a while for ever, or nothing at all."""
     if not request["messages"][-1]["content"].startswith("in the middle"):
         await asyncio.sleep(3600)
-    return Reply("word " * 20_000, pause_seconds=0.05)
+    return Reply("word " * 1_000, pause_seconds=0.1)
 
 
 @pytest.fixture
