@@ -88,10 +88,10 @@ class Database:
                 (prepare or upgrade)(connection)
             self._connection = self._writing.connect()
         except DBAPIError as error:
-            self._writing.dispose()
+            self._dialect.close()
             raise self._translated(error) from error
         except BaseException:
-            self._writing.dispose()
+            self._dialect.close()
             raise
         self._writer = threading.Thread(target=self._write_forever, name="ratchet-writer", daemon=True)
         self._writer.start()
@@ -171,7 +171,7 @@ class Database:
         self._writer.join()
         self._dialect.close()
 
-    async def _enqueue(self, work: Work) -> Any:
+    async def _enqueue(self, work: Work | _Row) -> Any:
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         self._put(_Write(work, future, loop))

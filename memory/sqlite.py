@@ -73,7 +73,7 @@ class Sqlite:
                 cursor.execute(sql, row)
                 came.append(cursor.rowcount == 1)
             except Exception as error:
-                said = DBAPIError.instance(sql, row, error, sqlite3.Error, hide_parameters=True)
+                said = _as_alchemys(error, sql, row)
                 if not driver.in_transaction:
                     raise said from error
                 came.append(said)
@@ -87,7 +87,7 @@ class Sqlite:
             try:
                 return self._asked.driver_connection.execute(compiled.sql, row).fetchall()
             except sqlite3.Error as error:
-                raise DBAPIError.instance(compiled.sql, row, error, sqlite3.Error, hide_parameters=True) from error
+                raise _as_alchemys(error, compiled.sql, row) from error
 
     def close(self) -> None:
         with self._asking:
@@ -117,6 +117,11 @@ class Sqlite:
         said = str(error.orig)
         mend = next((mend for sign, mend in MENDS.items() if sign in said), "check the disk")
         return StorageError(f"cannot use the database {self.place}: {said}; {mend}")
+
+
+def _as_alchemys(error: Exception, sql: str, row: list[Any]) -> Exception:
+    """Return what SQLAlchemy would have raised; its parameters, which may be anybody's words, are not shown."""
+    return DBAPIError.instance(sql, row, error, sqlite3.Error, hide_parameters=True)
 
 
 def _open(path: Path, pragmas: tuple[str, ...], *, begin: str, num_connections: int) -> Engine:

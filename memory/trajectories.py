@@ -261,16 +261,18 @@ class Trajectories:
 
     def effective_reward(self, trajectory_id: str) -> float | None:
         """Return the reward that counts: the newest of the most trusted source; None when there is none."""
-        with self._database.read() as session:
-            reward = session.scalar(_EFFECTIVE_REWARD, {"trajectory_id": trajectory_id})
-            if reward is None:
-                _require(session, trajectory_id)
-            return reward
+        reward = self._find_reward(trajectory_id)
+        if reward is None:
+            self.get(trajectory_id)
+        return reward
 
     def view(self, trajectory: Trajectory) -> TrajectoryView:
         """Return a trajectory with the reward that counts."""
-        ((reward,),) = self._database.fetch(_EFFECTIVE_REWARD, {"trajectory_id": trajectory.id})
-        return self._with_reward(trajectory, reward)
+        return self._with_reward(trajectory, self._find_reward(trajectory.id))
+
+    def _find_reward(self, trajectory_id: str) -> float | None:
+        ((reward,),) = self._database.fetch(_EFFECTIVE_REWARD, {"trajectory_id": trajectory_id})
+        return reward
 
     def exemplary(self) -> Select:
         """The query for every trajectory that may be shown as an exemplar: finished, a success, not held out."""

@@ -36,6 +36,7 @@ from memory.schema import Step, StepKind, Trajectory, new_id, now
 from memory.sqlite import WRITER
 from memory.trajectories import Trajectories
 from tests.bench.measure import Load, Spread, make_parser, print_table, run_open_loop, write_json
+from tests.bench.server import end_in_order
 
 RAW_BATCHES = (1, 64, 512)
 SHARES_OF_BEST = (0.25, 0.5, 0.75)
@@ -270,7 +271,17 @@ def measure_kills(arguments: argparse.Namespace) -> dict[str, int]:
     return {"kills": arguments.kills, **total}
 
 
-def main(arguments: argparse.Namespace) -> None:
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--producers", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=12_800, help="of one round of one side")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of one rate by the clock")
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--on", type=Path, default=Path.cwd(), help="a directory on the disk that is meant")
+    parser.add_argument("--append-forever", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    end_in_order()
     if arguments.append_forever is not None:
         uvloop.run(append_forever(arguments.append_forever, arguments.producers))
         return
@@ -297,12 +308,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__)
-    parser.add_argument("--producers", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=12_800, help="of one round of one side")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of one rate by the clock")
-    parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--on", type=Path, default=Path.cwd(), help="a directory on the disk that is meant")
-    parser.add_argument("--append-forever", type=Path, help=argparse.SUPPRESS)
-    main(parser.parse_args())
+    main()

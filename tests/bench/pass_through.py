@@ -32,7 +32,7 @@ from tests.bench.server import Client, OurServer, Process, cpu_seconds, dump, en
 
 DELAY_SECONDS = 0.01
 P99_SECONDS = 0.05
-FIRST_RATE, STEP = 15.0, 1.35
+FIRST_RATE, STEP, MIN_RATE = 15.0, 1.35, 1.0
 NUM_HALVINGS = 2
 NUM_FOR_P99 = 300
 """Requests at least: of fewer, one moment of the machine's would be the p99."""
@@ -108,19 +108,18 @@ async def find_best_rate(side: Side, seconds: float, max_rate: float) -> tuple[f
             rows.append(await side.at(rate, seconds))
         return bool(rows[-1]["keeps"])
 
-    best, rate, failed = 0.0, FIRST_RATE, None
-    while best == 0.0 and rate >= 1.0:
-        if await keeps(rate):
-            best = rate
-        else:
-            rate, failed = rate / 2, rate
-    while best and failed is None:
+    best, failed = FIRST_RATE, None
+    while not await keeps(best):
+        best, failed = best / 2, best
+        if best < MIN_RATE:
+            return 0.0, rows
+    while failed is None:
         rate = min(best * STEP, max_rate)
         if rate > best and await keeps(rate):
             best = rate
         else:
             failed = rate
-    for _ in range(NUM_HALVINGS if best else 0):
+    for _ in range(NUM_HALVINGS):
         middle = (best + failed) / 2
         if await keeps(middle):
             best = middle

@@ -36,6 +36,7 @@ from memory.store import Memory
 from memory.words import quote_terms
 from tests.bench.measure import Spread, make_parser, print_table, run_open_loop, write_json
 from tests.bench.memories import BLOCK, KeptEncoder, Memories, load_memories
+from tests.bench.server import end_in_order
 
 NUM_FOUND = 10
 CHUNK = 2 * BLOCK  # memories written before the index is waited for
@@ -59,6 +60,7 @@ FLOOR, MEANINGS, WORDS, BM25, FUSED, ROWS, SEGMENT = (
 
 def main() -> int:
     options = _parse()
+    end_in_order()
     logging.basicConfig(level=logging.WARNING)
     try:
         memories = load_memories(options.cache)
