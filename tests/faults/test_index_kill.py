@@ -32,7 +32,7 @@ async def main():
         kept = [it for it in memory.documents.list() if it.title.startswith("Carrots")]
         number = len(kept)
         while True:
-            words = "\\n\\n".join(f"carrot {number} " + "fry " * 150 + str(part) for part in range(6))
+            words = "\\n\\n".join(f"carrot {sys.argv[2]} {number} " + "fry " * 150 + str(part) for part in range(6))
             document = await memory.documents.ingest(f"Carrots {sys.argv[2]} {number}", words)
             number += 1
             kept.append(document)

@@ -369,7 +369,7 @@ async def test_a_core_that_stands_still_is_found_within_ten_seconds(real: Engine
     os.kill(find_core(real.pid), signal.SIGSTOP)
     began = time.monotonic()
     while real.is_ready:
-        assert await healthy(real.url)
+        assert await healthy(real.url) or not real.is_ready  # found out and ended in the midst of the question
         await asyncio.sleep(0.05)
     found_after = time.monotonic() - began
     with pytest.raises(EngineLost):
@@ -381,5 +381,8 @@ async def test_a_core_that_stands_still_is_found_within_ten_seconds(real: Engine
 
 
 async def healthy(url: str) -> bool:
-    async with aiohttp.ClientSession() as http, http.get(f"{url}/health") as answer:
-        return answer.status == 200
+    try:
+        async with aiohttp.ClientSession() as http, http.get(f"{url}/health") as answer:
+            return answer.status == 200
+    except aiohttp.ClientConnectionError:
+        return False
