@@ -1,7 +1,8 @@
 """Find rows by meaning and by word, fused; the one way to ask the index.
 
 This module refuses to know what is done with what it finds. A question goes to both indexes at once; meanings have
-a deadline, words answer in any case, and reciprocal rank fusion joins the two lists.
+a deadline, words answer in any case, and reciprocal rank fusion joins the two lists. Words that too many rows have
+would fill half of the answer with rows of no account: they are asked only where meanings can't be had.
 
 Invariant: a failure of the index costs relevance, never an answer; nothing here is truth, and all of it can be rebuilt.
 """
@@ -92,10 +93,14 @@ class MemoryIndex:
         if not query_text.strip() or not await self._has_any(collection, where):
             return []
         by_word, by_meaning = await asyncio.gather(
-            self._find_by_word(collection, query_text, where, num, exclude_task),
+            self._find_by_word(self._words.find, collection, query_text, where, num, exclude_task),
             self._find_by_meaning(collection, query_text, where, num, exclude_task, min_similarity),
         )
-        return fuse(by_word, by_meaning)[:num]
+        if by_meaning is None and len(by_word) < num:
+            find = self._words.find_by_common_words
+            others = await self._find_by_word(find, collection, query_text, where, num, exclude_task)
+            by_word += [row_id for row_id in others if row_id not in by_word]
+        return fuse(by_word, by_meaning or [])[:num]
 
     async def rebuild(self, *, timeout_seconds: float = 3600.0) -> dict[str, int]:
         """Make both indexes anew from the rows; return how many rows of each collection they hold."""
@@ -133,13 +138,17 @@ class MemoryIndex:
             return True
 
     async def _find_by_word(
-        self, collection: str, query_text: str, where: dict[str, str], num: int, exclude_task: str | None
+        self,
+        find: Callable[..., list[str]],
+        collection: str,
+        query_text: str,
+        where: dict[str, str],
+        num: int,
+        exclude_task: str | None,
     ) -> list[str]:
         try:
             with self.seconds["words"].measure():
-                return await asyncio.to_thread(
-                    self._words.find, collection, query_text, where, num, exclude_task=exclude_task
-                )
+                return await asyncio.to_thread(find, collection, query_text, where, num, exclude_task=exclude_task)
         except StorageError as error:
             logger.warning("the word index failed, rebuild it: %s", error)
             return []
@@ -152,8 +161,8 @@ class MemoryIndex:
         num: int,
         exclude_task: str | None,
         min_similarity: float,
-    ) -> list[str]:
-        """Ask Chroma within the deadline; an empty list when it can't say."""
+    ) -> list[str] | None:
+        """Ask Chroma within the deadline; None when it can't say."""
         try:
             if not self.has_meanings:
                 raise IndexUnavailable("the encoder or the index is not ready")
@@ -172,7 +181,7 @@ class MemoryIndex:
         except (IndexUnavailable, TimeoutError) as error:
             logger.info("no meanings for this question: %s", error or "past the deadline")
         self.num_without_meanings += 1
-        return []
+        return None
 
     async def _answer(self, question: _Question) -> list[str]:
         """Wait for Chroma until the deadline. Raises: IndexDamaged, TimeoutError."""

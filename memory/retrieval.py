@@ -200,11 +200,11 @@ class Retrieval:
         near = await self._index.find("passages", query_text, num=num, tenant=tenant, min_similarity=MIN_SIMILARITY)
         if not near:
             return []
-        query = select(Passage, Document.title).join(Document, col(Document.id) == Passage.document_id)
+        query = select(Passage.id, Passage.text, Document.title).join(Document, col(Document.id) == Passage.document_id)
         query = query.where(Document.tenant == tenant)
         with self._database.read() as session:
             rows = session.exec(query.where(col(Passage.id).in_([row_id for row_id, _ in near]))).all()
-        texts = {passage.id: f"{title}: {passage.text}" for passage, title in rows}
+        texts = {passage_id: f"{title}: {text}" for passage_id, text, title in rows}
         return [(row_id, texts[row_id]) for row_id, _ in near if row_id in texts]
 
 

@@ -28,8 +28,7 @@ from memory.searchables import COLLECTIONS, PLACE, Place, Searchable
 WRITE_BATCH = 1000
 MAX_TERMS = 32
 MAX_ROWS = 200  # a word that more rows of a place have says little there
-MAX_RARE = 12  # words of a question that rank: the rarest
-COMMON_WEIGHT = 1e-3
+MAX_TELLING = 12  # words of a question that rank
 PLACE_BITS = 40  # of an id, for the count within its place
 WORD = re.compile(r"\w+")
 # Words so common that sharing them says nothing.
@@ -46,6 +45,10 @@ TABLES = (
     "CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(text, tokenize='porter unicode61 remove_diacritics 2')",
 )
 NAMES = ("words", "word_entries", "word_places")
+Range = dict[str, int]
+"""The first and the last id of a place."""
+Weigh = Callable[[Session, dict[str, int], Range], dict[str, float]]
+"""What each word of a question is worth in a place, by how many of its rows have it."""
 
 
 class WordIndex:
@@ -112,11 +115,30 @@ class WordIndex:
     def find(
         self, collection: str, query_text: str, where: Mapping[str, str], num: int, *, exclude_task: str | None = None
     ) -> list[str]:
-        """Return the ids of rows that share words with the query, best first: those that share the rarest words."""
+        """Return the ids of rows that share rare words with the query, best first: those that share the rarest."""
+        return self._find(_weigh_rare, collection, query_text, where, num, exclude_task)
+
+    def find_by_common_words(
+        self, collection: str, query_text: str, where: Mapping[str, str], num: int, *, exclude_task: str | None = None
+    ) -> list[str]:
+        """Return the ids of rows that share words which `MAX_ROWS` others share too: better than nothing, no more."""
+        return self._find(_weigh_common, collection, query_text, where, num, exclude_task)
+
+    def _find(
+        self,
+        weigh: Weigh,
+        collection: str,
+        query_text: str,
+        where: Mapping[str, str],
+        num: int,
+        exclude_task: str | None,
+    ) -> list[str]:
         terms = quote_terms(query_text)
         with self._database.read() as session:
-            ranges = _ranges(session, collection, where) if terms else []
-            hits = [hit for within in ranges for hit in _rank(session, terms, within, num, exclude_task)]
+            hits = []
+            for within in _ranges(session, collection, where) if terms else []:
+                weights = weigh(session, _count(session, terms, within), within)
+                hits += _rank(session, weights, within, num, exclude_task)
         return [row_id for _, row_id in heapq.nsmallest(num, hits)]
 
     def _drop(self, session: Session) -> None:
@@ -147,14 +169,14 @@ def _condition(names: Iterable[str]) -> str:
     return " AND ".join(["collection = :collection", *(f"{name} = :{name}" for name in names)])
 
 
-def _ranges(session: Session, collection: str, where: Mapping[str, str]) -> list[dict[str, int]]:
+def _ranges(session: Session, collection: str, where: Mapping[str, str]) -> list[Range]:
     """Return the first and last id of every place that a filter names. Raises: ValueError for an unknown filter."""
     query = text(f"SELECT id FROM word_places WHERE {_condition(where)}")
     found = session.execute(query, {"collection": collection, **where})
     return [_range(place_id) for (place_id,) in found]
 
 
-def _range(place_id: int) -> dict[str, int]:
+def _range(place_id: int) -> Range:
     return {"first": place_id << PLACE_BITS, "last": ((place_id + 1) << PLACE_BITS) - 1}
 
 
@@ -166,14 +188,31 @@ def _next_id(session: Session, collection: str, place: Place) -> int:
     return within["first"] if last is None else last + 1
 
 
-def _rank(
-    session: Session, terms: list[str], within: dict[str, int], num: int, exclude_task: str | None
-) -> list[tuple[tuple[float, int], str]]:
-    """Return (what to sort by, row id) of the best rows of one place: a word counts by its rarity there.
+def _count(session: Session, terms: list[str], within: Range) -> dict[str, int]:
+    """Return how many rows of one place have each of the words, up to `MAX_ROWS`."""
+    counted = f"(SELECT count(*) FROM (SELECT rowid FROM words WHERE {_WITHIN} LIMIT {MAX_ROWS}))"
+    values = [value for term in terms for value in (term, within["first"], within["last"])]
+    counts = session.connection().exec_driver_sql(f"SELECT {', '.join([counted] * len(terms))}", tuple(values)).one()
+    return dict(zip(terms, counts, strict=True))
 
-    A common word counts, and next to nothing, only where the rare ones find too little.
-    """
-    weights = _weigh(session, terms, within, num)
+
+def _weigh_rare(session: Session, counts: dict[str, int], within: Range) -> dict[str, float]:
+    """Return what each of the rarest words is worth, as BM25 has it: by how few rows of the place have it."""
+    rare = sorted((count, term) for term, count in counts.items() if 0 < count < MAX_ROWS)[:MAX_TELLING]
+    last = session.execute(_LAST_ID, within).scalar_one()
+    num_rows = 0 if last is None else last - within["first"] + 1
+    return {term: math.log(1 + max(0.0, num_rows - count + 0.5) / (count + 0.5)) for count, term in rare}
+
+
+def _weigh_common(_session: Session, counts: dict[str, int], _within: Range) -> dict[str, float]:
+    """Return the common words, each worth as little."""
+    return dict.fromkeys([term for term, count in counts.items() if count == MAX_ROWS][:MAX_TELLING], 1.0)
+
+
+def _rank(
+    session: Session, weights: dict[str, float], within: Range, num: int, exclude_task: str | None
+) -> list[tuple[tuple[float, int], str]]:
+    """Return (what to sort by, row id) of the best rows of one place: by the worth of the words they have."""
     if not weights:
         return []
     each = f"SELECT * FROM (SELECT rowid AS id, ? AS weight FROM words WHERE {_WITHIN} LIMIT {MAX_ROWS})"
@@ -189,21 +228,6 @@ def _rank(
     values += [-1 if left_out else num, left_out, left_out, num]
     found = session.connection().exec_driver_sql(statement, tuple(values))
     return [((-score, entry_id), row_id) for entry_id, score, row_id in found]
-
-
-def _weigh(session: Session, terms: list[str], within: dict[str, int], num: int) -> dict[str, float]:
-    """Return what each of the words that matter is worth, as BM25 has it: by how few rows of the place have it."""
-    counted = f"(SELECT count(*) FROM (SELECT rowid FROM words WHERE {_WITHIN} LIMIT {MAX_ROWS}))"
-    values = [value for term in terms for value in (term, within["first"], within["last"])]
-    counts = session.connection().exec_driver_sql(f"SELECT {', '.join([counted] * len(terms))}", tuple(values)).one()
-    last = session.execute(_LAST_ID, within).scalar_one()
-    num_rows = 0 if last is None else last - within["first"] + 1
-    rare = sorted((count, term) for count, term in zip(counts, terms, strict=True) if 0 < count < MAX_ROWS)[:MAX_RARE]
-    weights = {term: math.log(1 + max(0.0, num_rows - count + 0.5) / (count + 0.5)) for count, term in rare}
-    if sum(count for count, _ in rare) < num:
-        common = [term for count, term in zip(counts, terms, strict=True) if count == MAX_ROWS]
-        weights |= dict.fromkeys(common[:MAX_RARE], COMMON_WEIGHT)
-    return weights
 
 
 def _storable(value: str) -> str:

@@ -13,7 +13,7 @@ from sqlmodel import select
 
 from memory.config import MemoryConfig
 from memory.errors import IndexDamaged
-from memory.index import MAX_HANGING, fuse
+from memory.index import MAX_HANGING, MemoryIndex, fuse
 from memory.insights import OperationKind
 from memory.meanings import MeaningIndex
 from memory.schema import Outbox, RewardSource, Split, TrajectoryStage
@@ -218,6 +218,19 @@ async def test_an_encoder_that_cannot_load_leaves_words(tmp_path: Path, config: 
             await memory.index.drain(timeout_seconds=0.6)
         assert len(await ids_found(memory, "insights", "fry")) == 1
         assert not memory.index.has_meanings
+
+
+async def test_words_that_all_rows_have_count_only_where_meanings_cannot_be_had(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("memory.words.MAX_ROWS", 5)
+    await memory.insights.apply([add(f"fry the carrot in pan {number}") for number in range(9)])
+    await memory.index.drain()
+    monkeypatch.setattr(memory.index._meanings, "find", lambda *_, **__: [])
+    assert await ids_found(memory, "insights", "fry carrot") == []
+    assert len(await ids_found(memory, "insights", "fry carrot pan 7")) == 1
+    monkeypatch.setattr(MemoryIndex, "has_meanings", False)
+    assert len(await ids_found(memory, "insights", "fry carrot pan 7")) > 1
 
 
 def test_fusion_favours_what_both_found():
