@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 from memory.config import MemoryConfig
@@ -92,13 +93,14 @@ class MemoryIndex:
         where = {"tenant": tenant, **(where or {})}
         if not query_text.strip() or not await self._has_any(collection, where):
             return []
+        asked = (collection, query_text, where, num)
         by_word, by_meaning = await asyncio.gather(
-            self._find_by_word(self._words.find, collection, query_text, where, num, exclude_task),
+            self._find_by_word(partial(self._words.find, *asked, exclude_task=exclude_task)),
             self._find_by_meaning(collection, query_text, where, num, exclude_task, min_similarity),
         )
         if by_meaning is None and len(by_word) < num:
-            find = self._words.find_by_common_words
-            others = await self._find_by_word(find, collection, query_text, where, num, exclude_task)
+            find = partial(self._words.find_by_common_words, *asked, exclude_task=exclude_task)
+            others = await self._find_by_word(find)
             by_word += [row_id for row_id in others if row_id not in by_word]
         return fuse(by_word, by_meaning or [])[:num]
 
@@ -137,18 +139,10 @@ class MemoryIndex:
         except StorageError:
             return True
 
-    async def _find_by_word(
-        self,
-        find: Callable[..., list[str]],
-        collection: str,
-        query_text: str,
-        where: dict[str, str],
-        num: int,
-        exclude_task: str | None,
-    ) -> list[str]:
+    async def _find_by_word(self, find: Callable[[], list[str]]) -> list[str]:
         try:
             with self.seconds["words"].measure():
-                return await asyncio.to_thread(find, collection, query_text, where, num, exclude_task=exclude_task)
+                return await asyncio.to_thread(find)
         except StorageError as error:
             logger.warning("the word index failed, rebuild it: %s", error)
             return []

@@ -32,6 +32,7 @@ from runtime.hotswap import NUM_IDLE_KEPT, HotSwap
 from runtime.model_family import POCKET_MODEL
 from runtime.tools.base import Tool
 from tests.bench.measure import Spread, make_parser, print_table, write_json
+from tests.bench.server import end_in_order
 from tests.memory.episodes import HashingEncoder
 from tests.runtime import tiny_models
 
@@ -196,6 +197,7 @@ async def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between two swaps")
     given = parser.parse_args()
+    end_in_order()
     sides = (Side("no swap"), Side("swaps"))
     with tempfile.TemporaryDirectory(prefix="swap-") as home:
         async with open_streams(Path(home)) as streams:
