@@ -301,8 +301,11 @@ class Engine(EngineClient):
         return f"{what}; its last words: {find_last_words(text)}; the whole log: {self.log_path}"
 
     async def _end_child(self, *signals: signal.Signals) -> None:
-        """End the child's whole process group: in good order first, then for certain, or as told."""
-        process, self._process = self._process, None
+        """End the child's whole process group: in good order first, then for certain, or as told.
+
+        Cancelled in between, it is still ours to end: whoever is told to next waits for it.
+        """
+        process = self._process
         if process is None:
             return
         for one_signal in signals or (signal.SIGTERM, signal.SIGKILL):
@@ -311,6 +314,8 @@ class Engine(EngineClient):
                 os.killpg(process.pid, one_signal)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        if self._process is process:
+            self._process = None
 
 
 def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[str]:

@@ -87,6 +87,17 @@ async def test_no_engine_at_the_url_is_one_clear_error(tmp_path: Path):
     assert not engine.is_ready
 
 
+async def test_a_child_whose_end_was_broken_off_is_waited_for_at_the_stop(tmp_path: Path):
+    engine = Engine(EngineConfig(), tmp_path)
+    child = engine._process = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
+    restarting = asyncio.create_task(engine._restart())
+    await asyncio.sleep(0)
+    restarting.cancel()
+    await asyncio.wait({restarting})
+    await engine.stop()
+    assert child.returncode == -signal.SIGKILL
+
+
 async def test_a_zombie_is_not_ready_until_a_token_comes_again(engine: Engine, fake: FakeEngine):
     dressed = asyncio.Event()
 
