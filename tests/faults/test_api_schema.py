@@ -42,7 +42,7 @@ def routes_of(page: dict[str, Any]) -> list[schemathesis.APIOperation]:
 
 
 @pytest.mark.parametrize(
-    ("num_cases", "part"), [(3, slice(None)), *(pytest.param(300, part, marks=pytest.mark.slow) for part in PARTS)]
+    ("num_cases", "part"), [(3, slice(None)), *(pytest.param(450, part, marks=pytest.mark.slow) for part in PARTS)]
 )
 def test_no_request_of_the_page_or_beside_it_makes_the_server_fail(
     world: PlayedWorld, num_cases: int, part: slice
