@@ -21,7 +21,7 @@ import numpy
 from memory.documents import split_text
 from memory.encoder import SentenceEncoder
 
-DATA = Path(os.environ.get("RATCHET_BENCH_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+DATA = Path(os.environ.get("BENCH_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 NUM_REAL = 5000
 MAX_CHARS = 500
 QUESTION_EVERY = 20  # real texts: one of so many is kept as a question
@@ -117,7 +117,7 @@ def load_memories(directory: Path) -> Memories:
         return Memories([str(text) for text in found["texts"]], found["vectors"])
     texts = list(dict.fromkeys(" ".join(text.split()) for text in _real_texts() if len(text.split()) >= 8))
     if not texts:
-        raise FileNotFoundError(f"no public texts in {str(DATA)!r}: name their folder in RATCHET_BENCH_DATA")
+        raise FileNotFoundError(f"no public texts in {str(DATA)!r}: name their folder in BENCH_DATA")
     numpy.random.default_rng(1).shuffle(texts)
     texts = texts[:NUM_REAL]
     vectors = SentenceEncoder().encode(texts)
