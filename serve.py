@@ -289,11 +289,11 @@ async def settle_heap(memory: Memory) -> None:
     """Once all is loaded, take it out of the garbage collector's sight.
 
     Torch and its kin leave a million objects that live as long as the process; looking through them again and again
-    stopped every answer, on a busy machine for a second.
+    stopped every answer, on a busy machine for a second. What is garbage among them stays: to look for it would be such
+    a stop, and frees nothing to speak of.
     """
     while not memory.index.has_meanings:
         await asyncio.sleep(1.0)
-    gc.collect()
     gc.freeze()
 
 
