@@ -130,6 +130,13 @@ class TrajectoryStage(StrEnum):
     CANCELLED = "cancelled"
 
 
+class Trust(StrEnum):
+    """How far words may be believed. What is made of several rows has the least trust among them."""
+
+    TRUSTED = "trusted"
+    UNTRUSTED = "untrusted"  # text of a web page, an MCP server or a user's document had a part in it
+
+
 class PolicyStage(StrEnum):
     DRAFT = "draft"  # playable by its pin; an intermediate result (the SFT reference) stays here
     CANDIDATE = "candidate"
@@ -187,10 +194,18 @@ class Trajectory(SQLModel, table=True):
         Index("trajectories_by_task", "environment", "task"),
         Index("trajectories_by_stage", "stage", "closed_at"),
         Index("trajectories_by_tenant", "tenant", "id"),
+        Index("trajectories_by_user", "tenant", "user_id"),
     )
 
     id: str = Field(primary_key=True)
     tenant: str = ""
+    user_id: str = ""
+    """The person it was lived with, as the client names them; empty: nobody was named."""
+    key_id: str | None = None
+    """The API key it was asked with."""
+    is_shared: bool = False
+    """The client says that no person's words are in it: memory of it serves the whole tenant."""
+    trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
     episode_id: str = Field(index=True)
     environment: str | None = None  # None: asked by a client, not replayable
     task: str | None = None
@@ -304,6 +319,9 @@ class Feedback(SQLModel, table=True):
 
     tenant: str = Field(default="", primary_key=True)  # two tenants may choose the same id
     id: str = Field(primary_key=True)  # the poster's, for idempotency, or ours
+    user_id: str = ""
+    key_id: str | None = None
+    """The API key it was posted with."""
     trajectory_id: str = Field(foreign_key="trajectories.id", index=True)
     target: str = Field(default="", sa_type=CleanText)
     """What the poster named: an answer, a trajectory or an episode."""
@@ -325,10 +343,13 @@ class Insight(SQLModel, table=True):
     """A lesson in words, for one kind of task, with ExpeL's strength and the counts that support it."""
 
     __tablename__ = "insights"
-    __table_args__ = (UniqueConstraint("tenant", "environment", "kind", "text"),)
+    __table_args__ = (UniqueConstraint("tenant", "user_id", "environment", "kind", "text"),)
 
     id: str = Field(primary_key=True)
     tenant: str = ""
+    user_id: str = ""
+    """The person whose words it was made of; empty: it may serve the whole tenant."""
+    trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
     environment: str
     kind: str
     text: str = Field(sa_type=CleanText)
