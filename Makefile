@@ -10,9 +10,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install serve test faults lint format check clean
+.PHONY: help install torch-cpu serve test faults lint format check clean
 
-PYTHON ?= python3.11
+# The first of these that is here and can make an environment.
+PYTHON ?= $(shell for each in python3.11 python3.12 python3.13; do \
+              if $$each -c 'import ensurepip, venv' 2>/dev/null; then echo $$each; break; fi; done)
 VENV   ?= .venv
 ARGS   ?=
 # vLLM comes in two builds of one version: with a GPU that answers, the GPU's; else the CPU's.
@@ -20,6 +22,10 @@ EXTRA  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP  := $(VENV)/.installed-$(EXTRA)
 BIN    := $(VENV)/bin
 LOG    := $(VENV)/install.log
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# The CPU's engine wants a build of torch that the default index may lack. That one package, alone, then comes from here.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_CPU   := $(shell sed -n 's/^ *"\(torch==[^"+]*\)".*/\1/p' pyproject.toml)+cpu
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -49,18 +55,26 @@ clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache
 
 $(STAMP): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.11, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" && command -v $(PYTHON) >/dev/null || { \
+	    echo "make: no Python $(PYTHON). Install 3.11, 3.12 or 3.13 with its venv module, or name one: make PYTHON=/path/to/python"; \
+	    exit 1; }
 	@echo "==> 1/3 $(VENV): $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> 2/3 installing pinned packages with the '$(EXTRA)' engine (2-4 minutes; log: $(LOG))"
-	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),test]' 2>&1 \
-	    | tee $(LOG) | sed -u -n -E -e 's/^ *(Collecting|Building wheel for) ([^ ]{0,60}).*/    \1 \2/p' -e '/^ERROR/p' \
+	@test $(EXTRA) != cpu || $(MAKE) --no-print-directory torch-cpu
+	@$(PIP) install --progress-bar off -c constraints.txt -e '.[$(EXTRA),test]' 2>&1 \
+	    | tee -a $(LOG) | sed -u -n -E -e 's/^ *(Collecting|Building wheel for) ([^ ]{0,60}).*/    \1 \2/p' -e '/^ERROR/p' \
 	        -e 's/^Installing collected packages.*/    Installing them all (a minute or two)/p' \
-	    || { echo; tail -n 5 $(LOG); \
-	         if grep -Eq '(ERROR|No matching).*torch|depends on torch==2\.13\.0\+cpu' $(LOG); then \
-	             echo; echo "pip found no torch 2.13.0+cpu. Set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index"; \
-	             echo "(its address stands on PyTorch's \"Get Started\" page, platform CPU) and run make again."; fi; exit 1; }
+	    || { echo; tail -n 5 $(LOG); exit 1; }
 	@echo "==> 3/3 removing what a text-only engine does not need"
-	@test $(EXTRA) = gpu || $(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@test $(EXTRA) = gpu || $(PIP) uninstall -q -y torchvision torchaudio torchcodec
 	@rm -f $(VENV)/.installed-*; touch $(STAMP)
 	@echo "==> ready"
+
+# Without what it needs itself: that comes from the default index, pinned, with everything else.
+torch-cpu:
+	@$(PIP) install --progress-bar off --no-deps '$(TORCH_CPU)' >$(LOG) 2>&1 || { \
+	    echo "    $(TORCH_CPU) is not in the default index: taken from $(TORCH_INDEX)"; \
+	    $(PIP) install --progress-bar off --no-deps --index-url $(TORCH_INDEX) '$(TORCH_CPU)' >>$(LOG) 2>&1; } || { \
+	    echo; tail -n 5 $(LOG); \
+	    echo "No index has $(TORCH_CPU) for $$($(BIN)/python --version): name one that has, make TORCH_INDEX=<url>."; exit 1; }

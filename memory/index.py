@@ -107,7 +107,8 @@ class MemoryIndex:
     async def rebuild(self, *, timeout_seconds: float = 3600.0) -> dict[str, int]:
         """Make both indexes anew from the rows; return how many rows of each collection they hold."""
         future = asyncio.wrap_future(self._follower.request_rebuild())
-        await asyncio.wait_for(future, timeout_seconds)
+        async with asyncio.timeout(timeout_seconds):
+            await future
         await self.drain(timeout_seconds=timeout_seconds)
         return self.count()
 
@@ -161,8 +162,8 @@ class MemoryIndex:
             if not self.has_meanings:
                 raise IndexUnavailable("the encoder or the index is not ready")
             with self.seconds["encoding"].measure():
-                deadline = self._config.encoding_deadline_seconds
-                vector = await asyncio.wait_for(self._queries.encode(query_text), deadline)
+                async with asyncio.timeout(self._config.encoding_deadline_seconds):
+                    vector = await self._queries.encode(query_text)
             question = _Question(
                 lambda: self._meanings.find(
                     collection, vector, where, num, exclude_task=exclude_task, min_similarity=min_similarity
@@ -180,7 +181,8 @@ class MemoryIndex:
     async def _answer(self, question: _Question) -> list[str]:
         """Wait for Chroma until the deadline. Raises: IndexDamaged, TimeoutError."""
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(question.answer), self._config.retrieval_deadline_seconds)
+            async with asyncio.timeout(self._config.retrieval_deadline_seconds):
+                return await asyncio.wrap_future(question.answer)
         except TimeoutError:
             self._hanging.append(question)
             raise

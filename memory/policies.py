@@ -161,7 +161,8 @@ class Policies:
                     if version is not None and version != last_seen:
                         return version
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(waiter[1].wait(), POLL_SECONDS)
+                    async with asyncio.timeout(POLL_SECONDS):
+                        await waiter[1].wait()
         finally:
             self._waiters.discard(waiter)
 

@@ -126,7 +126,8 @@ class Engine(EngineClient):
         if self.is_ready:
             return
         try:
-            await asyncio.wait_for(self._ready.wait(), timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                await self._ready.wait()
         except TimeoutError:
             raise EngineError(f"the engine is not ready; its log is {self.log_path}") from None
 
@@ -200,14 +201,16 @@ class Engine(EngineClient):
 
     async def _probe_within(self, seconds: float) -> bool:
         try:
-            return await asyncio.wait_for(self.probe(), seconds)
+            async with asyncio.timeout(seconds):
+                return await self.probe()
         except TimeoutError:
             return False
 
     async def _count_tokens(self, seconds: float) -> float | None:
         """Return how many tokens the engine has moved so far; None if it doesn't say within `seconds`."""
         try:
-            return await asyncio.wait_for(self.num_tokens_so_far(), seconds)
+            async with asyncio.timeout(seconds):
+                return await self.num_tokens_so_far()
         except (TimeoutError, PolicyError):
             return None
 
@@ -313,7 +316,8 @@ class Engine(EngineClient):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, one_signal)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), STOP_SECONDS)
+                async with asyncio.timeout(STOP_SECONDS):
+                    await process.wait()
         if self._process is process:
             self._process = None
 

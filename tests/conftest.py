@@ -1,12 +1,46 @@
 """The order of the tests, which two workers take up file by file: those that start an engine first, many short ones
-last, so that both end at about the same time."""
+last, so that both end at about the same time. And what becomes of a test that hangs: how long it may take, where that
+is longer than pyproject.toml says, and that it is tried once."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from xdist.scheduler import LoadFileScheduling
+
+ENGINE_SECONDS = 1800
+"""The first test of a module pays for the start of its engine, and for a model's training."""
+SLOW_SECONDS = 6 * 3600
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     with_engine = {item.path for item in items if item.get_closest_marker("engine")}
     last_first = {path: number for number, path in enumerate(dict.fromkeys(item.path for item in reversed(items)))}
     items.sort(key=lambda item: (item.path not in with_engine, last_first[item.path]))
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+            elif item.get_closest_marker("engine"):
+                item.add_marker(pytest.mark.timeout(ENGINE_SECONDS))
+
+
+class OnceEach(LoadFileScheduling):
+    """Tests by file, each once: xdist gives a test whose worker died to the next worker, which then dies as well."""
+
+    def remove_node(self, node: Any) -> str | None:
+        workload = self.assigned_work.get(node, {})
+        ended = next((name for tests in workload.values() for name, is_done in tests.items() if not is_done), None)
+        for file, tests in list(workload.items()):
+            if ended in tests:
+                tests[ended] = True
+            if all(tests.values()):
+                del workload[file]  # a worker that is given nothing to do never asks for more
+        super().remove_node(node)
+        return ended
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OnceEach | None:
+    return OnceEach(config, log) if config.getvalue("dist") == "loadfile" else None

@@ -70,7 +70,8 @@ class McpServer:
         """
         try:
             connection = await self._connect()
-            listed = await asyncio.wait_for(_list_tools(connection.client), self._config.startup_seconds)
+            async with asyncio.timeout(self._config.startup_seconds):
+                listed = await _list_tools(connection.client)
         except (ToolError, TimeoutError, *COMPLAINTS, *BREAKS) as error:
             raise ToolRefused(
                 f"the MCP server {self.name!r} ({self._place}) cannot be had: {error or 'it does not answer'}; "

@@ -75,8 +75,10 @@ async def test_it_is_started_again_and_dressed_as_before_and_nobody_notices(star
     assert worn == {"pocket-v1", "pocket-v2"}
     os.kill(before, signal.SIGUSR1 if how == "zombie" else signal.SIGSTOP)
     with pytest.raises(TimeoutError):
-        while await asyncio.wait_for(engine.probe(), 0.2):
-            pass
+        is_alive = True
+        while is_alive:
+            async with asyncio.timeout(0.2):
+                is_alive = await engine.probe()
     episodes = [asyncio.create_task(agent.rollout(None, messages=ASK)) for _ in range(8)]
     if how == "dead":
         await wait_until(lambda: len(memory.trajectories.list()) == 8)

@@ -102,7 +102,8 @@ async def test_whoever_waits_is_told_of_a_change_at_once(policies: Policies):
     await policies.draft()
     assert not waiting.done()
     await policies.promote(1)
-    assert await asyncio.wait_for(waiting, 0.5) == 1
+    async with asyncio.timeout(0.5):
+        assert await waiting == 1
 
 
 async def test_a_change_from_elsewhere_is_noticed_by_polling(policies: Policies, database: Database):
@@ -110,7 +111,8 @@ async def test_a_change_from_elsewhere_is_noticed_by_polling(policies: Policies,
     await policies.draft()
     waiting = asyncio.ensure_future(policies.wait_for_change(0))
     await Policies(database).promote(1)  # another hand on the same rows, as another replica has it
-    assert await asyncio.wait_for(waiting, 3) == 1
+    async with asyncio.timeout(3):
+        assert await waiting == 1
 
 
 class PolicyMachine(RuleBasedStateMachine):

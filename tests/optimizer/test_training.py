@@ -172,7 +172,8 @@ async def test_a_cancelled_training_leaves_no_process_behind(spec_for):
         is_training.set()
 
     training = asyncio.create_task(train(spec, on_step=on_step))
-    await asyncio.wait_for(is_training.wait(), 120)
+    async with asyncio.timeout(120):
+        await is_training.wait()
     pid = find_trainer(spec)
     training.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -118,9 +118,11 @@ async def test_a_zombie_is_not_ready_until_a_token_comes_again(engine: Engine, f
 
 
 async def test_a_slow_probe_is_no_proof_of_death_while_tokens_move(engine: Engine, fake: FakeEngine):
-    watching = asyncio.create_task(engine.watch())
+    engine.config = engine.config.model_copy(update={"probe_timeout_seconds": 3.0})  # a busy machine is no zombie
+    probes = []
 
     async def slow_probe(model: str | None = None) -> bool:
+        probes.append(model)
         fake.num_tokens += 1  # others are served
         await asyncio.sleep(3600)
         return True
@@ -132,7 +134,10 @@ async def test_a_slow_probe_is_no_proof_of_death_while_tokens_move(engine: Engin
 
     ticking = asyncio.create_task(tick())
     engine.probe = slow_probe
-    await asyncio.sleep(2.0)
+    watching = asyncio.create_task(engine.watch())
+    async with asyncio.timeout(30):
+        while len(probes) < 3 and engine.is_ready:
+            await asyncio.sleep(0.05)
     assert engine.is_ready
     for task in (watching, ticking):
         task.cancel()

@@ -80,7 +80,8 @@ async def test_who_cancels_a_call_cancels_the_tool():
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await asyncio.wait_for(was_cancelled.wait(), 1)
+    async with asyncio.timeout(1):
+        await was_cancelled.wait()
 
 
 async def test_a_long_result_is_cut():
