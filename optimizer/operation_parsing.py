@@ -7,6 +7,7 @@ either ("Add more salt"), it is prose.
 Flow: answer -> reasoning stripped -> `Written` operations (JSON, else lines) -> matched with the known list.
 """
 
+# ruff: noqa: RUF001  (models write dashes and quotation marks of every kind)
 from __future__ import annotations
 
 import ast
@@ -312,7 +313,7 @@ def _is_header(match: re.Match[str]) -> bool:
         return False
     if sep in (":", "::"):
         return True
-    is_shouted = op.isupper() and not line_is_shouted(match.string)
+    is_shouted = op.isupper() and not _line_is_shouted(match.string)
     if op == "ADD" and match["numbers"] and sep is None:
         return False  # "ADD 2 eggs"
     if not rest:
@@ -325,7 +326,7 @@ def _is_header(match: re.Match[str]) -> bool:
     return is_marked and sep in ("->", "=>", "→", "⇒", "—", "–", "-", "=")
 
 
-def line_is_shouted(line: str) -> bool:
+def _line_is_shouted(line: str) -> bool:
     """Whether a line has words in capitals only, so that capitals don't tell an operator."""
     words = re.findall(r"[^\W\d_]{2,}", line)
     return len(words) > 2 and all(word.isupper() for word in words)
