@@ -218,9 +218,7 @@ async def test_an_estimate_that_was_too_low_is_mended_by_asking_for_less():
 @pytest.mark.parametrize("max_tokens", [700, 1000, 1500, 3000, 20_000])
 def test_what_does_not_fit_is_left_out_in_order_and_said(max_tokens: int):
     moves = [(f"go {n} " + "far " * 100, "You see " + "a tree, " * 100) for n in range(30)]
-    (reading,) = choose_readings(
-        [won(str(n), *moves) for n in range(8)], [], already_read=(), max_critiques=1, seed=0
-    )
+    (reading,) = choose_readings([won(str(n), *moves) for n in range(8)], [], already_read=(), max_critiques=1, seed=0)
     critique = build_critique(reading, KNOWN, comments={}, max_tokens=max_tokens)
     text = critique.messages[-1]["content"]
     assert sum(estimate_tokens(message["content"]) for message in critique.messages) <= max_tokens
