@@ -309,7 +309,7 @@ def _is_header(match: re.Match[str]) -> bool:
     """Whether a line that begins with an operator's word is an operation; in doubt it is prose."""
     op, sep, rest = match["op"], match["sep"], match["rest"].strip(" *_`")
     is_marked = bool(match["label"] or match["bold"] or match["marks"].strip() or match["count"])
-    if match["noun"] and not match["numbers"]:
+    if not match["numbers"] and (match["noun"] or sep in (",", ";")):
         return False
     if sep in (":", "::"):
         return True
@@ -394,6 +394,9 @@ def _read_fields(header: Written, lines: Sequence[str]) -> Written:
             continue
         if old and not line.strip():
             continue
+        if header.kind is OperationKind.EDIT and line.startswith("- ") and any(x.startswith("+ ") for x in lines):
+            continue  # a diff: what is taken away, then what takes its place
+        line = line.removeprefix("+ ") if header.kind is OperationKind.EDIT else line
         for field in (_NEW_FIELD, _TEXT_FIELD):
             if match := field.match(line):
                 line = line[match.end() :]
