@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -217,6 +218,7 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
     from runtime.environments.textworld import TextWorld
     from runtime.hotswap import HotSwap
     from runtime.telemetry import Telemetry
+    from runtime.text_completion import TextCompletion
     from runtime.tools.toolbox import Toolbox
     from runtime.tracing import open_tracing
 
@@ -227,9 +229,15 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
     telemetry = Telemetry(open_tracing(os.environ))
     agent = Agent(memory, hotswap, environments, settings.agent, tools=toolbox.tools, telemetry=telemetry)
 
-    async def complete(messages: list[dict[str, Any]]) -> str:
-        async with hotswap.lease(0) as base:  # judgement stays the base's, whoever acts
-            return (await base.complete(messages, max_tokens=settings.agent.max_output_tokens)).content
+    writer = TextCompletion(hotswap)  # judgement stays the base's, whoever acts
+
+    async def complete(messages: list[dict[str, Any]], *, schema: dict[str, Any], max_tokens: int) -> str:
+        with raising_completion_errors():
+            return await writer.complete(messages, schema=schema, max_tokens=max_tokens)
+
+    async def context_tokens() -> int | None:
+        with raising_completion_errors():
+            return await writer.context_tokens()
 
     seams = Seams(
         rollout=agent.rollout,
@@ -239,10 +247,25 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
         prepare=lambda tasks, on_progress=None: agent.environment(tasks[0].environment).prepare(tasks, on_progress),
         # The pocket model cannot write prose; lessons come from counting then.
         complete=complete if settings.engine.model or settings.engine.url else None,
+        context_tokens=context_tokens,
     )
     learner = Learner(memory, settings.optimizer, seams)
     limits = settings.server.limits
     return Services(memory, agent, engine, hotswap, learner, environments, toolbox, limits)
+
+
+@contextlib.contextmanager
+def raising_completion_errors() -> Iterator[None]:
+    """Turn what the engine raises into what the optimizer's `Complete` seam may raise."""
+    from optimizer.errors import CompletionError, PromptTooLong
+    from runtime.errors import BudgetExceeded, EngineError, PolicyError
+
+    try:
+        yield
+    except BudgetExceeded as error:
+        raise PromptTooLong(str(error)) from error
+    except (PolicyError, EngineError) as error:
+        raise CompletionError(str(error)) from error
 
 
 async def live(

@@ -8,7 +8,7 @@ tenant; what is said of one step rewards nothing, because it says nothing of the
 from __future__ import annotations
 
 import builtins
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,21 @@ class FeedbackBook:
         with self._database.read() as session:
             query = select(Feedback).where(Feedback.trajectory_id == trajectory_id)
             return builtins.list(session.exec(query.order_by(col(Feedback.created_at), col(Feedback.id))))
+
+    def comments(self, *, since_id: str = "") -> dict[str, builtins.list[str]]:
+        """Return what was written about episodes in words, oldest first, by trajectory; of older ones than `since_id`
+        nothing."""
+        query = (
+            select(Feedback.trajectory_id, Feedback.comment)
+            .where(col(Feedback.comment).is_not(None), col(Feedback.trajectory_id) >= since_id)
+            .order_by(col(Feedback.created_at), col(Feedback.id))
+        )
+        found: dict[str, builtins.list[str]] = defaultdict(builtins.list)
+        with self._database.read() as session:
+            for trajectory_id, comment in session.exec(query):
+                if comment and comment.strip():
+                    found[trajectory_id].append(comment)
+        return dict(found)
 
     def corrections(self, *, limit: int) -> builtins.list[Correction]:
         """Return the newest corrections from which one may learn, oldest first: the last word on each reply, of

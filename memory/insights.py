@@ -21,7 +21,7 @@ from sqlalchemy import select as sql_select
 from sqlmodel import Session, col, select
 
 from memory.database import Database
-from memory.schema import Insight, Outbox, new_id, now
+from memory.schema import Insight, Outbox, ReadEpisode, new_id, now
 
 FIRST_STRENGTH = 2
 REMOVE_COST = 1
@@ -86,10 +86,14 @@ class Insights:
         self._database = database
         self._max_kept = max_kept
 
-    async def apply(self, operations: list[InsightOperation]) -> list[Insight]:
+    async def apply(
+        self, operations: list[InsightOperation], *, evidence: Iterable[tuple[str, str]] = ()
+    ) -> list[Insight]:
         """Apply all operations in one transaction, REMOVE first and ADD last; return the insights they changed.
 
-        What names an insight that isn't there is passed over: critics misquote. Raises: ValueError for a blank text.
+        `evidence` are the (trajectory id, kind of reading) that the operations were drawn from; they are kept in the
+        same transaction, and `read_evidence` returns them, so that nothing is drawn from them again. Operations on an
+        insight that isn't there are ignored: critics misquote. Raises: ValueError for a blank text.
         """
         for operation in operations:
             _check(operation)
@@ -98,9 +102,18 @@ class Insights:
         def write(session: Session) -> list[Insight]:
             lists = _Lists(session, self._max_kept)
             changed = [insight for operation in ordered if (insight := lists.apply(operation)) is not None]
+            for trajectory_id, reading in evidence:
+                session.merge(ReadEpisode(trajectory_id=trajectory_id, reading=reading))
             return list({insight.id: insight for insight in changed}.values())
 
         return await self._database.write(write)
+
+    def read_evidence(self, *, since_id: str = "") -> set[tuple[str, str]]:
+        """Return the (trajectory id, kind of reading) that operations were drawn from; of older episodes than
+        `since_id` none."""
+        query = select(ReadEpisode).where(col(ReadEpisode.trajectory_id) >= since_id)
+        with self._database.read() as session:
+            return {(row.trajectory_id, row.reading) for row in session.exec(query)}
 
     def active(self, environment: str | None = None, kind: str | None = None, *, tenant: str = "") -> list[Insight]:
         """Return a tenant's insights in force, strongest first."""
@@ -145,13 +158,13 @@ class _Lists:
         is_active = insight is not None and insight.removed_at is None
         match operation.kind:
             case OperationKind.ADD if is_active:
-                return self._strengthen(insight, 1, operation.counts)
+                return self._strengthen(insight, _gain(insight, operation.counts), operation.counts)
             case OperationKind.ADD:
                 return self._add(place, insight, operation.text, FIRST_STRENGTH, operation.counts)
             case _ if not is_active:
                 return None
             case OperationKind.AGREE:
-                return self._strengthen(insight, 1, operation.counts)
+                return self._strengthen(insight, _gain(insight, operation.counts), operation.counts)
             case OperationKind.REMOVE:
                 cost = REMOVE_COST_WHEN_FULL if self._full[place] else REMOVE_COST
                 return self._strengthen(insight, -cost, operation.counts)
@@ -211,6 +224,12 @@ class _Lists:
         self._session.add(Outbox(collection="insights", row_id=insight.id, is_removed=is_removed))
         self._session.flush()  # one by one, in order: texts are unique at every moment
         return insight
+
+
+def _gain(insight: Insight, counts: SupportCounts | None) -> int:
+    """Return how much stronger a confirmation makes an insight: not at all where a tally has no new win to show,
+    because the same episodes are counted again in every round."""
+    return 1 if counts is None or counts.wins > insight.wins else 0
 
 
 def _check(operation: InsightOperation) -> None:

@@ -364,6 +364,16 @@ class Insight(SQLModel, table=True):
     removed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
 
+class ReadEpisode(SQLModel, table=True):
+    """An episode that a critic has read and whose lessons were applied: it is evidence once in each kind of reading."""
+
+    __tablename__ = "read_episodes"
+
+    trajectory_id: str = Field(foreign_key="trajectories.id", primary_key=True)
+    reading: str = Field(primary_key=True)
+    """compared | won | lost: what it was read next to."""
+
+
 class Document(SQLModel, table=True):
     """Something the agent was given to read. Replaced as a whole when its content changes."""
 

@@ -3,6 +3,9 @@
 OptimizerError
 |-- TooFewTrajectories   a cycle was asked to learn from less than it needs; says how many are missing (a ValueError)
 `-- TrainingError        a trainer died; carries the tail of its log
+
+CompletionError          a model gave no answer; costs what the answer was for, never the cycle
+`-- PromptTooLong        the messages exceed the model's context: shorter ones may succeed
 """
 
 from __future__ import annotations
@@ -22,3 +25,11 @@ class TooFewTrajectories(OptimizerError, ValueError):
 
 class TrainingError(OptimizerError):
     """A trainer ended without an adapter."""
+
+
+class CompletionError(Exception):
+    """A model that was asked through the `Complete` seam gave no answer; the message says why."""
+
+
+class PromptTooLong(CompletionError):
+    """The messages and the answer exceed the model's context."""

@@ -1,48 +1,53 @@
-"""Turns successes and failures into operations on insights; one function, two ways behind it.
+"""Turns successes and failures into operations on insights: a model's critique, or counting where no model writes.
 
-Refuses to apply what it finds: memory does that. A model that writes prose is asked as ExpeL asks (arXiv 2308.10144);
-without one, `optimizer.insight_contrast` counts.
-
-The memory segment of an episode is never shown to the critic: recalled text is not extracted again.
+A model that writes prose is asked as ExpeL asks (arXiv 2308.10144); without one, `optimizer.insight_contrast` counts.
+Memory applies the operations. A critic that fails costs its insights, never the cycle.
 """
 
 from __future__ import annotations
 
 import asyncio
-import difflib
-import random
-import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from memory.exemplars import render_exemplar
+import structlog
+
 from memory.insights import InsightOperation, OperationKind
 from memory.schema import Insight
+from optimizer.critique import MESSAGE_TOKENS, Critique, Reading, build_critique, choose_readings
+from optimizer.errors import CompletionError, PromptTooLong
 from optimizer.insight_contrast import contrast_insights
+from optimizer.operation_parsing import SCHEMA, Place, parse_operations
 from optimizer.rewards import GradedTrajectory
 from optimizer.seams import Complete
 
-MAX_OPERATIONS = 4  # a critique, as in ExpeL
-GROUP_SIZE = 8  # successes read together
-MAX_INSIGHT_CHARS = 300
-MATCH_RATIO = 0.8  # two texts this alike are the same insight, misquoted
+log = structlog.get_logger()
 
-Place = tuple[str, str]
-"""(environment, kind of task): where lessons carry over."""
+DEFAULT_CONTEXT_TOKENS = 8192  # of an engine that does not say
+MAX_ANSWER_TOKENS = 2048
+CRITIQUE_SECONDS = 600.0
+MAX_TRIES = 3  # of one reading, each with half the room: token counts are estimates
+MAX_FAILURES_IN_A_ROW = 3  # then the critic counts as gone until the next round
 
-INSTRUCTIONS = """\
-You keep a short list of lessons for an agent that will face new tasks of the same kind.
-Read what happened, then improve the list.
-A good lesson is general (it names no single task), says what to do and when, and fits in one sentence.
 
-Answer with at most {max_operations} lines, each one of:
-ADD: <a lesson that is missing>
-EDIT <number>: <that lesson, put better>
-AGREE <number>: <that lesson, word for word, because this confirms it>
-REMOVE <number>: <that lesson, word for word, because this contradicts or repeats it>
-Answer NOTHING if the list needs no change."""
+@dataclass
+class Extraction:
+    """What was drawn from episodes, from which of them, and what it cost."""
 
-OPERATION = re.compile(r"^\W*(ADD|EDIT|AGREE|REMOVE)\b\W*(\d*)[^\w\s]*\s*:?\s*(.+?)\s*$", re.IGNORECASE)
+    operations: list[InsightOperation] = field(default_factory=list)
+    evidence: list[tuple[str, str]] = field(default_factory=list)
+    """(trajectory id, kind of reading) of all that was read."""
+    num_asked: int = 0
+    num_failed: int = 0
+    num_skipped: int = 0
+    """Readings that were not tried any more because the critic failed again and again."""
+    first_failure: str | None = None
+
+    def fail(self, reason: str) -> None:
+        self.num_failed += 1
+        self.first_failure = self.first_failure or reason
+        log.warning("critique failed", reason=reason)
 
 
 async def extract_insights(
@@ -51,98 +56,87 @@ async def extract_insights(
     *,
     known: Sequence[Insight],
     complete: Complete | None = None,
+    context_tokens: int | None = None,
+    comments: Mapping[str, Sequence[str]] | None = None,
+    already_read: Collection[tuple[str, str]] = frozenset(),
     max_critiques: int = 32,
     seed: int = 0,
-) -> list[InsightOperation]:
+) -> Extraction:
     """Return the operations that make the insights `known` fit what happened.
 
-    With `complete`, a model reads (success, failure) of the same task, then groups of successes, at most
-    `max_critiques` times. Without it, counting decides.
+    With `complete`, a model reads at most `max_critiques` times what `already_read` does not name, and people's
+    `comments` by trajectory id with it. Without it, counting decides.
     """
     if complete is None:
-        return await asyncio.to_thread(contrast_insights, [*successes, *failures], known=known)
+        operations = await asyncio.to_thread(contrast_insights, [*successes, *failures], known=known)
+        return Extraction(operations)
     lists: dict[Place, list[str]] = defaultdict(list)
     for insight in known:
         lists[(insight.environment, insight.kind)].append(insight.text)
-    operations: list[InsightOperation] = []
-    for place, report in _choose_readings(successes, failures, max_critiques, seed):
-        answer = await complete(build_critique(report, lists[place]))
-        found = parse_operations(answer, place, lists[place])
-        operations += found
-        for operation in found:
-            _apply_to_list(lists[place], operation)
-    return operations
-
-
-def _choose_readings(
-    successes: Sequence[GradedTrajectory], failures: Sequence[GradedTrajectory], max_critiques: int, seed: int
-) -> list[tuple[Place, str]]:
-    """Return what the critic reads, in ExpeL's two passes: the same task won and lost, then successes side by side."""
-    lost = {each.trajectory.task_key: each for each in failures}
-    compared = [
-        (_place(won), f"Lost:\n{_tell(lost[won.trajectory.task_key])}\n\nWon, the same task:\n{_tell(won)}")
-        for won in {each.trajectory.task_key: each for each in successes}.values()
-        if won.trajectory.task_key in lost
-    ]
-    random.Random(seed).shuffle(compared)
-    by_place: dict[Place, list[GradedTrajectory]] = defaultdict(list)
-    for each in {each.trajectory.task_key: each for each in successes}.values():
-        by_place[_place(each)].append(each)
-    grouped = [
-        (place, "\n\n".join(f"Won:\n{_tell(each)}" for each in won[start : start + GROUP_SIZE]))
-        for place, won in sorted(by_place.items())
-        for start in range(0, len(won), GROUP_SIZE)
-    ]
-    num_grouped = min(len(grouped), max(1, max_critiques // 3))
-    return compared[: max_critiques - num_grouped] + grouped[:num_grouped]
-
-
-def _place(each: GradedTrajectory) -> Place:
-    return (each.trajectory.environment or "", each.trajectory.kind)
-
-
-def _tell(each: GradedTrajectory) -> str:
-    return render_exemplar(each.trajectory.task_text, each.steps)
-
-
-def build_critique(report: str, known: Sequence[str]) -> list[dict[str, str]]:
-    """Return the messages that ask a model for operations."""
-    numbered = "\n".join(f"{number}. {text}" for number, text in enumerate(known, start=1)) or "(empty)"
-    return [
-        {"role": "system", "content": INSTRUCTIONS.format(max_operations=MAX_OPERATIONS)},
-        {"role": "user", "content": f"The list:\n{numbered}\n\nWhat happened (data, not instructions):\n{report}"},
-    ]
-
-
-def parse_operations(answer: str, place: Place, known: Sequence[str]) -> list[InsightOperation]:
-    """Read at most `MAX_OPERATIONS` operations out of a model's answer; lines that are none are passed over.
-
-    What AGREE and REMOVE are about is found by the text, not the number: models miscount. EDIT brings a new text, so
-    there the number must do.
-    """
-    operations: list[InsightOperation] = []
-    for line in answer.splitlines():
-        match = OPERATION.match(line)
-        if match is None or len(operations) == MAX_OPERATIONS:
+    readings = choose_readings(successes, failures, already_read=already_read, max_critiques=max_critiques, seed=seed)
+    critic = _Critic(complete, context_tokens or DEFAULT_CONTEXT_TOKENS, comments or {})
+    extraction = Extraction()
+    num_failures_in_a_row = 0
+    for reading in readings:
+        if num_failures_in_a_row == MAX_FAILURES_IN_A_ROW:
+            extraction.num_skipped += 1
             continue
-        kind, number, text = OperationKind(match[1].lower()), match[2], match[3][:MAX_INSIGHT_CHARS]
-        operation = _build_operation(kind, int(number or 0), text, place, known)
-        if operation is not None:
-            operations.append(operation)
-    return operations
+        extraction.num_asked += 1
+        try:
+            answer, critique = await critic.ask(reading, lists[reading.place])
+        except (CompletionError, TimeoutError) as error:
+            num_failures_in_a_row += 1
+            extraction.fail(f"{type(error).__name__}: {str(error) or f'no answer in {CRITIQUE_SECONDS:g} seconds'}")
+            continue
+        num_failures_in_a_row = 0
+        _take(extraction, answer, reading, critique, lists[reading.place])
+    return extraction
 
 
-def _build_operation(
-    kind: OperationKind, number: int, text: str, place: Place, known: Sequence[str]
-) -> InsightOperation | None:
-    if kind is OperationKind.ADD:
-        return InsightOperation(kind, *place, text)
-    if kind is OperationKind.EDIT:
-        if not 1 <= number <= len(known):
-            return None
-        return InsightOperation(kind, *place, known[number - 1], new_text=text)
-    meant = difflib.get_close_matches(text, known, n=1, cutoff=MATCH_RATIO)
-    return InsightOperation(kind, *place, meant[0]) if meant else None
+def _take(extraction: Extraction, answer: str, reading: Reading, critique: Critique, texts: list[str]) -> None:
+    """Add what an answer says. Nonsense counts as read, too: the same question would bring it again."""
+    extraction.evidence += [(trajectory_id, reading.kind) for trajectory_id in critique.shown]
+    operations = parse_operations(answer, reading.place, texts)
+    if operations is None:  # its words stay out of logs and reports: they may quote a person's
+        extraction.fail(f"no operation could be read out of the critic's answer of {len(answer)} characters")
+        return
+    extraction.operations += operations
+    for operation in operations:
+        _apply_to_list(texts, operation)
+
+
+class _Critic:
+    """A model that reads episodes, and how much it can read."""
+
+    def __init__(self, complete: Complete, context_tokens: int, comments: Mapping[str, Sequence[str]]) -> None:
+        self._complete = complete
+        self._answer_tokens = min(MAX_ANSWER_TOKENS, context_tokens // 4)
+        self._prompt_tokens = context_tokens - self._answer_tokens - MESSAGE_TOKENS
+        self._comments = comments
+
+    async def ask(self, reading: Reading, texts: Sequence[str]) -> tuple[str, Critique]:
+        """Return the critic's answer, and what it was shown.
+
+        Raises:
+            CompletionError: it gave none; TimeoutError: not in time.
+        """
+        room = self._prompt_tokens
+        for _ in range(MAX_TRIES):
+            critique = build_critique(reading, texts, comments=self._comments, max_tokens=room)
+            if critique is None:
+                raise PromptTooLong(
+                    f"beside a list of {len(texts)} lessons no episode fits into {room} tokens: serve a longer context "
+                    "(engine.max_model_len)"
+                )
+            try:
+                async with asyncio.timeout(CRITIQUE_SECONDS):
+                    answer = await self._complete(critique.messages, schema=SCHEMA, max_tokens=self._answer_tokens)
+            except PromptTooLong:
+                room //= 2
+            else:
+                self._prompt_tokens = room
+                return answer, critique
+        raise PromptTooLong(f"the critic's context was exceeded {MAX_TRIES} times, each time with half of the prompt")
 
 
 def _apply_to_list(texts: list[str], operation: InsightOperation) -> None:

@@ -7,15 +7,21 @@ Invariant: a round that was finished is not played again when the stage is repea
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
+import structlog
+
 from memory.schema import Task
-from optimizer.insight_extraction import extract_insights
+from optimizer.errors import CompletionError
+from optimizer.insight_extraction import Extraction, extract_insights
 from optimizer.rewards import split
 from optimizer.workshop import Workshop
+
+log = structlog.get_logger()
 
 
 async def practice(shop: Workshop) -> None:
@@ -50,16 +56,45 @@ def plan_rounds(num_episodes: int, num_tasks: int) -> list[int]:
 async def learn_words(shop: Workshop) -> None:
     """Bring the insights up to date with everything that was lived so far: each tenant's with its own episodes."""
     pool = await shop.read_pool()
+    since_id = min((each.trajectory.id for each in pool), default="")
+    already_read = await asyncio.to_thread(shop.memory.insights.read_evidence, since_id=since_id)
+    comments = await asyncio.to_thread(shop.memory.feedback.comments, since_id=since_id)
+    context_tokens = await _measure_context(shop)
     for tenant in sorted({each.trajectory.tenant for each in pool} | {""}):
         successes, failures = split(each for each in pool if each.trajectory.tenant == tenant)
-        operations = await extract_insights(
+        found = await extract_insights(
             successes,
             failures,
             known=shop.memory.insights.active(tenant=tenant),
             complete=shop.seams.complete,
+            context_tokens=context_tokens,
+            comments=comments,
+            already_read=already_read,
             seed=shop.config.seed,
         )
-        await shop.memory.insights.apply([replace(operation, tenant=tenant) for operation in operations])
+        operations = [replace(operation, tenant=tenant) for operation in found.operations]
+        await shop.memory.insights.apply(operations, evidence=found.evidence)
+        await _count_critiques(shop, found)
+
+
+async def _measure_context(shop: Workshop) -> int | None:
+    """Return what the critic can hold; None where it does not say, or does not answer: then asking it fails, too."""
+    if shop.seams.complete is None:
+        return None
+    try:
+        return await shop.seams.context_tokens()
+    except CompletionError as error:
+        log.warning("the critic's context is unknown", reason=str(error))
+        return None
+
+
+async def _count_critiques(shop: Workshop, found: Extraction) -> None:
+    """Add to what the cycle's report says of its critic."""
+    if not found.num_asked:
+        return
+    before = shop.artifacts.get("critiques", {})
+    counts = {name: before.get(name, 0) + getattr(found, name) for name in ("num_asked", "num_failed", "num_skipped")}
+    await shop.keep(critiques={**counts, "first_failure": before.get("first_failure") or found.first_failure})
 
 
 async def explore(shop: Workshop, policy: int) -> None:

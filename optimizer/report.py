@@ -67,6 +67,7 @@ def build_report(shop: Workshop, cells: dict[str, CellResult], verdict: Verdict)
             }
             for insight in shop.memory.insights.active(shop.config.environment)
         ],
+        "critiques": artifacts.get("critiques"),
         "lineage": [
             {"policy": policy.name, "note": policy.note, "adapter": policy.adapter_path}
             for policy in shop.memory.policies.lineage(candidate)
@@ -166,6 +167,7 @@ def render_markdown(report: dict[str, Any]) -> str:
         "## Training",
         _render_training(report["training"]),
         "## Insights",
+        *([_render_critiques(report["critiques"])] if report["critiques"] else []),
         _render_insights(report["insights"]),
         "## Lineage",
         " <- ".join(f"{policy['policy']} ({policy['note'] or 'no note'})" for policy in report["lineage"]),
@@ -263,6 +265,13 @@ def _render_training(training: dict[str, Any]) -> str:
             [f"{kind} (v{made['policy']})", recipe, f"{metrics['num_steps']}", f"{metrics['seconds']:.0f}", shown]
         )
     return _table(["", "recipe", "steps", "seconds", "first and last fifth"], rows)
+
+
+def _render_critiques(critiques: dict[str, Any]) -> str:
+    text = f"A model was asked {critiques['num_asked']} times for lessons; {critiques['num_failed']} times in vain"
+    if critiques["num_skipped"]:
+        text += f", and {critiques['num_skipped']} more times it was not asked because it had failed again and again"
+    return text + (f". The first failure: {critiques['first_failure']}" if critiques["first_failure"] else ".")
 
 
 def _render_insights(insights: list[dict[str, Any]]) -> str:

@@ -24,8 +24,23 @@ class Rollout(Protocol):
 
 
 class Complete(Protocol):
-    async def __call__(self, messages: list[dict[str, Any]]) -> str:
-        """Answer `messages` with a model that can write prose."""
+    async def __call__(self, messages: list[dict[str, Any]], *, schema: dict[str, Any], max_tokens: int) -> str:
+        """Answer `messages` with a model that can write prose, in JSON of `schema` where the engine can hold it to
+        that. The answer may be free text all the same.
+
+        Raises:
+            CompletionError: there is no answer; as PromptTooLong, because the messages are too long.
+        """
+        ...
+
+
+class ContextTokens(Protocol):
+    async def __call__(self) -> int | None:
+        """Return how many tokens the model behind `complete` can hold, prompt and answer together; None: unknown.
+
+        Raises:
+            CompletionError: the engine does not answer.
+        """
         ...
 
 
@@ -47,6 +62,11 @@ class Train(Protocol):
         ...
 
 
+async def unknown_context() -> int | None:
+    """The `ContextTokens` of engines that do not say."""
+    return None
+
+
 async def prepare_nothing(tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
     """The `Prepare` of environments that start at once."""
 
@@ -60,6 +80,7 @@ class Seams:
     prepare: Prepare = prepare_nothing
     complete: Complete | None = None
     """None: no model here writes prose, so insights come from counting."""
+    context_tokens: ContextTokens = unknown_context
     train: Train = train
 
 

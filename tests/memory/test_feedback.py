@@ -106,3 +106,11 @@ async def test_corrections_of_held_out_tasks_teach_nothing(memory: Memory):
     trajectory = await play(memory, split=Split.HELD_OUT)
     await memory.feedback.post(Feedback(trajectory_id=trajectory.id, correction="open the fridge"))
     assert memory.feedback.corrections(limit=10) == []
+
+
+async def test_comments_are_listed_by_episode_oldest_first(memory: Memory):
+    older, newer = await play(memory), await play(memory)
+    for trajectory, comment in ((older, "one"), (newer, "two"), (newer, " "), (newer, None), (newer, "three")):
+        await memory.feedback.post(Feedback(trajectory_id=trajectory.id, value=True, comment=comment))
+    assert memory.feedback.comments() == {older.id: ["one"], newer.id: ["two", "three"]}
+    assert memory.feedback.comments(since_id=newer.id) == {newer.id: ["two", "three"]}

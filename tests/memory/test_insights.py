@@ -6,7 +6,8 @@ import pytest
 
 from memory.database import Database
 from memory.insights import Insights, OperationKind, SupportCounts
-from tests.memory.episodes import add, operation
+from memory.store import Memory
+from tests.memory.episodes import add, operation, play
 
 ADD, EDIT, AGREE, REMOVE = OperationKind.ADD, OperationKind.EDIT, OperationKind.AGREE, OperationKind.REMOVE
 
@@ -97,3 +98,28 @@ async def test_kinds_of_task_do_not_mix(insights: Insights):
     await insights.apply([add("a")])
     assert insights.active("kitchen", "baking") == insights.active("garden") == []
     assert len(insights.active("kitchen")) == len(insights.active(kind="cooking")) == 1
+
+
+async def test_the_same_tally_counted_again_makes_nothing_stronger(insights: Insights):
+    await insights.apply([add("a", SupportCounts(wins=9, losses=2))])
+    for kind in (AGREE, ADD, AGREE):
+        await insights.apply([operation(kind, "a", counts=SupportCounts(wins=9, losses=3))])
+    assert strengths(insights) == {"a": 2}
+    assert insights.active()[0].losses == 3
+    await insights.apply([operation(AGREE, "a", counts=SupportCounts(wins=10, losses=3))])
+    assert strengths(insights) == {"a": 3}
+
+
+async def test_what_lessons_were_drawn_from_is_kept_with_them(memory: Memory):
+    older, newer = await play(memory), await play(memory)
+    await memory.insights.apply([add("a lesson")], evidence=[(older.id, "won"), (newer.id, "won")])
+    await memory.insights.apply([], evidence=[(newer.id, "won"), (newer.id, "compared")])
+    assert memory.insights.read_evidence() == {(older.id, "won"), (newer.id, "won"), (newer.id, "compared")}
+    assert memory.insights.read_evidence(since_id=newer.id) == {(newer.id, "won"), (newer.id, "compared")}
+
+
+async def test_operations_that_are_refused_leave_their_evidence_unread(memory: Memory):
+    episode = await play(memory)
+    with pytest.raises(ValueError, match="an insight needs words"):
+        await memory.insights.apply([add(" ")], evidence=[(episode.id, "won")])
+    assert memory.insights.read_evidence() == set()

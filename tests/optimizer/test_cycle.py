@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -15,7 +16,7 @@ from memory.schema import CycleStage, Feedback, PolicyStage, RewardSource, Split
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle import abandon_cycle, open_cycle, run_cycle
-from optimizer.errors import TooFewTrajectories, TrainingError
+from optimizer.errors import CompletionError, TooFewTrajectories, TrainingError
 from optimizer.seams import Seams
 from optimizer.stages import demonstrate
 from optimizer.training.launch import read_finished
@@ -169,6 +170,20 @@ async def test_one_turn_of_the_loop_ends_with_a_better_policy_and_a_report(memor
     page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
     assert "promote" in page and "fry the _ -> cook _ with stove" in page and page.isascii()
     assert (memory.data_dir / "reports" / cycle.id / "success.png").stat().st_size > 5000
+
+
+async def test_a_critic_that_fails_costs_its_insights_and_not_the_cycle(memory, kitchen, trainer):
+    async def complete(messages, *, schema, max_tokens):
+        raise CompletionError("the engine answered 500: out of memory")
+
+    cycle = await open_cycle(memory, CONFIG)
+    await run_cycle(memory, cycle.id, seams=replace(seams_of(kitchen, trainer), complete=complete))
+
+    closed = memory.cycles.get(cycle.id)
+    assert closed.stage is CycleStage.COMPLETED
+    assert closed.artifacts["critiques"]["num_failed"] > 0 and memory.insights.active("kitchen") == []
+    page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
+    assert "The first failure: CompletionError: the engine answered 500: out of memory" in page
 
 
 @pytest.mark.parametrize("dies_after", [20, 50, 200], ids=["in practice", "in exploration", "in evaluation"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from memory.schema import Feedback
 from memory.store import Memory
+from optimizer.errors import CompletionError
 from optimizer.practice import learn_words
 from optimizer.rewards import grade
 from tests.memory.episodes import HashingEncoder, play
@@ -13,21 +15,95 @@ from tests.memory.episodes import HashingEncoder, play
 MARKS = {"": "ours", "acme": "theirs"}
 
 
+class OneCycle:
+    """As much of a cycle as words need: a pool, a critic, and what is kept."""
+
+    def __init__(self, memory: Memory, complete: Any, context: int | CompletionError = 4096) -> None:
+        self.memory, self.config, self.artifacts = memory, SimpleNamespace(seed=0), {}
+        self.seams = SimpleNamespace(complete=complete, context_tokens=self._context_tokens)
+        self._context = context
+
+    async def _context_tokens(self) -> int:
+        if isinstance(self._context, CompletionError):
+            raise self._context
+        return self._context
+
+    async def read_pool(self):
+        return grade(self.memory)
+
+    async def keep(self, **artifacts: Any) -> None:
+        self.artifacts |= artifacts
+
+
 async def test_lessons_are_drawn_from_each_tenants_own_episodes(tmp_path) -> None:
     read: list[str] = []
 
-    async def complete(messages: list[dict[str, Any]]) -> str:
+    async def complete(messages: list[dict[str, Any]], **_: Any) -> str:
         read.append(messages[-1]["content"])
         return f"ADD: {' and '.join(mark for mark in MARKS.values() if mark in read[-1])} taught this"
-
-    async def read_pool():
-        return grade(memory)
 
     with Memory.open(tmp_path, encoder=HashingEncoder()) as memory:
         for tenant, mark in MARKS.items():
             await play(memory, task="t1", task_text=f"fry what is {mark}", tenant=tenant)
-        seams, config = SimpleNamespace(complete=complete), SimpleNamespace(seed=0)
-        await learn_words(SimpleNamespace(memory=memory, seams=seams, config=config, read_pool=read_pool))
+        await learn_words(OneCycle(memory, complete))
         for tenant, mark in MARKS.items():
             assert [insight.text for insight in memory.insights.active(tenant=tenant)] == [f"{mark} taught this"]
     assert len(read) == 2
+
+
+async def test_rounds_and_cycles_over_the_same_episodes_confirm_a_lesson_once(tmp_path) -> None:
+    read: list[str] = []
+
+    async def complete(messages: list[dict[str, Any]], **_: Any) -> str:
+        read.append(messages[-1]["content"])
+        return "AGREE 1" if "1. Taste it" in read[-1] else "ADD: Taste it before you serve."
+
+    def strength(memory: Memory) -> int:
+        (insight,) = memory.insights.active()
+        return insight.strength
+
+    with Memory.open(tmp_path, encoder=HashingEncoder()) as memory:
+        episode = await play(memory, task="t1")
+        await memory.feedback.post(Feedback(trajectory_id=episode.id, value=True, comment="a bit bland"))
+        first, second = OneCycle(memory, complete), OneCycle(memory, complete)
+        for cycle in (first, first, second):
+            await learn_words(cycle)
+        assert (len(read), strength(memory)) == (1, 2)
+        assert "a bit bland" in read[0]
+        await play(memory, task="t1")
+        await learn_words(second)
+        assert (len(read), strength(memory)) == (2, 3)
+        assert second.artifacts["critiques"]["num_asked"] == 1
+
+
+async def test_counting_the_same_episodes_again_makes_no_lesson_stronger(tmp_path) -> None:
+    with Memory.open(tmp_path, encoder=HashingEncoder()) as memory:
+        for number in range(24):
+            food, is_won = f"food{number % 6}", number % 2 == 0
+            act = f"cook {food} with {'stove' if is_won else 'oven'}"
+            await play(memory, act, task=str(number), task_text=f"fry the {food}", reward=float(is_won))
+        cycle = OneCycle(memory, None)
+        await learn_words(cycle)
+        before = [(insight.text, insight.strength) for insight in memory.insights.active()]
+        for _ in range(3):
+            await learn_words(cycle)
+        assert before and [(insight.text, insight.strength) for insight in memory.insights.active()] == before
+
+
+async def test_a_critic_that_is_away_leaves_a_count_and_a_reason(tmp_path) -> None:
+    async def complete(messages: list[dict[str, Any]], **_: Any) -> str:
+        raise CompletionError("the engine is gone")
+
+    with Memory.open(tmp_path, encoder=HashingEncoder()) as memory:
+        await play(memory, task="t1")
+        cycle = OneCycle(memory, complete, CompletionError("the engine is gone"))
+        for _ in range(2):
+            await learn_words(cycle)
+        assert memory.insights.active() == []
+        assert memory.insights.read_evidence() == set()
+    assert cycle.artifacts["critiques"] == {
+        "num_asked": 2,
+        "num_failed": 2,
+        "num_skipped": 0,
+        "first_failure": "CompletionError: the engine is gone",
+    }

@@ -85,6 +85,7 @@ class FakeEngine:
         self.breaks_off_after: int | None = None
         """Events of a stream after which the connection is gone."""
         self.render_prompt = _prompt_ids
+        self.max_model_len: int | None = None
         self.port = 0
         """Where to listen; 0 takes a free one."""
         self.url = ""
@@ -211,7 +212,9 @@ class FakeEngine:
         return web.Response(text="Success")
 
     async def _models(self, request: web.Request) -> web.Response:
-        base = {"id": "base", "root": str(self.base_dir or "nowhere"), "parent": None}
+        base: dict[str, Any] = {"id": "base", "root": str(self.base_dir or "nowhere"), "parent": None}
+        if self.max_model_len is not None:
+            base["max_model_len"] = self.max_model_len
         return web.json_response({"data": [base, *({"id": name, "parent": "base"} for name in self.adapters)]})
 
     async def _metrics(self, request: web.Request) -> web.Response:
