@@ -24,3 +24,15 @@ def show_memory(opening: Sequence[Message], memory_text: str) -> list[Message]:
         shown = [{"type": "text", "text": f"{memory_text}\n\n"}, *content]
     messages[positions[-1]] = messages[positions[-1]] | {"content": shown}
     return messages
+
+
+def as_reply(content: str, tool_calls: Sequence[dict[str, Any]]) -> Message:
+    """Return a model's reply as later prompts show it.
+
+    vLLM's hermes parser leaves the newline between a thought and its call in the content, and the templates of Qwen
+    write one of their own: with both, no later prompt would begin with the tokens that were sampled, which costs the
+    prefix cache, and a training row for every call.
+    """
+    if not tool_calls:
+        return {"role": "assistant", "content": content}
+    return {"role": "assistant", "content": content.removesuffix("\n"), "tool_calls": list(tool_calls)}

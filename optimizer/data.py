@@ -34,6 +34,7 @@ class Demonstration:
     input_ids: list[int]
     mask: list[int]
     has_memory: bool = False
+    is_correction: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ class DemonstrationRows:
     @property
     def trajectory_ids(self) -> list[str]:
         return sorted({row.trajectory_id for row in self.rows})
+
+    @property
+    def num_examples(self) -> int:
+        """Corrections, and episodes that are imitated, however many rows each of them takes."""
+        num_corrections = sum(row.is_correction for row in self.rows)
+        return num_corrections + len({row.trajectory_id for row in self.rows if not row.is_correction})
 
 
 @dataclass
@@ -162,7 +169,7 @@ def _take_corrections(
         except Unstitchable as reason:
             built.tally[str(reason)] += 1
             continue
-        built.rows.append(Demonstration(each.trajectory.id, kept.input_ids, kept.mask, has_memory))
+        built.rows.append(Demonstration(each.trajectory.id, kept.input_ids, kept.mask, has_memory, True))
         built.tokens_shown += row.num_prompt_tokens
         built.tokens_kept += kept.num_prompt_tokens
         tasks.add(each.trajectory.task_key)
