@@ -86,7 +86,7 @@ class DemonstrationConfig(BaseModel, extra="forbid"):
     """Which successes are imitated."""
 
     per_task: int = 2
-    """At most so many rows of one task, the shortest first."""
+    """At most so many episodes of one task, the shortest first."""
     keep_memory_share: float = Field(default=0.15, ge=0, le=1)
     """Share of rows that keep their memory segment, or the model unlearns to use it."""
     min_rows: int = 16
@@ -99,7 +99,8 @@ class PreferenceConfig(BaseModel, extra="forbid"):
 
     per_task: int = 4
     scope: Literal["remainder", "step"] = "remainder"
-    """"remainder": both sides run to the end of the episode (ETO). "step": they end with the first differing step."""
+    """"remainder": both sides run to the end of the episode (ETO), or to where the chat template breaks it into another
+    row. "step": they end with the first differing step."""
     max_extra_rounds: int = 5
     """The rejected side may take at most so many more model steps than the chosen one; it is cut there."""
     min_rows: int = 12

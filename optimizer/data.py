@@ -23,7 +23,7 @@ from memory.schema import Step
 from optimizer.config import DemonstrationConfig, PreferenceConfig
 from optimizer.corrections import stitch_correction
 from optimizer.rewards import GradedTrajectory, refuse_held_out
-from optimizer.stitching import Row, Unstitchable, remove_memory, stitch
+from optimizer.stitching import Row, SegmentEdit, Unstitchable, plan_memory_removal, remove_memory, stitch
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Demonstration:
     input_ids: list[int]
     mask: list[int]
     has_memory: bool = False
+    is_correction: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,26 @@ class DemonstrationRows:
     """Prompt tokens of the first calls of the rows as they were played."""
     tokens_kept: int = 0
     """The same after the memory segment went."""
+    own_tokens: int = 0
+    """Tokens that the agent sampled in all successes that can be imitated and fit the length, before the caps."""
+    trained_tokens: int = 0
+    """How many of them are in a row with a loss on them."""
+    untrained: Counter[str] = field(default_factory=Counter)
+    """The others, by the reason their row was left out."""
+
+    @property
+    def trained_share(self) -> float:
+        return self.trained_tokens / self.own_tokens if self.own_tokens else 1.0
 
     @property
     def trajectory_ids(self) -> list[str]:
         return sorted({row.trajectory_id for row in self.rows})
+
+    @property
+    def num_examples(self) -> int:
+        """Corrections, and episodes that are imitated, however many rows each of them takes."""
+        num_corrections = sum(row.is_correction for row in self.rows)
+        return num_corrections + len({row.trajectory_id for row in self.rows if not row.is_correction})
 
 
 @dataclass
@@ -98,24 +115,38 @@ def build_demonstrations(
     built = DemonstrationRows()
     _take_corrections(corrections, tokenizer, config, max_length_tokens, seed, built)
     corrected = {each.trajectory.id for each in corrections}
-    by_task: dict[tuple[str, str], list[tuple[Demonstration, int, int]]] = defaultdict(list)
+    by_task: dict[tuple[str, str], list[_Episode]] = defaultdict(list)
     for each in graded:
         try:
             _require_imitable(each)
             if each.trajectory.id in corrected:
                 raise Unstitchable("corrected")
-            candidates = _demonstrate(
-                each, tokenizer, _keeps_memory(each, config, seed), max_length_tokens, built.tally
-            )
+            episode = _demonstrate(each, tokenizer, _keeps_memory(each, config, seed), max_length_tokens, built)
         except Unstitchable as reason:
             built.tally[str(reason)] += 1
             continue
-        by_task[each.trajectory.task_key] += candidates
-    for _, candidates in sorted(by_task.items()):
-        _take_shortest(candidates, config.per_task, built)
+        if episode.rows:
+            by_task[each.trajectory.task_key].append(episode)
+    for _, episodes in sorted(by_task.items()):
+        _take_shortest(episodes, config.per_task, built)
     built.rows = _cap(built.rows, config.max_rows, seed, built.tally)
     built.tally["used"] = len(built.rows)
     return built
+
+
+@dataclass(frozen=True)
+class _Episode:
+    """The rows of one success, and the length of their prompts as played and as kept."""
+
+    trajectory_id: str
+    rows: list[Demonstration]
+    tokens_shown: int
+    tokens_kept: int
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """Everything the agent said that is trained."""
+        return tuple(token for row in self.rows for token, own in zip(row.input_ids, row.mask, strict=True) if own)
 
 
 def _take_corrections(
@@ -132,13 +163,13 @@ def _take_corrections(
         has_memory = bool(each.trajectory.memory_text) and _keeps_memory(each, config, seed)
         try:
             row = stitch_correction(each, tokenizer)
-            kept = row if has_memory else remove_memory(row, each.trajectory, tokenizer)
+            kept = row if has_memory else remove_memory(row, plan_memory_removal(each.trajectory, tokenizer))
             if len(kept.input_ids) > max_length_tokens:
                 raise Unstitchable("too_long")
         except Unstitchable as reason:
             built.tally[str(reason)] += 1
             continue
-        built.rows.append(Demonstration(each.trajectory.id, kept.input_ids, kept.mask, has_memory))
+        built.rows.append(Demonstration(each.trajectory.id, kept.input_ids, kept.mask, has_memory, True))
         built.tokens_shown += row.num_prompt_tokens
         built.tokens_kept += kept.num_prompt_tokens
         tasks.add(each.trajectory.task_key)
@@ -161,37 +192,47 @@ def _keeps_memory(each: GradedTrajectory | Correction, config: DemonstrationConf
 
 
 def _demonstrate(
-    each: GradedTrajectory, tokenizer: Any, keeps_memory: bool, max_length_tokens: int, tally: Counter[str]
-) -> list[tuple[Demonstration, int, int]]:
-    """Return the rows of one success, each with its prompt length as played and as kept."""
+    each: GradedTrajectory, tokenizer: Any, keeps_memory: bool, max_length_tokens: int, built: DemonstrationRows
+) -> _Episode:
+    """Return the rows of one success. A row whose prompt cannot be rid of the memory segment is left out alone, since
+    the other calls stand in contexts of their own; a row that is too long leaves out the whole episode."""
+    trajectory = each.trajectory
     stitched, joints = stitch(each.steps)
-    tally.update(joints)
-    found = []
+    has_memory = bool(trajectory.memory_text) and keeps_memory
+    edits = [] if has_memory else plan_memory_removal(trajectory, tokenizer)
+    rows, untrained = [], Counter[str]()
+    tokens_shown = tokens_kept = 0
     for row in stitched:
-        has_memory = bool(each.trajectory.memory_text) and keeps_memory
-        kept = row if has_memory else remove_memory(row, each.trajectory, tokenizer)
+        try:
+            kept = remove_memory(row, edits)
+        except Unstitchable as reason:
+            untrained[str(reason)] += sum(row.mask)
+            built.tally[str(reason)] += 1
+            continue
         if len(kept.input_ids) > max_length_tokens:
             raise Unstitchable("too_long")
-        demonstration = Demonstration(each.trajectory.id, kept.input_ids, kept.mask, has_memory)
-        found.append((demonstration, row.num_prompt_tokens, kept.num_prompt_tokens))
-    return found
+        rows.append(Demonstration(trajectory.id, kept.input_ids, kept.mask, has_memory))
+        tokens_shown += row.num_prompt_tokens
+        tokens_kept += kept.num_prompt_tokens
+    built.tally.update(joints)
+    built.own_tokens += sum(len(step.output_token_ids or ()) for step in each.model_steps)
+    built.trained_tokens += sum(sum(row.mask) for row in rows)
+    built.untrained.update(untrained)
+    return _Episode(trajectory.id, rows, tokens_shown, tokens_kept)
 
 
-def _take_shortest(candidates: list[tuple[Demonstration, int, int]], per_task: int, built: DemonstrationRows) -> None:
+def _take_shortest(episodes: Sequence[_Episode], per_task: int, built: DemonstrationRows) -> None:
     outputs: set[tuple[int, ...]] = set()
-    for demonstration, shown, kept in sorted(
-        candidates, key=lambda found: (sum(found[0].mask), found[0].trajectory_id)
-    ):
-        output = tuple(token for token, own in zip(demonstration.input_ids, demonstration.mask, strict=True) if own)
-        if output in outputs:
+    for episode in sorted(episodes, key=lambda episode: (len(episode.output), episode.trajectory_id)):
+        if episode.output in outputs:
             built.tally["duplicate"] += 1
         elif len(outputs) >= per_task:
             built.tally["over_task_cap"] += 1
         else:
-            outputs.add(output)
-            built.rows.append(demonstration)
-            built.tokens_shown += shown
-            built.tokens_kept += kept
+            outputs.add(episode.output)
+            built.rows += episode.rows
+            built.tokens_shown += episode.tokens_shown
+            built.tokens_kept += episode.tokens_kept
     built.num_tasks += bool(outputs)
 
 
@@ -235,16 +276,16 @@ def _weigh_task(
     tally: Counter[str],
 ) -> list[Preference]:
     """Return the preferences of one task, those that say most about their first differing step first."""
-    sides: dict[bool, list[tuple[GradedTrajectory, Row]]] = {True: [], False: []}
+    sides: dict[bool, list[_Side]] = {True: [], False: []}
     for each in tries:
         try:
-            sides[each.is_success].append((each, _single_row(each, tokenizer)))
+            sides[each.is_success].append(_stitch_side(each, tokenizer, tally))
         except Unstitchable as reason:
             tally[str(reason)] += 1
     found: dict[tuple, tuple[tuple, Preference]] = {}
-    for (winner, won), (loser, lost) in product(sides[True], sides[False]):
+    for winner, loser in product(sides[True], sides[False]):
         try:
-            rank, contrast, preference = _weigh(winner, won, loser, lost, config)
+            rank, contrast, preference = _weigh(winner, loser, config)
         except Unstitchable as reason:
             tally[str(reason)] += 1
             continue
@@ -260,50 +301,67 @@ def _weigh_task(
     return ranked[: config.per_task]
 
 
-def _single_row(each: GradedTrajectory, tokenizer: Any) -> Row:
+@dataclass(frozen=True)
+class _Side:
+    """One try of a task, stitched; each row is rid of its memory segment when it is asked for."""
+
+    graded: GradedTrajectory
+    rows: list[Row]
+    edits: list[SegmentEdit]
+
+    def bare_row(self, step: int) -> Row:
+        """Return the row that holds model step number `step`, without the memory segment."""
+        return remove_memory(next(row for row in self.rows if step <= row.last_step), self.edits)
+
+    def end_of(self, row: Row, step: int) -> int:
+        return row.start_of(step) + len(self.graded.model_steps[step].output_token_ids or ())
+
+
+def _stitch_side(each: GradedTrajectory, tokenizer: Any, tally: Counter[str]) -> _Side:
     if each.is_success:
         _require_imitable(each)
-    rows, _ = stitch(each.steps)
-    if len(rows) > 1:
-        raise Unstitchable("forked")
-    return remove_memory(rows[0], each.trajectory, tokenizer)
+    rows, joints = stitch(each.steps)
+    tally["fork"] += joints["fork"]
+    return _Side(each, rows, plan_memory_removal(each.trajectory, tokenizer))
 
 
-def _weigh(
-    winner: GradedTrajectory, won: Row, loser: GradedTrajectory, lost: Row, config: PreferenceConfig
-) -> tuple[tuple, tuple, Preference]:
-    """Part two tries at the first differing model step.
+def _weigh(winner: _Side, loser: _Side, config: PreferenceConfig) -> tuple[tuple, tuple, Preference]:
+    """Part two tries at the first differing model step, behind that step's own prompt.
 
+    With scope "remainder" a side ends with its row: what a later call of another row said stands behind another prompt.
     Returns (rank, contrast, preference). Of two preferences with the same contrast (prompt, first chosen output, first
     rejected output) the lower rank says more: the fewer steps follow the parting, the surer that it decided.
     """
-    parting = _first_differing_step(winner.model_steps, loser.model_steps)
-    start = won.starts[parting]
-    if start != lost.starts[parting] or won.input_ids[:start] != lost.input_ids[:start]:
+    parting = _first_differing_step(winner.graded.model_steps, loser.graded.model_steps)
+    won, lost = winner.bare_row(parting), loser.bare_row(parting)
+    start = won.start_of(parting)
+    if start != lost.start_of(parting) or won.input_ids[:start] != lost.input_ids[:start]:
         raise Unstitchable("prompts_differ")
     last_chosen, last_rejected = parting, parting
     if config.scope == "remainder":
-        last_chosen = len(won.starts) - 1
-        last_rejected = min(len(lost.starts) - 1, last_chosen + config.max_extra_rounds)
-    chosen_end = _end_of_step(won, winner.model_steps, last_chosen)
-    rejected_end = _end_of_step(lost, loser.model_steps, last_rejected)
+        last_chosen = won.last_step
+        last_rejected = min(lost.last_step, last_chosen + config.max_extra_rounds)
+    chosen_end, rejected_end = winner.end_of(won, last_chosen), loser.end_of(lost, last_rejected)
     preference = Preference(
-        chosen_trajectory_id=winner.trajectory.id,
-        rejected_trajectory_id=loser.trajectory.id,
+        chosen_trajectory_id=winner.graded.trajectory.id,
+        rejected_trajectory_id=loser.graded.trajectory.id,
         prompt_ids=won.input_ids[:start],
         chosen_ids=won.input_ids[start:chosen_end],
         chosen_mask=won.mask[start:chosen_end],
         rejected_ids=lost.input_ids[start:rejected_end],
         rejected_mask=lost.mask[start:rejected_end],
     )
-    if not any(preference.chosen_mask) or not any(preference.rejected_mask):
-        raise Unstitchable("nothing_to_weigh")
-    steps_left = (len(lost.starts) - parting, len(won.starts) - parting)
-    rank = (*steps_left, winner.trajectory.id, loser.trajectory.id)
+    won_steps, lost_steps = winner.graded.model_steps, loser.graded.model_steps
+    rank = (
+        len(lost_steps) - parting,
+        len(won_steps) - parting,
+        preference.chosen_trajectory_id,
+        preference.rejected_trajectory_id,
+    )
     contrast = (
         tuple(preference.prompt_ids),
-        tuple(winner.model_steps[parting].output_token_ids or ()),
-        tuple(loser.model_steps[parting].output_token_ids or ()),
+        tuple(won_steps[parting].output_token_ids or ()),
+        tuple(lost_steps[parting].output_token_ids or ()),
     )
     return rank, contrast, preference
 
@@ -313,10 +371,6 @@ def _first_differing_step(left: Sequence[Step], right: Sequence[Step]) -> int:
         if one.output_token_ids != other.output_token_ids:
             return position
     raise Unstitchable("same_outputs")
-
-
-def _end_of_step(row: Row, model_steps: Sequence[Step], position: int) -> int:
-    return row.starts[position] + len(model_steps[position].output_token_ids or ())
 
 
 def _cap(rows: list[Any], max_rows: int, seed: int, tally: Counter[str]) -> list[Any]:

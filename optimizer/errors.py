@@ -2,6 +2,7 @@
 
 OptimizerError
 |-- TooFewTrajectories   a cycle was asked to learn from less than it needs; says how many are missing (a ValueError)
+|-- TemplateMismatch     the chat template keeps too many of the agent's own tokens from being trained
 `-- TrainingError        a trainer died; carries the tail of its log
 
 CompletionError          a model gave no answer; costs what the answer was for, never the cycle
@@ -21,6 +22,10 @@ class TooFewTrajectories(OptimizerError, ValueError):
     def __init__(self, message: str, *, num_missing: int) -> None:
         super().__init__(message)
         self.num_missing = num_missing
+
+
+class TemplateMismatch(OptimizerError):
+    """Too few of the agent's own tokens can be trained: prompts do not render as the engine saw them."""
 
 
 class TrainingError(OptimizerError):

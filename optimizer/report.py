@@ -246,12 +246,22 @@ def _render_data(report: dict[str, Any]) -> str:
     lines = [
         f"{demonstrations['num_rows']} demonstrations of {demonstrations['num_tasks']} tasks, "
         f"{demonstrations['num_with_memory']} of them with their memory segment ({_tally(demonstrations['tally'])}).",
+        _render_trained_share(demonstrations),
         f"{preferences.get('num_rows', 0)} preferences of {preferences.get('num_tasks', 0)} tasks "
         f"({_tally(preferences.get('tally', {}))}).",
     ]
     if "dpo" not in report["training"]:
         lines.append("Too few preferences for DPO: the SFT policy itself was the candidate.")
     return "\n\n".join(lines)
+
+
+def _render_trained_share(demonstrations: dict[str, Any]) -> str:
+    num_forks = demonstrations["tally"].get("fork", 0)
+    return (
+        f"{demonstrations['trained_share']:.1%} of the agent's own tokens in the usable episodes have a loss "
+        f"({demonstrations['trained_tokens']} of {demonstrations['own_tokens']}). {num_forks} model calls began a row "
+        "of their own, because the chat template wrote an earlier reply differently than it was sampled."
+    )
 
 
 def _render_training(training: dict[str, Any]) -> str:

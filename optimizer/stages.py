@@ -16,8 +16,8 @@ from typing import Any
 from memory.adapters import digest_adapter
 from memory.schema import Policy, PolicyStage, Task
 from optimizer.config import Recipe, choose_recipe
-from optimizer.data import build_demonstrations, build_preferences, write_rows
-from optimizer.errors import OptimizerError, TooFewTrajectories
+from optimizer.data import DemonstrationRows, build_demonstrations, build_preferences, write_rows
+from optimizer.errors import OptimizerError, TemplateMismatch, TooFewTrajectories
 from optimizer.evaluation import Cell, CellResult, Decision, Played, Verdict, judge, play_cell
 from optimizer.logged_evaluation import read_logged_cells
 from optimizer.practice import explore as play_exploration
@@ -26,6 +26,9 @@ from optimizer.report import write_report
 from optimizer.training.base import count_parameters, locate_base
 from optimizer.training.spec import TrainingSpec
 from optimizer.workshop import Workshop
+
+LEAST_TRAINED_SHARE = 0.95
+"""Of the agent's own tokens. With less, something is wrong with the template, and a cycle would teach fragments."""
 
 
 async def collect(shop: Workshop) -> None:
@@ -41,7 +44,8 @@ async def demonstrate(shop: Workshop) -> None:
     """Build the rows to imitate from everything ever lived here.
 
     Raises:
-        TooFewTrajectories: there are fewer rows than the configuration asks for.
+        TemplateMismatch: too few of the agent's own tokens could be trained.
+        TooFewTrajectories: there are fewer demonstrations than the configuration asks for.
     """
     config = shop.config
     pool = await shop.read_pool()
@@ -55,11 +59,16 @@ async def demonstrate(shop: Workshop) -> None:
         seed=config.seed,
         corrections=corrections,
     )
-    _require_enough(len(built.rows), config.demonstrations.min_rows, len(pool), built.tally)
+    _require_own_tokens(built, shop.memory.policies.get(0).base_model)
+    _require_enough(built.num_examples, config.demonstrations.min_rows, len(pool), built.tally)
     write_rows(built.rows, shop.directory / "demonstrations.jsonl")
     await shop.keep(
         demonstrations={
             "num_rows": len(built.rows),
+            "num_examples": built.num_examples,
+            "own_tokens": built.own_tokens,
+            "trained_tokens": built.trained_tokens,
+            "trained_share": built.trained_share,
             "num_tasks": built.num_tasks,
             "num_corrections": built.num_corrections,
             "num_with_memory": sum(row.has_memory for row in built.rows),
@@ -71,10 +80,25 @@ async def demonstrate(shop: Workshop) -> None:
     )
 
 
+def _require_own_tokens(built: DemonstrationRows, base_model: str) -> None:
+    if built.trained_share >= LEAST_TRAINED_SHARE:
+        return
+    reason, num_tokens = built.untrained.most_common(1)[0]
+    raise TemplateMismatch(
+        f"only {built.trained_share:.1%} of the agent's own tokens in the usable episodes can be trained "
+        f"({built.trained_tokens} of {built.own_tokens}), {LEAST_TRAINED_SHARE:.0%} are needed: the chat template of "
+        f"{base_model!r} does not render prompts as the engine captured them (most often {reason!r}, {num_tokens} "
+        "tokens); make the chat template in the model's directory the one that the engine serves with, or set "
+        "demonstrations.keep_memory_share to 1 to leave the memory segment in the prompts"
+    )
+
+
 def _require_enough(num_rows: int, min_rows: int, num_trajectories: int, tally: Counter[str]) -> None:
     if num_rows >= min_rows:
         return
-    reasons = ", ".join(f"{reason} {count}" for reason, count in tally.most_common() if reason not in ("used", "clean"))
+    reasons = ", ".join(
+        f"{reason} {count}" for reason, count in tally.most_common() if reason not in ("used", "clean", "fork")
+    )
     raise TooFewTrajectories(
         f"{num_rows} demonstrations could be made of {num_trajectories} trajectories and {min_rows} are needed: "
         f"{min_rows - num_rows} are missing (left out: {reasons or 'nothing'}); play more practice episodes, give "

@@ -1,10 +1,12 @@
-"""Stitches the model calls of one trajectory into token rows, and takes the memory segment out of them.
+"""Joins the model calls of one trajectory into token rows, and takes the memory segment out of their prompts.
 
-Refuses to re-render what was said: every output token is the one the engine sampled. Only the first prompt is ever
-rendered again, twice (with and without the memory segment), and only when the first rendering equals what was captured.
+Output tokens are never rendered again: they are the ones the engine sampled. A chat template may write an earlier reply
+a little differently into the next prompt than it was sampled (whitespace around a tool call, JSON separators, removed
+reasoning). The captured prompt is then not continued by force: the call becomes a row of its own, and what the
+template wrote is context.
 
-Flow: steps -> `stitch` -> rows -> `remove_memory` -> rows as if nothing had been shown.
-Invariant: `mask[i] == 1` exactly where `input_ids[i]` was sampled by the policy in the context that precedes it.
+Invariant: `mask[i] == 1` exactly where `input_ids[i]` was sampled by the policy in the context that precedes it; over
+the rows of one trajectory every output token is trained exactly once.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from memory.conversation import show_memory
 from memory.schema import Step, StepKind, Trajectory
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of one conversation as the engine saw them; `mask` is 1 on the agent's own tokens, else 0."""
+    """Tokens of consecutive model calls as the engine saw them; `mask` is 1 on the agent's own tokens, else 0."""
 
     input_ids: list[int]
     mask: list[int]
@@ -28,6 +31,24 @@ class Row:
     """Where the output of each model step of this row begins."""
     num_prompt_tokens: int
     """Length of the first prompt, before the first output."""
+    first_step: int = 0
+    """Which model step of the trajectory is the first of this row."""
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + len(self.starts) - 1
+
+    def start_of(self, step: int) -> int:
+        """Return where the output of the trajectory's model step number `step` begins."""
+        return self.starts[step - self.first_step]
+
+
+@dataclass(frozen=True)
+class SegmentEdit:
+    """How a prompt is rid of its memory segment: the tokens around and of the segment, and what they become."""
+
+    shown: list[int]
+    bare: list[int]
 
 
 class Unstitchable(ValueError):
@@ -37,41 +58,76 @@ class Unstitchable(ValueError):
 def stitch(steps: Sequence[Step]) -> tuple[list[Row], Counter[str]]:
     """Join the model calls of one trajectory into rows, and count how each joint went.
 
-    clean: what we hold is the beginning of the next prompt. realign: they part inside the last reply (a parsed tool
-    call was rendered back a little differently), so the drifted tail becomes context. fork: they part earlier, so a
-    new row begins.
+    clean: what we hold is the beginning of the next prompt, and the row goes on. fork: it is not, and the next call
+    begins a new row with its own captured prompt.
 
     Raises:
-        Unstitchable: a model step has no token ids.
+        Unstitchable: a model step has no token ids, or there is no model step.
     """
     rows: list[Row] = []
     tally: Counter[str] = Counter()
-    ids: list[int] = []
-    mask: list[int] = []
-    starts: list[int] = []
-    num_prompt_tokens = 0
-    for step in (step for step in steps if step.kind is StepKind.MODEL):
+    for position, step in enumerate(step for step in steps if step.kind is StepKind.MODEL):
         prompt, output = step.prompt_token_ids, step.output_token_ids
         if not prompt or not output:
             raise Unstitchable("no_token_ids")
-        if starts:
-            num_common = count_common_prefix(ids, prompt)
-            joint = "clean" if num_common == len(ids) else "realign" if num_common >= starts[-1] else "fork"
-            tally[joint] += 1
-            if joint == "fork":
-                rows.append(Row(ids, mask, starts, num_prompt_tokens))
-                ids, mask, starts = [], [], []
-            else:
-                ids, mask = ids[:num_common], mask[:num_common]
-        if not starts:
-            num_prompt_tokens = len(prompt)
-        mask = mask + [0] * (len(prompt) - len(ids)) + [1] * len(output)
-        ids = list(prompt) + list(output)
-        starts = [*starts, len(prompt)]
-    if not starts:
+        held = rows[-1].input_ids if rows else []
+        is_clean = bool(rows) and prompt[: len(held)] == held
+        if rows:
+            tally["clean" if is_clean else "fork"] += 1
+        if is_clean:
+            rows[-1] = _continue_row(rows[-1], prompt, output)
+        else:
+            mask = [0] * len(prompt) + [1] * len(output)
+            rows.append(Row([*prompt, *output], mask, [len(prompt)], len(prompt), position))
+    if not rows:
         raise Unstitchable("no_model_steps")
-    rows.append(Row(ids, mask, starts, num_prompt_tokens))
     return rows, tally
+
+
+def _continue_row(row: Row, prompt: Sequence[int], output: Sequence[int]) -> Row:
+    num_new = len(prompt) - len(row.input_ids)
+    return replace(
+        row,
+        input_ids=[*prompt, *output],
+        mask=row.mask + [0] * num_new + [1] * len(output),
+        starts=[*row.starts, len(prompt)],
+    )
+
+
+def plan_memory_removal(trajectory: Trajectory, tokenizer: Any) -> list[SegmentEdit]:
+    """Return the edits that take the memory segment out of a prompt of `trajectory`; empty where nothing was shown.
+
+    There is one for each way in which the engine may have written the message; at most one of them fits.
+    """
+    shown = show_memory(trajectory.opening, trajectory.memory_text)
+    if shown == list(trajectory.opening):
+        return []
+    edits: list[SegmentEdit] = []
+    for joins_parts in (True, False) if _has_parts(shown) else (True,):
+        try:
+            with_segment, without = (
+                render_prompt(tokenizer, messages, trajectory.tools, joins_parts=joins_parts)
+                for messages in (shown, trajectory.opening)
+            )
+        except TypeError:  # a template that adds texts together takes no parts
+            continue
+        edit = _find_edit(with_segment, without)
+        if edit not in edits and with_segment != without:
+            edits.append(edit)
+    return edits
+
+
+def _find_edit(shown: list[int], bare: list[int]) -> SegmentEdit:
+    """Return the stretch in which two renderings differ, with one common token on either side.
+
+    Tokens at its edges that the segment changes by merging with its neighbours lie inside it, so that a prompt that
+    holds the whole stretch reads, once it is replaced, as the tokenizer would have written it.
+    """
+    before = count_common_prefix(shown, bare)
+    room = min(len(shown), len(bare)) - before
+    after = min(room, count_common_prefix(shown[::-1], bare[::-1]))
+    first, last = max(0, before - 1), max(0, after - 1)
+    return SegmentEdit(shown[first : len(shown) - last], bare[first : len(bare) - last])
 
 
 def count_common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
@@ -82,43 +138,54 @@ def count_common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return next(i for i in range(length) if left[i] != right[i])
 
 
-def remove_memory(row: Row, trajectory: Trajectory, tokenizer: Any) -> Row:
+def remove_memory(row: Row, edits: Sequence[SegmentEdit]) -> Row:
     """Return `row` with the memory segment taken out of its first prompt (context distillation, arXiv 2510.01375).
 
+    Everything else of the prompt stays as it was captured. Prompts of later calls hold the segment as well, and it is
+    found there by its tokens.
+
     Raises:
-        Unstitchable: `rerender_mismatch`, when the rendering with the segment is not what the engine saw.
+        Unstitchable: `rerender_mismatch`, when the prompt does not hold the segment as it renders, or holds it twice.
     """
-    if not trajectory.memory_text:
+    if not edits:
         return row
-    shown = render_prompt(tokenizer, show_memory(trajectory.opening, trajectory.memory_text), trajectory.tools)
-    if row.input_ids[: len(shown)] != shown:
+    prompt = row.input_ids[: row.num_prompt_tokens]
+    places = [(edit, place) for edit in edits for place in _find_all(prompt, edit.shown)]
+    if len(places) != 1:
         raise Unstitchable("rerender_mismatch")
-    unshown = render_prompt(tokenizer, trajectory.opening, trajectory.tools)
-    shift = len(unshown) - len(shown)
+    ((edit, place),) = places
+    end, shift = place + len(edit.shown), len(edit.bare) - len(edit.shown)
     return replace(
         row,
-        input_ids=unshown + row.input_ids[len(shown) :],
-        mask=[0] * len(unshown) + row.mask[len(shown) :],
+        input_ids=row.input_ids[:place] + edit.bare + row.input_ids[end:],
+        mask=row.mask[:place] + [0] * len(edit.bare) + row.mask[end:],
         starts=[start + shift for start in row.starts],
         num_prompt_tokens=row.num_prompt_tokens + shift,
     )
 
 
-def show_memory(opening: Sequence[dict[str, Any]], memory_text: str) -> list[dict[str, Any]]:
-    """Return the opening as the model saw it: the memory segment before the last user message."""
-    messages = list(opening)
-    for position in reversed(range(len(messages))):
-        if messages[position].get("role") == "user":
-            content = messages[position].get("content") or ""
-            messages[position] = {**messages[position], "content": f"{memory_text}\n\n{content}"}
-            return messages
-    raise Unstitchable("no_user_message")
+def _find_all(tokens: list[int], wanted: list[int]) -> list[int]:
+    return [
+        place
+        for place in range(len(tokens) - len(wanted) + 1)
+        if tokens[place] == wanted[0] and tokens[place : place + len(wanted)] == wanted
+    ]
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
-    """Return the token ids that the engine makes of `messages`: its normal form first, then the chat template."""
+def render_prompt(
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]],
+    *,
+    joins_parts: bool = True,
+) -> list[int]:
+    """Return the token ids that the engine makes of `messages`: its normal form first, then the chat template.
+
+    `joins_parts`: a message of several text parts becomes one text, as the engine does for templates that take no
+    parts.
+    """
     text = tokenizer.apply_chat_template(
-        [_as_served_message(message) for message in messages],
+        [_as_served_message(message, joins_parts) for message in messages],
         tools=[_as_served_tool(tool) for tool in tools] or None,
         add_generation_prompt=True,
         tokenize=False,
@@ -126,7 +193,13 @@ def render_prompt(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Seq
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _as_served_message(message: dict[str, Any]) -> dict[str, Any]:
+def _has_parts(messages: Sequence[dict[str, Any]]) -> bool:
+    return any(isinstance(message.get("content"), list) for message in messages)
+
+
+def _as_served_message(message: dict[str, Any], joins_parts: bool) -> dict[str, Any]:
+    if joins_parts and isinstance(message.get("content"), list):
+        message = {**message, "content": "\n".join(part.get("text", "") for part in message["content"])}
     # vLLM turns string arguments into objects before the template sees them; the template would quote them twice
     if not message.get("tool_calls"):
         return message

@@ -26,6 +26,7 @@ from typing import Any
 import structlog
 from langgraph.graph import END, START, StateGraph
 
+from memory.conversation import show_memory
 from memory.schema import RewardSource, Split, Task, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
 from runtime.cache_salts import CacheSalts
@@ -36,7 +37,7 @@ from runtime.episode_book import Entry, EpisodeBook
 from runtime.errors import BudgetExceeded, UnknownEnvironment
 from runtime.handover import restore_messages
 from runtime.hotswap import HotSwap
-from runtime.nodes import act, resume, retrieve, show_memory, use_tools
+from runtime.nodes import act, resume, retrieve, use_tools
 from runtime.policy import Actor
 from runtime.state import Budget, Episode, EpisodeState, OnOpen
 from runtime.telemetry import Telemetry

@@ -18,6 +18,7 @@ from typing import Any
 
 import aiohttp
 
+from memory.conversation import as_reply
 from memory.schema import clean
 from runtime.errors import (
     AdapterError,
@@ -74,10 +75,7 @@ class Completion:
 
     def as_message(self) -> Message:
         """Return the reply as the next call's history shows it."""
-        message: Message = {"role": "assistant", "content": self.content}
-        if self.tool_calls:
-            message["tool_calls"] = self.tool_calls
-        return message
+        return as_reply(self.content, self.tool_calls)
 
 
 class EngineClient:

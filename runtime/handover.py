@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from memory.conversation import as_reply
 from memory.schema import Step, StepKind, Trajectory
 from runtime.completion import Message
 
@@ -91,8 +92,7 @@ def _as_message(step: Step) -> Message:
         return {"role": "user", "content": step.content}
     if step.kind is StepKind.TOOL:
         return {"role": "tool", "tool_call_id": step.tool_call_id, "content": step.content}
-    message: Message = {"role": "assistant", "content": step.content}
-    return message | {"tool_calls": step.tool_calls} if step.tool_calls else message
+    return as_reply(step.content, step.tool_calls)
 
 
 def _canonical(message: Message) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 from langgraph.runtime import Runtime
 
+from memory.conversation import show_memory
 from memory.errors import StoreError
 from memory.schema import Split, Step, StepKind, Trajectory, now
 from runtime.completion import Completion, Message
@@ -185,21 +186,6 @@ async def use_tools(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSt
     if state.get("is_handed_over"):
         return {"messages": messages, "calls": [], "answer": episode.answer}
     return {"messages": messages, "calls": []}
-
-
-def show_memory(opening: Sequence[Message], memory_text: str) -> list[Message]:
-    """Return the opening with the memory segment ahead of its last user message."""
-    messages = list(opening)
-    places = [place for place, message in enumerate(messages) if message.get("role") == "user"]
-    if not memory_text or not places:
-        return messages
-    content = messages[places[-1]].get("content") or ""
-    if isinstance(content, str):
-        shown: str | list[dict[str, Any]] = f"{memory_text}\n\n{content}"
-    else:  # OpenAI's list of parts
-        shown = [{"type": "text", "text": f"{memory_text}\n\n"}, *content]
-    messages[places[-1]] = messages[places[-1]] | {"content": shown}
-    return messages
 
 
 def _is_well_formed(call: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from memory.schema import CycleStage, Feedback, PolicyStage, RewardSource, Split
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle import abandon_cycle, open_cycle, run_cycle
-from optimizer.errors import CompletionError, TooFewTrajectories, TrainingError
+from optimizer.errors import CompletionError, TemplateMismatch, TooFewTrajectories, TrainingError
 from optimizer.seams import Seams
 from optimizer.stages import demonstrate
 from optimizer.training.launch import read_finished
@@ -168,6 +168,8 @@ async def test_one_turn_of_the_loop_ends_with_a_better_policy_and_a_report(memor
     report = json.loads((memory.data_dir / "reports" / cycle.id / "report.json").read_text())
     assert set(report["cells"]) == {"base-off", "base-on", "sft-off", "dpo-off", "dpo-on"}
     page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
+    assert report["demonstrations"]["trained_share"] == 1.0
+    assert "100.0% of the agent's own tokens" in page
     assert "promote" in page and "fry the _ -> cook _ with stove" in page and page.isascii()
     assert (memory.data_dir / "reports" / cycle.id / "success.png").stat().st_size > 5000
 
@@ -274,6 +276,25 @@ async def test_too_few_demonstrations_say_how_many_are_missing(memory, kitchen, 
 
     assert caught.value.num_missing == 4
     assert "not_a_success 36" in memory.cycles.get(cycle.id).error
+
+
+async def test_a_cycle_that_could_train_too_few_of_its_own_tokens_stops_and_names_the_template(
+    memory, kitchen, trainer, tiny_base
+):
+    class Misrendered(Kitchen):
+        def _script(self, task, is_right, insights):
+            graded = super()._script(task, is_right, insights)
+            graded.trajectory.memory_text = "<memory>\nNothing that any prompt holds.\n</memory>"
+            return graded
+
+    cycle = await open_cycle(memory, CONFIG)
+
+    with pytest.raises(TemplateMismatch, match="of the agent's own tokens") as caught:
+        await run_cycle(memory, cycle.id, seams=seams_of(Misrendered(memory, kitchen.tokenizer), trainer))
+
+    told = str(caught.value)
+    assert repr(str(tiny_base)) in told and "rerender_mismatch" in told and "keep_memory_share" in told
+    assert trainer.trained == [] and "chat template" in memory.cycles.get(cycle.id).error
 
 
 async def test_a_cycle_without_practice_is_refused_at_once_when_there_is_nothing_to_learn_from(memory):

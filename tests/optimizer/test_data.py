@@ -24,6 +24,18 @@ def weigh(graded, tokenizer, max_length_tokens=4096, **config):
     return build_preferences(graded, tokenizer, config=PreferenceConfig(**config), max_length_tokens=max_length_tokens)
 
 
+def drift(played, step: int, tokenizer):
+    """Have the template write the reply of a model step differently into the next prompt than it was sampled."""
+    sampled = played.model_steps[step]
+    said = tokenizer.decode(sampled.output_token_ids).replace('": ', '":')
+    sampled.output_token_ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    return played
+
+
+def own_text(ids, mask, tokenizer) -> str:
+    return tokenizer.decode([token for token, mine in zip(ids, mask, strict=True) if mine])
+
+
 def test_only_successes_without_broken_calls_are_imitated(tokenizer):
     won = live([TAKE, STOVE, EAT], tokenizer=tokenizer)
     lost = live([TAKE, OVEN], tokenizer=tokenizer, is_success=False)
@@ -137,6 +149,55 @@ def test_what_cannot_be_compared_is_counted_by_its_reason(tokenizer):
     assert not built.rows
     assert built.tally["prompts_differ"] == 1
     assert built.tally["no_contrast"] == 1
+
+
+def test_an_episode_of_several_rows_is_one_example_of_its_task(tokenizer):
+    short = drift(live([STOVE, EAT], tokenizer=tokenizer), 0, tokenizer)
+    long = drift(live([TAKE, STOVE, EAT], tokenizer=tokenizer), 0, tokenizer)
+
+    built = demonstrate([long, short], tokenizer, per_task=1)
+
+    assert built.trajectory_ids == [short.trajectory.id]
+    assert (len(built.rows), built.num_examples, built.tally["fork"]) == (2, 1, 2)
+    assert built.trained_share == 1.0
+
+
+def test_a_row_that_keeps_its_memory_by_mistake_is_left_out_alone_and_lowers_the_share(tokenizer):
+    played = drift(live([STOVE, EAT], tokenizer=tokenizer, memory_text=MEMORY), 0, tokenizer)
+    later = played.model_steps[1]
+    later.prompt_token_ids = tokenizer("another prompt", add_special_tokens=False)["input_ids"]
+
+    built = demonstrate([played], tokenizer)
+
+    first = played.model_steps[0]
+    assert own_text(built.rows[0].input_ids, built.rows[0].mask, tokenizer) == tokenizer.decode(first.output_token_ids)
+    assert len(built.rows) == 1 and built.tally["rerender_mismatch"] == 1
+    assert built.own_tokens - built.trained_tokens == len(later.output_token_ids)
+    assert built.untrained == {"rerender_mismatch": len(later.output_token_ids)}
+
+
+def test_a_preference_of_episodes_with_several_rows_parts_behind_the_prompt_of_that_step(tokenizer):
+    won = drift(live([TAKE, STOVE, EAT], tokenizer=tokenizer, memory_text=MEMORY), 0, tokenizer)
+    lost = drift(live([TAKE, OVEN, LOOK], tokenizer=tokenizer, is_success=False), 0, tokenizer)
+
+    built = weigh([won, lost], tokenizer)
+
+    (row,) = built.rows
+    assert built.tally["fork"] == 2
+    assert row.prompt_ids == lost.model_steps[1].prompt_token_ids
+    assert own_text(row.chosen_ids, row.chosen_mask, tokenizer) == "".join(
+        say(command) + "<|im_end|>" for command in ("cook carrot with stove", "eat meal")
+    )
+
+
+def test_a_preference_ends_where_its_row_ends(tokenizer):
+    won = drift(live([TAKE, STOVE, EAT], tokenizer=tokenizer), 1, tokenizer)
+    lost = live([TAKE, OVEN], tokenizer=tokenizer, is_success=False)
+
+    (row,) = weigh([won, lost], tokenizer).rows
+
+    assert row.chosen_ids == won.model_steps[1].output_token_ids
+    assert row.prompt_ids == won.model_steps[1].prompt_token_ids
 
 
 def test_rows_survive_the_file(tokenizer, tmp_path):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from optimizer.stitching import Unstitchable, remove_memory, render_prompt, stitch
+from optimizer.stitching import Unstitchable, plan_memory_removal, remove_memory, render_prompt, stitch
 from tests.optimizer.worlds import ACT, live, say
 
 MOVES = [("take carrot", "You have the carrot."), ("cook carrot with stove", "It is fried. You win!")]
@@ -21,17 +23,18 @@ def test_calls_of_one_trajectory_become_one_row_whose_mask_is_the_agents_own_wor
     assert "You have the carrot." in tokenizer.decode(rows[0].input_ids)
 
 
-def test_a_reply_that_was_rendered_back_differently_becomes_context_from_where_it_drifts(tokenizer):
+def test_a_reply_that_was_rendered_back_differently_keeps_its_loss_and_the_next_call_begins_a_row(tokenizer):
     played = live(MOVES, tokenizer=tokenizer)
     drifted = say("take carrot").replace('": ', '":') + "<|im_end|>"
     played.steps[0].output_token_ids = tokenizer(drifted, add_special_tokens=False)["input_ids"]
 
-    rows, tally = stitch(played.steps)
+    (first, second), tally = stitch(played.steps)
 
-    assert tally == {"realign": 1} and len(rows) == 1
-    own = own_text(rows[0], tokenizer)
-    assert own == '<tool_call>\n{"name":' + say("cook carrot with stove") + "<|im_end|>"
-    assert rows[0].input_ids[: rows[0].starts[1]] == played.steps[2].prompt_token_ids
+    assert tally == {"fork": 1}
+    assert own_text(first, tokenizer) == drifted
+    assert own_text(second, tokenizer) == say("cook carrot with stove") + "<|im_end|>"
+    assert second.input_ids[: second.num_prompt_tokens] == played.steps[2].prompt_token_ids
+    assert (first.first_step, second.first_step) == (0, 1)
 
 
 def test_a_prompt_that_parts_before_the_last_reply_starts_a_new_row(tokenizer):
@@ -53,7 +56,7 @@ def test_without_its_memory_segment_a_row_reads_as_if_nothing_had_been_shown(tok
     shown, bare = (live(MOVES, tokenizer=tokenizer, memory_text=text) for text in (MEMORY, ""))
     (row,), _ = stitch(shown.steps)
 
-    removed = remove_memory(row, shown.trajectory, tokenizer)
+    removed = remove_memory(row, plan_memory_removal(shown.trajectory, tokenizer))
 
     (expected,), _ = stitch(bare.steps)
     assert removed == expected
@@ -66,7 +69,7 @@ def test_a_segment_that_does_not_render_as_it_was_captured_is_left_alone(tokeniz
     shown.trajectory.memory_text = MEMORY.replace("stove", "oven")
 
     with pytest.raises(Unstitchable, match="rerender_mismatch"):
-        remove_memory(row, shown.trajectory, tokenizer)
+        remove_memory(row, plan_memory_removal(shown.trajectory, tokenizer))
 
 
 def test_tool_definitions_render_in_the_order_the_engine_uses(tokenizer):
@@ -74,3 +77,53 @@ def test_tool_definitions_render_in_the_order_the_engine_uses(tokenizer):
     messages = [{"role": "user", "content": "hello"}]
 
     assert render_prompt(tokenizer, messages, [shuffled]) == render_prompt(tokenizer, messages, [ACT])
+
+
+def test_the_memory_segment_is_taken_out_of_the_prompt_of_a_later_call(tokenizer):
+    shown, bare = (live(MOVES, tokenizer=tokenizer, memory_text=text) for text in (MEMORY, ""))
+    for played in (shown, bare):
+        played.steps[0].output_token_ids = tokenizer("drifted<|im_end|>", add_special_tokens=False)["input_ids"]
+    edits = plan_memory_removal(shown.trajectory, tokenizer)
+
+    rows, _ = stitch(shown.steps)
+
+    assert len(rows) == 2
+    assert [remove_memory(row, edits) for row in rows] == stitch(bare.steps)[0]
+
+
+def test_what_else_a_prompt_holds_stays_as_it_was_captured(tokenizer):
+    """A template that writes today's date renders another one when it is asked again."""
+    shown = live(MOVES, tokenizer=tokenizer, memory_text=MEMORY)
+    (row,), _ = stitch(shown.steps)
+    dated = tokenizer("Today is 26 Jul 2024.", add_special_tokens=False)["input_ids"]
+    captured = replace(row, input_ids=[*dated, *row.input_ids], num_prompt_tokens=len(dated) + row.num_prompt_tokens)
+
+    removed = remove_memory(captured, plan_memory_removal(shown.trajectory, tokenizer))
+
+    bare = live(MOVES, tokenizer=tokenizer)
+    assert removed.input_ids == [*dated, *stitch(bare.steps)[0][0].input_ids]
+
+
+def test_a_segment_that_stands_in_a_prompt_twice_is_left_alone(tokenizer):
+    shown = live(MOVES, tokenizer=tokenizer, memory_text=MEMORY)
+    (row,), _ = stitch(shown.steps)
+    twice = replace(
+        row,
+        input_ids=row.input_ids[: row.num_prompt_tokens] + row.input_ids,
+        num_prompt_tokens=2 * row.num_prompt_tokens,
+    )
+
+    with pytest.raises(Unstitchable, match="rerender_mismatch"):
+        remove_memory(twice, plan_memory_removal(shown.trajectory, tokenizer))
+
+
+def test_the_memory_segment_is_taken_out_of_a_message_of_parts(tokenizer):
+    parts = [{"type": "text", "text": "Make a meal."}, {"type": "text", "text": "Quickly."}]
+    shown, bare = (live(MOVES, tokenizer=tokenizer, text=parts, memory_text=text) for text in (MEMORY, ""))
+    (row,), _ = stitch(shown.steps)
+
+    removed = remove_memory(row, plan_memory_removal(shown.trajectory, tokenizer))
+
+    assert "<memory>" in tokenizer.decode(row.input_ids)
+    assert "<memory>" not in tokenizer.decode(removed.input_ids)
+    assert removed.input_ids == stitch(bare.steps)[0][0].input_ids

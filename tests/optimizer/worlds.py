@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from memory.conversation import show_memory
 from memory.schema import Split, Step, StepKind, Trajectory, TrajectoryStage, new_id
 from optimizer.rewards import GradedTrajectory
-from optimizer.stitching import render_prompt, show_memory
+from optimizer.stitching import render_prompt
 
 SYSTEM = "You cook."
 ACT = {

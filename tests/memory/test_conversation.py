@@ -1,0 +1,42 @@
+"""The messages of an episode are written in one way, whoever needs them."""
+
+from __future__ import annotations
+
+import pytest
+
+from memory.conversation import as_reply, show_memory
+from memory.schema import Step, StepKind
+from runtime.completion import Completion
+from runtime.handover import restore_messages
+
+CALL = {"id": "1", "type": "function", "function": {"name": "act", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "shown"), [("I look.\n", "I look."), ("I look.\n\n", "I look.\n"), ("I look.", "I look."), ("", "")]
+)
+def test_the_newline_that_a_parser_leaves_before_a_call_is_shown_to_no_model(content, shown):
+    step = Step(trajectory_id="t", position=0, kind=StepKind.MODEL, content=content, tool_calls=[CALL])
+    expected = {"role": "assistant", "content": shown, "tool_calls": [CALL]}
+
+    assert as_reply(content, [CALL]) == expected
+    assert Completion(content=content, tool_calls=[CALL]).as_message() == expected
+    assert restore_messages([step]) == [expected]
+
+
+def test_a_reply_without_calls_is_shown_as_it_was_said():
+    assert as_reply("Done.\n", []) == {"role": "assistant", "content": "Done.\n"}
+
+
+def test_memory_is_shown_ahead_of_the_last_user_message_whatever_its_form():
+    before = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    parts = [{"type": "text", "text": "Cook."}]
+
+    assert show_memory([*before, {"role": "user", "content": "Cook."}], "M") == [
+        *before,
+        {"role": "user", "content": "M\n\nCook."},
+    ]
+    assert show_memory([{"role": "user", "content": parts}], "M") == [
+        {"role": "user", "content": [{"type": "text", "text": "M\n\n"}, *parts]}
+    ]
+    assert show_memory(before[1:], "M") == before[1:]
