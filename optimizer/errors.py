@@ -2,6 +2,7 @@
 
 OptimizerError
 |-- TooFewTrajectories   a cycle was asked to learn from less than it needs; says how many are missing (a ValueError)
+|-- TrainingDoesNotFit   no GPU has the memory for it; names the settings with which one would (a ValueError)
 `-- TrainingError        a trainer died; carries the tail of its log
 """
 
@@ -22,3 +23,7 @@ class TooFewTrajectories(OptimizerError, ValueError):
 
 class TrainingError(OptimizerError):
     """A trainer ended without an adapter."""
+
+
+class TrainingDoesNotFit(OptimizerError, ValueError):
+    """The chosen GPU has too little memory, by arithmetic; nothing was started."""
