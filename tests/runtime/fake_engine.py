@@ -211,7 +211,7 @@ class FakeEngine:
         return web.Response(text="Success")
 
     async def _models(self, request: web.Request) -> web.Response:
-        base = {"id": "base", "root": str(self.base_dir or "nowhere"), "parent": None}
+        base = {"id": "base", "root": str(self.base_dir or "nowhere"), "parent": None, "max_model_len": 4096}
         return web.json_response({"data": [base, *({"id": name, "parent": "base"} for name in self.adapters)]})
 
     async def _metrics(self, request: web.Request) -> web.Response:
