@@ -76,6 +76,13 @@ class Placement:
     budget_bytes: int | None = None
     """None: no GPU, or one of unknown size; then nothing is bounded by memory."""
 
+    def __str__(self) -> str:
+        rows = f"rows of up to {self.max_length_tokens('sft')} tokens (SFT) and {self.max_length_tokens('dpo')} (DPO)"
+        if self.visible_device is None:
+            return f"on the CPU, {rows}"
+        room = "of unknown size" if self.budget_bytes is None else f"with {self.budget_bytes / GIB:.1f} GiB for it"
+        return f"on GPU {self.visible_device} {room}, {rows}"
+
     def training(self, kind: Kind) -> Training:
         recipe = self.recipe
         return Training(self.shape, kind, recipe.lora_rank, recipe.gradient_checkpointing, self.bytes_per_weight)
