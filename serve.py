@@ -322,8 +322,8 @@ async def live(
         parts = (services.engine.watch(), services.hotswap.follow(), services.agent.book.tend())
         background += [asyncio.ensure_future(part) for part in parts]
         await services.cycles.resume()
-        room = await services.check_training()
-        if not room.is_ok:
+        room = await services.check_training() if services.check_training is not None else None
+        if room is not None and not room.is_ok:
             phases.say(f"learning is refused: {room.detail}")
         phases.end()
         announce(services, listener, as_json=as_json)
