@@ -35,12 +35,17 @@ if TYPE_CHECKING:
     from memory.schema import Cycle, Policy
     from memory.store import Memory
     from optimizer.config import OptimizerConfig
+    from optimizer.placement import Machine
     from optimizer.seams import Seams
     from runtime.api.services import Services
     from runtime.console.show import Phases
+    from runtime.doctor import Check
+    from runtime.engine import Engine
 
 DEFAULT_TOML = Path("ratchet.toml")
 STOP_SECONDS = 10
+DRAIN_SLACK_SECONDS = 30.0
+"""Beyond the longest episode, before the engine is stopped for a training in spite of one."""
 OPEN_ENDED = {"allow_extra_args": True, "ignore_unknown_options": True}  # --section.key value
 
 app = typer.Typer(
@@ -217,6 +222,7 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
     from runtime.engine import Engine
     from runtime.environments.textworld import TextWorld
     from runtime.hotswap import HotSwap
+    from runtime.maintenance import Maintenance
     from runtime.telemetry import Telemetry
     from runtime.text_completion import TextCompletion
     from runtime.tools.toolbox import Toolbox
@@ -228,6 +234,9 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
     toolbox = Toolbox(settings.tools, memory.retrieval.find_passages, memory.data_dir / "logs")
     telemetry = Telemetry(open_tracing(os.environ))
     agent = Agent(memory, hotswap, environments, settings.agent, tools=toolbox.tools, telemetry=telemetry)
+    maintenance = Maintenance(
+        engine, hotswap, agent.book, drain_seconds=settings.agent.max_seconds + DRAIN_SLACK_SECONDS
+    )
 
     writer = TextCompletion(hotswap)  # judgement stays the base's, whoever acts
 
@@ -248,10 +257,54 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
         # The pocket model cannot write prose; lessons come from counting then.
         complete=complete if settings.engine.model or settings.engine.url else None,
         context_tokens=context_tokens,
+        inspect_machine=lambda: inspect_machine(engine),
+        open_window=maintenance.window,
     )
     learner = Learner(memory, settings.optimizer, seams)
     limits = settings.server.limits
-    return Services(memory, agent, engine, hotswap, learner, environments, toolbox, limits)
+    return Services(
+        memory,
+        agent,
+        engine,
+        hotswap,
+        learner,
+        environments,
+        toolbox,
+        limits,
+        maintenance=maintenance,
+        check_training=lambda: check_training(memory, settings.optimizer, seams),
+    )
+
+
+async def inspect_machine(engine: Engine) -> Machine:
+    """Return what the optimizer must know of the hardware: the GPUs, and what the engine takes of them."""
+    from optimizer.placement import Gpu, Machine
+    from runtime.gpus import find_engine_device, list_gpus
+
+    gpus = await asyncio.to_thread(list_gpus)
+    return Machine(
+        gpus=[Gpu(gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes) for gpu in gpus],
+        engine_device=find_engine_device(gpus),
+        engine_share=engine.config.gpu_memory_utilization if engine.is_ours and gpus else None,
+        can_stop_engine=engine.is_ours,
+        max_model_len=engine.max_model_len,
+        max_loras=engine.config.max_loras,
+    )
+
+
+async def check_training(memory: Memory, config: OptimizerConfig, seams: Seams) -> Check:
+    """Say where a cycle would train, or which settings make room for it."""
+    from optimizer.errors import TrainingDoesNotFit
+    from optimizer.placement import place_training
+    from runtime.doctor import Check
+
+    try:
+        placement = await place_training(memory, config, seams)
+    except TrainingDoesNotFit as error:
+        return Check("training", False, str(error), "until then learning is refused; answering is not affected")
+    except ValueError as error:  # the base's files are elsewhere: an engine at engine.url need not learn here
+        return Check("training", True, f"not here: {error}")
+    return Check("training", True, str(placement))
 
 
 @contextlib.contextmanager
@@ -292,6 +345,9 @@ async def live(
         parts = (services.engine.watch(), services.hotswap.follow(), services.agent.book.tend())
         background += [asyncio.ensure_future(part) for part in parts]
         await services.cycles.resume()
+        room = await services.check_training() if services.check_training is not None else None
+        if room is not None and not room.is_ok:
+            phases.say(f"learning is refused: {room.detail}")
         phases.end()
         announce(services, listener, as_json=as_json)
         await happens_first(stop, answering, *background)
@@ -413,7 +469,8 @@ class Learner:
         from runtime.settings import overlay
 
         try:
-            cycle = await open_cycle(self._memory, overlay(self._config, settings, place="settings"))
+            config = overlay(self._config, settings, place="settings")
+            cycle = await open_cycle(self._memory, config, seams=self._seams)
         except OptimizerError as error:
             raise ValueError(str(error)) from error
         self._turn(cycle.id)

@@ -6,6 +6,7 @@ training settings, chosen by the number of parameters of the base; `OptimizerCon
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -29,11 +30,15 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     dpo_sft_weight: float
     """Weight of the added likelihood term on the chosen side; keeps `logps/chosen` from falling."""
     rows_per_pass: int
-    """Rows in one forward pass; the rest of a batch is accumulated."""
+    """Rows in one forward pass; the rest of a batch is accumulated. On a GPU fewer, if so many do not fit."""
     gradient_checkpointing: bool
+    min_steps: int = 0
+    """Fewest optimizer steps of one training. With few rows the batch becomes smaller, then there are more epochs."""
 
 
-# Small: measured on models of a few million parameters. Large: "LoRA Without Regret" for SFT, ETO for DPO.
+# Small: measured on models of a few million parameters. Middle: SFT measured on SmolLM2-135M (learning rates of 7e-4 to
+# 1e-3, batches of 4); its DPO lies between its neighbours and was not measured. Large: "LoRA Without Regret" for SFT,
+# ETO for DPO.
 RECIPES: tuple[tuple[float, Recipe], ...] = (
     (
         100e6,
@@ -53,6 +58,24 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
         ),
     ),
     (
+        1e9,
+        Recipe(
+            lora_rank=16,
+            lora_alpha=32,
+            sft_learning_rate=7e-4,
+            sft_epochs=2,
+            sft_batch_size=4,
+            dpo_learning_rate=5e-5,
+            dpo_epochs=2,
+            dpo_batch_size=4,
+            dpo_beta=0.1,
+            dpo_sft_weight=0.2,
+            rows_per_pass=2,
+            gradient_checkpointing=False,
+            min_steps=40,
+        ),
+    ),
+    (
         float("inf"),
         Recipe(
             lora_rank=32,
@@ -67,6 +90,7 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
             dpo_sft_weight=0.1,
             rows_per_pass=2,
             gradient_checkpointing=True,
+            min_steps=40,
         ),
     ),
 )
@@ -80,6 +104,28 @@ def choose_recipe(num_parameters: int, overrides: dict[str, Any] | None = None) 
     """
     recipe = next(recipe for limit, recipe in RECIPES if num_parameters < limit)
     return Recipe.model_validate({**recipe.model_dump(), **(overrides or {})})
+
+
+SMALLEST_BATCH = 4
+MOST_ADDED_EPOCHS = 2.0
+"""Factor: twice the recipe's epochs at the most, however few the rows are."""
+
+
+def plan_steps(num_rows: int, *, batch_size: int, epochs: float, min_steps: int) -> tuple[int, float]:
+    """Return (batch size, epochs) with which `num_rows` make at least `min_steps` optimizer steps, within bounds.
+
+    The batch shrinks first: the same tokens are computed, and LoRA learns no worse with small batches ("LoRA Without
+    Regret"). More epochs cost time and learn by heart, so they come second and at most double.
+    """
+
+    def num_steps(size: int, times: float) -> int:
+        return math.ceil(math.ceil(num_rows / size) * times)
+
+    while num_steps(batch_size, epochs) < min_steps and batch_size > SMALLEST_BATCH:
+        batch_size = max(SMALLEST_BATCH, batch_size // 2)
+    if num_steps(batch_size, epochs) < min_steps:
+        epochs = min(MOST_ADDED_EPOCHS * epochs, min_steps / math.ceil(num_rows / batch_size))
+    return batch_size, epochs
 
 
 class DemonstrationConfig(BaseModel, extra="forbid"):
@@ -157,8 +203,12 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     evaluation: EvaluationConfig = EvaluationConfig()
     recipe: dict[str, Any] = {}
     """Single entries of the recipe to replace, for example `{"sft_epochs": 3}`."""
-    max_length_tokens: int = 2048
-    """Longer rows are left out and counted, never cut."""
+    max_length_tokens: int | None = Field(default=None, ge=1)
+    """Longer rows are left out and counted, never cut. None: as long as the engine's context, or as fits on the GPU."""
+    gpu: str = Field(default="share", pattern=r"^(share|window|\d+)$", coerce_numbers_to_str=True)
+    """Where training finds room. "share": on the engine's GPU, beside it; refused if it cannot fit. "window": on the
+    engine's GPU, while the engine is stopped and requests get 503. A number: on that GPU, as nvidia-smi counts them.
+    Without a GPU only "window" means anything: the engine's cores are free for training then."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on a GPU; on a CPU float32, multiplied in bfloat16 where the processor can."""

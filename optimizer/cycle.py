@@ -23,6 +23,7 @@ from memory.schema import Cycle, CycleStage
 from optimizer import stages
 from optimizer.config import OptimizerConfig
 from optimizer.errors import TooFewTrajectories
+from optimizer.placement import place_training
 from optimizer.rewards import grade, split
 from optimizer.seams import Seams
 from optimizer.workshop import Workshop
@@ -46,11 +47,12 @@ class Place(TypedDict):
     done: Annotated[list[str], operator.add]
 
 
-async def open_cycle(memory: Any, config: OptimizerConfig) -> Cycle:
-    """Open a cycle with these settings.
+async def open_cycle(memory: Any, config: OptimizerConfig, *, seams: Seams | None = None) -> Cycle:
+    """Open a cycle with these settings; with `seams`, only if its trainings fit on the machine.
 
     Raises:
         CycleInProgress: one is open.
+        TrainingDoesNotFit: no GPU has the memory for it.
         TooFewTrajectories: it would learn from logged episodes only, and they cannot be enough.
     """
     if config.practice_episodes == 0:
@@ -64,6 +66,8 @@ async def open_cycle(memory: Any, config: OptimizerConfig) -> Cycle:
                 f"{num_missing} are missing; ask for practice_episodes, or give feedback",
                 num_missing=num_missing,
             )
+    if seams is not None:
+        await place_training(memory, config, seams)
     return await memory.cycles.open(config.model_dump(mode="json"))
 
 

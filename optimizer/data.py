@@ -395,3 +395,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read what `write_rows` wrote."""
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def count_tokens(row: dict[str, Any]) -> int:
+    """Return the length of a row that `read_rows` read; of a preference, with its longer side."""
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))

@@ -3,6 +3,7 @@
 OptimizerError
 |-- TooFewTrajectories   a cycle was asked to learn from less than it needs; says how many are missing (a ValueError)
 |-- TemplateMismatch     the chat template keeps too many of the agent's own tokens from being trained
+|-- TrainingDoesNotFit   no GPU has the memory for it; names the settings with which one would (a ValueError)
 `-- TrainingError        a trainer died; carries the tail of its log
 
 CompletionError          a model gave no answer; costs what the answer was for, never the cycle
@@ -38,3 +39,7 @@ class CompletionError(Exception):
 
 class PromptTooLong(CompletionError):
     """The messages and the answer exceed the model's context."""
+
+
+class TrainingDoesNotFit(OptimizerError, ValueError):
+    """The chosen GPU has too little memory, by arithmetic; nothing was started."""

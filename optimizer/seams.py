@@ -6,12 +6,14 @@ through these and through nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from memory.adapters import Manifest
 from memory.schema import Split, Task, Trajectory
+from optimizer.placement import Machine
 from optimizer.training.launch import OnStep, train
 from optimizer.training.spec import TrainingSpec
 
@@ -67,6 +69,29 @@ async def unknown_context() -> int | None:
     return None
 
 
+class InspectMachine(Protocol):
+    async def __call__(self) -> Machine:
+        """Return the GPUs, what is free on them now, and what the engine serves."""
+        ...
+
+
+class OpenWindow(Protocol):
+    def __call__(self, reason: str) -> AbstractAsyncContextManager[None]:
+        """Stop the engine for as long as the context is open; when it closes without an error, the engine is back."""
+        ...
+
+
+async def find_no_gpu() -> Machine:
+    """The `InspectMachine` of a machine whose CPU does everything."""
+    return Machine()
+
+
+@asynccontextmanager
+async def leave_engine_running(reason: str) -> AsyncIterator[None]:
+    """The `OpenWindow` of a composition without an engine of its own."""
+    yield
+
+
 async def prepare_nothing(tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
     """The `Prepare` of environments that start at once."""
 
@@ -82,6 +107,9 @@ class Seams:
     """None: no model here writes prose, so insights come from counting."""
     context_tokens: ContextTokens = unknown_context
     train: Train = train
+    inspect_machine: InspectMachine = find_no_gpu
+    open_window: OpenWindow = leave_engine_running
+    """Used where `optimizer.gpu` is "window"."""
 
 
 OnProgress = Callable[[int, int, str], Awaitable[None]]

@@ -9,21 +9,33 @@ import asyncio
 import json
 import shutil
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from memory.adapters import digest_adapter
 from memory.schema import Policy, PolicyStage, Task
-from optimizer.config import Recipe, choose_recipe
-from optimizer.data import DemonstrationRows, build_demonstrations, build_preferences, write_rows
+from optimizer.config import plan_steps
+from optimizer.data import (
+    DemonstrationRows,
+    build_demonstrations,
+    build_preferences,
+    count_tokens,
+    read_rows,
+    write_rows,
+)
 from optimizer.errors import OptimizerError, TemplateMismatch, TooFewTrajectories
 from optimizer.evaluation import Cell, CellResult, Decision, Played, Verdict, judge, play_cell
 from optimizer.logged_evaluation import read_logged_cells
+from optimizer.placement import Placement, place_training
 from optimizer.practice import explore as play_exploration
 from optimizer.practice import practice
 from optimizer.report import write_report
-from optimizer.training.base import count_parameters, locate_base
+from optimizer.training.base import locate_base
+from optimizer.training.footprint import Kind
+from optimizer.training.launch import read_finished
 from optimizer.training.spec import TrainingSpec
 from optimizer.workshop import Workshop
 
@@ -50,12 +62,13 @@ async def demonstrate(shop: Workshop) -> None:
     config = shop.config
     pool = await shop.read_pool()
     corrections = await shop.read_corrections()
+    placement = await place_training(shop.memory, config, shop.seams)
     built = await asyncio.to_thread(
         build_demonstrations,
         pool,
         await _load_tokenizer(shop),
         config=config.demonstrations,
-        max_length_tokens=config.max_length_tokens,
+        max_length_tokens=placement.max_length_tokens("sft"),
         seed=config.seed,
         corrections=corrections,
     )
@@ -70,6 +83,7 @@ async def demonstrate(shop: Workshop) -> None:
             "trained_tokens": built.trained_tokens,
             "trained_share": built.trained_share,
             "num_tasks": built.num_tasks,
+            "max_length_tokens": placement.max_length_tokens("sft"),
             "num_corrections": built.num_corrections,
             "num_with_memory": sum(row.has_memory for row in built.rows),
             "tokens_shown": built.tokens_shown,
@@ -109,11 +123,12 @@ def _require_enough(num_rows: int, min_rows: int, num_trajectories: int, tally: 
 
 async def train_sft(shop: Workshop) -> None:
     """Train an adapter on the demonstrations, from the bare base: adapters are not stacked from cycle to cycle."""
-    recipe = choose_base_recipe(shop)
+    placement = await place_training(shop.memory, shop.config, shop.seams)
+    recipe = placement.recipe
     spec = await _specify(
         shop,
         "sft",
-        recipe,
+        placement,
         rows_path=shop.directory / "demonstrations.jsonl",
         trajectory_ids=shop.artifacts["demonstrations"]["trajectory_ids"],
         parent=0,
@@ -136,12 +151,14 @@ async def train_dpo(shop: Workshop) -> None:
     policies that were logged.
     """
     config, sft = shop.config, shop.artifacts["sft"]
+    placement = await place_training(shop.memory, config, shop.seams)
+    recipe = placement.recipe
     built = await asyncio.to_thread(
         build_preferences,
         await shop.read_pool(this_cycle_only=config.explore_episodes > 0),
         await _load_tokenizer(shop),
         config=config.preferences,
-        max_length_tokens=config.max_length_tokens,
+        max_length_tokens=placement.max_length_tokens("dpo"),
         seed=config.seed,
     )
     await shop.keep(preferences={"num_rows": len(built.rows), "num_tasks": built.num_tasks, "tally": dict(built.tally)})
@@ -149,11 +166,10 @@ async def train_dpo(shop: Workshop) -> None:
         await _nominate(shop, sft["policy"])
         return
     write_rows(built.rows, shop.directory / "preferences.jsonl")
-    recipe = choose_base_recipe(shop)
     spec = await _specify(
         shop,
         "dpo",
-        recipe,
+        placement,
         rows_path=shop.directory / "preferences.jsonl",
         trajectory_ids=sorted({*built.trajectory_ids, *shop.artifacts["demonstrations"]["trajectory_ids"]}),
         parent=sft["policy"],
@@ -274,12 +290,6 @@ def _read_cell(shop: Workshop, cell: Cell) -> CellResult:
     return CellResult(cell, [Played(**episode) for episode in played])
 
 
-def choose_base_recipe(shop: Workshop) -> Recipe:
-    """Return the training settings that fit the size of the base."""
-    base_dir = locate_base(shop.memory.policies.get(0).base_model)
-    return choose_recipe(count_parameters(base_dir), shop.config.recipe)
-
-
 async def _load_tokenizer(shop: Workshop) -> Any:
     def load() -> Any:
         from transformers import AutoTokenizer  # seconds of import that only a cycle needs
@@ -289,8 +299,20 @@ async def _load_tokenizer(shop: Workshop) -> Any:
     return await asyncio.to_thread(load)
 
 
-async def _specify(shop: Workshop, kind: str, recipe: Recipe, **fields: Any) -> TrainingSpec:
-    config = shop.config
+async def _specify(
+    shop: Workshop,
+    kind: Kind,
+    placement: Placement,
+    *,
+    rows_path: Path,
+    batch_size: int,
+    epochs: float,
+    **fields: Any,
+) -> TrainingSpec:
+    """Return the spec of a training: the recipe's, with as many steps as its rows need and as room allows."""
+    config, recipe = shop.config, placement.recipe
+    lengths = await asyncio.to_thread(lambda: [count_tokens(row) for row in read_rows(rows_path)])
+    batch_size, epochs = plan_steps(len(lengths), batch_size=batch_size, epochs=epochs, min_steps=recipe.min_steps)
     version = await _reserve_version(shop, kind)
     return TrainingSpec(
         kind=kind,
@@ -299,9 +321,13 @@ async def _specify(shop: Workshop, kind: str, recipe: Recipe, **fields: Any) -> 
         base_model=shop.memory.policies.get(0).base_model,
         output_dir=shop.adapters / f"{config.name}-v{version}",
         work_dir=shop.directory / "training" / kind,
+        rows_path=rows_path,
+        batch_size=batch_size,
+        epochs=epochs,
         lora_rank=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
-        rows_per_pass=recipe.rows_per_pass,
+        rows_per_pass=placement.rows_per_pass(kind, max(lengths)),
+        visible_device=placement.visible_device,
         gradient_checkpointing=recipe.gradient_checkpointing,
         seed=config.seed,
         device=config.device,
@@ -324,6 +350,17 @@ async def _reserve_version(shop: Workshop, kind: str) -> int:
     return version
 
 
+@asynccontextmanager
+async def _make_room(shop: Workshop, spec: TrainingSpec) -> AsyncIterator[None]:
+    """Have the engine stopped while this trains, where that is configured and there is something to train."""
+    if shop.config.gpu != "window" or read_finished(spec) is not None:
+        yield
+        return
+    await shop.tell(0, 1, "waiting until the engine is idle")
+    async with shop.seams.open_window(f"training {spec.name}-v{spec.version} ({spec.kind})"):
+        yield
+
+
 async def _train_and_register(shop: Workshop, spec: TrainingSpec, *, note: str) -> Policy:
     """Train, and draft the policy that wears the adapter; both are skipped when they were done before."""
 
@@ -331,7 +368,8 @@ async def _train_and_register(shop: Workshop, spec: TrainingSpec, *, note: str) 
         accuracy = told.get("rewards/accuracies", told.get("mean_token_accuracy", 0.0))
         await shop.tell(told["step"], told["total"], f"loss {told['loss']:.3f}, accuracy {accuracy:.2f}")
 
-    manifest = await shop.seams.train(spec, on_step=on_step, num_attempts=shop.config.training_attempts)
+    async with _make_room(shop, spec):
+        manifest = await shop.seams.train(spec, on_step=on_step, num_attempts=shop.config.training_attempts)
     policy = next((p for p in shop.memory.policies.list() if p.adapter_path == str(spec.output_dir)), None)
     if policy is None:
         policy = await shop.memory.policies.draft(

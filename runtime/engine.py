@@ -3,6 +3,8 @@
 Refuses to know what is asked of it (completion.py), and which adapters it wears (hotswap.py, by way of `on_restart`).
 Flow: find the model -> start the child -> follow its log until a real token came -> watch: a dead child at once, a
 zombie (alive, but no token moves) within seconds -> end it, start another, let `on_restart` dress it -> ready again.
+Between `suspend` and `resume` there is no child, and its memory is free; `watch` ends it and starts the next, so that
+one task alone decides about children.
 
 Invariants: while `is_ready`, a real token was generated since the last start; a zombie is found within the pause
 between two probes and the time of one; the child dies with this process, however that ends; it listens on the loopback
@@ -24,6 +26,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -77,11 +80,18 @@ class Engine(EngineClient):
         """The base model's directory; None when a foreign engine serves one that isn't here."""
         self.on_restart: Callable[[], Awaitable[None]] | None = None
         """Awaited after each restart, before the engine is ready again."""
+        self.max_model_len: int | None = None
+        """The longest prompt and answer together that is served; None until it is up, or if it does not say."""
         self.num_restarts = 0
         self._on_progress = on_progress or (lambda text: None)
         self._process: asyncio.subprocess.Process | None = None
         self._ready = asyncio.Event()
         self._is_stopped = False
+        self._suspended = asyncio.Event()
+        """Set by `suspend`, cleared by `watch` alone: it must not miss a suspension that was soon withdrawn."""
+        self._is_down = asyncio.Event()
+        self._resumed = asyncio.Event()
+        self._resumed.set()
 
     @property
     def is_ready(self) -> bool:
@@ -109,6 +119,7 @@ class Engine(EngineClient):
                 self._on_progress("finding the model")
                 self.model_path = await asyncio.to_thread(find_model, self.config.model)
                 await self._start_child()
+                self.max_model_len = (await self._find_base()).get("max_model_len")
             else:
                 await self._meet_foreign()
             on_failure.pop_all()
@@ -118,8 +129,35 @@ class Engine(EngineClient):
         """End the child, if it is ours, and every process it started."""
         self._is_stopped = True
         self._ready.clear()
+        self._is_down.set()
+        self._resumed.set()
         await self._end_child()
         await self.close()
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether it was told to be down, and not yet to come back."""
+        return not self._resumed.is_set()
+
+    async def suspend(self) -> None:
+        """End the server; when this returns its memory is free. `watch` must be running, and `resume` must follow,
+        also when this was cancelled.
+
+        Raises:
+            EngineError: the server is not ours to end, or was stopped for good.
+        """
+        if not self.is_ours:
+            raise EngineError(f"the engine at {self.config.url!r} was not started here and cannot be stopped from here")
+        self._ready.clear()
+        self._resumed.clear()
+        self._suspended.set()
+        await self._is_down.wait()
+        if self._is_stopped:
+            raise EngineError("the engine was stopped")
+
+    def resume(self) -> None:
+        """Let `watch` start the server again; `wait_until_ready` waits for its first token and its adapters."""
+        self._resumed.set()
 
     async def wait_until_ready(self, timeout_seconds: float) -> None:
         """Wait for a restart to end. Raises EngineError after `timeout_seconds`."""
@@ -143,18 +181,44 @@ class Engine(EngineClient):
     async def watch(self) -> None:
         """Probe until the engine is stopped; restart a server of ours that is dead or a zombie."""
         while True:
-            await self._wait_for_trouble()
+            await self._wait_for_trouble_or_suspension()
             if self._is_stopped:
                 return
             self._ready.clear()
-            if self.is_ours:
+            if self._suspended.is_set():
+                await self._stay_down()
+                await self._restart(is_planned=True)
+            elif self.is_ours:
                 await self._restart()
             else:
                 await self._await_foreign()
             if self._is_stopped:
                 return
+            if self._suspended.is_set():
+                continue
             self._ready.set()
             self._on_progress("the engine is ready again")
+
+    async def _wait_for_trouble_or_suspension(self) -> None:
+        trouble = asyncio.ensure_future(self._wait_for_trouble())
+        suspension = asyncio.ensure_future(self._suspended.wait())
+        try:
+            await asyncio.wait({trouble, suspension}, return_when=asyncio.FIRST_COMPLETED)
+            if trouble.done():
+                trouble.result()
+        finally:
+            trouble.cancel()
+            suspension.cancel()
+
+    async def _stay_down(self) -> None:
+        """End the child in good order, and return when the engine may run again."""
+        log.info("engine suspended")
+        await self._end_child()
+        self._is_down.set()
+        while self.is_suspended:  # suspended again before this task came to its turn: still down
+            await self._resumed.wait()
+        self._suspended.clear()
+        self._is_down.clear()
 
     async def _wait_for_trouble(self) -> None:
         exited = asyncio.ensure_future(self._process.wait()) if self._process is not None else None
@@ -214,14 +278,15 @@ class Engine(EngineClient):
         except (TimeoutError, PolicyError):
             return None
 
-    async def _restart(self) -> None:
-        """End what is left of the child and start another, until one is up and dressed."""
+    async def _restart(self, *, is_planned: bool = False) -> None:
+        """End what is left of the child and start another, until one is up and dressed, or none is wanted any more."""
         for attempt in itertools.count():
             await self._end_child(signal.SIGKILL)  # nothing dead or stuck ends in good order
             await asyncio.sleep(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
-            if self._is_stopped:
+            if self._is_stopped or self._suspended.is_set():
                 return
-            self.num_restarts += 1
+            if attempt or not is_planned:
+                self.num_restarts += 1
             log.warning("restarting the engine", attempt=attempt + 1)
             try:
                 await self._start_child()
@@ -240,18 +305,23 @@ class Engine(EngineClient):
     async def _meet_foreign(self) -> None:
         """Learn what the engine at `config.url` serves."""
         self._on_progress(f"looking for the engine at {self.url}")
-        try:
-            models = await self.models()
-        except PolicyError as error:
-            raise EngineError(f"no engine answers at {self.config.url!r}: {error}") from error
-        base = next((model for model in models if not model.get("parent")), None)
-        if base is None:
-            raise EngineError(f"the engine at {self.config.url!r} serves no base model")
-        self.model = base["id"]
+        base = await self._find_base()
+        self.model, self.max_model_len = base["id"], base.get("max_model_len")
         root = Path(self.config.model or base.get("root") or "")
         self.model_path = root.resolve() if (root / "config.json").is_file() else None
         if not await self._probe_within(self.config.startup_seconds):
             raise EngineError(f"the engine at {self.config.url!r} generates no token")
+
+    async def _find_base(self) -> dict[str, Any]:
+        """Return what the engine says of its base model. Raises EngineError: nothing, or it doesn't answer."""
+        try:
+            models = await self.models()
+        except PolicyError as error:
+            raise EngineError(f"no engine answers at {self.url!r}: {error}") from error
+        base = next((model for model in models if not model.get("parent")), None)
+        if base is None:
+            raise EngineError(f"the engine at {self.url!r} serves no base model")
+        return base
 
     async def _start_child(self) -> None:
         assert self.model_path is not None
@@ -363,6 +433,7 @@ def server_environment(config: EngineConfig) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_OFFLINE": "1",  # the model is a directory by now
         "PYTHONUNBUFFERED": "1",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the numbers of nvidia-smi, as the trainer counts them too
         "PYTHONPATH": os.pathsep.join(filter(None, (str(HOME), os.environ.get("PYTHONPATH")))),  # for CPU_FIX
     }
 

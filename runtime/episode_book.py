@@ -50,6 +50,8 @@ class EpisodeBook:
         self._memory = memory
         self._idle_seconds = idle_seconds
         self._under_way: set[Place] = set()
+        self._is_held = False
+        self._sweeps_from = now()
 
     @contextlib.contextmanager
     def enter(
@@ -134,8 +136,19 @@ class EpisodeBook:
         finally:
             self._under_way.discard(_place(trajectory))
 
+    def hold(self) -> None:
+        """Close nothing as idle until `release`: clients cannot come back now."""
+        self._is_held = True
+
+    def release(self, *, within_seconds: float) -> None:
+        """Clients can come back again within so many seconds, and each has the whole time for it from then on."""
+        self._is_held = False
+        self._sweeps_from = now() + timedelta(seconds=within_seconds + self._idle_seconds)
+
     async def sweep(self) -> int:
         """Close what no client came back to in time; return how many."""
+        if self._is_held or now() < self._sweeps_from:
+            return 0
         before = now() - timedelta(seconds=self._idle_seconds)
         trajectories = self._memory.trajectories
         num_closed = 0

@@ -9,6 +9,7 @@
     │   ├── ToolError            a tool's own way of saying no; its message is shown to the model
     │   └── BudgetExceeded       the episode ran out of steps, tokens, seconds or context
     ├── EngineError              the engine cannot be started or is not ready
+    │   └── EngineInMaintenance  it is stopped on purpose and comes back by itself
     ├── EpisodeBusy              a request for this episode is being answered already
     ├── AdapterError             an adapter was refused, or isn't what the engine serves under its name
     ├── LinkRefused              a signed link that was not made here, or was changed
@@ -57,6 +58,10 @@ class BudgetExceeded(EpisodeError):
 
 class EngineError(Exception):
     """The engine cannot be started, or is not ready. The message ends with what its log said last, and where it is."""
+
+
+class EngineInMaintenance(EngineError):
+    """The engine is stopped, or about to be, because something else needs its hardware; it comes back by itself."""
 
 
 class EpisodeBusy(Exception):

@@ -31,7 +31,7 @@ from memory.errors import AdapterRefused
 from memory.policies import Policies
 from memory.schema import Policy
 from runtime.engine import Engine
-from runtime.errors import AdapterError, EngineError, PolicyError
+from runtime.errors import AdapterError, EngineError, EngineInMaintenance, PolicyError
 from runtime.policy import Actor
 
 log = structlog.get_logger()
@@ -79,6 +79,8 @@ class HotSwap:
         self._clock = itertools.count(1)
         self._tidying: set[asyncio.Future[None]] = set()
         self._base_digest: str | None = None
+        self._closed_for: str | None = None
+        self._is_idle = asyncio.Event()
         self.num_swaps = 0
         self.refusal: str | None = None
         """Why the newest active row is not what is worn; None while it is."""
@@ -93,6 +95,29 @@ class HotSwap:
     def loaded_versions(self) -> set[int]:
         return {version for version, outfit in self._outfits.items() if outfit.is_loaded}
 
+    @property
+    def num_leases(self) -> int:
+        return sum(outfit.num_leases for outfit in self._outfits.values())
+
+    def close(self, reason: str) -> None:
+        """Hand out no lease until `open`: EngineInMaintenance is raised instead. Leases under way are kept."""
+        self._closed_for = reason
+        self._is_idle.clear()
+        if not self.num_leases:
+            self._is_idle.set()
+
+    def open(self) -> None:
+        """Hand out leases again."""
+        self._closed_for = None
+
+    async def wait_until_idle(self) -> None:
+        """After `close`: wait until the last lease has ended."""
+        await self._is_idle.wait()
+
+    def _require_open(self) -> None:
+        if self._closed_for is not None:
+            raise EngineInMaintenance(f"the engine is stopped for a while: {self._closed_for}; ask again later")
+
     @contextlib.asynccontextmanager
     async def lease(self, version: int | None = None) -> AsyncIterator[Actor]:
         """Hand out the policy `version`, or the active one, loaded and proved; it is kept so until the lease ends.
@@ -100,14 +125,16 @@ class HotSwap:
         Raises:
             UnknownPolicy: no policy has that version.
             AdapterError: its adapter was refused.
-            EngineError: the engine does not come up.
+            EngineError: the engine does not come up; EngineInMaintenance: it is stopped on purpose.
         """
+        self._require_open()
         await self._engine.wait_until_ready(READY_SECONDS)
         if version is None:
             if self._active is None:  # boot is the first swap
                 await self.wear(self._policies.active().version)
             version = self._active
         outfit = self._outfit(version)
+        self._require_open()  # closed while we waited: no await may come between this and the count
         outfit.num_leases += 1  # before anything is awaited: what is leased is not unloaded
         outfit.last_used = next(self._clock)
         try:
@@ -117,6 +144,8 @@ class HotSwap:
             outfit.num_leases -= 1
             if outfit.num_leases == 0:
                 self._tidy_later()
+            if not self.num_leases:
+                self._is_idle.set()
 
     async def wear(self, version: int) -> None:
         """Make `version` the policy of every lease from now on. When it raises, the one before is still on.

@@ -53,6 +53,7 @@ STATE = {
     "swaps": Family("ratchet_swaps", "How often another policy was put on."),
     "engine_ready": Family("ratchet_engine_ready", "1 while the engine answers."),
     "engine_restarts": Family("ratchet_engine_restarts", "How often the engine had to be started again."),
+    "maintenance": Family("ratchet_engine_in_maintenance", "1 while the engine is stopped on purpose."),
     "decisions": Family("ratchet_gate_decisions", "Verdicts of the gate, ever.", ("decision",)),
     "cycles": Family("ratchet_cycles", "Cycles that ended, ever.", ("outcome",)),
     "cycle_stage": Family("ratchet_cycle_stage", "1 at the stage of the cycle under way.", ("stage",)),

@@ -9,6 +9,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from typing import Any
 
 
 def locate_base(base_model: str) -> Path:
@@ -32,7 +33,12 @@ def locate_base(base_model: str) -> Path:
 
 
 def count_parameters(base_dir: Path) -> int:
-    """Return the number of parameters, read from the headers of the safetensors files.
+    """Return the number of parameters. Raises ValueError: the directory holds no safetensors file."""
+    return sum(math.prod(shape) for shape in read_headers(base_dir).values())
+
+
+def read_headers(base_dir: Path) -> dict[str, list[int]]:
+    """Return the shape of every tensor by its name, read from the headers of the safetensors files.
 
     Raises:
         ValueError: the directory holds no safetensors file.
@@ -40,11 +46,11 @@ def count_parameters(base_dir: Path) -> int:
     files = sorted(base_dir.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{str(base_dir)!r} holds no *.safetensors file; convert the model to safetensors")
-    return sum(_count_in(file) for file in files)
+    return {name: entry["shape"] for file in files for name, entry in _read_header(file).items()}
 
 
-def _count_in(file: Path) -> int:
+def _read_header(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         (header_bytes,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(header_bytes))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}

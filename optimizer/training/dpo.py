@@ -52,7 +52,7 @@ def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-class MaskedDPOTrainer(DPOTrainer):
+class MaskedDPOTrainer(child.WarmStart, DPOTrainer):
     """DPO over pre-tokenized rows with masks on both sides."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the numbers of nvidia-smi
 }
 
 OnStep = Callable[[dict[str, Any]], Awaitable[None]]
@@ -118,9 +119,12 @@ async def _run_child(spec: TrainingSpec, spec_path: Path, on_step: OnStep | None
 def child_environment(spec: TrainingSpec) -> dict[str, str]:
     """Return the environment of a trainer: ours, silent towards the network, able to import us from anywhere."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # One GPU, or TRL would wrap the model in DataParallel, which it refuses.
+    device = {} if spec.visible_device is None else {"CUDA_VISIBLE_DEVICES": spec.visible_device}
     return {
         **os.environ,
         **ENVIRONMENT,
+        **device,
         "OMP_NUM_THREADS": str(spec.num_threads),
         "PYTHONPATH": os.pathsep.join(paths),
         LAUNCHER_PID: str(os.getpid()),

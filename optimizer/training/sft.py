@@ -19,10 +19,14 @@ from optimizer.training.spec import TrainingSpec
 IGNORED = -100
 
 
-def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> SFTTrainer:
+class WarmSFTTrainer(child.WarmStart, SFTTrainer):
+    """TRL's SFT trainer, whose first step already learns."""
+
+
+def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> WarmSFTTrainer:
     """Return TRL's SFT trainer over pre-tokenized rows."""
     model, tokenizer = child.load_base(spec)
-    return SFTTrainer(
+    return WarmSFTTrainer(
         model=model,
         args=SFTConfig(
             **child.trainer_arguments(spec, len(rows)), packing=False, dataset_kwargs={"skip_prepare_dataset": True}

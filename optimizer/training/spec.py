@@ -28,6 +28,18 @@ SETTINGS = (
 )
 
 
+NOT_DIGESTED = (
+    "work_dir",
+    "output_dir",
+    "rows_path",
+    "num_threads",
+    "num_checkpoints",
+    "visible_device",
+    "rows_per_pass",  # as many as fit where it runs; the batch is the same
+)
+"""Where and with what room a training runs: another value of these is the same training."""
+
+
 class TrainingSpec(BaseModel, extra="forbid"):
     """One training, from rows to an adapter directory."""
 
@@ -60,6 +72,8 @@ class TrainingSpec(BaseModel, extra="forbid"):
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    visible_device: str | None = None
+    """The one GPU that the trainer sees, as nvidia-smi counts them; None leaves it to see what we see."""
     num_threads: int = 2
     num_checkpoints: int = 8
     """How often the state is saved during the whole training."""
@@ -70,5 +84,5 @@ class TrainingSpec(BaseModel, extra="forbid"):
 
     def digest(self) -> str:
         """What makes this training this one: the spec with its rows, but not where it runs and keeps its state."""
-        spec = self.model_dump_json(exclude={"work_dir", "num_threads", "num_checkpoints", "output_dir", "rows_path"})
+        spec = self.model_dump_json(exclude=set(NOT_DIGESTED))
         return hashlib.sha256(spec.encode() + self.rows_path.read_bytes()).hexdigest()

@@ -19,6 +19,7 @@ Flow: a route raises one of the classes below, or lets an exception of memory or
     ├── ClientLeft       499, read by nobody
     ├── EpisodeFailed    502
     ├── NotReady         503, with Retry-After
+    │   └── InMaintenance
     ├── Overloaded       503, with Retry-After
     └── NotStored        507
 
@@ -54,6 +55,7 @@ from memory.errors import (
 from runtime.errors import (
     AdapterError,
     EngineError,
+    EngineInMaintenance,
     EpisodeBusy,
     EpisodeError,
     LinkExpired,
@@ -65,6 +67,8 @@ from runtime.errors import (
 OK = 200
 CREATED = 201
 ACCEPTED = 202
+RETRY_AFTER_SECONDS = 30
+"""What is told to whom comes during maintenance; the official clients heed up to 60."""
 SHED = (429, 503)
 """What is counted as turned away for the load's sake."""
 
@@ -175,6 +179,13 @@ class NotReady(ApiError):
         self.headers = {"Retry-After": str(retry_after_seconds)}
 
 
+class InMaintenance(NotReady):
+    """The engine is stopped on purpose and comes back by itself; the same request succeeds then."""
+
+    def __init__(self, message: str, *, code: str = "engine_in_maintenance") -> None:
+        super().__init__(message, code=code, retry_after_seconds=RETRY_AFTER_SECONDS)
+
+
 class Overloaded(ApiError):
     """There is more to do than the engine holds; the same request may be taken in a moment."""
 
@@ -229,6 +240,7 @@ KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     AdapterRefused: (Conflict, "adapter_refused"),
     AdapterError: (Conflict, "adapter_refused"),
     StorageError: (NotStored, "storage_error"),
+    EngineInMaintenance: (InMaintenance, "engine_in_maintenance"),
     EngineError: (NotReady, "engine_not_ready"),
     EpisodeError: (EpisodeFailed, "episode_failed"),
     ValueError: (BadRequest, "invalid_value"),

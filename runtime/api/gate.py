@@ -22,9 +22,10 @@ from memory.schema import ApiKey
 from runtime.api.access import OPERATOR, Caller, is_open, require_open
 from runtime.api.admission import TURNS, Room
 from runtime.api.bounds import bound_body
-from runtime.api.errors import SHED, ApiError, Unauthorized, respond
+from runtime.api.errors import SHED, ApiError, InMaintenance, Unauthorized, respond
 from runtime.api.quota import Quota
 from runtime.api.services import Services
+from runtime.errors import EngineInMaintenance
 
 
 class Gate:
@@ -70,15 +71,25 @@ class Gate:
         await respond(refusal)(scope, receive, send)
 
     def _admit(self, caller: Caller, scope: Scope) -> AbstractContextManager[None]:
-        """Return the place that the request holds. Raises: Forbidden, Overloaded, TooManyRequests."""
+        """Return the place that the request holds.
+
+        Raises: Forbidden, InMaintenance, Overloaded, TooManyRequests.
+        """
         path = self._template_of(scope)
         if path is not None:  # else it is the router's to say that there is nothing
             require_open(caller, scope["method"], path)
         is_turn = (scope["method"], path) in TURNS
         if is_turn:
+            self._require_serving()
             self._room.require()  # who is turned away has used nothing of its quota
         caller.quota.admit()
         return self._room.take() if is_turn else contextlib.nullcontext()
+
+    def _require_serving(self) -> None:
+        try:
+            self._services.require_serving()
+        except EngineInMaintenance as closed:
+            raise InMaintenance(str(closed)) from None
 
     def _identify(self, scope: Scope) -> Caller:
         keys = self._services.memory.keys

@@ -7,6 +7,7 @@ that the active policy is worn; `/v1/doctor` looks at everything and generates a
 from __future__ import annotations
 
 import asyncio
+from typing import Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel
@@ -14,14 +15,17 @@ from pydantic import BaseModel
 from runtime import doctor
 from runtime.api.errors import NotReady, refusals
 from runtime.api.services import Server, Services
+from runtime.errors import EngineInMaintenance
 
 router = APIRouter(tags=["health"])
 
 
 class Alive(BaseModel):
-    """The process answers."""
+    """The process answers; `engine` says whether turns are answered too, `detail` why not."""
 
     status: str = "alive"
+    engine: Literal["ready", "not_ready", "maintenance"]
+    detail: str | None = None
 
 
 class Ready(BaseModel):
@@ -50,7 +54,8 @@ class Diagnosis(BaseModel):
 
 
 def require_ready(server: Services) -> None:
-    """Raise NotReady unless the engine answers."""
+    """Raise NotReady unless the engine answers, or EngineInMaintenance if it is stopped on purpose."""
+    server.require_serving()
     if not server.engine.is_ready:
         raise NotReady("the engine is starting, or being restarted: no token generated yet")
     if server.hotswap.active_version is None:
@@ -58,13 +63,21 @@ def require_ready(server: Services) -> None:
 
 
 @router.get("/healthz", summary="Is the process alive?")
-async def healthz() -> Alive:
-    return Alive()
+async def healthz(server: Server) -> Alive:
+    """200 as long as the process answers, whatever the engine does."""
+    try:
+        require_ready(server)
+    except EngineInMaintenance as closed:
+        return Alive(engine="maintenance", detail=str(closed))
+    except NotReady as missing:
+        return Alive(engine="not_ready", detail=str(missing))
+    return Alive(engine="ready")
 
 
 @router.get("/readyz", summary="Does the agent answer?", responses=refusals(NotReady))
 async def readyz(server: Server) -> Ready:
-    """200 only after one really generated token; 503 with Retry-After while the engine starts or restarts."""
+    """200 only after one really generated token; 503 with Retry-After while the engine starts or restarts, or is
+    stopped for a while (`engine_in_maintenance`)."""
     require_ready(server)
     policy = server.memory.policies.get(server.hotswap.active_version)
     return Ready(policy=policy.name, base_model=policy.base_model, refusal=server.hotswap.refusal)
@@ -75,6 +88,8 @@ async def diagnose(server: Server) -> Diagnosis:
     """Check the rows, the index, the encoder, the engine by a real token, LoRA, disk and GPU."""
     at_rest = await asyncio.to_thread(doctor.check_at_rest, server.memory)
     checks = [*at_rest, *await doctor.check_engine(server.engine)]
+    if server.check_training is not None:
+        checks.append(await server.check_training())
     return Diagnosis(
         is_ok=all(check.is_ok for check in checks),
         checks=[CheckDetail.model_validate(check, from_attributes=True) for check in checks],

@@ -74,6 +74,8 @@ class State:
         yield counter("swaps", [((), hotswap.num_swaps)])
         yield gauge("engine_ready", [((), float(engine.is_ready))])
         yield counter("engine_restarts", [((), engine.num_restarts)])
+        maintenance = server.maintenance
+        yield gauge("maintenance", [((), float(maintenance is not None and maintenance.reason is not None))])
 
     def _of_cycles(self) -> Iterator[Metric]:
         cycles = self._server.memory.cycles

@@ -6,7 +6,7 @@ Invariant: routes keep no state of their own; everything they change is a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
@@ -16,10 +16,12 @@ from memory.schema import Cycle, Policy
 from memory.store import Memory
 from runtime.agent import Agent
 from runtime.config import LimitsConfig
+from runtime.doctor import Check
 from runtime.engine import Engine
 from runtime.environments.base import Environment
 from runtime.errors import UnknownEnvironment
 from runtime.hotswap import HotSwap
+from runtime.maintenance import Maintenance
 from runtime.tools.toolbox import Toolbox
 
 
@@ -57,6 +59,15 @@ class Services:
     toolbox: Toolbox | None = None
     """Opened before the engine starts, closed before it stops."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    maintenance: Maintenance | None = None
+    """None: the engine is never stopped on purpose."""
+    check_training: Callable[[], Awaitable[Check]] | None = None
+    """Says whether a cycle would find room to train; None: nobody here trains."""
+
+    def require_serving(self) -> None:
+        """Raise EngineInMaintenance while the engine is stopped on purpose."""
+        if self.maintenance is not None:
+            self.maintenance.require_serving()
 
     def environment(self, name: str) -> Environment:
         """Return the environment called `name`.

@@ -8,6 +8,8 @@ import pytest
 from memory.errors import StorageError
 from memory.insights import InsightOperation, OperationKind
 from memory.schema import RewardSource
+from runtime.doctor import Check
+from runtime.maintenance import Maintenance
 from tests.api.worlds import ServedWorld, eventually
 
 
@@ -239,6 +241,57 @@ def test_alive_is_not_yet_ready(world: ServedWorld, http: httpx.Client) -> None:
     assert http.get("/healthz").status_code == 200
     answer = http.get("/readyz")
     assert answer.status_code == 503 and "retry-after" in answer.headers
+
+
+def test_in_maintenance_turns_are_refused_before_they_are_read_and_all_else_answers(
+    world: ServedWorld, http: httpx.Client
+) -> None:
+    services = world.services
+    services.maintenance = Maintenance(world.engine, services.hotswap, services.agent.book, drain_seconds=1.0)
+    before = ask(http)
+    services.maintenance.reason = "training ratchet-v1 (sft)"
+    for path in ("/v1/chat/completions", "/v1/responses"):
+        answer = http.post(path, content=b"not even JSON")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "30")
+        assert answer.json()["error"]["code"] == "engine_in_maintenance"
+        assert "training ratchet-v1 (sft)" in answer.json()["error"]["message"]
+    ready, alive = http.get("/readyz"), http.get("/healthz")
+    assert ready.status_code == 503 and ready.json()["error"]["code"] == "engine_in_maintenance"
+    assert alive.status_code == 200 and alive.json()["engine"] == "maintenance"
+    assert "training" in alive.json()["detail"]
+    assert "ratchet_engine_in_maintenance 1.0" in http.get("/metrics").text
+    assert http.post("/v1/feedback", json={"target": before, "value": True}).status_code == 201
+    services.maintenance.reason = None
+    assert http.get("/healthz").json() == {"status": "alive", "engine": "ready", "detail": None}
+    ask(http)
+
+
+def test_whoever_meets_the_closing_engine_within_a_request_is_told_to_come_again(
+    world: ServedWorld, http: httpx.Client
+) -> None:
+    world.services.hotswap.close("training")
+    asked = {"model": "agent", "messages": [{"role": "user", "content": "hello"}]}
+    for stream in (False, True):
+        answer = http.post("/v1/chat/completions", json={**asked, "stream": stream})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "30")
+        assert answer.json()["error"]["code"] == "engine_in_maintenance"
+    world.services.hotswap.open()
+    ask(http)
+
+
+def test_the_doctor_says_whether_training_finds_room(world: ServedWorld, http: httpx.Client) -> None:
+    async def check() -> Check:
+        return Check("training", False, "GPU 0 is too small", "another one")
+
+    world.services.check_training = check
+    diagnosis = http.get("/v1/doctor", timeout=60).json()
+    assert not diagnosis["is_ok"]
+    assert diagnosis["checks"][-1] == {
+        "name": "training",
+        "is_ok": False,
+        "detail": "GPU 0 is too small",
+        "mend": "another one",
+    }
 
 
 def test_a_full_disk_is_said_and_not_a_crash(

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from runtime.engine import KEY_VARIABLE
-from tests.runtime.fake_engine import FakeEngine, Reply
+from tests.runtime.fake_engine import FakeEngine, Reply, call
 
 
 async def main(arguments: list[str]) -> None:
@@ -24,6 +24,8 @@ async def main(arguments: list[str]) -> None:
     async def say(request: dict) -> Reply:
         if fake.is_zombie or request["messages"][-1]["content"] == "hang":
             await asyncio.sleep(3600)
+        if request["messages"][-1]["content"] == "call":
+            return call("look", where="here")
         return Reply("hello")
 
     fake.script = say

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import random
@@ -16,7 +17,14 @@ from memory.schema import CycleStage, Feedback, PolicyStage, RewardSource, Split
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle import abandon_cycle, open_cycle, run_cycle
-from optimizer.errors import CompletionError, TemplateMismatch, TooFewTrajectories, TrainingError
+from optimizer.errors import (
+    CompletionError,
+    TemplateMismatch,
+    TooFewTrajectories,
+    TrainingDoesNotFit,
+    TrainingError,
+)
+from optimizer.placement import Gpu, Machine
 from optimizer.seams import Seams
 from optimizer.stages import demonstrate
 from optimizer.training.launch import read_finished
@@ -330,3 +338,91 @@ async def test_the_next_cycle_practices_on_other_tasks_and_measures_the_new_incu
     assert verdict["decision"] == "reject" and verdict["incumbent"]["policy"] == 2
     assert memory.cycles.get(cycle.id).artifacts["practice_offset"] == CONFIG.num_practice_tasks
     assert memory.policies.active().version == 2
+
+
+class Windows:
+    """The fake at the window's seam: notes what was trained while it was open."""
+
+    def __init__(self, trainer) -> None:
+        self.trainer = trainer
+        self.opened: list[tuple[str, int]] = []
+        self.is_open = False
+
+    @contextlib.asynccontextmanager
+    async def __call__(self, reason):
+        before, self.is_open = len(self.trainer.trained), True
+        try:
+            yield
+        finally:
+            self.is_open = False
+            self.opened.append((reason, len(self.trainer.trained) - before))
+
+
+async def test_in_window_mode_only_trainings_happen_while_the_engine_is_stopped(memory, kitchen, trainer):
+    window = Windows(trainer)
+
+    async def rollout(*arguments, **more):
+        assert not window.is_open, "nobody can play while the engine is stopped"
+        return await kitchen.rollout(*arguments, **more)
+
+    seams = replace(seams_of(kitchen, trainer), rollout=rollout, open_window=window)
+    cycle = await open_cycle(memory, CONFIG.model_copy(update={"gpu": "window"}), seams=seams)
+
+    await run_cycle(memory, cycle.id, seams=seams)
+
+    assert window.opened == [("training ratchet-v1 (sft)", 1), ("training ratchet-v2 (dpo)", 1)]
+
+
+async def test_the_window_closes_when_training_fails(memory, kitchen, trainer):
+    trainer.fails, window = True, Windows(trainer)
+    seams = replace(seams_of(kitchen, trainer), open_window=window)
+    cycle = await open_cycle(memory, CONFIG.model_copy(update={"gpu": "window"}), seams=seams)
+
+    with pytest.raises(TrainingError):
+        await run_cycle(memory, cycle.id, seams=seams)
+
+    assert not window.is_open and len(window.opened) == 1
+
+
+async def test_a_training_that_cannot_fit_is_refused_before_the_cycle_opens(memory, kitchen, trainer):
+    async def inspect():
+        return Machine([Gpu("0", "tiny card", 2**30, 2**28)], engine_device="0", engine_share=0.85)
+
+    with pytest.raises(TrainingDoesNotFit, match="GPU 0"):
+        await open_cycle(memory, CONFIG, seams=replace(seams_of(kitchen, trainer), inspect_machine=inspect))
+
+    assert memory.cycles.unfinished() is None
+
+
+async def test_training_gets_the_engines_gpu_and_rows_no_longer_than_its_context(memory, kitchen, trainer):
+    specs = []
+
+    async def inspect():
+        return Machine([Gpu("2", "card", 80 * 2**30, 10 * 2**30)], "2", engine_share=0.85, max_model_len=777)
+
+    async def train(spec, **more):
+        specs.append(spec)
+        return await trainer(spec, **more)
+
+    seams = replace(seams_of(kitchen, trainer), train=train, inspect_machine=inspect)
+    cycle = await open_cycle(memory, CONFIG, seams=seams)
+
+    await run_cycle(memory, cycle.id, seams=seams)
+
+    assert [spec.visible_device for spec in specs] == ["2", "2"]
+    assert memory.cycles.get(cycle.id).artifacts["demonstrations"]["max_length_tokens"] == 777
+
+
+async def test_few_rows_are_trained_in_smaller_batches(memory, kitchen, trainer):
+    batches = []
+
+    async def train(spec, **more):
+        batches.append((spec.kind, spec.batch_size))
+        return await trainer(spec, **more)
+
+    config = CONFIG.model_copy(update={"recipe": {"min_steps": 1000}})
+    cycle = await open_cycle(memory, config)
+
+    await run_cycle(memory, cycle.id, seams=replace(seams_of(kitchen, trainer), train=train))
+
+    assert batches == [("sft", 4), ("dpo", 4)]

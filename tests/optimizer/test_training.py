@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 
@@ -11,7 +12,8 @@ from memory.adapters import digest_base, verify_adapter
 from optimizer.config import DemonstrationConfig, PreferenceConfig
 from optimizer.data import build_demonstrations, build_preferences, write_rows
 from optimizer.errors import TrainingError
-from optimizer.training.launch import log_path, train
+from optimizer.training.child import share_of_rate
+from optimizer.training.launch import child_environment, log_path, train
 from optimizer.training.spec import TrainingSpec
 from tests.optimizer.worlds import live
 
@@ -89,6 +91,40 @@ def load_logits(tiny_base, adapter):
         bare = base(ids).logits.clone()
         adapted = PeftModel.from_pretrained(base, str(adapter))(ids).logits
     return bare, adapted
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 9, 27, 1000])
+def test_no_step_is_taken_at_learning_rate_0(num_steps: int):
+    num_warmup = math.ceil(0.05 * num_steps)
+    shares = [share_of_rate(step, num_warmup=num_warmup, num_steps=num_steps) for step in range(num_steps)]
+    assert all(share > 0 for share in shares)
+    assert max(shares) == 1.0 or num_steps == 1
+    assert shares[num_warmup:] == sorted(shares[num_warmup:], reverse=True)
+
+
+async def test_the_first_step_of_both_trainers_learns(spec_for):
+    rates: dict[str, list[float]] = {"sft": [], "dpo": []}
+    for kind, learned in rates.items():
+
+        async def on_step(told, learned=learned):
+            learned.append(told["learning_rate"])
+
+        await train(spec_for(kind, epochs=1), on_step=on_step)
+    assert all(learned[0] > 0 for learned in rates.values())
+
+
+def test_a_trainer_sees_the_one_gpu_it_was_given(spec_for, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    given = child_environment(spec_for("sft", visible_device="3"))
+    assert given["CUDA_VISIBLE_DEVICES"] == "3" and given["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert child_environment(spec_for("sft"))["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+
+
+def test_a_training_is_the_same_on_whichever_gpu_it_goes_on(spec_for):
+    spec = spec_for("sft")
+    elsewhere = spec.model_copy(update={"visible_device": "1", "rows_per_pass": 1})
+    assert elsewhere.digest() == spec.digest()
+    assert spec.model_copy(update={"batch_size": 2}).digest() != spec.digest()
 
 
 async def test_sft_then_dpo_leave_adapters_that_an_engine_may_wear(spec_for, tiny_base):

@@ -85,7 +85,7 @@ class FakeEngine:
         self.breaks_off_after: int | None = None
         """Events of a stream after which the connection is gone."""
         self.render_prompt = _prompt_ids
-        self.max_model_len: int | None = None
+        self.max_model_len: int | None = 4096
         self.port = 0
         """Where to listen; 0 takes a free one."""
         self.url = ""

@@ -21,8 +21,9 @@ from runtime.agent import Agent
 from runtime.completion import Delta
 from runtime.config import AgentConfig, EngineConfig
 from runtime.engine import Engine, find_last_words, server_arguments
-from runtime.errors import EngineError, EngineLost, RequestRefused
+from runtime.errors import EngineError, EngineInMaintenance, EngineLost, RequestRefused
 from runtime.hotswap import HotSwap, mean_distance
+from runtime.maintenance import Maintenance
 from runtime.model_family import choose_tool_call_parser, find_model, holds_unparsed_call
 from tests.runtime.fake_engine import LOOK, FakeEngine
 from tests.runtime.levers import Levers
@@ -363,6 +364,28 @@ async def test_an_engine_killed_in_mid_episode_fails_who_heard_of_it_and_comes_b
     retried = await unheard
     assert (retried.stage, retried.policy, retried.num_steps) == (TrajectoryStage.FINISHED, 1, 1)
     assert real.num_restarts == 1 and await real.adapters() == {"tiny-v1"}
+    watching.cancel()
+
+
+@on_real_engine
+async def test_a_window_stops_the_engine_and_brings_it_back_with_its_adapters(
+    real: Engine, memory: Memory, adapters: list[Path]
+):
+    await register(memory, adapters[:1])
+    hotswap = HotSwap(memory.policies, real)
+    agent = Agent(memory, hotswap, {}, AgentConfig(max_output_tokens=24))
+    await hotswap.wear(1)
+    watching, before, began = asyncio.create_task(real.watch()), real.pid, time.monotonic()
+    async with Maintenance(real, hotswap, agent.book, drain_seconds=60.0).window("training"):
+        down_after = time.monotonic() - began
+        assert real.pid is None and not Path(f"/proc/{before}").exists()
+        with pytest.raises(EngineInMaintenance):
+            await agent.rollout(None, messages=[{"role": "user", "content": "hi"}])
+    print(f"down after {down_after:.1f} s, back after {time.monotonic() - began:.1f} s")
+    assert real.is_ready and await real.adapters() == {"tiny-v1"}
+    trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}])
+    assert (trajectory.stage, trajectory.policy) == (TrajectoryStage.FINISHED, 1)
+    assert real.max_model_len == 1024
     watching.cancel()
 
 

@@ -1,0 +1,206 @@
+"""Decides where a training runs, how long its rows may be and how many fit into one pass, before anything is loaded.
+
+On a GPU the arithmetic of `training.footprint` decides; without one there is nothing to decide but the length. Free
+memory is read anew for each decision: an engine that is being restarted looks smaller than it is, so its configured
+share counts where that is more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from optimizer.config import OptimizerConfig, Recipe, choose_recipe
+from optimizer.errors import TrainingDoesNotFit
+from optimizer.training.base import locate_base
+from optimizer.training.footprint import (
+    BFLOAT16,
+    FLOAT32,
+    GIB,
+    Kind,
+    ModelShape,
+    Training,
+    least_engine_bytes,
+    read_shape,
+)
+
+if TYPE_CHECKING:
+    from optimizer.seams import Seams
+
+LEAST_LENGTH_TOKENS = 2048
+"""Shorter rows would leave out most episodes: a training that cannot hold one row of this length does not fit."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU and what is free on it now."""
+
+    index: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs here, and what the engine takes of them."""
+
+    gpus: Sequence[Gpu] = ()
+    """Those that PyTorch could use; none where only the CPU computes."""
+    engine_device: str | None = None
+    """What CUDA_VISIBLE_DEVICES must say to see the engine's (first) GPU; None: there is none."""
+    engine_share: float | None = None
+    """Which share of its GPU's memory our engine was given; None: the engine is not ours to size."""
+    can_stop_engine: bool = True
+    max_model_len: int | None = None
+    """The engine's context as it is served; None: it does not say."""
+    max_loras: int = 4
+
+    def find(self, device: str | None) -> Gpu | None:
+        return next((gpu for gpu in self.gpus if gpu.index == device), None)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the trainings of one cycle run, and what room they have there."""
+
+    shape: ModelShape
+    recipe: Recipe
+    limit_tokens: int
+    """No row is longer: the engine's context, or less by the configuration."""
+    bytes_per_weight: int
+    visible_device: str | None = None
+    budget_bytes: int | None = None
+    """None: no GPU, or one of unknown size; then nothing is bounded by memory."""
+
+    def __str__(self) -> str:
+        rows = f"rows of up to {self.max_length_tokens('sft')} tokens (SFT) and {self.max_length_tokens('dpo')} (DPO)"
+        if self.visible_device is None:
+            return f"on the CPU, {rows}"
+        room = "of unknown size" if self.budget_bytes is None else f"with {self.budget_bytes / GIB:.1f} GiB for it"
+        return f"on GPU {self.visible_device} {room}, {rows}"
+
+    def training(self, kind: Kind) -> Training:
+        recipe = self.recipe
+        return Training(self.shape, kind, recipe.lora_rank, recipe.gradient_checkpointing, self.bytes_per_weight)
+
+    def max_length_tokens(self, kind: Kind) -> int:
+        """Return the length beyond which rows are left out."""
+        if self.budget_bytes is None:
+            return self.limit_tokens
+        return self.training(kind).longest_row(self.budget_bytes, self.limit_tokens)
+
+    def rows_per_pass(self, kind: Kind, longest_tokens: int) -> int:
+        """Return how many rows one forward pass takes, the longest having `longest_tokens`."""
+        if self.budget_bytes is None:
+            return self.recipe.rows_per_pass
+        return self.training(kind).rows_that_fit(self.budget_bytes, longest_tokens, self.recipe.rows_per_pass)
+
+    @property
+    def least_bytes(self) -> int:
+        """The memory for the dearest method with one row of the least useful length."""
+        return self.training("dpo").footprint(min(self.limit_tokens, LEAST_LENGTH_TOKENS)).total
+
+
+async def place_training(memory: Any, config: OptimizerConfig, seams: Seams) -> Placement:
+    """Return where the trainings of a cycle with these settings run.
+
+    Raises:
+        TrainingDoesNotFit: nowhere; the message names the settings with which they would.
+        ValueError: the base model's files are not here, or say too little.
+    """
+    machine = await seams.inspect_machine()
+
+    def choose() -> Placement:
+        return choose_placement(config, machine, read_shape(locate_base(memory.policies.get(0).base_model)))
+
+    return await asyncio.to_thread(choose)
+
+
+def choose_placement(config: OptimizerConfig, machine: Machine, shape: ModelShape) -> Placement:
+    """Return where a model of this shape is trained. Raises TrainingDoesNotFit."""
+    if config.gpu == "window" and not machine.can_stop_engine:
+        raise TrainingDoesNotFit(
+            "optimizer.gpu = 'window' needs an engine that this server starts; the one at engine.url cannot be "
+            "stopped from here: choose 'share' or the number of another GPU"
+        )
+    lengths = [config.max_length_tokens, machine.max_model_len or shape.max_position_embeddings]
+    on_gpu = config.device != "cpu" and bool(machine.gpus)
+    placement = Placement(
+        shape=shape,
+        recipe=choose_recipe(shape.num_parameters, config.recipe),
+        limit_tokens=min(length for length in lengths if length is not None),
+        bytes_per_weight=FLOAT32 if config.dtype == "float32" else BFLOAT16,
+    )
+    if not on_gpu:
+        return placement
+    device = config.gpu if config.gpu.isdecimal() else machine.engine_device
+    gpu = machine.find(device)
+    if gpu is None and config.gpu.isdecimal():
+        there = ", ".join(f"{it.index} ({it.name})" for it in machine.gpus)
+        raise TrainingDoesNotFit(f"optimizer.gpu = {config.gpu!r} names no GPU of this machine; there is: {there}")
+    placement = replace(placement, visible_device=device)
+    if gpu is None:  # a MIG slice, or an engine elsewhere: its size is not known
+        return placement
+    placement = replace(placement, budget_bytes=_budget(gpu, machine, in_window=config.gpu == "window"))
+    assert placement.budget_bytes is not None
+    if placement.least_bytes > placement.budget_bytes:
+        raise TrainingDoesNotFit(_explain(placement, config, machine, gpu))
+    return placement
+
+
+def _budget(gpu: Gpu, machine: Machine, *, in_window: bool) -> int:
+    """Return the memory that a training may take on a GPU."""
+    if gpu.index != machine.engine_device or machine.engine_share is None:
+        return gpu.free_bytes
+    engine = math.ceil(machine.engine_share * gpu.total_bytes)
+    if in_window:
+        return min(gpu.total_bytes, gpu.free_bytes + engine)
+    return min(gpu.free_bytes, gpu.total_bytes - engine)
+
+
+def _explain(placement: Placement, config: OptimizerConfig, machine: Machine, gpu: Gpu) -> str:
+    """Return what is missing, and each setting with which the training would fit."""
+    need, budget = placement.least_bytes, (placement.budget_bytes or 0) / GIB
+    length = min(placement.limit_tokens, LEAST_LENGTH_TOKENS)
+    footprint = placement.training("dpo").footprint(length)
+    mends = list(_list_mends(placement, config, machine, gpu, need))
+    mend = "set " + ", or ".join(mends) if mends else "use a smaller base model or a GPU with more memory"
+    return (
+        f"training this model on rows of {length} tokens takes about {footprint}; GPU {gpu.index} ({gpu.name}, "
+        f"{gpu.total_bytes / GIB:.1f} GiB) has {budget:.1f} GiB for it with optimizer.gpu = {config.gpu!r}: {mend}"
+    )
+
+
+def _list_mends(placement: Placement, config: OptimizerConfig, machine: Machine, gpu: Gpu, need: int) -> Sequence[str]:
+    mends: list[str] = []
+    is_engines = gpu.index == machine.engine_device and machine.engine_share is not None
+    if is_engines and config.gpu != "window":
+        share = suggest_engine_share(placement, machine, gpu, need)
+        if share is not None:
+            mends.append(f"engine.gpu_memory_utilization = {share:.2f}")
+        if machine.can_stop_engine and _budget(gpu, machine, in_window=True) >= need:
+            mends.append('optimizer.gpu = "window" (the engine is stopped while training runs)')
+    mends += [
+        f'optimizer.gpu = "{other.index}"'
+        for other in machine.gpus
+        if other.index != gpu.index and _budget(other, machine, in_window=False) >= need
+    ]
+    if not placement.recipe.gradient_checkpointing:
+        saving = replace(placement, recipe=placement.recipe.model_copy(update={"gradient_checkpointing": True}))
+        if saving.least_bytes <= (placement.budget_bytes or 0):
+            mends.append("optimizer.recipe = { gradient_checkpointing = true }")
+    return mends
+
+
+def suggest_engine_share(placement: Placement, machine: Machine, gpu: Gpu, need: int) -> float | None:
+    """Return the largest share of the GPU that leaves room for the training; None if serving needs more than that."""
+    shape, recipe = placement.shape, placement.recipe
+    context = machine.max_model_len or shape.max_position_embeddings
+    others = max(0, gpu.total_bytes - gpu.free_bytes - math.ceil((machine.engine_share or 0) * gpu.total_bytes))
+    share = math.floor(100 * (gpu.total_bytes - need - others) / gpu.total_bytes) / 100
+    least = least_engine_bytes(shape, max_model_len=context, max_loras=machine.max_loras, lora_rank=recipe.lora_rank)
+    return share if share * gpu.total_bytes >= least else None
