@@ -48,14 +48,15 @@ def plan_rounds(num_episodes: int, num_tasks: int) -> list[int]:
 
 
 async def learn_words(shop: Workshop) -> None:
-    """Bring the insights up to date with everything that was lived so far: each tenant's with its own episodes."""
-    pool = await shop.read_pool()
+    """Bring the insights up to date with everything that was lived so far: each tenant's with its own episodes.
+    Untrusted episodes are not read, and untrusted insights not built on, until an operator approves them."""
+    pool = [each for each in await shop.read_pool(is_for_weights=False) if each.trajectory.is_trusted]
     for tenant in sorted({each.trajectory.tenant for each in pool} | {""}):
         successes, failures = split(each for each in pool if each.trajectory.tenant == tenant)
         operations = await extract_insights(
             successes,
             failures,
-            known=shop.memory.insights.active(tenant=tenant),
+            known=[insight for insight in shop.memory.insights.active(tenant=tenant) if insight.is_trusted],
             complete=shop.seams.complete,
             seed=shop.config.seed,
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from memory.feedback import Correction
 from memory.schema import Split, Step, StepKind, Trajectory
+from memory.teaching import OPERATOR, Teacher
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class GradedTrajectory:
     steps: list[Step]
     reward: float
     is_success: bool
+    teacher: Teacher = OPERATOR
+    """Who gave the reward."""
 
     @property
     def model_steps(self) -> list[Step]:
@@ -29,18 +32,29 @@ class GradedTrajectory:
 
 
 def grade(
-    memory: Any, *, since: datetime | None = None, environment: str | None = None, limit: int | None = None
+    memory: Any,
+    *,
+    since: datetime | None = None,
+    environment: str | None = None,
+    limit: int | None = None,
+    is_for_weights: bool = False,
 ) -> list[GradedTrajectory]:
-    """Return the learnable trajectories with their steps, oldest first; of more than `limit`, the newest.
+    """Return the learnable trajectories with their steps, oldest first; of more than `limit`, the newest. With
+    `is_for_weights`, by the rewards of those who may teach the weights alone.
 
     Reads the database: call it in a thread when there may be many.
     """
-    learnable = sorted(
-        memory.trajectories.learnable(since=since, environment=environment), key=lambda graded: graded.trajectory.id
-    )
+    learnable = memory.trajectories.learnable(since=since, environment=environment, is_for_weights=is_for_weights)
+    learnable.sort(key=lambda graded: graded.trajectory.id)
     newest = learnable if limit is None else learnable[max(0, len(learnable) - limit) :]
     graded = [
-        GradedTrajectory(each.trajectory, memory.trajectories.steps(each.trajectory.id), each.reward, each.is_success)
+        GradedTrajectory(
+            each.trajectory,
+            memory.trajectories.steps(each.trajectory.id),
+            each.reward,
+            each.is_success,
+            each.teacher,
+        )
         for each in newest
     ]
     refuse_held_out(graded)

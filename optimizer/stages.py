@@ -23,6 +23,7 @@ from optimizer.logged_evaluation import read_logged_cells
 from optimizer.practice import explore as play_exploration
 from optimizer.practice import practice
 from optimizer.report import write_report
+from optimizer.shares import count_rows
 from optimizer.training.base import count_parameters, locate_base
 from optimizer.training.spec import TrainingSpec
 from optimizer.workshop import Workshop
@@ -54,7 +55,9 @@ async def demonstrate(shop: Workshop) -> None:
         max_length_tokens=config.max_length_tokens,
         seed=config.seed,
         corrections=corrections,
+        teaching=config.teaching,
     )
+    built.tally["not_by_a_teacher"] = await asyncio.to_thread(_count_without_teacher, shop)
     _require_enough(len(built.rows), config.demonstrations.min_rows, len(pool), built.tally)
     write_rows(built.rows, shop.directory / "demonstrations.jsonl")
     await shop.keep(
@@ -66,9 +69,17 @@ async def demonstrate(shop: Workshop) -> None:
             "tokens_shown": built.tokens_shown,
             "tokens_kept": built.tokens_kept,
             "tally": dict(built.tally),
+            "teachers": count_rows(built.teachers, shop.key_names()),
             "trajectory_ids": built.trajectory_ids,
         }
     )
+
+
+def _count_without_teacher(shop: Workshop) -> int:
+    """Return how many rewarded trajectories and corrections count for no weights, because of who gave the feedback."""
+    trajectories = shop.memory.trajectories
+    num_rewarded = trajectories.count_learnable() - trajectories.count_learnable(is_for_weights=True)
+    return num_rewarded + shop.memory.feedback.count_corrections_without_teacher()
 
 
 def _require_enough(num_rows: int, min_rows: int, num_trajectories: int, tally: Counter[str]) -> None:
@@ -119,8 +130,16 @@ async def train_dpo(shop: Workshop) -> None:
         config=config.preferences,
         max_length_tokens=config.max_length_tokens,
         seed=config.seed,
+        teaching=config.teaching,
     )
-    await shop.keep(preferences={"num_rows": len(built.rows), "num_tasks": built.num_tasks, "tally": dict(built.tally)})
+    await shop.keep(
+        preferences={
+            "num_rows": len(built.rows),
+            "num_tasks": built.num_tasks,
+            "tally": dict(built.tally),
+            "teachers": count_rows(built.teachers, shop.key_names()),
+        }
+    )
     if len(built.rows) < config.preferences.min_rows:
         await _nominate(shop, sft["policy"])
         return

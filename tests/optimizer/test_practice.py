@@ -20,8 +20,8 @@ async def test_lessons_are_drawn_from_each_tenants_own_episodes(tmp_path) -> Non
         read.append(messages[-1]["content"])
         return f"ADD: {' and '.join(mark for mark in MARKS.values() if mark in read[-1])} taught this"
 
-    async def read_pool():
-        return grade(memory)
+    async def read_pool(**options):
+        return grade(memory, **options)
 
     with Memory.open(tmp_path, encoder=HashingEncoder()) as memory:
         for tenant, mark in MARKS.items():

@@ -51,17 +51,19 @@ async def test_tools_of_all_kinds_are_one_list_and_one_server_less_when_closed(t
     try:
         assert [tool.name for tool in box.tools] == ["price", "search_documents", "fetch_page", "shop_send_order"]
         assert [tool.name for tool in box.tools if tool.has_side_effects] == ["price", "shop_send_order"]
+        assert [tool.name for tool in box.tools if tool.is_trusted] == ["price", "search_documents"]
         assert "ordered tea" in (await run_tool(box.tools[3], '{"article": "tea"}')).content
     finally:
         await box.close()
 
 
 async def test_limits_are_what_the_configuration_says(tmp_path: Path):
-    limits = ToolLimits(timeout_seconds=1, max_concurrency=2, max_output_chars=3, side_effects=False)
+    limits = ToolLimits(timeout_seconds=1, max_concurrency=2, max_output_chars=3, side_effects=False, trusted=False)
     box = toolbox(tmp_path, functions=[f"{HERE}:price"], limits={"price": limits})
     await box.open()
     (tool,) = box.tools
-    assert (tool.timeout_seconds, tool.max_concurrency, tool.has_side_effects) == (1, 2, False)
+    assert (tool.timeout_seconds, tool.max_concurrency) == (1, 2)
+    assert (tool.has_side_effects, tool.is_trusted) == (False, False)
     assert (await run_tool(tool, '{"article": "tea"}')).content == "tea\n[3 more characters were cut]"
 
 
