@@ -328,6 +328,12 @@ class Trajectories:
             self.get(trajectory_id)
         return reward
 
+    def reward_for_weights(self, trajectory_id: str) -> float | None:
+        """Return the reward that counts when only those who may teach the weights are heard."""
+        with self._database.read() as session:
+            reward = _effective_reward_of(col(Trajectory.id), counts=[reward_teaches(teaching_keys(session))])
+            return session.scalar(select(reward).where(Trajectory.id == trajectory_id))
+
     def view(self, trajectory: Trajectory) -> TrajectoryView:
         """Return a trajectory with the reward that counts."""
         return self._with_reward(trajectory, self._find_reward(trajectory.id))
@@ -399,10 +405,16 @@ class Trajectories:
         is_success: bool | None = None,
         since: datetime | None = None,
         tenant: str = "",
+        is_for_weights: bool = False,
     ) -> builtins.list[TrajectoryView]:
         """Return trajectories with their rewards, newest first; pass the last id as `before_id` for the next page.
-        With `since`, only what was opened after it."""
-        reward = _effective_reward_of(col(Trajectory.id)).label("reward")
+        With `since`, only what was opened after it; with `is_for_weights`, with the rewards of those who may teach the
+        weights."""
+        counts = []
+        if is_for_weights:
+            with self._database.read() as session:
+                counts.append(reward_teaches(teaching_keys(session)))
+        reward = _effective_reward_of(col(Trajectory.id), counts=counts).label("reward")
         query = select(Trajectory, reward).where(Trajectory.tenant == tenant)
         if before_id is not None:
             query = query.where(col(Trajectory.id) < before_id)

@@ -245,7 +245,7 @@ async def _play_cell(shop: Workshop, cell: Cell, tasks: list[Task]) -> CellResul
         cell,
         tasks,
         rollout=shop.seams.rollout,
-        grade=shop.memory.trajectories.effective_reward,
+        grade=shop.memory.trajectories.reward_for_weights,
         success_reward=shop.memory.trajectories.success_reward,
         concurrency=shop.config.concurrency,
         seed=shop.config.seed,

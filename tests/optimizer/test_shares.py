@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 from memory.teaching import Teacher
+from memory.trajectories import Graded
 from optimizer.config import TeachingConfig
+from optimizer.rewards import choose_newest
 from optimizer.shares import choose_rows, count_rows
 
 PRACTICE = Teacher(is_environment=True)
@@ -73,3 +75,12 @@ def test_the_report_names_keys_and_no_persons():
     assert (second["teacher"], second["key_id"], second["user"]) == ("environment", None, "")
     assert "anna" not in str(first)
     assert count_rows([(ANNA,)], {})[0]["user"] == first["user"] != count_rows([(BEN,)], {})[0]["user"]
+
+
+def test_a_flood_by_one_teacher_leaves_the_pool_what_the_others_taught():
+    learnable = [Graded(None, 1.0, True, teacher) for teacher in [BEN, PRACTICE, BEN, *[ANNA] * 50]]
+    chosen = choose_newest(learnable, 7)
+    assert [each.teacher for each in chosen] == [BEN, PRACTICE, BEN, *[ANNA] * 4]
+    assert choose_newest(learnable[:3], 7) == learnable[:3]
+    ordered = [Graded(None, number, True, ANNA) for number in range(9)]
+    assert [each.reward for each in choose_newest(ordered, 3)] == [6, 7, 8]
