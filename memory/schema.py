@@ -407,6 +407,8 @@ class Document(SQLModel, table=True):
     tenant: str = ""
     title: str = Field(sa_type=CleanText)
     digest: str
+    trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
+    """Untrusted: a person wrote it for whom no operator answers."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 

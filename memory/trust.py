@@ -13,10 +13,14 @@ from collections.abc import Iterable, Sequence
 from sqlalchemy import ColumnElement, Select, and_, or_, union_all
 from sqlmodel import Session, col, select
 
-from memory.schema import Insight, Trajectory, Trust, clean
+from memory.schema import Document, Insight, Passage, Trajectory, Trust, clean
 
 Exchange = tuple[str, str]
 """(what the user said, what was replied)."""
+
+
+class UntrustedText(str):
+    """A text from an untrusted source, where trust cannot be told by who hands it over."""
 
 
 def is_trusted(table: type[Trajectory] | type[Insight]) -> ColumnElement[bool]:
@@ -42,6 +46,9 @@ def trust_of(
         _ids_of_distrusted(Insight, col(Insight.id).in_(memory_ids)),
         _ids_of_distrusted(Trajectory, col(Trajectory.id).in_(memory_ids)),
         _ids_of_distrusted(Trajectory, col(Trajectory.reply_digest).in_(digests)),
+        select(Passage.id)
+        .join(Document, col(Document.id) == Passage.document_id)
+        .where(col(Passage.id).in_(memory_ids), Document.trust == Trust.UNTRUSTED),
     )
     return Trust.UNTRUSTED if session.execute(distrusted.limit(1)).first() is not None else Trust.TRUSTED
 

@@ -22,6 +22,7 @@ import jsonschema
 import referencing
 from referencing.exceptions import Unresolvable
 
+from memory.trust import UntrustedText
 from runtime.errors import ToolError
 
 DEFAULT_TIMEOUT_SECONDS = 30.0
@@ -104,7 +105,8 @@ async def run_tool(tool: Tool, arguments_json: str, *, tenant: str = "") -> Tool
     running.add_done_callback(lambda ended: _leave(tool, ended))
     try:
         await asyncio.wait({running}, timeout=deadline - asyncio.get_running_loop().time())
-        return replace(_judge(tool, running), is_trusted=tool.is_trusted)
+        result = _judge(tool, running)
+        return replace(result, is_trusted=result.is_trusted and tool.is_trusted)
     finally:
         running.cancel()
 
@@ -127,7 +129,7 @@ def _judge(tool: Tool, running: asyncio.Future[str]) -> ToolResult:
     result = running.result()
     if not isinstance(result, str):
         return failed(f"{tool.name!r} returned {type(result).__name__}, not text")
-    return ToolResult(_cut(result, tool.max_output_chars))
+    return ToolResult(_cut(result, tool.max_output_chars), is_trusted=not isinstance(result, UntrustedText))
 
 
 def parse_arguments(arguments_json: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from memory.errors import IllegalMove, UnknownTrajectory
 from memory.insights import OperationKind
 from memory.schema import Insight, Trajectory, TrajectoryStage, Trust, now
 from memory.store import Memory
+from memory.trust import UntrustedText
 from tests.memory.episodes import add, open_trajectory, operation, play
 
 ASKED = {"environment": "kitchen", "kind": "cooking", "query_text": "fry it"}
@@ -93,3 +94,18 @@ async def test_a_conversation_that_contains_an_untrusted_reply_is_untrusted(memo
     assert memory.trajectories.trust_of(exchanges=exchanges, tenant="shop") is Trust.UNTRUSTED
     assert memory.trajectories.trust_of(exchanges=exchanges, tenant="acme") is Trust.TRUSTED
     assert memory.trajectories.trust_of(exchanges=[("Hello", "Much is new.")], tenant="shop") is Trust.TRUSTED
+
+
+async def test_a_passage_is_as_trusted_as_its_document(memory: Memory):
+    await memory.documents.ingest("Stoves", "A stove fries potatoes.", trust=Trust.UNTRUSTED)
+    await memory.documents.ingest("Tea", "Tea is brewed in a pot.")
+    await memory.index.drain()
+    (stoves,) = await memory.retrieval.find_passages("which stove fries potatoes", 1)
+    (tea,) = await memory.retrieval.find_passages("tea is brewed", 1)
+    assert isinstance(stoves, UntrustedText) and not isinstance(tea, UntrustedText)
+
+    shown = {document.title: memory.documents.passages(document.id)[0].id for document in memory.documents.list()}
+    assert memory.trajectories.trust_of(memory_ids=[shown["Tea"]]) is Trust.TRUSTED
+    assert memory.trajectories.trust_of(memory_ids=list(shown.values())) is Trust.UNTRUSTED
+    await memory.documents.ingest("Stoves", "A stove fries potatoes.")
+    assert memory.trajectories.trust_of(memory_ids=list(shown.values())) is Trust.TRUSTED

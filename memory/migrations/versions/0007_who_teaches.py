@@ -23,6 +23,7 @@ def upgrade() -> None:
     for table in ("trajectories", "insights"):
         op.add_column(table, sa.Column("approved_at", sa.DateTime(), nullable=True))
     op.add_column("trajectories", sa.Column("reply_digest", sa.String(), nullable=True))
+    op.add_column("documents", sa.Column("trust", sa.String(length=16), nullable=False, server_default="trusted"))
     is_set = sa.text("reply_digest IS NOT NULL")
     op.create_index(
         "trajectories_by_reply", "trajectories", ["reply_digest"], sqlite_where=is_set, postgresql_where=is_set
@@ -31,6 +32,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.drop_column("documents", "trust")
     op.drop_index("trajectories_by_reply", "trajectories")
     op.drop_column("trajectories", "reply_digest")
     for table in ("insights", "trajectories"):
