@@ -18,7 +18,7 @@ from sqlmodel import Session, col, select
 
 from memory.database import Database
 from memory.errors import UnknownDocument
-from memory.schema import Document, Outbox, Passage, new_id
+from memory.schema import Document, Outbox, Passage, Trust, new_id
 
 CHARS_PER_TOKEN = 4  # of English prose, about; the encoder's own tokenizer is not asked
 BREAKS = (
@@ -37,8 +37,11 @@ class Documents:
         self._database = database
         self._passage_chars = passage_tokens * CHARS_PER_TOKEN
 
-    async def ingest(self, title: str, content: str | Path, *, tenant: str = "") -> Document:
-        """Keep a document, given as text or as a UTF-8 file; return the row. The same content again changes nothing.
+    async def ingest(
+        self, title: str, content: str | Path, *, tenant: str = "", trust: Trust = Trust.TRUSTED
+    ) -> Document:
+        """Keep a document, given as text or as a UTF-8 file; return the row. The same content again changes nothing but
+        its trust.
 
         Raises: ValueError for a blank title, an empty document or a file that isn't UTF-8 text; OSError when it
         can't be read.
@@ -56,11 +59,15 @@ class Documents:
             theirs = select(Document).where(Document.tenant == tenant)
             known = session.exec(theirs.where(Document.digest == digest)).first()
             if known is not None:
+                known.trust = trust
+                session.add(known)
+                session.flush()
                 return known
             replaced = session.exec(theirs.where(Document.title == title)).first()
             if replaced is not None:
                 _remove(session, replaced)
-            return _add(session, Document(id=new_id("doc"), tenant=tenant, title=title, digest=digest), passages)
+            document = Document(id=new_id("doc"), tenant=tenant, title=title, digest=digest, trust=trust)
+            return _add(session, document, passages)
 
         return await self._database.write(write)
 

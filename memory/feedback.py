@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import insert
+from sqlalchemy import func, insert
 from sqlmodel import Session, col, select
 
 from memory.database import Database
@@ -29,6 +29,7 @@ from memory.schema import (
     dump_json,
     new_id,
 )
+from memory.teaching import OPERATOR, Teacher, correction_teaches, teaching_keys
 from memory.trajectories import Trajectories, check_reward
 
 # Not `trajectory_id`: an episode may have another newest trajectory by the time a retry comes.
@@ -44,6 +45,8 @@ class Correction:
     trajectory: Trajectory
     step: Step
     text: str
+    teacher: Teacher = OPERATOR
+    """Who wrote them."""
 
 
 class FeedbackBook:
@@ -56,7 +59,8 @@ class FeedbackBook:
         """Since the start, by kind: bool, number, text, comment, correction. One piece may be of several kinds."""
 
     async def post(self, feedback: Feedback) -> tuple[Feedback, bool]:
-        """Keep the feedback; return it, and whether it is new. A bool or a number also becomes a reward.
+        """Keep the feedback; return it, and whether it is new. A bool or a number also becomes a reward. Where it names
+        nobody, it is taken to come from the person whose episode it is about.
 
         Raises: UnknownTrajectory; UnknownStep; FeedbackConflict for a known id with another body; ValueError for a
         number outside [0, 1], and for a correction of a step that is no reply.
@@ -73,13 +77,15 @@ class FeedbackBook:
             known = session.get(Feedback, place)
             if known is not None:
                 return _same(known, values), False
-            _require_target(session, values)
+            target = _require_target(session, values)
+            values["user_id"] = values["user_id"] or target.user_id
             session.execute(insert(Feedback).values(**values))
             if is_number and values["step"] is None:
                 reason = ": ".join(part for part in (values["name"], values["comment"]) if part)
                 source = SOURCES.get(values["source"], RewardSource.USER)
                 reward = float(values["value"])
-                self._trajectories.add_reward(session, values["trajectory_id"], reward, source, reason)
+                given_by = {"key_id": values["key_id"], "user_id": values["user_id"]}
+                self._trajectories.add_reward(session, values["trajectory_id"], reward, source, reason, **given_by)
             return session.get_one(Feedback, place), True
 
         kept, is_new = await self._database.write(write)
@@ -108,44 +114,55 @@ class FeedbackBook:
                     found[trajectory_id].append(comment)
         return dict(found)
 
-    def corrections(self, *, limit: int) -> builtins.list[Correction]:
+    def corrections(self, *, limit: int, is_for_weights: bool = False) -> builtins.list[Correction]:
         """Return the newest corrections from which one may learn, oldest first: the last word on each reply, of
-        episodes that are over and not held out. Reads steps: for a thread when there may be many.
+        episodes that are over and not held out. With `is_for_weights`, only words of those who may teach the weights
+        (memory/teaching.py). Reads steps: for a thread when there may be many.
         """
-        query = (
-            select(Feedback, Trajectory)
-            .join(Trajectory, col(Trajectory.id) == Feedback.trajectory_id)
-            .where(
-                col(Feedback.correction).is_not(None),
-                Trajectory.stage != TrajectoryStage.RUNNING,
-                Trajectory.split != Split.HELD_OUT,
-            )
-            .order_by(col(Feedback.created_at).desc(), col(Feedback.id).desc())
-            .limit(limit)
-        )
+        query = _join_corrected(select(Feedback, Trajectory))
+        query = query.order_by(col(Feedback.created_at).desc(), col(Feedback.id).desc()).limit(limit)
         found: dict[tuple[str, int], Correction] = {}
         with self._database.read() as session:
+            if is_for_weights:
+                query = query.where(correction_teaches(teaching_keys(session)))
             for feedback, trajectory in session.exec(query).all():
                 place = _place_of_reply(session, feedback)
                 if place is not None and (trajectory.id, place) not in found:
                     step = session.get_one(Step, (trajectory.id, place))
-                    found[trajectory.id, place] = Correction(trajectory, step, feedback.correction or "")
+                    teacher = Teacher(trajectory.tenant, feedback.key_id, feedback.user_id)
+                    found[trajectory.id, place] = Correction(trajectory, step, feedback.correction or "", teacher)
         return builtins.list(found.values())[::-1]
 
+    def count_corrections_without_teacher(self) -> int:
+        """Return how many corrections were given by those who may not teach the weights."""
+        with self._database.read() as session:
+            query = _join_corrected(select(func.count()).select_from(Feedback))
+            return session.scalar(query.where(~correction_teaches(teaching_keys(session)))) or 0
 
-def _require_target(session: Session, values: dict[str, Any]) -> None:
+
+def _join_corrected(query: Any) -> Any:
+    """Narrow a query of feedback down to corrections from which one may learn, joined with their trajectories."""
+    return query.join(Trajectory, col(Trajectory.id) == Feedback.trajectory_id).where(
+        col(Feedback.correction).is_not(None),
+        Trajectory.stage != TrajectoryStage.RUNNING,
+        Trajectory.split != Split.HELD_OUT,
+    )
+
+
+def _require_target(session: Session, values: dict[str, Any]) -> Trajectory:
     trajectory_id, position = values["trajectory_id"], values["step"]
     target = session.get(Trajectory, trajectory_id)
     if target is None or target.tenant != values["tenant"]:
         raise UnknownTrajectory(f"no trajectory has the id {trajectory_id!r}: feedback needs its target")
     if position is None:
-        return
+        return target
     query = select(Step.kind).where(Step.trajectory_id == trajectory_id, Step.position == position)
     kind = session.scalar(query)
     if kind is None:
         raise UnknownStep(f"trajectory {trajectory_id!r} has no step {position!r}: read it to see which there are")
     if values["correction"] is not None and kind is not StepKind.MODEL:
         raise ValueError(f"step {position!r} of {trajectory_id!r} is a {kind.value}'s: correct a reply of the model")
+    return target
 
 
 def _place_of_reply(session: Session, feedback: Feedback) -> int | None:

@@ -21,7 +21,8 @@ from sqlalchemy import select as sql_select
 from sqlmodel import Session, col, select
 
 from memory.database import Database
-from memory.schema import Insight, Outbox, ReadEpisode, new_id, now
+from memory.schema import Insight, Outbox, ReadEpisode, Trust, new_id, now
+from memory.trust import is_trusted
 
 FIRST_STRENGTH = 2
 REMOVE_COST = 1
@@ -61,6 +62,8 @@ class InsightOperation:
     """The latest tally; it replaces the row's."""
     tenant: str = ""
     """Whose lesson it is: the tenant of the episodes behind it."""
+    trust: Trust = Trust.TRUSTED
+    """The least trust among the episodes behind it."""
 
 
 Place = tuple[str, str, str]
@@ -123,7 +126,7 @@ class Insights:
             return list(session.exec(_in_force(select(Insight), given), params=given))
 
     def standing(self, environment: str, kind: str, *, tenant: str) -> list[Standing]:
-        """Return the same of one kind of task, as much of it as a request needs."""
+        """Return the trusted ones of one kind of task, as much of them as a request needs."""
         place = {"tenant": tenant, "environment": environment, "kind": kind}
         return [Standing(*row) for row in self._database.fetch(_STANDING, place)]
 
@@ -137,7 +140,8 @@ def _in_force(query: Select, names: Iterable[str]) -> Select:
 
 
 _STANDING = _in_force(
-    sql_select(*(getattr(Insight, name) for name in Standing._fields)), ("tenant", "environment", "kind")
+    sql_select(*(getattr(Insight, name) for name in Standing._fields)).where(is_trusted(Insight)),
+    ("tenant", "environment", "kind"),
 )
 
 
@@ -160,7 +164,7 @@ class _Lists:
             case OperationKind.ADD if is_active:
                 return self._strengthen(insight, _gain(insight, operation.counts), operation.counts)
             case OperationKind.ADD:
-                return self._add(place, insight, operation.text, FIRST_STRENGTH, operation.counts)
+                return self._add(place, insight, operation.text, FIRST_STRENGTH, operation)
             case _ if not is_active:
                 return None
             case OperationKind.AGREE:
@@ -193,14 +197,15 @@ class _Lists:
             self._strengthen(insight, -strength, None)
             if other.removed_at is None:
                 return self._strengthen(other, 1, operation.counts)
-            return self._add(place, other, other.text, strength + 1, operation.counts)
+            return self._add(place, other, other.text, strength + 1, operation)
         del rows[_key(insight.text)]
         insight.text = _tidy(operation.new_text)
+        _set_trust(insight, operation.trust if insight.is_trusted else Trust.UNTRUSTED)
         rows[new_key] = insight
         return self._strengthen(insight, 1, operation.counts)
 
     def _add(
-        self, place: Place, removed: Insight | None, text: str, strength: int, counts: SupportCounts | None
+        self, place: Place, removed: Insight | None, text: str, strength: int, operation: InsightOperation
     ) -> Insight:
         """Make an insight, or bring back the removed one that has this text."""
         tenant, environment, kind = place
@@ -209,8 +214,9 @@ class _Lists:
         )
         insight.removed_at = None
         insight.strength = 0
+        _set_trust(insight, operation.trust)
         self._rows(place)[_key(text)] = insight
-        return self._strengthen(insight, strength, counts)
+        return self._strengthen(insight, strength, operation.counts)
 
     def _strengthen(self, insight: Insight, change: int, counts: SupportCounts | None) -> Insight:
         insight.strength = max(0, insight.strength + change)
@@ -230,6 +236,13 @@ def _gain(insight: Insight, counts: SupportCounts | None) -> int:
     """Return how much stronger a confirmation makes an insight: not at all where a tally has no new win to show,
     because the same episodes are counted again in every round."""
     return 1 if counts is None or counts.wins > insight.wins else 0
+
+
+def _set_trust(insight: Insight, trust: Trust) -> None:
+    """An approval was of the text as it was then: new words that are untrusted need another one."""
+    insight.trust = trust
+    if trust is Trust.UNTRUSTED:
+        insight.approved_at = None
 
 
 def _check(operation: InsightOperation) -> None:

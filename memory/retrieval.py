@@ -25,8 +25,9 @@ from memory.errors import StorageError
 from memory.exemplars import render_exemplar
 from memory.index import MemoryIndex, fuse
 from memory.insights import FIRST_STRENGTH, Insights, Standing
-from memory.schema import Document, Insight, Passage, Step, Trajectory
+from memory.schema import Document, Insight, Passage, Step, Trajectory, Trust
 from memory.tally import Tally
+from memory.trust import UntrustedText
 
 SIMILAR_PER_SHOWN = 4  # how many similar solved tasks are looked at for each that is shown: the shortest wins
 MIN_SIMILARITY = 0.3  # cosine; what is further away than this only distracts
@@ -188,11 +189,12 @@ class Retrieval:
             ]
 
     async def find_passages(self, query_text: str, num: int, *, tenant: str = "") -> list[str]:
-        """Return the passages nearest to a question, each after its document's title, best first.
+        """Return the passages nearest to a question, each after its document's title, best first; as `UntrustedText`
+        those of untrusted documents.
 
         Raises: StorageError.
         """
-        return [neutralise(text) for _, text in await self._find_passages(tenant, query_text, num)]
+        return [type(text)(neutralise(text)) for _, text in await self._find_passages(tenant, query_text, num)]
 
     async def _find_passages(self, tenant: str, query_text: str, num: int) -> list[tuple[str, str]]:
         if num == 0:
@@ -200,11 +202,13 @@ class Retrieval:
         near = await self._index.find("passages", query_text, num=num, tenant=tenant, min_similarity=MIN_SIMILARITY)
         if not near:
             return []
-        query = select(Passage.id, Passage.text, Document.title).join(Document, col(Document.id) == Passage.document_id)
+        query = select(Passage.id, Passage.text, Document.title, Document.trust)
+        query = query.join(Document, col(Document.id) == Passage.document_id)
         query = query.where(Document.tenant == tenant)
         with self._database.read() as session:
             rows = session.exec(query.where(col(Passage.id).in_([row_id for row_id, _ in near]))).all()
-        texts = {passage_id: f"{title}: {text}" for passage_id, text, title in rows}
+        kinds = {Trust.TRUSTED: str, Trust.UNTRUSTED: UntrustedText}
+        texts = {passage_id: kinds[trust](f"{title}: {text}") for passage_id, text, title, trust in rows}
         return [(row_id, texts[row_id]) for row_id, _ in near if row_id in texts]
 
 

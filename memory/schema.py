@@ -13,6 +13,7 @@ import json
 import secrets
 import time
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -137,6 +138,11 @@ class Trust(StrEnum):
     UNTRUSTED = "untrusted"  # text of a web page, an MCP server or a user's document had a part in it
 
 
+def least(trusts: Iterable[Trust]) -> Trust:
+    """Return the least trust among several; trusted where there are none."""
+    return Trust.UNTRUSTED if any(trust is Trust.UNTRUSTED for trust in trusts) else Trust.TRUSTED
+
+
 class PolicyStage(StrEnum):
     DRAFT = "draft"  # playable by its pin; an intermediate result (the SFT reference) stays here
     CANDIDATE = "candidate"
@@ -195,6 +201,12 @@ class Trajectory(SQLModel, table=True):
         Index("trajectories_by_stage", "stage", "closed_at"),
         Index("trajectories_by_tenant", "tenant", "id"),
         Index("trajectories_by_user", "tenant", "user_id"),
+        Index(
+            "trajectories_by_reply",
+            "reply_digest",
+            sqlite_where=text("reply_digest IS NOT NULL"),
+            postgresql_where=text("reply_digest IS NOT NULL"),
+        ),
     )
 
     id: str = Field(primary_key=True)
@@ -206,6 +218,10 @@ class Trajectory(SQLModel, table=True):
     is_shared: bool = False
     """The client says that no person's words are in it: memory of it serves the whole tenant."""
     trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
+    approved_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    """When an operator approved it. Only then may memory show, and weights learn, what is untrusted."""
+    reply_digest: str | None = None
+    """Of an untrusted episode's reply: a later conversation that contains this reply is untrusted, too."""
     episode_id: str = Field(index=True)
     environment: str | None = None  # None: asked by a client, not replayable
     task: str | None = None
@@ -234,9 +250,15 @@ class Trajectory(SQLModel, table=True):
     closed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
     @property
-    def task_key(self) -> tuple[str, str]:
-        """What makes two episodes tries at the same thing; a client's request that names no task is its own text."""
-        return (self.environment or "", self.task or self.task_text)
+    def task_key(self) -> tuple[str, str, str]:
+        """What makes two episodes tries at the same thing; a client's request that names no task is its own text.
+        The tenant is part of it: two tenants may give the same name to different things."""
+        return (self.tenant, self.environment or "", self.task or self.task_text)
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether memory may show it and weights may learn it: nothing untrusted is in it, or it was approved."""
+        return self.trust is Trust.TRUSTED or self.approved_at is not None
 
 
 class StepKind(StrEnum):
@@ -309,6 +331,10 @@ class Reward(SQLModel, table=True):
     value: float
     source: RewardSource = Field(sa_type=words_of(RewardSource))
     reason: str = Field(default="", sa_type=CleanText)
+    key_id: str | None = None
+    """The API key of the feedback that it comes from; None for an environment's, and without keys."""
+    user_id: str = ""
+    """The person whose feedback it comes from, where one was named."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 
@@ -350,6 +376,8 @@ class Insight(SQLModel, table=True):
     user_id: str = ""
     """The person whose words it was made of; empty: it may serve the whole tenant."""
     trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
+    approved_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    """When an operator approved it. Only then is it shown although it is untrusted."""
     environment: str
     kind: str
     text: str = Field(sa_type=CleanText)
@@ -362,6 +390,11 @@ class Insight(SQLModel, table=True):
     losses_otherwise: int = 0
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     removed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it may be shown: nothing untrusted is in it, or it was approved."""
+        return self.trust is Trust.TRUSTED or self.approved_at is not None
 
 
 class ReadEpisode(SQLModel, table=True):
@@ -384,6 +417,8 @@ class Document(SQLModel, table=True):
     tenant: str = ""
     title: str = Field(sa_type=CleanText)
     digest: str
+    trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
+    """Untrusted: a person wrote it for whom no operator answers."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 
@@ -464,7 +499,8 @@ class Scope(StrEnum):
     INFER = "infer"
     FEEDBACK = "feedback"
     LEARN = "learn"
-    ADMIN = "admin"  # all of the above, too
+    TEACH = "teach"  # its feedback counts for the weights, which all tenants share; opens no route by itself
+    ADMIN = "admin"  # opens what all of the above open; teaches in the default tenant only
 
 
 class ApiKey(SQLModel, table=True):

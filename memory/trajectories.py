@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import builtins
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, bindparam, case, exists, func, insert, literal, or_
+from sqlalchemy import ColumnElement, ScalarSelect, Select, and_, bindparam, case, exists, func, insert, literal, or_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased, defer
 from sqlmodel import Session, col, select
@@ -38,9 +38,12 @@ from memory.schema import (
     StepKind,
     Trajectory,
     TrajectoryStage,
+    Trust,
     new_id,
     now,
 )
+from memory.teaching import OPERATOR, Teacher, reward_teaches, teaching_keys
+from memory.trust import Exchange, digest_exchange, is_trusted, trust_of
 
 TRUST = (RewardSource.USER, RewardSource.CODE, RewardSource.ENVIRONMENT, RewardSource.JUDGE)  # most trusted first
 BYTES_PER_TOKEN_ID = 4
@@ -62,6 +65,8 @@ class Graded:
     trajectory: Trajectory
     reward: float
     is_success: bool
+    teacher: Teacher = OPERATOR
+    """Who gave the reward."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,11 @@ class Trajectories:
         answer: str | None = None,
         error: str | None = None,
         num_invalid_tool_calls: int = 0,
+        reply: str | None = None,
     ) -> Trajectory:
         """End the episode: sum its tokens and steps, fix its answer; a success becomes an exemplar.
 
+        `reply` is what the client reads as the answer, where that differs: a streamed one holds all texts of a turn.
         Raises: UnknownTrajectory; IllegalMove when it is closed already.
         """
 
@@ -126,6 +133,9 @@ class Trajectories:
             _close(session, trajectory, TrajectoryStage(stage), error)
             trajectory.answer = answer
             trajectory.num_invalid_tool_calls = num_invalid_tool_calls
+            said = reply or answer
+            if trajectory.trust is Trust.UNTRUSTED and said:
+                trajectory.reply_digest = digest_exchange(trajectory.tenant, trajectory.task_text, said)
             session.add(trajectory)
             self.note_exemplar(session, trajectory)
             return trajectory
@@ -143,11 +153,27 @@ class Trajectories:
         )
 
     def add_reward(
-        self, session: Session, trajectory_id: str, value: float, source: RewardSource, reason: str
+        self,
+        session: Session,
+        trajectory_id: str,
+        value: float,
+        source: RewardSource,
+        reason: str,
+        *,
+        key_id: str | None = None,
+        user_id: str = "",
     ) -> Reward:
-        """Add a reward inside a transaction of the caller's."""
+        """Add a reward inside a transaction of the caller's, with the key and the person it comes from."""
         trajectory = _require(session, trajectory_id)
-        reward = Reward(id=new_id("rew"), trajectory_id=trajectory_id, value=value, source=source, reason=reason)
+        reward = Reward(
+            id=new_id("rew"),
+            trajectory_id=trajectory_id,
+            value=value,
+            source=source,
+            reason=reason,
+            key_id=key_id,
+            user_id=user_id,
+        )
         session.add(reward)
         session.flush()
         self.note_exemplar(session, trajectory)
@@ -160,6 +186,42 @@ class Trajectories:
         reward = session.scalar(_EFFECTIVE_REWARD, {"trajectory_id": trajectory.id})
         if reward is not None:
             session.add(Outbox(collection="exemplars", row_id=trajectory.id, is_removed=reward < self.success_reward))
+
+    async def distrust(self, trajectory_id: str) -> None:
+        """Mark an episode that untrusted text is about to enter. Raises: UnknownTrajectory."""
+
+        def write(session: Session) -> None:
+            trajectory = _require(session, trajectory_id)
+            trajectory.trust = Trust.UNTRUSTED
+            session.add(trajectory)
+
+        await self._database.write(write)
+
+    async def approve(self, trajectory_id: str, *, tenant: str | None = None) -> Trajectory:
+        """Let memory show and weights learn an episode although untrusted text is in it: an operator has read it.
+
+        Raises: UnknownTrajectory; IllegalMove while it is still running, because more text may enter it.
+        """
+
+        def write(session: Session) -> Trajectory:
+            trajectory = _require(session, trajectory_id, tenant)
+            if trajectory.stage is TrajectoryStage.RUNNING:
+                raise IllegalMove(f"trajectory {trajectory_id!r} is still running: approve it when it is closed")
+            trajectory.approved_at = trajectory.approved_at or now()
+            session.add(trajectory)
+            self.note_exemplar(session, trajectory)
+            return trajectory
+
+        return await self._database.write(write)
+
+    def trust_of(
+        self, *, memory_ids: Sequence[str] = (), exchanges: Sequence[Exchange] = (), tenant: str = ""
+    ) -> Trust:
+        """Return the least trust among the memories that an episode is shown and what was said before it."""
+        if not memory_ids and not exchanges:
+            return Trust.TRUSTED
+        with self._database.read() as session:
+            return trust_of(session, memory_ids=memory_ids, exchanges=exchanges, tenant=tenant)
 
     async def note_invalid_calls(self, trajectory_id: str, num_invalid_tool_calls: int) -> None:
         """Keep the count of a running trajectory for whoever takes it up again. Raises: UnknownTrajectory."""
@@ -266,6 +328,12 @@ class Trajectories:
             self.get(trajectory_id)
         return reward
 
+    def reward_for_weights(self, trajectory_id: str) -> float | None:
+        """Return the reward that counts when only those who may teach the weights are heard."""
+        with self._database.read() as session:
+            reward = _effective_reward_of(col(Trajectory.id), counts=[reward_teaches(teaching_keys(session))])
+            return session.scalar(select(reward).where(Trajectory.id == trajectory_id))
+
     def view(self, trajectory: Trajectory) -> TrajectoryView:
         """Return a trajectory with the reward that counts."""
         return self._with_reward(trajectory, self._find_reward(trajectory.id))
@@ -275,32 +343,45 @@ class Trajectories:
         return reward
 
     def exemplary(self) -> Select:
-        """The query for every trajectory that may be shown as an exemplar: finished, a success, not held out."""
+        """The query for every trajectory that may be shown as an exemplar: finished, a success, trusted, not held
+        out."""
         return select(Trajectory).where(
             Trajectory.stage == TrajectoryStage.FINISHED,
             Trajectory.split != Split.HELD_OUT,
+            is_trusted(Trajectory),
             _effective_reward_of(col(Trajectory.id)) >= self.success_reward,
         )
 
-    def learnable(self, *, since: datetime | None = None, environment: str | None = None) -> builtins.list[Graded]:
+    def learnable(
+        self, *, since: datetime | None = None, environment: str | None = None, is_for_weights: bool = False
+    ) -> builtins.list[Graded]:
         """Return what may be learned from: finished, rewarded, not held out, oldest first; of all tenants.
 
-        With `since`, only what was closed or rewarded after it: feedback may come late.
+        With `since`, only what was closed or rewarded after it: feedback may come late. With `is_for_weights`, only
+        rewards of those who may teach the weights count (memory/teaching.py).
         """
-        reward = _effective_reward_of(col(Trajectory.id)).label("reward")
-        query = select(Trajectory, reward).where(
-            Trajectory.stage == TrajectoryStage.FINISHED,
-            Trajectory.split != Split.HELD_OUT,
-            reward.is_not(None),
-        )
+        query = select(Trajectory, Reward)
         if since is not None:
-            is_rewarded_since = exists().where(Reward.trajectory_id == Trajectory.id, col(Reward.created_at) > since)
+            later = aliased(Reward)
+            is_rewarded_since = exists().where(later.trajectory_id == Trajectory.id, later.created_at > since)
             query = query.where(or_(col(Trajectory.closed_at) > since, is_rewarded_since))
         if environment is not None:
             query = query.where(Trajectory.environment == environment)
         with self._database.read() as session:
+            counts = [reward_teaches(teaching_keys(session))] if is_for_weights else []
+            query = query.where(*_is_learnable(counts))
             rows = session.exec(query.order_by(col(Trajectory.closed_at), col(Trajectory.id))).all()
-        return [Graded(trajectory, value, value >= self.success_reward) for trajectory, value in rows]
+        return [
+            Graded(trajectory, reward.value, reward.value >= self.success_reward, _teacher_of(trajectory, reward))
+            for trajectory, reward in rows
+        ]
+
+    def count_learnable(self, *, is_for_weights: bool = False) -> int:
+        """Return how many trajectories may be learned from, or by how many the weights may be taught."""
+        with self._database.read() as session:
+            counts = [reward_teaches(teaching_keys(session))] if is_for_weights else []
+            query = select(func.count()).select_from(Trajectory).join(Reward, and_(*_is_learnable(counts)))
+            return session.scalar(query) or 0
 
     def kept_back(self) -> set[tuple[str, str]]:
         """Return (tenant, task) of every held-out task that a client played, and (tenant, text) of it."""
@@ -324,10 +405,16 @@ class Trajectories:
         is_success: bool | None = None,
         since: datetime | None = None,
         tenant: str = "",
+        is_for_weights: bool = False,
     ) -> builtins.list[TrajectoryView]:
         """Return trajectories with their rewards, newest first; pass the last id as `before_id` for the next page.
-        With `since`, only what was opened after it."""
-        reward = _effective_reward_of(col(Trajectory.id)).label("reward")
+        With `since`, only what was opened after it; with `is_for_weights`, with the rewards of those who may teach the
+        weights."""
+        counts = []
+        if is_for_weights:
+            with self._database.read() as session:
+                counts.append(reward_teaches(teaching_keys(session)))
+        reward = _effective_reward_of(col(Trajectory.id), counts=counts).label("reward")
         query = select(Trajectory, reward).where(Trajectory.tenant == tenant)
         if before_id is not None:
             query = query.where(col(Trajectory.id) < before_id)
@@ -436,14 +523,34 @@ def _outcome_of(trajectory: Trajectory) -> str:
     return "truncated" if is_truncated else trajectory.stage.value
 
 
-def _effective_reward_of(trajectory_id):
-    """The scalar subquery behind `effective_reward`; evaluated per row, so a page costs a page."""
+def _is_learnable(counts: builtins.list[ColumnElement[bool]]) -> builtins.list[ColumnElement[bool]]:
+    """The conditions that join each trajectory that may be learned from with the reward that counts for that."""
+    return [
+        Trajectory.stage == TrajectoryStage.FINISHED,
+        Trajectory.split != Split.HELD_OUT,
+        Reward.trajectory_id == Trajectory.id,
+        col(Reward.id) == _effective_reward_of(col(Trajectory.id), "id", counts),
+    ]
+
+
+def _teacher_of(trajectory: Trajectory, reward: Reward) -> Teacher:
+    if reward.source is RewardSource.ENVIRONMENT:
+        return Teacher(trajectory.tenant, trajectory.key_id, trajectory.user_id, is_environment=True)
+    return Teacher(trajectory.tenant, reward.key_id, reward.user_id)
+
+
+def _effective_reward_of(
+    trajectory_id, column: str = "value", counts: Sequence[ColumnElement[bool]] = ()
+) -> ScalarSelect[Any]:
+    """The scalar subquery behind `effective_reward`; evaluated per row, so a page costs a page. `counts` narrows down
+    whose rewards are looked at."""
     rank = case({source: place for place, source in enumerate(TRUST)}, value=col(Reward.source))
     return (
-        select(Reward.value)
-        .where(Reward.trajectory_id == trajectory_id)
+        select(getattr(Reward, column))
+        .where(Reward.trajectory_id == trajectory_id, *counts)
         .order_by(rank, col(Reward.created_at).desc(), col(Reward.id).desc())
         .limit(1)
+        .correlate(Trajectory)  # alone: the query around it may select rewards of its own
         .scalar_subquery()
     )
 

@@ -154,6 +154,21 @@ class PreferenceConfig(BaseModel, extra="forbid"):
     max_rows: int = 2000
 
 
+class TeachingConfig(BaseModel, extra="forbid"):
+    """How much of the rows one teacher may give, so that a flood of feedback doesn't steer everybody's weights."""
+
+    max_rows_per_user: int = Field(default=200, ge=1)
+    """Of one named person; feedback that names nobody counts for its key alone."""
+    max_rows_per_key: int = Field(default=1000, ge=1)
+    max_rows_per_tenant: int = Field(default=1000, ge=1)
+    """Of a tenant other than the default one, which is the operator's own."""
+    corrections_per_task: int = Field(default=4, ge=1)
+    """The newest of one task."""
+    max_share: float = Field(default=0.5, ge=0.5, le=1)
+    """Largest share of the rows for one user, one key, or one tenant other than the default one, where others teach
+    too; 1 lifts it. Not below one half: two who teach alike would cut each other down to nothing."""
+
+
 class EvaluationConfig(BaseModel, extra="forbid"):
     """What is played to decide, and what a promotion needs."""
 
@@ -200,6 +215,7 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     """The newest so many rewarded trajectories are learned from."""
     demonstrations: DemonstrationConfig = DemonstrationConfig()
     preferences: PreferenceConfig = PreferenceConfig()
+    teaching: TeachingConfig = TeachingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     recipe: dict[str, Any] = {}
     """Single entries of the recipe to replace, for example `{"sft_epochs": 3}`."""

@@ -56,14 +56,15 @@ async def open_cycle(memory: Any, config: OptimizerConfig, *, seams: Seams | Non
         TooFewTrajectories: it would learn from logged episodes only, and they cannot be enough.
     """
     if config.practice_episodes == 0:
-        successes, failures = split(grade(memory, limit=config.max_pool))
-        corrections = memory.feedback.corrections(limit=config.demonstrations.min_rows)
+        successes, failures = split(grade(memory, limit=config.max_pool, is_for_weights=True))
+        corrections = memory.feedback.corrections(limit=config.demonstrations.min_rows, is_for_weights=True)
         num_missing = config.demonstrations.min_rows - len(successes) - len(corrections)
         if num_missing > 0:
             raise TooFewTrajectories(
                 f"{len(successes)} of {len(successes) + len(failures)} rewarded trajectories are successes, "
                 f"{len(corrections)} replies were corrected, and {config.demonstrations.min_rows} are needed: "
-                f"{num_missing} are missing; ask for practice_episodes, or give feedback",
+                f"{num_missing} are missing; ask for practice_episodes, or give feedback (with keys, with one that has "
+                "the scope 'teach')",
                 num_missing=num_missing,
             )
     if seams is not None:

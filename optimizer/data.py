@@ -20,9 +20,10 @@ from typing import Any
 
 from memory.feedback import Correction
 from memory.schema import Step
-from optimizer.config import DemonstrationConfig, PreferenceConfig
+from optimizer.config import DemonstrationConfig, PreferenceConfig, TeachingConfig
 from optimizer.corrections import stitch_correction
 from optimizer.rewards import GradedTrajectory, refuse_held_out
+from optimizer.shares import Teachers, choose_rows
 from optimizer.stitching import Row, SegmentEdit, Unstitchable, plan_memory_removal, remove_memory, stitch
 
 
@@ -56,6 +57,8 @@ class DemonstrationRows:
 
     rows: list[Demonstration] = field(default_factory=list)
     tally: Counter[str] = field(default_factory=Counter)
+    teachers: list[Teachers] = field(default_factory=list)
+    """Who is behind each row."""
     num_tasks: int = 0
     num_corrections: int = 0
     """Rows that are not what was played, but what somebody said should have been."""
@@ -91,6 +94,8 @@ class PreferenceRows:
 
     rows: list[Preference] = field(default_factory=list)
     tally: Counter[str] = field(default_factory=Counter)
+    teachers: list[Teachers] = field(default_factory=list)
+    """Who is behind each row."""
     num_tasks: int = 0
 
     @property
@@ -106,6 +111,7 @@ def build_demonstrations(
     max_length_tokens: int,
     seed: int = 0,
     corrections: Sequence[Correction] = (),
+    teaching: TeachingConfig | None = None,
 ) -> DemonstrationRows:
     """Return the rows to imitate: corrections, and successes that nobody corrected, few per task, the shortest first.
     Mostly without their memory segment."""
@@ -113,9 +119,18 @@ def build_demonstrations(
     refuse_held_out(graded)
     refuse_held_out(corrections)
     built = DemonstrationRows()
-    _take_corrections(corrections, tokenizer, config, max_length_tokens, seed, built)
+    teaching = teaching or TeachingConfig()
+    _take_corrections(
+        _newest_per_task(corrections, teaching.corrections_per_task, built.tally),
+        tokenizer,
+        config,
+        max_length_tokens,
+        seed,
+        built,
+    )
     corrected = {each.trajectory.id for each in corrections}
-    by_task: dict[tuple[str, str], list[_Episode]] = defaultdict(list)
+    teachers = {each.trajectory.id: (each.teacher,) for each in graded}
+    by_task: dict[tuple[str, ...], list[_Episode]] = defaultdict(list)
     for each in graded:
         try:
             _require_imitable(each)
@@ -129,8 +144,9 @@ def build_demonstrations(
             by_task[each.trajectory.task_key].append(episode)
     for _, episodes in sorted(by_task.items()):
         _take_shortest(episodes, config.per_task, built)
-    built.rows = _cap(built.rows, config.max_rows, seed, built.tally)
-    built.tally["used"] = len(built.rows)
+    built.teachers += [teachers[row.trajectory_id] for row in built.rows[built.num_corrections :]]
+    _bound_rows(built, config, teaching, seed)
+    built.num_corrections = sum(row.is_correction for row in built.rows)
     return built
 
 
@@ -157,11 +173,12 @@ def _take_corrections(
     seed: int,
     built: DemonstrationRows,
 ) -> None:
-    """Add a row for each correction that can be one. No cap for a task: somebody took the trouble."""
+    """Add a row for each correction that can be one."""
     tasks = set()
     for each in corrections:
         has_memory = bool(each.trajectory.memory_text) and _keeps_memory(each, config, seed)
         try:
+            _require_trusted(each)
             row = stitch_correction(each, tokenizer)
             kept = row if has_memory else remove_memory(row, plan_memory_removal(each.trajectory, tokenizer))
             if len(kept.input_ids) > max_length_tokens:
@@ -170,6 +187,7 @@ def _take_corrections(
             built.tally[str(reason)] += 1
             continue
         built.rows.append(Demonstration(each.trajectory.id, kept.input_ids, kept.mask, has_memory, True))
+        built.teachers.append((each.teacher,))
         built.tokens_shown += row.num_prompt_tokens
         built.tokens_kept += kept.num_prompt_tokens
         tasks.add(each.trajectory.task_key)
@@ -177,9 +195,28 @@ def _take_corrections(
     built.num_tasks += len(tasks)
 
 
+def _newest_per_task(corrections: Sequence[Correction], most: int, tally: Counter[str]) -> list[Correction]:
+    """Return the corrections, oldest first, without those of a task beyond the newest `most`."""
+    num_left: Counter[tuple[str, ...]] = Counter(each.trajectory.task_key for each in corrections)
+    kept = []
+    for each in corrections:
+        if num_left[each.trajectory.task_key] <= most:
+            kept.append(each)
+        else:
+            tally["over_correction_cap"] += 1
+        num_left[each.trajectory.task_key] -= 1
+    return kept
+
+
+def _require_trusted(each: GradedTrajectory | Correction) -> None:
+    if not each.trajectory.is_trusted:
+        raise Unstitchable("untrusted")
+
+
 def _require_imitable(each: GradedTrajectory) -> None:
     if not each.is_success:
         raise Unstitchable("not_a_success")
+    _require_trusted(each)
     if each.trajectory.num_invalid_tool_calls > 0:
         raise Unstitchable("invalid_tool_calls")
     if any(step.finish_reason == "length" for step in each.model_steps):
@@ -243,6 +280,7 @@ def build_preferences(
     config: PreferenceConfig,
     max_length_tokens: int,
     seed: int = 0,
+    teaching: TeachingConfig | None = None,
 ) -> PreferenceRows:
     """Return (prompt, chosen, rejected) rows: same task, success over failure, parted where they first differ (ETO).
 
@@ -253,7 +291,7 @@ def build_preferences(
     graded = list(graded)
     refuse_held_out(graded)
     built = PreferenceRows()
-    by_task: dict[tuple[str, str], list[GradedTrajectory]] = defaultdict(list)
+    by_task: dict[tuple[str, ...], list[GradedTrajectory]] = defaultdict(list)
     for each in graded:
         by_task[each.trajectory.task_key].append(each)
     for _, tries in sorted(by_task.items()):
@@ -263,8 +301,9 @@ def build_preferences(
             built.num_tasks += bool(found)
         else:
             built.tally["no_contrast"] += 1
-    built.rows = _cap(built.rows, config.max_rows, seed, built.tally)
-    built.tally["used"] = len(built.rows)
+    teachers = {each.trajectory.id: each.teacher for each in graded}
+    built.teachers = [(teachers[row.chosen_trajectory_id], teachers[row.rejected_trajectory_id]) for row in built.rows]
+    _bound_rows(built, config, teaching or TeachingConfig(), seed)
     return built
 
 
@@ -318,6 +357,7 @@ class _Side:
 
 
 def _stitch_side(each: GradedTrajectory, tokenizer: Any, tally: Counter[str]) -> _Side:
+    _require_trusted(each)  # a page that makes the agent fail must not choose what is unlearned either
     if each.is_success:
         _require_imitable(each)
     rows, joints = stitch(each.steps)
@@ -373,12 +413,20 @@ def _first_differing_step(left: Sequence[Step], right: Sequence[Step]) -> int:
     raise Unstitchable("same_outputs")
 
 
-def _cap(rows: list[Any], max_rows: int, seed: int, tally: Counter[str]) -> list[Any]:
-    if len(rows) <= max_rows:
-        return rows
-    tally["over_total_cap"] += len(rows) - max_rows
-    kept = sorted(random.Random(seed).sample(range(len(rows)), max_rows))
-    return [rows[position] for position in kept]
+def _bound_rows(
+    built: DemonstrationRows | PreferenceRows,
+    config: DemonstrationConfig | PreferenceConfig,
+    teaching: TeachingConfig,
+    seed: int,
+) -> None:
+    """Leave out what is over a teacher's bounds, then what is over the total."""
+    kept = choose_rows(built.teachers, teaching, floor=config.min_rows, seed=seed, tally=built.tally)
+    if len(kept) > config.max_rows:
+        built.tally["over_total_cap"] += len(kept) - config.max_rows
+        kept = sorted(random.Random(seed).sample(kept, config.max_rows))
+    built.rows = [built.rows[position] for position in kept]
+    built.teachers = [built.teachers[position] for position in kept]
+    built.tally["used"] = len(built.rows)
 
 
 def write_rows(rows: Sequence[Demonstration | Preference], path: Path) -> None:

@@ -5,7 +5,8 @@ Flow: trajectories of the two policies -> the newest try of each task -> tries m
 
 Invariants: only what was lived since the candidate exists counts, so that both had the same memory to draw on; a try
 without a reward stays in, as a doubt: who rewards only what went well proves nothing. Only the default tenant's tries
-count: policies are everybody's, and no tenant's feedback shall choose them for the others.
+count, and of their rewards only those of whoever may teach the weights: policies are everybody's, and no tenant's
+feedback shall choose them for the others.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def read_logged_cells(
 
 def _newest_tries(memory: Any, policy: Policy, *, since: Policy, limit: int) -> Tries:
     views = memory.trajectories.list(
-        split=Split.HELD_OUT, policy=policy.version, since=since.created_at, limit=limit, tenant=""
+        split=Split.HELD_OUT, policy=policy.version, since=since.created_at, limit=limit, tenant="", is_for_weights=True
     )
     return {view.trajectory.task_key: view for view in reversed(views)}
 

@@ -250,6 +250,9 @@ def _render_data(report: dict[str, Any]) -> str:
         f"{preferences.get('num_rows', 0)} preferences of {preferences.get('num_tasks', 0)} tasks "
         f"({_tally(preferences.get('tally', {}))}).",
     ]
+    lines += [
+        _render_teachers(title, of) for title, of in (("demonstrations", demonstrations), ("preferences", preferences))
+    ]
     if "dpo" not in report["training"]:
         lines.append("Too few preferences for DPO: the SFT policy itself was the candidate.")
     return "\n\n".join(lines)
@@ -262,6 +265,21 @@ def _render_trained_share(demonstrations: dict[str, Any]) -> str:
         f"({demonstrations['trained_tokens']} of {demonstrations['own_tokens']}). {num_forks} model calls began a row "
         "of their own, because the chat template wrote an earlier reply differently than it was sampled."
     )
+
+
+def _render_teachers(title: str, data: dict[str, Any]) -> str:
+    """Return a table of who taught how much; a preference counts for whoever judged either of its sides."""
+    rows = [
+        [
+            repr(teacher["tenant"]) if teacher["tenant"] else "default",
+            teacher["teacher"],
+            f"{teacher['key_name'] or ''} ({teacher['key_id']})" if teacher["key_id"] else "none",
+            teacher["user"] or "unnamed",
+            str(teacher["num_rows"]),
+        ]
+        for teacher in data.get("teachers", [])
+    ]
+    return _table(["tenant", f"{title} taught by", "key", "user (hash)", "rows"], rows)
 
 
 def _render_training(training: dict[str, Any]) -> str:

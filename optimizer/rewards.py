@@ -5,6 +5,7 @@ Refuses to judge by itself: rewards are rows (environment, code, user, judge), a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +13,8 @@ from typing import Any
 
 from memory.feedback import Correction
 from memory.schema import Split, Step, StepKind, Trajectory
+from memory.teaching import OPERATOR, Teacher
+from memory.trajectories import Graded
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class GradedTrajectory:
     steps: list[Step]
     reward: float
     is_success: bool
+    teacher: Teacher = OPERATOR
+    """Who gave the reward."""
 
     @property
     def model_steps(self) -> list[Step]:
@@ -29,22 +34,45 @@ class GradedTrajectory:
 
 
 def grade(
-    memory: Any, *, since: datetime | None = None, environment: str | None = None, limit: int | None = None
+    memory: Any,
+    *,
+    since: datetime | None = None,
+    environment: str | None = None,
+    limit: int | None = None,
+    is_for_weights: bool = False,
 ) -> list[GradedTrajectory]:
-    """Return the learnable trajectories with their steps, oldest first; of more than `limit`, the newest.
+    """Return the learnable trajectories with their steps, oldest first; of more than `limit`, the newest of each
+    teacher. With `is_for_weights`, by the rewards of those who may teach the weights alone.
 
     Reads the database: call it in a thread when there may be many.
     """
-    learnable = sorted(
-        memory.trajectories.learnable(since=since, environment=environment), key=lambda graded: graded.trajectory.id
-    )
-    newest = learnable if limit is None else learnable[max(0, len(learnable) - limit) :]
+    learnable = memory.trajectories.learnable(since=since, environment=environment, is_for_weights=is_for_weights)
+    learnable.sort(key=lambda graded: graded.trajectory.id)
+    newest = learnable if limit is None else choose_newest(learnable, limit)
     graded = [
-        GradedTrajectory(each.trajectory, memory.trajectories.steps(each.trajectory.id), each.reward, each.is_success)
+        GradedTrajectory(
+            each.trajectory,
+            memory.trajectories.steps(each.trajectory.id),
+            each.reward,
+            each.is_success,
+            each.teacher,
+        )
         for each in newest
     ]
     refuse_held_out(graded)
     return graded
+
+
+def choose_newest(learnable: list[Graded], limit: int) -> list[Graded]:
+    """Return `limit` of these, oldest first: the newest, from each teacher in turn. One who rewards thousands must not
+    push out what the others taught."""
+    num_newer: Counter[Teacher] = Counter()
+    ranked = []
+    for age, each in enumerate(reversed(learnable)):
+        ranked.append((num_newer[each.teacher], age, each))
+        num_newer[each.teacher] += 1
+    ranked.sort(key=lambda found: found[:2])
+    return [each for _, _, each in sorted(ranked[:limit], key=lambda found: -found[1])]
 
 
 def split(graded: Iterable[GradedTrajectory]) -> tuple[list[GradedTrajectory], list[GradedTrajectory]]:

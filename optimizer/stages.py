@@ -33,6 +33,7 @@ from optimizer.placement import Placement, place_training
 from optimizer.practice import explore as play_exploration
 from optimizer.practice import practice
 from optimizer.report import write_report
+from optimizer.shares import count_rows
 from optimizer.training.base import locate_base
 from optimizer.training.footprint import Kind
 from optimizer.training.launch import read_finished
@@ -71,8 +72,10 @@ async def demonstrate(shop: Workshop) -> None:
         max_length_tokens=placement.max_length_tokens("sft"),
         seed=config.seed,
         corrections=corrections,
+        teaching=config.teaching,
     )
     _require_own_tokens(built, shop.memory.policies.get(0).base_model)
+    built.tally["not_by_a_teacher"] = await asyncio.to_thread(_count_without_teacher, shop)
     _require_enough(built.num_examples, config.demonstrations.min_rows, len(pool), built.tally)
     write_rows(built.rows, shop.directory / "demonstrations.jsonl")
     await shop.keep(
@@ -89,6 +92,7 @@ async def demonstrate(shop: Workshop) -> None:
             "tokens_shown": built.tokens_shown,
             "tokens_kept": built.tokens_kept,
             "tally": dict(built.tally),
+            "teachers": count_rows(built.teachers, shop.key_names()),
             "trajectory_ids": built.trajectory_ids,
         }
     )
@@ -105,6 +109,13 @@ def _require_own_tokens(built: DemonstrationRows, base_model: str) -> None:
         "tokens); make the chat template in the model's directory the one that the engine serves with, or set "
         "demonstrations.keep_memory_share to 1 to leave the memory segment in the prompts"
     )
+
+
+def _count_without_teacher(shop: Workshop) -> int:
+    """Return how many rewarded trajectories and corrections count for no weights, because of who gave the feedback."""
+    trajectories = shop.memory.trajectories
+    num_rewarded = trajectories.count_learnable() - trajectories.count_learnable(is_for_weights=True)
+    return num_rewarded + shop.memory.feedback.count_corrections_without_teacher()
 
 
 def _require_enough(num_rows: int, min_rows: int, num_trajectories: int, tally: Counter[str]) -> None:
@@ -160,8 +171,16 @@ async def train_dpo(shop: Workshop) -> None:
         config=config.preferences,
         max_length_tokens=placement.max_length_tokens("dpo"),
         seed=config.seed,
+        teaching=config.teaching,
     )
-    await shop.keep(preferences={"num_rows": len(built.rows), "num_tasks": built.num_tasks, "tally": dict(built.tally)})
+    await shop.keep(
+        preferences={
+            "num_rows": len(built.rows),
+            "num_tasks": built.num_tasks,
+            "tally": dict(built.tally),
+            "teachers": count_rows(built.teachers, shop.key_names()),
+        }
+    )
     if len(built.rows) < config.preferences.min_rows:
         await _nominate(shop, sft["policy"])
         return
@@ -266,7 +285,7 @@ async def _play_cell(shop: Workshop, cell: Cell, tasks: list[Task]) -> CellResul
         cell,
         tasks,
         rollout=shop.seams.rollout,
-        grade=shop.memory.trajectories.effective_reward,
+        grade=shop.memory.trajectories.reward_for_weights,
         success_reward=shop.memory.trajectories.success_reward,
         concurrency=shop.config.concurrency,
         seed=shop.config.seed,

@@ -82,18 +82,26 @@ class Workshop:
         """Return a seed that is always the same for the same place in the same cycle."""
         return random.Random(f"{self.config.seed}/{self.cycle_id}/{names}").getrandbits(31)
 
-    async def read_pool(self, *, this_cycle_only: bool = False) -> list[GradedTrajectory]:
-        """Return what may be learned from, oldest first; held-out tasks stay out, also when a client asked for one."""
+    async def read_pool(self, *, this_cycle_only: bool = False, is_for_weights: bool = True) -> list[GradedTrajectory]:
+        """Return what may be learned from, oldest first; held-out tasks stay out, also when a client asked for one.
+        Weights learn from those who may teach them; words of a tenant's memory from all of its feedback."""
         since = self.cycle.created_at if this_cycle_only else None
-        return await self._drop_held_out(
-            await asyncio.to_thread(grade, self.memory, since=since, limit=self.config.max_pool)
+        graded = await asyncio.to_thread(
+            grade, self.memory, since=since, limit=self.config.max_pool, is_for_weights=is_for_weights
         )
+        return await self._drop_held_out(graded)
 
     async def read_corrections(self) -> list[Correction]:
-        """Return what people said replies should have been; of held-out tasks none, whoever asked."""
-        return await self._drop_held_out(
-            await asyncio.to_thread(self.memory.feedback.corrections, limit=self.config.max_pool)
+        """Return what those who may teach the weights said replies should have been; of held-out tasks none, whoever
+        asked."""
+        corrections = await asyncio.to_thread(
+            self.memory.feedback.corrections, limit=self.config.max_pool, is_for_weights=True
         )
+        return await self._drop_held_out(corrections)
+
+    def key_names(self) -> dict[str, str]:
+        """Return the names of API keys by their ids."""
+        return {key.id: key.name for key in self.memory.keys.list()}
 
     async def _drop_held_out(self, found: list[Lived]) -> list[Lived]:
         """Leave out tries at a task that measures, though they were not marked so themselves."""
@@ -102,7 +110,7 @@ class Workshop:
 
         def measures(trajectory: Trajectory) -> bool:
             if trajectory.environment is not None:
-                return trajectory.task_key in environments_own
+                return (trajectory.environment, trajectory.task) in environments_own
             return any((trajectory.tenant, it) in clients_own for it in (trajectory.task, trajectory.task_text))
 
         return [each for each in found if not measures(each.trajectory)]

@@ -279,6 +279,7 @@ async def _close(episode: Episode, stage: TrajectoryStage, error: str | None) ->
         answer=episode.answer,
         error=error,
         num_invalid_tool_calls=episode.num_invalid_tool_calls,
+        reply=episode.words_shown,
     )
 
 

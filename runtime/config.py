@@ -117,6 +117,9 @@ class ToolLimits(BaseModel, extra="forbid"):
     """What is longer is cut, and the model told so."""
     side_effects: bool | None = None
     """Whether it changes anything outside of its episode. Then practice and evaluation get what was recorded of it."""
+    trusted: bool | None = None
+    """Whether you answer for every text that it returns. An episode that read untrusted text teaches nothing until an
+    operator approves it. Functions, documents and the sandbox are trusted; web pages and MCP servers are not."""
 
 
 class ToolsConfig(BaseModel, extra="forbid"):

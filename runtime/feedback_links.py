@@ -39,6 +39,10 @@ class Link:
     """Seconds since 1970, UTC."""
     tenant: str = ""
     """Of whoever made it."""
+    key_id: str | None = None
+    """The API key it was made with: feedback through it counts for as much as feedback with that key."""
+    user_id: str = ""
+    """The person it was made for."""
     answer_start: int | None = None
     step: int | None = None
     name: str = "reward"

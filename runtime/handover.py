@@ -82,6 +82,17 @@ def text_of(message: Message) -> str:
     return content or ""
 
 
+def exchanges_of(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Return what the user said and what was replied, for every reply in a conversation."""
+    exchanges, asked = [], ""
+    for message in messages:
+        if message.get("role") == "user":
+            asked = text_of(message)
+        elif message.get("role") == "assistant" and (reply := text_of(message)):
+            exchanges.append((asked, reply))
+    return exchanges
+
+
 def restore_messages(steps: Sequence[Step]) -> list[Message]:
     """Return the steps as the messages that the model was shown."""
     return [_as_message(step) for step in steps]

@@ -15,11 +15,11 @@ import structlog
 from langgraph.runtime import Runtime
 
 from memory.conversation import show_memory
-from memory.errors import StoreError
-from memory.schema import Split, Step, StepKind, Trajectory, now
+from memory.errors import StorageError, StoreError
+from memory.schema import Split, Step, StepKind, Trajectory, Trust, now
 from runtime.completion import Completion, Message
 from runtime.errors import EngineLost
-from runtime.handover import digest, last_handover, text_of
+from runtime.handover import digest, exchanges_of, last_handover, text_of
 from runtime.hearing import ClientsEar
 from runtime.model_family import holds_unparsed_call
 from runtime.state import Episode, EpisodeState
@@ -47,6 +47,7 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
     trajectory = Trajectory(
         id=episode.trajectory_id,
         tenant=episode.tenant,
+        trust=_trust_of_opening(episode, memory_ids),
         episode_id=episode.episode_id,
         environment=environment,
         task=task.name if task else None,
@@ -171,6 +172,8 @@ async def use_tools(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSt
     for call in state["calls"]:
         result, seconds = await _run_call(episode, call)
         episode.num_invalid_tool_calls += result.is_invalid
+        if not result.is_trusted:
+            await _distrust(episode)
         await _record(
             episode,
             StepKind.TOOL,
@@ -208,6 +211,23 @@ async def _run_call(episode: Episode, call: dict[str, Any]) -> tuple[ToolResult,
             result = await run_tool(tool, call["function"]["arguments"], tenant=episode.tenant)
         ended(result)
     return result, time.monotonic() - started if tool is not None else 0.0
+
+
+def _trust_of_opening(episode: Episode, memory_ids: Sequence[str]) -> Trust:
+    """Return the least trust among what the episode begins with: its memories, and earlier replies in its messages."""
+    exchanges = exchanges_of(episode.opening)
+    try:
+        return episode.memory.trajectories.trust_of(memory_ids=memory_ids, exchanges=exchanges, tenant=episode.tenant)
+    except StorageError as error:
+        log.warning("trust is unknown, so the episode is untrusted", error=str(error))
+        return Trust.UNTRUSTED
+
+
+async def _distrust(episode: Episode) -> None:
+    """Mark the trajectory before untrusted text is recorded: a crash in between must not leave the text trusted."""
+    if episode.trajectory.trust is Trust.TRUSTED:
+        await episode.memory.trajectories.distrust(episode.trajectory.id)
+        episode.trajectory.trust = Trust.UNTRUSTED
 
 
 async def _record(episode: Episode, kind: StepKind, *, tool_calls: Sequence[dict[str, Any]] = (), **said: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body
 from pydantic import BaseModel, Field
 
+from memory.schema import Trust
 from runtime.api.access import Asker
 from runtime.api.errors import CREATED, NotFound, refusals
 from runtime.api.services import Server
@@ -23,6 +24,10 @@ class DocumentRequest(BaseModel, extra="forbid"):
 
     title: str = Field(min_length=1, max_length=500)
     text: str = Field(min_length=1, max_length=10_000_000)
+    is_trusted: bool = Field(
+        default=True,
+        description="false for what a user wrote: an episode that reads it teaches nothing until it is approved.",
+    )
 
 
 class DocumentDetail(BaseModel):
@@ -56,7 +61,8 @@ EXAMPLE = {"handbook": {"value": {"title": "Refunds", "text": "Refunds above 100
 async def add_document(
     server: Server, caller: Asker, body: Annotated[DocumentRequest, Body(openapi_examples=EXAMPLE)]
 ) -> DocumentDetail:
-    row = await server.memory.documents.ingest(body.title, body.text, tenant=caller.tenant)
+    trust = Trust.TRUSTED if body.is_trusted else Trust.UNTRUSTED
+    row = await server.memory.documents.ingest(body.title, body.text, tenant=caller.tenant, trust=trust)
     return DocumentDetail.model_validate(row, from_attributes=True)
 
 

@@ -50,10 +50,15 @@ class FeedbackRequest(Target):
     )
     comment: str | None = None
     correction: str | None = Field(
-        default=None, min_length=1, description="What the answer should have been: the next cycle learns to say it."
+        default=None,
+        min_length=1,
+        description="What the answer should have been. The next cycle learns it if your key has the scope `teach`.",
     )
     source: str = Field(
         default="user", min_length=1, max_length=200, description="Who says so. `judge` and `code` are trusted less."
+    )
+    user: str = Field(
+        default="", max_length=200, description="Your name for the person who says so; by default whoever asked."
     )
     id: str | None = Field(default=None, min_length=1, max_length=200, description="Yours, so that a retry is safe.")
     tags: dict[str, str] = {}
@@ -117,6 +122,8 @@ async def post_feedback(
     kept, is_new = await server.memory.feedback.post(
         Feedback(
             tenant=caller.tenant,
+            key_id=caller.key.id if caller.key else None,
+            user_id=body.user,
             id=body.id or "",
             **find_target(body, server.memory, caller.tenant),
             **body.model_dump(include={"name", "value", "comment", "correction", "source", "tags"}),

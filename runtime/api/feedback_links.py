@@ -42,8 +42,10 @@ class LinkRequest(Target):
         default=[], max_length=10, description="Categories to choose among; without any, good or not good."
     )
     may_correct: bool = Field(
-        default=False, description="Also ask what the answer should have been, which the agent then learns to say."
+        default=False,
+        description="Also ask what the answer should have been; learned if your key has the scope `teach`.",
     )
+    user: str = Field(default="", max_length=200, description="Your name for the person whom the link is for.")
     expires_in_seconds: int = Field(default=7 * 24 * 3600, ge=1, le=MAX_SECONDS)
 
     @model_validator(mode="after")
@@ -85,6 +87,8 @@ async def make_link(
         choices=tuple(body.choices),
         may_correct=body.may_correct,
         tenant=caller.tenant,
+        key_id=caller.key.id if caller.key else None,
+        user_id=body.user,
         **find_target(body, server.memory, caller.tenant),
     )
     path = f"/feedback/{signer_of(server).sign(link)}"
@@ -146,6 +150,8 @@ def read_form(link: Link, form: dict[str, str]) -> Feedback:
         raise BadRequest(f"a text is longer than {MAX_CHARS} characters: shorten it")
     return Feedback(
         tenant=link.tenant,
+        key_id=link.key_id,
+        user_id=link.user_id,
         id=link.feedback_id,
         trajectory_id=link.trajectory_id,
         target=link.target,

@@ -39,7 +39,7 @@ def add_key_verbs(app: typer.Typer, open_keys: OpenKeys) -> None:
     @keys.command()
     def create(
         name: Annotated[str, typer.Argument(help="Who will use it.")],
-        scope: Annotated[list[str], typer.Option(help="infer, feedback, learn or admin; may be repeated.")],
+        scope: Annotated[list[str], typer.Option(help="infer, feedback, learn, teach or admin; may be repeated.")],
         tenant: Annotated[str, typer.Option(help="Whose data it opens.")] = "",
         requests_per_minute: Annotated[int | None, typer.Option(min=1)] = None,
         tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Prompt and output together.")] = None,

@@ -14,7 +14,7 @@ import json
 import re
 import traceback
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ import jsonschema
 import referencing
 from referencing.exceptions import Unresolvable
 
+from memory.trust import UntrustedText
 from runtime.errors import ToolError
 
 DEFAULT_TIMEOUT_SECONDS = 30.0
@@ -41,6 +42,9 @@ class Tool:
     """For one call, the wait for a place included."""
     has_side_effects: bool = False
     """Whether it changes anything outside of its episode. Then only an episode that somebody asked for calls it."""
+    is_trusted: bool = True
+    """Whether its results are the operator's to answer for. Text that others write (a web page, an MCP server) is
+    untrusted: an episode that read it teaches nothing until an operator approves it."""
     max_output_chars: int = 20_000
     max_concurrency: int | None = None
     """Most calls at once, of all episodes together."""
@@ -72,6 +76,8 @@ class ToolResult:
     content: str
     error: str | None = None
     is_invalid: bool = False
+    is_trusted: bool = True
+    """False where text from elsewhere may be in it, errors included: they quote what was answered."""
 
 
 async def run_tool(tool: Tool, arguments_json: str, *, tenant: str = "") -> ToolResult:
@@ -99,7 +105,8 @@ async def run_tool(tool: Tool, arguments_json: str, *, tenant: str = "") -> Tool
     running.add_done_callback(lambda ended: _leave(tool, ended))
     try:
         await asyncio.wait({running}, timeout=deadline - asyncio.get_running_loop().time())
-        return _judge(tool, running)
+        result = _judge(tool, running)
+        return replace(result, is_trusted=result.is_trusted and tool.is_trusted)
     finally:
         running.cancel()
 
@@ -122,7 +129,7 @@ def _judge(tool: Tool, running: asyncio.Future[str]) -> ToolResult:
     result = running.result()
     if not isinstance(result, str):
         return failed(f"{tool.name!r} returned {type(result).__name__}, not text")
-    return ToolResult(_cut(result, tool.max_output_chars))
+    return ToolResult(_cut(result, tool.max_output_chars), is_trusted=not isinstance(result, UntrustedText))
 
 
 def parse_arguments(arguments_json: str) -> dict[str, Any]:

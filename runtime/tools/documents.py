@@ -12,6 +12,7 @@ from typing import Annotated, Any, Protocol
 from annotated_types import Interval, MinLen
 
 from memory.errors import StorageError
+from memory.trust import UntrustedText
 from runtime.errors import ToolError
 from runtime.tools.base import Tool
 from runtime.tools.functions import tool_from_function
@@ -33,7 +34,8 @@ def document_search(find_passages: FindPassages) -> Tool:
             passages = await find_passages(query, num_passages, tenant=tenant)
         except StorageError as error:
             raise ToolError(f"the documents cannot be read now: {error}") from error
-        return "\n\n".join(passages) or "No passage fits; try other words."
+        found = "\n\n".join(passages) or "No passage fits; try other words."
+        return UntrustedText(found) if any(isinstance(it, UntrustedText) for it in passages) else found
 
     async def search_documents(
         query: Annotated[str, MinLen(1)], num_passages: Annotated[int, Interval(ge=1, le=10)] = 3

@@ -178,6 +178,7 @@ class McpServer:
             call,
             # What nobody calls read-only is taken to act: a rehearsal must not find out.
             has_side_effects=not (listed.annotations and listed.annotations.read_only_hint),
+            is_trusted=False,  # an operator who runs the server may say otherwise (tools.limits)
             max_concurrency=MAX_CONCURRENCY,
             source=f"the MCP server {self.name!r}",
         )

@@ -141,6 +141,5 @@ def with_limits(tools: Sequence[Tool], limits: dict[str, ToolLimits]) -> list[To
 
 def _changes(limits: ToolLimits) -> dict[str, object]:
     given = limits.model_dump(exclude_none=True)
-    if "side_effects" in given:
-        given["has_side_effects"] = given.pop("side_effects")
-    return given
+    names = {"side_effects": "has_side_effects", "trusted": "is_trusted"}
+    return {names.get(name, name): value for name, value in given.items()}

@@ -11,6 +11,7 @@ import asyncio
 import codecs
 import html
 import re
+from dataclasses import replace
 from typing import Annotated
 
 import aiohttp
@@ -56,7 +57,8 @@ def page_fetcher(is_allowed: IsAllowed = is_public) -> Tool:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ToolError(neutralise(f"{url!r} cannot be read: {error or type(error).__name__}")) from error
 
-    return tool_from_function(fetch_page, timeout_seconds=TIMEOUT_SECONDS, max_concurrency=8, source=SOURCE)
+    tool = tool_from_function(fetch_page, timeout_seconds=TIMEOUT_SECONDS, max_concurrency=8, source=SOURCE)
+    return replace(tool, is_trusted=False)
 
 
 def check_url(text: str | URL) -> URL:

@@ -17,7 +17,15 @@ from runtime.feedback_links import SECRET_NAME, Link, LinkSigner, load_secret
 from tests.api.test_routes import ask
 from tests.api.worlds import ServedWorld
 
-LINK = Link(feedback_id="link_1", trajectory_id="trj_1", target="trj_1", expires_at=2_000_000_000, choices=("a", "b"))
+LINK = Link(
+    feedback_id="link_1",
+    trajectory_id="trj_1",
+    target="trj_1",
+    expires_at=2_000_000_000,
+    choices=("a", "b"),
+    key_id="key_1",
+    user_id="anna",
+)
 
 
 class Form(HTMLParser):

@@ -329,3 +329,38 @@ def test_tokens_of_an_episode_that_failed_count_too(keyed: Keyed) -> None:
         assert ask(http, **body).status_code == 404  # cost nothing
         assert ask(http, "hello").status_code == 200
         assert ask(http, "hello").status_code == 429
+
+
+# who teaches
+
+
+@pytest.mark.parametrize(("scopes", "does_teach"), [(["infer", "feedback"], False), ([*ALL_BUT_ADMIN, "teach"], True)])
+@pytest.mark.parametrize("way", ["feedback", "link"])
+def test_feedback_and_links_teach_the_weights_only_with_a_key_that_may(
+    keyed: Keyed, scopes: list[str], does_teach: bool, way: str
+) -> None:
+    key_id, key = make_key(keyed.memory, "the shop", scopes, tenant="shop")
+    said = {"value": True, "correction": "We open at nine."}
+    with keyed.http(key=key) as http:
+        target = ask(http).headers["X-Trajectory-Id"]
+        if way == "feedback":
+            assert http.post("/v1/feedback", json={"target": target, "user": "anna", **said}).status_code == 201
+        else:
+            link = {"target": target, "user": "anna", "may_correct": True}
+            path = http.post("/v1/feedback/links", json=link).json()["path"]
+            with keyed.http() as anybody:
+                assert anybody.post(path, data={**said, "value": "true"}).status_code == 200
+
+    (kept,) = keyed.memory.feedback.list(target)
+    assert (kept.key_id, kept.user_id) == (key_id, "anna")
+    assert keyed.memory.trajectories.effective_reward(target) == 1.0
+    learned = {it.trajectory.id for it in keyed.memory.trajectories.learnable(is_for_weights=True)}
+    corrected = {it.trajectory.id for it in keyed.memory.feedback.corrections(limit=100, is_for_weights=True)}
+    assert (target in learned) == (target in corrected) == does_teach
+
+
+def test_teaching_by_itself_opens_no_route(keyed: Keyed) -> None:
+    _, key = make_key(keyed.memory, "only teaches", ["teach"])
+    with keyed.http(key=key) as http:
+        assert ask(http).status_code == 403
+        assert http.post("/v1/feedback", json={"target": "trj_1", "value": True}).status_code == 403

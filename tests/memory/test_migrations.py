@@ -209,3 +209,15 @@ def test_feedback_of_earlier_revisions_speaks_of_the_whole(location: Path | str)
         command.downgrade(config, "0002")
         columns = {column["name"] for column in inspect(connection).get_columns("feedback")}
     assert not columns & {"target", "answer_start", "step"}
+
+
+def test_an_episode_that_read_a_web_page_before_there_was_trust_is_untrusted(location: Path | str):
+    step = "INSERT INTO steps (trajectory_id, position, kind, tool_name, content, seconds, created_at) VALUES "
+    read, added = f"('trj_1', 0, 'tool', 'fetch_page', 'news', 0, {MOMENT})", "('trj_2', 0, 'tool', 'add', '5', 0, "
+    other = ROWS_BEFORE_TENANTS[1].replace("'trj_1', 'eps_1'", "'trj_2', 'eps_2'")
+    statements = (*ROWS_BEFORE_TENANTS[:2], other, step + read, f"{step}{added}{MOMENT})")
+    run_revisions(location, *statements, upgrade_to="0002")
+    run_revisions(location, upgrade_to="0007")
+    with connect(location) as connection:
+        rows = connection.exec_driver_sql("SELECT id, trust FROM trajectories").all()
+    assert sorted(tuple(row) for row in rows) == [("trj_1", "untrusted"), ("trj_2", "trusted")]

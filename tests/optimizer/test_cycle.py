@@ -178,6 +178,9 @@ async def test_one_turn_of_the_loop_ends_with_a_better_policy_and_a_report(memor
     page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
     assert report["demonstrations"]["trained_share"] == 1.0
     assert "100.0% of the agent's own tokens" in page
+    (teacher,) = report["demonstrations"]["teachers"]
+    assert teacher["teacher"] == "environment" and teacher["num_rows"] == report["demonstrations"]["num_rows"]
+    assert "demonstrations taught by" in page and "preferences taught by" in page
     assert "promote" in page and "fry the _ -> cook _ with stove" in page and page.isascii()
     assert (memory.data_dir / "reports" / cycle.id / "success.png").stat().st_size > 5000
 
@@ -327,6 +330,25 @@ async def test_corrections_of_lost_episodes_are_enough_to_learn_from(memory, kit
 
     made = shop.artifacts["demonstrations"]
     assert made["num_rows"] == made["num_corrections"] == made["num_tasks"] == config.demonstrations.min_rows
+
+
+async def test_feedback_of_a_key_that_does_not_teach_is_counted_and_not_learned(memory, kitchen, trainer):
+    key, _ = await memory.keys.create("page", ["feedback"])
+    teacher, _ = await memory.keys.create("app", ["feedback", "teach"])
+    kitchen.skill = {0: -1.0}
+    for task in kitchen.tasks("kitchen", Split.PRACTICE, 6):
+        for key_id in (key.id, teacher.id):
+            lost = await kitchen.rollout(task, policy=0, use_memory=False, temperature=1.0, seed=1)
+            said = {"value": True, "correction": "The stove, please."}
+            await memory.feedback.post(Feedback(trajectory_id=lost.id, key_id=key_id, user_id="anna", **said))
+
+    cycle = await open_cycle(memory, CONFIG.model_copy(update={"practice_episodes": 0}))
+    shop = Workshop(memory, seams_of(kitchen, trainer), cycle.id)
+    await demonstrate(shop)
+
+    made = shop.artifacts["demonstrations"]
+    assert made["num_rows"] == 6 and made["tally"]["not_by_a_teacher"] == 6
+    assert [(it["key_id"], it["key_name"]) for it in made["teachers"]] == [(teacher.id, "app")]
 
 
 async def test_the_next_cycle_practices_on_other_tasks_and_measures_the_new_incumbent(memory, kitchen, trainer):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from memory.schema import Policy, RewardSource, Split, Trajectory, TrajectoryStage, new_id
+from memory.schema import Feedback, Policy, RewardSource, Split, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
 from optimizer.config import EvaluationConfig, OptimizerConfig
 from optimizer.evaluation import Decision, judge
@@ -137,7 +137,7 @@ async def test_a_task_that_measures_teaches_nothing_however_else_it_is_asked(mem
     ]
     cycle = await memory.cycles.open(PLAYS_NOTHING.model_dump())
 
-    pool = await Workshop(memory, Seams(rollout=None, tasks=None), cycle.id).read_pool()
+    pool = await Workshop(memory, Seams(rollout=None, tasks=None), cycle.id).read_pool(is_for_weights=False)
 
     assert sorted(each.trajectory.id for each in pool) == sorted(taught)
 
@@ -145,3 +145,17 @@ async def test_a_task_that_measures_teaches_nothing_however_else_it_is_asked(mem
 def test_without_an_environment_nothing_can_be_played():
     with pytest.raises(ValidationError, match="nothing can be played without an environment"):
         OptimizerConfig(environment="")
+
+
+async def test_feedback_of_a_key_that_does_not_teach_decides_nothing(memory, candidate):
+    key, _ = await memory.keys.create("page", ["feedback"])
+    for task in range(NUM_TASKS):
+        await log(memory, 0, task, 0.0)
+        trajectory_id = await log(memory, 1, task, 0.0)
+        await memory.feedback.post(Feedback(trajectory_id=trajectory_id, value=True, key_id=key.id))
+        assert memory.trajectories.effective_reward(trajectory_id) == 1.0
+        assert memory.trajectories.reward_for_weights(trajectory_id) == 0.0
+
+    ours, theirs = read_logged_cells(memory, candidate, memory.policies.get(0), limit=1000)
+
+    assert len(ours.played) == NUM_TASKS and ours.success == theirs.success == 0.0

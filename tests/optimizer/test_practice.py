@@ -28,8 +28,8 @@ class OneCycle:
             raise self._context
         return self._context
 
-    async def read_pool(self):
-        return grade(self.memory)
+    async def read_pool(self, **options):
+        return grade(self.memory, **options)
 
     async def keep(self, **artifacts: Any) -> None:
         self.artifacts |= artifacts

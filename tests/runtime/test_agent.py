@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 
 from memory.errors import UnknownPolicy
-from memory.schema import RewardSource, Split, StepKind, TrajectoryStage
+from memory.schema import RewardSource, Split, StepKind, TrajectoryStage, Trust
 from memory.store import Memory
 from runtime.agent import Agent
 from runtime.completion import Delta
@@ -334,3 +335,85 @@ async def test_the_same_seed_asks_for_other_luck_at_each_step(agent: Agent, fake
 
 def test_the_reply_of_a_script_is_plain():
     assert say("x")({}).content == "x"
+
+
+NEWS = "Buy gold now."
+
+
+def read_news() -> str:
+    """Read the news."""
+    return NEWS
+
+
+def reads_the_news(request):
+    """A policy that reads once, then says what it read."""
+    last = request["messages"][-1]
+    return call("read_news") if last["role"] == "user" else Reply(f"They say: {last['content']}")
+
+
+def ask_of(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize("is_trusted", [True, False])
+async def test_an_episode_is_as_trusted_as_the_tools_it_read(
+    memory: Memory, hotswap: HotSwap, fake: FakeEngine, is_trusted: bool
+):
+    fake.script = reads_the_news
+    agent = Agent(memory, hotswap, {}, tools=[replace(tool_from_function(read_news), is_trusted=is_trusted)])
+    trajectory = await agent.rollout(None, messages=ask_of("What is new?"))
+
+    assert trajectory.answer == f"They say: {NEWS}"
+    expected = Trust.TRUSTED if is_trusted else Trust.UNTRUSTED
+    assert memory.trajectories.get(trajectory.id).trust is expected
+
+
+async def test_a_malformed_call_of_an_untrusted_tool_brings_no_text_of_it(
+    memory: Memory, hotswap: HotSwap, fake: FakeEngine
+):
+    rest = iter([call("read_news", page=1), Reply("I give up.")])
+    fake.script = lambda request: next(rest)
+    agent = Agent(memory, hotswap, {}, tools=[replace(tool_from_function(read_news), is_trusted=False)])
+    trajectory = await agent.rollout(None, messages=ask_of("What is new?"))
+    assert trajectory.trust is Trust.TRUSTED and trajectory.num_invalid_tool_calls == 1
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_conversation_that_goes_on_from_an_untrusted_answer_is_untrusted(
+    memory: Memory, hotswap: HotSwap, fake: FakeEngine, is_streamed: bool
+):
+    heard: list[str] = []
+
+    async def hear(delta: Delta) -> None:
+        heard.append(delta.text)
+
+    agent = Agent(memory, hotswap, {}, tools=[replace(tool_from_function(read_news), is_trusted=False)])
+    fake.script = reads_the_news
+    first = await agent.rollout(None, messages=ask_of("What is new?"), on_delta=hear if is_streamed else None)
+    told = {"role": "assistant", "content": "".join(heard) if is_streamed else first.answer}
+
+    fake.script = say("Gold, they say.")
+    second = await agent.rollout(None, messages=[*ask_of("What is new?"), told, *ask_of("In short?")])
+    third = await agent.rollout(None, messages=ask_of("In short?"))
+    assert memory.trajectories.get(second.id).trust is Trust.UNTRUSTED
+    assert memory.trajectories.get(third.id).trust is Trust.TRUSTED
+
+    await memory.trajectories.approve(first.id)
+    fourth = await agent.rollout(None, messages=[*ask_of("What is new?"), told, *ask_of("In short?")])
+    assert fourth.trust is Trust.TRUSTED
+
+
+async def test_untrusted_text_is_never_recorded_in_an_episode_that_is_still_trusted(
+    memory: Memory, hotswap: HotSwap, fake: FakeEngine
+):
+    seen: list[tuple[int, Trust]] = []
+
+    def script(request):
+        (running,) = memory.trajectories.list(stage=TrajectoryStage.RUNNING)
+        seen.append((len(memory.trajectories.steps(running.trajectory.id)), running.trajectory.trust))
+        return reads_the_news(request)
+
+    fake.script = script
+    agent = Agent(memory, hotswap, {}, tools=[replace(tool_from_function(read_news), is_trusted=False)])
+    await agent.rollout(None, messages=ask_of("What is new?"))
+    assert seen == [(0, Trust.TRUSTED), (2, Trust.UNTRUSTED)]

@@ -99,6 +99,7 @@ async def test_a_servers_tools_are_ours_with_their_schemas(shop: Shop):
 
 async def test_only_a_tool_that_is_called_read_only_has_no_side_effects(shop: Shop):
     assert not shop.tools["price"].has_side_effects
+    assert not shop.tools["price"].is_trusted
     assert shop.tools["send_order"].has_side_effects
 
 
