@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import builtins
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import insert
+from sqlalchemy import func, insert
 from sqlmodel import Session, col, select
 
 from memory.database import Database
@@ -93,9 +94,10 @@ class FeedbackBook:
             query = select(Feedback).where(Feedback.trajectory_id == trajectory_id)
             return builtins.list(session.exec(query.order_by(col(Feedback.created_at), col(Feedback.id))))
 
-    def corrections(self, *, limit: int) -> builtins.list[Correction]:
+    def corrections(self, *, limit: int, environments: Collection[str] | None = None) -> builtins.list[Correction]:
         """Return the newest corrections from which one may learn, oldest first: the last word on each reply, of
-        episodes that are over and not held out. Reads steps: for a thread when there may be many.
+        episodes that are over and not held out. With `environments`, only of those; `""` stands for live traffic.
+        Reads steps: for a thread when there may be many.
         """
         query = (
             select(Feedback, Trajectory)
@@ -108,6 +110,8 @@ class FeedbackBook:
             .order_by(col(Feedback.created_at).desc(), col(Feedback.id).desc())
             .limit(limit)
         )
+        if environments is not None:
+            query = query.where(func.coalesce(Trajectory.environment, "").in_(environments))
         found: dict[tuple[str, int], Correction] = {}
         with self._database.read() as session:
             for feedback, trajectory in session.exec(query).all():

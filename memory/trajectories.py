@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import builtins
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -282,10 +282,17 @@ class Trajectories:
             _effective_reward_of(col(Trajectory.id)) >= self.success_reward,
         )
 
-    def learnable(self, *, since: datetime | None = None, environment: str | None = None) -> builtins.list[Graded]:
+    def learnable(
+        self,
+        *,
+        since: datetime | None = None,
+        environment: str | None = None,
+        environments: Collection[str] | None = None,
+    ) -> builtins.list[Graded]:
         """Return what may be learned from: finished, rewarded, not held out, oldest first; of all tenants.
 
-        With `since`, only what was closed or rewarded after it: feedback may come late.
+        With `since`, only what was closed or rewarded after it: feedback may come late. With `environments`, only
+        episodes of those; `""` among them stands for live traffic.
         """
         reward = _effective_reward_of(col(Trajectory.id)).label("reward")
         query = select(Trajectory, reward).where(
@@ -298,9 +305,26 @@ class Trajectories:
             query = query.where(or_(col(Trajectory.closed_at) > since, is_rewarded_since))
         if environment is not None:
             query = query.where(Trajectory.environment == environment)
+        if environments is not None:
+            query = query.where(func.coalesce(Trajectory.environment, "").in_(environments))
         with self._database.read() as session:
             rows = session.exec(query.order_by(col(Trajectory.closed_at), col(Trajectory.id))).all()
         return [Graded(trajectory, value, value >= self.success_reward) for trajectory, value in rows]
+
+    def count_learnable(self) -> dict[str, int]:
+        """Return how many episodes of each environment may be learned from; `""` stands for live traffic."""
+        environment = func.coalesce(Trajectory.environment, "")
+        query = (
+            select(environment, func.count())
+            .where(
+                Trajectory.stage == TrajectoryStage.FINISHED,
+                Trajectory.split != Split.HELD_OUT,
+                exists().where(Reward.trajectory_id == Trajectory.id),
+            )
+            .group_by(environment)
+        )
+        with self._database.read() as session:
+            return dict(builtins.list(session.exec(query)))
 
     def kept_back(self) -> set[tuple[str, str]]:
         """Return (tenant, task) of every held-out task that a client played, and (tenant, text) of it."""

@@ -49,7 +49,7 @@ def plan_rounds(num_episodes: int, num_tasks: int) -> list[int]:
 
 async def learn_words(shop: Workshop) -> None:
     """Bring the insights up to date with everything that was lived so far: each tenant's with its own episodes."""
-    pool = await shop.read_pool()
+    pool = await shop.read_pool(any_environment=True)
     for tenant in sorted({each.trajectory.tenant for each in pool} | {""}):
         successes, failures = split(each for each in pool if each.trajectory.tenant == tenant)
         operations = await extract_insights(

@@ -5,7 +5,7 @@ Refuses to judge by itself: rewards are rows (environment, code, user, judge), a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -29,15 +29,20 @@ class GradedTrajectory:
 
 
 def grade(
-    memory: Any, *, since: datetime | None = None, environment: str | None = None, limit: int | None = None
+    memory: Any,
+    *,
+    since: datetime | None = None,
+    environment: str | None = None,
+    environments: Collection[str] | None = None,
+    limit: int | None = None,
 ) -> list[GradedTrajectory]:
     """Return the learnable trajectories with their steps, oldest first; of more than `limit`, the newest.
 
-    Reads the database: call it in a thread when there may be many.
+    With `environments`, only episodes of those; `""` among them stands for live traffic. Reads the database: call it
+    in a thread when there may be many.
     """
-    learnable = sorted(
-        memory.trajectories.learnable(since=since, environment=environment), key=lambda graded: graded.trajectory.id
-    )
+    found = memory.trajectories.learnable(since=since, environment=environment, environments=environments)
+    learnable = sorted(found, key=lambda graded: graded.trajectory.id)
     newest = learnable if limit is None else learnable[max(0, len(learnable) - limit) :]
     graded = [
         GradedTrajectory(each.trajectory, memory.trajectories.steps(each.trajectory.id), each.reward, each.is_success)
