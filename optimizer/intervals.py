@@ -109,8 +109,9 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tu
     array = np.asarray(values, dtype=float)
     if len(array) < 2:
         return float(array.mean()) if len(array) else 0.0, -math.inf, math.inf
-    spread = student.ppf((1 + confidence) / 2, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array))
-    return float(array.mean()), float(array.mean() - spread), float(array.mean() + spread)
+    mean, deviation = float(array.mean()), float(array.std(ddof=1))
+    spread = float(student.ppf((1 + confidence) / 2, len(array) - 1)) * deviation / math.sqrt(len(array))
+    return mean, mean - spread, mean + spread
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def compare_rates(
         (c - rate * u) / u.mean() / (rate if as_ratio else 1.0)
         for c, u, rate in ((count, unit, rates[0]), (other_count, other_unit, rates[1]))
     ]
-    spread = norm.ppf((1 + confidence) / 2) * (pulls[0] - pulls[1]).std(ddof=1) / math.sqrt(len(count))
+    spread = float(norm.ppf((1 + confidence) / 2) * (pulls[0] - pulls[1]).std(ddof=1) / math.sqrt(len(count)))
     if not as_ratio:
         return RateComparison(*rates, rates[0] - rates[1] - spread, rates[0] - rates[1] + spread)
     middle = math.log(rates[0] / rates[1])

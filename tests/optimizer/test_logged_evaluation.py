@@ -12,6 +12,7 @@ from memory.schema import (
     Split,
     Step,
     StepKind,
+    StoredVerdict,
     Trajectory,
     TrajectoryStage,
     new_id,
@@ -119,6 +120,17 @@ async def test_a_first_try_that_was_never_rewarded_cannot_be_played_again_until_
 
     (tried,) = [played for played in ours.played if played.task == str(other)]
     assert tried.is_broken and not tried.is_success
+
+
+async def test_tasks_that_decided_on_a_candidate_before_do_not_decide_again(memory, candidate):
+    await log_both(memory, candidate)
+    entry = StoredVerdict(id="ver_1", candidate=candidate.version, incumbent=0)
+    await memory.verdicts.open(entry, choose_alpha=lambda look: 0.01)
+    await memory.verdicts.close("ver_1", "uninformative", was_tested=True, tasks=[str(n) for n in range(30)])
+
+    ours, _ = read_logged_cells(memory, candidate, memory.policies.get(0))
+
+    assert {played.task for played in ours.played} == {str(n) for n in range(30, NUM_TASKS)}
 
 
 async def test_turns_are_counted_from_the_steps_as_they_were_recorded(memory, candidate):
