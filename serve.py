@@ -216,7 +216,7 @@ def open_memory(settings: Any, phases: Phases) -> Memory:
 def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
     """Make every part and introduce each to those it needs. Nothing runs yet."""
     phases.say("loading the program")
-    from optimizer.seams import Seams
+    from optimizer.seams import Seams, Serving
     from runtime.agent import Agent
     from runtime.api.services import Services
     from runtime.engine import Engine
@@ -233,7 +233,15 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
     environments = {"textworld": TextWorld(memory.data_dir / "environments")}
     toolbox = Toolbox(settings.tools, memory.retrieval.find_passages, memory.data_dir / "logs")
     telemetry = Telemetry(open_tracing(os.environ))
-    agent = Agent(memory, hotswap, environments, settings.agent, tools=toolbox.tools, telemetry=telemetry)
+    agent = Agent(
+        memory,
+        hotswap,
+        environments,
+        settings.agent,
+        tools=toolbox.tools,
+        telemetry=telemetry,
+        serve_with_memory=settings.optimizer.evaluation.serve_with_memory,
+    )
     maintenance = Maintenance(
         engine, hotswap, agent.book, drain_seconds=settings.agent.max_seconds + DRAIN_SLACK_SECONDS
     )
@@ -248,8 +256,14 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
         with raising_completion_errors():
             return await writer.context_tokens()
 
+    def serving(environment: str) -> Serving:
+        temperature = agent.temperature_of(agent.environment(environment) if environment else None)
+        return Serving(temperature=temperature, use_memory=agent.serve_with_memory)
+
     seams = Seams(
         rollout=agent.rollout,
+        sealed_tasks=lambda environment, num_tasks: agent.environment(environment).sealed_tasks(num_tasks),
+        serving=serving,
         tasks=lambda environment, split, num_tasks, offset=0: agent.environment(environment).tasks(
             split, num_tasks, offset=offset
         ),
@@ -457,6 +471,7 @@ class Learner:
         self._config = config
         self._seams = seams
         self._running: asyncio.Task[Any] | None = None
+        self._judging = asyncio.Lock()  # one at a time: the second must see which tasks the first has used
 
     async def start(self, settings: dict[str, Any]) -> Cycle:
         """Open a cycle with these departures from the configuration, and set it going.
@@ -490,11 +505,23 @@ class Learner:
         return await abandon_cycle(self._memory, cycle_id, "Cancelled: by request")
 
     async def judge(self, policy: Policy) -> dict[str, Any]:
-        """Settle a candidate by what clients played, if that is enough; return the verdict."""
-        from optimizer.stages import judge_by_log
+        """Settle a cycle's candidate on tasks that have not decided on it yet; return the verdict.
+
+        Raises:
+            CycleInProgress: held-out tasks would have to be played while a cycle plays.
+        """
+        from memory.errors import CycleInProgress
+        from optimizer.release_gate import judge_again
         from optimizer.workshop import Workshop
 
-        return await judge_by_log(Workshop(self._memory, self._seams, policy.cycle_id))
+        shop = Workshop(self._memory, self._seams, policy.cycle_id)
+        under_way = self._memory.cycles.unfinished()
+        if shop.config.environment and under_way is not None:
+            raise CycleInProgress(
+                f"cycle {under_way.id!r} is at {under_way.stage.value!r}: judge again when it has ended"
+            )
+        async with self._judging:
+            return await judge_again(shop)
 
     async def stop(self) -> None:
         """Interrupt what runs; its row stays open."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,12 +115,17 @@ class FeedbackBook:
                     found[trajectory_id].append(comment)
         return dict(found)
 
-    def corrections(self, *, limit: int, is_for_weights: bool = False) -> builtins.list[Correction]:
+    def corrections(
+        self, *, limit: int, environments: Collection[str] | None = None, is_for_weights: bool = False
+    ) -> builtins.list[Correction]:
         """Return the newest corrections from which one may learn, oldest first: the last word on each reply, of
-        episodes that are over and not held out. With `is_for_weights`, only words of those who may teach the weights
-        (memory/teaching.py). Reads steps: for a thread when there may be many.
+        episodes that are over and not held out. With `environments`, only of those; `""` stands for live traffic. With
+        `is_for_weights`, only words of those who may teach the weights (memory/teaching.py). Reads steps: for a thread
+        when there may be many.
         """
         query = _join_corrected(select(Feedback, Trajectory))
+        if environments is not None:
+            query = query.where(func.coalesce(Trajectory.environment, "").in_(environments))
         query = query.order_by(col(Feedback.created_at).desc(), col(Feedback.id).desc()).limit(limit)
         found: dict[tuple[str, int], Correction] = {}
         with self._database.read() as session:

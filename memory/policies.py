@@ -89,8 +89,16 @@ class Policies:
 
         return await self._database.write(write)
 
-    async def move(self, version: int, stage: PolicyStage, verdict: dict[str, Any] | None = None) -> Policy:
+    async def move(
+        self,
+        version: int,
+        stage: PolicyStage,
+        verdict: dict[str, Any] | None = None,
+        *,
+        use_memory: bool | None = None,
+    ) -> Policy:
         """Move a policy to `stage`, keeping the verdict that moved it. To ACTIVE, the one that acted retires.
+        With `use_memory`, keep how it serves where a request does not say.
 
         Raises: UnknownPolicy; IllegalMove, above all for retiring the active policy with nothing in its place.
         """
@@ -103,6 +111,8 @@ class Policies:
                 raise IllegalMove(f"policy {policy.name} is active: promote another, or roll back, and it retires")
             if verdict is not None:
                 policy.verdict = verdict
+            if use_memory is not None:
+                policy.use_memory = use_memory
             if stage is PolicyStage.ACTIVE:
                 _replace_active(session, policy)
             else:
@@ -111,6 +121,17 @@ class Policies:
             return policy
 
         return await self._announced(write)
+
+    async def note_verdict(self, version: int, verdict: dict[str, Any]) -> Policy:
+        """Keep the newest verdict on a policy that stays at its stage. Raises: UnknownPolicy."""
+
+        def write(session: Session) -> Policy:
+            policy = _require(session, version)
+            policy.verdict = verdict
+            session.add(policy)
+            return policy
+
+        return await self._database.write(write)
 
     async def promote(self, version: int) -> Policy:
         """Let a policy act; the one that acted retires in the same transaction. For the active one nothing changes.

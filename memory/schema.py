@@ -176,7 +176,8 @@ LEGAL_MOVES: dict[StrEnum, frozenset[StrEnum]] = {
     PolicyStage.CANARY: frozenset({PolicyStage.ACTIVE, PolicyStage.REJECTED}),
     PolicyStage.ACTIVE: frozenset({PolicyStage.RETIRED}),
     PolicyStage.RETIRED: frozenset({PolicyStage.ACTIVE}),
-    PolicyStage.REJECTED: frozenset({PolicyStage.ACTIVE}),  # by an operator's explicit promotion only
+    # Judged again on new tasks it is a candidate once more; ACTIVE otherwise only by an operator's explicit promotion.
+    PolicyStage.REJECTED: frozenset({PolicyStage.CANDIDATE, PolicyStage.ACTIVE}),
 }
 
 
@@ -458,6 +459,8 @@ class Policy(SQLModel, table=True):
     cycle_id: str | None = None
     note: str = Field(default="", sa_type=CleanText)
     verdict: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON))
+    use_memory: bool | None = None
+    """Whether it serves with memory where a request does not say; None: the server's setting."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
     @property
@@ -474,6 +477,38 @@ class Activation(SQLModel, table=True):
     version: int = Field(foreign_key="policies.version")
     previous: int | None = Field(default=None, foreign_key="activations.id")
     is_rollback: bool = False
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+
+
+class StoredVerdict(SQLModel, table=True):
+    """One comparison of a candidate with the active policy, written before its outcome is known.
+
+    The look numbers of one incumbent are the order in which its error budget was spent. A comparison that was begun
+    and never finished keeps its look: abandoning one that goes badly must not be free.
+    """
+
+    __tablename__ = "verdicts"
+    __table_args__ = (UniqueConstraint("incumbent", "look"),)
+
+    id: str = Field(primary_key=True)
+    candidate: int = Field(foreign_key="policies.version")
+    incumbent: int = Field(foreign_key="policies.version")
+    cycle_id: str | None = None
+    environment: str = ""
+    """Where the tasks were played; empty: clients played them."""
+    look: int | None = None
+    """1 for the first comparison with this incumbent, 2 for the next; None: it ended without a test."""
+    alpha: float = 0.0
+    """How likely this look was to promote a candidate that is no better."""
+    held_out_end: int = 0
+    """The end of its block of held-out tasks; the next comparison starts there."""
+    decision: str | None = None
+    """None while it is under way."""
+    tasks: list[str] = Field(default_factory=list, sa_column=Column(JSON))
+    """The tasks that were compared; they do not count for this candidate again."""
+    sealed_tasks: int = 0
+    """Tasks of the sealed block that its final report played; 0: the block was not touched."""
+    sealed_successes: float = 0.0
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 

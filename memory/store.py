@@ -28,6 +28,7 @@ from memory.policies import Policies
 from memory.responses import Responses
 from memory.retrieval import Retrieval
 from memory.trajectories import Trajectories
+from memory.verdicts import Verdicts
 from memory.words import WordIndex
 
 DATABASE_NAME = "ratchet.db"
@@ -51,6 +52,7 @@ class Memory:
         self.documents = Documents(self.database, passage_tokens=config.passage_tokens)
         self.policies = Policies(self.database)
         self.cycles = Cycles(self.database)
+        self.verdicts = Verdicts(self.database)
         self.responses = Responses(self.database)
         self.keys = Keys(self.database)
         self.feedback = FeedbackBook(self.database, self.trajectories)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import builtins
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -353,12 +353,18 @@ class Trajectories:
         )
 
     def learnable(
-        self, *, since: datetime | None = None, environment: str | None = None, is_for_weights: bool = False
+        self,
+        *,
+        since: datetime | None = None,
+        environment: str | None = None,
+        environments: Collection[str] | None = None,
+        is_for_weights: bool = False,
     ) -> builtins.list[Graded]:
         """Return what may be learned from: finished, rewarded, not held out, oldest first; of all tenants.
 
-        With `since`, only what was closed or rewarded after it: feedback may come late. With `is_for_weights`, only
-        rewards of those who may teach the weights count (memory/teaching.py).
+        With `since`, only what was closed or rewarded after it: feedback may come late. With `environments`, only
+        episodes of those; `""` among them stands for live traffic. With `is_for_weights`, only rewards of those who may
+        teach the weights count (memory/teaching.py).
         """
         query = select(Trajectory, Reward)
         if since is not None:
@@ -367,6 +373,8 @@ class Trajectories:
             query = query.where(or_(col(Trajectory.closed_at) > since, is_rewarded_since))
         if environment is not None:
             query = query.where(Trajectory.environment == environment)
+        if environments is not None:
+            query = query.where(func.coalesce(Trajectory.environment, "").in_(environments))
         with self._database.read() as session:
             counts = [reward_teaches(teaching_keys(session))] if is_for_weights else []
             query = query.where(*_is_learnable(counts))
@@ -376,12 +384,14 @@ class Trajectories:
             for trajectory, reward in rows
         ]
 
-    def count_learnable(self, *, is_for_weights: bool = False) -> int:
-        """Return how many trajectories may be learned from, or by how many the weights may be taught."""
+    def count_learnable(self, *, is_for_weights: bool = False) -> dict[str, int]:
+        """Return how many episodes of each environment may be learned from, or by how many the weights may be taught;
+        `""` stands for live traffic."""
+        environment = func.coalesce(Trajectory.environment, "")
         with self._database.read() as session:
             counts = [reward_teaches(teaching_keys(session))] if is_for_weights else []
-            query = select(func.count()).select_from(Trajectory).join(Reward, and_(*_is_learnable(counts)))
-            return session.scalar(query) or 0
+            query = select(environment, func.count()).select_from(Trajectory).join(Reward, and_(*_is_learnable(counts)))
+            return dict(builtins.list(session.exec(query.group_by(environment))))
 
     def kept_back(self) -> set[tuple[str, str]]:
         """Return (tenant, task) of every held-out task that a client played, and (tenant, text) of it."""

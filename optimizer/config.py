@@ -170,15 +170,33 @@ class TeachingConfig(BaseModel, extra="forbid"):
 
 
 class EvaluationConfig(BaseModel, extra="forbid"):
-    """What is played to decide, and what a promotion needs."""
+    """What is played to decide, and what a promotion needs. docs/gate.md explains the rule."""
 
     num_tasks: int = 200
+    """Episodes of a cell. Played greedily each is a task of its own."""
+    num_tries: int = Field(default=4, ge=1)
+    """Tries of each task by the two contestants, where replies are sampled. They then play half as many tasks, and
+    every other cell one try of those, so that the gate costs as many episodes as greedy play."""
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    """None: the temperature that users are served with."""
+    num_sealed_tasks: int = Field(default=100, ge=0)
+    """Tasks of the sealed block, which a promoted policy plays once for the release report; 0 plays none."""
     min_tasks: int = 30
     """With fewer paired tasks the verdict is uninformative."""
+    false_promotion_rate: float = Field(default=0.05, gt=0, lt=0.5)
+    """How likely an active policy is ever replaced by one that is no better, all comparisons with it together."""
     margin: float = 0.0
-    """Promote only if the lower end of the 95 % interval of the paired difference is above this."""
+    """Promote only if the lower end of the interval of the paired difference is above this."""
+    noninferiority_margin: float | None = Field(default=None, gt=0, lt=1)
+    """A candidate that loses less than this share of tasks, and serves with fewer tokens when it goes without memory,
+    is promoted to serve that way. None: only a better candidate is promoted. Half of the error budget goes here."""
     serve_with_memory: bool = True
-    """The verdict compares candidate and incumbent as they would serve: with memory on, or off."""
+    """Whether users are served with memory where their request does not say; the verdict compares candidate and
+    incumbent as they would serve."""
+    allow_dearer: bool = True
+    """Promote a better candidate that takes more turns or tokens than the limits below, and say so; else reject it."""
+    max_regression: float = Field(default=0.1, gt=0, lt=1)
+    """A candidate may lose less than this share of tasks in each environment of `learn_from`."""
     floor: float = 0.02
     """Both cells at or below this success rate, or at or above its complement: the tasks cannot tell them apart."""
     max_broken_share: float = 0.05
@@ -186,19 +204,22 @@ class EvaluationConfig(BaseModel, extra="forbid"):
     max_truncated_share: float = 0.25
     """More than this cut by a budget in both cells: the budget was measured, not the policies."""
     max_extra_invalid_rate: float = 0.02
-    """Invalid tool calls per model step that a candidate may add."""
+    """Invalid tool calls per model call that a candidate may add."""
     max_turns_ratio: float = 1.25
-    """Turns on tasks that both won, candidate against incumbent."""
+    """Model calls on tasks that both won, candidate against incumbent."""
     max_tokens_ratio: float = 1.5
-    """Output tokens, and prompt tokens, per model step, candidate against incumbent."""
+    """Output tokens, and prompt tokens, per model call, candidate against incumbent."""
 
 
 class OptimizerConfig(BaseModel, extra="forbid"):
     """One turn of the loop."""
 
     environment: str = "textworld"
-    """Where to practise and to prove. Empty: only clients play; then both counts of episodes are 0, and a candidate
-    waits until clients have played held-out tasks as it and as the incumbent."""
+    """Where to practise and to prove, and whose episodes are learned from. Empty: only clients play; then both counts
+    of episodes are 0, live traffic is learned from, and a candidate waits until clients have played held-out tasks as
+    it and as the incumbent."""
+    learn_from: list[str] = []
+    """Other environments whose logged episodes are learned from too. The gate plays held-out tasks of each as well."""
     name: str = "ratchet"
     """Adapters are called `<name>-v<version>`."""
     seed: int = 0
@@ -234,9 +255,19 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     """How often a trainer that died is started again, each time from its last checkpoint."""
 
     @model_validator(mode="after")
-    def _plays_somewhere(self) -> OptimizerConfig:
+    def _fits_together(self) -> OptimizerConfig:
         if not self.environment and (self.practice_episodes or self.explore_episodes):
             raise ValueError(
                 "nothing can be played without an environment: set practice_episodes and explore_episodes to 0"
             )
+        if set(self.learn_from) & {"", "live", self.environment}:
+            raise ValueError(
+                f"learn_from={self.learn_from!r} must name other environments than {self.environment!r}: live traffic "
+                "is proved on live tasks, by a cycle of its own (`learn --logged`)"
+            )
         return self
+
+    @property
+    def pool_environments(self) -> tuple[str, ...]:
+        """Whose episodes are learned from; `""` stands for live traffic."""
+        return (self.environment, *self.learn_from)

@@ -9,6 +9,7 @@ with a reason; one that is cancelled or killed stays open, and `run_cycle` takes
 
 from __future__ import annotations
 
+import asyncio
 import operator
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -20,7 +21,7 @@ from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.graph import END, START, StateGraph
 
 from memory.schema import Cycle, CycleStage
-from optimizer import stages
+from optimizer import release_gate, stages
 from optimizer.config import OptimizerConfig
 from optimizer.errors import TooFewTrajectories
 from optimizer.placement import place_training
@@ -36,8 +37,8 @@ STAGES: tuple[tuple[CycleStage, Callable[[Workshop], Awaitable[None]]], ...] = (
     (CycleStage.SFT, stages.train_sft),
     (CycleStage.EXPLORE, stages.explore),
     (CycleStage.DPO, stages.train_dpo),
-    (CycleStage.EVALUATE, stages.evaluate),
-    (CycleStage.SETTLE, stages.settle),
+    (CycleStage.EVALUATE, release_gate.evaluate),
+    (CycleStage.SETTLE, release_gate.settle),
 )
 
 
@@ -48,28 +49,56 @@ class Place(TypedDict):
 
 
 async def open_cycle(memory: Any, config: OptimizerConfig, *, seams: Seams | None = None) -> Cycle:
-    """Open a cycle with these settings; with `seams`, only if its trainings fit on the machine.
+    """Open a cycle with these settings, its artifacts saying whose episodes it learns from; with `seams`, only if its
+    trainings fit on the machine.
 
     Raises:
         CycleInProgress: one is open.
         TrainingDoesNotFit: no GPU has the memory for it.
         TooFewTrajectories: it would learn from logged episodes only, and they cannot be enough.
     """
+    note = describe_pool(await asyncio.to_thread(memory.trajectories.count_learnable), config)
     if config.practice_episodes == 0:
-        successes, failures = split(grade(memory, limit=config.max_pool, is_for_weights=True))
-        corrections = memory.feedback.corrections(limit=config.demonstrations.min_rows, is_for_weights=True)
-        num_missing = config.demonstrations.min_rows - len(successes) - len(corrections)
-        if num_missing > 0:
-            raise TooFewTrajectories(
-                f"{len(successes)} of {len(successes) + len(failures)} rewarded trajectories are successes, "
-                f"{len(corrections)} replies were corrected, and {config.demonstrations.min_rows} are needed: "
-                f"{num_missing} are missing; ask for practice_episodes, or give feedback (with keys, with one that has "
-                "the scope 'teach')",
-                num_missing=num_missing,
-            )
+        await asyncio.to_thread(_require_logged, memory, config, note)
     if seams is not None:
         await place_training(memory, config, seams)
-    return await memory.cycles.open(config.model_dump(mode="json"))
+    cycle = await memory.cycles.open(config.model_dump(mode="json"))
+    return await memory.cycles.save(cycle.id, artifacts={"pool": note})
+
+
+def describe_pool(counts: dict[str, int], config: OptimizerConfig) -> str:
+    """Say whose episodes a cycle learns from and which it leaves out; `counts` are those of each environment."""
+    ours = config.pool_environments
+    note = f"weights learn from {' and '.join(_name_pool(environment) for environment in ours)} only"
+    others = [
+        f"{number} of {_name_pool(environment)}" for environment, number in counts.items() if environment not in ours
+    ]
+    if others:
+        note += f"; rewarded episodes left out: {', '.join(sorted(others))}"
+    if counts.get("") and "" not in ours:
+        note += ". Live traffic, corrections included, is learned from by `learn --logged` and proved on live tasks"
+    return note
+
+
+def _name_pool(environment: str) -> str:
+    return f"{environment!r}" if environment else "live traffic"
+
+
+def _require_logged(memory: Any, config: OptimizerConfig, note: str) -> None:
+    environments = config.pool_environments
+    successes, failures = split(grade(memory, environments=environments, limit=config.max_pool, is_for_weights=True))
+    corrections = memory.feedback.corrections(
+        limit=config.demonstrations.min_rows, environments=environments, is_for_weights=True
+    )
+    num_missing = config.demonstrations.min_rows - len(successes) - len(corrections)
+    if num_missing > 0:
+        raise TooFewTrajectories(
+            f"{len(successes)} of {len(successes) + len(failures)} rewarded trajectories are successes, "
+            f"{len(corrections)} replies were corrected, and {config.demonstrations.min_rows} are needed: "
+            f"{num_missing} are missing ({note}); ask for practice_episodes, or give feedback "
+            "(with keys, with one that has the scope 'teach')",
+            num_missing=num_missing,
+        )
 
 
 async def run_cycle(memory: Any, cycle_id: str, *, seams: Seams) -> dict[str, Any]:

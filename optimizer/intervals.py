@@ -1,6 +1,6 @@
 """The few statistics that a verdict stands on: intervals for a share, for a paired difference, and an exact test.
 
-Refuses to know what was measured. All intervals are two-sided, 95 % unless asked otherwise.
+All intervals are two-sided, 95 % unless asked otherwise.
 """
 
 from __future__ import annotations
@@ -8,11 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
-from scipy.stats import binomtest, norm
+from scipy.stats import norm
+from scipy.stats import t as student
 
 CONFIDENCE = 0.95
+MAX_TRIES = 1000  # shares of successful tries are fractions with at most this denominator
 NUM_RESAMPLES = 10_000
 
 
@@ -34,53 +38,119 @@ class PairedDifference:
 
     num_tasks: int
     num_won: int
-    """Tasks that only the first won."""
+    """Tasks at which the first did better; with one try of each, those that only the first won."""
     num_lost: int
-    """Tasks that only the second won."""
+    """Tasks at which the second did better."""
     difference: float
     low: float
     high: float
     p_value: float
-    """Exact McNemar test, two-sided."""
+    """Exact sign-flip test, two-sided; with one try of each task it is the exact McNemar test."""
+    p_better: float
+    """The same, one-sided: how likely a difference this good is when nothing changed."""
 
 
-def compare_paired(first: Sequence[bool], second: Sequence[bool], confidence: float = CONFIDENCE) -> PairedDifference:
-    """Compare two policies on the same tasks.
+def compare_paired(first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE) -> PairedDifference:
+    """Compare two policies on the same tasks, each given by its share of successful tries per task.
 
-    The interval is Newcombe's for paired proportions (Statistics in Medicine 17, 1998, method 10), which unlike a
-    bootstrap stays honest when few tasks differ: with none at all it still has a width. The p-value is the exact sign
-    test on the tasks that differ (McNemar).
+    Tries of one task resemble each other, so the task is the unit. The interval is Bonett and Price's for paired
+    proportions (British Journal of Mathematical and Statistical Psychology 65, 2012): a Wald interval after one more
+    won and one more lost task, which keeps a width where no task differs. Used on shares of several tries it is the
+    same interval over tasks. The p-values flip the signs of the differences (Fisher's randomization test), in full.
     """
-    both = sum(a and b for a, b in zip(first, second, strict=True))
-    won = sum(a and not b for a, b in zip(first, second, strict=True))
-    lost = sum(b and not a for a, b in zip(first, second, strict=True))
     num_tasks = len(first)
+    differences = np.subtract(np.asarray(first, dtype=float), np.asarray(second, dtype=float))
     if num_tasks == 0:
-        return PairedDifference(0, 0, 0, 0.0, -1.0, 1.0, 1.0)
-    neither = num_tasks - both - won - lost
-    low, high = _newcombe(both, won, lost, neither, confidence)
-    p_value = binomtest(won, won + lost).pvalue if won + lost else 1.0
-    return PairedDifference(num_tasks, won, lost, (won - lost) / num_tasks, low, high, float(p_value))
+        return PairedDifference(0, 0, 0, 0.0, -1.0, 1.0, 1.0, 1.0)
+    low, high = _bonett_price(differences, confidence)
+    steps = tuple(sorted(_in_steps(differences)))
+    better, worse = flip_signs(steps), flip_signs(tuple(sorted(-step for step in steps)))
+    return PairedDifference(
+        num_tasks=num_tasks,
+        num_won=int((differences > 0).sum()),
+        num_lost=int((differences < 0).sum()),
+        difference=float(differences.mean()),
+        low=low,
+        high=high,
+        p_value=min(1.0, 2 * min(better, worse)),
+        p_better=better,
+    )
 
 
-def _newcombe(both: int, won: int, lost: int, neither: int, confidence: float) -> tuple[float, float]:
-    num = both + won + lost + neither
-    first, second = (both + won) / num, (both + lost) / num
-    first_low, first_high = wilson(both + won, num, confidence)
-    second_low, second_high = wilson(both + lost, num, confidence)
-    margins = (both + won) * (lost + neither) * (both + lost) * (won + neither)
-    covariance = both * neither - won * lost
-    if covariance > 0:
-        covariance = max(covariance - num / 2, 0.0)  # Newcombe's continuity correction
-    phi = covariance / math.sqrt(margins) if margins else 0.0
-    below = (first - first_low, second_high - second)
-    above = (second - second_low, first_high - first)
-    difference = first - second
-    return difference - _hypotenuse(*below, phi), difference + _hypotenuse(*above, phi)
+def _bonett_price(differences: np.ndarray, confidence: float) -> tuple[float, float]:
+    padded = np.append(differences, [1.0, -1.0])
+    mean = padded.mean()
+    spread = norm.ppf((1 + confidence) / 2) * math.sqrt(((padded**2).mean() - mean**2) / len(padded))
+    return max(-1.0, float(mean - spread)), min(1.0, float(mean + spread))
 
 
-def _hypotenuse(a: float, b: float, correlation: float) -> float:
-    return math.sqrt(max(0.0, a * a - 2 * correlation * a * b + b * b))
+def _in_steps(differences: np.ndarray) -> list[int]:
+    """Return the differences that are not zero as whole multiples of the finest step among them."""
+    exact = [Fraction(value).limit_denominator(MAX_TRIES) for value in differences.tolist() if value]
+    unit = math.lcm(*(value.denominator for value in exact)) if exact else 1
+    return [int(value * unit) for value in exact]
+
+
+@lru_cache(maxsize=4096)
+def flip_signs(steps: tuple[int, ...]) -> float:
+    """Return how likely the sum is at least as high when each step's sign is a fair coin's; exact."""
+    sizes = [abs(step) for step in steps]
+    ways = np.ones(1)  # probability of each sum, from -sum(so far) to +sum(so far)
+    for size in sizes:
+        wider = np.zeros(len(ways) + 2 * size)
+        wider[: len(ways)] += ways / 2
+        wider[2 * size :] += ways / 2
+        ways = wider
+    return min(1.0, float(ways[sum(sizes) + sum(steps) :].sum()))
+
+
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+    """Return (mean, low, high) of independent values, by Student's t."""
+    array = np.asarray(values, dtype=float)
+    if len(array) < 2:
+        return float(array.mean()) if len(array) else 0.0, -math.inf, math.inf
+    mean, deviation = float(array.mean()), float(array.std(ddof=1))
+    spread = float(student.ppf((1 + confidence) / 2, len(array) - 1)) * deviation / math.sqrt(len(array))
+    return mean, mean - spread, mean + spread
+
+
+@dataclass(frozen=True)
+class RateComparison:
+    """Two rates, for example tokens per model call, and an interval for how they differ."""
+
+    first: float
+    second: float
+    low: float
+    high: float
+
+
+Counts = Sequence[float]
+"""One number per task."""
+
+
+def compare_rates(
+    first: tuple[Counts, Counts], second: tuple[Counts, Counts], confidence: float = CONFIDENCE, *, as_ratio: bool
+) -> RateComparison:
+    """Compare two rates, each given as (counts, units) per task, by their difference or their ratio.
+
+    A rate is a sum over a sum, and the tasks are the same on both sides: the interval is the delta method's over tasks
+    (Deng et al., KDD 2018, arXiv 1803.06336). Of rates that have no ratio the interval is unbounded.
+    """
+    (count, unit), (other_count, other_unit) = (
+        (np.asarray(counts, dtype=float), np.asarray(units, dtype=float)) for counts, units in (first, second)
+    )
+    rates = [float(c.sum() / u.sum()) if u.sum() else 0.0 for c, u in ((count, unit), (other_count, other_unit))]
+    if len(count) < 2 or not unit.sum() or not other_unit.sum() or (as_ratio and not min(rates)):
+        return RateComparison(*rates, -math.inf, math.inf)
+    pulls = [
+        (c - rate * u) / u.mean() / (rate if as_ratio else 1.0)
+        for c, u, rate in ((count, unit, rates[0]), (other_count, other_unit, rates[1]))
+    ]
+    spread = float(norm.ppf((1 + confidence) / 2) * (pulls[0] - pulls[1]).std(ddof=1) / math.sqrt(len(count)))
+    if not as_ratio:
+        return RateComparison(*rates, rates[0] - rates[1] - spread, rates[0] - rates[1] + spread)
+    middle = math.log(rates[0] / rates[1])
+    return RateComparison(*rates, math.exp(middle - spread), math.exp(middle + spread))
 
 
 def bootstrap_mean(

@@ -56,7 +56,8 @@ def plan_rounds(num_episodes: int, num_tasks: int) -> list[int]:
 async def learn_words(shop: Workshop) -> None:
     """Bring the insights up to date with everything that was lived so far: each tenant's with its own episodes.
     Untrusted episodes are not read, and untrusted insights not built on, until an operator approves them."""
-    pool = [each for each in await shop.read_pool(is_for_weights=False) if each.trajectory.is_trusted]
+    lived = await shop.read_pool(any_environment=True, is_for_weights=False)
+    pool = [each for each in lived if each.trajectory.is_trusted]
     since_id = min((each.trajectory.id for each in pool), default="")
     already_read = await asyncio.to_thread(shop.memory.insights.read_evidence, since_id=since_id)
     comments = await asyncio.to_thread(shop.memory.feedback.comments, since_id=since_id)

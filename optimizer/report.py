@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from optimizer.evaluation import CellResult, Verdict
-from optimizer.intervals import bootstrap_mean, compare_paired
+from optimizer.evaluation import CellResult, Played, Verdict, compare_pairs, pair_tasks, share_won
+from optimizer.intervals import bootstrap_mean
 from optimizer.workshop import Workshop
 
 COMPARISONS = (
@@ -22,17 +22,28 @@ COMPARISONS = (
     ("dpo-off", "base-off", "SFT+DPO against base, memory off"),
     ("dpo-off", "base-on", "SFT+DPO without memory against base with memory"),
     ("sft-off", "base-on", "SFT without memory against base with memory"),
+    ("dpo-on", "sft-on", "SFT+DPO against SFT, memory on"),
     ("dpo-on", "dpo-off", "memory on against off, SFT+DPO"),
 )
 COLOURS = {"off": "#4c72b0", "on": "#dd8452"}
 LISTED_TASKS = 40
 
 
-def write_report(shop: Workshop, cells: dict[str, CellResult], verdict: Verdict) -> Path:
-    """Write the three files; return the path of the Markdown one."""
-    report = build_report(shop, cells, verdict)
+def write_report(
+    shop: Workshop,
+    cells: dict[str, CellResult],
+    verdict: Verdict,
+    gate: dict[str, Any],
+    *,
+    keep_earlier: bool = False,
+) -> Path:
+    """Write the three files; return the path of the Markdown one. `gate` is what the gate says of itself.
+    With `keep_earlier`, files that are there get a number instead of being replaced."""
+    report = build_report(shop, cells, verdict, gate)
     directory = shop.reports
     directory.mkdir(parents=True, exist_ok=True)
+    if keep_earlier:
+        _set_aside(directory)
     (directory / "report.json").write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
     plot_success(report["cells"], directory / "success.png")
     markdown = directory / "report.md"
@@ -40,7 +51,17 @@ def write_report(shop: Workshop, cells: dict[str, CellResult], verdict: Verdict)
     return markdown
 
 
-def build_report(shop: Workshop, cells: dict[str, CellResult], verdict: Verdict) -> dict[str, Any]:
+def _set_aside(directory: Path) -> None:
+    number = 1 + len(list(directory.glob("report-*.json")))
+    for name in ("report.json", "report.md", "success.png"):
+        path = directory / name
+        if path.exists():
+            path.rename(path.with_stem(f"{path.stem}-{number}"))
+
+
+def build_report(
+    shop: Workshop, cells: dict[str, CellResult], verdict: Verdict, gate: dict[str, Any]
+) -> dict[str, Any]:
     """Return everything the report says, as plain values."""
     artifacts, cycle = shop.artifacts, shop.cycle
     candidate = artifacts["candidate"]
@@ -48,7 +69,9 @@ def build_report(shop: Workshop, cells: dict[str, CellResult], verdict: Verdict)
         "cycle": cycle.id,
         "opened_at": cycle.created_at.isoformat(),
         "environment": shop.config.environment,
+        "pool": artifacts.get("pool", ""),
         "verdict": verdict.to_json(),
+        "gate": gate,
         "cells": {name: result.summary() for name, result in cells.items()},
         "comparisons": compare_cells(cells),
         "saving": measure_saving(cells),
@@ -87,18 +110,17 @@ def compare_cells(cells: dict[str, CellResult]) -> list[dict[str, Any]]:
     for first, second, title in COMPARISONS:
         if first not in cells or second not in cells:
             continue
-        others = {episode.task: episode for episode in cells[second].played}
-        pairs = [(episode, others[episode.task]) for episode in cells[first].played if episode.task in others]
-        paired = compare_paired([a.is_success for a, _ in pairs], [b.is_success for _, b in pairs])
+        pairs = pair_tasks(cells[first], cells[second])
+        gains = {pair.task: share_won(pair.ours) - share_won(pair.theirs) for pair in pairs}
         compared.append(
             {
                 "title": title,
                 "first": first,
                 "second": second,
-                **vars(paired),
+                **vars(compare_pairs(pairs)),
                 "relative_gain": _relative_gain(cells[first].success, cells[second].success),
-                "tasks_won": [a.task for a, b in pairs if a.is_success and not b.is_success],
-                "tasks_lost": [a.task for a, b in pairs if b.is_success and not a.is_success],
+                "tasks_won": [task for task, gain in gains.items() if gain > 0],
+                "tasks_lost": [task for task, gain in gains.items() if gain < 0],
             }
         )
     return compared
@@ -111,16 +133,13 @@ def _relative_gain(first: float, second: float) -> float | None:
 def measure_saving(cells: dict[str, CellResult]) -> dict[str, Any] | None:
     """Return what the words cost before they became weights: base with memory against the final policy without; None
     where clients played, who are not asked for that."""
-    if "base-on" not in cells:
+    final = cells.get("dpo-off") or cells.get("sft-off")
+    if "base-on" not in cells or final is None:
         return None
-    final = cells.get("dpo-off") or cells["sft-off"]
     before, after = cells["base-on"].per_turn("prompt_tokens"), final.per_turn("prompt_tokens")
-    by_task = {episode.task: episode for episode in cells["base-on"].played}
     differences = [
-        by_task[episode.task].prompt_tokens / max(1, by_task[episode.task].num_turns)
-        - episode.prompt_tokens / max(1, episode.num_turns)
-        for episode in final.played
-        if episode.task in by_task
+        _prompt_tokens_per_turn(pair.theirs) - _prompt_tokens_per_turn(pair.ours)
+        for pair in pair_tasks(final, cells["base-on"])
     ]
     mean, low, high = bootstrap_mean(differences)
     return {
@@ -134,6 +153,10 @@ def measure_saving(cells: dict[str, CellResult]) -> dict[str, Any] | None:
         "success_after": final.success,
         "final": final.cell.name,
     }
+
+
+def _prompt_tokens_per_turn(tries: list[Played]) -> float:
+    return sum(episode.prompt_tokens for episode in tries) / max(1, sum(episode.num_turns for episode in tries))
 
 
 def render_markdown(report: dict[str, Any]) -> str:
@@ -150,19 +173,16 @@ def render_markdown(report: dict[str, Any]) -> str:
         "## On the same tasks",
         _render_comparisons(report["comparisons"]),
         "## Guards",
-        _table(
-            ["guard", "candidate", "incumbent", "limit", "kept"],
-            [
-                [g["name"], f"{g['candidate']:.3g}", f"{g['incumbent']:.3g}", f"{g['limit']:.3g}", _yes(g["is_kept"])]
-                for g in verdict["guards"]
-            ],
-        ),
+        _render_guards(verdict["guards"]),
+        "## The gate",
+        _render_gate(report["gate"]),
         "## Words that became weights",
         _render_saving(report["saving"]),
         "## Tasks that changed",
         f"Won now ({len(verdict['tasks_won'])}): {_list_tasks(verdict['tasks_won'])}",
         f"Lost now ({len(verdict['tasks_lost'])}): {_list_tasks(verdict['tasks_lost'])}",
         "## Data",
+        f"{report['pool'].capitalize()}." if report["pool"] else "",
         _render_data(report),
         "## Training",
         _render_training(report["training"]),
@@ -180,8 +200,9 @@ def _render_cells(cells: dict[str, dict[str, Any]]) -> str:
         [
             "",
             "policy",
-            "success",
+            "success (pass@1)",
             "95 % interval",
+            "pass@tries",
             "turns",
             "prompt tokens / turn",
             "output tokens / turn",
@@ -193,8 +214,9 @@ def _render_cells(cells: dict[str, dict[str, Any]]) -> str:
             [
                 name,
                 f"v{cell['policy']}",
-                f"**{cell['success']:.1%}** ({cell['num_successes']}/{cell['num_tasks']})",
+                f"**{cell['success']:.1%}** ({cell['num_successes']}/{cell['num_episodes']})",
                 f"{cell['low']:.1%} to {cell['high']:.1%}",
+                "" if cell["pass_at_tries"] is None else f"{cell['pass_at_tries']:.1%} (pass@{cell['num_tries']})",
                 f"{cell['turns_per_episode']:.1f}",
                 f"{cell['prompt_tokens_per_turn']:.0f}",
                 f"{cell['output_tokens_per_turn']:.1f}",
@@ -209,7 +231,7 @@ def _render_cells(cells: dict[str, dict[str, Any]]) -> str:
 
 def _render_comparisons(comparisons: list[dict[str, Any]]) -> str:
     return _table(
-        ["comparison", "difference", "95 % interval", "relative", "won / lost", "p (exact McNemar)"],
+        ["comparison", "difference", "95 % interval", "relative", "won / lost", "p (exact)"],
         [
             [
                 c["title"],
@@ -224,15 +246,60 @@ def _render_comparisons(comparisons: list[dict[str, Any]]) -> str:
     )
 
 
+def _render_guards(guards: list[dict[str, Any]]) -> str:
+    rows = []
+    for guard in guards:
+        measure = "difference" if guard["is_hard"] else "ratio"
+        is_known = guard["low"] is not None
+        rows.append(
+            [
+                guard["name"],
+                f"{guard['candidate']:.3g}",
+                f"{guard['incumbent']:.3g}",
+                f"{measure} {guard['low']:.3g} to {guard['high']:.3g}" if is_known else "unknown",
+                f"{guard['limit']:.3g}",
+                "rejects" if guard["is_hard"] else "names the price",
+                _yes(guard["is_kept"]),
+            ]
+        )
+    return _table(["guard", "candidate", "incumbent", "95 % interval", "limit", "beyond it", "kept"], rows)
+
+
+def _render_gate(gate: dict[str, Any]) -> str:
+    lines = []
+    spent = f"{gate['alpha_spent']:.4f} of {gate['alpha_budget']:.4f} of the incumbent's error budget is spent."
+    if gate["look"] is None:
+        lines.append(f"No test was made, and nothing spent: {spent}")
+    else:
+        lines.append(f"Look {gate['look']} at this incumbent, which spends {gate['alpha']:.4f}: {spent}")
+    if "temperature" in gate and gate["temperature"] != gate["serving_temperature"]:
+        lines.append(f"**Played at temperature {gate['temperature']:g}; users get {gate['serving_temperature']:g}.**")
+    for one in gate["regressions"]:
+        lines.append(
+            f"Learned from {one['environment']} too: {one['difference']:+.1%} on {one['num_tasks']} of its held-out "
+            f"tasks (95 % interval {one['low']:+.1%} to {one['high']:+.1%})."
+        )
+    if (sealed := gate["sealed"]) is not None:
+        lines.append(
+            f"Sealed block, played after the decision: {sealed['success']:.1%} of {sealed['num_tasks']} tasks "
+            f"(95 % interval {sealed['low']:.1%} to {sealed['high']:.1%}). It was touched {gate['sealed_touches']} "
+            f"time{'s' if gate['sealed_touches'] != 1 else ''}, this one included."
+        )
+    return "\n\n".join(lines)
+
+
 def _played_by(report: dict[str, Any]) -> str:
     if not report["environment"]:
         return "as clients played and rewarded them"
-    return f"of {report['environment']}, played greedily through the rollout that serves"
+    gate = report["gate"]
+    tries = "once" if gate["num_tries"] == 1 else f"{gate['num_tries']} times"
+    how = "greedily" if gate["temperature"] == 0 else f"at temperature {gate['temperature']:g}"
+    return f"of {report['environment']}, each played {tries}, {how}, through the rollout that serves"
 
 
 def _render_saving(saving: dict[str, Any] | None) -> str:
     if saving is None:
-        return "Not measured: clients played."
+        return "Not measured here."
     return (
         f"Prompt tokens per turn: {saving['prompt_tokens_per_turn_before']:.0f} for the base with memory, "
         f"{saving['prompt_tokens_per_turn_after']:.0f} for {saving['final']} without: {saving['share']:.0%} less "

@@ -6,7 +6,7 @@ Refuses to judge by itself: rewards are rows (environment, code, user, judge), a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -38,15 +38,19 @@ def grade(
     *,
     since: datetime | None = None,
     environment: str | None = None,
+    environments: Collection[str] | None = None,
     limit: int | None = None,
     is_for_weights: bool = False,
 ) -> list[GradedTrajectory]:
     """Return the learnable trajectories with their steps, oldest first; of more than `limit`, the newest of each
     teacher. With `is_for_weights`, by the rewards of those who may teach the weights alone.
 
-    Reads the database: call it in a thread when there may be many.
+    With `environments`, only episodes of those; `""` among them stands for live traffic. Reads the database: call it
+    in a thread when there may be many.
     """
-    learnable = memory.trajectories.learnable(since=since, environment=environment, is_for_weights=is_for_weights)
+    learnable = memory.trajectories.learnable(
+        since=since, environment=environment, environments=environments, is_for_weights=is_for_weights
+    )
     learnable.sort(key=lambda graded: graded.trajectory.id)
     newest = learnable if limit is None else choose_newest(learnable, limit)
     graded = [

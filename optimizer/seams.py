@@ -92,6 +92,31 @@ async def leave_engine_running(reason: str) -> AsyncIterator[None]:
     yield
 
 
+@dataclass(frozen=True)
+class Serving:
+    """How users are served where their request does not say."""
+
+    temperature: float = 0.0
+    use_memory: bool = True
+
+
+class ListSealedTasks(Protocol):
+    def __call__(self, environment: str, num_tasks: int) -> list[Task]:
+        """Return tasks of the sealed block: held-out tasks that no other listing returns; fewer, or none, where the
+        environment has no more."""
+        ...
+
+
+def no_sealed_tasks(environment: str, num_tasks: int) -> list[Task]:
+    """The `ListSealedTasks` of environments that keep nothing sealed."""
+    return []
+
+
+def serve_greedily(environment: str) -> Serving:
+    """The `Seams.serving` of environments whose replies are not sampled."""
+    return Serving()
+
+
 async def prepare_nothing(tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
     """The `Prepare` of environments that start at once."""
 
@@ -103,6 +128,9 @@ class Seams:
     rollout: Rollout
     tasks: ListTasks
     prepare: Prepare = prepare_nothing
+    sealed_tasks: ListSealedTasks = no_sealed_tasks
+    serving: Callable[[str], Serving] = serve_greedily
+    """Environment -> how its users are served; `""` is live traffic."""
     complete: Complete | None = None
     """None: no model here writes prose, so insights come from counting."""
     context_tokens: ContextTokens = unknown_context

@@ -1,22 +1,21 @@
-"""The seven stages of a cycle, each a function of the workshop. Each can be repeated: what it made is found again.
+"""The stages of a cycle up to its candidate, each a function of the workshop; the last two are in
+`optimizer.release_gate`. Each can be repeated: what it made is found again.
 
-Refuses to know the order: that is the graph in `optimizer.cycle`. Refuses to decide: that is `optimizer.evaluation`.
+Refuses to know the order: that is the graph in `optimizer.cycle`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from memory.adapters import digest_adapter
-from memory.schema import Policy, PolicyStage, Task
+from memory.schema import Policy, PolicyStage
 from optimizer.config import plan_steps
 from optimizer.data import (
     DemonstrationRows,
@@ -27,12 +26,9 @@ from optimizer.data import (
     write_rows,
 )
 from optimizer.errors import OptimizerError, TemplateMismatch, TooFewTrajectories
-from optimizer.evaluation import Cell, CellResult, Decision, Played, Verdict, judge, play_cell
-from optimizer.logged_evaluation import read_logged_cells
 from optimizer.placement import Placement, place_training
 from optimizer.practice import explore as play_exploration
 from optimizer.practice import practice
-from optimizer.report import write_report
 from optimizer.shares import count_rows
 from optimizer.training.base import locate_base
 from optimizer.training.footprint import Kind
@@ -46,6 +42,8 @@ LEAST_TRAINED_SHARE = 0.95
 
 async def collect(shop: Workshop) -> None:
     """Play practice tasks no earlier cycle has seen, and put what is learned into words."""
+    for environment in shop.config.learn_from:
+        shop.take_held_out(environment, 0)  # an unknown name fails here, not after an hour of training
     if "practice_offset" not in shop.artifacts:
         earlier = [cycle for cycle in shop.memory.cycles.list() if cycle.id != shop.cycle_id]
         offset = max((cycle.artifacts.get("practice_end", 0) for cycle in earlier), default=0)
@@ -54,7 +52,7 @@ async def collect(shop: Workshop) -> None:
 
 
 async def demonstrate(shop: Workshop) -> None:
-    """Build the rows to imitate from everything ever lived here.
+    """Build the rows to imitate from everything ever lived in this cycle's environments.
 
     Raises:
         TemplateMismatch: too few of the agent's own tokens could be trained.
@@ -114,7 +112,8 @@ def _require_own_tokens(built: DemonstrationRows, base_model: str) -> None:
 def _count_without_teacher(shop: Workshop) -> int:
     """Return how many rewarded trajectories and corrections count for no weights, because of who gave the feedback."""
     trajectories = shop.memory.trajectories
-    num_rewarded = trajectories.count_learnable() - trajectories.count_learnable(is_for_weights=True)
+    rewarded, by_teachers = trajectories.count_learnable(), trajectories.count_learnable(is_for_weights=True)
+    num_rewarded = sum(rewarded.get(it, 0) - by_teachers.get(it, 0) for it in shop.config.pool_environments)
     return num_rewarded + shop.memory.feedback.count_corrections_without_teacher()
 
 
@@ -201,112 +200,6 @@ async def train_dpo(shop: Workshop) -> None:
     )
     policy = await _train_and_register(shop, spec, note="DPO from the SFT adapter")
     await _nominate(shop, policy.version)
-
-
-async def evaluate(shop: Workshop) -> None:
-    """Play every cell on the same held-out tasks; a cell that was played is not played again."""
-    if not shop.config.environment:
-        return
-    if "incumbent" not in shop.artifacts:
-        await shop.keep(incumbent=shop.memory.policies.active().version)
-    tasks = shop.held_out_tasks()
-    await shop.prepare(tasks)
-    for cell in choose_cells(shop):
-        path = _cell_path(shop, cell)
-        if not path.exists():
-            _write_cell(path, await _play_cell(shop, cell, tasks))
-
-
-async def settle(shop: Workshop) -> None:
-    """Judge, write the report, and let the candidate act or reject it. The report is there before the swap."""
-    if shop.config.environment:
-        cells = {cell.name: _read_cell(shop, cell) for cell in choose_cells(shop)}
-        summary = await _conclude(shop, cells, judge(*_contestants(shop, cells), shop.config.evaluation))
-    else:
-        summary = await judge_by_log(shop)
-    shutil.rmtree(shop.directory / "training", ignore_errors=True)
-    await shop.keep(verdict=summary)
-
-
-async def judge_by_log(shop: Workshop) -> dict[str, Any]:
-    """Judge the candidate by what clients played as it and as the active policy; until they have, it stays one."""
-    policies = shop.memory.policies
-    candidate, incumbent = policies.get(shop.artifacts["candidate"]), policies.active()
-    found = await asyncio.to_thread(read_logged_cells, shop.memory, candidate, incumbent, limit=shop.config.max_pool)
-    verdict = judge(*found, shop.config.evaluation)
-    if verdict.decision is Decision.UNINFORMATIVE:
-        mend = f"have {candidate.name} and {incumbent.name} play the same held-out tasks alike, reward all of them"
-        verdict = replace(verdict, reason=f"{verdict.reason}; {mend}, and judge again")
-    return await _conclude(shop, {cell.cell.name: cell for cell in found}, verdict)
-
-
-async def _conclude(shop: Workshop, cells: dict[str, CellResult], verdict: Verdict) -> dict[str, Any]:
-    """Write the report, then move the candidate to where the verdict sends it."""
-    policies = shop.memory.policies
-    active, measured = policies.active().version, f"measured against v{verdict.incumbent.policy}"
-    if active not in (verdict.incumbent.policy, verdict.candidate.policy):
-        reason = f"policy v{active} became active meanwhile; the candidate was {measured}"
-        verdict = replace(verdict, decision=Decision.UNINFORMATIVE, reason=reason)
-    report = await asyncio.to_thread(write_report, shop, cells, verdict)
-    summary = {**verdict.to_json(), "policy": verdict.candidate.policy, "report": str(report)}
-    stage = PolicyStage.ACTIVE if verdict.decision is Decision.PROMOTE else PolicyStage.REJECTED
-    if verdict.decision is Decision.UNINFORMATIVE and not shop.config.environment:
-        stage = PolicyStage.CANDIDATE  # clients may still play
-    if policies.get(verdict.candidate.policy).stage is not stage:
-        await policies.move(verdict.candidate.policy, stage, verdict=summary)
-    return summary
-
-
-def choose_cells(shop: Workshop) -> list[Cell]:
-    """Return what is played: {base, candidate} x {memory on, off}, the SFT policy, and the incumbent as it serves."""
-    artifacts, serves_with_memory = shop.artifacts, shop.config.evaluation.serve_with_memory
-    sft, candidate, incumbent = artifacts["sft"]["policy"], artifacts["candidate"], artifacts["incumbent"]
-    cells = [Cell("base-off", 0, False), Cell("base-on", 0, True), Cell("sft-off", sft, False)]
-    if candidate == sft:
-        cells.append(Cell("sft-on", sft, True))
-    else:
-        cells += [Cell("dpo-off", candidate, False), Cell("dpo-on", candidate, True)]
-    if incumbent != 0:
-        cells.append(Cell(f"incumbent-{'on' if serves_with_memory else 'off'}", incumbent, serves_with_memory))
-    return cells
-
-
-def _contestants(shop: Workshop, cells: dict[str, CellResult]) -> tuple[CellResult, CellResult]:
-    """Return (candidate, incumbent) as they would serve."""
-    memory = "on" if shop.config.evaluation.serve_with_memory else "off"
-    artifacts = shop.artifacts
-    candidate = "sft" if artifacts["candidate"] == artifacts["sft"]["policy"] else "dpo"
-    incumbent = "base" if artifacts["incumbent"] == 0 else "incumbent"
-    return cells[f"{candidate}-{memory}"], cells[f"{incumbent}-{memory}"]
-
-
-async def _play_cell(shop: Workshop, cell: Cell, tasks: list[Task]) -> CellResult:
-    return await play_cell(
-        cell,
-        tasks,
-        rollout=shop.seams.rollout,
-        grade=shop.memory.trajectories.reward_for_weights,
-        success_reward=shop.memory.trajectories.success_reward,
-        concurrency=shop.config.concurrency,
-        seed=shop.config.seed,
-        on_progress=shop.tell,
-    )
-
-
-def _cell_path(shop: Workshop, cell: Cell) -> Path:
-    return shop.directory / f"cell-{cell.name}.json"
-
-
-def _write_cell(path: Path, result: CellResult) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps([vars(episode) for episode in result.played]), encoding="utf-8")
-    unfinished.replace(path)
-
-
-def _read_cell(shop: Workshop, cell: Cell) -> CellResult:
-    played = json.loads(_cell_path(shop, cell).read_text(encoding="utf-8"))
-    return CellResult(cell, [Played(**episode) for episode in played])
 
 
 async def _load_tokenizer(shop: Workshop) -> Any:

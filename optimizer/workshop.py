@@ -19,7 +19,7 @@ from memory.feedback import Correction
 from memory.schema import Cycle, CycleStage, Split, Task, Trajectory
 from optimizer.config import OptimizerConfig
 from optimizer.rewards import GradedTrajectory, grade
-from optimizer.seams import Seams
+from optimizer.seams import Seams, Serving
 
 PROGRESS_INTERVAL_SECONDS = 0.5
 
@@ -82,20 +82,35 @@ class Workshop:
         """Return a seed that is always the same for the same place in the same cycle."""
         return random.Random(f"{self.config.seed}/{self.cycle_id}/{names}").getrandbits(31)
 
-    async def read_pool(self, *, this_cycle_only: bool = False, is_for_weights: bool = True) -> list[GradedTrajectory]:
+    async def read_pool(
+        self, *, this_cycle_only: bool = False, any_environment: bool = False, is_for_weights: bool = True
+    ) -> list[GradedTrajectory]:
         """Return what may be learned from, oldest first; held-out tasks stay out, also when a client asked for one.
-        Weights learn from those who may teach them; words of a tenant's memory from all of its feedback."""
+
+        What changes weights must be proved by this cycle's gate, so only episodes of its own environments are read, and
+        rewards of those who may teach. `any_environment` and `is_for_weights=False` read all, for words, which have
+        scopes of their own.
+        """
         since = self.cycle.created_at if this_cycle_only else None
+        environments = None if any_environment else self.config.pool_environments
         graded = await asyncio.to_thread(
-            grade, self.memory, since=since, limit=self.config.max_pool, is_for_weights=is_for_weights
+            grade,
+            self.memory,
+            since=since,
+            environments=environments,
+            limit=self.config.max_pool,
+            is_for_weights=is_for_weights,
         )
         return await self._drop_held_out(graded)
 
     async def read_corrections(self) -> list[Correction]:
-        """Return what those who may teach the weights said replies should have been; of held-out tasks none, whoever
-        asked."""
+        """Return what those who may teach the weights said replies of this cycle's environments should have been; of
+        held-out tasks none, whoever asked."""
         corrections = await asyncio.to_thread(
-            self.memory.feedback.corrections, limit=self.config.max_pool, is_for_weights=True
+            self.memory.feedback.corrections,
+            limit=self.config.max_pool,
+            environments=self.config.pool_environments,
+            is_for_weights=True,
         )
         return await self._drop_held_out(corrections)
 
@@ -105,7 +120,7 @@ class Workshop:
 
     async def _drop_held_out(self, found: list[Lived]) -> list[Lived]:
         """Leave out tries at a task that measures, though they were not marked so themselves."""
-        environments_own = {(task.environment, task.name) for task in self.held_out_tasks()}
+        environments_own = {(task.environment, task.name) for task in self._all_that_measure()}
         clients_own = await asyncio.to_thread(self.memory.trajectories.kept_back)
 
         def measures(trajectory: Trajectory) -> bool:
@@ -125,10 +140,41 @@ class Workshop:
         )
 
     def held_out_tasks(self) -> list[Task]:
-        """Return the tasks that decide; none where nothing can be played here."""
+        """Return the tasks that decide in this cycle; none where nothing can be played here."""
         if not self.config.environment:
             return []
-        return self.seams.tasks(self.config.environment, Split.HELD_OUT, self.config.evaluation.num_tasks, 0)
+        return self.take_held_out(self.config.environment, self.artifacts.get("held_out_offset", 0))
+
+    def take_held_out(self, environment: str, offset: int) -> list[Task]:
+        """Return the block of held-out tasks that starts at `offset`; behind the last task comes the first again."""
+        num_tasks = self.num_gate_tasks(environment)
+        known = self.seams.tasks(environment, Split.HELD_OUT, offset + num_tasks, 0)
+        return [known[(offset + number) % len(known)] for number in range(min(num_tasks, len(known)))]
+
+    def gate_serving(self, environment: str) -> Serving:
+        """Return how the gate plays: as users are served, but for what the settings of the gate say."""
+        served, wanted = self.seams.serving(environment), self.config.evaluation
+        return Serving(
+            served.temperature if wanted.temperature is None else wanted.temperature, wanted.serve_with_memory
+        )
+
+    def is_sampled(self, environment: str) -> bool:
+        return self.gate_serving(environment).temperature > 0
+
+    def num_gate_tasks(self, environment: str) -> int:
+        """Return how many tasks the gate plays there: half as many where the contestants try each several times."""
+        wanted = self.config.evaluation
+        is_repeated = self.is_sampled(environment) and wanted.num_tries > 1
+        return max(wanted.num_tasks // 2, 1) if is_repeated else wanted.num_tasks
+
+    def _all_that_measure(self) -> list[Task]:
+        """Return every held-out task that a gate played or plays, and the sealed ones."""
+        tasks: list[Task] = []
+        for environment in filter(None, self.config.pool_environments):
+            end = self.memory.verdicts.held_out_end(environment) + self.num_gate_tasks(environment)
+            tasks += self.seams.tasks(environment, Split.HELD_OUT, end, 0)
+            tasks += self.seams.sealed_tasks(environment, self.config.evaluation.num_sealed_tasks)
+        return tasks
 
     async def prepare(self, tasks: Sequence[Task]) -> None:
         """Have tasks ready to start, telling of it."""

@@ -59,11 +59,14 @@ class Agent:
         *,
         tools: Sequence[Tool] = (),
         telemetry: Telemetry | None = None,
+        serve_with_memory: bool = True,
     ) -> None:
         self._memory = memory
         self._hotswap = hotswap
         self._environments = environments
         self._config = config or AgentConfig()
+        self.serve_with_memory = serve_with_memory
+        """Whether memory is shown where neither the request nor the policy says."""
         self._tools = tools
         """Run by the server in requests that name no environment; whoever made the list may fill it later."""
         self.telemetry = telemetry or Telemetry()
@@ -78,13 +81,18 @@ class Agent:
             raise UnknownEnvironment(f"there is no environment {name!r}; the environments are: {known}")
         return self._environments[name]
 
+    def temperature_of(self, environment: Environment | None) -> float:
+        """Return how replies are sampled where the request does not say."""
+        declared = environment.temperature if environment is not None else None
+        return self._config.temperature if declared is None else declared
+
     async def rollout(
         self,
         task: Task | None,
         *,
         messages: Sequence[Message] | None = None,
         policy: int | None = None,
-        use_memory: bool = True,
+        use_memory: bool | None = None,
         temperature: float | None = None,
         seed: int | None = None,
         max_tokens: int | None = None,
@@ -101,8 +109,9 @@ class Agent:
         own, and says what the record is about). `tools` are definitions of tools that the client runs: a reply that
         calls one ends this turn, and the trajectory is returned RUNNING. Messages that begin with all of that and bring
         the results go on with it: same policy, same memory, same trajectory.
-        `sampling` goes to the engine as it is; `max_tokens` bounds one model call; `on_open` is called when the record
-        is open, `on_delta` is awaited with each piece the model writes for the client.
+        `use_memory` of None is as the policy serves. `sampling` goes to the engine as it is; `max_tokens` bounds one
+        model call; `on_open` is called when the record is open, `on_delta` is awaited with each piece the model writes
+        for the client.
 
         Raises:
             ValueError: nothing was asked, or tools that cannot be.
@@ -137,8 +146,8 @@ class Agent:
                         max_total_tokens=config.max_total_tokens,
                         max_output_tokens=min(max_tokens or config.max_output_tokens, config.max_output_tokens),
                     ),
-                    use_memory=use_memory,
-                    temperature=config.temperature if temperature is None else temperature,
+                    use_memory=self._uses_memory(actor) if use_memory is None else use_memory,
+                    temperature=self.temperature_of(environment) if temperature is None else temperature,
                     seed=seed,
                     sampling={**(sampling or {}), **self._salts.for_tenant(tenant)},
                     on_delta=on_delta,
@@ -147,6 +156,9 @@ class Agent:
                     **self._begin(entry, actor, environment, playthrough, messages or ()),
                 )
                 return await self._watch(episode)
+
+    def _uses_memory(self, actor: Actor) -> bool:
+        return self.serve_with_memory if actor.policy.use_memory is None else actor.policy.use_memory
 
     def _begin(
         self,

@@ -157,6 +157,8 @@ class HotSwap:
             outfit = self._outfit(version)
             outfit.last_used = next(self._clock)
             await self._load(outfit)
+            # The verdict that promoted it may have settled how it serves, after it was first leased to be measured.
+            outfit.policy = self._policies.get(version)
             if version != self._active:
                 self._retired, self._active = self._active, version
                 self.num_swaps += 1

@@ -16,6 +16,7 @@ import pytest
 from typer.main import get_command
 
 import serve
+from optimizer.config import EvaluationConfig
 from runtime.config import LimitsConfig
 from runtime.console.speak import run
 from runtime.tools.base import run_tool
@@ -28,6 +29,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 KEYS = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
 TOOLS = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+GATE = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 
@@ -138,6 +140,19 @@ async def test_the_tools_in_the_documents_are_offered_and_answer(tmp_path: Path,
 def test_toml_about_tools_is_a_valid_configuration(text: str, tmp_path: Path):
     (tmp_path / "ratchet.toml").write_text(text)
     assert serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).tools.mcp
+
+
+def test_toml_about_the_gate_is_the_defaults_but_for_the_margin(tmp_path: Path):
+    (text,) = blocks("toml", GATE)
+    (tmp_path / "ratchet.toml").write_text(text)
+    shown = serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).optimizer
+    assert shown.evaluation == EvaluationConfig(noninferiority_margin=0.05)
+    assert set(re.findall(r"`(max_\w+)`", GATE)) <= set(EvaluationConfig.model_fields)
+
+
+def test_the_command_on_the_page_about_the_gate_exists():
+    (command,) = blocks("sh", GATE)
+    assert shlex.split(command)[2] in get_command(serve.app).commands
 
 
 def test_toml_about_operations_is_a_valid_configuration(tmp_path: Path):

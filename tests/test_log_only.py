@@ -184,7 +184,7 @@ async def test_an_agent_gets_better_by_its_base_url_alone(world: PlayedWorld, au
     assert not {view.trajectory.id for view in held_out} & {it.trajectory.id for it in memory.trajectories.learnable()}
 
 
-async def test_a_candidate_that_is_no_better_is_rejected_and_cannot_be_judged_again(
+async def test_a_candidate_that_is_worse_is_rejected_and_the_same_tasks_do_not_decide_again(
     world: PlayedWorld, author: Author
 ) -> None:
     world.learner._seams.train.planted = "oven"
@@ -195,11 +195,15 @@ async def test_a_candidate_that_is_no_better_is_rejected_and_cannot_be_judged_ag
     assert early["decision"] == "uninformative" and f"have {candidate} and v0 play" in early["reason"]
 
     await author.measure(candidate)
-    judged, again = (await author.judge(candidate)).json(), await author.judge(candidate)
-
+    judged = (await author.judge(candidate)).json()
     assert (judged["decision"], judged["active"]) == ("reject", "v0")
     assert world.memory.policies.get(candidate).stage is PolicyStage.REJECTED
-    assert again.status_code == 409 and "only a cycle's candidate" in again.json()["error"]["message"]
+
+    await author.measure(candidate)  # the same tasks, once more
+    again = (await author.judge(candidate)).json()
+
+    assert again["decision"] == "uninformative" and again["reason"].startswith("0 tasks were played by both")
+    assert world.memory.policies.get(candidate).stage is PolicyStage.REJECTED
 
 
 async def test_the_app_in_the_documents_plays_as_it_stands(tmp_path: Path) -> None:

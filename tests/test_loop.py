@@ -318,6 +318,7 @@ class Kept:
         """Play greedily, as the gate does."""
         kept, rollout = self.memory.trajectories, self.services.agent.rollout
         judging = {"grade": kept.effective_reward, "success_reward": kept.success_reward}
+        judging["count_model_calls"] = lambda trajectory_id: kept.measure(trajectory_id).num_model_calls
         return await play_cell(
             Cell(name, policy, use_memory), tasks, rollout=rollout, concurrency=NUM_AT_ONCE, **judging
         )

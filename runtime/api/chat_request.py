@@ -102,7 +102,7 @@ class ChatRequest(BaseModel):
     """A chat completion request, with the agent's extensions in `metadata` (all values are strings):
 
     * `environment`, `task`: play that task on the server; `messages` may be empty then.
-    * `use_memory`: `on` (default) or `off`.
+    * `use_memory`: `on` or `off`; by default as the policy serves.
     * `task` without an environment: what this conversation is a try at, where its text does not say. It is the
       client's own name for it: tries at one task are compared with each other.
     * `split`: whether the task may teach (`live`, `practice`) or only measures (`held-out`). A task of an environment
@@ -172,6 +172,9 @@ EXAMPLES = {
 }
 
 
+MEMORY_SWITCH = {"on": True, "off": False}
+
+
 @dataclass(frozen=True)
 class Extensions:
     """What `metadata` asks of this server. Keys it doesn't know belong to the client."""
@@ -179,7 +182,8 @@ class Extensions:
     environment: str | None = None
     task: str | None = None
     split: Split | None = None
-    use_memory: bool = True
+    use_memory: bool | None = None
+    """None: as the policy serves."""
     seed: int | None = None
     episode_id: str | None = None
 
@@ -194,7 +198,7 @@ def read_extensions(metadata: Mapping[str, str] | None) -> Extensions:
     for name in ("environment", "split"):
         if name in given and not given.get("task"):
             raise BadRequest(f"metadata.task is missing: metadata.{name} is a task's", param="metadata.task")
-    memory = _one_of("use_memory", given.get("use_memory", "on"), {"on": True, "off": False})
+    memory = _one_of("use_memory", given["use_memory"], MEMORY_SWITCH) if "use_memory" in given else None
     split = _one_of("split", given["split"], {split.value: split for split in Split}) if "split" in given else None
     seed = given.get("seed")
     if seed is not None and not seed.removeprefix("-").isdecimal():

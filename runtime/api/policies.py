@@ -1,5 +1,5 @@
-"""Who acts: every policy with its stage and verdict, the gate's decision on a candidate that clients tried, and the two
-that an operator can take, promote and roll back.
+"""Who acts: every policy with its stage and verdict, the gate's decision on a candidate, and the two that an operator
+can take, promote and roll back.
 
 Refuses to swap anything itself: a decision is a row, which whoever wears policies notices. A policy is worn once, on
 trial, before it may be promoted, so that an adapter the engine cannot serve never becomes the active one.
@@ -20,6 +20,8 @@ from runtime.api.services import Server, Services
 
 router = APIRouter(prefix="/v1/policies", tags=["policies"])
 
+JUDGED_STAGES = frozenset({PolicyStage.CANDIDATE, PolicyStage.REJECTED})
+
 Version = Annotated[str, Path(description="`v3` or `3`.", examples=["v3"])]
 
 
@@ -37,6 +39,8 @@ class PolicyDetail(BaseModel):
     cycle_id: str | None
     note: str
     verdict: dict[str, Any] | None
+    use_memory: bool | None
+    """Whether it serves with memory where a request does not say; null: the server's setting."""
     created_at: datetime
 
 
@@ -93,13 +97,16 @@ async def promote(version: Version, server: Server) -> PolicyDetail:
     return describe(promoted)
 
 
-@router.post("/{version}/judge", summary="Decide by what clients played", responses=refusals(NotFound, Conflict))
+@router.post("/{version}/judge", summary="Decide on a candidate", responses=refusals(NotFound, Conflict))
 async def judge(version: Version, server: Server) -> Judgement:
-    """Compare a candidate with the active policy on the held-out tasks that clients had both play (`model="agent@v3"`,
-    `metadata` with `task` and `split`) and gave feedback on, by the gate's own test. Better: it acts from now on. Not
-    better: it is rejected. Too little to tell: it stays a candidate, and `reason` says what is missing."""
+    """Compare a candidate, or one that was rejected, with the active policy on held-out tasks that have not decided on
+    it yet, by the gate's own test. Where its cycle learned from an environment, new tasks of it are played here, which
+    takes minutes; else the tasks count that clients had both play (`model="agent@v3"`, `metadata` with `task` and
+    `split`) and gave feedback on, the first try of each. Better: it acts from now on. Worse: it is rejected. Too little
+    to tell: it stays a candidate, and `reason` says what is missing. Each comparison spends some of the active policy's
+    error budget."""
     wanted = server.memory.policies.get(version_name(version))
-    if wanted.stage is not PolicyStage.CANDIDATE or wanted.cycle_id is None:
+    if wanted.stage not in JUDGED_STAGES or wanted.cycle_id is None:
         raise Conflict(
             f"policy {wanted.name} is {wanted.stage.value!r}: only a cycle's candidate can be judged",
             code="no_candidate",

@@ -42,7 +42,11 @@ class CycleStarter(Protocol):
         ...
 
     async def judge(self, policy: Policy) -> dict[str, Any]:
-        """Settle a cycle's candidate by what clients played, if that is enough; return the verdict."""
+        """Settle a cycle's candidate on tasks that have not decided on it yet; return the verdict.
+
+        Raises:
+            CycleInProgress: held-out tasks would have to be played while a cycle plays.
+        """
         ...
 
 

@@ -141,6 +141,9 @@ def learn(
                 under_way.append(await start_cycle(client, settings))
             console = watching(as_json)
             console.print(f"cycle [bold]{under_way[0]}[/]")
+            pool = (await client.get(f"/v1/cycles/{under_way[0]}"))["artifacts"].get("pool")
+            if pool:
+                console.print(pool, markup=False, highlight=False)
             with show.CycleLines(console) as lines:
                 return await watch_cycle(client, under_way[0], lines.update)
 
@@ -177,7 +180,7 @@ def judge(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Decide on a candidate by the held-out tasks that clients had it and the active policy play."""
+    """Decide on a candidate, or on one that was rejected, by held-out tasks that have not decided on it yet."""
     from runtime.console import learn, show
 
     async def work() -> dict[str, Any]:

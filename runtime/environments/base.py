@@ -45,6 +45,9 @@ class Environment(ABC):
 
     name: str
     system_prompt: str
+    temperature: float | None = None
+    """How replies are sampled where the request does not say, for users and for the release gate alike; None: as the
+    agent is configured."""
 
     @abstractmethod
     def task(self, name: str) -> Task:
@@ -57,6 +60,10 @@ class Environment(ABC):
     @abstractmethod
     def tasks(self, split: Split, num_tasks: int, *, offset: int = 0) -> list[Task]:
         """Return `num_tasks` tasks of a split, always the same ones for the same arguments."""
+
+    def sealed_tasks(self, num_tasks: int) -> list[Task]:
+        """Return up to `num_tasks` held-out tasks that `tasks` never returns; only a release's report plays them."""
+        return []
 
     async def prepare(self, tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
         """Do ahead of time whatever starting these tasks would have to wait for. `on_progress(done, total)`."""

@@ -30,6 +30,8 @@ FAMILIES = {
     Split.PRACTICE: range(500_000, 900_000),
     Split.HELD_OUT: range(900_000, 1_000_000),
 }
+SEALED = range(990_000, 1_000_000)
+"""The held-out seeds that no list of tasks names."""
 SYSTEM_PROMPT = "You play a text game. Reach its goal by calling act with one short command at a time."
 ACT = {
     "type": "object",
@@ -46,6 +48,7 @@ class TextWorld(Environment):
 
     name = "textworld"
     system_prompt = SYSTEM_PROMPT
+    temperature = 0.0  # a game has best commands: sampling loses games, and costs the gate several tries of each
 
     def __init__(self, cache_dir: Path) -> None:
         self._cache_dir = cache_dir
@@ -63,7 +66,11 @@ class TextWorld(Environment):
         seeds = FAMILIES.get(split)
         if seeds is None:
             raise ValueError(f"textworld has no split {split!r}: use practice or held-out")
-        return [self.task(str(seed)) for seed in seeds[offset : offset + num_tasks]]
+        named = range(seeds.start, min(seeds.stop, SEALED.start))
+        return [self.task(str(seed)) for seed in named[offset : offset + num_tasks]]
+
+    def sealed_tasks(self, num_tasks: int) -> list[Task]:
+        return [self.task(str(seed)) for seed in SEALED[:num_tasks]]
 
     async def prepare(self, tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
         missing = sorted({task.name for task in tasks if not self._game_file(task.name).exists()})

@@ -174,7 +174,9 @@ async def test_one_turn_of_the_loop_ends_with_a_better_policy_and_a_report(memor
     assert learned_from and all(memory.trajectories.get(id_).split is Split.PRACTICE for id_ in learned_from)
     assert [insight.text for insight in memory.insights.active("kitchen")] == ["fry the _ -> cook _ with stove"]
     report = json.loads((memory.data_dir / "reports" / cycle.id / "report.json").read_text())
-    assert set(report["cells"]) == {"base-off", "base-on", "sft-off", "dpo-off", "dpo-on"}
+    assert set(report["cells"]) == {"base-off", "base-on", "sft-off", "sft-on", "dpo-off", "dpo-on"}
+    compared = {(one["first"], one["second"]) for one in report["comparisons"]}
+    assert {("dpo-off", "sft-off"), ("dpo-on", "sft-on")} <= compared  # DPO against SFT on the same episodes
     page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
     assert report["demonstrations"]["trained_share"] == 1.0
     assert "100.0% of the agent's own tokens" in page
@@ -214,7 +216,7 @@ async def test_a_process_that_dies_goes_on_at_the_stage_where_it_died(memory, ki
     assert verdict["decision"] == "promote"
     assert trainer.trained == ["sft", "dpo"] and trained_before == trainer.trained[: len(trained_before)]
     assert len(memory.policies.list()) == 3
-    one_turn = 36 + 36 + 5 * 40
+    one_turn = 36 + 36 + 6 * 40
     assert kitchen.num_played <= one_turn + 40  # at most one round or one cell is played again
 
 

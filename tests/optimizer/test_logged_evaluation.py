@@ -1,12 +1,23 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from memory.schema import Feedback, Policy, RewardSource, Split, Trajectory, TrajectoryStage, new_id
+from memory.schema import (
+    Feedback,
+    Policy,
+    RewardSource,
+    Split,
+    Step,
+    StepKind,
+    StoredVerdict,
+    Trajectory,
+    TrajectoryStage,
+    new_id,
+)
 from memory.store import Memory
 from optimizer.config import EvaluationConfig, OptimizerConfig
 from optimizer.evaluation import Decision, judge
@@ -40,6 +51,7 @@ async def log(
     split: Split = Split.HELD_OUT,
     temperature: float = 0.0,
     tenant: str = "",
+    kinds: Sequence[StepKind] = (),
 ) -> str:
     """Record what a client played."""
     trajectory = await memory.trajectories.open(
@@ -53,6 +65,9 @@ async def log(
             temperature=temperature,
         )
     )
+    for position, kind in enumerate(kinds):
+        step = Step(trajectory_id=trajectory.id, position=position, kind=kind)
+        await memory.trajectories.append(step, trajectory=trajectory)
     if reward is not None:
         await memory.trajectories.reward(trajectory.id, reward, RewardSource.USER)
     await memory.trajectories.close(trajectory.id, stage=TrajectoryStage.FINISHED)
@@ -60,7 +75,7 @@ async def log(
 
 
 def decide(memory: Memory, candidate: Policy):
-    cells = read_logged_cells(memory, candidate, memory.policies.get(0), limit=1000)
+    cells = read_logged_cells(memory, candidate, memory.policies.get(0))
     return judge(*cells, EvaluationConfig(min_tasks=NUM_TASKS))
 
 
@@ -81,14 +96,51 @@ async def test_logged_tries_at_the_same_tasks_pass_the_gate_as_played_ones_do(me
     assert (verdict.candidate.name, verdict.incumbent.name) == ("candidate-off", "incumbent-off")
 
 
-async def test_of_several_tries_at_a_task_the_newest_counts(memory, candidate):
+async def test_of_several_tries_at_a_task_the_first_counts_however_many_follow(memory, candidate, monkeypatch):
+    monkeypatch.setattr("optimizer.logged_evaluation.PAGE", 7)
+    first = await log(memory, candidate.version, 7, 0.0)
     await log_both(memory, candidate)
-    again = await log(memory, candidate.version, 1, 0.0)
+    for _ in range(20):
+        await log(memory, candidate.version, 7, 1.0)
 
-    ours, _ = read_logged_cells(memory, candidate, memory.policies.get(0), limit=1000)
+    ours, _ = read_logged_cells(memory, candidate, memory.policies.get(0))
 
-    (tried,) = [played for played in ours.played if played.task == "1"]
-    assert (tried.trajectory_id, tried.is_success) == (again, False)
+    (tried,) = [played for played in ours.played if played.task == "7"]
+    assert (tried.trajectory_id, tried.is_success) == (first, False)
+    assert len(ours.played) == NUM_TASKS
+
+
+async def test_a_first_try_that_was_never_rewarded_cannot_be_played_again_until_it_is_won(memory, candidate):
+    await log_both(memory, candidate)
+    other = NUM_TASKS
+    await log(memory, 0, other, 0.0)
+    await log(memory, candidate.version, other, None)
+    await log(memory, candidate.version, other, 1.0)
+
+    ours, _ = read_logged_cells(memory, candidate, memory.policies.get(0))
+
+    (tried,) = [played for played in ours.played if played.task == str(other)]
+    assert tried.is_broken and not tried.is_success
+
+
+async def test_tasks_that_decided_on_a_candidate_before_do_not_decide_again(memory, candidate):
+    await log_both(memory, candidate)
+    entry = StoredVerdict(id="ver_1", candidate=candidate.version, incumbent=0)
+    await memory.verdicts.open(entry, choose_alpha=lambda look: 0.01)
+    await memory.verdicts.close("ver_1", "uninformative", was_tested=True, tasks=[str(n) for n in range(30)])
+
+    ours, _ = read_logged_cells(memory, candidate, memory.policies.get(0))
+
+    assert {played.task for played in ours.played} == {str(n) for n in range(30, NUM_TASKS)}
+
+
+async def test_turns_are_counted_from_the_steps_as_they_were_recorded(memory, candidate):
+    for version in (0, candidate.version):
+        await log(memory, version, 1, 1.0, kinds=[StepKind.MODEL, StepKind.TOOL, StepKind.TOOL, StepKind.MODEL])
+
+    ours, _ = read_logged_cells(memory, candidate, memory.policies.get(0))
+
+    assert [played.num_turns for played in ours.played] == [2]
 
 
 @pytest.mark.parametrize("how", [{"split": Split.LIVE}, {"tenant": "shop"}])
@@ -110,8 +162,8 @@ async def test_what_was_played_before_the_candidate_was_there_is_not_compared_wi
 
 
 async def test_tries_at_different_temperatures_are_not_compared(memory, candidate):
-    await log_both(memory, candidate)
     await log(memory, candidate.version, 0, 1.0, temperature=1.0)
+    await log_both(memory, candidate)
 
     verdict = decide(memory, candidate)
 
@@ -119,9 +171,9 @@ async def test_tries_at_different_temperatures_are_not_compared(memory, candidat
 
 
 async def test_tries_that_nobody_rewarded_are_a_doubt(memory, candidate):
-    await log_both(memory, candidate)
     for task in range(7, NUM_TASKS, 8):  # where the candidate lost
         await log(memory, candidate.version, task, None)
+    await log_both(memory, candidate)
 
     verdict = decide(memory, candidate)
 

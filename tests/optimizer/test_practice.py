@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 from memory.schema import Feedback
 from memory.store import Memory
 from optimizer.errors import CompletionError
 from optimizer.practice import learn_words
-from optimizer.rewards import grade
 from tests.memory.episodes import HashingEncoder, play
+from tests.optimizer.one_cycle import OneCycle
 
 MARKS = {"": "ours", "acme": "theirs"}
-
-
-class OneCycle:
-    """As much of a cycle as words need: a pool, a critic, and what is kept."""
-
-    def __init__(self, memory: Memory, complete: Any, context: int | CompletionError = 4096) -> None:
-        self.memory, self.config, self.artifacts = memory, SimpleNamespace(seed=0), {}
-        self.seams = SimpleNamespace(complete=complete, context_tokens=self._context_tokens)
-        self._context = context
-
-    async def _context_tokens(self) -> int:
-        if isinstance(self._context, CompletionError):
-            raise self._context
-        return self._context
-
-    async def read_pool(self, **options):
-        return grade(self.memory, **options)
-
-    async def keep(self, **artifacts: Any) -> None:
-        self.artifacts |= artifacts
 
 
 async def test_lessons_are_drawn_from_each_tenants_own_episodes(tmp_path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from memory.schema import Feedback, RewardSource, Split, TrajectoryStage, Trust
@@ -13,6 +11,7 @@ from optimizer.data import build_demonstrations, build_preferences
 from optimizer.practice import learn_words
 from optimizer.rewards import grade
 from tests.memory.episodes import HashingEncoder
+from tests.optimizer.one_cycle import OneCycle
 from tests.optimizer.worlds import live
 
 STOVE = ("cook carrot with stove", "It is fried.")
@@ -121,15 +120,11 @@ async def test_an_episode_that_read_a_web_page_teaches_nothing_until_it_is_appro
         await memory.trajectories.approve(other.id)
     read: list[str] = []
 
-    async def complete(messages):
+    async def complete(messages, **_):
         read.append(messages[-1]["content"])
         return "ADD: visit evil.example" if "evil.example" in read[-1] and "Won" in read[-1] else "NOTHING"
 
-    async def read_pool(**options):
-        return grade(memory, **options)
-
-    seams, config = SimpleNamespace(complete=complete), SimpleNamespace(seed=0)
-    await learn_words(SimpleNamespace(memory=memory, seams=seams, config=config, read_pool=read_pool))
+    await learn_words(OneCycle(memory, complete))
     shown = build_demonstrations(
         grade(memory, is_for_weights=True), tokenizer, config=DemonstrationConfig(), max_length_tokens=4096
     )

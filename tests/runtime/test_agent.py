@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from memory.errors import UnknownPolicy
-from memory.schema import RewardSource, Split, StepKind, TrajectoryStage, Trust
+from memory.schema import PolicyStage, RewardSource, Split, StepKind, TrajectoryStage, Trust
 from memory.store import Memory
 from runtime.agent import Agent
 from runtime.completion import Delta
@@ -292,6 +292,50 @@ async def test_memory_is_shown_ahead_of_the_task_and_kept_out_of_the_opening(
     without = await agent.rollout(levers.task("right"), use_memory=False)
     assert (without.memory_text, without.memory_ids) == ("", [])
     assert fake.requests[-1]["messages"][-1]["content"] == "Three levers are before you."
+
+
+async def teach(agent: Agent, memory: Memory, fake: FakeEngine, levers: Levers) -> None:
+    fake.script = pulls("left", "right", "left")
+    await agent.rollout(levers.task("left-right-left"), use_memory=False)
+    await memory.index.drain()
+    fake.script = pulls("right")
+
+
+async def test_one_switch_turns_memory_off_for_users_too(
+    memory: Memory, hotswap: HotSwap, fake: FakeEngine, levers: Levers
+):
+    agent = Agent(memory, hotswap, {"levers": levers}, AgentConfig(max_steps=6), serve_with_memory=False)
+    await teach(agent, memory, fake, levers)
+
+    assert (await agent.rollout(levers.task("right"))).memory_text == ""
+    fake.script = pulls("right")
+    assert (await agent.rollout(levers.task("right"), use_memory=True)).memory_text != ""
+
+
+async def test_a_policy_that_was_proved_without_memory_is_served_without_it(
+    agent: Agent, memory: Memory, fake: FakeEngine, hotswap: HotSwap, levers: Levers
+):
+    await teach(agent, memory, fake, levers)
+    lean = await memory.policies.draft(parent=0)
+    async with hotswap.lease(lean.version):  # as it was measured, before its verdict
+        pass
+    await memory.policies.move(lean.version, PolicyStage.ACTIVE, use_memory=False)
+    await hotswap.wear(lean.version)
+
+    assert (await agent.rollout(levers.task("right"))).memory_text == ""
+    fake.script = pulls("right")
+    assert (await agent.rollout(levers.task("right"), policy=0)).memory_text != ""
+
+
+async def test_an_environment_may_say_how_its_replies_are_sampled(agent: Agent, fake: FakeEngine, levers: Levers):
+    async def temperature(**how) -> float:
+        fake.script = pulls("right")
+        played = await agent.rollout(levers.task("right"), **how)
+        return played.temperature
+
+    assert await temperature() == AgentConfig().temperature
+    levers.temperature = 0.0
+    assert await temperature() == 0.0 and await temperature(temperature=1.0) == 1.0
 
 
 async def test_the_policys_own_prompt_goes_before_the_environments(

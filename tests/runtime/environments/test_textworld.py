@@ -23,6 +23,14 @@ def test_the_families_of_seeds_are_disjoint():
     assert sum(map(len, families)) == len(set().union(*families))
 
 
+def test_no_list_of_tasks_names_a_sealed_one(textworld_environment):
+    sealed = {task.name for task in textworld_environment.sealed_tasks(100)}
+    everything = {task.name for task in textworld_environment.tasks(Split.HELD_OUT, 200_000)}
+
+    assert len(sealed) == 100 and len(everything) == 90_000 and not sealed & everything
+    assert {textworld_environment.task(name).split for name in sealed} == {Split.HELD_OUT}
+
+
 def test_a_task_is_found_again_by_its_name(textworld_environment):
     for task in textworld_environment.tasks(Split.HELD_OUT, 5, offset=7):
         assert textworld_environment.task(task.name) == task

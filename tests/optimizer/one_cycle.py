@@ -1,0 +1,30 @@
+"""As much of a cycle as the words need that practice draws from episodes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from memory.store import Memory
+from optimizer.errors import CompletionError
+from optimizer.rewards import grade
+
+
+class OneCycle:
+    """As much of a cycle as words need: a pool, a critic, and what is kept."""
+
+    def __init__(self, memory: Memory, complete: Any, context: int | CompletionError = 4096) -> None:
+        self.memory, self.config, self.artifacts = memory, SimpleNamespace(seed=0), {}
+        self.seams = SimpleNamespace(complete=complete, context_tokens=self._context_tokens)
+        self._context = context
+
+    async def _context_tokens(self) -> int:
+        if isinstance(self._context, CompletionError):
+            raise self._context
+        return self._context
+
+    async def read_pool(self, **_: bool):
+        return grade(self.memory)
+
+    async def keep(self, **artifacts: Any) -> None:
+        self.artifacts |= artifacts
