@@ -326,6 +326,8 @@ def _render_data(report: dict[str, Any]) -> str:
 
 
 def _render_trained_share(demonstrations: dict[str, Any]) -> str:
+    if "trained_share" not in demonstrations:  # rows built by an older version, in a cycle that was taken up again
+        return ""
     num_forks = demonstrations["tally"].get("fork", 0)
     return (
         f"{demonstrations['trained_share']:.1%} of the agent's own tokens in the usable episodes have a loss "

@@ -208,6 +208,6 @@ async def test_feedback_of_a_key_that_does_not_teach_decides_nothing(memory, can
         assert memory.trajectories.effective_reward(trajectory_id) == 1.0
         assert memory.trajectories.reward_for_weights(trajectory_id) == 0.0
 
-    ours, theirs = read_logged_cells(memory, candidate, memory.policies.get(0), limit=1000)
+    ours, theirs = read_logged_cells(memory, candidate, memory.policies.get(0))
 
     assert len(ours.played) == NUM_TASKS and ours.success == theirs.success == 0.0
