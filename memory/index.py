@@ -25,6 +25,7 @@ from memory.encoder import Encoder, QueryEncoder
 from memory.errors import IndexDamaged, IndexUnavailable, StorageError
 from memory.follower import Follower
 from memory.meanings import MeaningIndex
+from memory.scopes import EVERYBODY
 from memory.searchables import COLLECTIONS, Searchables
 from memory.tally import Tally
 from memory.trajectories import Trajectories
@@ -33,6 +34,7 @@ from memory.words import WordIndex
 FUSION_CONSTANT = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher, 2009)
 MAX_HANGING = 2  # questions that Chroma may leave unanswered before it isn't asked any more
 POLL_SECONDS = 0.01
+MAX_OWN = 500  # rows of one person whose vectors are compared, the newest; older ones are found by their words
 
 logger = logging.getLogger(__name__)
 
@@ -79,18 +81,21 @@ class MemoryIndex:
         num: int = 10,
         *,
         tenant: str = "",
+        user_id: str = "",
         exclude_task: str | None = None,
         min_similarity: float = -1.0,
+        is_floor: bool = False,
     ) -> list[tuple[str, float]]:
-        """Return (row id, score) of what fits the query, best first, of one tenant. `where` may name an environment and
-        a kind.
+        """Return (row id, score) of what fits the query, best first: what all of one tenant are shown, and what this
+        person is. `where` may name an environment and a kind. With `is_floor`, rows below `min_similarity` are left
+        out though they share words with the query, unless meanings can't be had.
 
         Never fails for the index's sake: without meanings it finds by word, without words nothing. Raises:
         ValueError for a collection or a filter that doesn't exist.
         """
         if collection not in COLLECTIONS:
             raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
-        where = {"tenant": tenant, **(where or {})}
+        where = {"tenant": tenant, "user_id": user_id, **(where or {})}
         if not query_text.strip() or not await self._has_any(collection, where):
             return []
         asked = (collection, query_text, where, num)
@@ -102,6 +107,8 @@ class MemoryIndex:
             find = partial(self._words.find_by_common_words, *asked, exclude_task=exclude_task)
             others = await self._find_by_word(find)
             by_word += [row_id for row_id in others if row_id not in by_word]
+        if is_floor and by_meaning is not None:
+            by_word = [row_id for row_id in by_word if row_id in by_meaning]
         return fuse(by_word, by_meaning or [])[:num]
 
     async def rebuild(self, *, timeout_seconds: float = 3600.0) -> dict[str, int]:
@@ -165,7 +172,13 @@ class MemoryIndex:
                 vector = await asyncio.wait_for(self._queries.encode(query_text), deadline)
             question = _Question(
                 lambda: self._meanings.find(
-                    collection, vector, where, num, exclude_task=exclude_task, min_similarity=min_similarity
+                    collection,
+                    vector,
+                    where,
+                    num,
+                    own=self._own(collection, where, exclude_task),
+                    exclude_task=exclude_task,
+                    min_similarity=min_similarity,
                 )
             )
             with self.seconds["meanings"].measure():
@@ -176,6 +189,16 @@ class MemoryIndex:
             logger.info("no meanings for this question: %s", error or "past the deadline")
         self.num_without_meanings += 1
         return None
+
+    def _own(self, collection: str, where: dict[str, str], exclude_task: str | None) -> list[str]:
+        """Return the ids of what this person alone is shown, the newest of it."""
+        if where["user_id"] == EVERYBODY:
+            return []
+        try:
+            return self._words.newest(collection, where, MAX_OWN, exclude_task=exclude_task)
+        except StorageError as error:
+            logger.warning("the word index failed, rebuild it: %s", error)
+            return []
 
     async def _answer(self, question: _Question) -> list[str]:
         """Wait for Chroma until the deadline. Raises: IndexDamaged, TimeoutError."""

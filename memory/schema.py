@@ -232,6 +232,12 @@ class Trajectory(SQLModel, table=True):
     num_invalid_tool_calls: int = 0
     opened_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     closed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    exemplar_text: str | None = Field(default=None, sa_type=CleanText)
+    """What an operator has it shown as, in place of what was said in it."""
+    approved_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    """When an operator let the whole tenant see it as an exemplar."""
+    retired_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    """When an operator took it out of memory: nobody is shown it from then on."""
 
     @property
     def task_key(self) -> tuple[str, str]:
@@ -360,8 +366,39 @@ class Insight(SQLModel, table=True):
     """Unsuccessful episodes that did what the insight says."""
     wins_otherwise: int = 0
     losses_otherwise: int = 0
+    is_shared: bool = False
+    """Made of live episodes that their clients share with the whole tenant, and of nothing else."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     removed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    approved_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    """When an operator let the whole tenant see it; its words are the operator's from then on."""
+    retired_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    """When an operator removed it: no evidence brings these words back."""
+
+
+class ReviewKind(StrEnum):
+    APPROVE = "approve"
+    EDIT = "edit"
+    RETIRE = "retire"
+
+
+class Review(SQLModel, table=True):
+    """One decision of an operator about one memory: who made it and when. Append-only."""
+
+    __tablename__ = "reviews"
+
+    id: str = Field(primary_key=True)
+    tenant: str = ""
+    key_id: str | None = None
+    """The API key it was made with; None on a server without keys."""
+    kind: ReviewKind = Field(sa_type=words_of(ReviewKind))
+    row_id: str = Field(index=True)
+    """The insight, or the exemplar's trajectory."""
+    user_id: str = ""
+    """The person whose memory it was until then; empty: the tenant's, or nobody's."""
+    text: str | None = Field(default=None, sa_type=CleanText)
+    """The operator's wording, where one was given."""
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 
 class Document(SQLModel, table=True):

@@ -41,6 +41,7 @@ from memory.schema import (
     new_id,
     now,
 )
+from memory.scopes import Scopes, is_shown
 
 TRUST = (RewardSource.USER, RewardSource.CODE, RewardSource.ENVIRONMENT, RewardSource.JUDGE)  # most trusted first
 BYTES_PER_TOKEN_ID = 4
@@ -77,8 +78,9 @@ class Measures:
 class Trajectories:
     """All episodes ever lived here, and what they were worth."""
 
-    def __init__(self, database: Database, *, success_reward: float = 1.0) -> None:
+    def __init__(self, database: Database, *, success_reward: float = 1.0, scopes: Scopes | None = None) -> None:
         self._database = database
+        self.scopes = scopes or Scopes()
         self.success_reward = success_reward
         self.num_closed: Counter[tuple[str, Split]] = Counter()
         """Since the start, by how they ended and by split."""
@@ -247,10 +249,14 @@ class Trajectories:
         with self._database.read() as session:
             return _measure(session, trajectory_id, since)
 
-    def recorded_result(self, tool_name: str, arguments: dict[str, Any], *, tenant: str = "") -> str | None:
-        """Return what a tool yielded when this tenant last had it called with these arguments. Blocks: for a thread."""
+    def recorded_result(
+        self, tool_name: str, arguments: dict[str, Any], *, tenant: str = "", user_id: str = ""
+    ) -> str | None:
+        """Return what a tool yielded when it was last called with these arguments in an episode that this person may
+        be shown. Blocks: for a thread."""
+        is_meant = (Trajectory.tenant == tenant, is_shown(self.scopes.of_episode()))
         with self._database.read() as session:
-            return find_result(session, tool_name, arguments, tenant)
+            return find_result(session, tool_name, arguments, is_meant, {"user_id": user_id})
 
     def rewards(self, trajectory_id: str) -> builtins.list[Reward]:
         """Return every reward it was given, oldest first. Raises: UnknownTrajectory."""
@@ -275,10 +281,14 @@ class Trajectories:
         return reward
 
     def exemplary(self) -> Select:
-        """The query for every trajectory that may be shown as an exemplar: finished, a success, not held out."""
-        return select(Trajectory).where(
+        """The query for every trajectory that may be shown as an exemplar, and its scope: finished, a success, not held
+        out, not retired, and somebody's."""
+        scope = self.scopes.of_exemplar()
+        return select(Trajectory, scope.label("scope")).where(
             Trajectory.stage == TrajectoryStage.FINISHED,
             Trajectory.split != Split.HELD_OUT,
+            col(Trajectory.retired_at).is_(None),
+            scope.is_not(None),
             _effective_reward_of(col(Trajectory.id)) >= self.success_reward,
         )
 
