@@ -73,8 +73,8 @@ class FeedbackBook:
             known = session.get(Feedback, place)
             if known is not None:
                 return _same(known, values), False
-            _require_target(session, values)
-            session.execute(insert(Feedback).values(**values))
+            target = _require_target(session, values)
+            session.execute(insert(Feedback).values(**{**values, "user_id": values["user_id"] or target.user_id}))
             if is_number and values["step"] is None:
                 reason = ": ".join(part for part in (values["name"], values["comment"]) if part)
                 source = SOURCES.get(values["source"], RewardSource.USER)
@@ -118,19 +118,20 @@ class FeedbackBook:
         return builtins.list(found.values())[::-1]
 
 
-def _require_target(session: Session, values: dict[str, Any]) -> None:
+def _require_target(session: Session, values: dict[str, Any]) -> Trajectory:
     trajectory_id, position = values["trajectory_id"], values["step"]
     target = session.get(Trajectory, trajectory_id)
     if target is None or target.tenant != values["tenant"]:
         raise UnknownTrajectory(f"no trajectory has the id {trajectory_id!r}: feedback needs its target")
     if position is None:
-        return
+        return target
     query = select(Step.kind).where(Step.trajectory_id == trajectory_id, Step.position == position)
     kind = session.scalar(query)
     if kind is None:
         raise UnknownStep(f"trajectory {trajectory_id!r} has no step {position!r}: read it to see which there are")
     if values["correction"] is not None and kind is not StepKind.MODEL:
         raise ValueError(f"step {position!r} of {trajectory_id!r} is a {kind.value}'s: correct a reply of the model")
+    return target
 
 
 def _place_of_reply(session: Session, feedback: Feedback) -> int | None:

@@ -168,7 +168,7 @@ class _Lists:
         """Apply one operation; return the insight that changed."""
         place = (operation.tenant, operation.user_id, operation.environment, operation.task_kind)
         rows = self._rows(place)
-        insight = rows.get(_key(operation.text))
+        insight = rows.get(key_of(operation.text))
         is_active = insight is not None and insight.removed_at is None
         match operation.kind:
             case OperationKind.ADD | OperationKind.AGREE if is_active:
@@ -192,14 +192,14 @@ class _Lists:
                 *(getattr(Insight, name) == value for name, value in zip(PLACE, place, strict=True))
             )
             rows = self._session.exec(query.order_by(col(Insight.removed_at).is_(None), col(Insight.id))).all()
-            self._lists[place] = {_key(insight.text): insight for insight in rows}
+            self._lists[place] = {key_of(insight.text): insight for insight in rows}
             num_active = sum(insight.removed_at is None for insight in rows)
             self._full[place] = num_active >= self._max_kept + OVERFLOW
         return self._lists[place]
 
     def _edit(self, place: Place, insight: Insight, operation: InsightOperation) -> Insight | None:
         rows = self._rows(place)
-        new_key = _key(operation.new_text)
+        new_key = key_of(operation.new_text)
         other = rows.get(new_key)
         if other is not None and other is not insight:  # edited into a text that exists: the two become one
             strength = insight.strength
@@ -208,8 +208,8 @@ class _Lists:
                 other.is_shared |= operation.is_shared
                 return self._strengthen(other, 1, operation.counts)
             return self._add(place, other, other.text, strength + 1, operation)
-        del rows[_key(insight.text)]
-        insight.text = _tidy(operation.new_text)
+        del rows[key_of(insight.text)]
+        insight.text = tidy(operation.new_text)
         insight.is_shared = operation.is_shared
         rows[new_key] = insight
         return self._strengthen(insight, 1, operation.counts)
@@ -218,13 +218,14 @@ class _Lists:
         self, place: Place, removed: Insight | None, text: str, strength: int, operation: InsightOperation
     ) -> Insight | None:
         """Make an insight, or bring back the removed one that has this text, unless an operator retired it."""
-        if removed is not None and removed.retired_at is not None:
+        tenants_own = self._rows((place[0], EVERYBODY, *place[2:]))
+        if any(it is not None and it.retired_at is not None for it in (removed, tenants_own.get(key_of(text)))):
             return None
-        insight = removed or Insight(id=new_id("ins"), text=_tidy(text), **dict(zip(PLACE, place, strict=True)))
+        insight = removed or Insight(id=new_id("ins"), text=tidy(text), **dict(zip(PLACE, place, strict=True)))
         insight.removed_at = None
         insight.is_shared = operation.is_shared
         insight.strength = 0
-        self._rows(place)[_key(text)] = insight
+        self._rows(place)[key_of(text)] = insight
         return self._strengthen(insight, strength, operation.counts)
 
     def _strengthen(self, insight: Insight, change: int, counts: SupportCounts | None) -> Insight:
@@ -248,15 +249,15 @@ def _check(operation: InsightOperation) -> None:
         raise ValueError(f"the edit of {operation.text!r} needs a new_text: use REMOVE to be rid of it")
 
 
-def _tidy(text: str) -> str:
+def tidy(text: str) -> str:
     return " ".join(text.split())
 
 
-def _key(text: str) -> str:
+def key_of(text: str) -> str:
     """Two texts with the same key are the same insight, however they are spaced and capitalised."""
-    return _tidy(text).casefold()
+    return tidy(text).casefold()
 
 
 def keys_of(texts: Iterable[str]) -> set[str]:
     """Return what insights are matched by, for callers that compare texts with stored ones."""
-    return {_key(text) for text in texts}
+    return {key_of(text) for text in texts}

@@ -18,15 +18,15 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sqlalchemy import bindparam
-from sqlmodel import Session, col, select
+from sqlmodel import col, select
 
 from memory.config import MemoryConfig
 from memory.database import Database
 from memory.errors import StorageError
-from memory.exemplars import render_exemplar
+from memory.exemplars import read_exemplar
 from memory.index import MemoryIndex, fuse
-from memory.insights import FIRST_STRENGTH, Insights, Standing
-from memory.schema import Document, Insight, Passage, Step, Trajectory
+from memory.insights import FIRST_STRENGTH, Insights, Standing, key_of
+from memory.schema import Document, Insight, Passage, Trajectory
 from memory.scopes import is_shown
 from memory.tally import Tally
 from memory.trajectories import Trajectories
@@ -201,7 +201,10 @@ class Retrieval:
     async def _find_insights(self, question: _Question) -> list[tuple[str, str]]:
         """Return the insights that evidence supports; where there are too many, strength and meaning choose."""
         standing = self._insights.standing(**question.where, **question.asker)
-        insights = {it.id: it for it in standing if is_supported(it)}
+        by_words: dict[str, Standing] = {}
+        for each in filter(is_supported, standing):  # a person's own may say what all are shown already
+            by_words.setdefault(key_of(each.text), each)
+        insights = {each.id: each for each in by_words.values()}
         ranked = list(insights)
         if self._config.max_insights == 0:
             return []
@@ -247,7 +250,7 @@ class Retrieval:
             found = {trajectory.id: trajectory for trajectory in rows if not question.is_of(trajectory)}
             trajectories = [found[row_id] for row_id in ids if row_id in found]
             trajectories.sort(key=lambda trajectory: trajectory.num_steps)
-            return [(it.id, _read_exemplar(session, it)) for it in _one_per_task(trajectories)]
+            return [(it.id, read_exemplar(session, it)) for it in _one_per_task(trajectories)]
 
     async def find_passages(self, query_text: str, num: int, *, tenant: str = "") -> list[str]:
         """Return the passages nearest to a question, each after its document's title, best first.
@@ -296,13 +299,3 @@ def _said(messages: Iterable[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
     """Return who said what, without the instructions."""
     told = [(message.get("role"), message.get("content")) for message in messages]
     return [(role, content) for role, content in told if role not in ("system", "developer")]
-
-
-def _read_exemplar(session: Session, trajectory: Trajectory) -> str:
-    if trajectory.exemplar_text is not None:
-        return trajectory.exemplar_text
-    return render_exemplar(trajectory.task_text, _steps(session, trajectory.id))
-
-
-def _steps(session: Session, trajectory_id: str) -> list[Step]:
-    return list(session.exec(select(Step).where(Step.trajectory_id == trajectory_id).order_by(col(Step.position))))

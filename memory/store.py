@@ -27,6 +27,7 @@ from memory.ownership import take_ownership, tell_address
 from memory.policies import Policies
 from memory.responses import Responses
 from memory.retrieval import Retrieval
+from memory.reviews import Reviews
 from memory.scopes import Scopes
 from memory.trajectories import Trajectories
 from memory.words import WordIndex
@@ -50,6 +51,7 @@ class Memory:
         self.scopes = Scopes(config.share_live)
         self.trajectories = Trajectories(self.database, success_reward=config.success_reward, scopes=self.scopes)
         self.insights = Insights(self.database, max_kept=config.max_kept_insights, scopes=self.scopes)
+        self.reviews = Reviews(self.database, self.trajectories, self.scopes)
         self.documents = Documents(self.database, passage_tokens=config.passage_tokens)
         self.policies = Policies(self.database)
         self.cycles = Cycles(self.database)

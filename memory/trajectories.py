@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, bindparam, case, exists, func, insert, literal, or_
+from sqlalchemy import ColumnElement, Select, bindparam, case, exists, func, insert, literal, or_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased, defer
 from sqlmodel import Session, col, select
@@ -281,14 +281,16 @@ class Trajectories:
         return reward
 
     def exemplary(self) -> Select:
-        """The query for every trajectory that may be shown as an exemplar, and its scope: finished, a success, not held
-        out, not retired, and somebody's."""
+        """The query for every trajectory that may be shown as an exemplar, and its scope: a success, not retired, and
+        shown to somebody."""
         scope = self.scopes.of_exemplar()
-        return select(Trajectory, scope.label("scope")).where(
+        return self.successes(scope).where(col(Trajectory.retired_at).is_(None), scope.is_not(None))
+
+    def successes(self, *more: ColumnElement[Any]) -> Select:
+        """The query for finished successes that are not held out, and more columns of them."""
+        return select(Trajectory, *more).where(
             Trajectory.stage == TrajectoryStage.FINISHED,
             Trajectory.split != Split.HELD_OUT,
-            col(Trajectory.retired_at).is_(None),
-            scope.is_not(None),
             _effective_reward_of(col(Trajectory.id)) >= self.success_reward,
         )
 
@@ -334,6 +336,7 @@ class Trajectories:
         is_success: bool | None = None,
         since: datetime | None = None,
         tenant: str = "",
+        user_id: str | None = None,
     ) -> builtins.list[TrajectoryView]:
         """Return trajectories with their rewards, newest first; pass the last id as `before_id` for the next page.
         With `since`, only what was opened after it."""
@@ -348,6 +351,7 @@ class Trajectories:
             (Trajectory.split, split),
             (Trajectory.policy, policy),
             (Trajectory.stage, stage),
+            (Trajectory.user_id, user_id),
         ):
             if wanted is not None:
                 query = query.where(column == wanted)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from memory.schema import Task
+from memory.scopes import EVERYBODY
 from optimizer.insight_extraction import extract_insights
 from optimizer.rewards import split
 from optimizer.workshop import Workshop
@@ -48,18 +49,25 @@ def plan_rounds(num_episodes: int, num_tasks: int) -> list[int]:
 
 
 async def learn_words(shop: Workshop) -> None:
-    """Bring the insights up to date with everything that was lived so far: each tenant's with its own episodes."""
-    pool = await shop.read_pool()
-    for tenant in sorted({each.trajectory.tenant for each in pool} | {""}):
-        successes, failures = split(each for each in pool if each.trajectory.tenant == tenant)
+    """Bring the insights up to date with everything that was lived so far. Each is drawn from the episodes of one scope
+    alone: a tenant's practice and what its clients share, or one person's. What is nobody's teaches no words."""
+    memory, by_scope = shop.memory, defaultdict(list)
+    for each in await shop.read_pool():
+        scope = memory.scopes.of_lived(each.trajectory)
+        if scope is not None:
+            by_scope[each.trajectory.tenant, scope].append(each)
+    for tenant, scope in sorted({*by_scope, ("", EVERYBODY)}):
+        successes, failures = split(by_scope[tenant, scope])
         operations = await extract_insights(
             successes,
             failures,
-            known=shop.memory.insights.active(tenant=tenant),
+            known=memory.insights.active(tenant=tenant, user_id=scope, scope=scope),
             complete=shop.seams.complete,
             seed=shop.config.seed,
         )
-        await shop.memory.insights.apply([replace(operation, tenant=tenant) for operation in operations])
+        # With `share_live = "tenant"` these are episodes of persons, too: under "user" again, it is shown to nobody.
+        whose = {"tenant": tenant, "user_id": scope, "is_shared": not memory.scopes.shares_live and scope == EVERYBODY}
+        await memory.insights.apply([replace(operation, **whose) for operation in operations])
 
 
 async def explore(shop: Workshop, policy: int) -> None:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from memory.scopes import EVERYBODY
 from optimizer.evaluation import CellResult, Verdict
 from optimizer.intervals import bootstrap_mean, compare_paired
 from optimizer.workshop import Workshop
@@ -65,7 +66,7 @@ def build_report(shop: Workshop, cells: dict[str, CellResult], verdict: Verdict)
                 "wins_otherwise": insight.wins_otherwise,
                 "losses_otherwise": insight.losses_otherwise,
             }
-            for insight in shop.memory.insights.active(shop.config.environment)
+            for insight in shop.memory.insights.active(shop.config.environment, scope=EVERYBODY)
         ],
         "lineage": [
             {"policy": policy.name, "note": policy.note, "adapter": policy.adapter_path}

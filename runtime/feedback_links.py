@@ -39,6 +39,8 @@ class Link:
     """Seconds since 1970, UTC."""
     tenant: str = ""
     """Of whoever made it."""
+    key_id: str | None = None
+    """The API key it was made with."""
     answer_start: int | None = None
     step: int | None = None
     name: str = "reward"

@@ -85,6 +85,7 @@ async def make_link(
         choices=tuple(body.choices),
         may_correct=body.may_correct,
         tenant=caller.tenant,
+        key_id=caller.key_id,
         **find_target(body, server.memory, caller.tenant),
     )
     path = f"/feedback/{signer_of(server).sign(link)}"
@@ -146,6 +147,7 @@ def read_form(link: Link, form: dict[str, str]) -> Feedback:
         raise BadRequest(f"a text is longer than {MAX_CHARS} characters: shorten it")
     return Feedback(
         tenant=link.tenant,
+        key_id=link.key_id,
         id=link.feedback_id,
         trajectory_id=link.trajectory_id,
         target=link.target,
