@@ -32,6 +32,7 @@ from hypothesis.stateful import (
 
 from memory.config import MemoryConfig
 from memory.errors import IllegalMove
+from memory.insights import InsightOperation, OperationKind
 from memory.reviews import Status
 from memory.schema import Feedback, Split, Step, StepKind, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
@@ -108,17 +109,29 @@ class Premises(RuleBasedStateMachine):
         for marker in MARKER.findall(text):
             self.marked[marker].is_everybodys = True
 
-    @initialize()
-    def register(self) -> None:
+    @initialize(topics=st.lists(topics, min_size=4, max_size=4))
+    def begin(self, topics: list[str]) -> None:
+        """Somebody has talked already, and an insight is there from before persons were known."""
         self.runner.run(self.memory.policies.register_base("pocket"))
+        for tenant, person, topic in zip(("", "", "acme", ""), ("ann", "bob", "ann", ""), topics, strict=True):
+            self.live(tenant, person, topic, "live", True)
+        words = f"from before {self.mark('', '', False)}"
+        self.do("learn", self.memory.insights.apply([InsightOperation(OperationKind.ADD, "", "chat", words)]))
+
+    @rule(tenant=tenants, person=persons, topic=topics)
+    def talk(self, tenant: str, person: str, topic: str) -> None:
+        self.live(tenant, person, topic, "live", True)
 
     @rule(
         tenant=tenants,
         person=persons,
         topic=topics,
-        place=st.sampled_from(("live", "live", "live", "shared", "practice")),
+        place=st.sampled_from(("live", "shared", "practice")),
         is_good=st.sampled_from((True, True, True, False)),
     )
+    def talk_or_practise(self, tenant: str, person: str, topic: str, place: str, is_good: bool) -> None:
+        self.live(tenant, person, topic, place, is_good)
+
     def live(self, tenant: str, person: str, topic: str, place: str, is_good: bool) -> None:
         """Ask something, be answered with all that memory shows, and rate the answer."""
         is_everybodys = place != "live"
