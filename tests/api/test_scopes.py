@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 
 from memory.insights import InsightOperation, OperationKind
 from memory.schema import Feedback, Scope
@@ -165,3 +166,25 @@ def test_nobody_takes_up_what_another_person_began(world: ServedWorld, http: htt
         body = {"model": "agent", "messages": [*asked, reply, result], "tools": [weather], "user": person}
         trajectory = http.post("/v1/chat/completions", json=body).headers["X-Trajectory-Id"]
         assert (trajectory == begun["id"]) == is_same, person
+
+
+class Confused(Exception):
+    """Nobody foresaw it."""
+
+
+def test_no_line_of_the_log_holds_what_a_person_said(
+    world: ServedWorld, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+):
+    async def fail(*_: Any, **__: Any) -> Any:
+        raise Confused(f"cannot read {SECRET!r}")
+
+    said = {"model": "agent", "messages": [{"role": "user", "content": SECRET}]}
+    with structlog.testing.capture_logs() as lines:
+        monkeypatch.setattr(world.engine, "chat", fail)
+        assert http.post("/v1/chat/completions", json=said).status_code == 502
+        monkeypatch.setattr(world.memory.feedback, "post", fail)
+        answer = world.memory.trajectories.list(limit=1)[0].trajectory.id
+        assert http.post("/v1/feedback", json={"target": answer, "value": True}).status_code == 500
+    events = [(line["event"], line["error"]) for line in lines]
+    assert events == [("episode failed", "Confused"), ("request failed", "Confused")]
+    assert "Jane" not in repr(lines) and "post_feedback" in lines[1]["trace"]
