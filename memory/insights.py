@@ -197,7 +197,14 @@ class _Lists:
             self._full[place] = num_active >= self._max_kept + OVERFLOW
         return self._lists[place]
 
+    def _is_retired(self, place: Place, text: str) -> bool:
+        """Whether an operator retired these words, in this list or for the whole tenant."""
+        lists = (self._rows(place), self._rows((place[0], EVERYBODY, *place[2:])))
+        return any(found.retired_at is not None for rows in lists if (found := rows.get(key_of(text))) is not None)
+
     def _edit(self, place: Place, insight: Insight, operation: InsightOperation) -> Insight | None:
+        if self._is_retired(place, operation.new_text):
+            return None
         rows = self._rows(place)
         new_key = key_of(operation.new_text)
         other = rows.get(new_key)
@@ -218,8 +225,7 @@ class _Lists:
         self, place: Place, removed: Insight | None, text: str, strength: int, operation: InsightOperation
     ) -> Insight | None:
         """Make an insight, or bring back the removed one that has this text, unless an operator retired it."""
-        tenants_own = self._rows((place[0], EVERYBODY, *place[2:]))
-        if any(it is not None and it.retired_at is not None for it in (removed, tenants_own.get(key_of(text)))):
+        if self._is_retired(place, text):
             return None
         insight = removed or Insight(id=new_id("ins"), text=tidy(text), **dict(zip(PLACE, place, strict=True)))
         insight.removed_at = None

@@ -97,7 +97,9 @@ async def test_evidence_does_not_reword_what_was_approved_nor_bring_back_what_wa
     assert (review.key_id, review.user_id, review.text) == ("key_1", "jane", "answer in one line")
 
     await memory.reviews.retire_insight(approved.id, tenant="")
-    assert await memory.insights.apply([lesson("Answer in one line"), lesson("answer in one line", "jane")]) == []
+    again = [lesson("Answer in one line"), lesson("answer in one line", "jane")]
+    again.append(lesson("be brief", "jane", kind=OperationKind.EDIT, new_text="answer in one line"))
+    assert await memory.insights.apply(again) == []
     assert [it.insight.id for it in memory.reviews.insights(tenant="", status=Status.RETIRED)] == [approved.id]
     with pytest.raises(IllegalMove, match="was retired: only one in force"):
         await memory.reviews.approve_insight(approved.id, tenant="")
