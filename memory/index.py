@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from memory.words import WordIndex
 FUSION_CONSTANT = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher, 2009)
 MAX_HANGING = 2  # questions that Chroma may leave unanswered before it isn't asked any more
 POLL_SECONDS = 0.01
-MAX_OWN = 500  # rows of one person whose vectors are compared, the newest; older ones are found by their words
+MAX_OWN = 200  # rows of one person whose vectors are compared, the newest; beside them, older ones with rare words
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +99,9 @@ class MemoryIndex:
         if not query_text.strip() or not await self._has_any(collection, where):
             return []
         asked = (collection, query_text, where, num)
+        asking = asyncio.ensure_future(self._find_by_word(partial(self._words.find, *asked, exclude_task=exclude_task)))
         by_word, by_meaning = await asyncio.gather(
-            self._find_by_word(partial(self._words.find, *asked, exclude_task=exclude_task)),
-            self._find_by_meaning(collection, query_text, where, num, exclude_task, min_similarity),
+            asking, self._find_by_meaning(collection, query_text, where, num, exclude_task, min_similarity, asking)
         )
         if by_meaning is None and len(by_word) < num:
             find = partial(self._words.find_by_common_words, *asked, exclude_task=exclude_task)
@@ -162,6 +162,7 @@ class MemoryIndex:
         num: int,
         exclude_task: str | None,
         min_similarity: float,
+        by_word: Awaitable[list[str]],
     ) -> list[str] | None:
         """Ask Chroma within the deadline; None when it can't say."""
         try:
@@ -170,13 +171,15 @@ class MemoryIndex:
             with self.seconds["encoding"].measure():
                 deadline = self._config.encoding_deadline_seconds
                 vector = await asyncio.wait_for(self._queries.encode(query_text), deadline)
+            # One person's rows are compared one by one: the newest, and those with rare words of the query.
+            words_own = [] if where["user_id"] == EVERYBODY else await by_word
             question = _Question(
                 lambda: self._meanings.find(
                     collection,
                     vector,
                     where,
                     num,
-                    own=self._own(collection, where, exclude_task),
+                    own=list(dict.fromkeys([*words_own, *self._newest_own(collection, where, exclude_task)])),
                     exclude_task=exclude_task,
                     min_similarity=min_similarity,
                 )
@@ -190,8 +193,8 @@ class MemoryIndex:
         self.num_without_meanings += 1
         return None
 
-    def _own(self, collection: str, where: dict[str, str], exclude_task: str | None) -> list[str]:
-        """Return the ids of what this person alone is shown, the newest of it."""
+    def _newest_own(self, collection: str, where: dict[str, str], exclude_task: str | None) -> list[str]:
+        """Return the ids of the newest of what this person alone is shown."""
         if where["user_id"] == EVERYBODY:
             return []
         try:

@@ -43,6 +43,17 @@ async def test_a_persons_own_rows_are_found_among_many_of_others(memory: Memory)
     assert await shown(memory, "please fry my carrot", "somebody else") == ""
 
 
+async def test_what_a_person_did_long_ago_is_found_by_its_rare_words(memory: Memory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("memory.index.MAX_OWN", 2)
+    old = await talk(memory, "please fry my saffron carrot", user_id="jane")
+    await memory.index.drain()
+    for number in range(6):
+        await talk(memory, f"when is the invoice number {number} due", user_id="jane")
+    await memory.index.drain()
+    found = await memory.retrieval.retrieve(**LIVE, query_text="please fry my saffron carrot", user_id="jane")
+    assert found.ids == [old.id]
+
+
 async def test_the_setting_widens_and_narrows_what_is_there_already(tmp_path: Path, config: MemoryConfig):
     tenant_wide = config.model_copy(update={"share_live": "tenant"})
     with Memory.open(tmp_path, config, encoder=HashingEncoder()) as memory:
