@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, Field
 
 
@@ -23,6 +25,9 @@ class MemoryConfig(BaseModel, extra="forbid"):
     """Most solved tasks in one memory segment."""
     max_passages: int = Field(default=3, ge=0)
     """Most passages of documents in one memory segment."""
+    share_live: Literal["user", "tenant"] = "user"
+    """Who is shown what was lived in live traffic. `user`: the person it was lived with, and nobody where none was
+    named. `tenant`: everybody of the tenant."""
     max_kept_insights: int = Field(default=20, ge=1)
     """ExpeL's list size for one kind of task: 5 over it, REMOVE costs 3 of an insight's strength instead of 1."""
     passage_tokens: int = Field(default=200, ge=20)

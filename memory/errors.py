@@ -57,6 +57,10 @@ class UnknownTrajectory(UnknownRow):
     """No trajectory has that id."""
 
 
+class UnknownInsight(UnknownRow):
+    """No insight has that id."""
+
+
 class UnknownStep(UnknownRow):
     """The trajectory has no such step."""
 

@@ -1,7 +1,7 @@
 """Past successes, rendered to be shown: a solved task as a few lines that a model can imitate.
 
-This module refuses to know how exemplars are found and how much room there is. It is pure: the same trajectory always
-reads the same, in the prompt and in the data that models are trained on.
+This module refuses to know how exemplars are found and how much room there is. The same trajectory always reads the
+same, in the prompt and in the data that models are trained on, unless an operator put it into other words.
 """
 
 from __future__ import annotations
@@ -10,10 +10,20 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from memory.schema import Step, StepKind
+from sqlmodel import Session, col, select
+
+from memory.schema import Step, StepKind, Trajectory
 
 MAX_LINES = 3
 MAX_CHARS = 240
+
+
+def read_exemplar(session: Session, trajectory: Trajectory) -> str:
+    """Return how a trajectory is shown: in the operator's words, or as it was recorded."""
+    if trajectory.exemplar_text is not None:
+        return trajectory.exemplar_text
+    steps = session.exec(select(Step).where(Step.trajectory_id == trajectory.id).order_by(col(Step.position)))
+    return render_exemplar(trajectory.task_text, steps.all())
 
 
 def render_exemplar(task_text: str, steps: Sequence[Step]) -> str:

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from memory.encoder import Encoder, QueryEncoder
 from memory.errors import IndexDamaged, IndexUnavailable, StorageError
 from memory.follower import Follower
 from memory.meanings import MeaningIndex
+from memory.scopes import EVERYBODY
 from memory.searchables import COLLECTIONS, Searchables
 from memory.tally import Tally
 from memory.trajectories import Trajectories
@@ -33,6 +34,7 @@ from memory.words import WordIndex
 FUSION_CONSTANT = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher, 2009)
 MAX_HANGING = 2  # questions that Chroma may leave unanswered before it isn't asked any more
 POLL_SECONDS = 0.01
+MAX_OWN = 200  # rows of one person whose vectors are compared, the newest; beside them, older ones with rare words
 
 logger = logging.getLogger(__name__)
 
@@ -79,29 +81,34 @@ class MemoryIndex:
         num: int = 10,
         *,
         tenant: str = "",
+        user_id: str = "",
         exclude_task: str | None = None,
         min_similarity: float = -1.0,
+        is_floor: bool = False,
     ) -> list[tuple[str, float]]:
-        """Return (row id, score) of what fits the query, best first, of one tenant. `where` may name an environment and
-        a kind.
+        """Return (row id, score) of what fits the query, best first: what all of one tenant are shown, and what this
+        person is. `where` may name an environment and a kind. With `is_floor`, rows below `min_similarity` are left
+        out though they share words with the query, unless meanings can't be had.
 
         Never fails for the index's sake: without meanings it finds by word, without words nothing. Raises:
         ValueError for a collection or a filter that doesn't exist.
         """
         if collection not in COLLECTIONS:
             raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
-        where = {"tenant": tenant, **(where or {})}
+        where = {"tenant": tenant, "user_id": user_id, **(where or {})}
         if not query_text.strip() or not await self._has_any(collection, where):
             return []
         asked = (collection, query_text, where, num)
+        asking = asyncio.ensure_future(self._find_by_word(partial(self._words.find, *asked, exclude_task=exclude_task)))
         by_word, by_meaning = await asyncio.gather(
-            self._find_by_word(partial(self._words.find, *asked, exclude_task=exclude_task)),
-            self._find_by_meaning(collection, query_text, where, num, exclude_task, min_similarity),
+            asking, self._find_by_meaning(collection, query_text, where, num, exclude_task, min_similarity, asking)
         )
         if by_meaning is None and len(by_word) < num:
             find = partial(self._words.find_by_common_words, *asked, exclude_task=exclude_task)
             others = await self._find_by_word(find)
             by_word += [row_id for row_id in others if row_id not in by_word]
+        if is_floor and by_meaning is not None:
+            by_word = [row_id for row_id in by_word if row_id in by_meaning]
         return fuse(by_word, by_meaning or [])[:num]
 
     async def rebuild(self, *, timeout_seconds: float = 3600.0) -> dict[str, int]:
@@ -156,6 +163,7 @@ class MemoryIndex:
         num: int,
         exclude_task: str | None,
         min_similarity: float,
+        by_word: Awaitable[list[str]],
     ) -> list[str] | None:
         """Ask Chroma within the deadline; None when it can't say."""
         try:
@@ -164,9 +172,17 @@ class MemoryIndex:
             with self.seconds["encoding"].measure():
                 async with asyncio.timeout(self._config.encoding_deadline_seconds):
                     vector = await self._queries.encode(query_text)
+            # One person's rows are compared one by one: the newest, and those with rare words of the query.
+            words_own = [] if where["user_id"] == EVERYBODY else await by_word
             question = _Question(
                 lambda: self._meanings.find(
-                    collection, vector, where, num, exclude_task=exclude_task, min_similarity=min_similarity
+                    collection,
+                    vector,
+                    where,
+                    num,
+                    own=list(dict.fromkeys([*words_own, *self._newest_own(collection, where, exclude_task)])),
+                    exclude_task=exclude_task,
+                    min_similarity=min_similarity,
                 )
             )
             with self.seconds["meanings"].measure():
@@ -177,6 +193,16 @@ class MemoryIndex:
             logger.info("no meanings for this question: %s", error or "past the deadline")
         self.num_without_meanings += 1
         return None
+
+    def _newest_own(self, collection: str, where: dict[str, str], exclude_task: str | None) -> list[str]:
+        """Return the ids of the newest of what this person alone is shown."""
+        if where["user_id"] == EVERYBODY:
+            return []
+        try:
+            return self._words.newest(collection, where, MAX_OWN, exclude_task=exclude_task)
+        except StorageError as error:
+            logger.warning("the word index failed, rebuild it: %s", error)
+            return []
 
     async def _answer(self, question: _Question) -> list[str]:
         """Wait for Chroma until the deadline. Raises: IndexDamaged, TimeoutError."""

@@ -6,10 +6,10 @@ This module refuses to know why it is asked. Only live episodes count, those tha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Select, String, cast
+from sqlalchemy import ColumnElement, Select, String, cast
 from sqlmodel import Session, col, select
 
 from memory.schema import Split, Step, StepKind, Trajectory
@@ -18,15 +18,21 @@ MAX_EPISODES_SEEN = 20_000  # in search of what a tool once yielded
 MAX_EPISODES_READ = 1_000
 
 
-def find_result(session: Session, tool_name: str, arguments: dict[str, Any], tenant: str) -> str | None:
-    """Return what a tool yielded when it was last called with these arguments in a live episode of this tenant,
-    without error.
+def find_result(
+    session: Session,
+    tool_name: str,
+    arguments: dict[str, Any],
+    is_meant: Sequence[ColumnElement[bool]],
+    values: Mapping[str, Any],
+) -> str | None:
+    """Return what a tool yielded when it was last called with these arguments in a live episode that fits the
+    conditions, without error. `values` are those of the conditions' parameters.
 
     Looks at the newest `MAX_EPISODES_SEEN` live episodes, and in the newest `MAX_EPISODES_READ` that held the tool.
     """
     live = (
         select(Trajectory.id, cast(Trajectory.tools, String).label("tools"))
-        .where(Trajectory.split == Split.LIVE, Trajectory.tenant == tenant)
+        .where(Trajectory.split == Split.LIVE, *is_meant)
         .order_by(col(Trajectory.id).desc())
         .limit(MAX_EPISODES_SEEN)
         .subquery()
@@ -37,7 +43,7 @@ def find_result(session: Session, tool_name: str, arguments: dict[str, Any], ten
         .order_by(live.c.id.desc())
         .limit(MAX_EPISODES_READ)
     )
-    for trajectory_id in session.exec(holding):
+    for trajectory_id in session.exec(holding, params=values):
         result = _last_result(session.exec(_steps_with_calls(trajectory_id)), tool_name, arguments)
         if result is not None:
             return result

@@ -3,9 +3,9 @@
 This module refuses to know how an episode is played and how the index finds. What is shown is data: markers of
 memory and of the chat in it are broken, so that nothing remembered can speak as the system.
 
-Invariants: nothing of another tenant, even where an index is behind: rows are asked again whose they are; never an
-exemplar of the task that is asked; never over the budget; the layout of the segment is what
-models were trained on, to the character.
+Invariants: nothing of another tenant or another person, even where an index is behind: rows are asked again whose they
+are, and whether they still count; never an exemplar of the task or the conversation that is asked about; never over the
+budget; the layout of the segment is what models were trained on, to the character.
 """
 
 from __future__ import annotations
@@ -13,24 +13,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sqlmodel import Session, col, select
+from sqlalchemy import bindparam
+from sqlmodel import col, select
 
 from memory.config import MemoryConfig
 from memory.database import Database
 from memory.errors import StorageError
-from memory.exemplars import render_exemplar
+from memory.exemplars import read_exemplar
 from memory.index import MemoryIndex, fuse
-from memory.insights import FIRST_STRENGTH, Insights, Standing
-from memory.schema import Document, Insight, Passage, Step, Trajectory, Trust
+from memory.insights import FIRST_STRENGTH, Insights, Standing, key_of
+from memory.schema import Document, Insight, Passage, Trajectory, Trust
+from memory.scopes import is_shown
 from memory.tally import Tally
+from memory.trajectories import Trajectories
 from memory.trust import UntrustedText
 
 SIMILAR_PER_SHOWN = 4  # how many similar solved tasks are looked at for each that is shown: the shortest wins
+MAX_SIMILAR = 256  # where all of those may not be shown, more are looked at, up to so many
 MIN_SIMILARITY = 0.3  # cosine; what is further away than this only distracts
+# A solved task is longer than an insight and distracts more. With the embedded encoder, requests for the same thing in
+# other words are at 0.63 and above, two games of one family at 0.62 and above, unlike requests at 0.39 and below.
+MIN_EXEMPLAR_SIMILARITY = 0.45
 CHARS_PER_TOKEN = 4
 CHAT_TAGS = re.compile(
     r"<(?=\s*/?\s*(?:memory|tool_call|tool_response|tools|think|s|inst|sys)\s*>)|\[(?=\s*/?\s*inst\s*\])", re.IGNORECASE
@@ -48,6 +55,36 @@ class Recollection:
     text: str = ""
     ids: list[str] = field(default_factory=list)
     num_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Who asks, and about what."""
+
+    text: str
+    environment: str
+    kind: str
+    exclude_task: str | None
+    tenant: str
+    user_id: str
+    episode_id: str | None
+    conversation: list[tuple[Any, Any]]
+
+    @property
+    def where(self) -> dict[str, str]:
+        """The kind of task that lessons carry over from."""
+        return {"environment": self.environment, "kind": self.kind}
+
+    @property
+    def asker(self) -> dict[str, str]:
+        return {"tenant": self.tenant, "user_id": self.user_id}
+
+    def is_of(self, trajectory: Trajectory) -> bool:
+        """Whether the question comes out of what this trajectory recorded: it is of the same episode, or its messages
+        begin with the trajectory's own and go on."""
+        opening = _said(trajectory.opening)
+        goes_on = 0 < len(opening) < len(self.conversation) and self.conversation[: len(opening)] == opening
+        return goes_on or trajectory.episode_id == self.episode_id
 
 
 @dataclass
@@ -77,8 +114,20 @@ def estimate(text: str) -> int:
 class Retrieval:
     """Answers "what do we know that helps here?"."""
 
-    def __init__(self, database: Database, insights: Insights, index: MemoryIndex, config: MemoryConfig) -> None:
+    def __init__(
+        self,
+        database: Database,
+        insights: Insights,
+        trajectories: Trajectories,
+        index: MemoryIndex,
+        config: MemoryConfig,
+    ) -> None:
         self._database = database
+        self._exemplars = trajectories.exemplary().where(
+            Trajectory.tenant == bindparam("tenant"),
+            is_shown(trajectories.scopes.of_exemplar()),
+            col(Trajectory.id).in_(bindparam("ids", expanding=True)),
+        )
         self._insights = insights
         self._index = index
         self._config = config
@@ -100,39 +149,34 @@ class Retrieval:
         budget_tokens: int | None = None,
         count_tokens: Callable[[str], int] = estimate,
         tenant: str = "",
+        user_id: str = "",
+        episode_id: str | None = None,
+        conversation: Sequence[Mapping[str, Any]] = (),
     ) -> Recollection:
-        """Return what memory has to show for a task, best first, as much as fits the budget.
+        """Return what memory has to show for a task, best first, as much as fits the budget: of what all of the tenant
+        are shown and, where a person is named, of what that person is. `conversation` are the messages so far.
 
         Storage that fails costs the memory, never the answer.
         """
         budget = self._config.memory_tokens if budget_tokens is None else budget_tokens
         if budget <= 0:
             return Recollection()
+        place = (environment or "", kind, exclude_task or task)
+        question = _Question(query_text, *place, tenant, user_id, episode_id, _said(conversation))
         try:
             with self._seconds["all"].measure():
-                return await self._retrieve(
-                    tenant, environment or "", kind, query_text, exclude_task or task, budget, count_tokens
-                )
+                return await self._retrieve(question, budget, count_tokens)
         except StorageError as error:
             logger.warning("answering without memory: %s", error)
             return Recollection()
 
-    async def _retrieve(
-        self,
-        tenant: str,
-        environment: str,
-        kind: str,
-        query_text: str,
-        exclude_task: str | None,
-        budget: int,
-        count_tokens: Callable[[str], int],
-    ) -> Recollection:
+    async def _retrieve(self, question: _Question, budget: int, count_tokens: Callable[[str], int]) -> Recollection:
         segment, ids = _Segment(), []
         # At once: their threads wait for one another's disk and Rust, and the question is encoded once for all.
         insights, exemplars, passages = await asyncio.gather(
-            self._timed("insights", self._find_insights(tenant, environment, kind, query_text)),
-            self._timed("exemplars", self._find_exemplars(tenant, environment, kind, query_text, exclude_task)),
-            self._timed("passages", self._find_passages(tenant, query_text, self._config.max_passages)),
+            self._timed("insights", self._find_insights(question)),
+            self._timed("exemplars", self._find_exemplars(question)),
+            self._timed("passages", self._find_passages(question.tenant, question.text, self._config.max_passages)),
         )
         sections = (
             (segment.insights, self._config.max_insights, insights),
@@ -155,38 +199,59 @@ class Retrieval:
         with self._seconds[stage].measure():
             return await finding
 
-    async def _find_insights(self, tenant: str, environment: str, kind: str, query_text: str) -> list[tuple[str, str]]:
+    async def _find_insights(self, question: _Question) -> list[tuple[str, str]]:
         """Return the insights that evidence supports; where there are too many, strength and meaning choose."""
-        insights = {it.id: it for it in self._insights.standing(environment, kind, tenant=tenant) if is_supported(it)}
+        standing = self._insights.standing(**question.where, **question.asker)
+        by_words: dict[str, Standing] = {}
+        for each in filter(is_supported, standing):  # a person's own may say what all are shown already
+            by_words.setdefault(key_of(each.text), each)
+        insights = {each.id: each for each in by_words.values()}
         ranked = list(insights)
         if self._config.max_insights == 0:
             return []
         if len(ranked) > self._config.max_insights:
-            where = {"environment": environment, "kind": kind}
             near = await self._index.find(
-                "insights", query_text, where, self._config.max_insights, tenant=tenant, min_similarity=MIN_SIMILARITY
+                "insights",
+                question.text,
+                question.where,
+                self._config.max_insights,
+                **question.asker,
+                min_similarity=MIN_SIMILARITY,
             )
             ranked = [row_id for row_id, _ in fuse(ranked, [row_id for row_id, _ in near if row_id in insights])]
         return [(row_id, insights[row_id].text) for row_id in ranked]
 
-    async def _find_exemplars(
-        self, tenant: str, environment: str, kind: str, query_text: str, exclude_task: str | None
-    ) -> list[tuple[str, str]]:
-        """Return solved tasks of the same kind, never the task itself: of the similar ones the shortest first."""
-        num = SIMILAR_PER_SHOWN * self._config.max_exemplars
-        if num == 0:
-            return []
-        where = {"environment": environment, "kind": kind}
-        near = await self._index.find("exemplars", query_text, where, num, tenant=tenant, exclude_task=exclude_task)
-        if not near:
-            return []
+    async def _find_exemplars(self, question: _Question) -> list[tuple[str, str]]:
+        """Return solved tasks of the same kind, never the task or the conversation itself: of the similar ones the
+        shortest first."""
+        num, exemplars = SIMILAR_PER_SHOWN * self._config.max_exemplars, []
+        while 0 < num <= MAX_SIMILAR and not exemplars:
+            near = await self._index.find(
+                "exemplars",
+                question.text,
+                question.where,
+                num,
+                **question.asker,
+                exclude_task=question.exclude_task,
+                min_similarity=MIN_EXEMPLAR_SIMILARITY,
+                is_floor=True,
+            )
+            if not near:
+                break
+            exemplars = self._read_exemplars(question, [row_id for row_id, _ in near])
+            if len(near) < num:
+                break
+            num *= 4
+        return exemplars
+
+    def _read_exemplars(self, question: _Question, ids: list[str]) -> list[tuple[str, str]]:
+        """Return those of the trajectories that may be shown, as they read."""
         with self._database.read() as session:
-            found = [it for row_id, _ in near if (it := session.get(Trajectory, row_id)) is not None]
-            trajectories = [trajectory for trajectory in found if trajectory.tenant == tenant]
+            rows = session.scalars(self._exemplars, {"ids": ids, **question.asker})
+            found = {trajectory.id: trajectory for trajectory in rows if not question.is_of(trajectory)}
+            trajectories = [found[row_id] for row_id in ids if row_id in found]
             trajectories.sort(key=lambda trajectory: trajectory.num_steps)
-            return [
-                (it.id, render_exemplar(it.task_text, _steps(session, it.id))) for it in _one_per_task(trajectories)
-            ]
+            return [(it.id, read_exemplar(session, it)) for it in _one_per_task(trajectories)]
 
     async def find_passages(self, query_text: str, num: int, *, tenant: str = "") -> list[str]:
         """Return the passages nearest to a question, each after its document's title, best first; as `UntrustedText`
@@ -234,5 +299,7 @@ def _one_per_task(trajectories: list[Trajectory]) -> list[Trajectory]:
     return list(kept.values())
 
 
-def _steps(session: Session, trajectory_id: str) -> list[Step]:
-    return list(session.exec(select(Step).where(Step.trajectory_id == trajectory_id).order_by(col(Step.position))))
+def _said(messages: Iterable[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
+    """Return who said what, without the instructions."""
+    told = [(message.get("role"), message.get("content")) for message in messages]
+    return [(role, content) for role, content in told if role not in ("system", "developer")]

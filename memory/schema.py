@@ -219,8 +219,6 @@ class Trajectory(SQLModel, table=True):
     is_shared: bool = False
     """The client says that no person's words are in it: memory of it serves the whole tenant."""
     trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
-    approved_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
-    """When an operator approved it. Only then may memory show, and weights learn, what is untrusted."""
     reply_digest: str | None = None
     """Of an untrusted episode's reply: a later conversation that contains this reply is untrusted, too."""
     episode_id: str = Field(index=True)
@@ -249,6 +247,13 @@ class Trajectory(SQLModel, table=True):
     num_invalid_tool_calls: int = 0
     opened_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     closed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    exemplar_text: str | None = Field(default=None, sa_type=CleanText)
+    """What an operator has it shown as, in place of what was said in it."""
+    approved_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    """When an operator let the whole tenant see it as an exemplar. Only then may memory show, and weights learn, what
+    is untrusted."""
+    retired_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    """When an operator took it out of memory: nobody is shown it from then on."""
 
     @property
     def task_key(self) -> tuple[str, str, str]:
@@ -258,8 +263,14 @@ class Trajectory(SQLModel, table=True):
 
     @property
     def is_trusted(self) -> bool:
-        """Whether memory may show it and weights may learn it: nothing untrusted is in it, or it was approved."""
+        """Whether memory may show it: nothing untrusted is in it, or it was approved."""
         return self.trust is Trust.TRUSTED or self.approved_at is not None
+
+    @property
+    def may_teach(self) -> bool:
+        """Whether weights and lessons may be made of what was said in it. Where an operator approved other words than
+        those, only the other words were approved."""
+        return self.trust is Trust.TRUSTED or (self.approved_at is not None and self.exemplar_text is None)
 
 
 class StepKind(StrEnum):
@@ -377,8 +388,6 @@ class Insight(SQLModel, table=True):
     user_id: str = ""
     """The person whose words it was made of; empty: it may serve the whole tenant."""
     trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
-    approved_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
-    """When an operator approved it. Only then is it shown although it is untrusted."""
     environment: str
     kind: str
     text: str = Field(sa_type=CleanText)
@@ -389,13 +398,45 @@ class Insight(SQLModel, table=True):
     """Unsuccessful episodes that did what the insight says."""
     wins_otherwise: int = 0
     losses_otherwise: int = 0
+    is_shared: bool = False
+    """Made of live episodes that their clients share with the whole tenant, and of nothing else."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     removed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    approved_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    """When an operator let the whole tenant see it; its words are the operator's from then on, and shown although what
+    they were made of is untrusted."""
+    retired_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    """When an operator removed it: no evidence brings these words back."""
 
     @property
     def is_trusted(self) -> bool:
         """Whether it may be shown: nothing untrusted is in it, or it was approved."""
         return self.trust is Trust.TRUSTED or self.approved_at is not None
+
+
+class ReviewKind(StrEnum):
+    APPROVE = "approve"
+    EDIT = "edit"
+    RETIRE = "retire"
+
+
+class Review(SQLModel, table=True):
+    """One decision of an operator about one memory: who made it and when. Append-only."""
+
+    __tablename__ = "reviews"
+
+    id: str = Field(primary_key=True)
+    tenant: str = ""
+    key_id: str | None = None
+    """The API key it was made with; None on a server without keys."""
+    kind: ReviewKind = Field(sa_type=words_of(ReviewKind))
+    row_id: str = Field(index=True)
+    """The insight, or the exemplar's trajectory."""
+    user_id: str = ""
+    """The person whose memory it was until then; empty: the tenant's, or nobody's."""
+    text: str | None = Field(default=None, sa_type=CleanText)
+    """The operator's wording, where one was given."""
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 
 class ReadEpisode(SQLModel, table=True):

@@ -16,16 +16,16 @@ from memory.schema import Document, Insight, Passage, Trajectory
 from memory.trajectories import Trajectories
 
 COLLECTIONS = ("insights", "exemplars", "passages")
-PLACE = ("tenant", "environment", "kind")  # what a question may be narrowed to
-Place = tuple[str, str, str]
+PLACE = ("tenant", "user_id", "environment", "kind")  # what a question may be narrowed to
+Place = tuple[str, str, str, str]
 PAGED = {"yield_per": 1000}
 MAX_IDS = 500  # of one query: SQLite bounds its variables
 
 
 @dataclass(frozen=True)
 class Searchable:
-    """One row as the index sees it. Empty strings where a row has no environment, kind or task, and for the default
-    tenant."""
+    """One row as the index sees it. Empty strings where a row has no environment, kind or task, for the default tenant,
+    and for what is shown to all of a tenant. A row's `user_id` may change; the rest of its place never does."""
 
     row_id: str
     text: str
@@ -33,16 +33,18 @@ class Searchable:
     kind: str = ""
     task: str = ""
     tenant: str = ""
+    user_id: str = ""
+    """Who is shown it: the scope."""
 
     @property
     def place(self) -> Place:
         """The values of `PLACE`."""
-        return self.tenant, self.environment, self.kind
+        return self.tenant, self.user_id, self.environment, self.kind
 
     @property
     def digest(self) -> str:
         """What changes when anything the index holds of this row changes."""
-        told = "\x00".join((self.text, self.environment, self.kind, self.task, self.tenant))
+        told = "\x00".join((self.text, self.environment, self.kind, self.task, self.tenant, self.user_id))
         return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -51,6 +53,7 @@ class Searchables:
 
     def __init__(self, trajectories: Trajectories) -> None:
         self._trajectories = trajectories
+        self._insight_scope = trajectories.scopes.of_insight()
 
     def load(self, session: Session, collection: str, ids: Iterable[str]) -> list[Searchable]:
         """Return those of the rows that are searchable now; the others are to be forgotten."""
@@ -69,12 +72,15 @@ class Searchables:
     def _query(self, session: Session, collection: str, ids: list[str] | None) -> Iterator[Searchable]:
         match collection:
             case "insights":
-                query = select(Insight).where(col(Insight.removed_at).is_(None))
+                query = select(Insight, self._insight_scope).where(
+                    col(Insight.removed_at).is_(None), self._insight_scope.is_not(None)
+                )
                 rows = session.exec(_among(query, Insight.id, ids), execution_options=PAGED)
-                yield from (_of_insight(row) for row in rows)
+                yield from (_of_insight(*row) for row in rows)
             case "exemplars":
                 query = _among(self._trajectories.exemplary(), Trajectory.id, ids)
-                yield from (_of_exemplar(row) for row in session.scalars(query, execution_options=PAGED))
+                rows = session.exec(query, execution_options=PAGED)
+                yield from (_of_exemplar(*row) for row in rows)
             case "passages":
                 query = select(Passage, Document).join(Document, col(Document.id) == Passage.document_id)
                 rows = session.exec(_among(query, Passage.id, ids), execution_options=PAGED)
@@ -87,14 +93,15 @@ def _among(query, column, ids: list[str] | None):
     return query if ids is None else query.where(col(column).in_(ids))
 
 
-def _of_insight(insight: Insight) -> Searchable:
-    return Searchable(insight.id, insight.text, insight.environment, insight.kind, tenant=insight.tenant)
+def _of_insight(insight: Insight, scope: str) -> Searchable:
+    place = (insight.environment, insight.kind)
+    return Searchable(insight.id, insight.text, *place, tenant=insight.tenant, user_id=scope)
 
 
-def _of_exemplar(trajectory: Trajectory) -> Searchable:
+def _of_exemplar(trajectory: Trajectory, scope: str) -> Searchable:
     text = trajectory.task_text or _last_request(trajectory) or trajectory.kind
     place = (trajectory.environment or "", trajectory.kind, trajectory.task or "")
-    return Searchable(trajectory.id, text, *place, tenant=trajectory.tenant)
+    return Searchable(trajectory.id, text, *place, tenant=trajectory.tenant, user_id=scope)
 
 
 def _of_passage(passage: Passage, document: Document) -> Searchable:

@@ -27,6 +27,8 @@ from memory.ownership import take_ownership, tell_address
 from memory.policies import Policies
 from memory.responses import Responses
 from memory.retrieval import Retrieval
+from memory.reviews import Reviews
+from memory.scopes import Scopes
 from memory.trajectories import Trajectories
 from memory.verdicts import Verdicts
 from memory.words import WordIndex
@@ -47,8 +49,10 @@ class Memory:
         # An index lives beside the program that asks it, as Chroma does.
         is_file = self.database.kind == "sqlite"
         self._words = self.database if is_file else Database(data_dir / WORDS_NAME, prepare=leave)
-        self.trajectories = Trajectories(self.database, success_reward=config.success_reward)
-        self.insights = Insights(self.database, max_kept=config.max_kept_insights)
+        self.scopes = Scopes(config.share_live)
+        self.trajectories = Trajectories(self.database, success_reward=config.success_reward, scopes=self.scopes)
+        self.insights = Insights(self.database, max_kept=config.max_kept_insights, scopes=self.scopes)
+        self.reviews = Reviews(self.database, self.trajectories, self.scopes)
         self.documents = Documents(self.database, passage_tokens=config.passage_tokens)
         self.policies = Policies(self.database)
         self.cycles = Cycles(self.database)
@@ -59,7 +63,7 @@ class Memory:
         self.index = MemoryIndex(
             self.database, WordIndex(self._words), self.trajectories, data_dir / INDEX_NAME, encoder, config
         )
-        self.retrieval = Retrieval(self.database, self.insights, self.index, config)
+        self.retrieval = Retrieval(self.database, self.insights, self.trajectories, self.index, config)
 
     @classmethod
     def open(cls, data_dir: Path, config: MemoryConfig | None = None, *, encoder: Encoder | None = None) -> Memory:

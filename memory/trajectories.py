@@ -42,6 +42,7 @@ from memory.schema import (
     new_id,
     now,
 )
+from memory.scopes import Scopes, is_shown
 from memory.teaching import OPERATOR, Teacher, reward_teaches, teaching_keys
 from memory.trust import Exchange, digest_exchange, is_trusted, trust_of
 
@@ -82,8 +83,9 @@ class Measures:
 class Trajectories:
     """All episodes ever lived here, and what they were worth."""
 
-    def __init__(self, database: Database, *, success_reward: float = 1.0) -> None:
+    def __init__(self, database: Database, *, success_reward: float = 1.0, scopes: Scopes | None = None) -> None:
         self._database = database
+        self.scopes = scopes or Scopes()
         self.success_reward = success_reward
         self.num_closed: Counter[tuple[str, Split]] = Counter()
         """Since the start, by how they ended and by split."""
@@ -309,10 +311,14 @@ class Trajectories:
         with self._database.read() as session:
             return _measure(session, trajectory_id, since)
 
-    def recorded_result(self, tool_name: str, arguments: dict[str, Any], *, tenant: str = "") -> str | None:
-        """Return what a tool yielded when this tenant last had it called with these arguments. Blocks: for a thread."""
+    def recorded_result(
+        self, tool_name: str, arguments: dict[str, Any], *, tenant: str = "", user_id: str = ""
+    ) -> str | None:
+        """Return what a tool yielded when it was last called with these arguments in an episode that this person may
+        be shown. Blocks: for a thread."""
+        is_meant = (Trajectory.tenant == tenant, is_shown(self.scopes.of_episode()))
         with self._database.read() as session:
-            return find_result(session, tool_name, arguments, tenant)
+            return find_result(session, tool_name, arguments, is_meant, {"user_id": user_id})
 
     def rewards(self, trajectory_id: str) -> builtins.list[Reward]:
         """Return every reward it was given, oldest first. Raises: UnknownTrajectory."""
@@ -343,12 +349,17 @@ class Trajectories:
         return reward
 
     def exemplary(self) -> Select:
-        """The query for every trajectory that may be shown as an exemplar: finished, a success, trusted, not held
-        out."""
-        return select(Trajectory).where(
+        """The query for every trajectory that may be shown as an exemplar, and its scope: a success, trusted, not
+        retired, and shown to somebody."""
+        scope = self.scopes.of_exemplar()
+        shown = (col(Trajectory.retired_at).is_(None), is_trusted(Trajectory), scope.is_not(None))
+        return self.successes(scope).where(*shown)
+
+    def successes(self, *more: ColumnElement[Any]) -> Select:
+        """The query for finished successes that are not held out, and more columns of them."""
+        return select(Trajectory, *more).where(
             Trajectory.stage == TrajectoryStage.FINISHED,
             Trajectory.split != Split.HELD_OUT,
-            is_trusted(Trajectory),
             _effective_reward_of(col(Trajectory.id)) >= self.success_reward,
         )
 
@@ -416,6 +427,7 @@ class Trajectories:
         since: datetime | None = None,
         tenant: str = "",
         is_for_weights: bool = False,
+        user_id: str | None = None,
     ) -> builtins.list[TrajectoryView]:
         """Return trajectories with their rewards, newest first; pass the last id as `before_id` for the next page.
         With `since`, only what was opened after it; with `is_for_weights`, with the rewards of those who may teach the
@@ -435,6 +447,7 @@ class Trajectories:
             (Trajectory.split, split),
             (Trajectory.policy, policy),
             (Trajectory.stage, stage),
+            (Trajectory.user_id, user_id),
         ):
             if wanted is not None:
                 query = query.where(column == wanted)

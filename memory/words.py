@@ -3,8 +3,8 @@
 This module refuses to know meanings, and never trusts a query: any text of a user's is safe, because every word of
 it is quoted. It is an index: its tables are made anew from the rows whenever they are missing or damaged.
 
-The rows of one place (tenant, environment, kind of a collection) have ids in a range of their own, so that FTS5 looks
-for a word there and nowhere else. It ranks by how rare the shared words are there, as BM25 does; but FTS5's own
+The rows of one place (tenant, person, environment, kind of a collection) have ids in a range of their own, so that FTS5
+looks for a word there and nowhere else. It ranks by how rare the shared words are there, as BM25 does; but FTS5's own
 `bm25` reads every row that has any of the words, of all tenants, and takes a second among a million rows.
 
 Invariant: a question reads at most `MAX_ROWS` rows for each of its words, however many there are.
@@ -23,13 +23,14 @@ from sqlalchemy import TextClause, text
 from sqlmodel import Session
 
 from memory.database import Database
+from memory.scopes import EVERYBODY
 from memory.searchables import COLLECTIONS, PLACE, Place, Searchable
 
 WRITE_BATCH = 1000
 MAX_TERMS = 32
 MAX_ROWS = 200  # a word that more rows of a place have says little there
 MAX_TELLING = 12  # words of a question that rank
-PLACE_BITS = 40  # of an id, for the count within its place
+PLACE_BITS = 32  # of an id, for the count within its place; the other 31 count the places, a few for each person
 WORD = re.compile(r"\w+")
 # Words so common that sharing them says nothing.
 COMMON_WORDS = """
@@ -39,7 +40,8 @@ them then there these they this to was we were what when where which who why wil
 COMMON = frozenset(COMMON_WORDS.split())
 TABLES = (
     "CREATE TABLE IF NOT EXISTS word_places (id INTEGER PRIMARY KEY, collection TEXT NOT NULL, tenant TEXT NOT NULL, "
-    "environment TEXT NOT NULL, kind TEXT NOT NULL, UNIQUE (collection, tenant, environment, kind))",
+    "user_id TEXT NOT NULL, environment TEXT NOT NULL, kind TEXT NOT NULL, "
+    "UNIQUE (collection, tenant, user_id, environment, kind))",
     "CREATE TABLE IF NOT EXISTS word_entries (id INTEGER PRIMARY KEY, collection TEXT NOT NULL, "
     "row_id TEXT NOT NULL, task TEXT NOT NULL, digest TEXT NOT NULL, UNIQUE (collection, row_id))",
     "CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(text, tokenize='porter unicode61 remove_diacritics 2')",
@@ -59,7 +61,7 @@ class WordIndex:
         self._database = database
 
     def create(self, session: Session) -> None:
-        """Make the tables where they are missing, or are from before rows had places."""
+        """Make the tables where they are missing, or are from before rows had places, or places persons."""
         if not session.execute(_HAS_PLACES).first():
             self._drop(session)
         for statement in TABLES:
@@ -112,6 +114,13 @@ class WordIndex:
         ((is_any,),) = self._database.fetch(_any_at(tuple(where)), {"collection": collection, **where})
         return bool(is_any)
 
+    def newest(
+        self, collection: str, where: Mapping[str, str], num: int, *, exclude_task: str | None = None
+    ) -> list[str]:
+        """Return the ids of what came last of one person's own, whose `user_id` the filter names."""
+        values = {"collection": collection, "num": num, "exclude_task": exclude_task or "", **where}
+        return [row_id for (row_id,) in self._database.fetch(_newest_at(tuple(where)), values)]
+
     def find(
         self, collection: str, query_text: str, where: Mapping[str, str], num: int, *, exclude_task: str | None = None
     ) -> list[str]:
@@ -161,12 +170,26 @@ def _any_at(names: tuple[str, ...]) -> TextClause:
     )
 
 
-def _condition(names: Iterable[str]) -> str:
-    """Return what is true of the places that a filter names. Raises: ValueError for an unknown filter."""
+@cache
+def _newest_at(names: tuple[str, ...]) -> TextClause:
+    return text(
+        f"SELECT e.row_id FROM word_places place JOIN word_entries e ON e.id BETWEEN place.id << {PLACE_BITS} AND "
+        f"((place.id + 1) << {PLACE_BITS}) - 1 WHERE {_condition(names, alias='place.')} "
+        "AND place.user_id = :user_id AND (e.task <> :exclude_task OR :exclude_task = '') "
+        "ORDER BY e.id DESC LIMIT :num"
+    )
+
+
+def _condition(names: Iterable[str], *, alias: str = "") -> str:
+    """Return what is true of the places that a filter names; to name a person is to ask for what they may be shown.
+    Raises: ValueError for an unknown filter."""
     unknown = set(names) - set(PLACE)
     if unknown:
         raise ValueError(f"cannot filter by {sorted(unknown)!r}: choose among {PLACE!r}")
-    return " AND ".join(["collection = :collection", *(f"{name} = :{name}" for name in names)])
+    told = {name: f"{alias}{name} = :{name}" for name in names}
+    if "user_id" in told:
+        told["user_id"] = f"{alias}user_id IN ('{EVERYBODY}', :user_id)"
+    return " AND ".join([f"{alias}collection = :collection", *told.values()])
 
 
 def _ranges(session: Session, collection: str, where: Mapping[str, str]) -> list[Range]:
@@ -244,14 +267,14 @@ _HOLD_ENTRY = text(
 _HOLD_WORDS = text("INSERT INTO words (rowid, text) VALUES (:id, :text)")
 _DIGESTS = text("SELECT row_id, digest FROM word_entries WHERE collection = :collection")
 _COUNTS = text("SELECT collection, count(*) FROM word_entries GROUP BY collection")
-_HAS_PLACES = text("SELECT 1 FROM sqlite_master WHERE name = 'word_places'")
+_HAS_PLACES = text("SELECT 1 FROM pragma_table_info('word_places') WHERE name = 'user_id'")
 _ADD_PLACE = text(
-    "INSERT OR IGNORE INTO word_places (collection, tenant, environment, kind) "
-    "VALUES (:collection, :tenant, :environment, :kind)"
+    "INSERT OR IGNORE INTO word_places (collection, tenant, user_id, environment, kind) "
+    "VALUES (:collection, :tenant, :user_id, :environment, :kind)"
 )
 _PLACE_ID = text(
-    "SELECT id FROM word_places "
-    "WHERE collection = :collection AND tenant = :tenant AND environment = :environment AND kind = :kind"
+    "SELECT id FROM word_places WHERE collection = :collection AND tenant = :tenant AND user_id = :user_id "
+    "AND environment = :environment AND kind = :kind"
 )
 _LAST_ID = text("SELECT max(id) FROM word_entries WHERE id BETWEEN :first AND :last")
 _WITHIN = "words MATCH ? AND rowid BETWEEN ? AND ?"

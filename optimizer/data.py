@@ -209,7 +209,7 @@ def _newest_per_task(corrections: Sequence[Correction], most: int, tally: Counte
 
 
 def _require_trusted(each: GradedTrajectory | Correction) -> None:
-    if not each.trajectory.is_trusted:
+    if not each.trajectory.may_teach:
         raise Unstitchable("untrusted")
 
 

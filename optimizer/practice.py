@@ -16,6 +16,7 @@ from dataclasses import replace
 import structlog
 
 from memory.schema import Task
+from memory.scopes import EVERYBODY
 from optimizer.errors import CompletionError
 from optimizer.insight_extraction import Extraction, extract_insights
 from optimizer.rewards import split
@@ -54,28 +55,36 @@ def plan_rounds(num_episodes: int, num_tasks: int) -> list[int]:
 
 
 async def learn_words(shop: Workshop) -> None:
-    """Bring the insights up to date with everything that was lived so far: each tenant's with its own episodes.
-    Untrusted episodes are not read, and untrusted insights not built on, until an operator approves them."""
-    lived = await shop.read_pool(any_environment=True, is_for_weights=False)
-    pool = [each for each in lived if each.trajectory.is_trusted]
+    """Bring the insights up to date with everything that was lived so far. Each is drawn from the episodes of one scope
+    alone: a tenant's practice and what its clients share, or one person's. What is nobody's teaches no words. Untrusted
+    episodes are not read, and untrusted insights not built on, until an operator approves them."""
+    memory, by_scope = shop.memory, defaultdict(list)
+    pool = await shop.read_pool(any_environment=True, is_for_weights=False)
+    for each in pool:
+        scope = memory.scopes.of_lived(each.trajectory)
+        if scope is not None and each.trajectory.may_teach:
+            by_scope[each.trajectory.tenant, scope].append(each)
     since_id = min((each.trajectory.id for each in pool), default="")
-    already_read = await asyncio.to_thread(shop.memory.insights.read_evidence, since_id=since_id)
-    comments = await asyncio.to_thread(shop.memory.feedback.comments, since_id=since_id)
+    already_read = await asyncio.to_thread(memory.insights.read_evidence, since_id=since_id)
+    comments = await asyncio.to_thread(memory.feedback.comments, since_id=since_id)
     context_tokens = await _measure_context(shop)
-    for tenant in sorted({each.trajectory.tenant for each in pool} | {""}):
-        successes, failures = split(each for each in pool if each.trajectory.tenant == tenant)
+    for tenant, scope in sorted({*by_scope, ("", EVERYBODY)}):
+        successes, failures = split(by_scope[tenant, scope])
+        known = memory.insights.active(tenant=tenant, user_id=scope, scope=scope)
         found = await extract_insights(
             successes,
             failures,
-            known=[insight for insight in shop.memory.insights.active(tenant=tenant) if insight.is_trusted],
+            known=[insight for insight in known if insight.is_trusted],
             complete=shop.seams.complete,
             context_tokens=context_tokens,
             comments=comments,
             already_read=already_read,
             seed=shop.config.seed,
         )
-        operations = [replace(operation, tenant=tenant) for operation in found.operations]
-        await shop.memory.insights.apply(operations, evidence=found.evidence)
+        # With `share_live = "tenant"` these are episodes of persons, too: under "user" again, it is shown to nobody.
+        whose = {"tenant": tenant, "user_id": scope, "is_shared": not memory.scopes.shares_live and scope == EVERYBODY}
+        operations = [replace(operation, **whose) for operation in found.operations]
+        await memory.insights.apply(operations, evidence=found.evidence)
         await _count_critiques(shop, found)
 
 

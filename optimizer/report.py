@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from memory.scopes import EVERYBODY
 from optimizer.evaluation import CellResult, Played, Verdict, compare_pairs, pair_tasks, share_won
 from optimizer.intervals import bootstrap_mean
 from optimizer.workshop import Workshop
@@ -88,7 +89,7 @@ def build_report(
                 "wins_otherwise": insight.wins_otherwise,
                 "losses_otherwise": insight.losses_otherwise,
             }
-            for insight in shop.memory.insights.active(shop.config.environment)
+            for insight in shop.memory.insights.active(shop.config.environment, scope=EVERYBODY)
         ],
         "critiques": artifacts.get("critiques"),
         "lineage": [

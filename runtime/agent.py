@@ -11,9 +11,9 @@ Flow: find the episode -> lease the policy -> play -> judge (reward) -> close th
 reply calls tools that the client runs, the trajectory stays open, and the client's next request goes on with it.
 
 Invariants: the policy is pinned before the trajectory opens and until it is closed; an opened trajectory is closed in
-all cases, or waits for its client; nothing of one tenant reaches an episode of another; what goes wrong within an
-episode is data on its trajectory, not an exception; a rehearsal (practice, held out) holds no tool that acts on the
-outside.
+all cases, or waits for its client; nothing of one tenant or person reaches an episode of another; what goes wrong
+within an episode is data on its trajectory, not an exception, and its message stays out of the log; a rehearsal
+(practice, held out) holds no tool that acts on the outside.
 """
 
 from __future__ import annotations
@@ -100,6 +100,9 @@ class Agent:
         sampling: Mapping[str, Any] | None = None,
         episode_id: str | None = None,
         tenant: str = "",
+        user_id: str = "",
+        key_id: str | None = None,
+        is_shared: bool = False,
         on_open: OnOpen | None = None,
         on_delta: OnDelta | None = None,
     ) -> Trajectory:
@@ -109,6 +112,7 @@ class Agent:
         own, and says what the record is about). `tools` are definitions of tools that the client runs: a reply that
         calls one ends this turn, and the trajectory is returned RUNNING. Messages that begin with all of that and bring
         the results go on with it: same policy, same memory, same trajectory.
+        `user_id` is the person it is asked for, `key_id` the API key; `is_shared`: no person is behind it.
         `use_memory` of None is as the policy serves. `sampling` goes to the engine as it is; `max_tokens` bounds one
         model call; `on_open` is called when the record is open, `on_delta` is awaited with each piece the model writes
         for the client.
@@ -126,7 +130,10 @@ class Agent:
         _refuse_namesakes(() if environment is not None else self._tools, tools)
         config = self._config
         asked = None if environment is not None else messages
-        with self.book.enter(asked, episode_id=episode_id, policy=policy, task=task, tenant=tenant) as entry:
+        whose = {"tenant": tenant, "user_id": user_id, "is_shared": is_shared}
+        # What is remembered of a shared or practised episode is shown to all: nothing of one person's may be in it.
+        reader = "" if is_shared or environment is not None else user_id
+        with self.book.enter(asked, episode_id=episode_id, policy=policy, task=task, **whose) as entry:
             pinned = entry.comeback.trajectory.policy if entry.comeback is not None else policy
             async with self._hotswap.lease(pinned) as actor:
                 playthrough = await environment.start(task) if environment is not None else None
@@ -135,11 +142,13 @@ class Agent:
                     memory=self._memory,
                     telemetry=self.telemetry,
                     actor=actor,
-                    tenant=tenant,
+                    **whose,
+                    key_id=key_id,
+                    reader=reader,
                     episode_id=entry.episode_id,
                     task=task,
                     playthrough=playthrough,
-                    tools={tool.name: tool for tool in self._tools_for(split, playthrough, tenant)},
+                    tools={tool.name: tool for tool in self._tools_for(split, playthrough, tenant, reader)},
                     client_tools=list(tools),
                     budget=Budget(
                         max_steps=config.max_steps,
@@ -187,9 +196,10 @@ class Agent:
             "trajectory_id": new_id("trj"),
         }
 
-    def _tools_for(self, split: Split, playthrough: Playthrough | None, tenant: str) -> list[Tool]:
+    def _tools_for(self, split: Split, playthrough: Playthrough | None, tenant: str, reader: str) -> list[Tool]:
         tools = playthrough.tools if playthrough else self._tools
-        return tools_for(split, tools, partial(self._memory.trajectories.recorded_result, tenant=tenant))
+        recorded_result = self._memory.trajectories.recorded_result
+        return tools_for(split, tools, partial(recorded_result, tenant=tenant, user_id=reader))
 
     def _with_system_prompt(
         self, opening: list[Message], actor: Actor, environment: Environment | None
@@ -230,7 +240,7 @@ class Agent:
                 await _leave(episode)
                 raise
             stage, error = TrajectoryStage.FAILED, _describe(raised)
-            log.warning("episode failed", error=error)
+            log.warning("episode failed", error=type(raised).__name__)  # the message may hold a person's words
         return await _close(episode, stage, error)
 
     async def _run(self, episode: Episode) -> str | None:
@@ -282,7 +292,7 @@ async def _close(episode: Episode, stage: TrajectoryStage, error: str | None) ->
     """Leave a playthrough that nobody judged, then close the trajectory, if there is one; durable when it returns."""
     (problem,) = await asyncio.gather(_leave(episode), return_exceptions=True)
     if isinstance(problem, Exception):  # the episode ended for another reason, which is the one to record
-        log.warning("environment did not close", error=_describe(problem))
+        log.warning("environment did not close", error=type(problem).__name__)
     if episode.trajectory is None:
         return None
     return await episode.memory.trajectories.close(

@@ -62,11 +62,13 @@ class EpisodeBook:
         policy: int | None = None,
         task: Task | None = None,
         tenant: str = "",
+        user_id: str = "",
+        is_shared: bool = False,
     ) -> Iterator[Entry]:
         """Take up the episode that `messages` go on with, or begin one; nobody else has it meanwhile.
 
         A request that names another policy than the one that is pinned begins a new trajectory, and so does one that
-        names another task: neither ever changes within one.
+        names another task or person: none of them ever changes within one, and the memory shown in it is the person's.
 
         Raises:
             EpisodeBusy: a request for it is being answered already.
@@ -74,7 +76,8 @@ class EpisodeBook:
         # No await in here: between looking and taking nobody may come.
         if (tenant, episode_id) in self._under_way:
             raise EpisodeBusy(f"episode {episode_id!r} is answering another request: wait for that answer")
-        comeback = None if messages is None else self._find(messages, episode_id, policy, task, tenant)
+        whose = (tenant, user_id, is_shared)
+        comeback = None if messages is None else self._find(messages, episode_id, policy, task, whose)
         if comeback is not None:
             entry = Entry(comeback.trajectory.episode_id, comeback)
         else:
@@ -87,7 +90,12 @@ class EpisodeBook:
             self._under_way.discard(place)
 
     def _find(
-        self, messages: Sequence[Message], episode_id: str | None, policy: int | None, task: Task | None, tenant: str
+        self,
+        messages: Sequence[Message],
+        episode_id: str | None,
+        policy: int | None,
+        task: Task | None,
+        whose: tuple[str, str, bool],
     ) -> Comeback | None:
         """Return what these messages go on with, exactly; of several that look the same, the oldest that is free."""
         parts = split_at_answer(messages)
@@ -96,7 +104,9 @@ class EpisodeBook:
         said, tail = parts
         is_busy = False
         waiting = self._memory.trajectories.waiting
-        for trajectory in waiting(handover_digest=digest(said), episode_id=episode_id, tenant=tenant):
+        for trajectory in waiting(handover_digest=digest(said), episode_id=episode_id, tenant=whose[0]):
+            if (trajectory.tenant, trajectory.user_id, trajectory.is_shared) != whose:
+                continue
             if policy not in (None, trajectory.policy):
                 continue
             if task is not None and (task.name, task.split) != (trajectory.task, trajectory.split):

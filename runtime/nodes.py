@@ -42,12 +42,18 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
             query_text=episode.task_text,
             exclude_task=task.name if task else None,
             tenant=episode.tenant,
+            user_id=episode.reader,
+            episode_id=episode.episode_id,
+            conversation=episode.opening,
         )
         memory_text, memory_ids = recollection.text, recollection.ids
     trajectory = Trajectory(
         id=episode.trajectory_id,
         tenant=episode.tenant,
         trust=_trust_of_opening(episode, memory_ids),
+        user_id=episode.user_id,
+        key_id=episode.key_id,
+        is_shared=episode.is_shared,
         episode_id=episode.episode_id,
         environment=environment,
         task=task.name if task else None,

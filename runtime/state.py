@@ -73,6 +73,13 @@ class Episode:
     actor: Actor
     tenant: str
     """Whose episode it is: what it may find, and who may ever see it."""
+    user_id: str
+    """The person it is played for; empty: nobody was named."""
+    key_id: str | None
+    is_shared: bool
+    """Whether all of the tenant may be shown what is remembered of it."""
+    reader: str
+    """The person whose own memories may be shown in it; empty: nobody's."""
     episode_id: str
     trajectory_id: str
     task: Task | None

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 import serve
+from memory.insights import InsightOperation, OperationKind
 from memory.schema import PolicyStage
 from optimizer.intervals import wilson
 from runtime.console.play import parse_seeds, wilson_interval
@@ -137,6 +138,25 @@ def test_a_trajectory_is_shown_like_a_play(as_json: AsJson, cli: Cli) -> None:
     story = cli("trajectories", "show", trajectory_id)[1]
     assert 'open({"door": "left"})' in story and "reward 1.00 by environment" in story
     assert trajectory_id in cli("trajectories", "list")[1]
+
+
+def test_memories_are_approved_edited_and_retired(world: ServedWorld, as_json: AsJson, cli: Cli) -> None:
+    lesson = InsightOperation(OperationKind.ADD, "", "chat", "be brief", user_id="jane")
+    (insight,) = asyncio.run(world.memory.insights.apply([lesson]))
+    said = {"model": "agent", "messages": [{"role": "user", "content": "hi"}], "user": "jane"}
+    exemplar = httpx.post(f"{world.url}/v1/chat/completions", json=said, trust_env=False).json()["id"]
+    httpx.post(f"{world.url}/v1/feedback", json={"target": exemplar, "value": True}, trust_env=False)
+
+    assert [row["id"] for row in as_json("insights", "--status", "pending")[1]["data"]] == [insight.id]
+    assert "jane" in cli("insights")[1] and "jane" in cli("exemplars", "list", "--status", "pending")[1]
+    assert as_json("insights", "edit", insight.id, "be short")[1]["shown_to"] == "user"
+    assert as_json("insights", "approve", insight.id, "--text", "be kind")[1]["text"] == "be kind"
+    assert "is shown to nobody: be kind" in cli("insights", "retire", insight.id)[1]
+    assert "is shown to the whole tenant: hello" in cli("exemplars", "approve", exemplar, "--text", "hello")[1]
+    assert as_json("exemplars", "retire", exemplar)[1]["shown_to"] == "nobody"
+    code, refused = as_json("insights", "approve", insight.id)
+    assert code == 1 and "was retired" in refused["error"]["message"]
+    assert "no insight has the id 'ins_none'" in as_json("insights", "retire", "ins_none")[1]["error"]["message"]
 
 
 @pytest.mark.parametrize("verb", [["insights"], ["rebuild-index"], ["doctor"]])

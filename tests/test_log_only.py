@@ -78,7 +78,7 @@ class Author:
             api_key="none",
             max_retries=0,
             http_async_client=self.connections,
-            extra_body={"metadata": metadata} if metadata else None,
+            extra_body={"metadata": {"share": "true", **(metadata or {})}},
             **how,
         )
         tool = StructuredTool(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -116,6 +117,17 @@ def test_a_cycle_setting_that_cannot_be_is_named_with_the_nearest(server) -> Non
     facts, _ = server
     done = run_cli("learn", "--set", "evaluation.num_task=3", "--url", facts["url"], "--json")
     assert "the nearest is 'evaluation.num_tasks'" in json.loads(done.stdout)["error"]["message"]
+
+
+@pytest.mark.parametrize(("share_live", "said"), [("user", "its own user alone"), ("tenant", "live requests included")])
+def test_the_start_says_in_one_line_what_is_shared(engine_url: str, tmp_path: Path, share_live: str, said: str) -> None:
+    process = begin(engine_url, tmp_path / "data", "--memory.share-live", share_live)
+    try:
+        lines = list(itertools.takewhile(lambda line: not line.startswith("Three things"), process.stdout))
+    finally:
+        process.terminate()
+        process.communicate(timeout=START_SECONDS)
+    assert sum(said in line for line in lines) == 1
 
 
 def test_a_second_server_on_the_same_data_is_refused_in_one_line(server, engine_url: str) -> None:

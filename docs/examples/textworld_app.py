@@ -94,7 +94,7 @@ async def play(path: Path, model: BaseChatModel) -> Ended:
 
 
 async def main(paths: list[Path]) -> None:
-    model = ChatOpenAI(model="agent", temperature=1.0)
+    model = ChatOpenAI(model="agent", temperature=1.0, extra_body={"metadata": {"share": "true"}})  # nobody's words
     for path in paths:
         ended = await play(path, model)
         print(f"{path.name}: {'won' if ended.is_won else 'lost'} after {len(ended.messages)} messages")

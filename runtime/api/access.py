@@ -27,6 +27,10 @@ class Caller:
     quota: Quota = field(default_factory=Quota)
     key: ApiKey | None = None
 
+    @property
+    def key_id(self) -> str | None:
+        return self.key.id if self.key is not None else None
+
 
 OPERATOR = Caller()
 """Who asks a server without keys: whoever sits at this machine."""
@@ -68,6 +72,12 @@ DOORS: dict[tuple[str, str], Door] = {
     ("GET", "/v1/trajectories/{trajectory_id}"): READ,
     ("POST", "/v1/trajectories/{trajectory_id}/close"): INFER,
     ("GET", "/v1/insights"): READ,
+    ("POST", "/v1/insights/{insight_id}/approve"): LEARN,
+    ("POST", "/v1/insights/{insight_id}/edit"): LEARN,
+    ("POST", "/v1/insights/{insight_id}/retire"): LEARN,
+    ("GET", "/v1/exemplars"): READ,
+    ("POST", "/v1/exemplars/{trajectory_id}/approve"): LEARN,
+    ("POST", "/v1/exemplars/{trajectory_id}/retire"): LEARN,
     ("GET", "/v1/documents"): READ,
     ("POST", "/v1/documents"): LEARN,
     ("DELETE", "/v1/documents/{document_id}"): LEARN,

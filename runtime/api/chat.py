@@ -52,7 +52,7 @@ async def create_completion(
 
     An episode that fails answers 502: `code` is the class of the error, `trajectory_id` leads to everything recorded.
     """
-    extensions = read_extensions(body.metadata)
+    extensions = read_extensions(body.metadata, safety_identifier=body.safety_identifier, user=body.user)
     check_request(body, extensions)
     asked = Asked(
         model=body.model,

@@ -12,13 +12,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from memory.schema import Split
+from memory.schema import Split, clean
 from runtime.api.errors import BadRequest
 
 # Parameters without meaning here that clients send all the same.
-HARMLESS = frozenset(
-    {"user", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"}
-)
+HARMLESS = frozenset({"store", "prompt_cache_key", "prompt_cache_retention", "service_tier"})
+MAX_PERSON_CHARS = 512
 # Values that ask for nothing, under names that are refused otherwise.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {"n": (1,), "modalities": (["text"],)}
 # Handed to the engine as they are.
@@ -109,6 +108,10 @@ class ChatRequest(BaseModel):
       has one already; then this must be the same.
     * `seed`: like `seed`, for clients that cannot send that.
     * `episode_id`: names the episode, at most one request of which is answered at a time.
+    * `user`: the person this is asked for, where neither `safety_identifier` nor `user` say so. Memory of what is asked
+      is shown to that person alone, and to nobody where none is named.
+    * `share`: `true` for a client without persons behind it: memory of this is shown to all of the tenant, and nothing
+      of any person's is shown here. `false` is the default.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -132,6 +135,8 @@ class ChatRequest(BaseModel):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     metadata: dict[str, str] | None = None
+    safety_identifier: str | None = Field(default=None, description="The person this is asked for.")
+    user: str | None = Field(default=None, description="The same, under OpenAI's older name.")
 
     @field_validator("tools")
     @classmethod
@@ -186,15 +191,21 @@ class Extensions:
     """None: as the policy serves."""
     seed: int | None = None
     episode_id: str | None = None
+    user_id: str = ""
+    """The person it is asked for; empty: nobody was named."""
+    is_shared: bool = False
 
 
-def read_extensions(metadata: Mapping[str, str] | None) -> Extensions:
-    """Return what `metadata` asks for.
+def read_extensions(
+    metadata: Mapping[str, str] | None, *, safety_identifier: str | None = None, user: str | None = None
+) -> Extensions:
+    """Return what `metadata` asks for, and for whom.
 
     Raises:
         BadRequest: a value that cannot be, or an environment or a split without a task.
     """
     given = dict(metadata or {})
+    named = {"safety_identifier": safety_identifier, "user": user, "metadata.user": given.get("user")}
     for name in ("environment", "split"):
         if name in given and not given.get("task"):
             raise BadRequest(f"metadata.task is missing: metadata.{name} is a task's", param="metadata.task")
@@ -210,7 +221,20 @@ def read_extensions(metadata: Mapping[str, str] | None) -> Extensions:
         use_memory=memory,
         seed=None if seed is None else int(seed),
         episode_id=given.get("episode_id"),
+        user_id=next((check_person(name, value) for name, value in named.items() if value and value.strip()), ""),
+        is_shared=_one_of("share", given.get("share", "false"), {"true": True, "false": False}),
     )
+
+
+def check_person(name: str, value: str) -> str:
+    """Return a person's name. Raises BadRequest for one that could not be told from another once it is stored."""
+    if len(value) > MAX_PERSON_CHARS or clean(value) != value:
+        raise BadRequest(
+            f"{name} must be at most {MAX_PERSON_CHARS} characters of well-formed text, not {value[:80]!r}",
+            param=name,
+            code="invalid_value",
+        )
+    return value
 
 
 def _one_of(name: str, value: str, choices: Mapping[str, Any]) -> Any:

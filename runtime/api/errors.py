@@ -29,6 +29,7 @@ Invariant: no answer, however unlucky, is of any other shape.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from traceback import format_tb
 from typing import Any
 
 import structlog
@@ -46,6 +47,7 @@ from memory.errors import (
     StorageError,
     UnknownCycle,
     UnknownDocument,
+    UnknownInsight,
     UnknownKey,
     UnknownPolicy,
     UnknownResponse,
@@ -225,6 +227,7 @@ KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     UnknownTrajectory: (NotFound, "trajectory_not_found"),
     UnknownPolicy: (NotFound, "policy_not_found"),
     UnknownDocument: (NotFound, "document_not_found"),
+    UnknownInsight: (NotFound, "insight_not_found"),
     UnknownCycle: (NotFound, "cycle_not_found"),
     UnknownResponse: (NotFound, "response_not_found"),
     UnknownKey: (NotFound, "key_not_found"),
@@ -312,7 +315,11 @@ def add_error_handlers(app: FastAPI) -> None:
         if refusal.status in SHED:
             request.app.state.services.agent.telemetry.shed(refusal.code or refusal.type)
         if isinstance(refusal, NotStored) or type(refusal) is ApiError:
-            log.error("request failed", path=request.url.path, error=repr(error), exc_info=error)
+            # Without the message of what nobody foresaw: it may hold a person's words.
+            said = repr(error) if isinstance(error, StorageError) else type(error).__name__
+            log.error(
+                "request failed", path=request.url.path, error=said, trace="".join(format_tb(error.__traceback__))
+            )
         return respond(refusal)
 
     app.add_exception_handler(RequestValidationError, answer_invalid)

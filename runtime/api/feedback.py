@@ -15,6 +15,7 @@ from memory.schema import Feedback
 from memory.store import Memory
 from runtime.api.access import Asker
 from runtime.api.answer_ids import start_of, trajectory_of
+from runtime.api.chat_request import check_person
 from runtime.api.errors import CREATED, OK, Conflict, NotFound, refusals
 from runtime.api.services import Server
 
@@ -62,6 +63,7 @@ class FeedbackRequest(Target):
     )
     id: str | None = Field(default=None, min_length=1, max_length=200, description="Yours, so that a retry is safe.")
     tags: dict[str, str] = {}
+    user: str | None = Field(default=None, description="The person who says so; if not given, the episode's.")
 
     @field_validator("value")
     @classmethod
@@ -122,8 +124,8 @@ async def post_feedback(
     kept, is_new = await server.memory.feedback.post(
         Feedback(
             tenant=caller.tenant,
-            key_id=caller.key.id if caller.key else None,
-            user_id=body.user,
+            user_id=check_person("user", body.user) if body.user and body.user.strip() else "",
+            key_id=caller.key_id,
             id=body.id or "",
             **find_target(body, server.memory, caller.tenant),
             **body.model_dump(include={"name", "value", "comment", "correction", "source", "tags"}),

@@ -87,7 +87,7 @@ async def make_link(
         choices=tuple(body.choices),
         may_correct=body.may_correct,
         tenant=caller.tenant,
-        key_id=caller.key.id if caller.key else None,
+        key_id=caller.key_id,
         user_id=body.user,
         **find_target(body, server.memory, caller.tenant),
     )

@@ -74,6 +74,9 @@ def prepare(server: Services, asked: Asked) -> Play:
                 sampling=asked.sampling,
                 episode_id=extensions.episode_id,
                 tenant=asked.caller.tenant,
+                user_id=extensions.user_id,
+                key_id=asked.caller.key_id,
+                is_shared=extensions.is_shared,
                 on_open=on_open,
                 **more,
             )

@@ -85,7 +85,7 @@ async def create_response(
     target for feedback. `previous_response_id` goes on from a stored response; where that one called functions, the
     outputs in `input` go on with its very trajectory, which keeps its instructions if none are sent.
     """
-    extensions = read_extensions(body.metadata)
+    extensions = read_extensions(body.metadata, safety_identifier=body.safety_identifier, user=body.user)
     check_request(body, extensions)
     items = body.items()
     history, instructions = read_history(server.memory, body, caller.tenant)

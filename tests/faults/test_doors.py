@@ -49,7 +49,7 @@ class Premises:
             read = {"title": SECRET, "text": SECRET}
             self.document = http.post("/v1/documents", json=read).json()["id"]
         lesson = InsightOperation(OperationKind.ADD, "doors", "opening", SECRET, tenant="acme")
-        asyncio.run(world.memory.insights.apply([lesson]))
+        (self.insight,) = [row.id for row in asyncio.run(world.memory.insights.apply([lesson]))]
 
     def http(self, name: str | None) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self.keys.get(name, name)}"} if name is not None else None
@@ -61,6 +61,7 @@ class Premises:
             "{trajectory_id}": self.trajectory,
             "{response_id}": self.response,
             "{document_id}": self.document,
+            "{insight_id}": self.insight,
             "{version}": "0",
             "{environment}": "doors",
             "{model}": "agent",
@@ -70,7 +71,7 @@ class Premises:
         return "/".join(values.get(part, part) for part in path.split("/"))
 
     def names_a_tenants_row(self, path: str) -> bool:
-        return any(part in path for part in ("{trajectory_id}", "{response_id}", "{document_id}"))
+        return any(part in path for part in ("{trajectory_id}", "{response_id}", "{document_id}", "{insight_id}"))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,8 @@ def test_another_tenant_finds_nothing_by_id_and_reads_nothing_in_lists(premises:
         with premises.http(name) as http:
             for method, path in premises.routes:
                 if method == "GET" or premises.names_a_tenants_row(path):
-                    answer = http.request(method, premises.fill(path))
+                    body = {"text": "mine now"} if path.endswith("/edit") else None
+                    answer = http.request(method, premises.fill(path), json=body)
                     is_there = premises.names_a_tenants_row(path) and answer.status_code != 404
                     if is_there or "zebra" in answer.text or answer.status_code >= 500:
                         found.append((name, method, path, answer.status_code))

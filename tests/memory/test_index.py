@@ -75,7 +75,9 @@ async def test_held_out_and_failed_episodes_are_never_exemplars(memory: Memory):
 async def test_filters_hold_on_both_sides(memory: Memory):
     mine = await play(memory, task="t1", task_text="fry the carrot")
     other = await play(memory, task="t2", task_text="fry the carrot", kind="baking")
-    live = await play(memory, task_text="fry the carrot", environment=None, kind="chat", split=Split.LIVE)
+    live = await play(
+        memory, task_text="fry the carrot", environment=None, kind="chat", split=Split.LIVE, is_shared=True
+    )
     await memory.index.drain()
     assert await ids_found(memory, "exemplars", "fry the carrot", where=KITCHEN) == [mine.id]
     assert await ids_found(memory, "exemplars", "fry the carrot", where=KITCHEN, exclude_task="t1") == []

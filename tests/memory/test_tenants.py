@@ -7,6 +7,7 @@ import random
 import pytest
 
 from memory.errors import UnknownDocument, UnknownResponse, UnknownTrajectory
+from memory.index import MemoryIndex
 from memory.insights import InsightOperation, OperationKind
 from memory.schema import Feedback, Split, Step, StepKind, StoredResponse, TrajectoryStage
 from memory.store import Memory
@@ -30,8 +31,10 @@ async def test_retrieval_shows_a_tenant_its_own_and_nothing_else(
         await memory.insights.apply([learn(f"{name}: fry on the stove {n}", tenant) for n in range(14)])
         await memory.documents.ingest("Stove", f"How to fry, says {name}.", tenant=tenant)
     await memory.index.drain()
-    if blind_to != "nothing":
-        monkeypatch.setattr(getattr(memory.index, f"_{blind_to}"), "find", lambda *_, **__: [])
+    if blind_to == "words":
+        monkeypatch.setattr(memory.index._words, "find", lambda *_, **__: [])
+    elif blind_to == "meanings":
+        monkeypatch.setattr(MemoryIndex, "has_meanings", False)
     for tenant in TENANTS:
         found = await memory.retrieval.retrieve(
             **KITCHEN, query_text="how to fry on the stove", budget_tokens=5000, tenant=tenant

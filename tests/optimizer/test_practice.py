@@ -86,3 +86,27 @@ async def test_a_critic_that_is_away_leaves_a_count_and_a_reason(tmp_path) -> No
         "num_skipped": 0,
         "first_failure": "CompletionError: the engine is gone",
     }
+
+
+async def test_lessons_from_live_text_are_drawn_from_one_persons_episodes_and_are_theirs(tmp_path) -> None:
+    read: list[str] = []
+
+    async def complete(messages: list[dict[str, Any]], **_: Any) -> str:
+        read.append(messages[-1]["content"])
+        told = [mark for mark in ("jane", "bob", "shared", "nobody") if mark in read[-1]]
+        return f"ADD: You should ask {' and '.join(told)}"
+
+    lived = [{"user_id": "jane"}, {"user_id": "bob"}, {"user_id": "bob", "is_shared": True}, {}]
+    with Memory.open(tmp_path, encoder=HashingEncoder()) as memory:
+        for mark, whose in zip(("jane", "bob", "shared", "nobody"), lived, strict=True):
+            await play(memory, environment=None, kind="chat", task_text=f"words of {mark}", **whose)
+        await learn_words(OneCycle(memory, complete))
+        made = {(it.user_id, it.is_shared, it.text) for it in memory.insights.active()}
+        assert made == {
+            ("jane", False, "You should ask jane"),
+            ("bob", False, "You should ask bob"),
+            ("", True, "You should ask shared"),
+        }
+        assert [it.text for it in memory.insights.active("", scope="")] == [
+            "You should ask shared"
+        ]  # what a report may list

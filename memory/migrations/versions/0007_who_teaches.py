@@ -1,4 +1,4 @@
-"""Who may teach: whose feedback a reward comes from, what an operator approved, and which replies are untrusted."""
+"""Who may teach: whose feedback a reward comes from, and which replies and documents are untrusted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0007"
-down_revision = "0005"
+down_revision = "0006"
 branch_labels = None
 depends_on = None
 
@@ -20,8 +20,6 @@ WHERE id IN (SELECT trajectory_id FROM steps WHERE kind = 'tool' AND tool_name =
 def upgrade() -> None:
     op.add_column("rewards", sa.Column("key_id", sa.String(), nullable=True))
     op.add_column("rewards", sa.Column("user_id", sa.String(), nullable=False, server_default=""))
-    for table in ("trajectories", "insights"):
-        op.add_column(table, sa.Column("approved_at", sa.DateTime(), nullable=True))
     op.add_column("trajectories", sa.Column("reply_digest", sa.String(), nullable=True))
     op.add_column("documents", sa.Column("trust", sa.String(length=16), nullable=False, server_default="trusted"))
     is_set = sa.text("reply_digest IS NOT NULL")
@@ -35,7 +33,5 @@ def downgrade() -> None:
     op.drop_column("documents", "trust")
     op.drop_index("trajectories_by_reply", "trajectories")
     op.drop_column("trajectories", "reply_digest")
-    for table in ("insights", "trajectories"):
-        op.drop_column(table, "approved_at")
     op.drop_column("rewards", "user_id")
     op.drop_column("rewards", "key_id")

@@ -79,7 +79,7 @@ def calling(name: str, **arguments: object):
 
 async def test_a_gate_never_sends_a_real_order(agent: Agent, shop: Shop, fake: FakeEngine, memory: Memory):
     fake.script = calling("send_order", article="tea", number=2)
-    await agent.rollout(None, messages=ASK)
+    await agent.rollout(None, messages=ASK, is_shared=True)
     assert shop.orders == ["tea"]
 
     for split in (Split.HELD_OUT, Split.PRACTICE):
@@ -101,7 +101,7 @@ async def test_without_a_record_for_the_same_arguments_it_is_not_available(
     agent: Agent, shop: Shop, fake: FakeEngine, memory: Memory
 ):
     fake.script = calling("send_order", article="tea")
-    await agent.rollout(None, messages=ASK)
+    await agent.rollout(None, messages=ASK, is_shared=True)
     fake.script = calling("send_order", article="coffee")
     trajectory = await agent.rollout(shop.tasks(Split.HELD_OUT, 1)[0])
     (step,) = [step for step in memory.trajectories.steps(trajectory.id) if step.kind is StepKind.TOOL]
@@ -114,7 +114,7 @@ async def test_the_record_is_found_by_the_arguments_meaning_and_the_newest_count
 ):
     for number in (1, 2):
         fake.script = calling("send_order", article="tea", number=1)
-        await agent.rollout(None, messages=ASK)
+        await agent.rollout(None, messages=ASK, is_shared=True)
         assert len(shop.orders) == number
     fake.script = calling("send_order", number=1, article="tea")
     assert (await agent.rollout(shop.tasks(Split.HELD_OUT, 1)[0])).answer == "order 2: 1 x tea"
@@ -131,16 +131,27 @@ async def test_calls_of_one_episode_are_told_apart_though_their_ids_are_the_same
         return call("send_order", article=article) if article else Reply("done")
 
     fake.script = script
-    trajectory = await agent.rollout(None, messages=ASK)
+    trajectory = await agent.rollout(None, messages=ASK, is_shared=True)
     steps = memory.trajectories.steps(trajectory.id)
     assert len({step.tool_call_id for step in steps if step.kind is StepKind.TOOL}) == 1
     assert memory.trajectories.recorded_result("send_order", {"article": "tea"}) == "order 1: 1 x tea"
     assert memory.trajectories.recorded_result("send_order", {"article": "coffee"}) == "order 2: 1 x coffee"
 
 
+async def test_what_a_tool_yielded_for_one_person_is_no_record_for_another(
+    agent: Agent, fake: FakeEngine, memory: Memory
+):
+    fake.script = calling("send_order", article="tea")
+    await agent.rollout(None, messages=ASK, user_id="jane")
+    found = {it: memory.trajectories.recorded_result("send_order", {"article": "tea"}, user_id=it) for it in "jb"}
+    assert found == {"j": None, "b": None}
+    assert memory.trajectories.recorded_result("send_order", {"article": "tea"}, user_id="jane") == "order 1: 1 x tea"
+    assert memory.trajectories.recorded_result("send_order", {"article": "tea"}) is None
+
+
 async def test_errors_and_rehearsals_are_no_record(agent: Agent, shop: Shop, fake: FakeEngine, memory: Memory):
     fake.script = calling("send_order", article="gold")
-    failed = await agent.rollout(None, messages=ASK)
+    failed = await agent.rollout(None, messages=ASK, is_shared=True)
     assert "sold out" in failed.answer
     assert "not available" in (await agent.rollout(shop.tasks(Split.HELD_OUT, 1)[0])).answer
     assert memory.trajectories.recorded_result("send_order", {"article": "gold"}) is None
