@@ -48,7 +48,7 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
             sft_learning_rate=2e-3,
             sft_epochs=5,
             sft_batch_size=8,
-            dpo_learning_rate=3e-4,
+            dpo_learning_rate=1e-3,
             dpo_epochs=3,
             dpo_batch_size=8,
             dpo_beta=0.1,
@@ -143,10 +143,11 @@ class DemonstrationConfig(BaseModel, extra="forbid"):
 class PreferenceConfig(BaseModel, extra="forbid"):
     """Which (prompt, chosen, rejected) rows are built."""
 
-    per_task: int = 4
-    scope: Literal["remainder", "step"] = "remainder"
-    """"remainder": both sides run to the end of the episode (ETO), or to where the chat template breaks it into another
-    row. "step": they end with the first differing step."""
+    per_task: int = 8
+    scope: Literal["remainder", "step"] = "step"
+    """"step": both sides end with the step that is weighed. "remainder": they run to the end of the episode (ETO), or
+    to where the chat template breaks it into another row; the loss can then be met by making the loser's later steps
+    unlikely, and leave the decision as it was."""
     max_extra_rounds: int = 5
     """The rejected side may take at most so many more model steps than the chosen one; it is cut there."""
     min_rows: int = 12
@@ -230,6 +231,9 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     """Memory on or off per practice round; the last entry counts for all later rounds."""
     explore_episodes: int = 256
     """Episodes of the SFT policy, memory off, that preferences are found in."""
+    num_selection_tasks: int = Field(default=64, ge=0)
+    """Practice tasks, not trained on, that choose the candidate among the SFT policy and the DPO policy after each
+    epoch. 0: the last one is."""
     practice_temperature: float = 1.0
     concurrency: int = Field(default=32, ge=1)
     max_pool: int = 5000

@@ -14,12 +14,11 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import product
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from memory.feedback import Correction
-from memory.schema import Step
 from optimizer.config import DemonstrationConfig, PreferenceConfig, TeachingConfig
 from optimizer.corrections import stitch_correction
 from optimizer.rewards import GradedTrajectory, refuse_held_out
@@ -282,11 +281,14 @@ def build_preferences(
     seed: int = 0,
     teaching: TeachingConfig | None = None,
 ) -> PreferenceRows:
-    """Return (prompt, chosen, rejected) rows: same task, success over failure, parted where they first differ (ETO).
+    """Return (prompt, chosen, rejected) rows: two replies to the same prompt, of which the tries of the task show that
+    one is better.
 
     The memory segment is taken out of both sides, so episodes that were shown different things can be compared.
-    Departures from ETO: the sides need not come from the expert and the agent, any success may face any failure; and a
-    failure that drags on is cut short instead of left out, because going in circles is what it should unlearn.
+    Departures from ETO (arXiv 2403.02502): the sides need not come from the expert and the agent; what is compared is
+    a decision, valued by all tries that came to it as in step-wise preference learning (Agent Q, arXiv 2408.07199), not
+    one whole episode with another; a failure that drags on is cut short instead of left out, because going in circles
+    is what it should unlearn.
     """
     graded = list(graded)
     refuse_held_out(graded)
@@ -314,28 +316,32 @@ def _weigh_task(
     max_length_tokens: int,
     tally: Counter[str],
 ) -> list[Preference]:
-    """Return the preferences of one task, those that say most about their first differing step first."""
-    sides: dict[bool, list[_Side]] = {True: [], False: []}
+    """Return the preferences of one task, the surest first."""
+    sides = []
     for each in tries:
         try:
-            sides[each.is_success].append(_stitch_side(each, tokenizer, tally))
+            sides.append(_stitch_side(each, tokenizer, tally))
         except Unstitchable as reason:
             tally[str(reason)] += 1
-    found: dict[tuple, tuple[tuple, Preference]] = {}
-    for winner, loser in product(sides[True], sides[False]):
-        try:
-            rank, contrast, preference = _weigh(winner, loser, config)
-        except Unstitchable as reason:
-            tally[str(reason)] += 1
-            continue
-        if (
-            len(preference.prompt_ids) + max(len(preference.chosen_ids), len(preference.rejected_ids))
-            > max_length_tokens
-        ):
-            tally["too_long"] += 1
-        elif contrast not in found or rank < found[contrast][0]:
-            found[contrast] = (rank, preference)
-    ranked = [preference for _, preference in sorted(found.values(), key=lambda ranked: ranked[0])]
+    found: list[tuple[tuple, Preference]] = []
+    nodes = _group_by_prompt(sides, tally)
+    if all(len(replies) == 1 for replies in nodes.values()):
+        tally["prompts_differ"] += 1
+    for replies in nodes.values():
+        for better, worse in permutations(replies.values(), 2):
+            if not better.wins or not worse.losses:
+                continue
+            if not _is_evident(better, worse):
+                tally["no_evidence"] += 1
+                continue
+            preference = _weigh(better.best, worse.worst, config)
+            length = max(len(preference.chosen_ids), len(preference.rejected_ids))
+            if len(preference.prompt_ids) + length > max_length_tokens:
+                tally["too_long"] += 1
+                continue
+            ids = (preference.chosen_trajectory_id, preference.rejected_trajectory_id)
+            found.append(((worse.survival - better.survival, *ids), preference))
+    ranked = [preference for _, preference in sorted(found, key=lambda ranked: ranked[0])]
     tally["over_task_cap"] += max(0, len(ranked) - config.per_task)
     return ranked[: config.per_task]
 
@@ -347,10 +353,14 @@ class _Side:
     graded: GradedTrajectory
     rows: list[Row]
     edits: list[SegmentEdit]
+    _bare: dict[int, Row] = field(default_factory=dict, compare=False)
 
     def bare_row(self, step: int) -> Row:
         """Return the row that holds model step number `step`, without the memory segment."""
-        return remove_memory(next(row for row in self.rows if step <= row.last_step), self.edits)
+        number = next(number for number, row in enumerate(self.rows) if step <= row.last_step)
+        if number not in self._bare:
+            self._bare[number] = remove_memory(self.rows[number], self.edits)
+        return self._bare[number]
 
     def end_of(self, row: Row, step: int) -> int:
         return row.start_of(step) + len(self.graded.model_steps[step].output_token_ids or ())
@@ -365,52 +375,111 @@ def _stitch_side(each: GradedTrajectory, tokenizer: Any, tally: Counter[str]) ->
     return _Side(each, rows, plan_memory_removal(each.trajectory, tokenizer))
 
 
-def _weigh(winner: _Side, loser: _Side, config: PreferenceConfig) -> tuple[tuple, tuple, Preference]:
-    """Part two tries at the first differing model step, behind that step's own prompt.
+BLAME_DISCOUNT = 0.5
+"""Of a lost episode's blame for each step that a reply is further from its end, as a return is discounted."""
+LEAST_DIFFERENCE = 0.3
+MOST_OF_REJECTED = 0.4
+LEAST_DIFFERENCE_OF_OUTCOMES = 0.5
+
+
+@dataclass
+class _Reply:
+    """One reply to one prompt, and every try of the task that gave it there."""
+
+    tries: list[tuple[_Side, int]] = field(default_factory=list)
+    """Each with the number of the model step."""
+
+    @property
+    def wins(self) -> int:
+        return sum(side.graded.is_success for side, _ in self.tries)
+
+    @property
+    def losses(self) -> int:
+        return len(self.tries) - self.wins
+
+    @property
+    def value(self) -> float:
+        """How the tries ended, with one more try half won."""
+        return (self.wins + 0.5) / (len(self.tries) + 1)
+
+    @property
+    def survival(self) -> float:
+        """The same, where a loss counts less the later it followed."""
+        blame = sum(
+            BLAME_DISCOUNT ** _steps_left(side, step) for side, step in self.tries if not side.graded.is_success
+        )
+        return (self.wins + 0.5) / (self.wins + blame + 1)
+
+    @property
+    def best(self) -> tuple[_Side, int]:
+        """The win that needed the fewest steps more."""
+        return min((it for it in self.tries if it[0].graded.is_success), key=_order)
+
+    @property
+    def worst(self) -> tuple[_Side, int]:
+        """The loss that followed soonest."""
+        return min((it for it in self.tries if not it[0].graded.is_success), key=_order)
+
+
+def _steps_left(side: _Side, step: int) -> int:
+    """Return how many other replies followed; a circle is a single one, however often it is gone round."""
+    replies = [tuple(model_step.output_token_ids or ()) for model_step in side.graded.model_steps[step:]]
+    return len(set(replies)) - 1
+
+
+def _order(tried: tuple[_Side, int]) -> tuple[int, str]:
+    return _steps_left(*tried), tried[0].graded.trajectory.id
+
+
+def _is_evident(better: _Reply, worse: _Reply) -> bool:
+    """Whether the tries say that one reply is better than another, and not that luck came later.
+
+    Two tries of a long task differ in many steps that decide nothing; learned from, they make the policy worse. Either
+    of two testimonies will do: the loss followed soon, or several tries of both ended differently.
+    """
+    if worse.survival <= MOST_OF_REJECTED and better.survival - worse.survival >= LEAST_DIFFERENCE:
+        return better.value > worse.value
+    num_tries = len(better.tries), len(worse.tries)
+    return min(num_tries) > 1 and better.value - worse.value >= LEAST_DIFFERENCE_OF_OUTCOMES
+
+
+def _group_by_prompt(sides: Sequence[_Side], tally: Counter[str]) -> dict[tuple[int, ...], dict[tuple, _Reply]]:
+    """Return, by prompt without the memory segment, the replies given to it by their tokens."""
+    nodes: dict[tuple[int, ...], dict[tuple, _Reply]] = defaultdict(lambda: defaultdict(_Reply))
+    for side in sides:
+        for step, model_step in enumerate(side.graded.model_steps):
+            try:
+                row = side.bare_row(step)
+            except Unstitchable as reason:
+                tally[str(reason)] += 1
+                continue
+            prompt = tuple(row.input_ids[: row.start_of(step)])
+            nodes[prompt][tuple(model_step.output_token_ids or ())].tries.append((side, step))
+    return nodes
+
+
+def _weigh(winner: tuple[_Side, int], loser: tuple[_Side, int], config: PreferenceConfig) -> Preference:
+    """Return the preference of one reply over another to the same prompt.
 
     With scope "remainder" a side ends with its row: what a later call of another row said stands behind another prompt.
-    Returns (rank, contrast, preference). Of two preferences with the same contrast (prompt, first chosen output, first
-    rejected output) the lower rank says more: the fewer steps follow the parting, the surer that it decided.
     """
-    parting = _first_differing_step(winner.graded.model_steps, loser.graded.model_steps)
-    won, lost = winner.bare_row(parting), loser.bare_row(parting)
-    start = won.start_of(parting)
-    if start != lost.start_of(parting) or won.input_ids[:start] != lost.input_ids[:start]:
-        raise Unstitchable("prompts_differ")
-    last_chosen, last_rejected = parting, parting
+    (won_side, won_step), (lost_side, lost_step) = winner, loser
+    won, lost = won_side.bare_row(won_step), lost_side.bare_row(lost_step)
+    start = won.start_of(won_step)
+    last_chosen, last_rejected = won_step, lost_step
     if config.scope == "remainder":
         last_chosen = won.last_step
-        last_rejected = min(lost.last_step, last_chosen + config.max_extra_rounds)
-    chosen_end, rejected_end = winner.end_of(won, last_chosen), loser.end_of(lost, last_rejected)
-    preference = Preference(
-        chosen_trajectory_id=winner.graded.trajectory.id,
-        rejected_trajectory_id=loser.graded.trajectory.id,
+        last_rejected = min(lost.last_step, lost_step + (last_chosen - won_step) + config.max_extra_rounds)
+    chosen_end, rejected_end = won_side.end_of(won, last_chosen), lost_side.end_of(lost, last_rejected)
+    return Preference(
+        chosen_trajectory_id=won_side.graded.trajectory.id,
+        rejected_trajectory_id=lost_side.graded.trajectory.id,
         prompt_ids=won.input_ids[:start],
         chosen_ids=won.input_ids[start:chosen_end],
         chosen_mask=won.mask[start:chosen_end],
         rejected_ids=lost.input_ids[start:rejected_end],
         rejected_mask=lost.mask[start:rejected_end],
     )
-    won_steps, lost_steps = winner.graded.model_steps, loser.graded.model_steps
-    rank = (
-        len(lost_steps) - parting,
-        len(won_steps) - parting,
-        preference.chosen_trajectory_id,
-        preference.rejected_trajectory_id,
-    )
-    contrast = (
-        tuple(preference.prompt_ids),
-        tuple(won_steps[parting].output_token_ids or ()),
-        tuple(lost_steps[parting].output_token_ids or ()),
-    )
-    return rank, contrast, preference
-
-
-def _first_differing_step(left: Sequence[Step], right: Sequence[Step]) -> int:
-    for position, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one.output_token_ids != other.output_token_ids:
-            return position
-    raise Unstitchable("same_outputs")
 
 
 def _bound_rows(

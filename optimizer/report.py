@@ -78,6 +78,7 @@ def build_report(
         "saving": measure_saving(cells),
         "demonstrations": _without_ids(artifacts["demonstrations"]),
         "preferences": artifacts.get("preferences", {}),
+        "selection": artifacts.get("selection"),
         "training": {kind: artifacts[kind] for kind in ("sft", "dpo") if kind in artifacts},
         "insights": [
             {
@@ -323,7 +324,17 @@ def _render_data(report: dict[str, Any]) -> str:
     ]
     if "dpo" not in report["training"]:
         lines.append("Too few preferences for DPO: the SFT policy itself was the candidate.")
+    if report.get("selection"):
+        lines.append(_render_selection(report["selection"]))
     return "\n\n".join(lines)
+
+
+def _render_selection(selection: dict[str, Any]) -> str:
+    played = ", ".join(f"v{version} {won}" for version, won in selection["num_won"].items())
+    return (
+        f"Of {selection['num_tasks']} practice tasks that nothing was trained on, so many were won: {played}. "
+        f"v{selection['chosen']} became the candidate."
+    )
 
 
 def _render_trained_share(demonstrations: dict[str, Any]) -> str:

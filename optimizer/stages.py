@@ -7,6 +7,7 @@ Refuses to know the order: that is the graph in `optimizer.cycle`.
 from __future__ import annotations
 
 import asyncio
+import math
 import shutil
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -29,11 +30,12 @@ from optimizer.errors import OptimizerError, TemplateMismatch, TooFewTrajectorie
 from optimizer.placement import Placement, place_training
 from optimizer.practice import explore as play_exploration
 from optimizer.practice import practice
+from optimizer.selection import choose_policy
 from optimizer.shares import count_rows
 from optimizer.training.base import locate_base
 from optimizer.training.footprint import Kind
 from optimizer.training.launch import read_finished
-from optimizer.training.spec import TrainingSpec
+from optimizer.training.spec import EarlyAdapter, TrainingSpec
 from optimizer.workshop import Workshop
 
 LEAST_TRAINED_SHARE = 0.95
@@ -198,8 +200,23 @@ async def train_dpo(shop: Workshop) -> None:
         beta=recipe.dpo_beta,
         sft_weight=recipe.dpo_sft_weight,
     )
-    policy = await _train_and_register(shop, spec, note="DPO from the SFT adapter")
-    await _nominate(shop, policy.version)
+    spec = await _add_early_adapters(shop, spec)
+    await _train_and_register(shop, spec, note="DPO from the SFT adapter")
+    for early in spec.early_adapters:
+        await _register(shop, spec.at(early), note=f"DPO from the SFT adapter, after {early.share:.0%} of the steps")
+    versions = [sft["policy"], *(early.version for early in spec.early_adapters), spec.version]
+    await _nominate(shop, await choose_policy(shop, versions))
+
+
+async def _add_early_adapters(shop: Workshop, spec: TrainingSpec) -> TrainingSpec:
+    """Have an adapter left behind after each epoch but the last, so that the best can be chosen by playing."""
+    num_epochs = math.ceil(spec.epochs)
+    early = []
+    for number in range(1, num_epochs) if shop.config.num_selection_tasks and shop.config.environment else ():
+        version = await _reserve_version(shop, f"dpo-{number}")
+        output_dir = shop.adapters / f"{spec.name}-v{version}"
+        early.append(EarlyAdapter(version=version, output_dir=output_dir, share=number / num_epochs))
+    return spec.model_copy(update={"early_adapters": early})
 
 
 async def _load_tokenizer(shop: Workshop) -> Any:
@@ -252,10 +269,11 @@ async def _specify(
 async def _reserve_version(shop: Workshop, kind: str) -> int:
     """Return the version that this training will be registered as: its adapter's name must be known before."""
     policies = shop.memory.policies.list()
-    reserved = shop.artifacts.get(f"{kind}_version")
-    if reserved is not None and not any(p.version == reserved and p.cycle_id != shop.cycle_id for p in policies):
-        return reserved
-    version = max(policy.version for policy in policies) + 1
+    reserved = {name: version for name, version in shop.artifacts.items() if name.endswith("_version")}
+    mine = reserved.get(f"{kind}_version")
+    if mine is not None and not any(p.version == mine and p.cycle_id != shop.cycle_id for p in policies):
+        return mine
+    version = max([*(policy.version for policy in policies), *reserved.values()]) + 1
     # left by a cycle that died before it registered: nothing was ever served from it
     shutil.rmtree(shop.adapters / f"{shop.config.name}-v{version}", ignore_errors=True)
     await shop.keep(**{f"{kind}_version": version})
@@ -282,6 +300,14 @@ async def _train_and_register(shop: Workshop, spec: TrainingSpec, *, note: str) 
 
     async with _make_room(shop, spec):
         manifest = await shop.seams.train(spec, on_step=on_step, num_attempts=shop.config.training_attempts)
+    policy = await _register(shop, spec, note=note)
+    made = {"policy": policy.version, "adapter": str(spec.output_dir)}
+    await shop.keep(**{spec.kind: {**made, "metrics": manifest.metrics, "settings": manifest.settings}})
+    return policy
+
+
+async def _register(shop: Workshop, spec: TrainingSpec, *, note: str) -> Policy:
+    """Draft the policy that serves the adapter, unless that was done before."""
     policy = next((p for p in shop.memory.policies.list() if p.adapter_path == str(spec.output_dir)), None)
     if policy is None:
         policy = await shop.memory.policies.draft(
@@ -296,8 +322,6 @@ async def _train_and_register(shop: Workshop, spec: TrainingSpec, *, note: str) 
         raise OptimizerError(
             f"policy v{spec.version} was drafted by someone else while it was trained; start another cycle"
         )
-    made = {"policy": policy.version, "adapter": str(spec.output_dir)}
-    await shop.keep(**{spec.kind: {**made, "metrics": manifest.metrics, "settings": manifest.settings}})
     return policy
 
 

@@ -130,6 +130,11 @@ class Workshop:
 
         return [each for each in found if not measures(each.trajectory)]
 
+    def is_success(self, trajectory: Trajectory) -> bool:
+        """Whether a closed episode reached the reward of a success."""
+        reward = self.memory.trajectories.reward_for_weights(trajectory.id)
+        return reward is not None and reward >= self.memory.trajectories.success_reward
+
     def practice_tasks(self) -> list[Task]:
         """Return this cycle's practice tasks."""
         return self.seams.tasks(

@@ -3,7 +3,7 @@
 Refuses to know which loss is trained. Standard output carries JSON lines and nothing else; all other words go to
 standard error, which is the log.
 
-Flow: `start` -> build a trainer with `trainer_arguments` -> `run` (resumes by itself) -> `leave_adapter`.
+Flow: `start` -> build a trainer with `trainer_arguments` -> `train_and_write` (resumes by itself).
 Invariant: the adapter directory appears whole, with its manifest, or not at all.
 """
 
@@ -185,10 +185,26 @@ class _Progress(TrainerCallback):
             self._reporter.say("step", step=state.global_step, total=state.max_steps, **numbers)
 
 
-def run(trainer: Any, spec: TrainingSpec, reporter: Reporter) -> dict[str, float]:
+class _LeaveEarlyAdapters(TrainerCallback):
+    """Writes the adapters that the spec wants from the middle of the training, each when its step has been made."""
+
+    def __init__(self, trainer: Any, spec: TrainingSpec, probe_token_ids: list[int]) -> None:
+        self._trainer, self._spec, self._probe = trainer, spec, probe_token_ids
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for early in self._spec.early_adapters:
+            is_due = state.global_step == max(1, round(early.share * state.max_steps))
+            if is_due and not early.output_dir.exists():  # a resumed training makes some steps again
+                metrics = {"num_steps": state.global_step}
+                write_adapter(self._trainer, self._spec.at(early), metrics, self._probe)
+                self._trainer.model.train()
+
+
+def run(trainer: Any, spec: TrainingSpec, reporter: Reporter, probe_token_ids: list[int]) -> dict[str, float]:
     """Train, from the last whole checkpoint if there is one; return the metrics that matter afterwards."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Progress(reporter))
+    trainer.add_callback(_LeaveEarlyAdapters(trainer, spec, probe_token_ids))
     checkpoint = find_checkpoint(spec.work_dir / "checkpoints")
     if checkpoint is not None:
         reporter.say("resumed", checkpoint=checkpoint.name)
@@ -235,10 +251,8 @@ def _summarize(state: Any, num_rows: int, seconds: float) -> dict[str, float]:
     return summary
 
 
-def leave_adapter(
-    trainer: Any, spec: TrainingSpec, reporter: Reporter, metrics: dict[str, float], probe_token_ids: list[int]
-) -> None:
-    """Write the adapter directory with its manifest, and say so."""
+def write_adapter(trainer: Any, spec: TrainingSpec, metrics: dict[str, float], probe_token_ids: list[int]) -> None:
+    """Write the adapter directory with its manifest. The model is in evaluation mode afterwards."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.eval()
     _require_finite(model)
@@ -250,6 +264,12 @@ def leave_adapter(
             path.unlink()  # a model card with nothing in it
     write_manifest(unfinished, describe_adapter(spec, metrics, take_fingerprint(model, probe_token_ids)))
     write_adapter_atomically(unfinished, spec.output_dir)
+
+
+def train_and_write(trainer: Any, spec: TrainingSpec, reporter: Reporter, probe_token_ids: list[int]) -> None:
+    """Train, write the adapter, and say so."""
+    metrics = run(trainer, spec, reporter, probe_token_ids)
+    write_adapter(trainer, spec, metrics, probe_token_ids)
     reporter.say("done", path=str(spec.output_dir), metrics=metrics)
 
 

@@ -95,9 +95,7 @@ def main() -> None:
     spec, reporter = child.start(sys.argv, "dpo")
     rows = read_rows(spec.rows_path)
     trainer = build_trainer(spec, rows)
-    metrics = child.run(trainer, spec, reporter)
-    probe = child.choose_probe(rows[0]["prompt_ids"] + rows[0]["chosen_ids"])
-    child.leave_adapter(trainer, spec, reporter, metrics, probe)
+    child.train_and_write(trainer, spec, reporter, child.choose_probe(rows[0]["prompt_ids"] + rows[0]["chosen_ids"]))
 
 
 if __name__ == "__main__":

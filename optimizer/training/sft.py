@@ -47,8 +47,7 @@ def main() -> None:
     spec, reporter = child.start(sys.argv, "sft")
     rows = read_rows(spec.rows_path)
     trainer = build_trainer(spec, rows)
-    metrics = child.run(trainer, spec, reporter)
-    child.leave_adapter(trainer, spec, reporter, metrics, child.choose_probe(rows[0]["input_ids"]))
+    child.train_and_write(trainer, spec, reporter, child.choose_probe(rows[0]["input_ids"]))
 
 
 if __name__ == "__main__":

@@ -36,8 +36,18 @@ NOT_DIGESTED = (
     "num_checkpoints",
     "visible_device",
     "rows_per_pass",  # as many as fit where it runs; the batch is the same
+    "early_adapters",
 )
 """Where and with what room a training runs: another value of these is the same training."""
+
+
+class EarlyAdapter(BaseModel, extra="forbid"):
+    """An adapter that is left behind on the way: the same training, stopped earlier."""
+
+    version: int
+    output_dir: Path
+    share: float
+    """Of all optimizer steps; above 0 and below 1."""
 
 
 class TrainingSpec(BaseModel, extra="forbid"):
@@ -59,6 +69,7 @@ class TrainingSpec(BaseModel, extra="forbid"):
     parent_adapter: Path | None = None
     """Where training starts (and, for DPO, what the reference is); None: the bare base."""
     trajectory_ids: list[str] = []
+    early_adapters: list[EarlyAdapter] = []
 
     lora_rank: int
     lora_alpha: int
@@ -77,6 +88,10 @@ class TrainingSpec(BaseModel, extra="forbid"):
     num_threads: int = 2
     num_checkpoints: int = 8
     """How often the state is saved during the whole training."""
+
+    def at(self, early: EarlyAdapter) -> TrainingSpec:
+        """Return the spec that an early adapter is registered by."""
+        return self.model_copy(update={"version": early.version, "output_dir": early.output_dir})
 
     def settings(self) -> dict[str, Any]:
         """What the manifest says of how the adapter was trained."""

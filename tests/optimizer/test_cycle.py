@@ -102,6 +102,12 @@ class FakeTrainer:
         self.trained.append(spec.kind)
         if on_step is not None:
             await on_step({"step": 1, "total": 1, "loss": 0.5})
+        for early in spec.early_adapters:
+            self._write(spec.at(early))
+        self._write(spec)
+        return read_finished(spec)
+
+    def _write(self, spec) -> None:
         unfinished = spec.work_dir / "adapter"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -120,7 +126,6 @@ class FakeTrainer:
         )
         write_manifest(unfinished, manifest)
         write_adapter_atomically(unfinished, spec.output_dir)
-        return read_finished(spec)
 
 
 CONFIG = OptimizerConfig.model_validate(
@@ -129,6 +134,7 @@ CONFIG = OptimizerConfig.model_validate(
         "num_practice_tasks": 12,
         "practice_episodes": 36,
         "explore_episodes": 36,
+        "num_selection_tasks": 0,
         "concurrency": 16,
         "demonstrations": {"min_rows": 4},
         "preferences": {"min_rows": 4},
@@ -266,6 +272,28 @@ async def test_a_planted_worse_candidate_is_rejected(memory, kitchen, trainer):
 
     assert verdict["decision"] == "reject"
     assert memory.policies.get(2).stage is PolicyStage.REJECTED and memory.policies.active().version == 0
+
+
+@pytest.mark.parametrize(
+    ("skill", "chosen"), [({1: 0.3, 2: 0.3, 3: 0.95, 4: 0.3}, 3), ({1: 0.9, 2: 0.3, 3: 0.3, 4: 0.3}, 1)]
+)
+async def test_the_candidate_is_the_checkpoint_that_wins_practice_tasks_nothing_was_trained_on(
+    memory, kitchen, trainer, skill, chosen
+):
+    kitchen.skill = {0: 0.35, **skill}  # SFT is v1; DPO after each of three epochs v2, v3 and v4
+    cycle = await open_cycle(memory, CONFIG.model_copy(update={"num_selection_tasks": 30}))
+
+    verdict = await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
+
+    artifacts = memory.cycles.get(cycle.id).artifacts
+    assert verdict["policy"] == artifacts["candidate"] == chosen
+    assert memory.policies.get(chosen).stage is PolicyStage.ACTIVE
+    learned_from = {memory.trajectories.get(id_).task for id_ in artifacts["demonstrations"]["trajectory_ids"]}
+    assert len(artifacts["selection_tasks"]) == 30 and not learned_from & set(artifacts["selection_tasks"])
+    assert set(artifacts["selection"]["num_won"]) == {"1", "2", "3", "4"}
+    assert trainer.trained == ["sft", "dpo"]
+    page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
+    assert f"v{chosen} became the candidate" in page
 
 
 async def test_without_enough_preferences_the_sft_policy_is_the_candidate(memory, kitchen, trainer):

@@ -12,6 +12,7 @@ STOVE = ("cook carrot with stove", "It is fried.")
 OVEN = ("cook carrot with oven", "It is roasted. You lose!")
 EAT = ("eat meal", "You win!")
 LOOK = ("look", "A kitchen.")
+SHUT = ("shut door", "A kitchen.")
 MEMORY = "<memory>\nInsights:\n- fry the _ -> cook _ with stove\n</memory>"
 
 
@@ -88,7 +89,7 @@ def test_a_preference_parts_at_the_first_differing_step(tokenizer):
     won = live([TAKE, STOVE, EAT], tokenizer=tokenizer)
     lost = live([TAKE, OVEN], tokenizer=tokenizer, is_success=False)
 
-    (row,) = weigh([won, lost], tokenizer).rows
+    (row,) = weigh([won, lost], tokenizer, scope="remainder").rows
 
     assert tokenizer.decode(row.prompt_ids).endswith("<|im_start|>assistant\n")
     assert "You have the carrot." in tokenizer.decode(row.prompt_ids)
@@ -98,11 +99,11 @@ def test_a_preference_parts_at_the_first_differing_step(tokenizer):
     assert tokenizer.decode(own) == say("cook carrot with stove") + "<|im_end|>" + say("eat meal") + "<|im_end|>"
 
 
-def test_scope_step_ends_both_sides_with_the_differing_step(tokenizer):
+def test_by_default_both_sides_end_with_the_differing_step(tokenizer):
     won = live([TAKE, STOVE, EAT], tokenizer=tokenizer)
     lost = live([TAKE, OVEN], tokenizer=tokenizer, is_success=False)
 
-    (row,) = weigh([won, lost], tokenizer, scope="step").rows
+    (row,) = weigh([won, lost], tokenizer).rows
 
     assert tokenizer.decode(row.chosen_ids) == say("cook carrot with stove") + "<|im_end|>"
     assert all(row.chosen_mask)
@@ -125,14 +126,37 @@ def test_a_parting_nearer_the_end_is_preferred(tokenizer):
     built = weigh([won, early, late], tokenizer, per_task=1)
 
     assert [row.rejected_trajectory_id for row in built.rows] == [late.trajectory.id]
-    assert built.tally["over_task_cap"] == 1
+    assert built.tally["no_evidence"] == 1
+
+
+def test_a_difference_long_before_the_loss_is_no_evidence_until_several_tries_agree(tokenizer):
+    def tries(num_tries: int):
+        for number in range(num_tries):
+            rest = [(f"open door {number}", "It is open."), ("take knife", "Taken."), TAKE]
+            yield live([LOOK, *rest, STOVE, EAT], tokenizer=tokenizer)
+            yield live([SHUT, *rest, OVEN], tokenizer=tokenizer, is_success=False)
+
+    once, twice = weigh(tries(1), tokenizer), weigh(tries(2), tokenizer)
+
+    assert (len(once.rows), once.tally["no_evidence"]) == (0, 1)
+    (row,) = twice.rows
+    assert tokenizer.decode(row.chosen_ids).startswith(say("look"))
+    assert tokenizer.decode(row.rejected_ids).startswith(say("shut door"))
+
+
+def test_a_reply_that_loses_no_more_often_than_another_is_not_rejected_for_it(tokenizer):
+    unlucky = [live([TAKE, OVEN], tokenizer=tokenizer, is_success=False) for _ in range(2)]
+    lucky = [live([TAKE, OVEN], tokenizer=tokenizer) for _ in range(2)]
+    other = [live([TAKE, STOVE], tokenizer=tokenizer, is_success=False), live([TAKE, STOVE], tokenizer=tokenizer)]
+
+    assert weigh([*unlucky, *lucky, *other], tokenizer).rows == []
 
 
 def test_going_in_circles_is_a_failure_to_learn_from_and_is_cut_short(tokenizer):
     won = live([TAKE, STOVE, EAT], tokenizer=tokenizer)
     rambling = live([TAKE, *(("look", f"A kitchen, {n}.") for n in range(9))], tokenizer=tokenizer, is_success=False)
 
-    (row,) = weigh([won, rambling], tokenizer, max_extra_rounds=2).rows
+    (row,) = weigh([won, rambling], tokenizer, scope="remainder", max_extra_rounds=2).rows
 
     rejected = tokenizer.decode(row.rejected_ids)
     assert rejected.count(say("look")) == 4  # two where the winner took two more steps, and two extra ones
@@ -180,7 +204,7 @@ def test_a_preference_of_episodes_with_several_rows_parts_behind_the_prompt_of_t
     won = drift(live([TAKE, STOVE, EAT], tokenizer=tokenizer, memory_text=MEMORY), 0, tokenizer)
     lost = drift(live([TAKE, OVEN, LOOK], tokenizer=tokenizer, is_success=False), 0, tokenizer)
 
-    built = weigh([won, lost], tokenizer)
+    built = weigh([won, lost], tokenizer, scope="remainder")
 
     (row,) = built.rows
     assert built.tally["fork"] == 2
