@@ -13,8 +13,8 @@ from optimizer.config import DemonstrationConfig, PreferenceConfig
 from optimizer.data import build_demonstrations, build_preferences, write_rows
 from optimizer.errors import TrainingError
 from optimizer.training.child import share_of_rate
-from optimizer.training.launch import child_environment, log_path, train
-from optimizer.training.spec import TrainingSpec
+from optimizer.training.launch import child_environment, log_path, read_finished, train
+from optimizer.training.spec import EarlyAdapter, TrainingSpec
 from tests.optimizer.worlds import live
 
 FOODS = ["carrot", "onion", "banana", "pork", "pepper", "salmon"]
@@ -149,6 +149,27 @@ async def test_sft_then_dpo_leave_adapters_that_an_engine_may_wear(spec_for, tin
     assert len(manifest.fingerprint.adapter_logprobs) == len(manifest.fingerprint.token_ids) - 1
     assert steps[0]["step"] == 1 and steps[0]["total"] == manifest.metrics["num_steps"]
     assert await train(dpo) == refined  # done before: nothing is trained again
+
+
+async def test_adapters_left_on_the_way_are_whole_and_less_trained_than_the_last(spec_for, tiny_base, tmp_path):
+    sft = spec_for("sft")
+    await train(sft)
+    dpo = spec_for("dpo", version=4, parent=1, parent_adapter=sft.output_dir, learning_rate=1e-3)
+    early = [
+        EarlyAdapter(version=2 + number, output_dir=tmp_path / "adapters" / f"tiny-early-{number}", share=share)
+        for number, share in enumerate((1 / 3, 2 / 3))
+    ]
+    dpo = dpo.model_copy(update={"early_adapters": early})
+
+    manifest = await train(dpo)
+
+    adapters = [*(it.output_dir for it in early), dpo.output_dir]
+    for it in early:
+        verify_adapter(it.output_dir, base_digest=digest_base(tiny_base), max_rank=16)
+        assert read_finished(dpo.at(it)).metrics["num_steps"] == round(it.share * manifest.metrics["num_steps"])
+    _, start = load_logits(tiny_base, sft.output_dir)
+    distances = [float((load_logits(tiny_base, adapter)[1] - start).abs().mean()) for adapter in adapters]
+    assert distances == sorted(distances) and distances[0] > 0
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
