@@ -70,6 +70,10 @@ class PlayedEngine(Engine):
         await asyncio.sleep(0)
         return self.num_restarts > 0 or not self.is_zombie
 
+    async def models(self) -> list[dict[str, Any]]:
+        await asyncio.sleep(0)
+        return [{"id": "base", "parent": None, "max_model_len": 4096}]
+
     async def num_tokens_so_far(self) -> float:
         await asyncio.sleep(0)
         return 7.0
