@@ -58,7 +58,13 @@ HELD_MEAL = "499"
 LUCKY = 0  # a seed with which a sampled episode takes the stove
 BY_HAND = OptimizerConfig.model_validate(
     {
-        **{"environment": "kitchen", "num_practice_tasks": 12, "practice_episodes": 24, "explore_episodes": 12},
+        **{
+            "environment": "kitchen",
+            "num_practice_tasks": 12,
+            "practice_episodes": 24,
+            "explore_episodes": 12,
+            "num_selection_tasks": 0,
+        },
         "demonstrations": {"min_rows": 4},
         "preferences": {"min_rows": 4},
         "evaluation": {"num_tasks": 16, "min_tasks": 16},
@@ -292,7 +298,7 @@ RIGHT += tuple(f"{cut} the _ -> {cut} _ with knife" for cut in ("chop", "slice",
 NUM_AT_ONCE = 32
 NUM_PRACTICE = 40
 SMALL = {
-    **{"num_practice_tasks": 24, "practice_episodes": 48, "explore_episodes": 32},
+    **{"num_practice_tasks": 24, "practice_episodes": 48, "explore_episodes": 32, "num_selection_tasks": 0},
     "demonstrations": {"min_rows": 8},
     "preferences": {"min_rows": 2},
     "evaluation": {"num_tasks": 20, "min_tasks": 20},
