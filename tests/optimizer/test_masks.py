@@ -100,7 +100,7 @@ def test_sft_feels_nothing_at_tool_output(spec, tokenizer):
 
 def test_dpo_feels_nothing_at_tool_output_on_either_side(spec, tokenizer, sft_adapter):
     graded = [live(WON, tokenizer=tokenizer), live(LOST, tokenizer=tokenizer, is_success=False)]
-    rows = build_preferences(graded, tokenizer, config=PreferenceConfig(), max_length_tokens=2048).rows
+    rows = build_preferences(graded, tokenizer, config=PreferenceConfig(scope="remainder"), max_length_tokens=2048).rows
     made = spec("dpo", rows, parent_adapter=sft_adapter, sft_weight=0.2)
 
     gradient, batch = head_gradient(dpo.build_trainer(made, dpo.read_rows(made.rows_path)))
