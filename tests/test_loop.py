@@ -424,7 +424,7 @@ async def test_a_cycle_of_real_training_ends_with_a_verdict_and_what_it_says_is_
     assert Path(verdict["report"]) == reports / "report.md"
     assert decision in (reports / "report.md").read_text()
     report = json.loads((reports / "report.json").read_text())
-    assert set(report["cells"]) == {"base-off", "base-on", "sft-off", "dpo-off", "dpo-on"}
+    assert set(report["cells"]) == {"base-off", "base-on", "sft-off", "sft-on", "dpo-off", "dpo-on"}
     assert all(cell["broken_share"] == 0 for cell in report["cells"].values())
     assert (reports / "success.png").stat().st_size > 5000
     print({name: cell["num_successes"] for name, cell in report["cells"].items()}, decision, verdict["reason"])
