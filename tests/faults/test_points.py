@@ -33,7 +33,15 @@ def base_dir(tmp_path: Path) -> Path:
     """A base model as far as a recipe is chosen for it."""
     directory = tmp_path / "base"
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}))
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 32,
+    }
+    kind = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (directory / "config.json").write_text(json.dumps({**kind, **sizes}))
     save_file({"weight": numpy.ones((2, 2), "float32")}, directory / "model.safetensors")
     return directory
 

@@ -83,7 +83,7 @@ class Turns:
         seams = Seams(rollout=_never, tasks=_never, train=self.train)
         shop = Workshop(self.memory, seams, cycle.id)
         shop.directory.mkdir(parents=True, exist_ok=True)
-        (shop.directory / "demonstrations.jsonl").write_text("{}\n")
+        (shop.directory / "demonstrations.jsonl").write_text('{"input_ids": [1, 2]}\n')
         await shop.keep(demonstrations={"trajectory_ids": []})
         await stages.train_sft(shop)
         version = shop.artifacts["sft"]["policy"]
