@@ -21,9 +21,17 @@ from typing import Any
 from memory.feedback import Correction
 from optimizer.config import DemonstrationConfig, PreferenceConfig, TeachingConfig
 from optimizer.corrections import stitch_correction
+from optimizer.insight_contrast import BLAME_DISCOUNT
 from optimizer.rewards import GradedTrajectory, refuse_held_out
 from optimizer.shares import Teachers, choose_rows
 from optimizer.stitching import Row, SegmentEdit, Unstitchable, plan_memory_removal, remove_memory, stitch
+
+LEAST_DIFFERENCE = 0.3
+"""Of two replies' survival, for a preference: a loss that followed within three other replies passes."""
+MOST_OF_REJECTED = 0.4
+"""Survival of a reply that is rejected; one whose loss came much later is near one half."""
+LEAST_DIFFERENCE_OF_OUTCOMES = 0.5
+"""Of two replies that several tries gave, however late their ends came."""
 
 
 @dataclass(frozen=True)
@@ -373,13 +381,6 @@ def _stitch_side(each: GradedTrajectory, tokenizer: Any, tally: Counter[str]) ->
     rows, joints = stitch(each.steps)
     tally["fork"] += joints["fork"]
     return _Side(each, rows, plan_memory_removal(each.trajectory, tokenizer))
-
-
-BLAME_DISCOUNT = 0.5
-"""Of a lost episode's blame for each step that a reply is further from its end, as a return is discounted."""
-LEAST_DIFFERENCE = 0.3
-MOST_OF_REJECTED = 0.4
-LEAST_DIFFERENCE_OF_OUTCOMES = 0.5
 
 
 @dataclass
