@@ -14,6 +14,7 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel
 
 from memory.cycles import FINAL_STAGES
+from memory.names import path_below
 from memory.schema import Cycle, CycleStage
 from runtime.api.errors import ACCEPTED, Conflict, NotFound, refusals
 from runtime.api.services import Server, Services
@@ -111,7 +112,7 @@ async def get_report(
 
 
 def reports_of(cycle: Cycle, server: Services) -> FilePath:
-    return server.memory.data_dir / "reports" / cycle.id
+    return path_below(server.memory.data_dir, "reports", cycle.id)
 
 
 def describe(cycle: Cycle, server: Services) -> CycleDetail:
