@@ -28,12 +28,13 @@ from runtime.tools.toolbox import Toolbox
 class CycleStarter(Protocol):
     """Whoever can turn the loop once, in the background, and judge what came of it."""
 
-    async def start(self, settings: dict[str, Any]) -> Cycle:
+    async def start(self, settings: dict[str, Any], *, may_loosen_bars: bool = False) -> Cycle:
         """Open a cycle and set it going.
 
         Raises:
             CycleInProgress: one is under way.
-            ValueError: settings that cannot be, or too few trajectories to learn from.
+            ValueError: settings that cannot be, bars of a promotion that are looser than the operator's configuration
+                without `may_loosen_bars`, or too few trajectories to learn from.
         """
         ...
 
