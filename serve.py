@@ -5,8 +5,7 @@
     serve.py keys       says who may ask: in the data directory, or through the server that has it
     serve.py ...        every other verb talks to the running server (runtime/console/)
 
-Refuses to do any of the work itself. Heavy packages are imported by what needs them: a client verb, and a game
-compiler's child process, start without them.
+Refuses to do any of the work itself. Heavy packages are imported by what needs them: a client verb starts without them.
 """
 
 from __future__ import annotations

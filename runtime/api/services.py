@@ -15,6 +15,7 @@ from fastapi import Depends, Request
 from memory.schema import Cycle, Policy
 from memory.store import Memory
 from runtime.agent import Agent
+from runtime.api.preparing import PreparationLimit
 from runtime.config import LimitsConfig
 from runtime.doctor import Check
 from runtime.engine import Engine
@@ -64,6 +65,7 @@ class Services:
     toolbox: Toolbox | None = None
     """Opened before the engine starts, closed before it stops."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    preparations: PreparationLimit = field(default_factory=PreparationLimit)
     maintenance: Maintenance | None = None
     """None: the engine is never stopped on purpose."""
     check_training: Callable[[], Awaitable[Check]] | None = None
