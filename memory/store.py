@@ -29,6 +29,7 @@ from memory.responses import Responses
 from memory.retrieval import Retrieval
 from memory.reviews import Reviews
 from memory.scopes import Scopes
+from memory.sequence import continue_sequence
 from memory.trajectories import Trajectories
 from memory.verdicts import Verdicts
 from memory.words import WordIndex
@@ -135,7 +136,13 @@ def copy_to_server(data_dir: Path, config: MemoryConfig) -> dict[str, int]:
 
 def open_rows(data_dir: Path, config: MemoryConfig) -> Database:
     """Open the database of a data directory: the file in it, or the one elsewhere that its settings name."""
-    return Database(config.database or data_dir / DATABASE_NAME)
+    database = Database(config.database or data_dir / DATABASE_NAME)
+    try:
+        continue_sequence(database)
+    except BaseException:
+        database.close()
+        raise
+    return database
 
 
 def leave(_connection: Connection) -> None:

@@ -30,6 +30,7 @@ from typing import Any
 
 import structlog
 
+from memory.chat_marks import ANY_FAMILY, ChatMarks
 from runtime import engine_idle
 from runtime.completion import EngineClient
 from runtime.config import EngineConfig
@@ -118,6 +119,7 @@ class Engine(EngineClient):
             if self.is_ours:
                 self._on_progress("finding the model")
                 self.model_path = await asyncio.to_thread(find_model, self.config.model)
+                await self._learn_marks()
                 await self._start_child()
                 self.max_model_len = (await self._find_base()).get("max_model_len")
             else:
@@ -309,8 +311,13 @@ class Engine(EngineClient):
         self.model, self.max_model_len = base["id"], base.get("max_model_len")
         root = Path(self.config.model or base.get("root") or "")
         self.model_path = root.resolve() if (root / "config.json").is_file() else None
+        await self._learn_marks()
         if not await self._probe_within(self.config.startup_seconds):
             raise EngineError(f"the engine at {self.config.url!r} generates no token")
+
+    async def _learn_marks(self) -> None:
+        """Read which special tokens the model's tokenizer has; without its files, all families' are broken."""
+        self.marks = await asyncio.to_thread(ChatMarks.read, self.model_path) or ANY_FAMILY
 
     async def _find_base(self) -> dict[str, Any]:
         """Return what the engine says of its base model. Raises EngineError: nothing, or it doesn't answer."""

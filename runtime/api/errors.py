@@ -60,6 +60,7 @@ from runtime.errors import (
     EngineInMaintenance,
     EpisodeBusy,
     EpisodeError,
+    GameNotCompiled,
     LinkExpired,
     LinkRefused,
     UnknownEnvironment,
@@ -246,6 +247,7 @@ KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     EngineInMaintenance: (InMaintenance, "engine_in_maintenance"),
     EngineError: (NotReady, "engine_not_ready"),
     EpisodeError: (EpisodeFailed, "episode_failed"),
+    GameNotCompiled: (EpisodeFailed, "game_not_compiled"),
     ValueError: (BadRequest, "invalid_value"),
 }
 

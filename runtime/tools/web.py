@@ -18,7 +18,7 @@ import aiohttp
 from annotated_types import MaxLen
 from yarl import URL
 
-from memory.retrieval import neutralise
+from memory.chat_marks import neutralise
 from runtime.errors import ToolError
 from runtime.tools.addresses import IsAllowed, PublicResolver, is_public, public_sockets
 from runtime.tools.base import Tool

@@ -138,7 +138,7 @@ class QuickLearner:
         self.ends_badly = False
         self._turn: asyncio.Task | None = None
 
-    async def start(self, settings: dict[str, Any]) -> Cycle:
+    async def start(self, settings: dict[str, Any], *, may_loosen_bars: bool = False) -> Cycle:
         if "nonsense" in settings:
             raise ValueError("unknown setting 'nonsense' (settings); the nearest is 'name'")
         cycle = await self.memory.cycles.open(settings)
