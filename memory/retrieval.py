@@ -40,7 +40,9 @@ MIN_SIMILARITY = 0.3  # cosine; what is further away than this only distracts
 MIN_EXEMPLAR_SIMILARITY = 0.45
 CHARS_PER_TOKEN = 4
 CHAT_TAGS = re.compile(
-    r"<(?=\s*/?\s*(?:memory|tool_call|tool_response|tools|think|s|inst|sys)\s*>)|\[(?=\s*/?\s*inst\s*\])", re.IGNORECASE
+    # Possessive: over a long run of spaces two `\s*` in a row take quadratic time.
+    r"<(?=\s*+/?\s*+(?:memory|tool_call|tool_response|tools|think|s|inst|sys)\s*+>)|\[(?=\s*+/?\s*+inst\s*+\])",
+    re.IGNORECASE,
 )
 
 logger = logging.getLogger(__name__)
