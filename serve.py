@@ -292,6 +292,7 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
         limits,
         maintenance=maintenance,
         check_training=lambda: check_training(memory, settings.optimizer, seams),
+        server=settings.server,
     )
 
 
@@ -347,10 +348,9 @@ async def live(
     import uvicorn
 
     from runtime.api.app import create_app
+    from runtime.api.connections import server_config
 
-    config = uvicorn.Config(
-        create_app(services), log_config=None, access_log=False, timeout_graceful_shutdown=STOP_SECONDS
-    )
+    config = server_config(create_app(services), services.limits, timeout_graceful_shutdown=STOP_SECONDS)
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # signals are ours: children must be stopped in order
     answering = asyncio.ensure_future(server.serve(sockets=[listener]))
@@ -630,11 +630,19 @@ async def examine(settings: Any, phases: Phases) -> dict[str, Any]:
     """Check everything without a server."""
     from dataclasses import asdict
 
+    from memory.errors import StorageError
     from runtime import doctor as checks
     from runtime.engine import Engine
     from runtime.errors import EngineError
 
-    with open_memory_here(settings) as memory:
+    try:
+        memory = open_memory_here(settings)
+    except Failure as failure:
+        if not isinstance(failure.__cause__, StorageError):  # another process has the directory
+            raise
+        lost = checks.Check("storage", False, str(failure), "the message says what can be done")
+        return {"is_ok": False, "checks": [asdict(lost)]}
+    with memory:
         phases.say("checking what is kept")
         found = await asyncio.to_thread(checks.check_at_rest, memory)
         engine = Engine(settings.engine, memory.data_dir, on_progress=phases.say)

@@ -22,7 +22,9 @@ _BRACKETED = (
     "audio|begin_audio|prefix|middle|suffix|gmask|smask"
 )
 CHAT_TAGS = re.compile(
-    rf"<(?=\s*/?\s*(?:{_LOOKALIKES}|{_CONTROLS})\s*>)|\[(?=\s*/?\s*(?:{_BRACKETED})\s*\])", re.IGNORECASE
+    # Possessive: over a long run of spaces two `\s*` in a row take quadratic time.
+    rf"<(?=\s*+/?\s*+(?:{_LOOKALIKES}|{_CONTROLS})\s*+>)|\[(?=\s*+/?\s*+(?:{_BRACKETED})\s*+\])",
+    re.IGNORECASE,
 )
 CONTROL_TAGS = re.compile(rf"<(?=/?(?:{_CONTROLS})>)|\[(?=/?(?:{_BRACKETED})\])", re.IGNORECASE)
 BARS = re.compile(r"<(?=[|\uff5c])|[|\uff5c](?=>)")

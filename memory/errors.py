@@ -16,6 +16,7 @@
     |   +-- NothingToRollBackTo
     +-- OtherBaseModel           the directory's policies stand on another base model (also a ValueError)
     +-- CycleInProgress          one turn of the loop at a time
+    +-- ConversationTooLong      more responses, or longer ones, than the caller reads
     +-- FeedbackConflict         the same feedback id with another body
     +-- IndexUnavailable         no meanings for now (never reaches a request: words must do)
     |   +-- IndexDamaged         the index of meanings must be made anew
@@ -99,6 +100,10 @@ class OtherBaseModel(StoreError, ValueError):
 
 class CycleInProgress(StoreError):
     """A cycle is open already; one turn of the loop at a time."""
+
+
+class ConversationTooLong(StoreError):
+    """A conversation of stored responses is longer than the caller reads."""
 
 
 class FeedbackConflict(StoreError):

@@ -39,6 +39,7 @@ MIN_SIMILARITY = 0.3  # cosine; what is further away than this only distracts
 # other words are at 0.63 and above, two games of one family at 0.62 and above, unlike requests at 0.39 and below.
 MIN_EXEMPLAR_SIMILARITY = 0.45
 CHARS_PER_TOKEN = 4
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")

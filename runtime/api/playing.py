@@ -40,8 +40,16 @@ class Asked:
     max_tokens: int | None = None
     tools: Sequence[dict[str, Any]] = ()
     sampling: dict[str, Any] = field(default_factory=dict)
-    field_of_messages: str = "messages"
-    """Where they are in the request."""
+
+
+def limit_messages(server: Services, num_messages: int, field_of_messages: str) -> None:
+    """Raise BadRequest for a conversation of more messages than are taken; call it before looking at any of them."""
+    if num_messages > server.limits.max_messages:
+        raise BadRequest(
+            f"the conversation has {num_messages} messages, {server.limits.max_messages} are allowed",
+            param=field_of_messages,
+            code="too_many_messages",
+        )
 
 
 def prepare(server: Services, asked: Asked) -> Play:
@@ -49,14 +57,8 @@ def prepare(server: Services, asked: Asked) -> Play:
 
     Raises:
         NotFound, UnknownEnvironment, UnknownTask: the request names something that is not there.
-        BadRequest: more messages than are taken, or a task of another split.
+        BadRequest: a task of another split.
     """
-    if len(asked.messages) > server.limits.max_messages:
-        raise BadRequest(
-            f"the conversation has {len(asked.messages)} messages, {server.limits.max_messages} are allowed",
-            param=asked.field_of_messages,
-            code="too_many_messages",
-        )
     version = resolve(asked.model, server.memory.policies)
     extensions, task = asked.extensions, _task_of(server, asked.extensions)
 

@@ -33,7 +33,7 @@ from runtime.api.errors import (
     refusals,
 )
 from runtime.api.health import require_ready
-from runtime.api.playing import Asked, Listening, finish, headers_for, prepare, refuse_failed
+from runtime.api.playing import Asked, Listening, finish, headers_for, limit_messages, prepare, refuse_failed
 from runtime.api.responses_answer import EventWriter, begin_response, end_response, fail_response, list_output
 from runtime.api.responses_request import ResponseRequest, as_messages, check_conversation, check_request
 from runtime.api.services import Server
@@ -85,11 +85,13 @@ async def create_response(
     target for feedback. `previous_response_id` goes on from a stored response; where that one called functions, the
     outputs in `input` go on with its very trajectory, which keeps its instructions if none are sent.
     """
+    limit_messages(server, len(body.input) if isinstance(body.input, list) else 1, "input")
     extensions = read_extensions(body.metadata, safety_identifier=body.safety_identifier, user=body.user)
     check_request(body, extensions)
     items = body.items()
     history, instructions = read_history(server.memory, body, caller.tenant)
     messages = as_messages([*history, *items])
+    limit_messages(server, len(messages), "input")
     check_conversation(messages)
     if instructions:
         messages.insert(0, {"role": "system", "content": instructions})
@@ -102,7 +104,6 @@ async def create_response(
         max_tokens=body.max_output_tokens,
         tools=body.chat_tools(),
         sampling=body.sampling(),
-        field_of_messages="input",
     )
     play = prepare(server, asked)
     require_ready(server)
