@@ -171,4 +171,6 @@ async def go_on(graph: Any, cycle_id: str) -> None:
 async def open_checkpoints(path: Path) -> AsyncIterator[AsyncSqliteSaver]:
     async with aiosqlite.connect(path) as connection:
         await connection.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
-        yield AsyncSqliteSaver(connection)
+        checkpoints = AsyncSqliteSaver(connection)
+        await checkpoints.setup()  # a cycle may be cancelled before its graph has written a first checkpoint
+        yield checkpoints

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from memory.adapters import CONFIG_NAME, WEIGHTS_NAME, Manifest, write_adapter_atomically, write_manifest
+from memory.errors import UnknownCycle
 from memory.schema import CycleStage, Feedback, PolicyStage, RewardSource, Split, Task, TrajectoryStage
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
@@ -251,6 +252,16 @@ async def test_a_cancelled_cycle_can_be_abandoned_and_makes_room_for_another(mem
 
     assert closed.stage is CycleStage.ERROR and closed.error == "cancelled by the operator"
     assert (await open_cycle(memory, CONFIG)).id != cycle.id
+
+
+async def test_a_cycle_is_cancelled_before_its_first_checkpoint_in_a_fresh_directory(memory):
+    cycle = await memory.cycles.open({})
+
+    closed = await abandon_cycle(memory, cycle.id, "cancelled by the operator")
+
+    assert closed.stage is CycleStage.ERROR and memory.cycles.unfinished() is None
+    with pytest.raises(UnknownCycle):
+        await abandon_cycle(memory, "cyc_none", "cancelled by the operator")
 
 
 async def test_a_world_that_breaks_closes_the_cycle_with_its_own_words(memory, kitchen, trainer):
