@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from runtime.console.printable import printable
 from runtime.console.speak import Failure, perform, watching
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def learn(
             console.print(f"cycle [bold]{under_way[0]}[/]")
             pool = (await client.get(f"/v1/cycles/{under_way[0]}"))["artifacts"].get("pool")
             if pool:
-                console.print(pool, markup=False, highlight=False)
+                console.print(printable(pool), markup=False, highlight=False)
             with show.CycleLines(console) as lines:
                 return await watch_cycle(client, under_way[0], lines.update)
 
