@@ -488,6 +488,14 @@ class Learner:
         self._turn(cycle.id)
         return cycle
 
+    async def check(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what a cycle with these settings needs. Raises: ValueError for settings that cannot be."""
+        from optimizer.readiness import measure_needs
+        from runtime.settings import overlay
+
+        config = overlay(self._config, settings, place="settings")
+        return [need.to_json() for need in await measure_needs(self._memory, config, self._seams)]
+
     async def resume(self) -> None:
         """Take up the cycle that an earlier process left open."""
         cycle = self._memory.cycles.unfinished()

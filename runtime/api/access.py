@@ -92,6 +92,7 @@ DOORS: dict[tuple[str, str], Door] = {
     ("POST", "/v1/policies/{version}/rollback"): OPERATE,
     ("POST", "/v1/policies/{version}/judge"): SHARED_LEARN,
     ("POST", "/v1/cycles"): SHARED_LEARN,
+    ("POST", "/v1/cycles/check"): SHARED_LEARN,
     ("GET", "/v1/cycles"): SHARED_LEARN,
     ("GET", "/v1/cycles/{cycle_id}"): SHARED_LEARN,
     ("POST", "/v1/cycles/{cycle_id}/cancel"): SHARED_LEARN,

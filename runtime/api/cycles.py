@@ -15,8 +15,10 @@ from pydantic import BaseModel
 
 from memory.cycles import FINAL_STAGES
 from memory.schema import Cycle, CycleStage
-from runtime.api.errors import ACCEPTED, Conflict, NotFound, refusals
+from runtime.api.errors import ACCEPTED, Conflict, NotFound, NotReady, refusals
+from runtime.api.health import require_ready
 from runtime.api.services import Server, Services
+from runtime.errors import EngineInMaintenance
 
 REPORT_FILES = {"json": "report.json", "markdown": "report.md", "plot": "success.png"}
 REPORT_TYPES = {"json": "application/json", "markdown": "text/markdown", "plot": "image/png"}
@@ -59,14 +61,69 @@ EXAMPLES = {
 }
 
 
-@router.post("", status_code=ACCEPTED, summary="Turn the loop once, in the background", responses=refusals(Conflict))
+@router.post(
+    "", status_code=ACCEPTED, summary="Turn the loop once, in the background", responses=refusals(Conflict, NotReady)
+)
 async def start_cycle(
     server: Server, response: Response, body: Annotated[CycleRequest | None, Body(openapi_examples=EXAMPLES)] = None
 ) -> CycleDetail:
-    """Refused while another cycle runs, and for settings that cannot be."""
+    """Refused while another cycle runs, for settings that cannot be, and before anything is played where there could
+    not be enough to train on (`POST /v1/cycles/check` says what is missing) or the engine does not answer."""
+    require_ready(server)
     cycle = await server.cycles.start(body.settings if body else {})
     response.headers["Location"] = f"{router.prefix}/{cycle.id}"
     return describe(cycle, server)
+
+
+class NeedDetail(BaseModel):
+    """One thing that a cycle needs: `available` now, and `playable`, which playing can add at the most."""
+
+    name: str
+    needed: int
+    available: int
+    playable: int
+    num_missing: int
+    is_required: bool
+    detail: str
+    mend: str
+
+
+class NeedList(BaseModel):
+    """What a cycle would need. `is_ready`: nothing that is required is missing."""
+
+    object: str = "list"
+    is_ready: bool
+    data: list[NeedDetail]
+
+
+@router.post("/check", summary="See what a cycle would need")
+async def check_cycle(
+    server: Server, body: Annotated[CycleRequest | None, Body(openapi_examples=EXAMPLES)] = None
+) -> NeedList:
+    """Counts demonstrations, preferences, held-out tasks and the room to train, and asks for the engine. Starts
+    nothing."""
+    needs = [NeedDetail(**need) for need in await server.cycles.check(body.settings if body else {})]
+    needs.append(_need_engine(server))
+    return NeedList(is_ready=not any(need.is_required and need.num_missing for need in needs), data=needs)
+
+
+def _need_engine(server: Services) -> NeedDetail:
+    try:
+        require_ready(server)
+    except (NotReady, EngineInMaintenance) as missing:
+        is_ready, detail = False, str(missing)
+    else:
+        is_ready, detail = True, f"policy v{server.hotswap.active_version} answers"
+    return NeedDetail(
+        name="engine",
+        needed=1,
+        available=int(is_ready),
+        playable=0,
+        num_missing=int(not is_ready),
+        is_required=True,
+        detail=detail,
+        mend="wait until the engine is back, or look at `serve.py doctor`",
+    )
 
 
 @router.get("", summary="List cycles, newest first")

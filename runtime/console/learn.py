@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from runtime.console.client import Client, Refused
+from runtime.console.speak import Failure
 
 POLL_SECONDS = 1.0
 
@@ -23,6 +24,23 @@ class CycleFailed(Exception):
     def __init__(self, cycle: dict[str, Any]) -> None:
         super().__init__(f"cycle {cycle['id']} ended with an error: {cycle['error']}")
         self.cycle = cycle
+
+
+async def check_cycle(client: Client, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what a cycle would need. Raises: Refused for settings that cannot be, NoServer."""
+    return await client.post("/v1/cycles/check", {"settings": settings}, is_repeatable=True)
+
+
+def require_ready(needs: dict[str, Any]) -> None:
+    """Raise Failure if something is missing without which the cycle cannot train. An engine that does not answer is
+    left out: starting the cycle waits for it."""
+    required = [need for need in needs["data"] if need["is_required"] and need["name"] != "engine"]
+    missing = [need for need in required if need["num_missing"]]
+    if missing:
+        reasons = "; ".join(
+            f"{need['num_missing']} {need['name']} are missing ({need['detail']}): {need['mend']}" for need in missing
+        )
+        raise Failure(f"nothing was played, because the cycle could not train: {reasons}", needs=needs["data"])
 
 
 async def start_cycle(client: Client, settings: dict[str, Any]) -> str:

@@ -127,6 +127,20 @@ class CycleLines:
         self._stage, self._began, self._message = stage, time.monotonic(), ""
 
 
+def needs_table(needs: dict[str, Any]) -> RenderableType:
+    """Return what a cycle needs, what is there, and how to mend what is missing."""
+    table = table_of("", "what the cycle needs", "#needed", "#there", "#by playing, at most")
+    notes: list[RenderableType] = []
+    for need in needs["data"]:
+        mark = Text("ok", style="green")
+        if need["num_missing"]:
+            mark = Text("!!", style="bold red") if need["is_required"] else Text("!", style="yellow")
+            notes.append(Text(f"{need['name']}: {need['detail']}. {need['num_missing']} missing: {need['mend']}."))
+        counts = [str(need[name]) for name in ("needed", "available", "playable")]
+        table.add_row(mark, Text(need["name"]), *counts)
+    return Group(table, *notes)
+
+
 def cycle_outcome(outcome: dict[str, Any]) -> RenderableType:
     """Return the report and the verdict, the verdict alone where there is no report, nothing where there is neither."""
     if outcome["verdict"] is None and not outcome["markdown"]:

@@ -211,6 +211,22 @@ def test_one_cycle_at_a_time_and_it_can_be_cancelled(world: ServedWorld, http: h
     assert http.post(f"/v1/cycles/{cycle_id}/cancel").status_code == 409
 
 
+def test_no_cycle_starts_while_the_engine_does_not_answer(world: ServedWorld, http: httpx.Client) -> None:
+    world.engine.is_ready = False
+    refused = http.post("/v1/cycles")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_not_ready")
+    checked = http.post("/v1/cycles/check").json()
+    assert not checked["is_ready"] and [need["name"] for need in checked["data"]] == ["engine"]
+    assert "doctor" in checked["data"][0]["mend"] and world.memory.cycles.list() == []
+    world.engine.is_ready = True
+    assert http.post("/v1/cycles/check").json()["is_ready"]
+
+
+def test_cancelling_what_is_not_there_is_not_found_in_a_fresh_directory(http: httpx.Client) -> None:
+    answer = http.post("/v1/cycles/cyc_none/cancel")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "cycle_not_found")
+
+
 def test_settings_that_cannot_be_are_refused_by_name(http: httpx.Client) -> None:
     answer = http.post("/v1/cycles", json={"settings": {"nonsense": 1}})
     assert answer.status_code == 400 and "'nonsense'" in answer.json()["error"]["message"]
