@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from rich.console import Console
+from typer.main import get_command
 
 import serve
 from runtime.console import show
@@ -230,3 +232,17 @@ def test_the_banner_fits_the_model_that_serves(is_pocket: bool) -> None:
     text = render_banner(facts, command="serve.py", option=" --url X", is_pocket=is_pocket)
     assert ("serve.py chat --url X" in text) is ("acme/llama" in text) is not is_pocket
     assert ("serve.py play --tasks 32 --url X" in text) is ("serve.py learn" in text) is is_pocket
+
+
+def test_every_command_of_the_page_on_the_command_line_exists() -> None:
+    page = (Path(serve.__file__).parent / "docs" / "command_line.md").read_text()
+    lines = [line.rpartition("serve.py ")[2] for line in page.splitlines() if "serve.py " in line]
+    assert len(lines) >= 14
+    root = get_command(serve.app)
+    for line in lines:
+        words = shlex.split(line)
+        command = root.commands[words.pop(0)]
+        if hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options, line

@@ -163,7 +163,10 @@ async def get_report(
     path = reports_of(cycle, server) / name
     if not path.exists():
         state = f"it is at {cycle.stage.value!r}" if cycle.stage not in FINAL_STAGES else f"it ended: {cycle.error}"
-        raise NotFound(f"cycle {cycle_id!r} has no report: {state}", code="report_not_found")
+        what = (
+            "plot, because nothing was played" if format == "plot" and cycle.verdict is not None else f"report: {state}"
+        )
+        raise NotFound(f"cycle {cycle_id!r} has no {what}", code="report_not_found")
     return FileResponse(path, media_type=REPORT_TYPES[format])
 
 
