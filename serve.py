@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from runtime.console.banner import render_banner
+from runtime.console.everyday import add_everyday_verbs
 from runtime.console.keys import add_key_verbs
 from runtime.console.reviews import add_review_verbs
 from runtime.console.speak import Failure, perform, run, say, watching
@@ -46,10 +48,6 @@ DEFAULT_TOML = Path("ratchet.toml")
 STOP_SECONDS = 10
 DRAIN_SLACK_SECONDS = 30.0
 """Beyond the longest episode, before the engine is stopped for a training in spite of one."""
-SHARED = {
-    "user": "Memory of a live request is shown to its own user alone; practice, to the whole tenant (docs/keys.md).",
-    "tenant": "Memory is shown to the whole tenant, live requests included (memory.share_live).",
-}
 OPEN_ENDED = {"allow_extra_args": True, "ignore_unknown_options": True}  # --section.key value
 
 app = typer.Typer(
@@ -60,6 +58,7 @@ app = typer.Typer(
 )
 add_verbs(app)
 add_review_verbs(app)
+add_everyday_verbs(app)
 
 
 def read_all_settings(config: Path | None, given: dict[str, str | None], extra: list[str]) -> Any:
@@ -428,21 +427,11 @@ def announce(services: Services, listener: socket.socket, *, as_json: bool) -> N
     policy = services.memory.policies.get(services.hotswap.active_version)
     facts = {"url": url, "policy": policy.name, "base_model": policy.base_model, "data": str(services.memory.data_dir)}
     facts["requires_key"] = services.memory.keys.is_required
-    who = "Everybody needs a key." if facts["requires_key"] else "There are no keys: it listens on the loopback only."
     facts["share_live"] = services.memory.config.share_live
     option = "" if url == DEFAULT_URL else f" --url {url}"
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
-    text = f"""
-Ratchet answers at {url} as policy {policy.name}; its API is described at {url}/docs
-{who}
-{SHARED[facts["share_live"]]}
-Three things to try, in another terminal:
-
-  {python} serve.py play --tasks 32{option}
-  {python} serve.py learn{option}
-  {python} serve.py trajectories list{option}
-
-Ctrl-C stops it."""
+    is_pocket = services.engine.config.model is None and services.engine.config.url is None
+    text = render_banner(facts, command=f"{python} serve.py", option=option, is_pocket=is_pocket)
     say(facts, as_json=as_json, show=lambda _: text)
 
 
@@ -501,6 +490,14 @@ class Learner:
             raise ValueError(str(error)) from error
         self._turn(cycle.id)
         return cycle
+
+    async def check(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what a cycle with these settings needs. Raises: ValueError for settings that cannot be."""
+        from optimizer.readiness import measure_needs
+        from runtime.settings import overlay
+
+        config = overlay(self._config, settings, place="settings")
+        return [need.to_json() for need in await measure_needs(self._memory, config, self._seams)]
 
     async def resume(self) -> None:
         """Take up the cycle that an earlier process left open."""

@@ -14,6 +14,7 @@
     |   +-- UnknownKey
     +-- IllegalMove              a stage may not go there (also a ValueError)
     |   +-- NothingToRollBackTo
+    |   +-- LastOperatorKey      without it nobody could manage keys any more
     +-- OtherBaseModel           the directory's policies stand on another base model (also a ValueError)
     +-- CycleInProgress          one turn of the loop at a time
     +-- ConversationTooLong      more responses, or longer ones, than the caller reads
@@ -92,6 +93,10 @@ class IllegalMove(StoreError, ValueError):
 
 class NothingToRollBackTo(IllegalMove):
     """No policy was active before the active one."""
+
+
+class LastOperatorKey(IllegalMove):
+    """The key is the last one with which keys can be managed."""
 
 
 class OtherBaseModel(StoreError, ValueError):

@@ -16,16 +16,18 @@ import secrets
 import time
 from collections.abc import Iterable
 from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy import update
 from sqlmodel import Session, col, select
 
 from memory.database import Database
-from memory.errors import StorageError, UnknownKey
+from memory.errors import LastOperatorKey, StorageError, UnknownKey
 from memory.names import check_name_or_empty
 from memory.schema import ApiKey, Scope, new_id, now
 
 PREFIX = "ratchet_"  # so that scanners of code and logs know one when they see one
+MAX_LIMIT = 2**31 - 1  # what an INTEGER column of PostgreSQL holds; SQLite would take 2**63 - 1
 NOTED_EVERY = timedelta(minutes=1)
 FRESH_SECONDS = 5.0
 
@@ -61,34 +63,46 @@ class Keys:
 
         Raises: ValueError for a blank name, an unknown scope or none, a tenant's name or a limit that cannot be.
         """
-        key = PREFIX + secrets.token_hex(32)
-        values = {
-            "id": new_id("key"),
-            "digest": digest(key),
-            "name": _check_name(name),
-            "tenant": _check_tenant(tenant),
-            "scopes": _check_scopes(scopes),
-            "requests_per_minute": _check_limit("requests_per_minute", requests_per_minute),
-            "tokens_per_minute": _check_limit("tokens_per_minute", tokens_per_minute),
-        }
-
-        def write(session: Session) -> ApiKey:
-            row = ApiKey(**values)
-            session.add(row)
-            session.flush()
-            return row
-
-        row = await self._database.write(write)
+        limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
+        values, key = _new_key(name, scopes, tenant=tenant, **limits)
+        row = await self._database.write(lambda session: _add(session, values))
         self._learn_rows()
         return row, key
 
+    async def create_for_operator(
+        self, name: str, scopes: Iterable[str], **more: Any
+    ) -> tuple[tuple[ApiKey, str], tuple[ApiKey, str] | None]:
+        """Make a key as `create` does, and beside it an operator's key where none is in force: from the first key on
+        everybody needs one, so without an operator's nobody could make, list or revoke keys over HTTP again.
+
+        Return (row, key) of the first, and of the second where it was made.
+        """
+        values, key = _new_key(name, scopes, **more)
+        spare_values, spare_key = _new_key("operator", [Scope.ADMIN])
+
+        def write(session: Session) -> tuple[ApiKey, ApiKey | None]:
+            row = _add(session, values)
+            return row, None if _operator_keys(session) else _add(session, spare_values)
+
+        row, spare = await self._database.write(write)
+        self._learn_rows()
+        return (row, key), None if spare is None else (spare, spare_key)
+
     async def revoke(self, key_id: str) -> ApiKey:
-        """Have a key open nothing from now on; revoked already is no error. Raises: UnknownKey."""
+        """Have a key open nothing from now on; revoked already is no error.
+
+        Raises: UnknownKey; LastOperatorKey for the last key in force with which keys can be managed.
+        """
 
         def write(session: Session) -> ApiKey:
             row = session.get(ApiKey, key_id)
             if row is None:
                 raise UnknownKey(f"no key has the id {key_id!r}: list them to see which exist")
+            if [each.id for each in _operator_keys(session)] == [key_id]:
+                raise LastOperatorKey(
+                    f"key {key_id!r} ({row.name!r}) is the last one that can manage keys: make another with the scope "
+                    "admin in the default tenant, then revoke this one"
+                )
             row.revoked_at = row.revoked_at or now()
             session.add(row)
             session.flush()
@@ -137,6 +151,41 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def _new_key(
+    name: str,
+    scopes: Iterable[str],
+    *,
+    tenant: str = "",
+    requests_per_minute: int | None = None,
+    tokens_per_minute: int | None = None,
+) -> tuple[dict[str, Any], str]:
+    """Return (values of its row, key) of a key that is not stored yet. Raises: ValueError."""
+    key = PREFIX + secrets.token_hex(32)
+    values = {
+        "id": new_id("key"),
+        "digest": digest(key),
+        "name": _check_name(name),
+        "tenant": _check_tenant(tenant),
+        "scopes": _check_scopes(scopes),
+        "requests_per_minute": _check_limit("requests_per_minute", requests_per_minute),
+        "tokens_per_minute": _check_limit("tokens_per_minute", tokens_per_minute),
+    }
+    return values, key
+
+
+def _add(session: Session, values: dict[str, Any]) -> ApiKey:
+    row = ApiKey(**values)
+    session.add(row)
+    session.flush()
+    return row
+
+
+def _operator_keys(session: Session) -> builtins.list[ApiKey]:
+    """Return the keys in force that can manage keys: those of the default tenant with the scope admin."""
+    in_force = select(ApiKey).where(col(ApiKey.revoked_at).is_(None), ApiKey.tenant == "")
+    return [row for row in session.exec(in_force) if Scope.ADMIN in row.scopes]
+
+
 def _check_name(name: str) -> str:
     tidy = " ".join(name.split())
     if not 1 <= len(tidy) <= 200:
@@ -164,6 +213,6 @@ def _check_scopes(scopes: Iterable[str]) -> list[str]:
 
 
 def _check_limit(name: str, value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} is at least 1, not {value!r}: leave it out for no limit")
+    if value is not None and not 1 <= value <= MAX_LIMIT:
+        raise ValueError(f"{name} is a number from 1 to {MAX_LIMIT}, not {value!r}: leave it out for no limit")
     return value

@@ -23,9 +23,7 @@ from langgraph.graph import END, START, StateGraph
 from memory.schema import Cycle, CycleStage
 from optimizer import release_gate, stages
 from optimizer.config import OptimizerConfig
-from optimizer.errors import TooFewTrajectories
-from optimizer.placement import place_training
-from optimizer.rewards import grade, split
+from optimizer.readiness import measure_needs, require_needs
 from optimizer.seams import Seams
 from optimizer.workshop import Workshop
 
@@ -49,21 +47,19 @@ class Place(TypedDict):
 
 
 async def open_cycle(memory: Any, config: OptimizerConfig, *, seams: Seams | None = None) -> Cycle:
-    """Open a cycle with these settings, its artifacts saying whose episodes it learns from; with `seams`, only if its
-    trainings fit on the machine.
+    """Open a cycle with these settings, its artifacts saying whose episodes it learns from and what it needs; with
+    `seams`, only if its trainings fit on the machine.
 
     Raises:
         CycleInProgress: one is open.
         TrainingDoesNotFit: no GPU has the memory for it.
-        TooFewTrajectories: it would learn from logged episodes only, and they cannot be enough.
+        TooFewTrajectories: what is logged and what practice can add are not enough to train on.
     """
+    needs = await measure_needs(memory, config, seams)
+    require_needs(needs)
     note = describe_pool(await asyncio.to_thread(memory.trajectories.count_learnable), config)
-    if config.practice_episodes == 0:
-        await asyncio.to_thread(_require_logged, memory, config, note)
-    if seams is not None:
-        await place_training(memory, config, seams)
     cycle = await memory.cycles.open(config.model_dump(mode="json"))
-    return await memory.cycles.save(cycle.id, artifacts={"pool": note})
+    return await memory.cycles.save(cycle.id, artifacts={"pool": note, "needs": [need.to_json() for need in needs]})
 
 
 def describe_pool(counts: dict[str, int], config: OptimizerConfig) -> str:
@@ -82,23 +78,6 @@ def describe_pool(counts: dict[str, int], config: OptimizerConfig) -> str:
 
 def _name_pool(environment: str) -> str:
     return f"{environment!r}" if environment else "live traffic"
-
-
-def _require_logged(memory: Any, config: OptimizerConfig, note: str) -> None:
-    environments = config.pool_environments
-    successes, failures = split(grade(memory, environments=environments, limit=config.max_pool, is_for_weights=True))
-    corrections = memory.feedback.corrections(
-        limit=config.demonstrations.min_rows, environments=environments, is_for_weights=True
-    )
-    num_missing = config.demonstrations.min_rows - len(successes) - len(corrections)
-    if num_missing > 0:
-        raise TooFewTrajectories(
-            f"{len(successes)} of {len(successes) + len(failures)} rewarded trajectories are successes, "
-            f"{len(corrections)} replies were corrected, and {config.demonstrations.min_rows} are needed: "
-            f"{num_missing} are missing ({note}); ask for practice_episodes, or give feedback "
-            "(with keys, with one that has the scope 'teach')",
-            num_missing=num_missing,
-        )
 
 
 async def run_cycle(memory: Any, cycle_id: str, *, seams: Seams) -> dict[str, Any]:
@@ -171,4 +150,6 @@ async def go_on(graph: Any, cycle_id: str) -> None:
 async def open_checkpoints(path: Path) -> AsyncIterator[AsyncSqliteSaver]:
     async with aiosqlite.connect(path) as connection:
         await connection.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
-        yield AsyncSqliteSaver(connection)
+        checkpoints = AsyncSqliteSaver(connection)
+        await checkpoints.setup()  # a cycle may be cancelled before its graph has written a first checkpoint
+        yield checkpoints

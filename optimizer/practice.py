@@ -8,7 +8,6 @@ Invariant: a round that was finished is not played again when the stage is repea
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +18,8 @@ from memory.schema import Task
 from memory.scopes import EVERYBODY
 from optimizer.errors import CompletionError
 from optimizer.insight_extraction import Extraction, extract_insights
+from optimizer.practice_plan import plan_rounds
+from optimizer.readiness import require_reachable
 from optimizer.rewards import split
 from optimizer.workshop import Workshop
 
@@ -26,7 +27,11 @@ log = structlog.get_logger()
 
 
 async def practice(shop: Workshop) -> None:
-    """Play rounds of practice with the incumbent; put what each taught into words before the next one begins."""
+    """Play rounds of practice with the incumbent; put what each taught into words before the next one begins.
+
+    Raises:
+        TooFewTrajectories: the rounds that are left cannot bring enough demonstrations.
+    """
     config = shop.config
     rounds = plan_rounds(config.practice_episodes, config.num_practice_tasks)
     if not rounds:
@@ -46,12 +51,8 @@ async def practice(shop: Workshop) -> None:
         )
         await learn_words(shop)
         await shop.keep(num_practice_rounds=number + 1)
-
-
-def plan_rounds(num_episodes: int, num_tasks: int) -> list[int]:
-    """Return how many tasks each round plays; only the last may be shorter."""
-    num_rounds = math.ceil(num_episodes / num_tasks)
-    return [min(num_tasks, num_episodes - number * num_tasks) for number in range(num_rounds)]
+        if rounds_left := rounds[number + 1 :]:
+            await asyncio.to_thread(require_reachable, shop.memory, config, rounds_left)
 
 
 async def learn_words(shop: Workshop) -> None:

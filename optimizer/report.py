@@ -38,15 +38,16 @@ def write_report(
     *,
     keep_earlier: bool = False,
 ) -> Path:
-    """Write the three files; return the path of the Markdown one. `gate` is what the gate says of itself.
-    With `keep_earlier`, files that are there get a number instead of being replaced."""
+    """Write the three files, the plot only where something was played; return the path of the Markdown one. `gate` is
+    what the gate says of itself. With `keep_earlier`, files that are there get a number instead of being replaced."""
     report = build_report(shop, cells, verdict, gate)
     directory = shop.reports
     directory.mkdir(parents=True, exist_ok=True)
     if keep_earlier:
         _set_aside(directory)
     (directory / "report.json").write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
-    plot_success(report["cells"], directory / "success.png")
+    if any(cell["num_episodes"] for cell in report["cells"].values()):
+        plot_success(report["cells"], directory / "success.png")
     markdown = directory / "report.md"
     markdown.write_text(render_markdown(report), encoding="utf-8")
     return markdown
@@ -162,39 +163,44 @@ def _prompt_tokens_per_turn(tries: list[Played]) -> float:
 
 
 def render_markdown(report: dict[str, Any]) -> str:
-    """Return the report as a page to be read from top to bottom."""
+    """Return the report as a page to be read from top to bottom; a section about nothing is left out."""
     verdict = report["verdict"]
     paired = verdict["paired"]
-    parts = [
+    was_played = paired["num_tasks"] > 0
+    cells = {name: cell for name, cell in report["cells"].items() if cell["num_episodes"]}
+    comparisons = [compared for compared in report["comparisons"] if compared["num_tasks"]]
+    head = [
         f"# Cycle {report['cycle']}: {verdict['decision']}",
         f"Policy v{verdict['candidate']['policy']} against v{verdict['incumbent']['policy']} on {paired['num_tasks']} "
         f"held-out tasks {_played_by(report)}: {verdict['reason']}.",
-        "![Success by stage](success.png)",
-        "## Success by stage",
-        _render_cells(report["cells"]),
-        "## On the same tasks",
-        _render_comparisons(report["comparisons"]),
-        "## Guards",
-        _render_guards(verdict["guards"]),
-        "## The gate",
-        _render_gate(report["gate"]),
-        "## Words that became weights",
-        _render_saving(report["saving"]),
-        "## Tasks that changed",
-        f"Won now ({len(verdict['tasks_won'])}): {_list_tasks(verdict['tasks_won'])}",
-        f"Lost now ({len(verdict['tasks_lost'])}): {_list_tasks(verdict['tasks_lost'])}",
-        "## Data",
-        f"{report['pool'].capitalize()}." if report["pool"] else "",
-        _render_data(report),
-        "## Training",
-        _render_training(report["training"]),
-        "## Insights",
-        *([_render_critiques(report["critiques"])] if report["critiques"] else []),
-        _render_insights(report["insights"]),
-        "## Lineage",
-        " <- ".join(f"{policy['policy']} ({policy['note'] or 'no note'})" for policy in report["lineage"]),
+        "![Success by stage](success.png)" if cells else "",
     ]
-    return "\n\n".join(parts) + "\n"
+    sections = (
+        ("Success by stage", [_render_cells(cells)]),
+        ("On the same tasks", [_render_comparisons(comparisons)]),
+        ("Guards", [_render_guards(verdict["guards"]) if was_played else ""]),
+        ("The gate", [_render_gate(report["gate"])]),
+        ("Words that became weights", [_render_saving(report["saving"]) if report["saving"] else ""]),
+        (
+            "Tasks that changed",
+            [_list_changed("Won", verdict["tasks_won"]), _list_changed("Lost", verdict["tasks_lost"])],
+        ),
+        ("Data", [f"{report['pool'].capitalize()}." if report["pool"] else "", _render_data(report)]),
+        ("Training", [_render_training(report["training"])]),
+        (
+            "Insights",
+            [
+                _render_critiques(report["critiques"]) if report["critiques"] else "",
+                _render_insights(report["insights"]),
+            ],
+        ),
+        (
+            "Lineage",
+            [" <- ".join(f"{policy['policy']} ({policy['note'] or 'no note'})" for policy in report["lineage"])],
+        ),
+    )
+    parts = head + [part for title, texts in sections if any(texts) for part in (f"## {title}", *texts)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _render_cells(cells: dict[str, dict[str, Any]]) -> str:
@@ -299,9 +305,7 @@ def _played_by(report: dict[str, Any]) -> str:
     return f"of {report['environment']}, each played {tries}, {how}, through the rollout that serves"
 
 
-def _render_saving(saving: dict[str, Any] | None) -> str:
-    if saving is None:
-        return "Not measured here."
+def _render_saving(saving: dict[str, Any]) -> str:
     return (
         f"Prompt tokens per turn: {saving['prompt_tokens_per_turn_before']:.0f} for the base with memory, "
         f"{saving['prompt_tokens_per_turn_after']:.0f} for {saving['final']} without: {saving['share']:.0%} less "
@@ -316,8 +320,9 @@ def _render_data(report: dict[str, Any]) -> str:
         f"{demonstrations['num_rows']} demonstrations of {demonstrations['num_tasks']} tasks, "
         f"{demonstrations['num_with_memory']} of them with their memory segment ({_tally(demonstrations['tally'])}).",
         _render_trained_share(demonstrations),
-        f"{preferences.get('num_rows', 0)} preferences of {preferences.get('num_tasks', 0)} tasks "
-        f"({_tally(preferences.get('tally', {}))}).",
+        f"{preferences['num_rows']} preferences of {preferences['num_tasks']} tasks ({_tally(preferences['tally'])})."
+        if preferences
+        else "",
     ]
     lines += [
         _render_teachers(title, of) for title, of in (("demonstrations", demonstrations), ("preferences", preferences))
@@ -326,7 +331,7 @@ def _render_data(report: dict[str, Any]) -> str:
         lines.append("Too few preferences for DPO: the SFT policy itself was the candidate.")
     if report.get("selection"):
         lines.append(_render_selection(report["selection"]))
-    return "\n\n".join(lines)
+    return "\n\n".join(line for line in lines if line)
 
 
 def _render_selection(selection: dict[str, Any]) -> str:
@@ -400,9 +405,11 @@ def _tally(tally: dict[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in sorted(tally.items(), key=lambda item: -item[1]) if count)
 
 
-def _list_tasks(tasks: list[str]) -> str:
+def _list_changed(title: str, tasks: list[str]) -> str:
+    if not tasks:
+        return ""
     more = f" and {len(tasks) - LISTED_TASKS} more" if len(tasks) > LISTED_TASKS else ""
-    return (", ".join(tasks[:LISTED_TASKS]) or "none") + more
+    return f"{title} now ({len(tasks)}): {', '.join(tasks[:LISTED_TASKS])}{more}"
 
 
 def _yes(value: bool) -> str:
@@ -411,7 +418,7 @@ def _yes(value: bool) -> str:
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
     if not rows:
-        return "None."
+        return ""
     cells = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 

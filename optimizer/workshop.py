@@ -19,6 +19,7 @@ from memory.feedback import Correction
 from memory.names import path_below
 from memory.schema import Cycle, CycleStage, Split, Task, Trajectory
 from optimizer.config import OptimizerConfig
+from optimizer.readiness import count_gate_tasks
 from optimizer.rewards import GradedTrajectory, grade
 from optimizer.seams import Seams, Serving
 
@@ -169,9 +170,7 @@ class Workshop:
 
     def num_gate_tasks(self, environment: str) -> int:
         """Return how many tasks the gate plays there: half as many where the contestants try each several times."""
-        wanted = self.config.evaluation
-        is_repeated = self.is_sampled(environment) and wanted.num_tries > 1
-        return max(wanted.num_tasks // 2, 1) if is_repeated else wanted.num_tasks
+        return count_gate_tasks(self.config, self.seams.serving(environment).temperature)
 
     def _all_that_measure(self) -> list[Task]:
         """Return every held-out task that a gate played or plays, and the sealed ones."""

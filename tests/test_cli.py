@@ -96,6 +96,43 @@ def test_learning_from_the_log_alone_asks_the_server_to_play_nothing(world: Serv
     assert world.memory.cycles.list()[0].settings == settings
 
 
+NEEDED = {
+    "name": "demonstrations",
+    "needed": 16,
+    "available": 3,
+    "playable": 4,
+    "num_missing": 9,
+    "is_required": True,
+    "detail": "3 of 40 rewarded trajectories are successes",
+    "mend": "play more practice_episodes",
+}
+
+
+def test_learn_says_what_is_missing_and_plays_nothing(world: ServedWorld, cli: Cli, as_json: AsJson) -> None:
+    world.learner.needs = [NEEDED]
+    code, failed = as_json("learn", "--practice", "4")
+    assert code == 1 and world.memory.cycles.list() == []
+    message = failed["error"]["message"]
+    assert "nothing was played" in message and "9 demonstrations are missing" in message
+    assert "3 of 40 rewarded" in message and "play more practice_episodes" in message
+    code, needs = as_json("learn", "--check")
+    assert code == 1 and needs["data"][0] == NEEDED and not needs["is_ready"]
+    out = cli("learn", "--check")[1]
+    assert "demonstrations" in out and "play more practice_episodes" in " ".join(out.split())
+
+
+def test_learn_says_how_much_there_is_before_it_begins(
+    world: ServedWorld, capsys: pytest.CaptureFixture[str], as_json: AsJson
+) -> None:
+    world.learner.needs = [NEEDED | {"available": 30, "num_missing": 0}]
+    assert run(serve.app, ["learn", "--url", world.url]) == 0
+    said = capsys.readouterr()
+    lines = [line.split() for line in said.err.splitlines()]
+    assert ["ok", "demonstrations", "16", "30", "4"] in lines and ["ok", "engine", "1", "1", "0"] in lines
+    assert said.err.index("demonstrations") < said.err.index("cycle cyc_") and "It got better." in said.out
+    assert as_json("learn", "--check")[0] == 0 and len(world.memory.cycles.list()) == 1
+
+
 def test_judge_ends_with_the_verdict_and_the_report(world: ServedWorld, as_json: AsJson) -> None:
     code, learned = as_json("learn")
     drafted = asyncio.run(world.memory.policies.draft(parent=0, cycle_id=learned["cycle"]))
@@ -221,6 +258,7 @@ def test_without_a_server_the_verb_says_how_to_start_one(capsys: pytest.CaptureF
 def test_client_verbs_import_nothing_heavy() -> None:
     code = (
         "import sys, serve, runtime.console.client, runtime.console.play, runtime.console.learn, runtime.console.show;"
+        "import runtime.console.chat, runtime.console.everyday;"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -36,10 +36,15 @@ def test_keys_are_made_listed_and_revoked_in_the_data_directory(cli, tmp_path: P
     assert code == 0 and made["key"].startswith("ratchet_")
     assert (made["name"], made["scopes"], made["tenant"]) == ("the shop", ["infer", "feedback"], "acme")
     listed = cli("keys", "list", *at)[1]["data"]
-    assert [row["id"] for row in listed] == [made["id"]] and "key" not in listed[0] and "digest" not in listed[0]
+    assert {row["id"] for row in listed} == {made["id"], made["operator"]["id"]}
+    assert "key" not in listed[0] and "digest" not in listed[0]
     assert cli("keys", "revoke", made["id"], *at)[1]["revoked_at"] is not None
     code, refused = cli("keys", "revoke", "nobody", *at)
     assert code == 1 and "'nobody'" in refused["error"]["message"]
+    code, refused = cli("keys", "revoke", made["operator"]["id"], *at)
+    assert code == 1 and "make another with the scope admin" in refused["error"]["message"]
+    code, refused = cli("keys", "create", "x", "--scope", "infer", "--tokens-per-minute", str(2**63), *at)
+    assert code == 2 and str(2**63) in refused["error"]["message"]
     code, refused = cli("keys", "create", "x", "--scope", "fly", *at)
     assert code == 2 and "'fly' is no scope" in refused["error"]["message"]
 
@@ -51,7 +56,11 @@ def test_people_read_the_key_once(
     at = ["--data", str(tmp_path / "data")]
     assert run(serve.app, ["keys", "create", "the shop", "--scope", "infer", *at]) == 0
     said = capsys.readouterr().out
-    assert "  ratchet_" in said and "the only time" in said
+    assert said.count("  ratchet_") == 2 and "the only time the two keys are shown" in said
+    assert "not locked out" in " ".join(said.split()) and "for admin" in said
+    assert run(serve.app, ["keys", "create", "the other shop", "--scope", "infer", *at]) == 0
+    said = capsys.readouterr().out
+    assert said.count("  ratchet_") == 1 and "the only time the key is shown" in said
     assert run(serve.app, ["keys", "list", *at]) == 0
     listed = capsys.readouterr().out
     assert "the shop" in listed and "ratchet_" not in listed

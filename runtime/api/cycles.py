@@ -17,8 +17,10 @@ from memory.cycles import FINAL_STAGES
 from memory.names import path_below
 from memory.schema import Cycle, CycleStage, Scope
 from runtime.api.access import Asker
-from runtime.api.errors import ACCEPTED, Conflict, NotFound, refusals
+from runtime.api.errors import ACCEPTED, Conflict, NotFound, NotReady, refusals
+from runtime.api.health import require_ready
 from runtime.api.services import Server, Services
+from runtime.errors import EngineInMaintenance
 
 REPORT_FILES = {"json": "report.json", "markdown": "report.md", "plot": "success.png"}
 REPORT_TYPES = {"json": "application/json", "markdown": "text/markdown", "plot": "image/png"}
@@ -61,19 +63,75 @@ EXAMPLES = {
 }
 
 
-@router.post("", status_code=ACCEPTED, summary="Turn the loop once, in the background", responses=refusals(Conflict))
+@router.post(
+    "", status_code=ACCEPTED, summary="Turn the loop once, in the background", responses=refusals(Conflict, NotReady)
+)
 async def start_cycle(
     server: Server,
     caller: Asker,
     response: Response,
     body: Annotated[CycleRequest | None, Body(openapi_examples=EXAMPLES)] = None,
 ) -> CycleDetail:
-    """Refused while another cycle runs, and for settings that cannot be. The settings of `evaluation` are the bars of a
-    promotion: a key without the scope `admin` may only make them tighter than the server's configuration."""
+    """Refused while another cycle runs, for settings that cannot be, and before anything is played where there could
+    not be enough to train on (`POST /v1/cycles/check` says what is missing) or the engine does not answer. The settings
+    of `evaluation` are the bars of a promotion: a key without the scope `admin` may only make them tighter than the
+    server's configuration."""
+    require_ready(server)
     settings = body.settings if body else {}
     cycle = await server.cycles.start(settings, may_loosen_bars=Scope.ADMIN in caller.scopes)
     response.headers["Location"] = f"{router.prefix}/{cycle.id}"
     return describe(cycle, server)
+
+
+class NeedDetail(BaseModel):
+    """One thing that a cycle needs: `available` now, and `playable`, which playing can add at the most."""
+
+    name: str
+    needed: int
+    available: int
+    playable: int
+    num_missing: int
+    is_required: bool
+    detail: str
+    mend: str
+
+
+class NeedList(BaseModel):
+    """What a cycle would need. `is_ready`: nothing that is required is missing."""
+
+    object: str = "list"
+    is_ready: bool
+    data: list[NeedDetail]
+
+
+@router.post("/check", summary="See what a cycle would need")
+async def check_cycle(
+    server: Server, body: Annotated[CycleRequest | None, Body(openapi_examples=EXAMPLES)] = None
+) -> NeedList:
+    """Counts demonstrations, preferences, held-out tasks and the room to train, and asks for the engine. Starts
+    nothing."""
+    needs = [NeedDetail(**need) for need in await server.cycles.check(body.settings if body else {})]
+    needs.append(_need_engine(server))
+    return NeedList(is_ready=not any(need.is_required and need.num_missing for need in needs), data=needs)
+
+
+def _need_engine(server: Services) -> NeedDetail:
+    try:
+        require_ready(server)
+    except (NotReady, EngineInMaintenance) as missing:
+        is_ready, detail = False, str(missing)
+    else:
+        is_ready, detail = True, f"policy v{server.hotswap.active_version} answers"
+    return NeedDetail(
+        name="engine",
+        needed=1,
+        available=int(is_ready),
+        playable=0,
+        num_missing=int(not is_ready),
+        is_required=True,
+        detail=detail,
+        mend="wait until the engine is back, or look at `serve.py doctor`",
+    )
 
 
 @router.get("", summary="List cycles, newest first")
@@ -113,7 +171,10 @@ async def get_report(
     path = reports_of(cycle, server) / name
     if not path.exists():
         state = f"it is at {cycle.stage.value!r}" if cycle.stage not in FINAL_STAGES else f"it ended: {cycle.error}"
-        raise NotFound(f"cycle {cycle_id!r} has no report: {state}", code="report_not_found")
+        what = (
+            "plot, because nothing was played" if format == "plot" and cycle.verdict is not None else f"report: {state}"
+        )
+        raise NotFound(f"cycle {cycle_id!r} has no {what}", code="report_not_found")
     return FileResponse(path, media_type=REPORT_TYPES[format])
 
 

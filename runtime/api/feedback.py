@@ -17,7 +17,11 @@ from runtime.api.access import Asker
 from runtime.api.answer_ids import start_of, trajectory_of
 from runtime.api.chat_request import check_person
 from runtime.api.errors import CREATED, OK, Conflict, NotFound, refusals
+from runtime.api.feedback_words import read_reward
 from runtime.api.services import Server
+
+REWARD = "reward"
+"""The default name, and the only one under which a text must mean a reward."""
 
 router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
 
@@ -43,11 +47,12 @@ class Target(BaseModel, extra="forbid"):
 class FeedbackRequest(Target):
     """One thing said of one episode, one answer of it, or one step."""
 
-    name: str = Field(default="reward", min_length=1, max_length=200, description="What is judged.")
+    name: str = Field(default=REWARD, min_length=1, max_length=200, description="What is judged.")
     value: bool | int | float | str | None = Field(
         default=None,
         union_mode="smart",
-        description="true or false, or a number in [0, 1]: becomes a reward. A category or a text is kept as it is.",
+        description="true, false, a number in [0, 1], or a word such as `thumbs_up`: becomes a reward. Under another "
+        "`name` than `reward`, a category or a text is kept as it is.",
     )
     comment: str | None = None
     correction: str | None = Field(
@@ -71,6 +76,12 @@ class FeedbackRequest(Target):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("a number must be finite")
         return value
+
+    @model_validator(mode="after")
+    def _reads_reward(self) -> Self:
+        if self.name == REWARD:
+            self.value = read_reward(self.value)
+        return self
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:

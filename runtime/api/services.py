@@ -39,6 +39,14 @@ class CycleStarter(Protocol):
         """
         ...
 
+    async def check(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what a cycle with these settings needs and how much of it there is; nothing is started.
+
+        Raises:
+            ValueError: settings that cannot be.
+        """
+        ...
+
     async def cancel(self, cycle_id: str) -> Cycle:
         """Stop a cycle that is under way; it closes with an error that says so."""
         ...

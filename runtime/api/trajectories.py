@@ -31,6 +31,8 @@ class TrajectorySummary(BaseModel):
     is_shared: bool
     environment: str | None
     task: str | None
+    question: str
+    """The beginning of what was asked."""
     kind: str
     split: Split
     policy: str
@@ -186,7 +188,8 @@ async def close_trajectory(trajectory_id: str, server: Server, caller: Asker) ->
 
 
 _ONLY_IN_DETAIL = ("key_id", "task_text", "temperature", "opening", "tools", "memory_text", "memory_ids")
-_AS_THEY_ARE = set(TrajectorySummary.model_fields) - {"policy", "reward", "success", "used_memory"}
+_AS_THEY_ARE = set(TrajectorySummary.model_fields) - {"policy", "reward", "success", "used_memory", "question"}
+QUESTION_CHARS = 200
 
 
 def summarize(view: TrajectoryView) -> dict[str, Any]:
@@ -194,6 +197,7 @@ def summarize(view: TrajectoryView) -> dict[str, Any]:
     trajectory: Trajectory = view.trajectory
     return {name: getattr(trajectory, name) for name in _AS_THEY_ARE} | {
         "policy": f"v{trajectory.policy}",
+        "question": trajectory.task_text[:QUESTION_CHARS],
         "reward": view.reward,
         "success": view.is_success,
         "used_memory": bool(trajectory.memory_text),

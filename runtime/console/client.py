@@ -7,9 +7,11 @@ raised at once, in the server's own words.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -54,6 +56,9 @@ class Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
         await self._http.aclose()
 
     async def get(self, path: str, **query: Any) -> dict[str, Any]:
@@ -74,11 +79,41 @@ class Client:
         """
         return (await self._ask("POST", path, json=body, is_repeatable=is_repeatable)).json()
 
-    async def _ask(self, method: str, path: str, *, is_repeatable: bool = True, **request: Any) -> httpx.Response:
+    async def delete(self, path: str) -> dict[str, Any]:
+        """Delete what is at `path`, and return the JSON that it answers. Raises: Refused, NoServer."""
+        return (await self._ask("DELETE", path)).json()
+
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the events of a streamed answer as they come.
+
+        Raises: Refused, also for an error that comes as an event; NoServer.
+        """
+        response = await self._ask("POST", path, json=body, is_repeatable=False, is_streamed=True)
+        try:
+            async for line in response.aiter_lines():
+                data = line.removeprefix("data: ")
+                if data == line or data == "[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise Refused(event["error"])
+                yield event
+        except httpx.TransportError as error:
+            raise NoServer(f"the server at {self.url} broke off: {type(error).__name__} {error}") from None
+        finally:
+            await response.aclose()
+
+    async def _ask(
+        self, method: str, path: str, *, is_repeatable: bool = True, is_streamed: bool = False, **request: Any
+    ) -> httpx.Response:
         started, pause = time.monotonic(), 0.25
         while True:
             try:
-                response = await self._http.request(method, path, **request)
+                response = await self._http.send(
+                    self._http.build_request(method, quote(path), **request), stream=is_streamed
+                )
+                if is_streamed and not response.is_success:
+                    await response.aread()
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 problem: Exception = NoServer(
                     f"no server answers at {self.url}: start one with `serve.py serve` ({error})"

@@ -49,15 +49,17 @@ def add_key_verbs(app: typer.Typer, open_keys: OpenKeys) -> None:
         key: Key = None,
         as_json: Json = False,
     ) -> None:
-        """Make a key, and tell it this once. From the first one on, the server asks everybody for a key."""
+        """Make a key, and show it this once. From the first one on, the server asks everybody for a key; so an
+        operator's key is made beside it where there is none."""
         limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
 
         async def ask(client: Client) -> dict[str, Any]:
             return await client.post("/v1/keys", {"name": name, "scopes": scope, "tenant": tenant, **limits})
 
         async def do(keys: Keys) -> dict[str, Any]:
-            row, made = await keys.create(name, scope, tenant=tenant, **limits)
-            return {**_describe(row), "key": made}
+            (row, made), spare = await keys.create_for_operator(name, scope, tenant=tenant, **limits)
+            operator = None if spare is None else {**_describe(spare[0]), "key": spare[1]}
+            return {**_describe(row), "key": made, "operator": operator}
 
         _perform(ask, do, lambda: open_keys(config, data), url, key, as_json, _tell)
 
@@ -129,9 +131,19 @@ def _perform(
 
 
 def _tell(made: dict[str, Any]) -> str:
+    text, operator = _tell_one(made), made["operator"]
+    if operator is None:
+        return f"{text}\n\nThis is the only time the key is shown."
     return (
-        f"{made['id']} ({made['name']}), tenant {made['tenant']!r}, for {', '.join(made['scopes'])}\n\n"
-        f"  {made['key']}\n\nThis is the only time the key is shown."
+        f"{text}\n\nFrom now on everybody needs a key, and the one above cannot manage keys. So that you are not "
+        f"locked out, an operator's key was made too:\n\n{_tell_one(operator)}\n\n"
+        "This is the only time the two keys are shown. Keep the second for yourself."
+    )
+
+
+def _tell_one(made: dict[str, Any]) -> str:
+    return (
+        f"{made['id']} ({made['name']}), tenant {made['tenant']!r}, for {', '.join(made['scopes'])}\n\n  {made['key']}"
     )
 
 

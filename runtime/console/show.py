@@ -5,6 +5,7 @@ Refuses to ask for anything: everything here is given the JSON of an answer. Tex
 
 from __future__ import annotations
 
+import shutil
 import time
 from typing import Any
 
@@ -16,6 +17,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from runtime.console.printable import printable
 
 STAGE_COLOURS = {
     "active": "bold green",
@@ -42,6 +45,11 @@ def share(value: float | None) -> str:
 
 def coloured(stage: str) -> Text:
     return Text(stage, style=STAGE_COLOURS.get(stage, ""))
+
+
+def first_line(text: str | None, *, limit: int = 200) -> Text:
+    """Return the beginning of a text on one line, to be cut where its column ends."""
+    return Text(" ".join((text or "").split())[:limit], no_wrap=True, overflow="ellipsis")
 
 
 def play_progress(console: Console) -> Progress:
@@ -100,6 +108,7 @@ class CycleLines:
 
     def update(self, cycle: dict[str, Any]) -> None:
         """Show where the cycle is."""
+        cycle = printable(cycle)
         stage, progress = cycle["stage"], cycle["progress"] or {}
         if stage != self._stage:
             self._end_stage(stage)
@@ -118,11 +127,31 @@ class CycleLines:
         self._stage, self._began, self._message = stage, time.monotonic(), ""
 
 
+def needs_table(needs: dict[str, Any]) -> RenderableType:
+    """Return what a cycle needs, what is there, and how to mend what is missing."""
+    table = table_of("", "what the cycle needs", "#needed", "#there", "#by playing, at most")
+    notes: list[RenderableType] = []
+    for need in needs["data"]:
+        mark = Text("ok", style="green")
+        if need["num_missing"]:
+            mark = Text("!!", style="bold red") if need["is_required"] else Text("!", style="yellow")
+            notes.append(Text(f"{need['name']}: {need['detail']}. {need['num_missing']} missing: {need['mend']}."))
+        counts = [str(need[name]) for name in ("needed", "available", "playable")]
+        table.add_row(mark, Text(need["name"]), *counts)
+    return Group(table, *notes)
+
+
 def cycle_outcome(outcome: dict[str, Any]) -> RenderableType:
-    """Return the report, or the verdict alone where there is none."""
+    """Return the report and the verdict, the verdict alone where there is no report, nothing where there is neither."""
+    if outcome["verdict"] is None and not outcome["markdown"]:
+        return ""
     line = Text(f"verdict: {outcome['verdict']}", style="bold")
     line.append(f"; candidate {outcome['policy']}, active {outcome['active']}", style="not bold")
     return Group(Markdown(outcome["markdown"]), Text(), line) if outcome["markdown"] else line
+
+
+def report_page(outcome: dict[str, Any]) -> RenderableType:
+    return Markdown(outcome["markdown"]) if outcome["markdown"] else ""
 
 
 def policies_table(listed: dict[str, Any]) -> Table:
@@ -173,21 +202,71 @@ def _whom(row: dict[str, Any]) -> Text:
     return Text(row["user_id"] if row["shown_to"] == "user" else row["shown_to"])
 
 
+WIDE_COLUMNS = 110
+
+
+def is_wide() -> bool:
+    return shutil.get_terminal_size().columns >= WIDE_COLUMNS
+
+
+def one_line_each(*columns: str, flexible: str) -> Table:
+    """Return an empty table whose rows keep to one line; where that is too long, the `flexible` column gives way."""
+    table = table_of(*columns)
+    for column in table.columns:
+        column.no_wrap = column.header != flexible
+    table.columns[0].min_width = 32  # ids are there to be copied
+    return table
+
+
 def trajectories_table(listed: dict[str, Any]) -> Table:
-    table = table_of("id", "policy", "task", "split", "stage", "#reward", "#steps", "#tokens")
-    table.columns[0].no_wrap, table.columns[0].min_width = True, 28  # ids are there to be copied
+    columns = ["id", "policy", "asked", "stage", "#reward", *(("split", "#steps", "#tokens") if is_wide() else ())]
+    table = one_line_each(*columns, flexible="asked")
     for row in listed["data"]:
+        question = f"{row['environment']} {row['task']}" if row["environment"] else row["question"]
+        more = (row["split"], str(row["num_steps"]), str(row["prompt_tokens"] + row["output_tokens"]))
         table.add_row(
             row["id"],
             row["policy"],
-            Text(f"{row['environment']} {row['task']}" if row["environment"] else (row["answer"] or "")[:40]),
-            row["split"],
+            first_line(question),
             coloured(row["stage"]),
             "-" if row["reward"] is None else f"{row['reward']:.2f}",
-            str(row["num_steps"]),
-            str(row["prompt_tokens"] + row["output_tokens"]),
+            *(more if is_wide() else ()),
         )
     return table
+
+
+def cycles_table(listed: dict[str, Any]) -> Table:
+    columns = ["id", "stage", "verdict", "policy", *(("begun",) if is_wide() else ()), "reason"]
+    table = one_line_each(*columns, flexible="reason")
+    for row in listed["data"]:
+        verdict, candidate = row["verdict"] or {}, row["artifacts"].get("candidate")
+        table.add_row(
+            row["id"],
+            coloured(row["stage"]),
+            verdict.get("decision", "-"),
+            "-" if candidate is None else f"v{candidate}",
+            *((row["created_at"][:16].replace("T", " "),) if is_wide() else ()),
+            first_line(row["error"] or verdict.get("reason", "")),
+        )
+    return table
+
+
+def documents_table(listed: dict[str, Any]) -> Table:
+    table = table_of("id", "added", "title")
+    table.columns[0].no_wrap, table.columns[0].min_width = True, 32
+    for row in listed["data"]:
+        table.add_row(row["id"], row["created_at"][:10], Text(row["title"]))
+    return table
+
+
+def passages_found(listed: dict[str, Any]) -> RenderableType:
+    if not listed["data"]:
+        return Text("no passage of a document answers this")
+    parts: list[RenderableType] = []
+    for row in listed["data"]:
+        parts.append(Text.assemble((row["title"], "bold"), f"  {row['score']:.2f}  ", (row["document_id"], "dim")))
+        parts.append(Padding(Text(row["text"]), (0, 0, 1, 2)))
+    return Group(*parts)
 
 
 def trajectory_story(one: dict[str, Any]) -> RenderableType:

@@ -1,8 +1,9 @@
 """How a verb ends: with something to read, or with one JSON object and nothing else, also when it fails.
 
 Refuses to know what verbs do.
-Invariant: with `--json`, standard output holds exactly one JSON object; what moves on the screen goes to
-standard error, and only where somebody is there to watch.
+Invariants: with `--json`, standard output holds exactly one JSON object; what moves on the screen goes to
+standard error, and only where somebody is there to watch. No control character of any data reaches the terminal, and
+no text of it is read as markup.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
+
+from runtime.console.printable import printable, printable_json
 
 FAILED = 1
 BAD_USAGE = 2
@@ -54,10 +57,12 @@ def perform(
 def say(result: Mapping[str, Any], *, as_json: bool, show: Callable[[Any], RenderableType | str]) -> None:
     """Print a result, as JSON or to be read."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False), flush=True)
+        print(printable_json(json.dumps(result, ensure_ascii=False)), flush=True)
     else:
-        shown = show(result)
-        Console(highlight=False).print(shown, soft_wrap=isinstance(shown, str))
+        shown = show(printable(result))
+        if shown == "":
+            return
+        Console(highlight=False, markup=False).print(shown, soft_wrap=isinstance(shown, str))
 
 
 async def _in_words(work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
@@ -95,7 +100,8 @@ def run(app: typer.Typer, arguments: list[str]) -> int:
 
 def _fail(message: str, exit_code: int, as_json: bool, body: Mapping[str, Any]) -> int:
     if as_json:
-        print(json.dumps({"error": {**body, "message": message}}, ensure_ascii=False), flush=True)
+        print(printable_json(json.dumps({"error": {**body, "message": message}}, ensure_ascii=False)), flush=True)
     else:
-        Console(file=sys.stderr, highlight=False, soft_wrap=True).print(f"error: {message}", style="red", markup=False)
+        console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        console.print(f"error: {printable(message)}", style="red", markup=False)
     return exit_code

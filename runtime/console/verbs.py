@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from runtime.console.printable import printable
 from runtime.console.speak import Failure, perform, watching
 
 if TYPE_CHECKING:
@@ -112,13 +113,17 @@ def learn(
         list[str] | None, typer.Option("--set", help="Any optimizer setting, e.g. recipe.sft_epochs=3.")
     ] = None,
     cycle: Annotated[str | None, typer.Option(help="Watch this cycle instead of starting one.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Say what the cycle would need, and start nothing.")] = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Turn the loop once on the running server: collect, learn, prove, swap or reject; ends with the report."""
+    """Turn the loop once on the running server: collect, learn, prove, swap or reject; ends with the report.
+
+    Begins by saying what the cycle needs and how much of it there is, and plays nothing for one that cannot train.
+    """
     from runtime.console import show
-    from runtime.console.learn import nest, start_cycle, watch_cycle
+    from runtime.console.learn import check_cycle, nest, require_ready, start_cycle, watch_cycle
 
     if logged and (environment or practice or explore):
         raise Failure("--logged plays nothing: leave --environment, --practice and --explore out", exit_code=2)
@@ -133,17 +138,23 @@ def learn(
             **_read_settings(setting or []),
         }
     )
+    if check:
+        _show_needs(settings, url, key, as_json)
+        return
     under_way: list[str] = [cycle] if cycle else []
 
     async def work() -> dict[str, Any]:
         async with connect(url, key) as client:
-            if not under_way:
-                under_way.append(await start_cycle(client, settings))
             console = watching(as_json)
+            if not under_way:
+                needs = await check_cycle(client, settings)
+                console.print(show.needs_table(printable(needs)))
+                require_ready(needs)
+                under_way.append(await start_cycle(client, settings))
             console.print(f"cycle [bold]{under_way[0]}[/]")
             pool = (await client.get(f"/v1/cycles/{under_way[0]}"))["artifacts"].get("pool")
             if pool:
-                console.print(pool, markup=False, highlight=False)
+                console.print(printable(pool), markup=False, highlight=False)
             with show.CycleLines(console) as lines:
                 return await watch_cycle(client, under_way[0], lines.update)
 
@@ -157,6 +168,18 @@ def learn(
             exit_code=130,
             cycle=under_way[0],
         ) from None
+
+
+def _show_needs(settings: dict[str, Any], url: str, key: str | None, as_json: bool) -> None:
+    from runtime.console import show
+    from runtime.console.learn import check_cycle
+
+    async def work() -> dict[str, Any]:
+        async with connect(url, key) as client:
+            return await check_cycle(client, settings)
+
+    if not perform(work, as_json=as_json, show=show.needs_table)["is_ready"]:
+        raise typer.Exit(1)
 
 
 def _read_settings(given: list[str]) -> dict[str, Any]:

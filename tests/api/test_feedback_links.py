@@ -195,6 +195,6 @@ def test_a_retry_is_the_same_row_even_when_its_episode_went_on(world: ServedWorl
 @pytest.mark.parametrize("value", [True, 0.25, 1, "billing", "It was, on the whole, fine."])
 def test_bools_numbers_categories_and_texts_come_back_as_they_were(http: httpx.Client, value):
     trajectory_id = ask(http)
-    http.post("/v1/feedback", json={"target": trajectory_id, "value": value})
+    http.post("/v1/feedback", json={"target": trajectory_id, "name": "verdict", "value": value})
     (shown,) = http.get(f"/v1/trajectories/{trajectory_id}").json()["feedback"]
     assert shown["value"] == value and type(shown["value"]) is type(value)

@@ -203,7 +203,7 @@ def test_an_id_that_two_tenants_chose_is_two(keyed: Keyed) -> None:
     for name in ("acme", "zeta"):
         with keyed.http(name) as http:
             targets[name] = ask(http, metadata={"episode_id": "episode-1"}).json()["id"]
-            said = http.post("/v1/feedback", json={"episode_id": "episode-1", "value": name, "id": "ticket-1"})
+            said = http.post("/v1/feedback", json={"episode_id": "episode-1", "comment": name, "id": "ticket-1"})
             assert said.status_code == 201
             assert said.json() == {"feedback_id": "ticket-1", "trajectory_id": targets[name], "is_new": True}
     assert targets["acme"] != targets["zeta"]

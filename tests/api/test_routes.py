@@ -75,6 +75,25 @@ def test_feedback_that_cannot_be_is_refused(http: httpx.Client, more: dict, said
     assert said in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("value", "reward"), [("thumbs_up", 1.0), ("Thumbs-Down", 0.0), ("good", 1.0), ("\N{THUMBS DOWN SIGN}", 0.0)]
+)
+def test_a_word_for_a_reward_counts_as_one(world: ServedWorld, http: httpx.Client, value: str, reward: float) -> None:
+    body = {"target": ask(http), "value": value, "id": "mine-3"}
+    assert http.post("/v1/feedback", json=body).status_code == 201
+    assert http.post("/v1/feedback", json=body).status_code == 200  # the same again
+    assert world.memory.trajectories.effective_reward(body["target"]) == reward
+
+
+def test_a_word_that_means_no_reward_is_refused_with_those_that_do(world: ServedWorld, http: httpx.Client) -> None:
+    target = ask(http)
+    answer = http.post("/v1/feedback", json={"target": target, "value": "thumbs_sideways"})
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 400
+    assert "'thumbs_sideways'" in message and "'thumbs_up'" in message and "from 0 to 1" in message
+    assert world.memory.feedback.list(target) == []
+
+
 def test_words_are_kept_and_shown_but_are_no_reward(world: ServedWorld, http: httpx.Client) -> None:
     trajectory_id = ask(http)
     http.post("/v1/feedback", json={"target": trajectory_id, "name": "tone", "value": "rude", "correction": "Hello!"})
@@ -190,6 +209,22 @@ def test_one_cycle_at_a_time_and_it_can_be_cancelled(world: ServedWorld, http: h
     assert http.get(f"/v1/cycles/{cycle_id}/report").status_code == 404
     assert http.post(f"/v1/cycles/{cycle_id}/cancel").json()["status"] == "error"
     assert http.post(f"/v1/cycles/{cycle_id}/cancel").status_code == 409
+
+
+def test_no_cycle_starts_while_the_engine_does_not_answer(world: ServedWorld, http: httpx.Client) -> None:
+    world.engine.is_ready = False
+    refused = http.post("/v1/cycles")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_not_ready")
+    checked = http.post("/v1/cycles/check").json()
+    assert not checked["is_ready"] and [need["name"] for need in checked["data"]] == ["engine"]
+    assert "doctor" in checked["data"][0]["mend"] and world.memory.cycles.list() == []
+    world.engine.is_ready = True
+    assert http.post("/v1/cycles/check").json()["is_ready"]
+
+
+def test_cancelling_what_is_not_there_is_not_found_in_a_fresh_directory(http: httpx.Client) -> None:
+    answer = http.post("/v1/cycles/cyc_none/cancel")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "cycle_not_found")
 
 
 def test_settings_that_cannot_be_are_refused_by_name(http: httpx.Client) -> None:

@@ -136,6 +136,7 @@ class QuickLearner:
         self.memory = memory
         self.is_held = False
         self.ends_badly = False
+        self.needs: list[dict[str, Any]] = []
         self._turn: asyncio.Task | None = None
 
     async def start(self, settings: dict[str, Any], *, may_loosen_bars: bool = False) -> Cycle:
@@ -144,6 +145,11 @@ class QuickLearner:
         cycle = await self.memory.cycles.open(settings)
         self._turn = asyncio.ensure_future(self._run(cycle.id))
         return cycle
+
+    async def check(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        if "nonsense" in settings:
+            raise ValueError("unknown setting 'nonsense' (settings); the nearest is 'name'")
+        return self.needs
 
     async def cancel(self, cycle_id: str) -> Cycle:
         self._turn.cancel()

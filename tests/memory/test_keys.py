@@ -10,7 +10,7 @@ import pytest
 from memory import keys as keys_module
 from memory.config import MemoryConfig
 from memory.database import Database
-from memory.errors import DataDirectoryInUse, UnknownKey
+from memory.errors import DataDirectoryInUse, LastOperatorKey, UnknownKey
 from memory.keys import PREFIX, Keys, digest
 from memory.schema import now
 from memory.store import open_keys
@@ -62,13 +62,45 @@ async def test_keys_are_known_again_after_a_restart(keys: Keys, database: Databa
         ({"scopes": []}, "without a scope opens nothing"),
         ({"tenant": "../x"}, r"not '\.\./x'"),
         ({"tenant": "a\n"}, "a tenant is"),
-        ({"tokens_per_minute": 0}, "tokens_per_minute is at least 1"),
+        ({"tokens_per_minute": 0}, "tokens_per_minute is a number from 1 to"),
+        ({"requests_per_minute": 2**31}, f"not {2**31}"),
+        ({"tokens_per_minute": 2**63}, f"not {2**63}"),
     ],
 )
 async def test_a_key_that_cannot_be_is_refused_by_name(keys: Keys, given: dict, said: str):
     with pytest.raises(ValueError, match=said):
         await keys.create(**{"name": "shop", "scopes": ["infer"]} | given)
     assert keys.list() == []
+
+
+@pytest.mark.parametrize(
+    ("scopes", "tenant"), [(["infer"], ""), (["infer", "feedback", "learn", "teach"], ""), (["admin"], "acme")]
+)
+async def test_a_first_key_that_cannot_manage_keys_brings_an_operators_key(keys: Keys, scopes: list, tenant: str):
+    (row, key), (operator, operators_key) = await keys.create_for_operator("shop", scopes, tenant=tenant)
+    assert keys.find(key).id == row.id and keys.find(operators_key).id == operator.id
+    assert (operator.scopes, operator.tenant) == (["admin"], "")
+    assert (await keys.create_for_operator("page", ["feedback"]))[1] is None
+    assert len(keys.list()) == 3
+
+
+async def test_an_operators_own_first_key_is_enough(keys: Keys):
+    (row, _), spare = await keys.create_for_operator("me", ["admin"])
+    assert spare is None and [each.id for each in keys.list()] == [row.id]
+
+
+async def test_the_last_operators_key_is_not_revoked(keys: Keys):
+    first, _ = await keys.create("me", ["admin"])
+    await keys.create("acme's", ["admin"], tenant="acme")
+    shop, _ = await keys.create("shop", ["infer"])
+    with pytest.raises(LastOperatorKey, match=f"{first.id!r}.*make another"):
+        await keys.revoke(first.id)
+    assert (await keys.revoke(shop.id)).revoked_at is not None
+    second, key = await keys.create("me again", ["admin"])
+    assert (await keys.revoke(first.id)).revoked_at is not None
+    with pytest.raises(LastOperatorKey):
+        await keys.revoke(second.id)
+    assert keys.find(key) is not None
 
 
 async def test_the_last_use_is_kept_to_the_minute(keys: Keys, monkeypatch: pytest.MonkeyPatch):

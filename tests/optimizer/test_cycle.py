@@ -13,9 +13,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from memory.adapters import CONFIG_NAME, WEIGHTS_NAME, Manifest, write_adapter_atomically, write_manifest
+from memory.errors import UnknownCycle
 from memory.schema import CycleStage, Feedback, PolicyStage, RewardSource, Split, Task, TrajectoryStage
 from memory.store import Memory
-from optimizer.config import OptimizerConfig
+from optimizer.config import DemonstrationConfig, EvaluationConfig, OptimizerConfig
 from optimizer.cycle import abandon_cycle, open_cycle, run_cycle
 from optimizer.errors import (
     CompletionError,
@@ -25,6 +26,7 @@ from optimizer.errors import (
     TrainingError,
 )
 from optimizer.placement import Gpu, Machine
+from optimizer.readiness import measure_needs
 from optimizer.seams import Seams
 from optimizer.stages import demonstrate
 from optimizer.training.launch import read_finished
@@ -253,6 +255,16 @@ async def test_a_cancelled_cycle_can_be_abandoned_and_makes_room_for_another(mem
     assert (await open_cycle(memory, CONFIG)).id != cycle.id
 
 
+async def test_a_cycle_is_cancelled_before_its_first_checkpoint_in_a_fresh_directory(memory):
+    cycle = await memory.cycles.open({})
+
+    closed = await abandon_cycle(memory, cycle.id, "cancelled by the operator")
+
+    assert closed.stage is CycleStage.ERROR and memory.cycles.unfinished() is None
+    with pytest.raises(UnknownCycle):
+        await abandon_cycle(memory, "cyc_none", "cancelled by the operator")
+
+
 async def test_a_world_that_breaks_closes_the_cycle_with_its_own_words(memory, kitchen, trainer):
     async def broken(*arguments, **more):
         raise ConnectionError("the engine is gone")
@@ -308,15 +320,84 @@ async def test_without_enough_preferences_the_sft_policy_is_the_candidate(memory
     assert "Too few preferences for DPO" in (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
 
 
-async def test_too_few_demonstrations_say_how_many_are_missing(memory, kitchen, trainer):
+async def test_practice_without_a_win_ends_with_the_round_after_which_the_rest_cannot_be_enough(
+    memory, kitchen, trainer
+):
     kitchen.skill = {0: -1.0}
     cycle = await open_cycle(memory, CONFIG)
+
+    with pytest.raises(TooFewTrajectories, match="v0 won none of 24 episodes of 'kitchen'") as caught:
+        await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
+
+    assert caught.value.num_missing == 2
+    assert kitchen.num_played == 24 and trainer.trained == []
+    assert "2 are missing" in memory.cycles.get(cycle.id).error
+
+
+async def test_too_few_demonstrations_say_how_many_are_missing(memory, kitchen, trainer):
+    kitchen.skill = {0: -1.0}
+    cycle = await open_cycle(memory, CONFIG.model_copy(update={"practice_episodes": 12}))
 
     with pytest.raises(TooFewTrajectories, match="4 are missing") as caught:
         await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
 
     assert caught.value.num_missing == 4
-    assert "not_a_success 36" in memory.cycles.get(cycle.id).error
+    assert "not_a_success 12" in memory.cycles.get(cycle.id).error
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"practice_episodes": 3}, "playing can add 3 at the most: 1 are missing"),
+        ({"num_practice_tasks": 1}, "playing can add 2 at the most: 2 are missing"),
+        ({"demonstrations": DemonstrationConfig(min_rows=25)}, "playing can add 24 at the most: 1 are missing"),
+    ],
+    ids=["few episodes", "few tasks", "many wanted"],
+)
+async def test_nothing_is_played_for_a_cycle_whose_practice_cannot_bring_enough(memory, kitchen, trainer, more, said):
+    config = CONFIG.model_copy(update=more)
+
+    with pytest.raises(TooFewTrajectories, match=said):
+        await open_cycle(memory, config, seams=seams_of(kitchen, trainer))
+
+    assert kitchen.num_played == 0 and memory.cycles.list() == []
+
+
+async def test_what_was_won_before_counts_towards_what_a_cycle_needs(memory, kitchen, trainer):
+    kitchen.skill = {0: 2.0}
+    config = CONFIG.model_copy(update={"practice_episodes": 3})
+    (task,) = kitchen.tasks("kitchen", Split.PRACTICE, 1, 99)
+    for seed in range(3):
+        won = await kitchen.rollout(task, policy=0, use_memory=False, temperature=1.0, seed=seed)
+
+    (demonstrations, *_) = await measure_needs(memory, config)
+    assert (demonstrations.needed, demonstrations.available, demonstrations.playable) == (4, 2, 3)  # 2 of one task
+    assert demonstrations.is_met and (await open_cycle(memory, config)).artifacts["needs"][0]["available"] == 2
+    await memory.feedback.post(Feedback(trajectory_id=won.id, correction="The stove, please."))
+    assert (await measure_needs(memory, config))[0].available == 3
+
+
+async def test_nothing_is_played_by_a_policy_that_never_won_so_far(memory, kitchen, trainer):
+    kitchen.skill = {0: -1.0}
+    for task in kitchen.tasks("kitchen", Split.PRACTICE, 60, 100):
+        await kitchen.rollout(task, policy=0, use_memory=False, temperature=1.0, seed=1)
+
+    with pytest.raises(TooFewTrajectories, match=r"v0 won none of 60 episodes of 'kitchen'.*play more"):
+        await open_cycle(memory, CONFIG, seams=seams_of(kitchen, trainer))
+
+    assert kitchen.num_played == 60
+
+
+async def test_what_a_cycle_needs_is_said_with_the_mend(memory, kitchen, trainer):
+    few = CONFIG.model_copy(update={"explore_episodes": 0, "evaluation": EvaluationConfig(num_tasks=20)})
+    needs = {need.name: need for need in await measure_needs(memory, few, seams_of(kitchen, trainer))}
+
+    assert list(needs) == ["demonstrations", "preferences", "held-out tasks", "room to train"]
+    assert needs["demonstrations"].is_met and needs["room to train"].is_met
+    pairs, held_out = needs["preferences"], needs["held-out tasks"]
+    assert (pairs.needed, pairs.num_missing, pairs.is_required) == (4, 4, False) and "explore_episodes" in pairs.mend
+    assert (held_out.needed, held_out.available, held_out.is_required) == (30, 20, False)
+    assert "evaluation.num_tasks" in held_out.mend and kitchen.num_played == 0
 
 
 async def test_a_cycle_that_could_train_too_few_of_its_own_tokens_stops_and_names_the_template(
