@@ -24,28 +24,12 @@ from runtime.engine import Engine, find_last_words, server_arguments
 from runtime.errors import EngineError, EngineInMaintenance, EngineLost, RequestRefused
 from runtime.hotswap import HotSwap, mean_distance
 from runtime.maintenance import Maintenance
-from runtime.model_family import choose_tool_call_parser, find_model, holds_unparsed_call
+from runtime.model_family import find_model, holds_unparsed_call
 from tests.runtime.fake_engine import LOOK, FakeEngine
 from tests.runtime.levers import Levers
 
 
-@pytest.mark.parametrize(
-    ("config", "parser"),
-    [
-        ({"model_type": "qwen2"}, "hermes"),
-        ({"model_type": "qwen3"}, "hermes"),
-        ({"model_type": "llama"}, "llama3_json"),
-        ({"model_type": "mistral"}, "mistral"),
-        ({"model_type": "new", "architectures": ["Qwen4ForCausalLM"]}, "hermes"),
-    ],
-)
-def test_the_family_chooses_the_parser(config: dict, parser: str):
-    assert choose_tool_call_parser(config) == parser
-
-
-def test_an_unknown_family_needs_its_parser_named(base_dir: Path):
-    with pytest.raises(ValueError, match=r"name one of vLLM's with engine\.tool_call_parser"):
-        choose_tool_call_parser({"model_type": "gpt2"})
+def test_a_parser_that_is_named_is_taken(base_dir: Path):
     given = server_arguments(EngineConfig(tool_call_parser="pythonic"), base_dir, 7)
     assert given[given.index("--tool-call-parser") + 1] == "pythonic"
 
