@@ -30,6 +30,7 @@ from runtime.errors import (
     PolicyError,
     RequestRefused,
 )
+from runtime.forced_calls import ask_for_schemas
 
 CONNECT_SECONDS = 5.0
 # The engine closes idle connections after 5 seconds; one reused at that moment would be a failed call.
@@ -90,6 +91,8 @@ class EngineClient:
         self._timeout_seconds = timeout_seconds
         self._api_key = api_key
         self._has_priorities = False
+        self._enforces_schemas = False
+        """Whether the engine keeps the arguments of forced calls to their schemas by itself."""
         self._session: aiohttp.ClientSession | None = None
         self.marks: ChatMarks = ANY_FAMILY
         """What no text in a prompt may hold: the special tokens of the model's tokenizer, where they are known."""
@@ -240,6 +243,19 @@ class EngineClient:
 
     def _prioritised(self, body: dict[str, Any]) -> dict[str, Any]:
         return body | {"priority": FIRST_IN_LINE} if self._has_priorities else body
+
+    def _chat_body(
+        self,
+        model: str,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None,
+        sampling: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        body = {"model": model, "messages": list(messages), "return_token_ids": True}
+        if tools:  # the engine refuses an empty list
+            is_asked = not self._enforces_schemas
+            body["tools"] = ask_for_schemas(tools, sampling.get("tool_choice")) if is_asked else list(tools)
+        return body | {key: value for key, value in sampling.items() if value is not None}
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         text = await self._request("POST", path, body)

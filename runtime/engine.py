@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import itertools
+import json
 import os
 import re
 import secrets
@@ -35,7 +36,8 @@ from runtime import engine_idle
 from runtime.completion import EngineClient
 from runtime.config import EngineConfig
 from runtime.errors import EngineError, PolicyError
-from runtime.model_family import choose_tool_call_parser, find_model, read_model_config
+from runtime.model_family import find_model
+from runtime.tool_format import choose_tool_call_parser, read_chat_template, shows_tools
 
 log = structlog.get_logger()
 
@@ -43,6 +45,14 @@ OnProgress = Callable[[str], None]
 
 HOME = Path(__file__).parents[1]
 CHILD = Path(__file__).with_name("engine_child.py")
+NO_TOOLS = (
+    "the model's chat template shows no tools: requests with tools are refused; give a template that does with "
+    'engine.extra_args = ["--chat-template", "<file>"]'
+)
+TOOL_CALLS = Path(__file__).with_name("engine_tool_calls.py")
+COMPACT_JSON = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
+"""Small models fill JSON with white space until the length limit. Only these two backends can forbid it, and of them
+only xgrammar knows the grammars of tool calls."""
 CPU_FIX = "runtime.engine_cpu_fix.WorkerFixes"
 CPU_BLOCK_TOKENS = 32
 """What a prompt shares with an earlier one is found again in whole blocks: with vLLM's 128, a turn reads most of the
@@ -83,6 +93,8 @@ class Engine(EngineClient):
         """Awaited after each restart, before the engine is ready again."""
         self.max_model_len: int | None = None
         """The longest prompt and answer together that is served; None until it is up, or if it does not say."""
+        self.takes_tools = True
+        """Whether the model's chat template shows tools to it; an engine elsewhere is assumed to."""
         self.num_restarts = 0
         self._on_progress = on_progress or (lambda text: None)
         self._process: asyncio.subprocess.Process | None = None
@@ -120,6 +132,9 @@ class Engine(EngineClient):
                 self._on_progress("finding the model")
                 self.model_path = await asyncio.to_thread(find_model, self.config.model)
                 await self._learn_marks()
+                self.takes_tools = shows_tools(read_chat_template(self.model_path, self.config.extra_args))
+                if not self.takes_tools:
+                    log.warning(NO_TOOLS)
                 await self._start_child()
                 self.max_model_len = (await self._find_base()).get("max_model_len")
             else:
@@ -335,7 +350,7 @@ class Engine(EngineClient):
         port = self.config.port or _find_free_port()
         self.url = f"http://127.0.0.1:{port}"
         arguments = server_arguments(self.config, self.model_path, port)
-        self._has_priorities = True
+        self._has_priorities = self._enforces_schemas = True
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if self.log_path.exists():
             self.log_path.replace(self.log_path.with_suffix(".log.1"))
@@ -400,8 +415,9 @@ class Engine(EngineClient):
 
 
 def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[str]:
-    """Return vLLM's command line. Raises ValueError for a family whose tool-call parser isn't known."""
-    parser = config.tool_call_parser or choose_tool_call_parser(read_model_config(model_path))
+    """Return vLLM's command line."""
+    template = read_chat_template(model_path, config.extra_args)
+    parser = config.tool_call_parser or choose_tool_call_parser(model_path, template)
     arguments = {
         "model": model_path,
         "served-model-name": BASE,
@@ -409,6 +425,8 @@ def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[
         "max-cpu-loras": max(config.max_cpu_loras, config.max_loras),
         "max-lora-rank": config.max_lora_rank,
         "tool-call-parser": parser,
+        "tool-parser-plugin": TOOL_CALLS,
+        "structured-outputs-config": COMPACT_JSON,
         "scheduling-policy": "priority",
         "max-num-seqs": config.max_num_seqs,
         "generation-config": "vllm",  # the model's own sampling defaults would surprise

@@ -23,6 +23,7 @@ from runtime.api.models import resolve
 from runtime.api.services import Services
 from runtime.api.turn import Opened, Turn, read_turn
 from runtime.completion import Delta
+from runtime.engine import NO_TOOLS
 
 Play = Callable[..., Coroutine[Any, Any, Trajectory]]
 
@@ -40,6 +41,7 @@ class Asked:
     max_tokens: int | None = None
     tools: Sequence[dict[str, Any]] = ()
     sampling: dict[str, Any] = field(default_factory=dict)
+    field_of_max_tokens: str = "max_tokens"
 
 
 def limit_messages(server: Services, num_messages: int, field_of_messages: str) -> None:
@@ -57,8 +59,14 @@ def prepare(server: Services, asked: Asked) -> Play:
 
     Raises:
         NotFound, UnknownEnvironment, UnknownTask: the request names something that is not there.
-        BadRequest: a task of another split.
+        BadRequest: more tokens than are allowed, tools for a model whose template has none, or a task of another split.
     """
+    try:
+        server.agent.require_allowed(asked.max_tokens)
+    except ValueError as problem:
+        raise BadRequest(str(problem), param=asked.field_of_max_tokens, code="too_many_tokens") from None
+    if asked.tools and not server.engine.takes_tools:
+        raise BadRequest(NO_TOOLS, param="tools", code="unsupported_parameter")
     version = resolve(asked.model, server.memory.policies)
     extensions, task = asked.extensions, _task_of(server, asked.extensions)
 
