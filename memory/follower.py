@@ -14,6 +14,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sqlalchemy import delete, insert, update
@@ -167,7 +168,8 @@ class Follower:
             loaded = self._load(session, batch)
         for collection, (row_ids, entries) in loaded.items():
             if entries:
-                self._meanings.upsert(collection, entries, self._encode(entries))
+                ids_at = partial(self._words.ids_at, collection)
+                self._meanings.upsert(collection, entries, self._encode(entries), ids_at=ids_at)
             self._meanings.forget(collection, set(row_ids) - {entry.row_id for entry in entries})
         ids = [it.id for it in batch]
         self._database.write_sync(lambda session: session.execute(delete(Outbox).where(col(Outbox.id).in_(ids))))
