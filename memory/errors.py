@@ -21,6 +21,7 @@
     +-- FeedbackConflict         the same feedback id with another body
     +-- IndexUnavailable         no meanings for now (never reaches a request: words must do)
     |   +-- IndexDamaged         the index of meanings must be made anew
+    +-- DocumentTooLong          more passages than are allowed (also a ValueError)
     +-- AdapterRefused           an adapter directory that must not reach the engine
 
 This module refuses to know about HTTP. Bad arguments are plain `ValueError`s.
@@ -73,6 +74,10 @@ class UnknownPolicy(UnknownRow):
 
 class UnknownDocument(UnknownRow):
     """No document has that id."""
+
+
+class DocumentTooLong(StoreError, ValueError):
+    """A document has more passages than `memory.max_document_passages`."""
 
 
 class UnknownCycle(UnknownRow):

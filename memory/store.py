@@ -54,7 +54,9 @@ class Memory:
         self.trajectories = Trajectories(self.database, success_reward=config.success_reward, scopes=self.scopes)
         self.insights = Insights(self.database, max_kept=config.max_kept_insights, scopes=self.scopes)
         self.reviews = Reviews(self.database, self.trajectories, self.scopes)
-        self.documents = Documents(self.database, passage_tokens=config.passage_tokens)
+        self.documents = Documents(
+            self.database, passage_tokens=config.passage_tokens, max_passages=config.max_document_passages
+        )
         self.policies = Policies(self.database)
         self.cycles = Cycles(self.database)
         self.verdicts = Verdicts(self.database)

@@ -42,6 +42,7 @@ from starlette.exceptions import HTTPException
 from memory.errors import (
     AdapterRefused,
     CycleInProgress,
+    DocumentTooLong,
     FeedbackConflict,
     IllegalMove,
     LastOperatorKey,
@@ -243,6 +244,7 @@ KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     LastOperatorKey: (Conflict, "last_operator_key"),
     CycleInProgress: (Conflict, "cycle_in_progress"),
     FeedbackConflict: (Conflict, "feedback_conflict"),
+    DocumentTooLong: (TooLarge, "document_too_long"),
     AdapterRefused: (Conflict, "adapter_refused"),
     AdapterError: (Conflict, "adapter_refused"),
     StorageError: (NotStored, "storage_error"),
