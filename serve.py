@@ -476,7 +476,7 @@ class Learner:
             CycleInProgress; ValueError for settings that cannot be, for bars of a promotion below the configuration's
             without `may_loosen_bars`, and for too few trajectories.
         """
-        from optimizer.bars import require_bars
+        from optimizer.bars import require_proof
         from optimizer.cycle import open_cycle
         from optimizer.errors import OptimizerError
         from runtime.settings import overlay
@@ -484,7 +484,7 @@ class Learner:
         try:
             config = overlay(self._config, settings, place="settings")
             if not may_loosen_bars:
-                require_bars(config.evaluation, self._config.evaluation)
+                require_proof(config, self._config)
             cycle = await open_cycle(self._memory, config, seams=self._seams)
         except OptimizerError as error:
             raise ValueError(str(error)) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from optimizer.config import EvaluationConfig
+from optimizer.config import EvaluationConfig, OptimizerConfig
 
 AT_LEAST = frozenset({"num_tasks", "num_sealed_tasks", "min_tasks", "margin", "floor"})
 """The larger value is the tighter one."""
@@ -50,6 +50,18 @@ def require_bars(asked: EvaluationConfig, operator: EvaluationConfig) -> None:
     if problems := find_loosened(asked, operator):
         raise ValueError(
             f"{'; '.join(problems)}: leave it out or make it tighter, or ask with a key that has the scope 'admin'"
+        )
+
+
+def require_proof(asked: OptimizerConfig, operator: OptimizerConfig) -> None:
+    """Raise ValueError where a cycle would be proved by less than the operator's configuration asks for: a looser bar,
+    or an environment of `learn_from` in which its candidate would not be played."""
+    require_bars(asked.evaluation, operator.evaluation)
+    left_out = sorted(set(operator.learn_from) - {*asked.learn_from, asked.environment})
+    if left_out and asked.environment:  # live traffic is proved by what clients played
+        raise ValueError(
+            f"learn_from = {asked.learn_from!r} leaves out {left_out[0]!r}, in which the operator has candidates "
+            "proved: add it, or ask with a key that has the scope 'admin'"
         )
 
 

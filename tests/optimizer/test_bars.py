@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimizer.bars import AT_LEAST, AT_MOST, FIXED, find_loosened, require_bars, tightest
-from optimizer.config import EvaluationConfig
+from optimizer.bars import AT_LEAST, AT_MOST, FIXED, find_loosened, require_bars, require_proof, tightest
+from optimizer.config import EvaluationConfig, OptimizerConfig
 
 OPERATOR = EvaluationConfig()
 LOOSER: dict[str, Any] = {
@@ -78,6 +78,15 @@ def test_a_policy_that_costs_more_is_allowed_only_where_the_operator_allows_it()
         "evaluation.allow_dearer",
     ]
     require_bars(EvaluationConfig(allow_dearer=False), frugal)  # no margin at all is the tightest
+
+
+def test_no_environment_in_which_candidates_are_proved_is_left_out():
+    operator = OptimizerConfig(environment="kitchen", learn_from=["pantry"])
+    with pytest.raises(ValueError, match="leaves out 'pantry'"):
+        require_proof(operator.model_copy(update={"learn_from": ["garden"]}), operator)
+    require_proof(operator.model_copy(update={"learn_from": ["garden", "pantry"]}), operator)
+    with pytest.raises(ValueError, match="margin"):
+        require_proof(operator.model_copy(update={"evaluation": EvaluationConfig(margin=-1)}), operator)
 
 
 NUMBERS = st.fixed_dictionaries(
