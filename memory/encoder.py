@@ -116,7 +116,7 @@ class QueryEncoder:
             for place, (text, _) in enumerate(taken):
                 self._waiting.pop(text, None)
                 if error is None:
-                    self._kept[text] = vectors[place]
+                    self._kept[text] = vectors[place].copy()  # a view would keep the vectors of its whole batch
             while len(self._kept) > NUM_KEPT_QUERIES:
                 self._kept.popitem(last=False)
         for place, (_, future) in enumerate(taken):

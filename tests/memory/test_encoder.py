@@ -51,6 +51,15 @@ async def test_questions_that_wait_share_a_batch_and_known_ones_cost_nothing(hel
     assert sorted(text for batch in encoder.batches for text in batch) == ["a", "b", "c"]
 
 
+async def test_a_known_question_keeps_no_more_than_its_own_vector(held):
+    encoder, queries = held
+    tasks = [asyncio.ensure_future(queries.encode(str(number))) for number in range(30)]
+    await asyncio.sleep(0.05)
+    encoder.release.set()
+    await asyncio.gather(*tasks)
+    assert all(vector.base is None for vector in queries._kept.values()) and len(queries._kept) == 30
+
+
 async def test_a_question_given_up_is_not_taken_from_the_others(held):
     encoder, queries = held
     first, second = asyncio.ensure_future(queries.encode("a")), asyncio.ensure_future(queries.encode("a"))
