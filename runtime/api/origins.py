@@ -84,10 +84,10 @@ class RefuseForeignPages:
 
 
 def require_json(path: str, headers: Headers) -> None:
-    """Raise UnsupportedMediaType for a body that is not JSON. Without a body, nothing needs to be said of it."""
+    """Raise UnsupportedMediaType for a body that is not JSON. Clients name all kinds of types for no body at all."""
     kind = headers.get("content-type", "").partition(";")[0].strip()
     has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-    if JSON_TYPE.fullmatch(kind) or (not kind and not has_body):
+    if JSON_TYPE.fullmatch(kind) or not has_body:
         return
     if path.startswith(UPLOADS) and kind.lower() == "multipart/form-data":
         return
