@@ -148,8 +148,14 @@ class LimitsConfig(BaseModel, extra="forbid"):
     """Longest body."""
     max_json_depth: int = Field(default=100, ge=1)
     """Deepest nesting of lists and objects in a body."""
+    max_json_values: int = Field(default=100_000, ge=1)
+    """Most values in a body: texts, numbers, lists, objects."""
     max_messages: int = Field(default=4096, ge=1)
     """Most messages of one conversation, those of earlier responses included."""
+    body_seconds: float = Field(default=60.0, gt=0)
+    """The longest time for a whole body to arrive."""
+    max_connections: int = Field(default=1024, ge=1)
+    """Most connections at once."""
 
 
 class ServerConfig(BaseModel, extra="forbid"):
@@ -159,4 +165,8 @@ class ServerConfig(BaseModel, extra="forbid"):
     """The loopback by default; any other address needs keys (`serve.py keys create`)."""
     port: int = Field(default=8080, ge=0, le=65535)
     """0 takes a free one."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names under which clients reach the server, besides `host` and the loopback's: `agent.example.com`."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages that may use the server from a browser, by origin: `https://app.example.com`."""
     limits: LimitsConfig = LimitsConfig()

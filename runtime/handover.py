@@ -20,6 +20,9 @@ from memory.conversation import as_reply
 from memory.schema import Step, StepKind, Trajectory
 from runtime.completion import Message
 
+MAX_PARSED_VALUES = 100_000
+"""In the arguments of all calls of a conversation; those beyond are compared as texts. Parsing holds up all others."""
+
 
 @dataclass(frozen=True)
 class Comeback:
@@ -64,7 +67,11 @@ def split_at_answer(messages: Sequence[Message]) -> tuple[Sequence[Message], Seq
 
 def digest(messages: Sequence[Message]) -> str:
     """Return a digest that is the same for every honest rendering of the same conversation."""
-    text = json.dumps([_canonical(message) for message in messages], sort_keys=True, separators=(",", ":"))
+    canonical, num_values = [], 0
+    for message in messages:
+        num_values += sum(_count_values(call["function"].get("arguments")) for call in message.get("tool_calls") or ())
+        canonical.append(_canonical(message, is_parsed=num_values <= MAX_PARSED_VALUES))
+    text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -106,20 +113,27 @@ def _as_message(step: Step) -> Message:
     return as_reply(step.content, step.tool_calls)
 
 
-def _canonical(message: Message) -> dict[str, Any]:
+def _canonical(message: Message, *, is_parsed: bool) -> dict[str, Any]:
     role = message.get("role")
     canonical = {"role": "system" if role == "developer" else role, "content": text_of(message)}
     if role == "tool":
         canonical["tool_call_id"] = message.get("tool_call_id")
     if message.get("tool_calls"):
         canonical["tool_calls"] = [
-            [call.get("id"), call["function"].get("name"), _value(call["function"].get("arguments"))]
+            [call.get("id"), call["function"].get("name"), _value(call["function"].get("arguments"), is_parsed)]
             for call in message["tool_calls"]
         ]
     return canonical
 
 
-def _value(arguments: Any) -> Any:
+def _count_values(arguments: Any) -> int:
+    """Return how many values a text of JSON holds at most; the same for every rendering of it."""
+    return sum(map(arguments.count, ",[{")) if isinstance(arguments, str) else 0
+
+
+def _value(arguments: Any, is_parsed: bool) -> Any:
+    if not is_parsed:
+        return arguments
     try:
         return json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
     except (json.JSONDecodeError, RecursionError):

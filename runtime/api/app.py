@@ -31,9 +31,20 @@ from runtime.api import (
     trajectories,
 )
 from runtime.api.access import is_open
-from runtime.api.errors import BadRequest, Forbidden, TooLarge, TooManyRequests, Unauthorized, refusals
+from runtime.api.errors import (
+    BadRequest,
+    Forbidden,
+    Misdirected,
+    RequestTimeout,
+    TooLarge,
+    TooManyRequests,
+    Unauthorized,
+    UnsupportedMediaType,
+    refusals,
+)
 from runtime.api.gate import Gate
 from runtime.api.measuring import MeasureRequests
+from runtime.api.origins import RefuseForeignPages
 from runtime.api.services import Services
 
 DESCRIPTION = """
@@ -101,10 +112,20 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     errors.add_error_handlers(app)
-    refused = refusals(BadRequest, Unauthorized, Forbidden, TooLarge, TooManyRequests)
+    refused = refusals(
+        BadRequest,
+        Unauthorized,
+        Forbidden,
+        RequestTimeout,
+        TooLarge,
+        UnsupportedMediaType,
+        Misdirected,
+        TooManyRequests,
+    )
     for module in ROUTERS:
         app.include_router(module.router, responses={} if module is health else refused)
     app.add_middleware(Gate, services=services, routes=app.router.routes)
+    app.add_middleware(RefuseForeignPages, config=services.server)
     app.add_middleware(MeasureRequests, telemetry=services.agent.telemetry)  # the last is the outermost
     app.openapi = partial(describe_api, app)
     return app

@@ -1,78 +1,58 @@
-"""How large a request may be, told before anything of it is parsed.
+"""How much a JSON body may hold, found out piece by piece while it arrives, before anything of it is parsed.
 
-Refuses to know what a request says. A body is read here, whole or up to its limit, and handed on as one piece.
-Invariant: what comes through is no longer and no deeper than it may be, so that no parser can be made to overflow.
+A parser keeps the interpreter to itself until it is done: what it is given must be small enough for that to be short.
+Invariant: what comes through is no deeper and holds no more values than it may.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
-from typing import Any
-
-from starlette.types import Message, Receive, Scope
 
 from runtime.api.errors import BadRequest, TooLarge
 from runtime.config import LimitsConfig
 
-# Possessive, with the closing quote left out if need be: linear also on what is made to be slow.
-A_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+', re.DOTALL)
+END = b"\x00"
+"""Put behind each piece. JSON never holds it, and in UTF-16 and UTF-32, which could hide a bracket, every body does."""
+# Possessive: linear also on what is made to be slow. A string that goes on in the next piece leaves END a second time.
+A_STRING = re.compile(rb'"[^"\\\x00]*+(?:\\[^\x00][^"\\\x00]*+)*+(?:"|(\\?+\x00))', re.DOTALL)
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
-async def bound_body(scope: Scope, receive: Receive, limits: LimitsConfig) -> Receive:
-    """Return what gives the same body, once it has been seen to keep the limits.
+class JsonShape:
+    """What has been seen of a body: how deep it is nested by now, and how many values it holds."""
 
-    Raises:
-        TooLarge: it is longer than it may be, as it says or as it turns out.
-        BadRequest: it is nested deeper than it may be.
-    """
-    headers = {name: value for name, value in scope["headers"] if name in (b"content-length", b"transfer-encoding")}
-    declared = int(headers.get(b"content-length", b"0"))  # uvicorn has refused what is no number
-    if not declared and b"transfer-encoding" not in headers:
-        return receive
-    if declared > limits.max_body_bytes:
-        raise _too_large(declared, limits)
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":  # the client left in the middle
-            return _replay([message], receive)
-        body += message.get("body", b"")
-        if len(body) > limits.max_body_bytes:
-            raise _too_large(len(body), limits)
-        if not message.get("more_body", False):
-            break
-    whole = bytes(body)
-    if is_deeper(whole, limits.max_json_depth):
-        raise BadRequest(
-            f"the body is nested deeper than {limits.max_json_depth} levels: flatten it", code="nested_too_deeply"
-        )
-    return _replay([{"type": "http.request", "body": whole, "more_body": False}], receive)
+    def __init__(self, limits: LimitsConfig) -> None:
+        self._limits = limits
+        self._depth = 0
+        self._num_values = 1
+        self._open_string = b""
+        """What to put before the next piece, so that it begins inside of a string again."""
 
+    def feed(self, piece: bytes) -> None:
+        """Take the next piece.
 
-def is_deeper(body: bytes, max_depth: int) -> bool:
-    """Return whether the lists and objects of a JSON text are nested deeper than that. Nothing is parsed."""
-    if body.count(b"[") + body.count(b"{") <= max_depth:  # as in most requests
-        return False
-    brackets = A_STRING.sub(b"", body).translate(None, NO_BRACKETS)
-    depths = itertools.accumulate(STEPS[bracket] for bracket in brackets)
-    return any(depth > max_depth for depth in depths)
-
-
-def _too_large(num_bytes: int, limits: LimitsConfig) -> TooLarge:
-    return TooLarge(
-        f"the body has {num_bytes} bytes or more, {limits.max_body_bytes} are allowed: send less at once",
-        code="body_too_large",
-    )
-
-
-def _replay(messages: Iterable[Message], receive: Receive) -> Receive:
-    held: list[Any] = list(messages)
-
-    async def replayed() -> Message:
-        return held.pop(0) if held else await receive()
-
-    return replayed
+        Raises:
+            BadRequest: the body is deeper than it may be, or is no UTF-8.
+            TooLarge: it holds more values.
+        """
+        if END in piece:
+            raise BadRequest("the body is not JSON in UTF-8: it holds a zero byte", code="malformed_json")
+        outside = A_STRING.sub(rb"\1\1", self._open_string + piece + END)
+        is_cut = outside.endswith((b"\x00\x00", b"\x00\\\x00"))
+        self._open_string = b'"' + outside[-2:-1].replace(END, b"") if is_cut else b""
+        self._num_values += outside.count(b",") + outside.count(b"[") + outside.count(b"{")
+        if self._num_values > self._limits.max_json_values:
+            raise TooLarge(
+                f"the body holds more than {self._limits.max_json_values} values: send fewer at once",
+                code="too_many_values",
+            )
+        brackets = outside.translate(None, NO_BRACKETS)
+        depths = list(itertools.accumulate((STEPS[bracket] for bracket in brackets), initial=self._depth))
+        self._depth = depths[-1]
+        if max(depths) > self._limits.max_json_depth:
+            raise BadRequest(
+                f"the body is nested deeper than {self._limits.max_json_depth} levels: flatten it",
+                code="nested_too_deeply",
+            )

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from memory.schema import Split, clean
 from runtime.api.errors import BadRequest
@@ -120,7 +120,7 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str = Field(examples=["agent", "agent@v3"])
-    messages: list[Message] = []
+    messages: Annotated[list[Message], FailFast()] = []
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     tools: list[dict[str, Any]] | None = None
@@ -289,7 +289,8 @@ def refuse_unsupported(
         asks_nothing = value is None or value is False or value in neutral.get(name, ())
         if name not in harmless and not asks_nothing and not _is_empty(value):
             mend = MENDS.get(name, "")
-            raise BadRequest(f"{name}={value!r} is not supported here{mend}", param=name, code="unsupported_parameter")
+            said = f"{name[:80]}={repr(value)[:200]}"
+            raise BadRequest(f"{said} is not supported here{mend}", param=name[:80], code="unsupported_parameter")
 
 
 def _is_empty(value: Any) -> bool:

@@ -12,9 +12,13 @@ Flow: a route raises one of the classes below, or lets an exception of memory or
     ├── Unauthorized     401, with WWW-Authenticate
     ├── Forbidden        403
     ├── NotFound         404, also for what is another tenant's
+    ├── RequestTimeout   408
     ├── Conflict         409
     ├── TooLarge         413
+    ├── UnsupportedMediaType 415
+    ├── Misdirected      421
     ├── TooManyRequests  429, with Retry-After
+    ├── HeadTooLarge     431
     ├── Gone             410
     ├── ClientLeft       499, read by nobody
     ├── EpisodeFailed    502
@@ -137,6 +141,38 @@ class TooLarge(ApiError):
     """The request is longer than this server takes."""
 
     status = 413
+    type = "invalid_request_error"
+
+
+class RequestTimeout(ApiError):
+    """The request did not arrive in time."""
+
+    status = 408
+    type = "invalid_request_error"
+
+    def __init__(self, message: str, *, code: str = "request_timeout") -> None:
+        super().__init__(message, code=code)
+        self.headers = {"Connection": "close"}
+
+
+class UnsupportedMediaType(ApiError):
+    """The body is not JSON."""
+
+    status = 415
+    type = "invalid_request_error"
+
+
+class Misdirected(ApiError):
+    """The request names a host that is not this server."""
+
+    status = 421
+    type = "invalid_request_error"
+
+
+class HeadTooLarge(ApiError):
+    """The request's headers are longer than this server takes."""
+
+    status = 431
     type = "invalid_request_error"
 
 

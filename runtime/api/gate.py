@@ -1,8 +1,8 @@
 """What every request passes first: who asks, may they, not too often, not too much.
 
-Refuses to know what a request is about: it looks at the path, one header and the size. Everything is refused before the
-body is read but its own size and depth.
-Flow: key -> door -> room -> quota -> body -> the application, with `request.state.caller` set.
+Refuses to know what a request is about: it looks at the path, two headers and the size. Everything is refused before
+the body is read but its own size and depth, and places that were taken meanwhile.
+Flow: key -> door -> room -> quota -> body -> place -> the application, with `request.state.caller` set.
 
 Invariants: where keys are required nothing but the open paths is answered without one; a missing, an unknown and a
 revoked key get the same answer, after the same work; who is let in for a turn holds a place until it is answered.
@@ -21,11 +21,14 @@ from memory.errors import StoreError
 from memory.schema import ApiKey
 from runtime.api.access import OPERATOR, Caller, is_open, require_open
 from runtime.api.admission import TURNS, Room
-from runtime.api.bounds import bound_body
 from runtime.api.errors import SHED, ApiError, InMaintenance, Unauthorized, respond
 from runtime.api.quota import Quota
+from runtime.api.reading import BODIES_AT_ONCE, OPEN_BODY_BYTES, BodyBudget, read_body
 from runtime.api.services import Services
 from runtime.errors import EngineInMaintenance
+
+NO_JSON = (b"multipart/form-data", b"application/x-www-form-urlencoded")
+"""What some routes read besides JSON. A body of any other type is looked at as if it were JSON."""
 
 
 class Gate:
@@ -38,40 +41,51 @@ class Gate:
         self._callers: dict[str, Caller] = {}
         """By the key's id: a caller keeps its quota from request to request."""
         self._room = Room(services.engine.config.max_turns)
+        self._budget = BodyBudget(BODIES_AT_ONCE * services.limits.max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        if is_open(scope["path"]):
-            return await self._pass_on(None, scope, receive, send)
-        try:
-            caller = self._identify(scope)
-            place = self._admit(caller, scope)
-        except ApiError as refusal:
-            return await self._refuse(refusal, scope, receive, send)
-        with place:
+        with contextlib.ExitStack() as held:
+            caller = None
             try:
-                await self._pass_on(caller, scope, receive, send)
+                if not is_open(scope["path"]):
+                    caller = self._identify(scope)
+                    is_turn = self._admit(caller, scope)
+                    receive = await self._read(caller, held, scope, receive)
+                    if is_turn:
+                        held.enter_context(self._take_place(caller))
+                else:
+                    receive = await self._read(None, held, scope, receive)
+            except ApiError as refusal:
+                return await self._refuse(refusal, scope, receive, send)
+            scope.setdefault("state", {})["caller"] = caller
+            try:
+                await self._app(scope, receive, send)
             finally:
-                if caller.key is not None:
+                if caller is not None and caller.key is not None:
                     with contextlib.suppress(StoreError):  # when a key was last used is worth no failure
                         await self._services.memory.keys.note_use(caller.key)
 
-    async def _pass_on(self, caller: Caller | None, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            receive = await bound_body(scope, receive, self._services.limits)
-        except ApiError as refusal:
-            return await self._refuse(refusal, scope, receive, send)
-        scope.setdefault("state", {})["caller"] = caller
-        await self._app(scope, receive, send)
+    async def _read(self, caller: Caller | None, held: contextlib.ExitStack, scope: Scope, receive: Receive) -> Receive:
+        """Return what gives the body, whose memory is counted as long as `held` holds it.
+
+        Raises: TooLarge, BadRequest, RequestTimeout, Overloaded.
+        """
+        limits = self._services.limits
+        max_bytes = limits.max_body_bytes if caller is not None else min(limits.max_body_bytes, OPEN_BODY_BYTES)
+        body = held.enter_context(self._budget.open("" if caller is None else f"tenant {caller.tenant}"))
+        kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+        is_json = not kind.lower().startswith(NO_JSON)
+        return await read_body(scope, receive, limits, body, max_bytes=max_bytes, is_json=is_json)
 
     async def _refuse(self, refusal: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         if refusal.status in SHED:
             self._services.agent.telemetry.shed(refusal.code or refusal.type)
         await respond(refusal)(scope, receive, send)
 
-    def _admit(self, caller: Caller, scope: Scope) -> AbstractContextManager[None]:
-        """Return the place that the request holds.
+    def _admit(self, caller: Caller, scope: Scope) -> bool:
+        """Count the request, and return whether it is a turn, which needs a place once its body is here.
 
         Raises: Forbidden, InMaintenance, Overloaded, TooManyRequests.
         """
@@ -81,9 +95,19 @@ class Gate:
         is_turn = (scope["method"], path) in TURNS
         if is_turn:
             self._require_serving()
-            self._room.require()  # who is turned away has used nothing of its quota
+            self._room.require(caller.tenant)  # who is turned away has used nothing of its quota
         caller.quota.admit()
-        return self._room.take() if is_turn else contextlib.nullcontext()
+        return is_turn
+
+    def _take_place(self, caller: Caller) -> AbstractContextManager[None]:
+        """Return the place of a turn whose body is here. Raises: Overloaded, InMaintenance."""
+        try:
+            self._require_serving()
+            self._room.require(caller.tenant)
+        except ApiError:
+            caller.quota.give_back()
+            raise
+        return self._room.take(caller.tenant)
 
     def _require_serving(self) -> None:
         try:

@@ -65,6 +65,11 @@ class Quota:
         if "requests" in self._buckets:
             self._buckets["requests"].spend(1)
 
+    def give_back(self) -> None:
+        """Count a request as none after all."""
+        if "requests" in self._buckets:
+            self._buckets["requests"].spend(-1)
+
     def spend_tokens(self, num_tokens: int) -> None:
         """Count tokens that were used."""
         if "tokens" in self._buckets:

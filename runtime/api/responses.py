@@ -8,6 +8,7 @@ client, not the trajectory that was lived.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -15,7 +16,7 @@ from fastapi import APIRouter, Body, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from memory.errors import UnknownResponse
+from memory.errors import ConversationTooLong, UnknownResponse
 from memory.schema import StoredResponse, dump_json
 from memory.store import Memory
 from runtime.api.access import Asker
@@ -29,6 +30,7 @@ from runtime.api.errors import (
     EpisodeFailed,
     NotFound,
     NotReady,
+    TooLarge,
     classify,
     refusals,
 )
@@ -36,7 +38,7 @@ from runtime.api.health import require_ready
 from runtime.api.playing import Asked, Listening, finish, headers_for, limit_messages, prepare, refuse_failed
 from runtime.api.responses_answer import EventWriter, begin_response, end_response, fail_response, list_output
 from runtime.api.responses_request import ResponseRequest, as_messages, check_conversation, check_request
-from runtime.api.services import Server
+from runtime.api.services import Server, Services
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
 
@@ -89,7 +91,11 @@ async def create_response(
     extensions = read_extensions(body.metadata, safety_identifier=body.safety_identifier, user=body.user)
     check_request(body, extensions)
     items = body.items()
-    history, instructions = read_history(server.memory, body, caller.tenant)
+    history, instructions = [], body.instructions
+    if body.previous_response_id is not None:
+        history, instructions = await asyncio.to_thread(
+            read_history, server, body.previous_response_id, caller.tenant, instructions
+        )
     messages = as_messages([*history, *items])
     limit_messages(server, len(messages), "input")
     check_conversation(messages)
@@ -125,23 +131,28 @@ async def create_response(
     )
 
 
-def read_history(memory: Memory, body: ResponseRequest, tenant: str) -> tuple[list[Json], str | None]:
-    """Return the items before this request, and the instructions that hold for it.
+def read_history(
+    server: Services, response_id: str, tenant: str, instructions: str | None
+) -> tuple[list[Json], str | None]:
+    """Return the items up to a response, and the instructions that hold for who goes on from it with these.
 
     Raises:
         NotFound: a response on the way was never stored, or was deleted.
+        TooLarge: they are longer together than a body may be.
     """
-    if body.previous_response_id is None:
-        return [], body.instructions
+    limits = server.limits
+    bounds = {"max_responses": limits.max_messages, "max_chars": limits.max_body_bytes}
     try:
-        chain = memory.responses.conversation(body.previous_response_id, tenant=tenant)
+        chain = server.memory.responses.conversation(response_id, tenant=tenant, **bounds)
+    except ConversationTooLong as problem:
+        raise TooLarge(str(problem), param="previous_response_id", code="conversation_too_large") from problem
     except UnknownResponse as problem:
         raise NotFound(str(problem), param="previous_response_id", code="previous_response_not_found") from problem
     items = [item for each in chain for item in (*each.input, *each.body["output"])]
     waits = any(item["type"] == "function_call" for item in chain[-1].body["output"])
-    if body.instructions is None and waits:  # the episode goes on, so what it was told holds
+    if instructions is None and waits:  # the episode goes on, so what it was told holds
         return items, chain[-1].body["instructions"]
-    return items, body.instructions
+    return items, instructions
 
 
 class Keeper:

@@ -16,7 +16,7 @@ from memory.schema import Cycle, Policy
 from memory.store import Memory
 from runtime.agent import Agent
 from runtime.api.preparing import PreparationLimit
-from runtime.config import LimitsConfig
+from runtime.config import LimitsConfig, ServerConfig
 from runtime.doctor import Check
 from runtime.engine import Engine
 from runtime.environments.base import Environment
@@ -76,6 +76,8 @@ class Services:
     preparations: PreparationLimit = field(default_factory=PreparationLimit)
     maintenance: Maintenance | None = None
     """None: the engine is never stopped on purpose."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """Who may reach the server, and from where."""
     check_training: Callable[[], Awaitable[Check]] | None = None
     """Says whether a cycle would find room to train; None: nobody here trains."""
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.api.bounds import is_deeper
+from runtime.api.bounds import JsonShape
+from runtime.api.errors import ApiError
 from runtime.config import LimitsConfig
 from tests.api.worlds import ServedWorld
 
-LIMITS = LimitsConfig(max_body_bytes=2000, max_json_depth=10, max_messages=4)
+LIMITS = LimitsConfig(max_body_bytes=2000, max_json_depth=10, max_messages=4, max_json_values=400)
 JSON = {"content-type": "application/json"}
 
 
@@ -75,16 +76,52 @@ VALUES = st.recursive(
 )
 
 
-@given(VALUES, st.integers(min_value=0, max_value=6), st.booleans())
-def test_depth_is_what_a_parser_finds(value: object, max_depth: int, is_ascii: bool) -> None:
+def count_of(value: object) -> int:
+    """Return the values in it, lists and objects among them; an empty one counts as if it held one more."""
+    inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    return 1 + sum(map(count_of, inside)) + (isinstance(value, dict | list) and not inside)
+
+
+def refusal_of(pieces: Iterable[bytes], **limits: int) -> str | None:
+    """Return the code of the refusal that a body in these pieces meets."""
+    shape = JsonShape(LimitsConfig(**{"max_json_depth": 1000, "max_json_values": 10**9, **limits}))
+    try:
+        for piece in pieces:
+            shape.feed(piece)
+    except ApiError as refusal:
+        return refusal.code
+    return None
+
+
+@given(VALUES, st.integers(min_value=1, max_value=6), st.booleans(), st.integers(min_value=1, max_value=9))
+def test_depth_and_number_of_values_are_what_a_parser_finds(
+    value: object, limit: int, is_ascii: bool, piece_bytes: int
+) -> None:
     body = json.dumps(value, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass")
-    assert is_deeper(body, max_depth) is (depth_of(value) > max_depth)
+    pieces = [body[start : start + piece_bytes] for start in range(0, len(body), piece_bytes)]
+    is_deep, is_many = depth_of(value) > limit, count_of(value) > limit
+    assert refusal_of(pieces, max_json_depth=limit) == ("nested_too_deeply" if is_deep else None)
+    assert refusal_of(pieces, max_json_values=limit) == ("too_many_values" if is_many else None)
 
 
-@pytest.mark.parametrize("unit", [b'"\\', b'"', b"[]", b'"[\\"', b"{"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_a_body_in_another_encoding_is_refused_unparsed(http: httpx.Client, encoding: str) -> None:
+    body = json.dumps({"model": "agent", "messages": [{"role": "user", "content": "∢" + "[" * 50}]}, ensure_ascii=False)
+    answer = http.post("/v1/chat/completions", content=body.encode(encoding), headers=JSON)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "malformed_json")
+
+
+@pytest.mark.parametrize("unit", [b'"\\', b'"', b"[]", b'"[\\"', b"{", b'\\"'])
 def test_measuring_takes_no_longer_on_what_is_made_to_be_slow(unit: bytes) -> None:
     body = (b"[" * 200 + unit * 1_000_000)[:1_000_000]
     started = time.process_time()
-    is_deeper(body, 199)
-    is_deeper(body, 100_000)
-    assert time.process_time() - started < 2.0
+    refusal_of([body], max_json_depth=10**6)
+    refusal_of(body[start : start + 65_536] for start in range(0, len(body), 65_536))
+    refusal_of(body[start : start + 100] for start in range(0, len(body), 100))
+    assert time.process_time() - started < 3.0
+
+
+def test_more_values_than_a_parser_takes_in_a_moment_are_refused_unparsed(http: httpx.Client) -> None:
+    body = b'{"model": "agent", "messages": [' + b"0," * 500 + b"0]}"
+    answer = http.post("/v1/chat/completions", content=body, headers=JSON)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_many_values")

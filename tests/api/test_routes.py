@@ -286,7 +286,7 @@ def test_in_maintenance_turns_are_refused_before_they_are_read_and_all_else_answ
     before = ask(http)
     services.maintenance.reason = "training ratchet-v1 (sft)"
     for path in ("/v1/chat/completions", "/v1/responses"):
-        answer = http.post(path, content=b"not even JSON")
+        answer = http.post(path, content=b"not even JSON", headers={"content-type": "application/json"})
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "30")
         assert answer.json()["error"]["code"] == "engine_in_maintenance"
         assert "training ratchet-v1 (sft)" in answer.json()["error"]["message"]

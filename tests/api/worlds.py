@@ -21,6 +21,7 @@ from memory.schema import Cycle, CycleStage, Policy, Split, Task
 from memory.store import Memory
 from runtime.agent import Agent
 from runtime.api.app import create_app
+from runtime.api.connections import server_config
 from runtime.api.services import Services
 from runtime.completion import Completion, Delta
 from runtime.config import AgentConfig, EngineConfig
@@ -195,8 +196,11 @@ class ServedWorld:
         tools: Sequence[Tool] = (),
         memory_config: MemoryConfig = PATIENT,
         base_model: str = "scripted",
+        change: Callable[[Services], None] = lambda services: None,
     ) -> None:
         self.base_model = base_model
+        self.change = change
+        """What a test has otherwise, before anything is served."""
         self.config = config or AgentConfig(max_steps=4, max_seconds=20)
         self.tools = tools
         self.memory = Memory.open(data_dir, memory_config, encoder=HashingEncoder())
@@ -230,9 +234,9 @@ class ServedWorld:
         agent = Agent(self.memory, hotswap, environments, self.config, tools=self.tools)
         self.services = Services(self.memory, agent, engine, hotswap, self.learner, environments)
         await hotswap.wear(0)
-        config = uvicorn.Config(
-            create_app(self.services), port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1
-        )
+        self.change(self.services)
+        app = create_app(self.services)
+        config = server_config(app, self.services.limits, port=0, timeout_graceful_shutdown=1)
         self.server = uvicorn.Server(config)
         serving = asyncio.ensure_future(self.server.serve())
         while not self.server.started:
