@@ -161,4 +161,6 @@ class ServerConfig(BaseModel, extra="forbid"):
     """The loopback by default; any other address needs keys (`serve.py keys create`)."""
     port: int = Field(default=8080, ge=0, le=65535)
     """0 takes a free one."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages that may use the server from a browser, by origin: `https://app.example.com`."""
     limits: LimitsConfig = LimitsConfig()
