@@ -467,7 +467,8 @@ def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[
         "max-lora-rank": config.max_lora_rank,
         "tool-call-parser": parser,
         "tool-parser-plugin": TOOL_CALLS,
-        "structured-outputs-config": COMPACT_JSON,
+        # Grammars for Mistral's own tokenizer need another backend, which only vLLM's automatic choice takes.
+        "structured-outputs-config": None if (model_path / "tekken.json").is_file() else COMPACT_JSON,
         "scheduling-policy": "priority",
         "max-num-seqs": config.max_num_seqs,
         "generation-config": "vllm",  # the model's own sampling defaults would surprise

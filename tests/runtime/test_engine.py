@@ -54,6 +54,15 @@ def test_the_engine_listens_on_the_loopback_with_adapters_on(base_dir: Path):
     assert "--seed 7 --host" in text  # what comes last counts
 
 
+def test_json_is_compact_but_for_models_with_mistral_s_own_tokenizer(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    compact = {"backend": "xgrammar", "disable_any_whitespace": True}
+    given = server_arguments(EngineConfig(), tmp_path, 7)
+    assert json.loads(given[given.index("--structured-outputs-config") + 1]) == compact
+    (tmp_path / "tekken.json").write_text("{}")
+    assert "--structured-outputs-config" not in server_arguments(EngineConfig(), tmp_path, 7)
+
+
 def test_last_words_are_the_errors_of_the_log_without_its_noise():
     log = (
         "(APIServer pid=7) INFO 11-22 08:14:38 [api_utils.py:347] fine\n"
