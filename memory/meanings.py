@@ -149,9 +149,8 @@ class MeaningIndex:
         *,
         own: Sequence[str] = (),
         exclude_task: str | None = None,
-        min_similarity: float = -1.0,
-    ) -> list[str]:
-        """Return the ids of the nearest rows, best first, by cosine similarity: of what is everybody's, and of the rows
+    ) -> list[tuple[str, float]]:
+        """Return (id, cosine similarity) of the nearest rows, best first: of what is everybody's, and of the rows
         `own`, which are one person's. Raises: IndexDamaged."""
         with _chroma_errors():
             everybodys = self._held(collection, {**where, "is_own": False})
@@ -159,7 +158,7 @@ class MeaningIndex:
             persons = self._held(collection, {**where, "is_own": True}) if own else []
             hits += [_compare(held, vector, own) for held in persons]
         nearest = heapq.nsmallest(num, (hit for of_one in hits for hit in of_one))
-        return [row_id for distance, row_id in nearest if 1.0 - distance >= min_similarity]
+        return [(row_id, 1.0 - distance) for distance, row_id in nearest]
 
     def digests(self, collection: str) -> dict[str, str]:
         """Return what is held: the digest of each row, by id. Raises: IndexDamaged."""
