@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,9 +48,23 @@ ANSWERED = {
 }
 
 
+class KeptVectors(SentenceEncoder):
+    """The real encoder; what several tests ask is encoded once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._vectors: dict[str, numpy.ndarray] = {}
+
+    def encode(self, texts: Sequence[str]) -> numpy.ndarray:
+        new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
+        if new:
+            self._vectors.update(zip(new, super().encode(new), strict=True))
+        return numpy.stack([self._vectors[text] for text in texts])
+
+
 @pytest.fixture(scope="module")
 def encoder() -> SentenceEncoder:
-    return SentenceEncoder()
+    return KeptVectors()
 
 
 @pytest.fixture
