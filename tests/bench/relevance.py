@@ -8,8 +8,9 @@ programming exercises, requests to tools, and questions about the other collecti
 documents become rows, the follower indexes them, `Retrieval.retrieve` is asked as a request asks it.
 
 The peer is what was shown before there was a floor: both indexes' best five, fused by rank. It is asked the same
-questions in the same run. The figures of the questions with odd numbers stand beside those of all. Of the unanswerable ones nobody has checked that no paragraph happens to touch them:
-among encyclopedia paragraphs a few do, so their share is an upper bound.
+questions in the same run. The figures of the questions with odd numbers stand beside those of all. Of the unanswerable
+ones nobody has checked that no paragraph happens to touch them: among encyclopedia paragraphs a few do, so their share
+is an upper bound.
 """
 
 from __future__ import annotations
