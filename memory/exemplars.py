@@ -12,18 +12,37 @@ from typing import Any
 
 from sqlmodel import Session, col, select
 
+from memory.exemplar_corrections import choose_correction, find_corrections, is_approved_since
 from memory.schema import Step, StepKind, Trajectory
+from memory.scopes import Scopes
 
 MAX_LINES = 3
 MAX_CHARS = 240
 
 
-def read_exemplar(session: Session, trajectory: Trajectory) -> str:
-    """Return how a trajectory is shown: in the operator's words, or as it was recorded."""
-    if trajectory.exemplar_text is not None:
+def read_exemplar(session: Session, trajectory: Trajectory, scopes: Scopes) -> str | None:
+    """Return how a trajectory is shown: in the operator's words, or as it was recorded, with the correction in place of
+    an answer that was corrected. None where its answer was wrong and nothing better may be shown."""
+    corrections = find_corrections(session, trajectory.id)
+    is_in_their_words = trajectory.exemplar_text is not None
+    if is_in_their_words and (not corrections or is_approved_since(trajectory, corrections[0])):
         return trajectory.exemplar_text
-    steps = session.exec(select(Step).where(Step.trajectory_id == trajectory.id).order_by(col(Step.position)))
-    return render_exemplar(trajectory.task_text, steps.all())
+    steps = session.exec(select(Step).where(Step.trajectory_id == trajectory.id).order_by(col(Step.position))).all()
+    if not corrections:
+        return render_exemplar(trajectory.task_text, steps)
+    chosen = choose_correction(session, trajectory, corrections, scopes)
+    if chosen is None:
+        return None
+    return render_exemplar(trajectory.task_text, [*_before_last_reply(steps), _reply(chosen.correction or "")])
+
+
+def _before_last_reply(steps: Sequence[Step]) -> Sequence[Step]:
+    places = [place for place, step in enumerate(steps) if step.kind is StepKind.MODEL]
+    return steps[: places[-1]]
+
+
+def _reply(text: str) -> Step:
+    return Step(trajectory_id="", position=0, kind=StepKind.MODEL, content=text)
 
 
 def render_exemplar(task_text: str, steps: Sequence[Step]) -> str:

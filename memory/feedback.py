@@ -87,6 +87,8 @@ class FeedbackBook:
                 reward = float(values["value"])
                 given_by = {"key_id": values["key_id"], "user_id": values["user_id"]}
                 self._trajectories.add_reward(session, values["trajectory_id"], reward, source, reason, **given_by)
+            if values["correction"] is not None:
+                self._trajectories.note_exemplar(session, target)
             return session.get_one(Feedback, place), True
 
         kept, is_new = await self._database.write(write)
@@ -132,7 +134,7 @@ class FeedbackBook:
             if is_for_weights:
                 query = query.where(correction_teaches(teaching_keys(session)))
             for feedback, trajectory in session.exec(query).all():
-                place = _place_of_reply(session, feedback)
+                place = place_of_reply(session, feedback)
                 if place is not None and (trajectory.id, place) not in found:
                     step = session.get_one(Step, (trajectory.id, place))
                     teacher = Teacher(trajectory.tenant, feedback.key_id, feedback.user_id)
@@ -171,7 +173,7 @@ def _require_target(session: Session, values: dict[str, Any]) -> Trajectory:
     return target
 
 
-def _place_of_reply(session: Session, feedback: Feedback) -> int | None:
+def place_of_reply(session: Session, feedback: Feedback) -> int | None:
     """Return the position of the reply that is meant: the step named, or what the answer named ended with."""
     if feedback.step is not None:
         return feedback.step

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from memory.config import MemoryConfig
 from memory.database import Database
@@ -25,6 +26,7 @@ from memory.encoder import Encoder, QueryEncoder
 from memory.errors import IndexDamaged, IndexUnavailable, StorageError
 from memory.follower import Follower
 from memory.meanings import MAX_COMPARED, MeaningIndex
+from memory.relevance import Match, WordMatches, join_matches
 from memory.scopes import EVERYBODY
 from memory.searchables import COLLECTIONS, Searchables
 from memory.tally import Tally
@@ -33,11 +35,14 @@ from memory.words import WordIndex
 
 FUSION_CONSTANT = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher, 2009)
 MAX_HANGING = 2  # questions that Chroma may leave unanswered before it isn't asked any more
+POOL = 50  # rows that each index is asked for, where both have to be known of a row
 POLL_SECONDS = 0.01
 MAX_SMALL = 1_000  # rows of small partitions that one question may have compared, where it names no kind
 MAX_OWN = 200  # rows of one person whose vectors are compared, the newest; beside them, older ones with rare words
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class MemoryIndex:
@@ -85,32 +90,44 @@ class MemoryIndex:
         user_id: str = "",
         exclude_task: str | None = None,
         min_similarity: float = -1.0,
-        is_floor: bool = False,
     ) -> list[tuple[str, float]]:
         """Return (row id, score) of what fits the query, best first: what all of one tenant are shown, and what this
-        person is. `where` may name an environment and a kind. With `is_floor`, rows below `min_similarity` are left
-        out though they share words with the query, unless meanings can't be had.
+        person is. `where` may name an environment and a kind.
 
         Never fails for the index's sake: without meanings it finds by word, without words nothing. Raises:
         ValueError for a collection or a filter that doesn't exist.
         """
-        if collection not in COLLECTIONS:
-            raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
         where = {"tenant": tenant, "user_id": user_id, **(where or {})}
-        if not query_text.strip() or not await self._has_any(collection, where):
+        if not await self._is_worth_asking(collection, query_text, where):
             return []
-        asked = (collection, query_text, where, num)
-        asking = asyncio.ensure_future(self._find_by_word(partial(self._words.find, *asked, exclude_task=exclude_task)))
-        by_word, by_meaning = await asyncio.gather(
-            asking, self._find_by_meaning(collection, query_text, where, num, exclude_task, min_similarity, asking)
-        )
-        if by_meaning is None and len(by_word) < num:
-            find = partial(self._words.find_by_common_words, *asked, exclude_task=exclude_task)
-            others = await self._find_by_word(find)
-            by_word += [row_id for row_id in others if row_id not in by_word]
-        if is_floor and by_meaning is not None:
-            by_word = [row_id for row_id in by_word if row_id in by_meaning]
-        return fuse(by_word, by_meaning or [])[:num]
+        words, near = await self._ask_both(collection, query_text, where, num, exclude_task)
+        by_word = [match.row_id for match in words.matches]
+        if near is None and len(by_word) < num:
+            find = partial(
+                self._words.find_by_common_words, collection, query_text, where, num, exclude_task=exclude_task
+            )
+            by_word += [row_id for row_id in await self._find_by_word(find, []) if row_id not in by_word]
+        by_meaning = [row_id for row_id, similarity in near or () if similarity >= min_similarity]
+        return fuse(by_word, by_meaning)[:num]
+
+    async def match(
+        self,
+        collection: str,
+        query_text: str,
+        where: Mapping[str, str] | None = None,
+        num: int = POOL,
+        *,
+        tenant: str = "",
+        user_id: str = "",
+        exclude_task: str | None = None,
+    ) -> tuple[list[Match], int]:
+        """Return what either index finds, best first, with what shows how relevant it is; and among how many rows it
+        was found, about. The other arguments and errors are those of `find`."""
+        where = {"tenant": tenant, "user_id": user_id, **(where or {})}
+        if not await self._is_worth_asking(collection, query_text, where):
+            return [], 0
+        words, near = await self._ask_both(collection, query_text, where, num, exclude_task)
+        return join_matches(words.matches, near), words.num_rows
 
     async def rebuild(self, *, timeout_seconds: float = 3600.0) -> dict[str, int]:
         """Make both indexes anew from the rows; return how many rows of each collection they hold."""
@@ -148,13 +165,28 @@ class MemoryIndex:
         except StorageError:
             return True
 
-    async def _find_by_word(self, find: Callable[[], list[str]]) -> list[str]:
+    async def _is_worth_asking(self, collection: str, query_text: str, where: dict[str, str]) -> bool:
+        if collection not in COLLECTIONS:
+            raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
+        return bool(query_text.strip()) and await self._has_any(collection, where)
+
+    async def _ask_both(
+        self, collection: str, query_text: str, where: dict[str, str], num: int, exclude_task: str | None
+    ) -> tuple[WordMatches, list[tuple[str, float]] | None]:
+        """Ask both indexes at once; None where meanings can't be had."""
+        match = partial(self._words.match, collection, query_text, where, num, exclude_task)
+        asking = asyncio.ensure_future(self._find_by_word(match, WordMatches([], 0)))
+        return await asyncio.gather(
+            asking, self._find_by_meaning(collection, query_text, where, num, exclude_task, asking)
+        )
+
+    async def _find_by_word(self, find: Callable[[], T], otherwise: T) -> T:
         try:
             with self.seconds["words"].measure():
                 return await asyncio.to_thread(find)
         except StorageError as error:
             logger.warning("the word index failed, rebuild it: %s", error)
-            return []
+            return otherwise
 
     async def _find_by_meaning(
         self,
@@ -163,9 +195,8 @@ class MemoryIndex:
         where: dict[str, str],
         num: int,
         exclude_task: str | None,
-        min_similarity: float,
-        by_word: Awaitable[list[str]],
-    ) -> list[str] | None:
+        by_word: Awaitable[WordMatches],
+    ) -> list[tuple[str, float]] | None:
         """Ask Chroma within the deadline; None when it can't say."""
         try:
             if not self.has_meanings:
@@ -174,7 +205,7 @@ class MemoryIndex:
                 async with asyncio.timeout(self._config.encoding_deadline_seconds):
                     vector = await self._queries.encode(query_text)
             # One person's rows are compared one by one: the newest, and those with rare words of the query.
-            words_own = [] if where["user_id"] == EVERYBODY else await by_word
+            words_own = [] if where["user_id"] == EVERYBODY else [it.row_id for it in (await by_word).matches]
             compared = [*words_own, *self._newest_own(collection, where, exclude_task)]
             compared += self._of_small_partitions(collection, where, exclude_task)
             question = _Question(
@@ -185,7 +216,6 @@ class MemoryIndex:
                     num,
                     compared=list(dict.fromkeys(compared)),
                     exclude_task=exclude_task,
-                    min_similarity=min_similarity,
                 )
             )
             with self.seconds["meanings"].measure():
@@ -219,7 +249,7 @@ class MemoryIndex:
             logger.warning("the word index failed, rebuild it: %s", error)
             return []
 
-    async def _answer(self, question: _Question) -> list[str]:
+    async def _answer(self, question: _Question) -> list[tuple[str, float]]:
         """Wait for Chroma until the deadline. Raises: IndexDamaged, TimeoutError."""
         try:
             async with asyncio.timeout(self._config.retrieval_deadline_seconds):
@@ -232,9 +262,9 @@ class MemoryIndex:
 class _Question:
     """A question to Chroma, asked on a thread of its own: one that hangs must hold up neither others nor the exit."""
 
-    def __init__(self, ask: Callable[[], list[str]]) -> None:
+    def __init__(self, ask: Callable[[], list[tuple[str, float]]]) -> None:
         self._ask = ask
-        self.answer: Future[list[str]] = Future()
+        self.answer: Future[list[tuple[str, float]]] = Future()
         self._thread = threading.Thread(target=self._run, name="ratchet-question", daemon=True)
         self._thread.start()
 

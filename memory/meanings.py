@@ -205,17 +205,16 @@ class MeaningIndex:
         *,
         compared: Sequence[str] = (),
         exclude_task: str | None = None,
-        min_similarity: float = -1.0,
-    ) -> list[str]:
-        """Return the ids of the nearest rows, best first, by cosine similarity: of the large partitions, and of the
-        rows `compared`, which are one person's or of small partitions. Raises: IndexDamaged."""
+    ) -> list[tuple[str, float]]:
+        """Return (id, cosine similarity) of the nearest rows, best first: of the large partitions, and of the rows
+        `compared`, which are one person's or of small partitions. Raises: IndexDamaged."""
         with _chroma_errors():
             hits = [_nearest(held, vector, num, exclude_task) for held in self._held(collection, where)]
             shared = self._places[collection].get(SHARED)
             if shared is not None and compared:
                 hits.append(_compare(shared, vector, compared))
         nearest = heapq.nsmallest(num, (hit for of_one in hits for hit in of_one))
-        return [row_id for distance, row_id in nearest if 1.0 - distance >= min_similarity]
+        return [(row_id, 1.0 - distance) for distance, row_id in nearest]
 
     def digests(self, collection: str) -> dict[str, str]:
         """Return what is held: the digest of each row, by id. Rows that a move left behind, because its process died,

@@ -18,6 +18,7 @@ from sqlmodel import Session, col, select
 
 from memory.database import Database
 from memory.errors import IllegalMove, UnknownInsight, UnknownTrajectory
+from memory.exemplar_corrections import find_corrections, is_approved_since
 from memory.exemplars import read_exemplar
 from memory.insights import FIRST_STRENGTH, key_of, tidy
 from memory.schema import Insight, Outbox, Review, ReviewKind, Trajectory, new_id, now
@@ -98,7 +99,8 @@ class Reviews:
             query = query.where(col(Trajectory.id) < before_id)
         with self._database.read() as session:
             rows = session.exec(query.order_by(col(Trajectory.id).desc()).limit(limit)).all()
-            return [ListedExemplar(row, its_scope, read_exemplar(session, row)) for row, its_scope in rows]
+            read = [(row, its_scope, read_exemplar(session, row, self._scopes)) for row, its_scope in rows]
+            return [ListedExemplar(row, None if text is None else scope, text or "") for row, scope, text in read]
 
     def of(self, row_id: str, *, tenant: str) -> list[Review]:
         """Return what was decided about one memory, oldest first."""
@@ -192,11 +194,19 @@ class Reviews:
                     "out is one"
                 )
             _record(session, ReviewKind.APPROVE, trajectory, trajectory.user_id, key_id, text)
+            corrections = find_corrections(session, trajectory_id)
+            if text is None and corrections and not is_approved_since(trajectory, corrections[0]):
+                trajectory.exemplar_text = None  # words for the wrong answer
             trajectory.approved_at = now()
             trajectory.exemplar_text = trajectory.exemplar_text if text is None else text
             session.add(trajectory)
             session.add(Outbox(collection="exemplars", row_id=trajectory_id))
-            return ListedExemplar(trajectory, EVERYBODY, read_exemplar(session, trajectory))
+            shown = read_exemplar(session, trajectory, self._scopes)
+            if shown is None:
+                raise IllegalMove(
+                    f"a reply in the midst of {trajectory_id!r} was corrected: approve it with a text, or retire it"
+                )
+            return ListedExemplar(trajectory, EVERYBODY, shown)
 
         return await self._database.write(write)
 
@@ -210,7 +220,7 @@ class Reviews:
                 trajectory.retired_at = now()
                 session.add(trajectory)
                 session.add(Outbox(collection="exemplars", row_id=trajectory_id, is_removed=True))
-            return ListedExemplar(trajectory, None, read_exemplar(session, trajectory))
+            return ListedExemplar(trajectory, None, read_exemplar(session, trajectory, self._scopes) or "")
 
         return await self._database.write(write)
 

@@ -29,6 +29,7 @@ from memory.errors import IllegalMove, UnknownPolicy, UnknownTrajectory
 from memory.recorded_results import find_result
 from memory.schema import (
     LEGAL_MOVES,
+    Feedback,
     Outbox,
     Policy,
     Reward,
@@ -186,8 +187,10 @@ class Trajectories:
         if trajectory.stage is not TrajectoryStage.FINISHED or trajectory.split is Split.HELD_OUT:
             return
         reward = session.scalar(_EFFECTIVE_REWARD, {"trajectory_id": trajectory.id})
-        if reward is not None:
-            session.add(Outbox(collection="exemplars", row_id=trajectory.id, is_removed=reward < self.success_reward))
+        is_corrected = session.scalar(_IS_THIS_CORRECTED, {"trajectory_id": trajectory.id})
+        if reward is not None or is_corrected:
+            is_success = is_corrected or reward >= self.success_reward
+            session.add(Outbox(collection="exemplars", row_id=trajectory.id, is_removed=not is_success))
 
     async def distrust(self, trajectory_id: str) -> None:
         """Mark an episode that untrusted text is about to enter. Raises: UnknownTrajectory."""
@@ -356,11 +359,12 @@ class Trajectories:
         return self.successes(scope).where(*shown)
 
     def successes(self, *more: ColumnElement[Any]) -> Select:
-        """The query for finished successes that are not held out, and more columns of them."""
+        """The query for finished successes that are not held out, and more columns of them. An episode whose answer
+        somebody corrected counts as one, with the correction in place of the answer."""
         return select(Trajectory, *more).where(
             Trajectory.stage == TrajectoryStage.FINISHED,
             Trajectory.split != Split.HELD_OUT,
-            _effective_reward_of(col(Trajectory.id)) >= self.success_reward,
+            or_(_effective_reward_of(col(Trajectory.id)) >= self.success_reward, _IS_CORRECTED),
         )
 
     def learnable(
@@ -594,6 +598,9 @@ def _build_step_insert():
     return inserted.execution_options(preserve_rowcount=True)  # else gone on PostgreSQL when the writer has it
 
 
+_HAS_CORRECTION = exists().where(col(Feedback.correction).is_not(None))
+_IS_CORRECTED = _HAS_CORRECTION.where(Feedback.trajectory_id == Trajectory.id).correlate(Trajectory)
+_IS_THIS_CORRECTED = select(_HAS_CORRECTION.where(Feedback.trajectory_id == bindparam("trajectory_id")))
 _INSERT_TRAJECTORY = insert(Trajectory).execution_options(preserve_rowcount=True)
 _INSERT_STEP = _build_step_insert()
 _EFFECTIVE_REWARD = select(_effective_reward_of(bindparam("trajectory_id")))

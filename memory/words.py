@@ -23,6 +23,7 @@ from sqlalchemy import TextClause, text
 from sqlmodel import Session
 
 from memory.database import Database
+from memory.relevance import FEWEST_ROWS, WordMatch, WordMatches
 from memory.scopes import EVERYBODY
 from memory.searchables import COLLECTIONS, PLACE, Place, Searchable
 
@@ -49,8 +50,8 @@ TABLES = (
 NAMES = ("words", "word_entries", "word_places")
 Range = dict[str, int]
 """The first and the last id of a place."""
-Weigh = Callable[[Session, dict[str, int], Range], dict[str, float]]
-"""What each word of a question is worth in a place, by how many of its rows have it."""
+Weigh = Callable[[dict[str, int], int], dict[str, float]]
+"""What each word of a question is worth in a place, by how many of its rows have it, and how many rows there are."""
 
 
 class WordIndex:
@@ -135,13 +136,20 @@ class WordIndex:
         self, collection: str, query_text: str, where: Mapping[str, str], num: int, *, exclude_task: str | None = None
     ) -> list[str]:
         """Return the ids of rows that share rare words with the query, best first: those that share the rarest."""
+        return [match.row_id for match in self.match(collection, query_text, where, num, exclude_task).matches]
+
+    def match(
+        self, collection: str, query_text: str, where: Mapping[str, str], num: int, exclude_task: str | None = None
+    ) -> WordMatches:
+        """Return the same rows, with how much of the query each of them repeats."""
         return self._find(_weigh_rare, collection, query_text, where, num, exclude_task)
 
     def find_by_common_words(
         self, collection: str, query_text: str, where: Mapping[str, str], num: int, *, exclude_task: str | None = None
     ) -> list[str]:
         """Return the ids of rows that share words which `MAX_ROWS` others share too: better than nothing, no more."""
-        return self._find(_weigh_common, collection, query_text, where, num, exclude_task)
+        found = self._find(_weigh_common, collection, query_text, where, num, exclude_task)
+        return [match.row_id for match in found.matches]
 
     def _find(
         self,
@@ -151,14 +159,22 @@ class WordIndex:
         where: Mapping[str, str],
         num: int,
         exclude_task: str | None,
-    ) -> list[str]:
+    ) -> WordMatches:
         terms = quote_terms(query_text)
+        hits: list[tuple[tuple[float, int], WordMatch]] = []
+        num_rows_in_all = 0
         with self._database.read() as session:
-            hits = []
-            for within in _ranges(session, collection, where) if terms else []:
-                weights = weigh(session, _count(session, terms, within), within)
-                hits += _rank(session, weights, within, num, exclude_task)
-        return [row_id for _, row_id in heapq.nsmallest(num, hits)]
+            for within in _ranges(session, collection, where):
+                num_rows = _num_rows(session, within)
+                num_rows_in_all += num_rows
+                counts = _count(session, terms, within) if terms else {}
+                weights = weigh(counts, num_rows)
+                most = _weight(0, num_rows)  # of one word
+                in_all = sum(weights.values()) + most * sum(count == 0 for count in counts.values())
+                for order, row_id in _rank(session, weights, within, num, exclude_task):
+                    hits.append((order, WordMatch(row_id, -order[0] / in_all, -order[0] / most)))
+        best = heapq.nsmallest(num, hits, key=lambda hit: hit[0])
+        return WordMatches([match for _, match in best], num_rows_in_all)
 
     def _drop(self, session: Session) -> None:
         for table in NAMES:
@@ -235,15 +251,26 @@ def _count(session: Session, terms: list[str], within: Range) -> dict[str, int]:
     return dict(zip(terms, counts, strict=True))
 
 
-def _weigh_rare(session: Session, counts: dict[str, int], within: Range) -> dict[str, float]:
-    """Return what each of the rarest words is worth, as BM25 has it: by how few rows of the place have it."""
-    rare = sorted((count, term) for term, count in counts.items() if 0 < count < MAX_ROWS)[:MAX_TELLING]
+def _num_rows(session: Session, within: Range) -> int:
+    """Return about how many rows a place has: ids of forgotten ones are not used again."""
     last = session.execute(_LAST_ID, within).scalar_one()
-    num_rows = 0 if last is None else last - within["first"] + 1
-    return {term: math.log(1 + max(0.0, num_rows - count + 0.5) / (count + 0.5)) for count, term in rare}
+    return 0 if last is None else last - within["first"] + 1
 
 
-def _weigh_common(_session: Session, counts: dict[str, int], _within: Range) -> dict[str, float]:
+def _weight(count: int, num_rows: int) -> float:
+    """Return what a word is worth that so many rows of a place have, as BM25 has it. Among a handful of rows nothing is
+    rare, so they count as if they stood among more."""
+    num_rows = max(num_rows, FEWEST_ROWS)
+    return math.log(1 + max(0.0, num_rows - count + 0.5) / (count + 0.5))
+
+
+def _weigh_rare(counts: dict[str, int], num_rows: int) -> dict[str, float]:
+    """Return what each of the rarest words is worth: by how few rows of the place have it."""
+    rare = sorted((count, term) for term, count in counts.items() if 0 < count < MAX_ROWS)[:MAX_TELLING]
+    return {term: _weight(count, num_rows) for count, term in rare}
+
+
+def _weigh_common(counts: dict[str, int], _num_rows: int) -> dict[str, float]:
     """Return the common words, each worth as little."""
     return dict.fromkeys([term for term, count in counts.items() if count == MAX_ROWS][:MAX_TELLING], 1.0)
 

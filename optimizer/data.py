@@ -287,10 +287,11 @@ def build_preferences(
     config: PreferenceConfig,
     max_length_tokens: int,
     seed: int = 0,
+    corrections: Sequence[Correction] = (),
     teaching: TeachingConfig | None = None,
 ) -> PreferenceRows:
     """Return (prompt, chosen, rejected) rows: two replies to the same prompt, of which the tries of the task show that
-    one is better.
+    one is better. A success that somebody corrected shows nothing: it may be no success.
 
     The memory segment is taken out of both sides, so episodes that were shown different things can be compared.
     Departures from ETO (arXiv 2403.02502): the sides need not come from the expert and the agent; what is compared is
@@ -301,8 +302,12 @@ def build_preferences(
     graded = list(graded)
     refuse_held_out(graded)
     built = PreferenceRows()
+    corrected = {each.trajectory.id for each in corrections}
+    kept = [each for each in graded if not (each.is_success and each.trajectory.id in corrected)]
+    if len(kept) < len(graded):
+        built.tally["corrected"] += len(graded) - len(kept)
     by_task: dict[tuple[str, ...], list[GradedTrajectory]] = defaultdict(list)
-    for each in graded:
+    for each in kept:
         by_task[each.trajectory.task_key].append(each)
     for _, tries in sorted(by_task.items()):
         if len({each.is_success for each in tries}) == 2:

@@ -172,6 +172,7 @@ async def train_dpo(shop: Workshop) -> None:
         config=config.preferences,
         max_length_tokens=placement.max_length_tokens("dpo"),
         seed=config.seed,
+        corrections=await shop.read_corrections(),
         teaching=config.teaching,
     )
     await shop.keep(

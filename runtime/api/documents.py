@@ -96,7 +96,7 @@ async def add_document(
     return DocumentDetail.model_validate(row, from_attributes=True)
 
 
-@router.post("/upload", status_code=CREATED, summary="Give the agent a text file to read")
+@router.post("/upload", status_code=CREATED, summary="Give the agent a text file to read", responses=refusals(TooLarge))
 async def upload_document(
     server: Server,
     caller: Asker,

@@ -128,13 +128,13 @@ def load_memories(directory: Path) -> Memories:
 
 def _real_texts() -> Iterator[str]:
     """Yield encyclopedia paragraphs and questions, sums, documentation, requests to tools; whatever is there."""
-    for row in _rows("beerqa_1000/beir/corpus.jsonl"):
+    for row in rows_of("beerqa_1000/beir/corpus.jsonl"):
         yield f"{row['title']}: {row['text']}"[:MAX_CHARS]
-    for row in _rows("beerqa_1000/beir/queries.jsonl"):
+    for row in rows_of("beerqa_1000/beir/queries.jsonl"):
         yield row["text"]
-    for row in _rows("gsm8k/train.jsonl"):
+    for row in rows_of("gsm8k/train.jsonl"):
         yield row["question"]
-    for row in _rows("xlam_form/*.jsonl"):
+    for row in rows_of("xlam_form/*.jsonl"):
         yield row["query"]
     for path in sorted(DATA.glob("sharegpt_toolcalls/glaive*.json")):
         for row in json.loads(path.read_text()):
@@ -145,11 +145,14 @@ def _real_texts() -> Iterator[str]:
         yield from (text[:MAX_CHARS] for text in json.loads(path.read_text()).values())
 
 
-def _rows(pattern: str) -> Iterator[dict]:
+def rows_of(pattern: str) -> list[dict]:
+    """Return the rows of public files of JSON lines."""
+    rows = []
     for path in sorted(DATA.glob(pattern)):
         for line in path.read_text().splitlines():
             if line.strip():
-                yield json.loads(line)
+                rows.append(json.loads(line))
+    return rows
 
 
 def _blocks(start: int, stop: int) -> range:

@@ -197,7 +197,7 @@ async def _ask(memory: Memory, memories: Memories, num_rows: int, options: argpa
             times[MEANINGS],
             lambda vector=vector: memory.index._meanings.find("passages", vector, where, NUM_FOUND),
         )
-        recalls.append(len({_number(row_id) for row_id in near} & set(exact)) / NUM_FOUND)
+        recalls.append(len({_number(row_id) for row_id, _ in near} & set(exact)) / NUM_FOUND)
         by_word = _time(
             times[WORDS],
             lambda question=question: memory.index._words.find("passages", question, where, NUM_FOUND),
@@ -214,7 +214,7 @@ async def _ask(memory: Memory, memories: Memories, num_rows: int, options: argpa
             lambda question=question: memory.retrieval.find_passages(question, NUM_FOUND, tenant=TENANT),
         )
         await _time_async(times[SEGMENT], lambda question=question: _retrieve(memory, question))
-        num_foreign += sum("_asked_" not in row_id for row_id in [*near, *by_word, *(row_id for row_id, _ in fused)])
+        num_foreign += sum("_asked_" not in row_id for row_id in [*by_word, *(row_id for row_id, _ in [*near, *fused])])
     num_alone = memory.index.num_without_meanings
 
     async def act(number: int) -> None:

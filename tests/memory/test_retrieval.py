@@ -23,7 +23,9 @@ ASKED = {"environment": "kitchen", "kind": "cooking", "task": "t9", "query_text"
 async def test_the_segment_reads_exactly_as_models_were_trained_on(memory: Memory):
     await memory.insights.apply([add("fry the _ -> cook _ with stove")])
     await memory.insights.apply([add("slice the _ -> slice _ with knife"), add("fry the _ -> cook _ with stove")])
-    trajectory = await play(memory, "take carrot", "cook carrot with stove", task="t1", task_text="Fry the carrot.")
+    trajectory = await play(
+        memory, "take carrot", "cook carrot with stove", task="t1", task_text="Fry the carrot on the stove."
+    )
     await memory.documents.ingest("Stove", "fry the potato on the stove")
     await memory.index.drain()
     recollection = await memory.retrieval.retrieve(**ASKED)
@@ -33,7 +35,7 @@ async def test_the_segment_reads_exactly_as_models_were_trained_on(memory: Memor
         "- fry the _ -> cook _ with stove\n"
         "- slice the _ -> slice _ with knife\n"
         "Solved before:\n"
-        "Fry the carrot.\n"
+        "Fry the carrot on the stove.\n"
         "> take carrot\n"
         "you take carrot\n"
         "> cook carrot with stove\n"

@@ -9,6 +9,7 @@ import pytest
 from memory.errors import UnknownDocument, UnknownResponse, UnknownTrajectory
 from memory.index import MemoryIndex
 from memory.insights import InsightOperation, OperationKind
+from memory.relevance import WordMatches
 from memory.schema import Feedback, Split, Step, StepKind, StoredResponse, TrajectoryStage
 from memory.store import Memory
 from tests.memory.episodes import command_call, open_trajectory, play
@@ -27,12 +28,12 @@ async def test_retrieval_shows_a_tenant_its_own_and_nothing_else(
 ):
     for tenant in TENANTS:
         name = tenant or "default"
-        await play(memory, task="t1", task_text=f"fry the {name} carrot", tenant=tenant)
+        await play(memory, task="t1", task_text=f"how to fry on the {name} stove", tenant=tenant)
         await memory.insights.apply([learn(f"{name}: fry on the stove {n}", tenant) for n in range(14)])
-        await memory.documents.ingest("Stove", f"How to fry, says {name}.", tenant=tenant)
+        await memory.documents.ingest("Stove", f"How to fry on it, says {name}.", tenant=tenant)
     await memory.index.drain()
     if blind_to == "words":
-        monkeypatch.setattr(memory.index._words, "find", lambda *_, **__: [])
+        monkeypatch.setattr(memory.index._words, "match", lambda *_, **__: WordMatches([], 0))
     elif blind_to == "meanings":
         monkeypatch.setattr(MemoryIndex, "has_meanings", False)
     for tenant in TENANTS:
@@ -43,7 +44,7 @@ async def test_retrieval_shows_a_tenant_its_own_and_nothing_else(
         assert shown == {tenant or "default"}
         assert all(part in found.text for part in ("Insights:", "Solved before:", "Passages:"))
         (passage,) = await memory.retrieval.find_passages("how to fry", 10, tenant=tenant)
-        assert passage == f"Stove: How to fry, says {tenant or 'default'}."
+        assert passage == f"Stove: How to fry on it, says {tenant or 'default'}."
     assert (await memory.retrieval.retrieve(**KITCHEN, query_text="fry on the stove", tenant="nobody")).text == ""
 
 

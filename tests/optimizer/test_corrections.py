@@ -6,9 +6,9 @@ import pytest
 
 from memory.feedback import Correction
 from memory.schema import Split, Step
-from optimizer.config import DemonstrationConfig
+from optimizer.config import DemonstrationConfig, PreferenceConfig
 from optimizer.corrections import render_reply
-from optimizer.data import build_demonstrations
+from optimizer.data import build_demonstrations, build_preferences
 from optimizer.stitching import Unstitchable, render_prompt
 from tests.optimizer.worlds import ACT, live
 
@@ -45,6 +45,14 @@ def test_what_was_corrected_is_not_imitated_itself(tokenizer):
 
     assert len(built.rows) == 1 and built.tally["corrected"] == 1
     assert "eat meal" not in tokenizer.decode(built.rows[0].input_ids)
+
+
+def test_what_was_corrected_is_not_preferred(tokenizer):
+    won, lost = live([TAKE, EAT], tokenizer=tokenizer), live([EAT, TAKE], tokenizer=tokenizer, is_success=False)
+    config = {"config": PreferenceConfig(), "max_length_tokens": 4096}
+    assert build_preferences([won, lost], tokenizer, **config).rows
+    built = build_preferences([won, lost], tokenizer, corrections=[correct(won, "I am done.")], **config)
+    assert not built.rows and built.tally["corrected"] == 1
 
 
 def test_the_memory_segment_is_taken_out_of_a_corrected_prompt(tokenizer):
