@@ -5,8 +5,7 @@
     serve.py keys       says who may ask: in the data directory, or through the server that has it
     serve.py ...        every other verb talks to the running server (runtime/console/)
 
-Refuses to do any of the work itself. Heavy packages are imported by what needs them: a client verb, and a game
-compiler's child process, start without them.
+Refuses to do any of the work itself. Heavy packages are imported by what needs them: a client verb starts without them.
 """
 
 from __future__ import annotations
@@ -292,6 +291,7 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
         limits,
         maintenance=maintenance,
         check_training=lambda: check_training(memory, settings.optimizer, seams),
+        server=settings.server,
     )
 
 
@@ -347,10 +347,9 @@ async def live(
     import uvicorn
 
     from runtime.api.app import create_app
+    from runtime.api.connections import server_config
 
-    config = uvicorn.Config(
-        create_app(services), log_config=None, access_log=False, timeout_graceful_shutdown=STOP_SECONDS
-    )
+    config = server_config(create_app(services), services.limits, timeout_graceful_shutdown=STOP_SECONDS)
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # signals are ours: children must be stopped in order
     answering = asyncio.ensure_future(server.serve(sockets=[listener]))
@@ -470,18 +469,22 @@ class Learner:
         self._running: asyncio.Task[Any] | None = None
         self._judging = asyncio.Lock()  # one at a time: the second must see which tasks the first has used
 
-    async def start(self, settings: dict[str, Any]) -> Cycle:
+    async def start(self, settings: dict[str, Any], *, may_loosen_bars: bool = False) -> Cycle:
         """Open a cycle with these departures from the configuration, and set it going.
 
         Raises:
-            CycleInProgress; ValueError for settings that cannot be, and for too few trajectories.
+            CycleInProgress; ValueError for settings that cannot be, for bars of a promotion below the configuration's
+            without `may_loosen_bars`, and for too few trajectories.
         """
+        from optimizer.bars import require_bars
         from optimizer.cycle import open_cycle
         from optimizer.errors import OptimizerError
         from runtime.settings import overlay
 
         try:
             config = overlay(self._config, settings, place="settings")
+            if not may_loosen_bars:
+                require_bars(config.evaluation, self._config.evaluation)
             cycle = await open_cycle(self._memory, config, seams=self._seams)
         except OptimizerError as error:
             raise ValueError(str(error)) from error
@@ -512,14 +515,19 @@ class Learner:
     async def judge(self, policy: Policy) -> dict[str, Any]:
         """Settle a cycle's candidate on tasks that have not decided on it yet; return the verdict.
 
+        The bars are the tighter ones of the cycle's settings and of this server's configuration.
+
         Raises:
             CycleInProgress: held-out tasks would have to be played while a cycle plays.
         """
         from memory.errors import CycleInProgress
+        from optimizer.bars import tightest
         from optimizer.release_gate import judge_again
         from optimizer.workshop import Workshop
 
         shop = Workshop(self._memory, self._seams, policy.cycle_id)
+        bars = tightest(shop.config.evaluation, self._config.evaluation)
+        shop.config = shop.config.model_copy(update={"evaluation": bars})
         under_way = self._memory.cycles.unfinished()
         if shop.config.environment and under_way is not None:
             raise CycleInProgress(
@@ -619,11 +627,19 @@ async def examine(settings: Any, phases: Phases) -> dict[str, Any]:
     """Check everything without a server."""
     from dataclasses import asdict
 
+    from memory.errors import StorageError
     from runtime import doctor as checks
     from runtime.engine import Engine
     from runtime.errors import EngineError
 
-    with open_memory_here(settings) as memory:
+    try:
+        memory = open_memory_here(settings)
+    except Failure as failure:
+        if not isinstance(failure.__cause__, StorageError):  # another process has the directory
+            raise
+        lost = checks.Check("storage", False, str(failure), "the message says what can be done")
+        return {"is_ok": False, "checks": [asdict(lost)]}
+    with memory:
         phases.say("checking what is kept")
         found = await asyncio.to_thread(checks.check_at_rest, memory)
         engine = Engine(settings.engine, memory.data_dir, on_progress=phases.say)

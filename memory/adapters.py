@@ -22,6 +22,7 @@ import numpy
 from pydantic import BaseModel, Field, ValidationError
 
 from memory.errors import AdapterRefused
+from memory.names import Name
 
 MANIFEST_NAME = "manifest.json"
 CONFIG_NAME = "adapter_config.json"
@@ -49,7 +50,7 @@ class Manifest(BaseModel, extra="forbid"):
     """What an adapter is, where it comes from, and the hashes that prove it."""
 
     format: Literal[1] = 1
-    name: str
+    name: Name
     version: int = Field(ge=0)
     base_model: str
     base_digest: str

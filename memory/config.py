@@ -32,6 +32,8 @@ class MemoryConfig(BaseModel, extra="forbid"):
     """ExpeL's list size for one kind of task: 5 over it, REMOVE costs 3 of an insight's strength instead of 1."""
     passage_tokens: int = Field(default=200, ge=20)
     """Size of a document's passages. The embedded encoder reads 256 tokens."""
+    max_document_passages: int = Field(default=5_000, ge=1)
+    """Most passages of one document. All of them are written in one transaction, and others wait for its end."""
     retrieval_deadline_seconds: float = Field(default=0.15, gt=0)
     """How long an answer waits for the index of meanings before it makes do with words."""
     encoding_deadline_seconds: float = Field(default=2.0, gt=0)

@@ -69,14 +69,22 @@ class _Write:
 class Database:
     """One place for rows, open. Everything that was awaited is durable; readers see only what is committed."""
 
-    def __init__(self, path_or_url: Path | str, *, prepare: Callable[[Connection], None] | None = None) -> None:
+    def __init__(
+        self,
+        path_or_url: Path | str,
+        *,
+        prepare: Callable[[Connection], None] | None = None,
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
         """Open it, creating a file that is missing, and bring its tables up to date, or do what `prepare` does instead.
+        `on_close` is called once everything is written and closed.
 
         Raises: StorageError when it can't be opened, DatabaseTooNew when a later version of this program wrote it,
         ValueError for a URL that can't be.
         """
         self._dialect = dialect_of(path_or_url)
         self._is_open = True
+        self._on_close = on_close
         self._waiting: list[_Write] = []
         self._waking: set[asyncio.AbstractEventLoop] = set()
         self.acknowledgements = Tally()
@@ -170,6 +178,8 @@ class Database:
             self._gate.notify()
         self._writer.join()
         self._dialect.close()
+        if self._on_close is not None:
+            self._on_close()
 
     async def _enqueue(self, work: Work | _Row) -> Any:
         loop = asyncio.get_running_loop()

@@ -11,16 +11,18 @@ import builtins
 import hashlib
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
-from sqlalchemy import delete
+from sqlalchemy import delete, insert, literal
 from sqlmodel import Session, col, select
 
 from memory.database import Database
-from memory.errors import UnknownDocument
+from memory.errors import DocumentTooLong, UnknownDocument
 from memory.schema import Document, Outbox, Passage, Trust, new_id
 
 CHARS_PER_TOKEN = 4  # of English prose, about; the encoder's own tokenizer is not asked
+WRITE_BATCH = 1000
 BREAKS = (
     re.compile(r"\n(?=#{1,6} )"),  # Markdown headings
     re.compile(r"\n\s*\n"),  # paragraphs
@@ -33,9 +35,10 @@ BREAKS = (
 class Documents:
     """All documents the agent was given to read."""
 
-    def __init__(self, database: Database, *, passage_tokens: int = 200) -> None:
+    def __init__(self, database: Database, *, passage_tokens: int = 200, max_passages: int = 5_000) -> None:
         self._database = database
         self._passage_chars = passage_tokens * CHARS_PER_TOKEN
+        self._max_passages = max_passages
 
     async def ingest(
         self, title: str, content: str | Path, *, tenant: str = "", trust: Trust = Trust.TRUSTED
@@ -43,14 +46,14 @@ class Documents:
         """Keep a document, given as text or as a UTF-8 file; return the row. The same content again changes nothing but
         its trust.
 
-        Raises: ValueError for a blank title, an empty document or a file that isn't UTF-8 text; OSError when it
-        can't be read.
+        Raises: ValueError for a blank title, an empty document or a file that isn't UTF-8 text; DocumentTooLong for
+        more passages than are allowed; OSError when it can't be read.
         """
         title = " ".join(title.split())
         if not title:
             raise ValueError("a document needs a title: name it after what it tells")
         text = await asyncio.to_thread(_read, content) if isinstance(content, Path) else content
-        passages = builtins.list(split_text(text, self._passage_chars))
+        passages = await asyncio.to_thread(self._split, title, text)  # seconds of work for the longest
         if not passages:
             raise ValueError(f"document {title!r} holds no text: check {str(content)[:80]!r}")
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -70,6 +73,16 @@ class Documents:
             return _add(session, document, passages)
 
         return await self._database.write(write)
+
+    def _split(self, title: str, text: str) -> builtins.list[str]:
+        """Return the passages of a text, reading no further than to one too many. Raises: DocumentTooLong."""
+        passages = builtins.list(islice(split_text(text, self._passage_chars), self._max_passages + 1))
+        if len(passages) > self._max_passages:
+            raise DocumentTooLong(
+                f"document {title!r} has more than {self._max_passages} passages: cut it into several documents, or "
+                "raise memory.max_document_passages"
+            )
+        return passages
 
     async def remove(self, document_id: str, *, tenant: str = "") -> None:
         """Forget a document and its passages. Raises: UnknownDocument."""
@@ -150,20 +163,26 @@ def _read(path: Path) -> str:
 def _add(session: Session, document: Document, passages: builtins.list[str]) -> Document:
     session.add(document)
     session.flush()  # the passages point at it
-    for position, text in enumerate(passages):
-        passage = Passage(id=new_id("psg"), document_id=document.id, position=position, text=text)
-        session.add(passage)
-        session.add(Outbox(collection="passages", row_id=passage.id))
+    for start in range(0, len(passages), WRITE_BATCH):
+        batch = enumerate(passages[start : start + WRITE_BATCH], start)
+        rows = [{"id": new_id("psg"), "document_id": document.id, "position": at, "text": text} for at, text in batch]
+        session.execute(insert(Passage), rows)
+    session.execute(_announce(document.id, is_removed=False))
     return document
 
 
 def _remove(session: Session, document: Document) -> None:
-    for passage in session.exec(_passages_of(document.id)):
-        session.add(Outbox(collection="passages", row_id=passage.id, is_removed=True))
-    session.flush()
+    session.execute(_announce(document.id, is_removed=True))
     session.execute(delete(Passage).where(col(Passage.document_id) == document.id))
     session.delete(document)
     session.flush()  # its title is free again for the one that takes its place
+
+
+def _announce(document_id: str, *, is_removed: bool):
+    """Return the statement that has the index look at all passages of a document."""
+    passages = select(literal("passages"), Passage.id, literal(is_removed), literal(False))
+    passages = passages.where(col(Passage.document_id) == document_id).order_by(col(Passage.position))
+    return insert(Outbox).from_select(["collection", "row_id", "is_removed", "is_worded"], passages)
 
 
 def _passages_of(document_id: str):

@@ -17,9 +17,11 @@
     |   +-- LastOperatorKey      without it nobody could manage keys any more
     +-- OtherBaseModel           the directory's policies stand on another base model (also a ValueError)
     +-- CycleInProgress          one turn of the loop at a time
+    +-- ConversationTooLong      more responses, or longer ones, than the caller reads
     +-- FeedbackConflict         the same feedback id with another body
     +-- IndexUnavailable         no meanings for now (never reaches a request: words must do)
     |   +-- IndexDamaged         the index of meanings must be made anew
+    +-- DocumentTooLong          more passages than are allowed (also a ValueError)
     +-- AdapterRefused           an adapter directory that must not reach the engine
 
 This module refuses to know about HTTP. Bad arguments are plain `ValueError`s.
@@ -74,6 +76,10 @@ class UnknownDocument(UnknownRow):
     """No document has that id."""
 
 
+class DocumentTooLong(StoreError, ValueError):
+    """A document has more passages than `memory.max_document_passages`."""
+
+
 class UnknownCycle(UnknownRow):
     """No cycle has that id."""
 
@@ -104,6 +110,10 @@ class OtherBaseModel(StoreError, ValueError):
 
 class CycleInProgress(StoreError):
     """A cycle is open already; one turn of the loop at a time."""
+
+
+class ConversationTooLong(StoreError):
+    """A conversation of stored responses is longer than the caller reads."""
 
 
 class FeedbackConflict(StoreError):

@@ -98,7 +98,7 @@ class FeedbackBook:
         """Return what was said of one trajectory, oldest first."""
         with self._database.read() as session:
             query = select(Feedback).where(Feedback.trajectory_id == trajectory_id)
-            return builtins.list(session.exec(query.order_by(col(Feedback.created_at), col(Feedback.id))))
+            return builtins.list(session.exec(query.order_by(col(Feedback.sequence), col(Feedback.id))))
 
     def comments(self, *, since_id: str = "") -> dict[str, builtins.list[str]]:
         """Return what was written about episodes in words, oldest first, by trajectory; of older ones than `since_id`
@@ -106,7 +106,7 @@ class FeedbackBook:
         query = (
             select(Feedback.trajectory_id, Feedback.comment)
             .where(col(Feedback.comment).is_not(None), col(Feedback.trajectory_id) >= since_id)
-            .order_by(col(Feedback.created_at), col(Feedback.id))
+            .order_by(col(Feedback.sequence), col(Feedback.id))
         )
         found: dict[str, builtins.list[str]] = defaultdict(builtins.list)
         with self._database.read() as session:
@@ -126,7 +126,7 @@ class FeedbackBook:
         query = _join_corrected(select(Feedback, Trajectory))
         if environments is not None:
             query = query.where(func.coalesce(Trajectory.environment, "").in_(environments))
-        query = query.order_by(col(Feedback.created_at).desc(), col(Feedback.id).desc()).limit(limit)
+        query = query.order_by(col(Feedback.sequence).desc(), col(Feedback.id).desc()).limit(limit)
         found: dict[tuple[str, int], Correction] = {}
         with self._database.read() as session:
             if is_for_weights:

@@ -14,11 +14,13 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sqlalchemy import delete, insert, update
 from sqlmodel import Session, col, select
 
+from memory.backlog import Backlog, Entry
 from memory.database import Database
 from memory.encoder import Encoder, QueryEncoder, encode
 from memory.errors import IndexDamaged, IndexUnavailable, StorageError
@@ -58,6 +60,7 @@ class Follower:
         self._meanings = meanings
         self._encoder = encoder
         self._queries = queries
+        self._backlog = Backlog()
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._suspected = threading.Event()
@@ -109,6 +112,7 @@ class Follower:
                 self._num_failures = 0
                 self.last_failure = None
             except (IndexUnavailable, StorageError, OSError) as error:
+                self._backlog.reset()
                 if self._stopping.is_set():
                     return
                 self._note_failure(error)
@@ -139,9 +143,10 @@ class Follower:
     def _follow_words(self) -> bool:
         """Bring the word index up to date, then mark in the outbox what it holds."""
         with self._database.read() as session:
-            rows = session.exec(_batch(WORDS_BATCH).where(col(Outbox.is_worded).is_(False))).all()
-            loaded = self._load(session, rows)
-        if not rows:
+            self._backlog.read(session)
+            batch = self._backlog.take_for_words(WORDS_BATCH)
+            loaded = self._load(session, batch)
+        if not batch:
             return False
 
         def hold(session: Session) -> None:
@@ -149,30 +154,32 @@ class Follower:
                 self._words.replace(session, collection, row_ids, entries)
 
         self._words.write(hold)
-        marked = update(Outbox).where(col(Outbox.id).in_([row.id for row in rows])).values(is_worded=True)
+        marked = update(Outbox).where(col(Outbox.id).in_([it.id for it in batch])).values(is_worded=True)
         self._database.write_sync(lambda session: session.execute(marked))
-        return len(rows) == WORDS_BATCH
+        self._backlog.note_worded(batch)
+        return len(batch) == WORDS_BATCH
 
     def _follow_meanings(self) -> bool:
         """Bring the index of meanings up to date, then delete what both indexes hold from the outbox."""
-        with self._database.read() as session:
-            rows = session.exec(_batch(MEANINGS_BATCH).where(col(Outbox.is_worded).is_(True))).all()
-            loaded = self._load(session, rows)
-        if not rows:
+        batch = self._backlog.take_for_meanings(MEANINGS_BATCH)
+        if not batch:
             return False
+        with self._database.read() as session:
+            loaded = self._load(session, batch)
         for collection, (row_ids, entries) in loaded.items():
             if entries:
-                self._meanings.upsert(collection, entries, self._encode(entries))
+                ids_at = partial(self._words.ids_at, collection)
+                self._meanings.upsert(collection, entries, self._encode(entries), ids_at=ids_at)
             self._meanings.forget(collection, set(row_ids) - {entry.row_id for entry in entries})
-        ids = [row.id for row in rows]
+        ids = [it.id for it in batch]
         self._database.write_sync(lambda session: session.execute(delete(Outbox).where(col(Outbox.id).in_(ids))))
-        return len(rows) == MEANINGS_BATCH
+        return len(batch) == MEANINGS_BATCH
 
-    def _load(self, session: Session, rows: Iterable[Outbox]) -> dict[str, tuple[list[str], list[Searchable]]]:
+    def _load(self, session: Session, batch: Iterable[Entry]) -> dict[str, tuple[list[str], list[Searchable]]]:
         """Return, by collection, the ids that the outbox names, and what is searchable of them now."""
         return {
             collection: (row_ids, self._searchables.load(session, collection, row_ids))
-            for collection, row_ids in _by_collection(rows).items()
+            for collection, row_ids in _by_collection(batch).items()
         }
 
     def _encode(self, entries: Sequence[Searchable]) -> list[numpy.ndarray]:
@@ -232,11 +239,7 @@ class Follower:
             self._database.write_sync(lambda session: session.execute(insert(Outbox), values))
 
 
-def _batch(limit: int):
-    return select(Outbox).order_by(col(Outbox.id)).limit(limit)
-
-
-def _by_collection(rows: Iterable[Outbox]) -> dict[str, list[str]]:
+def _by_collection(rows: Iterable[Entry]) -> dict[str, list[str]]:
     ids: dict[str, dict[str, None]] = defaultdict(dict)
     for row in rows:
         ids[row.collection][row.row_id] = None  # once each, in order

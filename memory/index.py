@@ -24,7 +24,7 @@ from memory.database import Database
 from memory.encoder import Encoder, QueryEncoder
 from memory.errors import IndexDamaged, IndexUnavailable, StorageError
 from memory.follower import Follower
-from memory.meanings import MeaningIndex
+from memory.meanings import MAX_COMPARED, MeaningIndex
 from memory.scopes import EVERYBODY
 from memory.searchables import COLLECTIONS, Searchables
 from memory.tally import Tally
@@ -34,6 +34,7 @@ from memory.words import WordIndex
 FUSION_CONSTANT = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher, 2009)
 MAX_HANGING = 2  # questions that Chroma may leave unanswered before it isn't asked any more
 POLL_SECONDS = 0.01
+MAX_SMALL = 1_000  # rows of small partitions that one question may have compared, where it names no kind
 MAX_OWN = 200  # rows of one person whose vectors are compared, the newest; beside them, older ones with rare words
 
 logger = logging.getLogger(__name__)
@@ -174,13 +175,15 @@ class MemoryIndex:
                     vector = await self._queries.encode(query_text)
             # One person's rows are compared one by one: the newest, and those with rare words of the query.
             words_own = [] if where["user_id"] == EVERYBODY else await by_word
+            compared = [*words_own, *self._newest_own(collection, where, exclude_task)]
+            compared += self._of_small_partitions(collection, where, exclude_task)
             question = _Question(
                 lambda: self._meanings.find(
                     collection,
                     vector,
                     where,
                     num,
-                    own=list(dict.fromkeys([*words_own, *self._newest_own(collection, where, exclude_task)])),
+                    compared=list(dict.fromkeys(compared)),
                     exclude_task=exclude_task,
                     min_similarity=min_similarity,
                 )
@@ -200,6 +203,18 @@ class MemoryIndex:
             return []
         try:
             return self._words.newest(collection, where, MAX_OWN, exclude_task=exclude_task)
+        except StorageError as error:
+            logger.warning("the word index failed, rebuild it: %s", error)
+            return []
+
+    def _of_small_partitions(self, collection: str, where: dict[str, str], exclude_task: str | None) -> list[str]:
+        """Return the ids of what all are shown, of the partitions that are compared row by row."""
+        try:
+            found: list[str] = []
+            for partition in self._words.partitions(collection, where):
+                if len(found) < MAX_SMALL and not self._meanings.is_large(collection, partition):
+                    found += self._words.ids_at(collection, partition, MAX_COMPARED, exclude_task=exclude_task or "")
+            return found
         except StorageError as error:
             logger.warning("the word index failed, rebuild it: %s", error)
             return []

@@ -12,7 +12,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import hashlib
-import re
 import secrets
 import time
 from collections.abc import Iterable
@@ -24,10 +23,10 @@ from sqlmodel import Session, col, select
 
 from memory.database import Database
 from memory.errors import LastOperatorKey, StorageError, UnknownKey
+from memory.names import check_name_or_empty
 from memory.schema import ApiKey, Scope, new_id, now
 
 PREFIX = "ratchet_"  # so that scanners of code and logs know one when they see one
-TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}|")
 MAX_LIMIT = 2**31 - 1  # what an INTEGER column of PostgreSQL holds; SQLite would take 2**63 - 1
 NOTED_EVERY = timedelta(minutes=1)
 FRESH_SECONDS = 5.0
@@ -195,9 +194,12 @@ def _check_name(name: str) -> str:
 
 
 def _check_tenant(tenant: str) -> str:
-    if not TENANT.fullmatch(tenant):
-        raise ValueError(f"a tenant is up to 64 letters, digits, '.', '_' and '-', not {tenant!r}; '' is the default")
-    return tenant
+    try:
+        return check_name_or_empty(tenant)
+    except ValueError:
+        raise ValueError(
+            f"a tenant is up to 64 letters, digits, '.', '_' and '-', not {tenant!r}; '' is the default"
+        ) from None
 
 
 def _check_scopes(scopes: Iterable[str]) -> list[str]:

@@ -1,12 +1,13 @@
 """Find rows by meaning: vectors in Chroma, an index that may be lost at any time.
 
-This module refuses to know rows and encoders; it is given ids, vectors and filters. Each partition (tenant,
-environment, kind) of a collection is a Chroma collection of its own: Chroma answers a filter by first listing every row
-that passes, which takes seconds among a million. What single persons are shown is in a second one beside it, of all
-persons together, because each Chroma collection takes four open files. Chroma never searches that one, because it needs
-60 ms to find one person's 40 rows among 40,000: the ids of the person's rows are given, and their vectors are compared
-here. Chroma lives in a subdirectory that is never reused after a failure, because the client caches what it knows of a
-path for the life of the process.
+This module refuses to know rows and encoders; it is given ids, vectors and filters. A partition is what all of a tenant
+are shown of one environment and kind. A large one is a Chroma collection of its own, because Chroma answers a filter by
+first listing every row that passes, which takes seconds among a million. All small ones, and what single persons are
+shown, lie together in one shared collection: each Chroma collection takes four open files and some 3 MB, and there may
+be thousands of tenants. Chroma never searches the shared one; the ids of the rows are given, and their vectors are
+compared here. A small partition moves to a collection of its own when it has grown beyond `MAX_COMPARED` rows. Chroma
+lives in a subdirectory that is never reused after a failure, because the client caches what it knows of a path for the
+life of the process.
 
 Invariant: whatever goes wrong in there comes out as IndexDamaged.
 """
@@ -20,9 +21,10 @@ import json
 import resource
 import shutil
 import sqlite3
+import sys
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +38,19 @@ if TYPE_CHECKING:
 DATABASE_NAME = "chroma.sqlite3"
 MAX_BATCH = 200
 SPARE = 10  # rows asked for beyond those wanted, where some of the nearest may be of the task that is left out
-MAX_OPEN_PLACES = 1_000_000  # as good as all
+MAX_OPEN_PLACES = 1_000_000  # as good as all: there is one for each few hundred rows at most
 PAGE = 20_000  # digests read at once
 # Chroma's own 100 finds 85 of the 100 nearest among a million rows in tight clusters, this 98, for 1 ms more.
 HNSW = {"space": "cosine", "ef_search": 800}
-LAYOUT = 4  # of what is in there: an index of another layout is made anew
-PARTITION = ("is_own", "tenant", "environment", "kind")
-Partition = tuple[bool, str, str, str]
+SHARED_HNSW = {"space": "cosine", "ef_construction": 10, "max_neighbors": 4}  # never searched: cheap to add to
+MAX_COMPARED = 256  # rows of a small partition; to read the vector of each takes Chroma 30 us
+LAYOUT = 5  # of what is in there: an index of another layout is made anew
+PARTITION = ("tenant", "environment", "kind")
+Partition = tuple[str, str, str]
+SHARED = None
+"""The place of the shared collection among those of partitions."""
+IdsAt = Callable[[Partition, int], Sequence[str]]
+"""The ids of up to so many rows of a partition, none of them a single person's."""
 
 
 class MeaningIndex:
@@ -53,7 +61,7 @@ class MeaningIndex:
         self._encoder_name = encoder_name
         self._home: Path | None = None
         self._client: Any = None
-        self._places: dict[str, dict[Partition, Any]] = {}
+        self._places: dict[str, dict[Partition | None, Any]] = {}
         self._num_bytes = 0  # of Chroma's database when it was last looked at
         self._lock = threading.Lock()  # opening and closing; Chroma guards the rest itself
 
@@ -68,13 +76,14 @@ class MeaningIndex:
             self._home = homes[-1] if homes else self._directory / new_id("idx")
             _check_file(self._home / DATABASE_NAME)
             self._client = _connect(self._home)
-            places: dict[str, dict[Partition, Any]] = {name: {} for name in COLLECTIONS}
+            places: dict[str, dict[Partition | None, Any]] = {name: {} for name in COLLECTIONS}
             for held in self._client.list_collections():
                 told = held.metadata or {}
                 if (told.get("encoder"), told.get("layout")) != (self._encoder_name, LAYOUT):
                     self._client.delete_collection(held.name)
                 else:
-                    places[told["collection"]][tuple(told[name] for name in PARTITION)] = held
+                    place = SHARED if told["is_shared"] else tuple(told[name] for name in PARTITION)
+                    places[told["collection"]][place] = held
             self._places, self._num_bytes = places, 0
 
     def close(self) -> None:
@@ -113,24 +122,67 @@ class MeaningIndex:
         was, self._num_bytes = self._num_bytes, num_bytes
         return 0 < num_bytes >= was
 
-    def upsert(self, collection: str, entries: Sequence[Searchable], vectors: Sequence[numpy.ndarray]) -> None:
-        """Hold the entries with their vectors, (dim,) float32 each: idempotent. Raises: IndexDamaged."""
-        by_partition: dict[Partition, list[int]] = defaultdict(list)
-        for position, entry in enumerate(entries):
-            by_partition[partition_of(entry)].append(position)
+    def upsert(
+        self,
+        collection: str,
+        entries: Sequence[Searchable],
+        vectors: Sequence[numpy.ndarray],
+        *,
+        ids_at: IdsAt | None = None,
+    ) -> None:
+        """Hold the entries with their vectors, (dim,) float32 each: idempotent. `ids_at` tells which partitions are
+        small; without it none is. Raises: IndexDamaged."""
+        by_place: dict[Partition | None, list[int]] = defaultdict(list)
         with _chroma_errors():
-            for partition, positions in by_partition.items():
-                held = self._hold(collection, partition)
-                other = self._places[collection].get((not partition[0], *partition[1:]))
+            wanted = {None if entry.user_id else partition_of(entry) for entry in entries}
+            places = {partition: self._place_of(collection, partition, ids_at) for partition in wanted}
+            for position, entry in enumerate(entries):
+                by_place[places[None if entry.user_id else partition_of(entry)]].append(position)
+            for place, positions in by_place.items():
+                held = self._hold(collection, place)
                 for start in range(0, len(positions), MAX_BATCH):
                     batch = positions[start : start + MAX_BATCH]
-                    if other is not None:  # what was one person's may have become everybody's, or the reverse
-                        _delete(other, [entries[position].row_id for position in batch])
+                    # What was one person's may have become everybody's, or the reverse.
+                    self._leave_others(collection, place, [entries[position] for position in batch])
                     held.upsert(
                         ids=[entries[position].row_id for position in batch],
                         embeddings=[vectors[position] for position in batch],
-                        metadatas=[{"task": entries[it].task, "digest": entries[it].digest} for it in batch],
+                        metadatas=[_metadata(entries[position]) for position in batch],
                     )
+
+    def _place_of(self, collection: str, partition: Partition | None, ids_at: IdsAt | None) -> Partition | None:
+        """Return where a partition's rows belong, once one that has grown too large to be compared has a collection of
+        its own; `None` are the rows of single persons."""
+        if partition is None or self.is_large(collection, partition) or ids_at is None:
+            return partition
+        if len(ids_at(partition, MAX_COMPARED + 1)) <= MAX_COMPARED:
+            return SHARED
+        self._move(collection, partition, ids_at(partition, sys.maxsize))
+        return partition
+
+    def _move(self, collection: str, partition: Partition, row_ids: Sequence[str]) -> None:
+        """Give a partition a collection of its own, with those of its rows that the shared one holds."""
+        shared, held = self._places[collection].get(SHARED), self._make(collection, partition)
+        for start in range(0, len(row_ids) if shared is not None else 0, MAX_BATCH):
+            found = shared.get(ids=list(row_ids[start : start + MAX_BATCH]), include=["embeddings", "metadatas"])
+            if found["ids"]:
+                held.upsert(ids=found["ids"], embeddings=found["embeddings"], metadatas=found["metadatas"])
+        self._places[collection][partition] = held  # only now is it asked instead of the shared one
+        for start in range(0, len(row_ids) if shared is not None else 0, MAX_BATCH):
+            _delete(shared, row_ids[start : start + MAX_BATCH])
+
+    def _leave_others(self, collection: str, place: Partition | None, entries: Sequence[Searchable]) -> None:
+        """Take rows out of where they may have been before they came to this place."""
+        places = self._places[collection]
+        if place is not SHARED:
+            by_other = {SHARED: [entry.row_id for entry in entries]}
+        else:
+            by_other = defaultdict(list)
+            for entry in entries:
+                by_other[partition_of(entry)].append(entry.row_id)
+        for other, row_ids in by_other.items():
+            if other in places:
+                _delete(places[other], row_ids)
 
     def forget(self, collection: str, row_ids: Iterable[str]) -> None:
         """Hold none of these any more: idempotent. Raises: IndexDamaged."""
@@ -140,6 +192,10 @@ class MeaningIndex:
                 for held in self._held(collection):
                     _delete(held, row_ids[start : start + MAX_BATCH])
 
+    def is_large(self, collection: str, partition: Partition) -> bool:
+        """Return whether a partition has a collection of its own, and so needs no ids to be found."""
+        return partition in self._places.get(collection, ())
+
     def find(
         self,
         collection: str,
@@ -147,63 +203,91 @@ class MeaningIndex:
         where: Mapping[str, str],
         num: int,
         *,
-        own: Sequence[str] = (),
+        compared: Sequence[str] = (),
         exclude_task: str | None = None,
         min_similarity: float = -1.0,
     ) -> list[str]:
-        """Return the ids of the nearest rows, best first, by cosine similarity: of what is everybody's, and of the rows
-        `own`, which are one person's. Raises: IndexDamaged."""
+        """Return the ids of the nearest rows, best first, by cosine similarity: of the large partitions, and of the
+        rows `compared`, which are one person's or of small partitions. Raises: IndexDamaged."""
         with _chroma_errors():
-            everybodys = self._held(collection, {**where, "is_own": False})
-            hits = [_nearest(held, vector, num, exclude_task) for held in everybodys]
-            persons = self._held(collection, {**where, "is_own": True}) if own else []
-            hits += [_compare(held, vector, own) for held in persons]
+            hits = [_nearest(held, vector, num, exclude_task) for held in self._held(collection, where)]
+            shared = self._places[collection].get(SHARED)
+            if shared is not None and compared:
+                hits.append(_compare(shared, vector, compared))
         nearest = heapq.nsmallest(num, (hit for of_one in hits for hit in of_one))
         return [row_id for distance, row_id in nearest if 1.0 - distance >= min_similarity]
 
     def digests(self, collection: str) -> dict[str, str]:
-        """Return what is held: the digest of each row, by id. Raises: IndexDamaged."""
+        """Return what is held: the digest of each row, by id. Rows that a move left behind, because its process died,
+        are deleted. Raises: IndexDamaged."""
         digests: dict[str, str] = {}
+        left_behind: list[str] = []
         with _chroma_errors():
-            for held in self._held(collection):
+            for place, held in self._all(collection).items():
                 for start in range(0, held.count(), PAGE):
                     page = held.get(limit=PAGE, offset=start, include=["metadatas"])
-                    kept = zip(page["ids"], page["metadatas"], strict=True)
-                    digests.update((row_id, metadata["digest"]) for row_id, metadata in kept)
+                    for row_id, metadata in zip(page["ids"], page["metadatas"], strict=True):
+                        if place is SHARED and self._is_left_behind(collection, metadata):
+                            left_behind.append(row_id)
+                        else:
+                            digests[row_id] = metadata["digest"]
+            for start in range(0, len(left_behind), MAX_BATCH):
+                _delete(self._places[collection][SHARED], left_behind[start : start + MAX_BATCH])
         return digests
+
+    def _is_left_behind(self, collection: str, metadata: Mapping[str, Any]) -> bool:
+        partition = tuple(metadata[name] for name in PARTITION)
+        return not metadata["is_own"] and self.is_large(collection, partition)
 
     def count(self) -> dict[str, int]:
         """Return how many rows of each collection are held. Raises: IndexDamaged."""
         with _chroma_errors():
-            return {name: sum(held.count() for held in self._held(name)) for name in COLLECTIONS}
+            return {name: sum(held.count() for held in self._all(name).values()) for name in COLLECTIONS}
+
+    def _all(self, collection: str) -> dict[Partition | None, Any]:
+        """Return the Chroma collections by place, the shared one among them."""
+        if not self._places:
+            raise IndexDamaged("the index of meanings is not open")
+        return self._places[collection].copy()
 
     def _held(self, collection: str, where: Mapping[str, Any] | None = None) -> list[Any]:
-        """Return the Chroma collections of the partitions that a filter names, all of them without one."""
-        if not self._places:
-            raise IndexDamaged("the index of meanings is not open")
-        wanted = [(position, where[name]) for position, name in enumerate(PARTITION) if where and name in where]
-        places = self._places[collection].copy()
-        return [held for place, held in places.items() if all(place[position] == value for position, value in wanted)]
+        """Return the Chroma collections of the large partitions that a filter names; all there are without one."""
+        places = self._all(collection)
+        if where is None:
+            return list(places.values())
+        wanted = [(position, where[name]) for position, name in enumerate(PARTITION) if name in where]
+        return [
+            held
+            for place, held in places.items()
+            if place is not SHARED and all(place[position] == value for position, value in wanted)
+        ]
 
-    def _hold(self, collection: str, place: Partition) -> Any:
-        """Return the Chroma collection of a partition, made where it is missing."""
-        if not self._places:
-            raise IndexDamaged("the index of meanings is not open")
-        places = self._places[collection]
+    def _hold(self, collection: str, place: Partition | None) -> Any:
+        """Return the Chroma collection of a place, made where it is missing."""
+        places = self._all(collection)
         if place not in places:
-            told = {"encoder": self._encoder_name, "layout": LAYOUT, "collection": collection}
-            name = hashlib.sha256(json.dumps([collection, *place]).encode()).hexdigest()[:40]
-            places[place] = self._client.get_or_create_collection(
-                f"{collection}-{name}",
-                embedding_function=None,  # Chroma's own would be downloaded
-                configuration={"hnsw": HNSW},
-                metadata=told | dict(zip(PARTITION, place, strict=True)),
-            )
+            places[place] = self._places[collection][place] = self._make(collection, place)
         return places[place]
+
+    def _make(self, collection: str, place: Partition | None) -> Any:
+        values = place or ("", "", "")
+        told = {"encoder": self._encoder_name, "layout": LAYOUT, "collection": collection, "is_shared": place is SHARED}
+        name = hashlib.sha256(json.dumps([collection, place]).encode()).hexdigest()[:40]
+        return self._client.get_or_create_collection(
+            f"{collection}-{name}",
+            embedding_function=None,  # Chroma's own would be downloaded
+            configuration={"hnsw": SHARED_HNSW if place is SHARED else HNSW},
+            metadata=told | dict(zip(PARTITION, values, strict=True)),
+        )
 
 
 def partition_of(entry: Searchable) -> Partition:
-    return bool(entry.user_id), entry.tenant, entry.environment, entry.kind
+    return entry.tenant, entry.environment, entry.kind
+
+
+def _metadata(entry: Searchable) -> dict[str, Any]:
+    told = {"task": entry.task, "digest": entry.digest, "is_own": bool(entry.user_id)}
+    return told | dict(zip(PARTITION, partition_of(entry), strict=True))
 
 
 def _delete(held: Any, row_ids: Sequence[str]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 from sqlalchemy import bindparam
 from sqlmodel import col, select
 
+from memory.chat_marks import neutralise
 from memory.config import MemoryConfig
 from memory.database import Database
 from memory.errors import StorageError
@@ -39,9 +39,6 @@ MIN_SIMILARITY = 0.3  # cosine; what is further away than this only distracts
 # other words are at 0.63 and above, two games of one family at 0.62 and above, unlike requests at 0.39 and below.
 MIN_EXEMPLAR_SIMILARITY = 0.45
 CHARS_PER_TOKEN = 4
-CHAT_TAGS = re.compile(
-    r"<(?=\s*/?\s*(?:memory|tool_call|tool_response|tools|think|s|inst|sys)\s*>)|\[(?=\s*/?\s*inst\s*\])", re.IGNORECASE
-)
 
 logger = logging.getLogger(__name__)
 
@@ -285,11 +282,6 @@ def is_supported(insight: Insight | Standing) -> bool:
     if not tried:
         return False
     return insight.wins / tried > (insight.wins_otherwise / otherwise if otherwise else 0.5)
-
-
-def neutralise(text: str) -> str:
-    """Break whatever in a remembered text would mean something to the chat or close the segment."""
-    return CHAT_TAGS.sub(lambda tag: f"{tag.group()} ", text.replace("<|", "< |").replace("|>", "| >"))
 
 
 def _one_per_task(trajectories: list[Trajectory]) -> list[Trajectory]:

@@ -104,7 +104,7 @@ class Reviews:
         """Return what was decided about one memory, oldest first."""
         query = select(Review).where(Review.row_id == row_id, Review.tenant == tenant)
         with self._database.read() as session:
-            return list(session.exec(query.order_by(col(Review.created_at), col(Review.id))))
+            return list(session.exec(query.order_by(col(Review.id))))
 
     async def approve_insight(
         self, insight_id: str, *, tenant: str, key_id: str | None = None, text: str | None = None

@@ -10,7 +10,9 @@ said, read and learned in words belongs to one tenant; `""` is the default one. 
 from __future__ import annotations
 
 import json
+import re
 import secrets
+import threading
 import time
 from array import array
 from collections.abc import Iterable
@@ -36,19 +38,52 @@ from sqlalchemy import (
 from sqlmodel import Field, SQLModel
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_ID = re.compile(r"[a-z]+_([0-9a-f]{12})[0-9a-f]{16}")
 _latest_ns = 0
+_latest_sequence = 0
+_sequence_lock = threading.Lock()
 
 
 def _tick() -> int:
-    """Return the time in nanoseconds, later each time: a clock that is set back must not turn what is newest."""
+    """Return the time in nanoseconds, later each time within this process."""
     global _latest_ns
     _latest_ns = max(time.time_ns(), _latest_ns + 1_000)
     return _latest_ns
 
 
+def next_sequence() -> int:
+    """Return a number that is higher each time: the microseconds since 1970, or one more than the last number.
+
+    It orders rows, and says nothing of the time: a clock that is set back must not turn what is newest, neither within
+    a process nor over a restart (`memory/sequence.py`).
+    """
+    global _latest_sequence
+    with _sequence_lock:
+        _latest_sequence = max(time.time_ns() // 1_000, _latest_sequence + 1)
+        return _latest_sequence
+
+
+def advance_sequence(last: int) -> None:
+    """Have every number from now on be higher than `last`."""
+    global _latest_sequence
+    with _sequence_lock:
+        _latest_sequence = max(_latest_sequence, last)
+
+
 def new_id(prefix: str) -> str:
-    """Return a unique id that sorts by time of birth: `<prefix>_<12 hex of milliseconds><16 random hex>`."""
-    return f"{prefix}_{_tick() // 1_000_000:012x}{secrets.token_hex(8)}"
+    """Return a unique id that sorts behind all earlier ones: `<prefix>_<12 hex of milliseconds><3 of microseconds><13
+    random>`, by the sequence."""
+    milliseconds, microseconds = divmod(next_sequence(), 1_000)
+    return f"{prefix}_{milliseconds:012x}{microseconds:03x}{secrets.randbits(52):013x}"
+
+
+def sequence_of(row_id: str) -> int:
+    """Return a number that is at least the one an id was made with; 0 for an id that `new_id` did not make.
+
+    Earlier versions had random digits behind the milliseconds, so the end of the millisecond is returned.
+    """
+    made = _ID.fullmatch(row_id)
+    return (int(made[1], 16) + 1) * 1_000 if made else 0
 
 
 def now() -> datetime:
@@ -82,11 +117,23 @@ class TokenIds(TypeDecorator):
         return array("I", value).tolist() if value is not None else None
 
 
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+TWO_HALVES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
+
 def clean(text: str) -> str:
     """Return text that can be stored and sent anywhere: NUL and half characters (models emit them in JSON escapes)
     become U+FFFD."""
     text = text.replace("\x00", "\ufffd")
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if text.isascii() or HALF_CHARACTER.search(text) is None:
+        return text
+    text = TWO_HALVES.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
+    # A codec's error handler, and `sub`, take seconds over megabytes of halves.
+    import numpy as np
+
+    codes = np.array([text]).view(np.uint32)
+    codes[(codes >> 11) == 0xD800 >> 11] = ord("\ufffd")
+    return str(codes.view(f"U{len(text)}")[0])
 
 
 class CleanText(TypeDecorator):
@@ -375,6 +422,8 @@ class Feedback(SQLModel, table=True):
     source: str = "user"
     tags: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON))
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+    sequence: int = Field(default_factory=next_sequence, sa_type=BigInteger)
+    """The order in which pieces of feedback came; the time may be set back."""
 
 
 class Insight(SQLModel, table=True):

@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 from sqlalchemy import Connection
 
@@ -23,12 +22,14 @@ from memory.index import MemoryIndex
 from memory.insights import Insights
 from memory.keys import Keys
 from memory.moving import copy_rows
-from memory.ownership import take_ownership, tell_address
+from memory.ownership import Ownership, take_ownership
 from memory.policies import Policies
 from memory.responses import Responses
 from memory.retrieval import Retrieval
 from memory.reviews import Reviews
 from memory.scopes import Scopes
+from memory.sequence import continue_sequence
+from memory.traces import DatabaseTrace
 from memory.trajectories import Trajectories
 from memory.verdicts import Verdicts
 from memory.words import WordIndex
@@ -41,10 +42,10 @@ INDEX_NAME = "chroma"
 class Memory:
     """What is kept, and what finds it. Make one with `Memory.open`."""
 
-    def __init__(self, data_dir: Path, config: MemoryConfig, encoder: Encoder, lock: IO[str]) -> None:
+    def __init__(self, data_dir: Path, config: MemoryConfig, encoder: Encoder, ownership: Ownership) -> None:
         self.data_dir = data_dir
         self.config = config
-        self._lock = lock
+        self._ownership = ownership
         self.database = open_rows(data_dir, config)
         # An index lives beside the program that asks it, as Chroma does.
         is_file = self.database.kind == "sqlite"
@@ -53,7 +54,9 @@ class Memory:
         self.trajectories = Trajectories(self.database, success_reward=config.success_reward, scopes=self.scopes)
         self.insights = Insights(self.database, max_kept=config.max_kept_insights, scopes=self.scopes)
         self.reviews = Reviews(self.database, self.trajectories, self.scopes)
-        self.documents = Documents(self.database, passage_tokens=config.passage_tokens)
+        self.documents = Documents(
+            self.database, passage_tokens=config.passage_tokens, max_passages=config.max_document_passages
+        )
         self.policies = Policies(self.database)
         self.cycles = Cycles(self.database)
         self.verdicts = Verdicts(self.database)
@@ -74,23 +77,23 @@ class Memory:
         """
         config = config or MemoryConfig()
         data_dir = Path(data_dir).absolute()
-        lock = take_ownership(data_dir)
+        ownership = take_ownership(data_dir)
         try:
-            memory = cls(data_dir, config, encoder or SentenceEncoder(config.encoder), lock)
+            memory = cls(data_dir, config, encoder or SentenceEncoder(config.encoder), ownership)
         except BaseException:
-            lock.close()
+            ownership.close()
             raise
         memory.index.start()
         return memory
 
     def answers_at(self, url: str) -> None:
         """Have whoever finds the directory taken told where to ask instead."""
-        tell_address(self._lock, url)
+        self._ownership.tell_address(url)
 
     def close(self) -> None:
         """Finish what is being written, and give the directory up."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self._lock.close)
+            stack.callback(self._ownership.close)
             stack.callback(self.database.close)
             stack.callback(self._words.close)
             stack.callback(self.index.close)
@@ -129,13 +132,31 @@ def copy_to_server(data_dir: Path, config: MemoryConfig) -> dict[str, int]:
         raise ValueError(f"{missing}: name the server's database, and the data directory whose rows go there")
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(take_ownership(path.parent)))
-        source, target = (stack.enter_context(contextlib.closing(Database(it))) for it in (path, config.database))
+        source = stack.enter_context(contextlib.closing(open_rows(path.parent, MemoryConfig())))
+        target = stack.enter_context(contextlib.closing(Database(config.database)))
         return copy_rows(source, target)
 
 
 def open_rows(data_dir: Path, config: MemoryConfig) -> Database:
-    """Open the database of a data directory: the file in it, or the one elsewhere that its settings name."""
-    return Database(config.database or data_dir / DATABASE_NAME)
+    """Open the database of a data directory: the file in it, or the one elsewhere that its settings name.
+
+    Raises: StorageError, also when a file that has been there is gone.
+    """
+    database = Database(config.database) if config.database is not None else _open_file(data_dir / DATABASE_NAME)
+    try:
+        continue_sequence(database)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _open_file(path: Path) -> Database:
+    trace = DatabaseTrace(path)
+    trace.check()
+    database = Database(path, on_close=trace.note_closed)
+    trace.note_open()  # no sooner: now SQLite has made its log
+    return database
 
 
 def leave(_connection: Connection) -> None:

@@ -325,7 +325,7 @@ class Trajectories:
         with self._database.read() as session:
             _require(session, trajectory_id)
             query = select(Reward).where(Reward.trajectory_id == trajectory_id)
-            return builtins.list(session.exec(query.order_by(col(Reward.created_at), col(Reward.id))))
+            return builtins.list(session.exec(query.order_by(col(Reward.id))))
 
     def effective_reward(self, trajectory_id: str) -> float | None:
         """Return the reward that counts: the newest of the most trusted source; None when there is none."""
@@ -389,7 +389,7 @@ class Trajectories:
         with self._database.read() as session:
             counts = [reward_teaches(teaching_keys(session))] if is_for_weights else []
             query = query.where(*_is_learnable(counts))
-            rows = session.exec(query.order_by(col(Trajectory.closed_at), col(Trajectory.id))).all()
+            rows = session.exec(query.order_by(col(Trajectory.id))).all()
         return [
             Graded(trajectory, reward.value, reward.value >= self.success_reward, _teacher_of(trajectory, reward))
             for trajectory, reward in rows
@@ -571,7 +571,7 @@ def _effective_reward_of(
     return (
         select(getattr(Reward, column))
         .where(Reward.trajectory_id == trajectory_id, *counts)
-        .order_by(rank, col(Reward.created_at).desc(), col(Reward.id).desc())
+        .order_by(rank, col(Reward.id).desc())
         .limit(1)
         .correlate(Trajectory)  # alone: the query around it may select rewards of its own
         .scalar_subquery()

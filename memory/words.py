@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import islice
 
@@ -121,6 +121,16 @@ class WordIndex:
         values = {"collection": collection, "num": num, "exclude_task": exclude_task or "", **where}
         return [row_id for (row_id,) in self._database.fetch(_newest_at(tuple(where)), values)]
 
+    def partitions(self, collection: str, where: Mapping[str, str]) -> list[tuple[str, str, str]]:
+        """Return (tenant, environment, kind) of what all of a tenant are shown, as far as a filter names it."""
+        values = {"collection": collection, **where, "user_id": EVERYBODY}
+        return [tuple(row) for row in self._database.fetch(_partitions_at(tuple(values)[1:]), values)]
+
+    def ids_at(self, collection: str, partition: Sequence[str], num: int, *, exclude_task: str = "") -> list[str]:
+        """Return the ids of the newest rows of one partition, none of them a single person's."""
+        where = dict(zip(("tenant", "environment", "kind"), partition, strict=True)) | {"user_id": EVERYBODY}
+        return self.newest(collection, where, num, exclude_task=exclude_task)
+
     def find(
         self, collection: str, query_text: str, where: Mapping[str, str], num: int, *, exclude_task: str | None = None
     ) -> list[str]:
@@ -168,6 +178,12 @@ def _any_at(names: tuple[str, ...]) -> TextClause:
         f"SELECT EXISTS (SELECT 1 FROM word_places place WHERE {_condition(names)} AND EXISTS (SELECT 1 "
         f"FROM word_entries WHERE id BETWEEN place.id << {PLACE_BITS} AND ((place.id + 1) << {PLACE_BITS}) - 1))"
     )
+
+
+@cache
+def _partitions_at(names: tuple[str, ...]) -> TextClause:
+    """The question for the places of everybody's rows; the filter's `user_id` is nobody's."""
+    return text(f"SELECT DISTINCT tenant, environment, kind FROM word_places WHERE {_condition(names)}")
 
 
 @cache

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from memory.names import Name, NameOrEmpty
+
 
 class Recipe(BaseModel, extra="forbid", frozen=True):
     """Every number a trainer needs that depends on the size of the model."""
@@ -215,13 +217,13 @@ class EvaluationConfig(BaseModel, extra="forbid"):
 class OptimizerConfig(BaseModel, extra="forbid"):
     """One turn of the loop."""
 
-    environment: str = "textworld"
+    environment: NameOrEmpty = "textworld"
     """Where to practise and to prove, and whose episodes are learned from. Empty: only clients play; then both counts
     of episodes are 0, live traffic is learned from, and a candidate waits until clients have played held-out tasks as
     it and as the incumbent."""
-    learn_from: list[str] = []
+    learn_from: list[NameOrEmpty] = []
     """Other environments whose logged episodes are learned from too. The gate plays held-out tasks of each as well."""
-    name: str = "ratchet"
+    name: Name = "ratchet"
     """Adapters are called `<name>-v<version>`."""
     seed: int = 0
     num_practice_tasks: int = 64

@@ -214,7 +214,7 @@ async def _add_early_adapters(shop: Workshop, spec: TrainingSpec) -> TrainingSpe
     early = []
     for number in range(1, num_epochs) if shop.config.num_selection_tasks and shop.config.environment else ():
         version = await _reserve_version(shop, f"dpo-{number}")
-        output_dir = shop.adapters / f"{spec.name}-v{version}"
+        output_dir = shop.adapter_directory(version)
         early.append(EarlyAdapter(version=version, output_dir=output_dir, share=number / num_epochs))
     return spec.model_copy(update={"early_adapters": early})
 
@@ -248,7 +248,7 @@ async def _specify(
         name=config.name,
         version=version,
         base_model=shop.memory.policies.get(0).base_model,
-        output_dir=shop.adapters / f"{config.name}-v{version}",
+        output_dir=shop.adapter_directory(version),
         work_dir=shop.directory / "training" / kind,
         rows_path=rows_path,
         batch_size=batch_size,
@@ -275,7 +275,7 @@ async def _reserve_version(shop: Workshop, kind: str) -> int:
         return mine
     version = max([*(policy.version for policy in policies), *reserved.values()]) + 1
     # left by a cycle that died before it registered: nothing was ever served from it
-    shutil.rmtree(shop.adapters / f"{shop.config.name}-v{version}", ignore_errors=True)
+    shutil.rmtree(shop.adapter_directory(version), ignore_errors=True)
     await shop.keep(**{f"{kind}_version": version})
     return version
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from memory.feedback import Correction
+from memory.names import path_below
 from memory.schema import Cycle, CycleStage, Split, Task, Trajectory
 from optimizer.config import OptimizerConfig
 from optimizer.readiness import count_gate_tasks
@@ -51,15 +52,15 @@ class Workshop:
     @property
     def directory(self) -> Path:
         """Where rows, checkpoints and cell results of this cycle lie until they are no longer needed."""
-        return self.memory.data_dir / "cycles" / self.cycle_id
+        return path_below(self.memory.data_dir, "cycles", self.cycle_id)
 
-    @property
-    def adapters(self) -> Path:
-        return self.memory.data_dir / "adapters"
+    def adapter_directory(self, version: int) -> Path:
+        """Return where the adapter of a policy version lies, or will."""
+        return path_below(self.memory.data_dir, "adapters", f"{self.config.name}-v{version}")
 
     @property
     def reports(self) -> Path:
-        return self.memory.data_dir / "reports" / self.cycle_id
+        return path_below(self.memory.data_dir, "reports", self.cycle_id)
 
     async def keep(self, **artifacts: Any) -> None:
         """Remember what a stage made; a repeated stage finds it here."""

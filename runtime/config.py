@@ -5,9 +5,9 @@ Refuses to know how settings are read from files or flags. The defaults are the 
 
 from __future__ import annotations
 
-from typing import Annotated
+from pydantic import BaseModel, Field, model_validator
 
-from pydantic import BaseModel, Field, StringConstraints, model_validator
+from memory.names import Name
 
 
 class EngineConfig(BaseModel, extra="forbid"):
@@ -20,7 +20,7 @@ class EngineConfig(BaseModel, extra="forbid"):
     port: int = Field(default=0, ge=0, le=65535)
     """The engine's port on the loopback; 0 takes a free one."""
     tool_call_parser: str | None = None
-    """vLLM's name of the parser; None chooses by the model's family."""
+    """vLLM's name of the parser; None chooses by the model's chat template and tokenizer."""
     max_model_len: int | None = Field(default=None, ge=1)
     """Longest prompt and answer together, in tokens; None is the model's own limit."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
@@ -65,8 +65,10 @@ class AgentConfig(BaseModel, extra="forbid"):
     """For requests that bring none, under a policy that has none; empty sends none."""
     max_steps: int = Field(default=24, ge=1)
     """Most model calls in one episode."""
-    max_output_tokens: int = Field(default=512, ge=1)
-    """Most tokens of one model call."""
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens of one model call; a request that asks for more is refused. None: what the context leaves."""
+    default_output_tokens: int = Field(default=2048, ge=1)
+    """Most tokens of one model call where the request names no number, within `max_output_tokens`."""
     max_total_tokens: int = Field(default=200_000, ge=1)
     """Most tokens of one episode, the prompts and outputs of all its model calls together."""
     max_seconds: float = Field(default=300.0, gt=0)
@@ -127,9 +129,7 @@ class ToolsConfig(BaseModel, extra="forbid"):
 
     functions: list[str] = Field(default_factory=list)
     """Python functions: `package.module:function`, or `package.module` for all its public ones."""
-    mcp: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")], McpServerConfig] = Field(
-        default_factory=dict
-    )
+    mcp: dict[Name, McpServerConfig] = Field(default_factory=dict)
     """MCP servers, by a name of yours."""
     documents: bool = False
     """`search_documents`: passages of what the agent was given to read."""

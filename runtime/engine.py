@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import itertools
+import json
 import os
 import re
 import secrets
@@ -30,11 +31,14 @@ from typing import Any
 
 import structlog
 
+from memory.chat_marks import ANY_FAMILY, ChatMarks
 from runtime import engine_idle
 from runtime.completion import EngineClient
 from runtime.config import EngineConfig
+from runtime.engine_activity import ProcessActivity, is_held_up, read_activity
 from runtime.errors import EngineError, PolicyError
-from runtime.model_family import choose_tool_call_parser, find_model, read_model_config
+from runtime.model_family import find_model
+from runtime.tool_format import choose_tool_call_parser, read_chat_template, shows_tools
 
 log = structlog.get_logger()
 
@@ -42,6 +46,14 @@ OnProgress = Callable[[str], None]
 
 HOME = Path(__file__).parents[1]
 CHILD = Path(__file__).with_name("engine_child.py")
+NO_TOOLS = (
+    "the model's chat template shows no tools: requests with tools are refused; give a template that does with "
+    'engine.extra_args = ["--chat-template", "<file>"]'
+)
+TOOL_CALLS = Path(__file__).with_name("engine_tool_calls.py")
+COMPACT_JSON = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
+"""Small models fill JSON with white space until the length limit. Only these two backends can forbid it, and of them
+only xgrammar knows the grammars of tool calls."""
 CPU_FIX = "runtime.engine_cpu_fix.WorkerFixes"
 CPU_BLOCK_TOKENS = 32
 """What a prompt shares with an earlier one is found again in whole blocks: with vLLM's 128, a turn reads most of the
@@ -52,6 +64,12 @@ BASE = "base"
 """The name under which the bare base model is served."""
 STOP_SECONDS = 10.0
 RECOVERY_PAUSE_SECONDS = 0.25
+LONGEST_STALL_SECONDS = 300.0
+"""How long an engine may go without a token while other work keeps it from the processor."""
+EARLY_SHARE = 0.1
+"""The part of a probe's time after which it is worth looking at what the engine's processes do."""
+OWN_DELAY_SECONDS = 1.0
+"""A look that ends so much later than it should says more of this process than of the engine."""
 BACKOFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 # What the engine's log says as it starts, in this order, and what that means to who waits.
@@ -82,11 +100,15 @@ class Engine(EngineClient):
         """Awaited after each restart, before the engine is ready again."""
         self.max_model_len: int | None = None
         """The longest prompt and answer together that is served; None until it is up, or if it does not say."""
+        self.takes_tools = True
+        """Whether the model's chat template shows tools to it; an engine elsewhere is assumed to."""
         self.num_restarts = 0
         self._on_progress = on_progress or (lambda text: None)
         self._process: asyncio.subprocess.Process | None = None
         self._ready = asyncio.Event()
         self._is_stopped = False
+        self._stalled_since: float | None = None
+        """Since when no token has moved although the engine may yet be sound; on the monotonic clock."""
         self._suspended = asyncio.Event()
         """Set by `suspend`, cleared by `watch` alone: it must not miss a suspension that was soon withdrawn."""
         self._is_down = asyncio.Event()
@@ -118,6 +140,10 @@ class Engine(EngineClient):
             if self.is_ours:
                 self._on_progress("finding the model")
                 self.model_path = await asyncio.to_thread(find_model, self.config.model)
+                await self._learn_marks()
+                self.takes_tools = shows_tools(read_chat_template(self.model_path, self.config.extra_args))
+                if not self.takes_tools:
+                    log.warning(NO_TOOLS)
                 await self._start_child()
                 self.max_model_len = (await self._find_base()).get("max_model_len")
             else:
@@ -238,7 +264,8 @@ class Engine(EngineClient):
 
     async def _is_alive(self, exited: asyncio.Future[int] | None) -> bool:
         """Probe by one token. A probe that waits behind others is no proof of death while their tokens move, nor is a
-        count of them that came only now: the engine's own loop was busy, and is looked at again.
+        count of them that came only now: the engine's own loop was busy, and is looked at again. An engine that other
+        work keeps from the processor is slow, and gets `LONGEST_STALL_SECONDS`.
 
         Takes `probe_timeout_seconds` at most: two thirds for the probe and the first look, one for the last.
         """
@@ -247,21 +274,51 @@ class Engine(EngineClient):
         probe = asyncio.ensure_future(self.probe())
         before = asyncio.ensure_future(self._count_tokens(patience))
         watched = {probe} if exited is None else {probe, exited}
+        activity = None
         try:
-            await asyncio.wait(watched, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            # Most probes are answered at once, and reading about processes has a price.
+            await asyncio.wait(watched, timeout=patience * EARLY_SHARE, return_when=asyncio.FIRST_COMPLETED)
+            if not any(task.done() for task in watched):
+                activity = await self._read_activity(), time.monotonic()
+                rest_seconds = began + patience - time.monotonic()
+                await asyncio.wait(watched, timeout=max(0.0, rest_seconds), return_when=asyncio.FIRST_COMPLETED)
             if exited is not None and exited.done():
                 return True  # the next look at `exited` tells
             if probe.done() and probe.result():
+                self._stalled_since = None
                 return True
             # A probe that was refused ends at once; only moving tokens speak for the engine then.
             rest_seconds = began + patience - time.monotonic()
             await asyncio.sleep(max(0.0, min(look_seconds, rest_seconds)))
             first = before.result() if before.done() else None
             last = await self._count_tokens(look_seconds)
-            return last is not None and (first is None or last > first)
+            if last is not None and (first is None or last > first):
+                self._stalled_since = None
+                return True
+            is_late = time.monotonic() - began > self.config.probe_timeout_seconds + OWN_DELAY_SECONDS
+            is_slow = is_late or (activity is not None and await self._is_held_up(*activity, last))
+            return is_slow and self._may_stall()
         finally:
             probe.cancel()
             before.cancel()
+
+    async def _read_activity(self) -> dict[int, ProcessActivity]:
+        """Return what the engine's processes have done so far; nothing of an engine that was not started here."""
+        return await asyncio.to_thread(read_activity, self.pid) if self.pid is not None else {}
+
+    async def _is_held_up(self, before: dict[int, ProcessActivity], since: float, count: float | None) -> bool:
+        """Return whether the engine waits for the processor. A server that answers with a `count` of tokens does not:
+        then it is the turn of the processes behind it."""
+        after = await self._read_activity()
+        answered = None if count is None else self.pid
+        return is_held_up(before, after, time.monotonic() - since, without=answered)
+
+    def _may_stall(self) -> bool:
+        """Return whether an engine that seems slow may have more time."""
+        if self._stalled_since is None:
+            log.warning("engine is slow: other work keeps it from the processor", log=str(self.log_path))
+            self._stalled_since = time.monotonic()
+        return time.monotonic() - self._stalled_since < LONGEST_STALL_SECONDS
 
     async def _probe_within(self, seconds: float) -> bool:
         try:
@@ -309,8 +366,13 @@ class Engine(EngineClient):
         self.model, self.max_model_len = base["id"], base.get("max_model_len")
         root = Path(self.config.model or base.get("root") or "")
         self.model_path = root.resolve() if (root / "config.json").is_file() else None
+        await self._learn_marks()
         if not await self._probe_within(self.config.startup_seconds):
             raise EngineError(f"the engine at {self.config.url!r} generates no token")
+
+    async def _learn_marks(self) -> None:
+        """Read which special tokens the model's tokenizer has; without its files, all families' are broken."""
+        self.marks = await asyncio.to_thread(ChatMarks.read, self.model_path) or ANY_FAMILY
 
     async def _find_base(self) -> dict[str, Any]:
         """Return what the engine says of its base model. Raises EngineError: nothing, or it doesn't answer."""
@@ -328,7 +390,7 @@ class Engine(EngineClient):
         port = self.config.port or _find_free_port()
         self.url = f"http://127.0.0.1:{port}"
         arguments = server_arguments(self.config, self.model_path, port)
-        self._has_priorities = True
+        self._has_priorities = self._enforces_schemas = True
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if self.log_path.exists():
             self.log_path.replace(self.log_path.with_suffix(".log.1"))
@@ -345,6 +407,7 @@ class Engine(EngineClient):
                 stderr=log_file,
                 start_new_session=True,
             )
+        self._stalled_since = None
         await self._follow_startup()
 
     async def _follow_startup(self) -> None:
@@ -393,8 +456,9 @@ class Engine(EngineClient):
 
 
 def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[str]:
-    """Return vLLM's command line. Raises ValueError for a family whose tool-call parser isn't known."""
-    parser = config.tool_call_parser or choose_tool_call_parser(read_model_config(model_path))
+    """Return vLLM's command line."""
+    template = read_chat_template(model_path, config.extra_args)
+    parser = config.tool_call_parser or choose_tool_call_parser(model_path, template)
     arguments = {
         "model": model_path,
         "served-model-name": BASE,
@@ -402,6 +466,8 @@ def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[
         "max-cpu-loras": max(config.max_cpu_loras, config.max_loras),
         "max-lora-rank": config.max_lora_rank,
         "tool-call-parser": parser,
+        "tool-parser-plugin": TOOL_CALLS,
+        "structured-outputs-config": COMPACT_JSON,
         "scheduling-policy": "priority",
         "max-num-seqs": config.max_num_seqs,
         "generation-config": "vllm",  # the model's own sampling defaults would surprise

@@ -8,6 +8,7 @@
     │   │   └── EngineLost       it died during the call, or was not there: the same call may succeed when it is back
     │   ├── ToolError            a tool's own way of saying no; its message is shown to the model
     │   └── BudgetExceeded       the episode ran out of steps, tokens, seconds or context
+    ├── GameNotCompiled          a task of an environment could not be made ready
     ├── EngineError              the engine cannot be started or is not ready
     │   └── EngineInMaintenance  it is stopped on purpose and comes back by itself
     ├── EpisodeBusy              a request for this episode is being answered already
@@ -54,6 +55,10 @@ class ToolError(EpisodeError):
 
 class BudgetExceeded(EpisodeError):
     """The episode ran out of steps, tokens, seconds or context. It closes FINISHED: being slow is not a crash."""
+
+
+class GameNotCompiled(Exception):
+    """A compiler died or took too long. The message ends with what it said last."""
 
 
 class EngineError(Exception):

@@ -140,7 +140,7 @@ def test_make_takes_the_first_python_that_can_make_an_environment(home: Path, tm
         (programs / name).chmod(0o755)
     path = f"{programs}:/usr/bin:/bin"
     chosen = subprocess.run(
-        ["make", "--eval", "which:; @echo $(PYTHON)", "which"],
+        ["make", "--no-print-directory", "--eval", "which:; @echo $(PYTHON)", "which"],
         cwd=home,
         env={**os.environ, "PATH": path},
         capture_output=True,

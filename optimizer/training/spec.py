@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from memory.names import Name
+
 LAUNCHER_PID = "TRAINER_LAUNCHER_PID"
 """Environment variable: the process whose end is the trainer's end too."""
 
@@ -54,7 +56,7 @@ class TrainingSpec(BaseModel, extra="forbid"):
     """One training, from rows to an adapter directory."""
 
     kind: Literal["sft", "dpo"]
-    name: str
+    name: Name
     version: int
     base_model: str
     """A directory, or a Hugging Face id whose files are already on this machine."""

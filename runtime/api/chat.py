@@ -28,7 +28,7 @@ from runtime.api.errors import (
     refusals,
 )
 from runtime.api.health import require_ready
-from runtime.api.playing import Asked, Listening, finish, headers_for, prepare, refuse_failed
+from runtime.api.playing import Asked, Listening, finish, headers_for, limit_messages, prepare, refuse_failed
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"])
@@ -52,6 +52,7 @@ async def create_completion(
 
     An episode that fails answers 502: `code` is the class of the error, `trajectory_id` leads to everything recorded.
     """
+    limit_messages(server, len(body.messages), "messages")
     extensions = read_extensions(body.metadata, safety_identifier=body.safety_identifier, user=body.user)
     check_request(body, extensions)
     asked = Asked(
@@ -62,6 +63,7 @@ async def create_completion(
         temperature=body.temperature,
         seed=body.seed,
         max_tokens=body.max_completion_tokens or body.max_tokens,
+        field_of_max_tokens="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
         tools=body.tools or (),
         sampling=body.sampling(),
     )

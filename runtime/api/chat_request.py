@@ -6,6 +6,7 @@ Invariant: what OpenAI's API has and this server does not is refused by its name
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -18,6 +19,7 @@ from runtime.api.errors import BadRequest
 # Parameters without meaning here that clients send all the same.
 HARMLESS = frozenset({"store", "prompt_cache_key", "prompt_cache_retention", "service_tier"})
 MAX_PERSON_CHARS = 512
+MAX_EPISODE_ID_CHARS = 512
 # Values that ask for nothing, under names that are refused otherwise.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {"n": (1,), "modalities": (["text"],)}
 # Handed to the engine as they are.
@@ -61,7 +63,8 @@ class Message(BaseModel):
             raise ValueError("a tool message needs tool_call_id: which call is it the result of?")
         for call in self.tool_calls or []:
             function = call.get("function")
-            if not call.get("id") or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            texts = (call.get("id"), function.get("name")) if isinstance(function, dict) else (None,)
+            if not texts[0] or not all(isinstance(text, str) for text in texts):
                 raise ValueError('a tool call is {"id", "type": "function", "function": {"name", "arguments"}}')
         return self
 
@@ -211,6 +214,8 @@ def read_extensions(
             raise BadRequest(f"metadata.task is missing: metadata.{name} is a task's", param="metadata.task")
     memory = _one_of("use_memory", given["use_memory"], MEMORY_SWITCH) if "use_memory" in given else None
     split = _one_of("split", given["split"], {split.value: split for split in Split}) if "split" in given else None
+    if "episode_id" in given:
+        check_episode_id(given["episode_id"])
     seed = given.get("seed")
     if seed is not None and not seed.removeprefix("-").isdecimal():
         raise BadRequest(f"metadata.seed must be a whole number, not {seed!r}", param="metadata.seed")
@@ -224,6 +229,19 @@ def read_extensions(
         user_id=next((check_person(name, value) for name, value in named.items() if value and value.strip()), ""),
         is_shared=_one_of("share", given.get("share", "false"), {"true": True, "false": False}),
     )
+
+
+def check_episode_id(episode_id: str) -> None:
+    """Raise BadRequest for an id that the header `X-Episode-Id` could not repeat: an episode must not fail after it
+    was played."""
+    is_latin = episode_id.isprintable() and max(episode_id, default="") <= "\xff"
+    if not is_latin or episode_id.strip() != episode_id or len(episode_id) > MAX_EPISODE_ID_CHARS:
+        raise BadRequest(
+            f"metadata.episode_id is up to {MAX_EPISODE_ID_CHARS} printable characters of ISO 8859-1 with no space "
+            f"around them, not {episode_id[:80]!r}",
+            param="metadata.episode_id",
+            code="invalid_value",
+        )
 
 
 def check_person(name: str, value: str) -> str:
@@ -305,27 +323,28 @@ def check_tool_choice(tool_choice: Any, tools: Sequence[Mapping[str, Any]]) -> N
 
 def check_tool_results(messages: Sequence[Mapping[str, Any]]) -> None:
     """Raise BadRequest unless each tool call is answered right behind it, and each result answers a call."""
-    missing: list[str] = []
+    missing: Counter[str] = Counter()  # a list would take quadratic time over many results
     for place, message in enumerate(messages):
         if message["role"] == "tool":
-            if message["tool_call_id"] not in missing:
+            if not missing[message["tool_call_id"]]:
                 raise BadRequest(
                     f"the result of {message['tool_call_id']!r} answers no open tool call: send the reply that made it "
                     "right before",
                     param=f"messages[{place}].tool_call_id",
                     code="invalid_value",
                 )
-            missing.remove(message["tool_call_id"])
+            missing[message["tool_call_id"]] -= 1
             continue
         _refuse_missing(missing, place)
-        missing = [call["id"] for call in message.get("tool_calls") or ()]
+        missing = Counter(call["id"] for call in message.get("tool_calls") or ())
     _refuse_missing(missing, len(messages))
 
 
-def _refuse_missing(missing: Sequence[str], place: int) -> None:
-    if missing:
+def _refuse_missing(missing: Counter[str], place: int) -> None:
+    unanswered = next((call_id for call_id, num_open in missing.items() if num_open), None)
+    if unanswered is not None:
         raise BadRequest(
-            f"the tool call {missing[0]!r} has no result: send a tool message with that tool_call_id",
+            f"the tool call {unanswered!r} has no result: send a tool message with that tool_call_id",
             param=f"messages[{place}]",
             code="invalid_value",
         )

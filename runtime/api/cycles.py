@@ -14,7 +14,9 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel
 
 from memory.cycles import FINAL_STAGES
-from memory.schema import Cycle, CycleStage
+from memory.names import path_below
+from memory.schema import Cycle, CycleStage, Scope
+from runtime.api.access import Asker
 from runtime.api.errors import ACCEPTED, Conflict, NotFound, NotReady, refusals
 from runtime.api.health import require_ready
 from runtime.api.services import Server, Services
@@ -65,12 +67,18 @@ EXAMPLES = {
     "", status_code=ACCEPTED, summary="Turn the loop once, in the background", responses=refusals(Conflict, NotReady)
 )
 async def start_cycle(
-    server: Server, response: Response, body: Annotated[CycleRequest | None, Body(openapi_examples=EXAMPLES)] = None
+    server: Server,
+    caller: Asker,
+    response: Response,
+    body: Annotated[CycleRequest | None, Body(openapi_examples=EXAMPLES)] = None,
 ) -> CycleDetail:
     """Refused while another cycle runs, for settings that cannot be, and before anything is played where there could
-    not be enough to train on (`POST /v1/cycles/check` says what is missing) or the engine does not answer."""
+    not be enough to train on (`POST /v1/cycles/check` says what is missing) or the engine does not answer. The settings
+    of `evaluation` are the bars of a promotion: a key without the scope `admin` may only make them tighter than the
+    server's configuration."""
     require_ready(server)
-    cycle = await server.cycles.start(body.settings if body else {})
+    settings = body.settings if body else {}
+    cycle = await server.cycles.start(settings, may_loosen_bars=Scope.ADMIN in caller.scopes)
     response.headers["Location"] = f"{router.prefix}/{cycle.id}"
     return describe(cycle, server)
 
@@ -171,7 +179,7 @@ async def get_report(
 
 
 def reports_of(cycle: Cycle, server: Services) -> FilePath:
-    return server.memory.data_dir / "reports" / cycle.id
+    return path_below(server.memory.data_dir, "reports", cycle.id)
 
 
 def describe(cycle: Cycle, server: Services) -> CycleDetail:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from memory.document_search import search_documents
 from memory.schema import Trust
 from runtime.api.access import Asker
-from runtime.api.errors import CREATED, NotFound, refusals
+from runtime.api.errors import CREATED, NotFound, TooLarge, refusals
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/documents", tags=["documents"])
@@ -81,7 +81,7 @@ class Removed(BaseModel):
 EXAMPLE = {"handbook": {"value": {"title": "Refunds", "text": "Refunds above 100 EUR need a second signature."}}}
 
 
-@router.post("", status_code=CREATED, summary="Give the agent a text to read")
+@router.post("", status_code=CREATED, summary="Give the agent a text to read", responses=refusals(TooLarge))
 async def add_document(
     server: Server, caller: Asker, body: Annotated[DocumentRequest, Body(openapi_examples=EXAMPLE)]
 ) -> DocumentDetail:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 
 from memory.schema import Split
-from runtime.api.errors import NotFound, refusals
+from runtime.api.access import Asker
+from runtime.api.errors import NotFound, TooManyRequests, refusals
+from runtime.api.preparing import unless_left
 from runtime.api.services import Server
 
 MAX_TASKS = 10_000
+MAX_PREPARED = 1_000
+"""Games of one call that prepares; a game takes about a second to compile."""
 
 router = APIRouter(prefix="/v1/environments", tags=["environments"])
 
@@ -52,7 +56,7 @@ class TaskList(BaseModel):
 class PrepareRequest(BaseModel, extra="forbid"):
     """Which tasks are about to be played."""
 
-    tasks: list[str] = Field(min_length=1, max_length=MAX_TASKS)
+    tasks: list[str] = Field(min_length=1, max_length=MAX_PREPARED)
 
 
 class Prepared(BaseModel):
@@ -83,9 +87,14 @@ async def list_tasks(
 @router.post(
     "/{environment}/prepare",
     summary="Do ahead of time what starting tasks would wait for",
-    responses=refusals(NotFound),
+    responses=refusals(NotFound, TooManyRequests),
 )
-async def prepare_tasks(environment: str, server: Server, body: PrepareRequest) -> Prepared:
+async def prepare_tasks(
+    environment: str, server: Server, caller: Asker, request: Request, body: PrepareRequest
+) -> Prepared:
+    """A key may have two calls under way, a tenant four. A client that leaves ends its call."""
     world = server.environment(environment)
-    await world.prepare([world.task(name) for name in body.tasks])
+    tasks = [world.task(name) for name in body.tasks]
+    with server.preparations.admit(caller):
+        await unless_left(request, world.prepare(tasks))
     return Prepared(num_tasks=len(body.tasks))

@@ -42,6 +42,7 @@ from starlette.exceptions import HTTPException
 from memory.errors import (
     AdapterRefused,
     CycleInProgress,
+    DocumentTooLong,
     FeedbackConflict,
     IllegalMove,
     LastOperatorKey,
@@ -61,6 +62,7 @@ from runtime.errors import (
     EngineInMaintenance,
     EpisodeBusy,
     EpisodeError,
+    GameNotCompiled,
     LinkExpired,
     LinkRefused,
     UnknownEnvironment,
@@ -242,12 +244,14 @@ KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     LastOperatorKey: (Conflict, "last_operator_key"),
     CycleInProgress: (Conflict, "cycle_in_progress"),
     FeedbackConflict: (Conflict, "feedback_conflict"),
+    DocumentTooLong: (TooLarge, "document_too_long"),
     AdapterRefused: (Conflict, "adapter_refused"),
     AdapterError: (Conflict, "adapter_refused"),
     StorageError: (NotStored, "storage_error"),
     EngineInMaintenance: (InMaintenance, "engine_in_maintenance"),
     EngineError: (NotReady, "engine_not_ready"),
     EpisodeError: (EpisodeFailed, "episode_failed"),
+    GameNotCompiled: (EpisodeFailed, "game_not_compiled"),
     ValueError: (BadRequest, "invalid_value"),
 }
 

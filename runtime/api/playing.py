@@ -23,6 +23,7 @@ from runtime.api.models import resolve
 from runtime.api.services import Services
 from runtime.api.turn import Opened, Turn, read_turn
 from runtime.completion import Delta
+from runtime.engine import NO_TOOLS
 
 Play = Callable[..., Coroutine[Any, Any, Trajectory]]
 
@@ -40,8 +41,17 @@ class Asked:
     max_tokens: int | None = None
     tools: Sequence[dict[str, Any]] = ()
     sampling: dict[str, Any] = field(default_factory=dict)
-    field_of_messages: str = "messages"
-    """Where they are in the request."""
+    field_of_max_tokens: str = "max_tokens"
+
+
+def limit_messages(server: Services, num_messages: int, field_of_messages: str) -> None:
+    """Raise BadRequest for a conversation of more messages than are taken; call it before looking at any of them."""
+    if num_messages > server.limits.max_messages:
+        raise BadRequest(
+            f"the conversation has {num_messages} messages, {server.limits.max_messages} are allowed",
+            param=field_of_messages,
+            code="too_many_messages",
+        )
 
 
 def prepare(server: Services, asked: Asked) -> Play:
@@ -49,14 +59,14 @@ def prepare(server: Services, asked: Asked) -> Play:
 
     Raises:
         NotFound, UnknownEnvironment, UnknownTask: the request names something that is not there.
-        BadRequest: more messages than are taken, or a task of another split.
+        BadRequest: more tokens than are allowed, tools for a model whose template has none, or a task of another split.
     """
-    if len(asked.messages) > server.limits.max_messages:
-        raise BadRequest(
-            f"the conversation has {len(asked.messages)} messages, {server.limits.max_messages} are allowed",
-            param=asked.field_of_messages,
-            code="too_many_messages",
-        )
+    try:
+        server.agent.require_allowed(asked.max_tokens)
+    except ValueError as problem:
+        raise BadRequest(str(problem), param=asked.field_of_max_tokens, code="too_many_tokens") from None
+    if asked.tools and not server.engine.takes_tools:
+        raise BadRequest(NO_TOOLS, param="tools", code="unsupported_parameter")
     version = resolve(asked.model, server.memory.policies)
     extensions, task = asked.extensions, _task_of(server, asked.extensions)
 

@@ -33,7 +33,7 @@ from runtime.api.errors import (
     refusals,
 )
 from runtime.api.health import require_ready
-from runtime.api.playing import Asked, Listening, finish, headers_for, prepare, refuse_failed
+from runtime.api.playing import Asked, Listening, finish, headers_for, limit_messages, prepare, refuse_failed
 from runtime.api.responses_answer import EventWriter, begin_response, end_response, fail_response, list_output
 from runtime.api.responses_request import ResponseRequest, as_messages, check_conversation, check_request
 from runtime.api.services import Server
@@ -85,11 +85,13 @@ async def create_response(
     target for feedback. `previous_response_id` goes on from a stored response; where that one called functions, the
     outputs in `input` go on with its very trajectory, which keeps its instructions if none are sent.
     """
+    limit_messages(server, len(body.input) if isinstance(body.input, list) else 1, "input")
     extensions = read_extensions(body.metadata, safety_identifier=body.safety_identifier, user=body.user)
     check_request(body, extensions)
     items = body.items()
     history, instructions = read_history(server.memory, body, caller.tenant)
     messages = as_messages([*history, *items])
+    limit_messages(server, len(messages), "input")
     check_conversation(messages)
     if instructions:
         messages.insert(0, {"role": "system", "content": instructions})
@@ -102,7 +104,7 @@ async def create_response(
         max_tokens=body.max_output_tokens,
         tools=body.chat_tools(),
         sampling=body.sampling(),
-        field_of_messages="input",
+        field_of_max_tokens="max_output_tokens",
     )
     play = prepare(server, asked)
     require_ready(server)
@@ -110,14 +112,14 @@ async def create_response(
     if not body.stream:
         turn = await finish(request, server.memory, play)
         begun = begin_response(body, turn.trajectory, turn.first_position, instructions)
-        response = end_response(begun, turn, list_output(turn))
+        response = end_response(begun, turn, list_output(turn), server.engine.max_model_len)
         await keep(response)
         return _send(response, headers_for(turn.trajectory))
     listening = Listening(server.memory, play)
     await listening.start(request)
     begun = begin_response(body, listening.trajectory, listening.first_position, instructions)
     return StreamingResponse(
-        write_events(listening, EventWriter(begun), keep),
+        write_events(listening, EventWriter(begun), keep, server.engine.max_model_len),
         media_type="text/event-stream",
         headers=headers_for(listening.trajectory),
     )
@@ -166,7 +168,9 @@ class Keeper:
         await self._memory.responses.keep(row)
 
 
-async def write_events(listening: Listening, writer: EventWriter, keep: Keeper) -> AsyncIterator[str]:
+async def write_events(
+    listening: Listening, writer: EventWriter, keep: Keeper, context_tokens: int | None
+) -> AsyncIterator[str]:
     """Yield the events of a response as it is made; the last one only when everything is durable."""
     try:
         for event in writer.begin():
@@ -178,7 +182,7 @@ async def write_events(listening: Listening, writer: EventWriter, keep: Keeper) 
         refuse_failed(turn)
         for event in writer.finish_items(turn):
             yield event
-        response = end_response(writer.response, turn, writer.output)
+        response = end_response(writer.response, turn, writer.output, context_tokens)
         await keep(response)
         yield writer.end(response)
     except (ApiError, *KNOWN_EXCEPTIONS) as error:

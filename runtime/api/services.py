@@ -15,6 +15,7 @@ from fastapi import Depends, Request
 from memory.schema import Cycle, Policy
 from memory.store import Memory
 from runtime.agent import Agent
+from runtime.api.preparing import PreparationLimit
 from runtime.config import LimitsConfig
 from runtime.doctor import Check
 from runtime.engine import Engine
@@ -28,12 +29,13 @@ from runtime.tools.toolbox import Toolbox
 class CycleStarter(Protocol):
     """Whoever can turn the loop once, in the background, and judge what came of it."""
 
-    async def start(self, settings: dict[str, Any]) -> Cycle:
+    async def start(self, settings: dict[str, Any], *, may_loosen_bars: bool = False) -> Cycle:
         """Open a cycle and set it going.
 
         Raises:
             CycleInProgress: one is under way.
-            ValueError: settings that cannot be, or too few trajectories to learn from.
+            ValueError: settings that cannot be, bars of a promotion that are looser than the operator's configuration
+                without `may_loosen_bars`, or too few trajectories to learn from.
         """
         ...
 
@@ -71,6 +73,7 @@ class Services:
     toolbox: Toolbox | None = None
     """Opened before the engine starts, closed before it stops."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    preparations: PreparationLimit = field(default_factory=PreparationLimit)
     maintenance: Maintenance | None = None
     """None: the engine is never stopped on purpose."""
     check_training: Callable[[], Awaitable[Check]] | None = None

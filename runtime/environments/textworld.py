@@ -10,18 +10,18 @@ Refuses to know who plays. TextWorld: Côté et al., 2018 (arXiv 1806.11532).
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import random
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from memory.schema import Split, Task
 from runtime.environments.base import Environment, Outcome, Playthrough
+from runtime.environments.compilers import CompilerPool
 from runtime.errors import UnknownTask
 from runtime.tools.base import Tool
 
@@ -38,7 +38,6 @@ ACT = {
     "properties": {"command": {"type": "string"}},
     "required": ["command"],
 }
-NUM_COMPILERS = os.cpu_count() or 1
 ONE_AT_A_TIME = ThreadPoolExecutor(1, thread_name_prefix="textworld")
 """TextWorld's parsers share state: two games loaded in two threads break each other. A step takes about 2 ms."""
 
@@ -50,8 +49,9 @@ class TextWorld(Environment):
     system_prompt = SYSTEM_PROMPT
     temperature = 0.0  # a game has best commands: sampling loses games, and costs the gate several tries of each
 
-    def __init__(self, cache_dir: Path) -> None:
+    def __init__(self, cache_dir: Path, compilers: CompilerPool | None = None) -> None:
         self._cache_dir = cache_dir
+        self._compilers = compilers or CompilerPool()
 
     def task(self, name: str) -> Task:
         seed = int(name) if name.isdecimal() else -1
@@ -77,18 +77,15 @@ class TextWorld(Environment):
         if not missing:
             return
         self._cache_dir.mkdir(parents=True, exist_ok=True)
-        loop = asyncio.get_running_loop()
-        # Spawned, not forked: the parent has threads, and TextWorld's random state is per process.
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(NUM_COMPILERS, len(missing)), mp_context=spawn) as compilers:
-            jobs = [
-                loop.run_in_executor(compilers, compile_cooking_game, int(name), self._game_file(name))
-                for name in missing
-            ]
-            for num_done, job in enumerate(asyncio.as_completed(jobs), start=1):
-                await job
-                if on_progress:
-                    on_progress(num_done, len(missing))
+        num_done = 0
+
+        def on_compiled() -> None:
+            nonlocal num_done
+            num_done += 1
+            if on_progress:
+                on_progress(num_done, len(missing))
+
+        await self._compilers.compile([(int(name), self._game_file(name)) for name in missing], on_compiled)
 
     async def start(self, task: Task) -> CookingPlaythrough:
         await self.prepare([task])

@@ -18,32 +18,17 @@ from collections.abc import Callable
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from runtime.errors import ToolError
+from runtime.tools.special_addresses import find_carried_ipv4, is_special
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 IsAllowed = Callable[[Address], bool]
 
-METADATA = frozenset({ipaddress.ip_address("168.63.129.16")})  # public by its number, but Azure's own to its machines
-CARRIERS = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96"))  # NAT64; "IPv4-compatible"
-NOT_PUBLIC = (ipaddress.ip_network("64:ff9b:1::/48"), ipaddress.ip_network("fec0::/10"))  # local NAT64; site-local
-
 
 def is_public(address: Address) -> bool:
-    """Whether an address, and any IPv4 address that it carries, belongs to the public internet."""
-    if isinstance(address, ipaddress.IPv6Address):
-        if any(address in network for network in NOT_PUBLIC):
-            return False
-        if (carried := _carried_ipv4(address)) is not None:
-            return is_public(carried)
-    return address.is_global and not (
-        address.is_multicast or address.is_reserved or address.is_unspecified or address in METADATA
-    )
-
-
-def _carried_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """Return the IPv4 address that packets to this one end up at, if so."""
-    if any(address in network for network in CARRIERS):
-        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return address.ipv4_mapped or address.sixtofour
+    """Whether an address, or the IPv4 address that it carries, belongs to the public internet."""
+    if isinstance(address, ipaddress.IPv6Address) and (carried := find_carried_ipv4(address)) is not None:
+        return not is_special(carried)
+    return not is_special(address)
 
 
 def require_public(address: str, is_allowed: IsAllowed = is_public) -> None:

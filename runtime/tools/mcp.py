@@ -27,7 +27,7 @@ from mcp.client.stdio import StdioServerParameters, stdio_client
 from mcp.client.streamable_http import streamable_http_client
 from pydantic import ValidationError
 
-from memory.retrieval import neutralise
+from memory.chat_marks import neutralise
 from runtime.config import McpServerConfig
 from runtime.errors import ToolError, ToolRefused
 from runtime.tools.base import Tool
@@ -173,7 +173,7 @@ class McpServer:
 
         return Tool(
             name,
-            listed.description or "",
+            neutralise(listed.description or ""),
             listed.input_schema,
             call,
             # What nobody calls read-only is taken to act: a rehearsal must not find out.

@@ -18,7 +18,7 @@ import aiohttp
 from annotated_types import MaxLen
 from yarl import URL
 
-from memory.retrieval import neutralise
+from memory.chat_marks import neutralise
 from runtime.errors import ToolError
 from runtime.tools.addresses import IsAllowed, PublicResolver, is_public, public_sockets
 from runtime.tools.base import Tool
@@ -33,9 +33,10 @@ TEXT_TYPES = ("text/", "application/json", "application/xml", "application/xhtml
 ODD_CODECS = frozenset({"idna", "punycode", "raw-unicode-escape", "unicode-escape", "undefined", "utf-7"})
 """Python knows them, no page is written in them, and some take quadratic time."""
 TAG = re.compile(r"</?(?P<name>!--|[!?a-z][a-z0-9]*)", re.IGNORECASE)
-UNSEEN = {
-    name: re.compile(rf"</{name}[^>]*>", re.IGNORECASE) for name in ("script", "style", "template", "noscript", "svg")
-}
+UNSEEN = {name: re.compile(rf"</{name}", re.IGNORECASE) for name in ("script", "style", "template", "noscript", "svg")}
+"""Where an element ends whose content no reader sees. No `[^>]*>` here: over many unclosed ends that is quadratic."""
+LONG_REFERENCE = re.compile(r"&#[0-9]{8,};?")
+"""No character has so long a number, and Python refuses to convert numbers of thousands of digits."""
 INLINE = frozenset({"a", "abbr", "b", "cite", "code", "em", "i", "kbd", "mark", "q", "s", "small", "span", "strong"})
 CELLS = frozenset({"td", "th"})
 HEADERS = {"User-Agent": "ratchet-agent", "Accept": "text/html, text/plain, application/json;q=0.9, */*;q=0.1"}
@@ -51,7 +52,7 @@ def page_fetcher(is_allowed: IsAllowed = is_public) -> Tool:
             url: its whole address, with http:// or https://
         """
         try:
-            return neutralise(await _fetch(url, is_allowed))
+            return await _fetch(url, is_allowed)
         except ToolError as error:  # may quote what the site said
             raise ToolError(neutralise(str(error))) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -119,19 +120,20 @@ async def _read(response: aiohttp.ClientResponse) -> str:
         if len(body) > MAX_BYTES:
             break
     is_html = response.content_type in ("text/html", "application/xhtml+xml")
-    text = await asyncio.to_thread(_decode, bytes(body[:MAX_BYTES]), response.charset, is_html)
+    text = await asyncio.to_thread(_as_text, bytes(body[:MAX_BYTES]), response.charset, is_html)
     if len(body) > MAX_BYTES:
         text += f"\n[only the first {MAX_BYTES} bytes were read]"
     return text or "The page is empty."
 
 
-def _decode(body: bytes, charset: str | None, is_html: bool) -> str:
+def _as_text(body: bytes, charset: str | None, is_html: bool) -> str:
+    """Return what the model is shown of a body: megabytes of work, which must not be done on the event loop."""
     try:
         name = codecs.lookup(charset or "utf-8").name
         text = body.decode("utf-8" if name in ODD_CODECS else name, "replace")
     except LookupError:  # a charset that nobody knows
         text = body.decode("utf-8", "replace")
-    return as_read(text) if is_html else text
+    return neutralise(as_read(text) if is_html else text)
 
 
 def as_read(page: str) -> str:
@@ -147,7 +149,7 @@ def as_read(page: str) -> str:
             at = page.find("-->", tag.end()) + 3
         elif name in UNSEEN:
             closed = UNSEEN[name].search(page, tag.end())
-            at = closed.end() if closed else 0
+            at = page.find(">", closed.end()) + 1 if closed else 0
         else:
             seen.append("" if name in INLINE else " " if name in CELLS else "\n")
             at = page.find(">", tag.end()) + 1
@@ -155,5 +157,6 @@ def as_read(page: str) -> str:
             break
     else:
         seen.append(page[at:])
-    lines = (" ".join(line.split()) for line in html.unescape("".join(seen)).splitlines())
+    text = html.unescape(LONG_REFERENCE.sub("\ufffd", "".join(seen)))
+    lines = (" ".join(line.split()) for line in text.splitlines())
     return "\n".join(line for line in lines if line)

@@ -38,6 +38,8 @@ class ScriptedEngine:
         self.model = "base"
         self.url = "http://scripted"
         self.model_path = None
+        self.max_model_len: int | None = None
+        self.takes_tools = True
         self.log_path = log_path
         self.config = EngineConfig()
         self.is_ready = True
@@ -139,7 +141,7 @@ class QuickLearner:
         self.needs: list[dict[str, Any]] = []
         self._turn: asyncio.Task | None = None
 
-    async def start(self, settings: dict[str, Any]) -> Cycle:
+    async def start(self, settings: dict[str, Any], *, may_loosen_bars: bool = False) -> Cycle:
         if "nonsense" in settings:
             raise ValueError("unknown setting 'nonsense' (settings); the nearest is 'name'")
         cycle = await self.memory.cycles.open(settings)

@@ -135,7 +135,7 @@ class Client:
         """With when each was used last."""
 
     async def post(self, body: bytes) -> bytes:
-        """Return the body of the answer. Raises: RuntimeError for any status but 200."""
+        """Return the body of the answer. Raises: RuntimeError for any status but 200 and 201."""
         reader, writer = await self._connect()
         try:
             writer.write(b"%b\r\nContent-Length: %d\r\n\r\n%b" % (self._head, len(body), body))
@@ -146,7 +146,7 @@ class Client:
             writer.close()
             raise
         self._idle.append((reader, writer, time.monotonic()))
-        if not head.startswith(b"http/1.1 200"):
+        if not head.startswith((b"http/1.1 200", b"http/1.1 201")):
             raise RuntimeError(answer[:300].decode(errors="replace"))
         return answer
 

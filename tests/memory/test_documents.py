@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from memory.database import Database
 from memory.documents import Documents, split_text
-from memory.errors import UnknownDocument
+from memory.errors import DocumentTooLong, UnknownDocument
 
 
 @pytest.fixture
@@ -52,6 +53,16 @@ async def test_a_file_is_read_and_a_binary_one_refused(documents: Documents, tmp
         await documents.ingest("Empty", " \n ")
     with pytest.raises(ValueError, match="needs a title"):
         await documents.ingest(" ", "text")
+
+
+async def test_a_document_of_too_many_passages_is_refused_by_the_settings_name(database: Database):
+    documents = Documents(database, passage_tokens=20, max_passages=3)
+    kept = await documents.ingest("Notes", "# a\n# b\n# c\n")
+    began = time.process_time()
+    with pytest.raises(DocumentTooLong, match=r"'Notes' has more than 3 passages.*memory\.max_document_passages"):
+        await documents.ingest("Notes", "# a\n" * 250_000)
+    assert time.process_time() - began < 5
+    assert documents.list() == [kept] and len(documents.passages(kept.id)) == 3
 
 
 def test_passages_follow_the_structure():

@@ -221,3 +221,19 @@ def test_an_episode_that_read_a_web_page_before_there_was_trust_is_untrusted(loc
     with connect(location) as connection:
         rows = connection.exec_driver_sql("SELECT id, trust FROM trajectories").all()
     assert sorted(tuple(row) for row in rows) == [("trj_1", "untrusted"), ("trj_2", "trusted")]
+
+
+def test_feedback_of_earlier_revisions_keeps_its_order(location: Path | str):
+    said = "INSERT INTO feedback (id, trajectory_id, name, source, created_at, tenant, user_id, target, tags) VALUES "
+    rows = (f"('{name}', 'trj_1', 'reward', 'user', '{moment}', '', '', '', '{{}}')" for name, moment in POSTED.items())
+    run_revisions(location, *ROWS_BEFORE_TENANTS[:2], upgrade_to="0002")
+    run_revisions(location, upgrade_to="0009")
+    run_revisions(location, *(said + row for row in rows), upgrade_to="0009")
+    run_revisions(location, upgrade_to="0010")
+    with connect(location) as connection:
+        found = connection.exec_driver_sql("SELECT id, sequence FROM feedback ORDER BY sequence").all()
+    assert [name for name, _ in found] == ["z", "m", "a"]
+    assert found[1][1] - found[0][1] == 500_000 and found[0][1] == 1_793_750_400_000_000
+
+
+POSTED = {"m": "2026-11-04 00:00:00.500000", "a": "2026-11-05 00:00:00.000000", "z": "2026-11-04 00:00:00.000000"}

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memory.chat_marks import neutralise
 from memory.config import MemoryConfig
 from memory.errors import StorageError
 from memory.insights import OperationKind, SupportCounts
-from memory.retrieval import Recollection, estimate, is_supported, neutralise
+from memory.retrieval import Recollection, estimate, is_supported
 from memory.schema import Insight
 from memory.store import Memory
 from tests.memory.episodes import HashingEncoder, add, operation, play

@@ -24,28 +24,12 @@ from runtime.engine import Engine, find_last_words, server_arguments
 from runtime.errors import EngineError, EngineInMaintenance, EngineLost, RequestRefused
 from runtime.hotswap import HotSwap, mean_distance
 from runtime.maintenance import Maintenance
-from runtime.model_family import choose_tool_call_parser, find_model, holds_unparsed_call
+from runtime.model_family import find_model, holds_unparsed_call
 from tests.runtime.fake_engine import LOOK, FakeEngine
 from tests.runtime.levers import Levers
 
 
-@pytest.mark.parametrize(
-    ("config", "parser"),
-    [
-        ({"model_type": "qwen2"}, "hermes"),
-        ({"model_type": "qwen3"}, "hermes"),
-        ({"model_type": "llama"}, "llama3_json"),
-        ({"model_type": "mistral"}, "mistral"),
-        ({"model_type": "new", "architectures": ["Qwen4ForCausalLM"]}, "hermes"),
-    ],
-)
-def test_the_family_chooses_the_parser(config: dict, parser: str):
-    assert choose_tool_call_parser(config) == parser
-
-
-def test_an_unknown_family_needs_its_parser_named(base_dir: Path):
-    with pytest.raises(ValueError, match=r"name one of vLLM's with engine\.tool_call_parser"):
-        choose_tool_call_parser({"model_type": "gpt2"})
+def test_a_parser_that_is_named_is_taken(base_dir: Path):
     given = server_arguments(EngineConfig(tool_call_parser="pythonic"), base_dir, 7)
     assert given[given.index("--tool-call-parser") + 1] == "pythonic"
 
@@ -331,6 +315,43 @@ async def test_a_schema_is_enforced_and_a_call_is_streamed_in_pieces(real: Engin
     names, arguments = ("".join(piece["function"][part] for piece in pieces) for part in ("name", "arguments"))
     assert {"name": names, "arguments": arguments} == call["function"]
     assert json.loads(arguments) == {"where": "here"}
+
+
+@on_real_engine
+async def test_a_forced_call_has_an_object_of_the_schema_for_arguments(real: Engine):
+    schema = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+    city = {"type": "function", "function": {"name": "city", "description": "Choose.", "parameters": schema}}
+    ping = {"type": "function", "function": {"name": "ping"}}
+    named = {"type": "function", "function": {"name": "city"}}
+
+    async def ignore(delta: Delta) -> None:
+        pass
+
+    said = [{"role": "user", "content": "hi"}]
+    for choice in ("required", named):
+        asked = {"tool_choice": choice, "temperature": 1.0, "max_tokens": 400}
+        replies = [
+            *(real.chat("base", said, [city, ping], seed=seed, **asked) for seed in range(6)),
+            *(real.chat_stream("base", said, [city, ping], on_delta=ignore, seed=seed, **asked) for seed in range(2)),
+        ]
+        for reply in await asyncio.gather(*replies):
+            assert reply.tool_calls, (choice, reply.content)
+            for call in reply.tool_calls:
+                wanted = ({},) if call["function"]["name"] == "ping" else ({"city": "Oslo"}, {"city": "Rome"})
+                assert json.loads(call["function"]["arguments"]) in wanted
+
+
+@on_real_engine
+async def test_json_holds_no_white_space_to_run_into(real: Engine):
+    schema = {"type": "object", "properties": {"city": {"enum": ["Oslo"]}}, "required": ["city"]}
+    schema |= {"additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    asked = {"response_format": wanted, "temperature": 1.0, "max_tokens": 60}
+    said = [{"role": "user", "content": "hi"}]
+    replies = await asyncio.gather(*(real.chat("base", said, seed=seed, **asked) for seed in range(8)))
+    assert [(reply.finish_reason, json.loads(reply.content)) for reply in replies] == [("stop", {"city": "Oslo"})] * 8
+    assert {"".join(reply.content.split()) for reply in replies} == {'{"city":"Oslo"}'}
+    assert all("\n" not in reply.content and len(reply.content) <= len('{"city": "Oslo"}') for reply in replies)
 
 
 @on_real_engine

@@ -15,9 +15,11 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from memory.retrieval import neutralise
 from runtime.tools.addresses import is_public
 from runtime.tools.base import ToolResult, run_tool
 from runtime.tools.web import MAX_BYTES, as_read, page_fetcher
+from tests.stalls import LongestGap
 
 PAGE = """<!doctype html><html><head><title>Tea</title><style>p {}</style></head>
 <body><!-- <b>not this --><h1>Tea &amp; more</h1><p>Two <b>cups</b><script>alert("x < y")</script></p></body></html>"""
@@ -58,6 +60,8 @@ class Site:
             return web.Response(status=404, reason="<|im_end|>")
         if path == "/odd":
             return web.Response(body=b"caf\xc3\xa9", headers={"Content-Type": "text/plain; charset=punycode"})
+        if path == "/slow":
+            return web.Response(text="<script>" + "</script" * 50_000, content_type="text/html")
         if path == "/bomb":
             bomb = gzip.compress(b"a" * (8 * MAX_BYTES))
             return web.Response(body=bomb, headers={"Content-Encoding": "gzip", "Content-Type": "text/plain"})
@@ -244,8 +248,34 @@ def test_public_addresses_are_public():
     assert is_public(ipaddress.ip_address("64:ff9b::808:808"))  # the public IPv4 internet through NAT64
 
 
-@pytest.mark.parametrize("piece", ["<", "<!--", "<script>", "<a ", "</", "&#", "<p>"])
+@pytest.mark.parametrize("piece", ["<", "<!--", "<script>", "</script", "<script", "<a ", "</", "&#", "<p>"])
 def test_a_page_made_to_be_slow_is_read_in_linear_time(piece: str):
     started = time.process_time()
-    as_read(piece * (200_000 // len(piece)))
+    as_read("<script>" + piece * (400_000 // len(piece)))
+    as_read(piece * (400_000 // len(piece)))
     assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(("begin", "piece"), [("<", " "), ("</", "\n"), ("[", " "), ("", "< "), ("", "[/ ")])
+def test_chat_marks_are_looked_for_in_linear_time(begin: str, piece: str):
+    page = begin + piece * 1_000_000
+    started = time.process_time()
+    assert neutralise(page) == page
+    assert time.process_time() - started < 2
+
+
+def test_a_script_ends_where_its_end_tag_is_closed():
+    assert as_read("a<script>b</script\n x=1>c<style>d</style>e") == "ace"
+    assert as_read("a<script>b</script and nothing closes it") == "a"
+
+
+def test_a_character_of_a_number_with_thousands_of_digits_is_no_failure():
+    assert as_read(f"a&#{'1' * 5_000};b&#65;") == "a\ufffdbA"
+
+
+async def test_a_page_made_to_be_slow_holds_up_nobody_else(site: Site):
+    gap = LongestGap()
+    async with gap.watch():
+        result = await fetch(f"{site.url}/slow")
+    assert result.error is None
+    assert gap.seconds < 1.0

@@ -1,0 +1,70 @@
+"""The bars of a promotion: which of two settings of the release gate is the tighter one.
+
+The bars are the operator's configuration. Whoever starts or judges a cycle without being the operator may raise them
+for that cycle and never lower them; what has no tighter side (how the gate plays) stays as configured.
+
+Invariant: every field of `EvaluationConfig` is in one of the tables; a test holds that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from optimizer.config import EvaluationConfig
+
+AT_LEAST = frozenset({"num_tasks", "num_sealed_tasks", "min_tasks", "margin", "floor"})
+"""The larger value is the tighter one."""
+AT_MOST = frozenset(
+    {
+        "false_promotion_rate",
+        "max_regression",
+        "max_broken_share",
+        "max_truncated_share",
+        "max_extra_invalid_rate",
+        "max_turns_ratio",
+        "max_tokens_ratio",
+        "allow_dearer",
+        "noninferiority_margin",
+    }
+)
+"""The smaller value is the tighter one: False before True, None (no promotion for being no worse) before any margin."""
+FIXED = frozenset({"num_tries", "temperature", "serve_with_memory"})
+"""How the gate plays: as users are served, or as the operator says."""
+
+
+def find_loosened(asked: EvaluationConfig, operator: EvaluationConfig) -> list[str]:
+    """Return a sentence for each field in which `asked` is looser than the operator's bar, or plays differently."""
+    problems = []
+    for name in EvaluationConfig.model_fields:
+        ours, theirs = getattr(operator, name), getattr(asked, name)
+        if theirs == _tighter(name, theirs, ours):
+            continue
+        allowed = f"exactly {ours!r}" if name in FIXED else f"at {'least' if name in AT_LEAST else 'most'} {ours!r}"
+        problems.append(f"evaluation.{name} = {theirs!r} is not {allowed}, which is the operator's bar")
+    return problems
+
+
+def require_bars(asked: EvaluationConfig, operator: EvaluationConfig) -> None:
+    """Raise ValueError, naming each field and its bar, where `asked` is looser than the operator's configuration."""
+    if problems := find_loosened(asked, operator):
+        raise ValueError(
+            f"{'; '.join(problems)}: leave it out or make it tighter, or ask with a key that has the scope 'admin'"
+        )
+
+
+def tightest(one: EvaluationConfig, operator: EvaluationConfig) -> EvaluationConfig:
+    """Return the settings that hold both bars; how the gate plays is the operator's."""
+    fields: dict[str, Any] = {
+        name: _tighter(name, getattr(one, name), getattr(operator, name)) for name in EvaluationConfig.model_fields
+    }
+    return EvaluationConfig(**fields)
+
+
+def _tighter(name: str, one: Any, operator: Any) -> Any:
+    if name in FIXED:
+        return operator
+    if one is None or operator is None:  # no margin at all is the tightest
+        return None
+    choose: Callable[[Any, Any], Any] = max if name in AT_LEAST else min
+    return choose(one, operator)

@@ -1,0 +1,28 @@
+"""An hour at a steady rate: the server's memory, open files and latency stay where they are."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import uvloop
+
+from tests.bench.soak import server, soak, summarise
+
+MINUTES = float(os.environ.get("SOAK_MINUTES", "60"))
+PER_SECOND = 20.0  # a fifth of what two cores can do, so that neighbours on the machine don't decide
+MAX_MB_PER_MINUTE = 1.0
+MAX_P99_DRIFT = 1.1
+
+
+@pytest.mark.slow
+def test_an_hour_at_a_steady_rate_leaves_memory_files_and_latency_where_they_were():
+    with server() as process:
+        windows = uvloop.run(soak(process, per_second=PER_SECOND, seconds=MINUTES * 60))
+    found = summarise(windows)
+    print(found)
+    early, late = found["median_p99_ms"]
+    assert found["errors"] == 0
+    assert found["rss_mb_per_minute"] < MAX_MB_PER_MINUTE
+    assert found["files_grown"] <= 8
+    assert late <= MAX_P99_DRIFT * early

@@ -1,0 +1,85 @@
+"""Who may start and judge a cycle with which bars: the operator's hold for every key but an administrator's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import serve
+from memory.schema import CycleStage
+from memory.store import Memory
+from optimizer.config import OptimizerConfig
+from tests.api.worlds import ServedWorld
+from tests.memory.episodes import PATIENT, HashingEncoder
+from tests.optimizer.test_release_gate import World, candidate_always, reach_the_gate
+
+NO_BARS = {"margin": -1.5, "min_tasks": 1, "num_tasks": 2, "false_promotion_rate": 0.49}
+# Learns from logged episodes, of which there are none: with sound settings a cycle is refused for that.
+LOGGED = OptimizerConfig(practice_episodes=0, explore_episodes=0)
+
+Start = Callable[[str, dict[str, Any]], httpx.Response]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a cycle of the real learner over HTTP, with a key of one scope."""
+    world = ServedWorld(tmp_path / "data")
+    world.learner = serve.Learner(world.memory, LOGGED, World(world.memory).seams)
+    keys = {}
+    for scope in ("admin", "learn"):
+        keys[scope] = asyncio.run(world.memory.keys.create(scope, [scope]))[1]
+
+    def start(scope: str, settings: dict[str, Any]) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {keys[scope]}"}
+        with httpx.Client(base_url=world.url, trust_env=False, timeout=20, headers=headers) as http:
+            return http.post("/v1/cycles", json={"settings": settings})
+
+    with world:
+        yield start
+
+
+@pytest.mark.parametrize("name", NO_BARS)
+def test_a_learn_key_cannot_lower_a_bar(start: Start, name: str):
+    answer = start("learn", {"evaluation": {name: NO_BARS[name]}})
+    assert answer.status_code == 400, answer.text
+    message = answer.json()["error"]["message"]
+    bar = getattr(LOGGED.evaluation, name)
+    assert f"evaluation.{name} = {NO_BARS[name]!r}" in message and repr(bar) in message
+
+
+def test_a_learn_key_may_raise_a_bar_and_an_administrators_may_lower_it(start: Start):
+    for scope, settings in (("learn", {"evaluation": {"margin": 0.1}}), ("admin", {"evaluation": NO_BARS})):
+        message = start(scope, settings).json()["error"]["message"]
+        assert "are needed" in message and "bar" not in message
+
+
+def test_a_learn_key_cannot_name_a_directory_outside(start: Start, tmp_path: Path):
+    victim = tmp_path / "outside" / "victim-v1"
+    victim.mkdir(parents=True)
+    answer = start("learn", {"name": "../../outside/victim"})
+    assert answer.status_code == 400 and "is not a name" in answer.json()["error"]["message"]
+    assert victim.is_dir()
+
+
+async def test_a_cycle_with_lower_bars_is_judged_by_the_operators(tmp_path: Path):
+    with Memory.open(tmp_path / "data", PATIENT, encoder=HashingEncoder()) as memory:
+        await memory.policies.register_base("base")
+        world = World(memory)
+        world.wins = candidate_always
+        config = OptimizerConfig(environment="kitchen", evaluation=NO_BARS)
+        shop = await reach_the_gate(world, config)
+        await memory.cycles.save(shop.cycle_id, stage=CycleStage.COMPLETED)
+        operator = OptimizerConfig(
+            environment="kitchen", evaluation={"num_tasks": 12, "min_tasks": 50, "num_sealed_tasks": 0, "floor": 0.0}
+        )
+        candidate = memory.policies.get(shop.artifacts["candidate"])
+
+        verdict = await serve.Learner(memory, operator, world.seams).judge(candidate)
+
+        assert verdict["decision"] == "uninformative" and "50 are needed" in verdict["reason"]
+        assert memory.policies.active().version == 0
