@@ -55,6 +55,7 @@ async def open_cycle(memory: Any, config: OptimizerConfig, *, seams: Seams | Non
         TrainingDoesNotFit: no GPU has the memory for it.
         TooFewTrajectories: what is logged and what practice can add are not enough to train on.
     """
+    require_needs(await measure_needs(memory, config))  # counting is quick, looking for room loads packages
     needs = await measure_needs(memory, config, seams)
     require_needs(needs)
     note = describe_pool(await asyncio.to_thread(memory.trajectories.count_learnable), config)

@@ -54,7 +54,7 @@ class Need:
 async def measure_needs(memory: Any, config: OptimizerConfig, seams: Seams | None = None) -> list[Need]:
     """Return what a cycle with these settings needs; with `seams`, also its held-out tasks and the room to train.
 
-    Raises: ValueError for an environment that does not exist, and for a base model whose files are not here.
+    Raises: whatever `seams.tasks` raises for an environment that does not exist.
     """
     rounds = plan_rounds(config.practice_episodes, config.num_practice_tasks)
     needs = await asyncio.to_thread(_measure_rows, memory, config, rounds)
@@ -106,7 +106,11 @@ def _need_demonstrations(
     imitable = [it for it in successes if it.may_teach and not it.num_invalid_tool_calls and it.id not in corrected]
     taught = [each.trajectory for each in corrections if each.trajectory.may_teach]
     per_task, corrections_per_task = config.demonstrations.per_task, config.teaching.corrections_per_task
-    available = _count_capped(imitable, per_task) + _count_capped(taught, corrections_per_task)
+    num_corrections = _count_capped(taught, corrections_per_task)
+    available = _count_capped(imitable, per_task) + num_corrections
+    # more corrections of one task are taken where rows would lack otherwise
+    num_lacking = max(0, config.demonstrations.min_rows - available)
+    available += min(len(taught) - num_corrections, num_lacking)
     playable, record = _count_playable(learnable, config, rounds, active)
     return Need(
         name="demonstrations",
@@ -115,8 +119,8 @@ def _need_demonstrations(
         playable=playable,
         is_required=True,
         detail=f"{len(successes)} of {len(learnable)} rewarded trajectories are successes, {len(corrections)} replies "
-        f"were corrected, which makes {available} demonstrations (of one task at most {per_task} successes and "
-        f"{corrections_per_task} corrections count){record}",
+        f"were corrected, which makes {available} demonstrations (of one task at most {per_task} successes count)"
+        f"{record}",
         mend="play more practice_episodes, give feedback (with keys, with one that has the scope 'teach') or "
         "corrections, or lower demonstrations.min_rows",
     )
@@ -199,7 +203,7 @@ def count_gate_tasks(config: OptimizerConfig, serving_temperature: float) -> int
 async def _need_room(memory: Any, config: OptimizerConfig, seams: Seams) -> Need:
     try:
         placement = await place_training(memory, config, seams)
-    except TrainingDoesNotFit as error:
+    except ValueError as error:  # no GPU has the memory, or the base's files are not here
         return Need(ROOM, 1, 0, is_required=True, detail=str(error), mend="until then nothing is learned")
     return Need(ROOM, 1, 1, is_required=True, detail=str(placement))
 

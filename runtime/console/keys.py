@@ -131,7 +131,7 @@ def _perform(
 
 
 def _tell(made: dict[str, Any]) -> str:
-    text, operator = _tell_one(made), made["operator"]
+    text, operator = _tell_one(made), made.get("operator")
     if operator is None:
         return f"{text}\n\nThis is the only time the key is shown."
     return (

@@ -377,6 +377,19 @@ async def test_what_was_won_before_counts_towards_what_a_cycle_needs(memory, kit
     assert (await measure_needs(memory, config))[0].available == 3
 
 
+async def test_many_corrections_of_one_task_count_as_far_as_rows_would_lack(memory, kitchen):
+    kitchen.skill = {0: -1.0}
+    (task,) = kitchen.tasks("kitchen", Split.PRACTICE, 1)
+    for seed in range(20):
+        lost = await kitchen.rollout(task, policy=0, use_memory=False, temperature=1.0, seed=seed)
+        await memory.feedback.post(Feedback(trajectory_id=lost.id, correction="The stove, please."))
+
+    logged = {"practice_episodes": 0, "demonstrations": DemonstrationConfig(min_rows=16)}
+    (demonstrations, *_) = await measure_needs(memory, CONFIG.model_copy(update=logged))
+
+    assert (demonstrations.available, demonstrations.is_met) == (16, True)
+
+
 async def test_nothing_is_played_by_a_policy_that_never_won_so_far(memory, kitchen, trainer):
     kitchen.skill = {0: -1.0}
     for task in kitchen.tasks("kitchen", Split.PRACTICE, 60, 100):
@@ -386,6 +399,19 @@ async def test_nothing_is_played_by_a_policy_that_never_won_so_far(memory, kitch
         await open_cycle(memory, CONFIG, seams=seams_of(kitchen, trainer))
 
     assert kitchen.num_played == 60
+
+
+async def test_nothing_is_played_where_the_bases_files_are_not_there_to_train(tmp_path, kitchen, trainer):
+    with Memory.open(tmp_path / "elsewhere", encoder=HashingEncoder()) as memory:
+        await memory.policies.register_base("acme/not-downloaded")
+        seams = seams_of(kitchen, trainer)
+
+        room = (await measure_needs(memory, CONFIG, seams))[-1]
+        with pytest.raises(TrainingDoesNotFit, match="'acme/not-downloaded'"):
+            await open_cycle(memory, CONFIG, seams=seams)
+
+        assert (room.name, room.is_met, room.is_required) == ("room to train", False, True)
+        assert "'acme/not-downloaded'" in room.detail and kitchen.num_played == 0
 
 
 async def test_what_a_cycle_needs_is_said_with_the_mend(memory, kitchen, trainer):
