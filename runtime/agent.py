@@ -86,6 +86,21 @@ class Agent:
         declared = environment.temperature if environment is not None else None
         return self._config.temperature if declared is None else declared
 
+    def output_tokens_of(self, environment: Environment | None) -> int:
+        """Return how many tokens one model call may write where the request does not say."""
+        config = self._config
+        ordinary = config.default_output_tokens if environment is None else environment.max_output_tokens
+        return ordinary if config.max_output_tokens is None else min(ordinary, config.max_output_tokens)
+
+    def require_allowed(self, max_tokens: int | None) -> None:
+        """Raise ValueError, with the name of the setting, if a request asks for more tokens than may be written."""
+        limits = {name: getattr(self._config, name) for name in ("max_output_tokens", "max_total_tokens")}
+        for name, limit in limits.items():
+            if max_tokens is not None and limit is not None and max_tokens > limit:
+                raise ValueError(
+                    f"{max_tokens} tokens are asked for, and this server allows {limit} (agent.{name}): ask for fewer"
+                )
+
     async def rollout(
         self,
         task: Task | None,
@@ -153,7 +168,7 @@ class Agent:
                     budget=Budget(
                         max_steps=config.max_steps,
                         max_total_tokens=config.max_total_tokens,
-                        max_output_tokens=min(max_tokens or config.max_output_tokens, config.max_output_tokens),
+                        max_output_tokens=max_tokens or self.output_tokens_of(environment),
                     ),
                     use_memory=self._uses_memory(actor) if use_memory is None else use_memory,
                     temperature=self.temperature_of(environment) if temperature is None else temperature,

@@ -29,6 +29,7 @@ from runtime.errors import (
     PolicyError,
     RequestRefused,
 )
+from runtime.forced_calls import ask_for_schemas
 
 CONNECT_SECONDS = 5.0
 # The engine closes idle connections after 5 seconds; one reused at that moment would be a failed call.
@@ -89,6 +90,8 @@ class EngineClient:
         self._timeout_seconds = timeout_seconds
         self._api_key = api_key
         self._has_priorities = False
+        self._enforces_schemas = False
+        """Whether the engine keeps the arguments of forced calls to their schemas by itself."""
         self._session: aiohttp.ClientSession | None = None
 
     async def chat(
@@ -101,7 +104,7 @@ class EngineClient:
             BudgetExceeded: the messages fill the model's context.
         """
         started = time.monotonic()
-        answer = await self._post("/v1/chat/completions", _chat_body(model, messages, tools, sampling))
+        answer = await self._post("/v1/chat/completions", self._chat_body(model, messages, tools, sampling))
         try:
             choice = answer["choices"][0]
             message = choice["message"]
@@ -132,7 +135,7 @@ class EngineClient:
         started = time.monotonic()
         reply = Completion(finish_reason="")
         calls: dict[int, dict[str, Any]] = {}
-        body = _chat_body(model, messages, tools, sampling) | {"stream": True}
+        body = self._chat_body(model, messages, tools, sampling) | {"stream": True}
         async for chunk in self._stream("/v1/chat/completions", body):
             try:
                 delta = _add_chunk(reply, calls, chunk)
@@ -222,6 +225,19 @@ class EngineClient:
     def _prioritised(self, body: dict[str, Any]) -> dict[str, Any]:
         return body | {"priority": FIRST_IN_LINE} if self._has_priorities else body
 
+    def _chat_body(
+        self,
+        model: str,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None,
+        sampling: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        body = {"model": model, "messages": list(messages), "return_token_ids": True}
+        if tools:  # the engine refuses an empty list
+            is_asked = not self._enforces_schemas
+            body["tools"] = ask_for_schemas(tools, sampling.get("tool_choice")) if is_asked else list(tools)
+        return body | {key: value for key, value in sampling.items() if value is not None}
+
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         text = await self._request("POST", path, body)
         try:
@@ -260,18 +276,6 @@ class EngineClient:
             headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else None
             self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers)
         return self._session
-
-
-def _chat_body(
-    model: str,
-    messages: Sequence[Message],
-    tools: Sequence[dict[str, Any]] | None,
-    sampling: Mapping[str, Any],
-) -> dict[str, Any]:
-    body = {"model": model, "messages": list(messages), "return_token_ids": True}
-    if tools:  # the engine refuses an empty list
-        body["tools"] = list(tools)
-    return body | {key: value for key, value in sampling.items() if value is not None}
 
 
 def _add_chunk(reply: Completion, calls: dict[int, dict[str, Any]], chunk: dict[str, Any]) -> Delta:

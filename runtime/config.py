@@ -65,8 +65,10 @@ class AgentConfig(BaseModel, extra="forbid"):
     """For requests that bring none, under a policy that has none; empty sends none."""
     max_steps: int = Field(default=24, ge=1)
     """Most model calls in one episode."""
-    max_output_tokens: int = Field(default=512, ge=1)
-    """Most tokens of one model call."""
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens of one model call; a request that asks for more is refused. None: what the context leaves."""
+    default_output_tokens: int = Field(default=2048, ge=1)
+    """Most tokens of one model call where the request names no number, within `max_output_tokens`."""
     max_total_tokens: int = Field(default=200_000, ge=1)
     """Most tokens of one episode, the prompts and outputs of all its model calls together."""
     max_seconds: float = Field(default=300.0, gt=0)

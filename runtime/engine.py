@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import itertools
+import json
 import os
 import re
 import secrets
@@ -42,6 +43,10 @@ OnProgress = Callable[[str], None]
 
 HOME = Path(__file__).parents[1]
 CHILD = Path(__file__).with_name("engine_child.py")
+TOOL_CALLS = Path(__file__).with_name("engine_tool_calls.py")
+COMPACT_JSON = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
+"""Small models fill JSON with white space until the length limit. Only these two backends can forbid it, and of them
+only xgrammar knows the grammars of tool calls."""
 CPU_FIX = "runtime.engine_cpu_fix.WorkerFixes"
 CPU_BLOCK_TOKENS = 32
 """What a prompt shares with an earlier one is found again in whole blocks: with vLLM's 128, a turn reads most of the
@@ -328,7 +333,7 @@ class Engine(EngineClient):
         port = self.config.port or _find_free_port()
         self.url = f"http://127.0.0.1:{port}"
         arguments = server_arguments(self.config, self.model_path, port)
-        self._has_priorities = True
+        self._has_priorities = self._enforces_schemas = True
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if self.log_path.exists():
             self.log_path.replace(self.log_path.with_suffix(".log.1"))
@@ -402,6 +407,8 @@ def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[
         "max-cpu-loras": max(config.max_cpu_loras, config.max_loras),
         "max-lora-rank": config.max_lora_rank,
         "tool-call-parser": parser,
+        "tool-parser-plugin": TOOL_CALLS,
+        "structured-outputs-config": COMPACT_JSON,
         "scheduling-policy": "priority",
         "max-num-seqs": config.max_num_seqs,
         "generation-config": "vllm",  # the model's own sampling defaults would surprise

@@ -23,7 +23,7 @@ HOMES = {
     "sentence_transformers": ("memory/encoder.py",),
     "trl": ("optimizer/training/",),
     "peft": ("optimizer/training/",),
-    "vllm": ("runtime/engine_cpu_fix.py", "runtime/engine_idle.py"),
+    "vllm": ("runtime/engine_cpu_fix.py", "runtime/engine_idle.py", "runtime/engine_tool_calls.py"),
     "langgraph": ("runtime/agent.py", "runtime/nodes.py", "runtime/state.py", "optimizer/cycle.py"),
     "textworld": ("runtime/environments/",),
     "mcp": ("runtime/tools/mcp.py",),

@@ -80,6 +80,7 @@ DOORS: dict[tuple[str, str], Door] = {
     ("POST", "/v1/exemplars/{trajectory_id}/retire"): LEARN,
     ("GET", "/v1/documents"): READ,
     ("POST", "/v1/documents"): LEARN,
+    ("POST", "/v1/documents/search"): READ,
     ("DELETE", "/v1/documents/{document_id}"): LEARN,
     ("GET", "/v1/environments"): READ,
     ("GET", "/v1/environments/{environment}/tasks"): READ,

@@ -62,6 +62,7 @@ async def create_completion(
         temperature=body.temperature,
         seed=body.seed,
         max_tokens=body.max_completion_tokens or body.max_tokens,
+        field_of_max_tokens="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
         tools=body.tools or (),
         sampling=body.sampling(),
     )

@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body
 from pydantic import BaseModel, Field
 
+from memory.document_search import search_documents
 from memory.schema import Trust
 from runtime.api.access import Asker
 from runtime.api.errors import CREATED, NotFound, refusals
@@ -46,6 +47,29 @@ class DocumentList(BaseModel):
     data: list[DocumentDetail]
 
 
+class DocumentQuery(BaseModel, extra="forbid"):
+    """What to look for, and how many passages to return at most."""
+
+    query: str = Field(min_length=1, max_length=10_000)
+    limit: int = Field(default=5, ge=1, le=100)
+
+
+class DocumentMatch(BaseModel):
+    """A passage that fits. `score` ranks it within this answer."""
+
+    document_id: str
+    title: str
+    text: str
+    score: float
+
+
+class DocumentMatches(BaseModel):
+    """The passages that fit, best first."""
+
+    object: str = "list"
+    data: list[DocumentMatch]
+
+
 class Removed(BaseModel):
     """What is gone."""
 
@@ -70,6 +94,13 @@ async def add_document(
 async def list_documents(server: Server, caller: Asker) -> DocumentList:
     rows = server.memory.documents.list(tenant=caller.tenant)
     return DocumentList(data=[DocumentDetail.model_validate(row, from_attributes=True) for row in rows])
+
+
+@router.post("/search", summary="Find passages of documents")
+async def search(server: Server, caller: Asker, body: DocumentQuery) -> DocumentMatches:
+    memory = server.memory
+    found = await search_documents(memory.database, memory.index, body.query, body.limit, tenant=caller.tenant)
+    return DocumentMatches(data=[DocumentMatch.model_validate(match, from_attributes=True) for match in found])
 
 
 @router.delete("/{document_id}", summary="Take a text away again", responses=refusals(NotFound))

@@ -42,6 +42,7 @@ class Asked:
     sampling: dict[str, Any] = field(default_factory=dict)
     field_of_messages: str = "messages"
     """Where they are in the request."""
+    field_of_max_tokens: str = "max_tokens"
 
 
 def prepare(server: Services, asked: Asked) -> Play:
@@ -49,7 +50,7 @@ def prepare(server: Services, asked: Asked) -> Play:
 
     Raises:
         NotFound, UnknownEnvironment, UnknownTask: the request names something that is not there.
-        BadRequest: more messages than are taken, or a task of another split.
+        BadRequest: more messages or tokens than are allowed, or a task of another split.
     """
     if len(asked.messages) > server.limits.max_messages:
         raise BadRequest(
@@ -57,6 +58,10 @@ def prepare(server: Services, asked: Asked) -> Play:
             param=asked.field_of_messages,
             code="too_many_messages",
         )
+    try:
+        server.agent.require_allowed(asked.max_tokens)
+    except ValueError as problem:
+        raise BadRequest(str(problem), param=asked.field_of_max_tokens, code="too_many_tokens") from None
     version = resolve(asked.model, server.memory.policies)
     extensions, task = asked.extensions, _task_of(server, asked.extensions)
 

@@ -103,6 +103,7 @@ async def create_response(
         tools=body.chat_tools(),
         sampling=body.sampling(),
         field_of_messages="input",
+        field_of_max_tokens="max_output_tokens",
     )
     play = prepare(server, asked)
     require_ready(server)
@@ -110,14 +111,14 @@ async def create_response(
     if not body.stream:
         turn = await finish(request, server.memory, play)
         begun = begin_response(body, turn.trajectory, turn.first_position, instructions)
-        response = end_response(begun, turn, list_output(turn))
+        response = end_response(begun, turn, list_output(turn), server.engine.max_model_len)
         await keep(response)
         return _send(response, headers_for(turn.trajectory))
     listening = Listening(server.memory, play)
     await listening.start(request)
     begun = begin_response(body, listening.trajectory, listening.first_position, instructions)
     return StreamingResponse(
-        write_events(listening, EventWriter(begun), keep),
+        write_events(listening, EventWriter(begun), keep, server.engine.max_model_len),
         media_type="text/event-stream",
         headers=headers_for(listening.trajectory),
     )
@@ -166,7 +167,9 @@ class Keeper:
         await self._memory.responses.keep(row)
 
 
-async def write_events(listening: Listening, writer: EventWriter, keep: Keeper) -> AsyncIterator[str]:
+async def write_events(
+    listening: Listening, writer: EventWriter, keep: Keeper, context_tokens: int | None
+) -> AsyncIterator[str]:
     """Yield the events of a response as it is made; the last one only when everything is durable."""
     try:
         for event in writer.begin():
@@ -178,7 +181,7 @@ async def write_events(listening: Listening, writer: EventWriter, keep: Keeper) 
         refuse_failed(turn)
         for event in writer.finish_items(turn):
             yield event
-        response = end_response(writer.response, turn, writer.output)
+        response = end_response(writer.response, turn, writer.output, context_tokens)
         await keep(response)
         yield writer.end(response)
     except (ApiError, *KNOWN_EXCEPTIONS) as error:

@@ -60,10 +60,13 @@ def begin_response(
     }
 
 
-def end_response(response: Json, turn: Turn, output: list[Json]) -> Json:
-    """Return the object of a response that is over, with these items."""
+def end_response(response: Json, turn: Turn, output: list[Json], context_tokens: int | None) -> Json:
+    """Return the object of a response that is over, with these items. `context_tokens` is what the model can hold."""
     is_cut = turn.finish_reason == "length"
     ended: Json = {"status": "incomplete" if is_cut else "completed", "output": output, "usage": _count(turn)}
+    asked, room = response["max_output_tokens"], turn.output_room(context_tokens)
+    if asked is not None and room is not None:
+        ended["max_output_tokens"] = min(asked, room)  # the engine cuts what the context does not leave
     if is_cut:
         ended["incomplete_details"] = {"reason": "max_output_tokens"}
     else:

@@ -89,6 +89,12 @@ class Turn:
         """The last model call, if there was one."""
         return next((step for step in reversed(self.steps) if step.kind is StepKind.MODEL), None)
 
+    def output_room(self, context_tokens: int | None) -> int | None:
+        """Return how many tokens the context left for the last reply; None where that is not known."""
+        if context_tokens is None or self.last_call is None:
+            return None
+        return context_tokens - len(self.last_call.prompt_token_ids)
+
     @property
     def content(self) -> str | None:
         if self.trajectory.stage is TrajectoryStage.RUNNING:

@@ -48,6 +48,9 @@ class Environment(ABC):
     temperature: float | None = None
     """How replies are sampled where the request does not say, for users and for the release gate alike; None: as the
     agent is configured."""
+    max_output_tokens: int = 512
+    """Most tokens of one model call where the request does not say: a move is short, and a model that rambles would
+    slow practice and evaluation down."""
 
     @abstractmethod
     def task(self, name: str) -> Task:

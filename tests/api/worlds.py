@@ -38,6 +38,7 @@ class ScriptedEngine:
         self.model = "base"
         self.url = "http://scripted"
         self.model_path = None
+        self.max_model_len: int | None = None
         self.log_path = log_path
         self.config = EngineConfig()
         self.is_ready = True

@@ -334,6 +334,43 @@ async def test_a_schema_is_enforced_and_a_call_is_streamed_in_pieces(real: Engin
 
 
 @on_real_engine
+async def test_a_forced_call_has_an_object_of_the_schema_for_arguments(real: Engine):
+    schema = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+    city = {"type": "function", "function": {"name": "city", "description": "Choose.", "parameters": schema}}
+    ping = {"type": "function", "function": {"name": "ping"}}
+    named = {"type": "function", "function": {"name": "city"}}
+
+    async def ignore(delta: Delta) -> None:
+        pass
+
+    said = [{"role": "user", "content": "hi"}]
+    for choice in ("required", named):
+        asked = {"tool_choice": choice, "temperature": 1.0, "max_tokens": 400}
+        replies = [
+            *(real.chat("base", said, [city, ping], seed=seed, **asked) for seed in range(6)),
+            *(real.chat_stream("base", said, [city, ping], on_delta=ignore, seed=seed, **asked) for seed in range(2)),
+        ]
+        for reply in await asyncio.gather(*replies):
+            assert reply.tool_calls, (choice, reply.content)
+            for call in reply.tool_calls:
+                wanted = ({},) if call["function"]["name"] == "ping" else ({"city": "Oslo"}, {"city": "Rome"})
+                assert json.loads(call["function"]["arguments"]) in wanted
+
+
+@on_real_engine
+async def test_json_holds_no_white_space_to_run_into(real: Engine):
+    schema = {"type": "object", "properties": {"city": {"enum": ["Oslo"]}}, "required": ["city"]}
+    schema |= {"additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    asked = {"response_format": wanted, "temperature": 1.0, "max_tokens": 60}
+    said = [{"role": "user", "content": "hi"}]
+    replies = await asyncio.gather(*(real.chat("base", said, seed=seed, **asked) for seed in range(8)))
+    assert [(reply.finish_reason, json.loads(reply.content)) for reply in replies] == [("stop", {"city": "Oslo"})] * 8
+    assert {"".join(reply.content.split()) for reply in replies} == {'{"city":"Oslo"}'}
+    assert all("\n" not in reply.content and len(reply.content) <= len('{"city": "Oslo"}') for reply in replies)
+
+
+@on_real_engine
 async def test_an_engine_killed_in_mid_episode_fails_who_heard_of_it_and_comes_back_dressed_for_the_others(
     real: Engine, memory: Memory, adapters: list[Path]
 ):
