@@ -293,6 +293,7 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
         limits,
         maintenance=maintenance,
         check_training=lambda: check_training(memory, settings.optimizer, seams),
+        server=settings.server,
     )
 
 

@@ -20,7 +20,7 @@ class EngineConfig(BaseModel, extra="forbid"):
     port: int = Field(default=0, ge=0, le=65535)
     """The engine's port on the loopback; 0 takes a free one."""
     tool_call_parser: str | None = None
-    """vLLM's name of the parser; None chooses by the model's family."""
+    """vLLM's name of the parser; None chooses by the model's chat template and tokenizer."""
     max_model_len: int | None = Field(default=None, ge=1)
     """Longest prompt and answer together, in tokens; None is the model's own limit."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
@@ -161,4 +161,6 @@ class ServerConfig(BaseModel, extra="forbid"):
     """The loopback by default; any other address needs keys (`serve.py keys create`)."""
     port: int = Field(default=8080, ge=0, le=65535)
     """0 takes a free one."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages that may use the server from a browser, by origin: `https://app.example.com`."""
     limits: LimitsConfig = LimitsConfig()

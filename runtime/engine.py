@@ -35,7 +35,8 @@ from runtime import engine_idle
 from runtime.completion import EngineClient
 from runtime.config import EngineConfig
 from runtime.errors import EngineError, PolicyError
-from runtime.model_family import choose_tool_call_parser, find_model, read_model_config
+from runtime.model_family import find_model
+from runtime.tool_format import choose_tool_call_parser, read_chat_template, shows_tools
 
 log = structlog.get_logger()
 
@@ -43,6 +44,10 @@ OnProgress = Callable[[str], None]
 
 HOME = Path(__file__).parents[1]
 CHILD = Path(__file__).with_name("engine_child.py")
+NO_TOOLS = (
+    "the model's chat template shows no tools: requests with tools are refused; give a template that does with "
+    'engine.extra_args = ["--chat-template", "<file>"]'
+)
 TOOL_CALLS = Path(__file__).with_name("engine_tool_calls.py")
 COMPACT_JSON = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
 """Small models fill JSON with white space until the length limit. Only these two backends can forbid it, and of them
@@ -87,6 +92,8 @@ class Engine(EngineClient):
         """Awaited after each restart, before the engine is ready again."""
         self.max_model_len: int | None = None
         """The longest prompt and answer together that is served; None until it is up, or if it does not say."""
+        self.takes_tools = True
+        """Whether the model's chat template shows tools to it; an engine elsewhere is assumed to."""
         self.num_restarts = 0
         self._on_progress = on_progress or (lambda text: None)
         self._process: asyncio.subprocess.Process | None = None
@@ -123,6 +130,9 @@ class Engine(EngineClient):
             if self.is_ours:
                 self._on_progress("finding the model")
                 self.model_path = await asyncio.to_thread(find_model, self.config.model)
+                self.takes_tools = shows_tools(read_chat_template(self.model_path, self.config.extra_args))
+                if not self.takes_tools:
+                    log.warning(NO_TOOLS)
                 await self._start_child()
                 self.max_model_len = (await self._find_base()).get("max_model_len")
             else:
@@ -398,8 +408,9 @@ class Engine(EngineClient):
 
 
 def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[str]:
-    """Return vLLM's command line. Raises ValueError for a family whose tool-call parser isn't known."""
-    parser = config.tool_call_parser or choose_tool_call_parser(read_model_config(model_path))
+    """Return vLLM's command line."""
+    template = read_chat_template(model_path, config.extra_args)
+    parser = config.tool_call_parser or choose_tool_call_parser(model_path, template)
     arguments = {
         "model": model_path,
         "served-model-name": BASE,
@@ -408,7 +419,8 @@ def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[
         "max-lora-rank": config.max_lora_rank,
         "tool-call-parser": parser,
         "tool-parser-plugin": TOOL_CALLS,
-        "structured-outputs-config": COMPACT_JSON,
+        # Grammars for Mistral's own tokenizer need another backend, which only vLLM's automatic choice takes.
+        "structured-outputs-config": None if (model_path / "tekken.json").is_file() else COMPACT_JSON,
         "scheduling-policy": "priority",
         "max-num-seqs": config.max_num_seqs,
         "generation-config": "vllm",  # the model's own sampling defaults would surprise

@@ -56,12 +56,8 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "config.json").read_text(encoding="utf-8"))
 
 
-def choose_tool_call_parser(config: dict[str, Any]) -> str:
-    """Return vLLM's name of the parser for the family that `config` (a config.json) describes.
-
-    Raises:
-        ValueError: a family that isn't known here; the parser must then be named in the settings.
-    """
+def parser_of_family(config: dict[str, Any]) -> str | None:
+    """Return vLLM's name of the parser for the family that `config` (a config.json) describes; None: not known here."""
     model_type = config.get("model_type", "")
     if model_type in PARSERS_BY_MODEL_TYPE:
         return PARSERS_BY_MODEL_TYPE[model_type]
@@ -69,9 +65,7 @@ def choose_tool_call_parser(config: dict[str, Any]) -> str:
         for family, parser in PARSERS_BY_ARCHITECTURE.items():
             if architecture.startswith(family):
                 return parser
-    raise ValueError(
-        f"no tool-call parser is known for model type {model_type!r}: name one of vLLM's with engine.tool_call_parser"
-    )
+    return None
 
 
 def holds_unparsed_call(text: str) -> bool:

@@ -53,8 +53,10 @@ READ = _door(Scope.INFER, Scope.LEARN)
 SHARED_LEARN = _door(Scope.LEARN, is_shared=True)
 OPERATE = _door(is_shared=True)
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/redoc", "/openapi.json"})
 """For anybody: whether the server is well, and the description of its API."""
+ASSET_PATHS = "/docs/assets/"
+"""For anybody too: the scripts and styles of that description."""
 LINKED_PATHS = "/feedback/"
 """For whoever holds a link: what follows is signed, and says what it allows."""
 
@@ -80,7 +82,9 @@ DOORS: dict[tuple[str, str], Door] = {
     ("POST", "/v1/exemplars/{trajectory_id}/retire"): LEARN,
     ("GET", "/v1/documents"): READ,
     ("POST", "/v1/documents"): LEARN,
+    ("POST", "/v1/documents/upload"): LEARN,
     ("POST", "/v1/documents/search"): READ,
+    ("GET", "/v1/documents/{document_id}"): READ,
     ("DELETE", "/v1/documents/{document_id}"): LEARN,
     ("GET", "/v1/environments"): READ,
     ("GET", "/v1/environments/{environment}/tasks"): READ,
@@ -107,7 +111,7 @@ DOORS: dict[tuple[str, str], Door] = {
 
 def is_open(path: str) -> bool:
     """Whether a path asks for no key."""
-    return path in OPEN_PATHS or path.startswith(LINKED_PATHS)
+    return path in OPEN_PATHS or path.startswith((ASSET_PATHS, LINKED_PATHS))
 
 
 def require_open(caller: Caller, method: str, path: str) -> None:

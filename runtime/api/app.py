@@ -10,10 +10,12 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from runtime.api import (
     chat,
     cycles,
+    docs_page,
     documents,
     environments,
     errors,
@@ -86,7 +88,10 @@ ROUTERS = (
     index,
     health,
     metrics,
+    docs_page,
 )
+READABLE_HEADERS = ("X-Trajectory-Id", "X-Episode-Id", "X-Policy", "Retry-After")
+"""What a web page's scripts may read of an answer besides its body."""
 
 
 def create_app(services: Services) -> FastAPI:
@@ -97,6 +102,8 @@ def create_app(services: Services) -> FastAPI:
         summary="An agent runtime with self-improving memory.",
         description=DESCRIPTION,
         openapi_tags=TAGS,
+        docs_url=None,  # docs_page has both
+        redoc_url=None,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.state.services = services
@@ -105,7 +112,15 @@ def create_app(services: Services) -> FastAPI:
     for module in ROUTERS:
         app.include_router(module.router, responses={} if module is health else refused)
     app.add_middleware(Gate, services=services, routes=app.router.routes)
-    app.add_middleware(MeasureRequests, telemetry=services.agent.telemetry)  # the last is the outermost
+    app.add_middleware(MeasureRequests, telemetry=services.agent.telemetry)
+    if services.server.cors_origins:
+        app.add_middleware(  # the last is the outermost: a preflight brings no key, and refusals must be readable too
+            CORSMiddleware,
+            allow_origins=services.server.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=READABLE_HEADERS,
+        )
     app.openapi = partial(describe_api, app)
     return app
 

@@ -13,21 +13,24 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from memory.schema import Split, clean
+from runtime.api.engine_options import Effort, EngineOptions
 from runtime.api.errors import BadRequest
 
 # Parameters without meaning here that clients send all the same.
-HARMLESS = frozenset({"store", "prompt_cache_key", "prompt_cache_retention", "service_tier"})
+HARMLESS = frozenset({"store", "prompt_cache_key", "prompt_cache_retention", "service_tier", "verbosity"})
 MAX_PERSON_CHARS = 512
 # Values that ask for nothing, under names that are refused otherwise.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {"n": (1,), "modalities": (["text"],)}
 # Handed to the engine as they are.
-SAMPLING = ("top_p", "stop", "frequency_penalty", "presence_penalty", "response_format", "logprobs", "top_logprobs")
+SAMPLING = (
+    *("top_p", "stop", "frequency_penalty", "presence_penalty", "response_format", "logprobs", "top_logprobs"),
+    "reasoning_effort",
+)
 # The same, but only beside tools: the engine refuses them alone.
 ABOUT_TOOLS = ("tool_choice", "parallel_tool_calls")
 MENDS = {
     "functions": "; send tools instead",
     "function_call": "; send tool_choice instead",
-    "reasoning_effort": "; the models here are asked as they are",
 }
 
 
@@ -97,7 +100,7 @@ def check_format(response_format: dict[str, Any] | None) -> dict[str, Any] | Non
     return None if kind == "text" else response_format
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(EngineOptions):
     """A chat completion request, with the agent's extensions in `metadata` (all values are strings):
 
     * `environment`, `task`: play that task on the server; `messages` may be empty then.
@@ -117,7 +120,7 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str = Field(examples=["agent", "agent@v3"])
-    messages: list[Message] = []
+    messages: list[Message] = Field(default_factory=list)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     tools: list[dict[str, Any]] | None = None
@@ -127,6 +130,7 @@ class ChatRequest(BaseModel):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     response_format: dict[str, Any] | None = None
+    reasoning_effort: Effort | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     parallel_tool_calls: bool | None = None
@@ -153,7 +157,7 @@ class ChatRequest(BaseModel):
         """Return what the engine is told beyond temperature, seed and length."""
         names = SAMPLING + ABOUT_TOOLS if self.tools else SAMPLING
         given = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in given.items() if value is not None} | self.engine_options()
 
     @field_validator("response_format")
     @classmethod

@@ -8,13 +8,13 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, File, Form, UploadFile
 from pydantic import BaseModel, Field
 
 from memory.document_search import search_documents
 from memory.schema import Trust
 from runtime.api.access import Asker
-from runtime.api.errors import CREATED, NotFound, refusals
+from runtime.api.errors import CREATED, BadRequest, NotFound, refusals
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/documents", tags=["documents"])
@@ -38,6 +38,12 @@ class DocumentDetail(BaseModel):
     title: str
     digest: str
     created_at: datetime
+
+
+class DocumentText(DocumentDetail):
+    """A document with its text, in the passages that it was split into."""
+
+    passages: list[str]
 
 
 class DocumentList(BaseModel):
@@ -90,6 +96,29 @@ async def add_document(
     return DocumentDetail.model_validate(row, from_attributes=True)
 
 
+@router.post("/upload", status_code=CREATED, summary="Give the agent a text file to read")
+async def upload_document(
+    server: Server,
+    caller: Asker,
+    file: Annotated[UploadFile, File(description="Text in UTF-8.")],
+    title: Annotated[str, Form(max_length=500, description="By default the file's name.")] = "",
+    is_trusted: Annotated[bool, Form()] = True,
+) -> DocumentDetail:
+    """The same as a form: `curl -F file=@handbook.md`."""
+    try:
+        text = (await file.read()).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadRequest(
+            f"{file.filename!r} ({file.content_type}) is not UTF-8 text: convert it to text first",
+            param="file",
+            code="invalid_value",
+        ) from None
+    trust = Trust.TRUSTED if is_trusted else Trust.UNTRUSTED
+    title = title.strip() or (file.filename or "")[:500]
+    row = await server.memory.documents.ingest(title, text, tenant=caller.tenant, trust=trust)
+    return DocumentDetail.model_validate(row, from_attributes=True)
+
+
 @router.get("", summary="List what the agent was given to read")
 async def list_documents(server: Server, caller: Asker) -> DocumentList:
     rows = server.memory.documents.list(tenant=caller.tenant)
@@ -101,6 +130,15 @@ async def search(server: Server, caller: Asker, body: DocumentQuery) -> Document
     memory = server.memory
     found = await search_documents(memory.database, memory.index, body.query, body.limit, tenant=caller.tenant)
     return DocumentMatches(data=[DocumentMatch.model_validate(match, from_attributes=True) for match in found])
+
+
+@router.get("/{document_id}", summary="Read a document", responses=refusals(NotFound))
+async def get_document(document_id: str, server: Server, caller: Asker) -> DocumentText:
+    documents = server.memory.documents
+    row = documents.get(document_id, tenant=caller.tenant)
+    passages = [passage.text for passage in documents.passages(document_id, tenant=caller.tenant)]
+    detail = DocumentDetail.model_validate(row, from_attributes=True)
+    return DocumentText(**detail.model_dump(), passages=passages)
 
 
 @router.delete("/{document_id}", summary="Take a text away again", responses=refusals(NotFound))

@@ -23,6 +23,7 @@ from runtime.api.models import resolve
 from runtime.api.services import Services
 from runtime.api.turn import Opened, Turn, read_turn
 from runtime.completion import Delta
+from runtime.engine import NO_TOOLS
 
 Play = Callable[..., Coroutine[Any, Any, Trajectory]]
 
@@ -62,6 +63,8 @@ def prepare(server: Services, asked: Asked) -> Play:
         server.agent.require_allowed(asked.max_tokens)
     except ValueError as problem:
         raise BadRequest(str(problem), param=asked.field_of_max_tokens, code="too_many_tokens") from None
+    if asked.tools and not server.engine.takes_tools:
+        raise BadRequest(NO_TOOLS, param="tools", code="unsupported_parameter")
     version = resolve(asked.model, server.memory.policies)
     extensions, task = asked.extensions, _task_of(server, asked.extensions)
 

@@ -47,7 +47,7 @@ def begin_response(
         "output": [],
         "parallel_tool_calls": request.parallel_tool_calls is not False,
         "previous_response_id": request.previous_response_id,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": request.reasoning and request.reasoning.effort, "summary": None},
         "store": request.store is not False,
         "temperature": request.temperature if request.temperature is not None else trajectory.temperature,
         "text": {"format": (request.text and request.text.format) or {"type": "text"}},

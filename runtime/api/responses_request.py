@@ -20,23 +20,35 @@ from runtime.api.chat_request import (
     check_tool_results,
     refuse_unsupported,
 )
+from runtime.api.engine_options import Effort, EngineOptions
 from runtime.api.errors import BadRequest
 
 # Values that ask for nothing, under names that are refused otherwise.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "include": ([],),
     "truncation": ("disabled",),
     "top_logprobs": (0,),
 }
+# What these include is never there: encrypted reasoning, and the results of tools that are not offered here.
+NEUTRAL_INCLUDES = ("reasoning.encrypted_content",)
+NEUTRAL_SUFFIXES = (".results", ".outputs", ".sources", ".image_url")
 TEXT_PARTS = ("input_text", "output_text", "text")
 
 
 class TextOptions(BaseModel):
-    """`format`: plain text, or JSON by a schema."""
+    """`format`: plain text, or JSON by a schema. `verbosity` asks for nothing here."""
 
     model_config = ConfigDict(extra="allow")
 
     format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
+class ReasoningOptions(BaseModel, extra="forbid"):
+    """`effort` goes to the engine. No summary is made."""
+
+    effort: Effort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
 class StreamOptions(BaseModel, extra="forbid"):
@@ -45,13 +57,13 @@ class StreamOptions(BaseModel, extra="forbid"):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseRequest(BaseModel):
+class ResponseRequest(EngineOptions):
     """A request of the Responses API, with the agent's extensions in `metadata`, as in a chat completion."""
 
     model_config = ConfigDict(extra="allow")
 
     model: str = Field(examples=["agent", "agent@v3"])
-    input: str | list[dict[str, Any]] = []
+    input: str | list[dict[str, Any]] = Field(default_factory=list)
     instructions: str | None = None
     previous_response_id: str | None = None
     stream: bool | None = False
@@ -64,6 +76,8 @@ class ResponseRequest(BaseModel):
     top_p: float | None = Field(default=None, gt=0, le=1)
     max_output_tokens: int | None = Field(default=None, ge=1)
     text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    include: list[str] | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = Field(default=None, description="The person this is asked for.")
     user: str | None = Field(default=None, description="The same, under OpenAI's older name.")
@@ -91,7 +105,8 @@ class ResponseRequest(BaseModel):
         if self.tools:
             sampling |= {"tool_choice": as_chat_choice(self.tool_choice)}
             sampling |= {"parallel_tool_calls": self.parallel_tool_calls}
-        return {name: value for name, value in sampling.items() if value is not None}
+        sampling |= {"reasoning_effort": self.reasoning and self.reasoning.effort}
+        return {name: value for name, value in sampling.items() if value is not None} | self.engine_options()
 
     def _response_format(self) -> dict[str, Any] | None:
         given = self.text.format if self.text is not None else None
@@ -114,6 +129,9 @@ def check_request(request: ResponseRequest, extensions: Extensions) -> None:
     if not request.input and extensions.environment is None:
         raise BadRequest("input is empty: send a text, or at least one item", param="input", code="empty_input")
     refuse_unsupported(request.model_extra or {}, HARMLESS, NEUTRAL)
+    for name in request.include or ():
+        if name not in NEUTRAL_INCLUDES and not name.endswith(NEUTRAL_SUFFIXES):
+            raise BadRequest(f"include={name!r} is not supported here", param="include", code="unsupported_parameter")
     if request.text is not None:
         inside = {f"text.{name}": value for name, value in (request.text.model_extra or {}).items()}
         refuse_unsupported(inside, (), {})

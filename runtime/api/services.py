@@ -15,7 +15,7 @@ from fastapi import Depends, Request
 from memory.schema import Cycle, Policy
 from memory.store import Memory
 from runtime.agent import Agent
-from runtime.config import LimitsConfig
+from runtime.config import LimitsConfig, ServerConfig
 from runtime.doctor import Check
 from runtime.engine import Engine
 from runtime.environments.base import Environment
@@ -67,6 +67,8 @@ class Services:
     """None: the engine is never stopped on purpose."""
     check_training: Callable[[], Awaitable[Check]] | None = None
     """Says whether a cycle would find room to train; None: nobody here trains."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """Who may reach the server, and from where."""
 
     def require_serving(self) -> None:
         """Raise EngineInMaintenance while the engine is stopped on purpose."""

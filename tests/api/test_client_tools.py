@@ -430,3 +430,19 @@ async def test_a_client_that_leaves_while_its_results_are_read_cancels_the_episo
                 model="agent", messages=[ASKED, *results(first, "rain")], tools=[WEATHER], timeout=0.5
             )
     assert eventually(lambda: world.memory.trajectories.get(first.id).stage is TrajectoryStage.CANCELLED)
+
+
+def test_tools_that_the_template_would_drop_are_refused_by_name(world: PlayedWorld, http: httpx.Client) -> None:
+    hello = {"model": "agent", "messages": [{"role": "user", "content": "hi"}]}
+    function = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
+    world.services.engine.takes_tools = False
+    try:
+        chat = http.post("/v1/chat/completions", json={**hello, "tools": [WEATHER]})
+        response = http.post("/v1/responses", json={"model": "agent", "input": "hi", "tools": [function]})
+        plain = http.post("/v1/chat/completions", json=hello)
+    finally:
+        world.services.engine.takes_tools = True
+    for answer in (chat, response):
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "tools"
+        assert "--chat-template" in answer.json()["error"]["message"]
+    assert plain.status_code == 200

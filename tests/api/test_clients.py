@@ -143,11 +143,11 @@ def test_a_cut_answer_says_so(world: PlayedWorld, client: openai.OpenAI) -> None
     [
         ({"n": 2}, "n"),
         ({"functions": [{"name": "f"}]}, "functions"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"reasoning_effort": "enormous"}, "reasoning_effort"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
-        ({"verbosity": "low"}, "verbosity"),
+        ({"extra_body": {"top_k": -2}}, "top_k"),
         ({"web_search_options": {"search_context_size": "low"}}, "web_search_options"),
         ({"extra_body": {"best_of": 3}}, "best_of"),
         ({"top_logprobs": 2}, "top_logprobs"),

@@ -66,3 +66,29 @@ def test_a_search_finds_the_tenants_own_documents_alone(tenants: dict[str, httpx
     assert search(tenants["zeta"], "secret plan") == []
     refused = tenants["critic"].post("/v1/documents/search", json={"query": "secret plan"})
     assert refused.status_code == 403 and refused.json()["error"]["code"] == "insufficient_scope"
+
+
+def test_a_file_is_uploaded_as_a_form_and_read_back_by_its_id(http: httpx.Client) -> None:
+    text = "# Refunds\n\nAbove 100 EUR: [a second signature]."
+    made = http.post("/v1/documents/upload", files={"file": ("refunds.md", text, "text/markdown")})
+    assert made.status_code == 201, made.text
+    assert made.json()["title"] == "refunds.md"
+    assert http.get(f"/v1/documents/{made.json()['id']}").json() == {**made.json(), "passages": [text]}
+    named = {"title": "Money back", "is_trusted": "false"}
+    again = http.post("/v1/documents/upload", files={"file": ("x.md", "Another text.")}, data=named)
+    assert again.json()["title"] == "Money back"
+
+
+def test_what_is_no_text_is_refused_with_its_name_and_type(http: httpx.Client) -> None:
+    picture = {"file": ("stove.png", b"\x89PNG\xff\xfe", "image/png")}
+    refused = http.post("/v1/documents/upload", files=picture)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "file"
+    assert "'stove.png' (image/png)" in refused.json()["error"]["message"]
+    assert http.post("/v1/documents/upload", data={"title": "x"}).json()["error"]["param"] == "file"
+
+
+def test_a_document_is_read_by_its_own_tenant_alone(tenants: dict[str, httpx.Client]) -> None:
+    document = add(tenants["acme"], "The plan", "Our secret plan is a zebra.")
+    assert tenants["acme"].get(f"/v1/documents/{document}").json()["passages"] == ["Our secret plan is a zebra."]
+    theirs = tenants["zeta"].get(f"/v1/documents/{document}")
+    assert theirs.status_code == 404 and theirs.json()["error"]["code"] == "document_not_found"

@@ -39,6 +39,7 @@ class ScriptedEngine:
         self.url = "http://scripted"
         self.model_path = None
         self.max_model_len: int | None = None
+        self.takes_tools = True
         self.log_path = log_path
         self.config = EngineConfig()
         self.is_ready = True

@@ -24,28 +24,12 @@ from runtime.engine import Engine, find_last_words, server_arguments
 from runtime.errors import EngineError, EngineInMaintenance, EngineLost, RequestRefused
 from runtime.hotswap import HotSwap, mean_distance
 from runtime.maintenance import Maintenance
-from runtime.model_family import choose_tool_call_parser, find_model, holds_unparsed_call
+from runtime.model_family import find_model, holds_unparsed_call
 from tests.runtime.fake_engine import LOOK, FakeEngine
 from tests.runtime.levers import Levers
 
 
-@pytest.mark.parametrize(
-    ("config", "parser"),
-    [
-        ({"model_type": "qwen2"}, "hermes"),
-        ({"model_type": "qwen3"}, "hermes"),
-        ({"model_type": "llama"}, "llama3_json"),
-        ({"model_type": "mistral"}, "mistral"),
-        ({"model_type": "new", "architectures": ["Qwen4ForCausalLM"]}, "hermes"),
-    ],
-)
-def test_the_family_chooses_the_parser(config: dict, parser: str):
-    assert choose_tool_call_parser(config) == parser
-
-
-def test_an_unknown_family_needs_its_parser_named(base_dir: Path):
-    with pytest.raises(ValueError, match=r"name one of vLLM's with engine\.tool_call_parser"):
-        choose_tool_call_parser({"model_type": "gpt2"})
+def test_a_parser_that_is_named_is_taken(base_dir: Path):
     given = server_arguments(EngineConfig(tool_call_parser="pythonic"), base_dir, 7)
     assert given[given.index("--tool-call-parser") + 1] == "pythonic"
 
@@ -68,6 +52,15 @@ def test_the_engine_listens_on_the_loopback_with_adapters_on(base_dir: Path):
     assert "--host 127.0.0.1 --port 8123" in text
     assert "--enable-lora" in given and "--max-lora-rank 32" in text and "--max-model-len 512" in text
     assert "--seed 7 --host" in text  # what comes last counts
+
+
+def test_json_is_compact_but_for_models_with_mistral_s_own_tokenizer(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    compact = {"backend": "xgrammar", "disable_any_whitespace": True}
+    given = server_arguments(EngineConfig(), tmp_path, 7)
+    assert json.loads(given[given.index("--structured-outputs-config") + 1]) == compact
+    (tmp_path / "tekken.json").write_text("{}")
+    assert "--structured-outputs-config" not in server_arguments(EngineConfig(), tmp_path, 7)
 
 
 def test_last_words_are_the_errors_of_the_log_without_its_noise():

@@ -21,6 +21,7 @@ CALLS = {
     "mistral": "[TOOL_CALLS]" + json.dumps([{"name": "look", "arguments": WHERE}]),
 }
 """A call of the tool, as models of the family write it."""
+PARSERS = {"qwen3": "hermes", "llama": "llama3_json", "mistral": "mistral"}
 
 
 @pytest.mark.parametrize("family", CALLS)
@@ -31,7 +32,9 @@ async def test_a_family_is_loaded_parsed_and_dressed(family: str, tmp_path: Path
     base = tiny_models.make_model(tmp_path / "model", family=family)
     tiny_models.teach(base, [(messages, [LOOK], CALLS[family])])
     (told,) = tiny_models.make_adapters(base, [tmp_path / "adapter"])
-    engine = Engine(EngineConfig(model=str(base), kv_cache_gib=1, max_model_len=512, startup_seconds=900), tmp_path)
+    named = {"tool_call_parser": PARSERS[family]}  # the tests' template is of no family
+    settings = EngineConfig(model=str(base), kv_cache_gib=1, max_model_len=512, startup_seconds=900, **named)
+    engine = Engine(settings, tmp_path)
     await engine.start()
     try:
         reply = await engine.chat(engine.model, messages, [LOOK], temperature=0.0, max_tokens=120)

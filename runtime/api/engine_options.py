@@ -1,0 +1,25 @@
+"""Fields beyond OpenAI's that vLLM understands, and that go to it as they are, in either API."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+"""How much a reasoning model thinks, as vLLM takes it; a model that does not reason is asked as it is."""
+
+
+class EngineOptions(BaseModel):
+    """Sampling that OpenAI's API does not have."""
+
+    top_k: int | None = Field(default=None, ge=-1, description="0 and -1: all tokens.")
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=2)
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = Field(
+        default=None, description='Variables of the chat template, as {"enable_thinking": false}.'
+    )
+
+    def engine_options(self) -> dict[str, Any]:
+        """Return those that were given."""
+        return {name: value for name in EngineOptions.model_fields if (value := getattr(self, name)) is not None}
