@@ -1,16 +1,17 @@
-# Five commands, each of which first makes sure that .venv holds what pyproject.toml and constraints.txt say.
+# Six commands, each of which first makes sure that .venv holds what pyproject.toml and constraints.txt say.
 #
 #   make serve                      the agent on http://127.0.0.1:8080, its data in .ratchet/
 #   make serve ARGS="--port 9000 --data /tmp/elsewhere"
 #   make test                       what continuous integration runs (ARGS go to pytest)
 #   make faults                     the full counts of the faults that `make test` tries a few times (ARGS="-k kill")
+#   make clients                    fifteen clients, each in its own environment, against real servers (docs/clients.md)
 #   make lint                       ruff, without changing a file (`make format` changes them)
 #   make check                      lint, then test
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install torch-cpu serve test faults lint format check clean
+.PHONY: help install torch-cpu serve test faults clients lint format check clean
 
 # The first of these that is here and can make an environment.
 PYTHON ?= $(shell for each in python3.11 python3.12 python3.13; do \
@@ -40,6 +41,9 @@ test: $(STAMP)
 
 faults: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m slow tests/faults $(ARGS)
+
+clients: $(STAMP)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m tests.clients.run $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

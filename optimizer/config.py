@@ -166,7 +166,7 @@ class TeachingConfig(BaseModel, extra="forbid"):
     max_rows_per_tenant: int = Field(default=1000, ge=1)
     """Of a tenant other than the default one, which is the operator's own."""
     corrections_per_task: int = Field(default=4, ge=1)
-    """The newest of one task."""
+    """The newest of one task. More are taken only where `demonstrations.min_rows` would not be reached without them."""
     max_share: float = Field(default=0.5, ge=0.5, le=1)
     """Largest share of the rows for one user, one key, or one tenant other than the default one, where others teach
     too; 1 lifts it. Not below one half: two who teach alike would cut each other down to nothing."""

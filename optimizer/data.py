@@ -121,20 +121,16 @@ def build_demonstrations(
     teaching: TeachingConfig | None = None,
 ) -> DemonstrationRows:
     """Return the rows to imitate: corrections, and successes that nobody corrected, few per task, the shortest first.
-    Mostly without their memory segment."""
+    Mostly without their memory segment. Corrections over the limit of their task are added where the rows would
+    otherwise be fewer than a training needs, because nothing is left that they could drown out."""
     graded = list(graded)
     refuse_held_out(graded)
     refuse_held_out(corrections)
     built = DemonstrationRows()
     teaching = teaching or TeachingConfig()
-    _take_corrections(
-        _newest_per_task(corrections, teaching.corrections_per_task, built.tally),
-        tokenizer,
-        config,
-        max_length_tokens,
-        seed,
-        built,
-    )
+    newest, older = _newest_per_task(corrections, teaching.corrections_per_task)
+    with_correction = _take_corrections(newest, tokenizer, config, max_length_tokens, seed, built)
+    built.num_corrections = len(built.rows)
     corrected = {each.trajectory.id for each in corrections}
     teachers = {each.trajectory.id: (each.teacher,) for each in graded}
     by_task: dict[tuple[str, ...], list[_Episode]] = defaultdict(list)
@@ -152,6 +148,11 @@ def build_demonstrations(
     for _, episodes in sorted(by_task.items()):
         _take_shortest(episodes, config.per_task, built)
     built.teachers += [teachers[row.trajectory_id] for row in built.rows[built.num_corrections :]]
+    num_missing = max(0, config.min_rows - built.num_examples)
+    with_correction |= _take_corrections(
+        older[::-1], tokenizer, config, max_length_tokens, seed, built, most=num_missing
+    )
+    built.num_tasks += len(with_correction)
     _bound_rows(built, config, teaching, seed)
     built.num_corrections = sum(row.is_correction for row in built.rows)
     return built
@@ -179,10 +180,16 @@ def _take_corrections(
     max_length_tokens: int,
     seed: int,
     built: DemonstrationRows,
-) -> None:
-    """Add a row for each correction that can be one."""
+    *,
+    most: int | None = None,
+) -> set[tuple[str, ...]]:
+    """Add a row for each correction that can be one, `most` of them at the most; return the keys of their tasks."""
     tasks = set()
-    for each in corrections:
+    end = None if most is None else len(built.rows) + most
+    for number, each in enumerate(corrections):
+        if len(built.rows) == end:
+            built.tally["over_correction_cap"] += len(corrections) - number
+            break
         has_memory = bool(each.trajectory.memory_text) and _keeps_memory(each, config, seed)
         try:
             _require_trusted(each)
@@ -198,21 +205,17 @@ def _take_corrections(
         built.tokens_shown += row.num_prompt_tokens
         built.tokens_kept += kept.num_prompt_tokens
         tasks.add(each.trajectory.task_key)
-    built.num_corrections = len(built.rows)
-    built.num_tasks += len(tasks)
+    return tasks
 
 
-def _newest_per_task(corrections: Sequence[Correction], most: int, tally: Counter[str]) -> list[Correction]:
-    """Return the corrections, oldest first, without those of a task beyond the newest `most`."""
+def _newest_per_task(corrections: Sequence[Correction], most: int) -> tuple[list[Correction], list[Correction]]:
+    """Return the newest `most` corrections of each task, and the others; both oldest first."""
     num_left: Counter[tuple[str, ...]] = Counter(each.trajectory.task_key for each in corrections)
-    kept = []
+    newest, older = [], []
     for each in corrections:
-        if num_left[each.trajectory.task_key] <= most:
-            kept.append(each)
-        else:
-            tally["over_correction_cap"] += 1
+        (newest if num_left[each.trajectory.task_key] <= most else older).append(each)
         num_left[each.trajectory.task_key] -= 1
-    return kept
+    return newest, older
 
 
 def _require_trusted(each: GradedTrajectory | Correction) -> None:

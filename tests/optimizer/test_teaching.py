@@ -49,8 +49,8 @@ async def chat(memory: Memory, tokenizer, number: int, *, tenant: str, key_id: s
     await memory.feedback.post(Feedback(trajectory_id=trajectory.id, tenant=tenant, key_id=key_id, **said))
 
 
-def demonstrate(memory: Memory, tokenizer):
-    config = DemonstrationConfig(keep_memory_share=0.0)
+def demonstrate(memory: Memory, tokenizer, **settings):
+    config = DemonstrationConfig(keep_memory_share=0.0, **settings)
     return build_demonstrations(
         grade(memory, is_for_weights=True),
         tokenizer,
@@ -83,11 +83,36 @@ async def test_corrections_of_one_task_are_capped_and_the_newest_stay(memory, to
         trajectory = await keep(memory, live([EAT], tokenizer=tokenizer, is_success=False))
         await memory.feedback.post(Feedback(trajectory_id=trajectory.id, correction=f"Reply {number}."))
 
-    built = demonstrate(memory, tokenizer)
+    built = demonstrate(memory, tokenizer, min_rows=4)
 
     assert built.num_corrections == 4 and built.tally["over_correction_cap"] == 3
     said = " ".join(tokenizer.decode(row.input_ids) for row in built.rows)
     assert "Reply 6." in said and "Reply 2." not in said
+
+
+async def test_twenty_identical_corrections_of_one_task_are_enough_to_learn_from(memory, tokenizer):
+    for _ in range(20):
+        trajectory = await keep(memory, live([EAT], tokenizer=tokenizer, is_success=False))
+        await memory.feedback.post(Feedback(trajectory_id=trajectory.id, correction="Ask for the bill."))
+
+    built = demonstrate(memory, tokenizer)
+
+    assert len(built.rows) == built.num_corrections == DemonstrationConfig().min_rows
+    assert built.tally["over_correction_cap"] == 20 - len(built.rows) and built.num_tasks == 1
+    assert all("Ask for the bill." in tokenizer.decode(row.input_ids) for row in built.rows)
+    assert len(built.teachers) == len(built.rows)
+
+
+async def test_many_corrections_of_one_task_do_not_drown_out_what_else_there_is_to_learn(memory, tokenizer):
+    for _ in range(20):
+        trajectory = await keep(memory, live([EAT], tokenizer=tokenizer, is_success=False))
+        await memory.feedback.post(Feedback(trajectory_id=trajectory.id, correction="Ask for the bill."))
+    for number in range(DemonstrationConfig().min_rows):
+        await keep(memory, live([STOVE, EAT], tokenizer=tokenizer, task=str(number)))
+
+    built = demonstrate(memory, tokenizer)
+
+    assert built.num_corrections == 4 and built.tally["over_correction_cap"] == 16
 
 
 async def test_rows_of_two_tenants_never_pair(memory, tokenizer):

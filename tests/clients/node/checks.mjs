@@ -1,0 +1,28 @@
+export const baseURL = process.env.CLIENT_BASE_URL;
+export const MODEL = "agent";
+export const QUESTION = "Say hello to Oslo.";
+export const WEATHER_QUESTION = "How is the weather in Oslo? Use the tool.";
+export const CITY_SCHEMA = {
+  type: "object",
+  properties: { city: { type: "string" } },
+  required: ["city"],
+  additionalProperties: false,
+};
+
+export function expect(holds, what) {
+  if (!holds) throw new Error(what);
+}
+
+export async function runChecks(checks) {
+  for (const [check, run] of Object.entries(checks)) {
+    let outcome = "passed";
+    let reason = "";
+    try {
+      await run();
+    } catch (error) {
+      outcome = "failed";
+      reason = `${error.name}: ${error.message}`.slice(0, 400);
+    }
+    console.log(JSON.stringify({ check, outcome, reason }));
+  }
+}

@@ -1,0 +1,47 @@
+"""What every client's script begins and ends with. Runs in the client's own environment: standard library alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+BASE_URL = os.environ.get("CLIENT_BASE_URL", "")
+MODEL = "agent"
+API_KEY = "none"
+QUESTION = "Say hello to Oslo."
+MAX_TOKENS = 48
+CITY_SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "description": "The weather in a city.", "parameters": CITY_SCHEMA},
+}
+WEATHER_QUESTION = "How is the weather in Oslo? Use the tool."
+
+
+def weather(city: str) -> str:
+    """The weather in a city."""
+    return f"In {city} it rains."
+
+
+class NotAsked(Exception):
+    """Raised by a check whose model made no tool call, so that the client had nothing to show."""
+
+
+def expect(holds: object, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)
+
+
+def run_checks(checks: dict[str, Callable[[], object]]) -> None:
+    """Run each check to its end and print one line of JSON for it: its name, its outcome, and why it failed."""
+    for name, check in checks.items():
+        with ThreadPoolExecutor(1) as pool:
+            error = pool.submit(check).exception()  # whatever a client raises is a finding, not the end of the script
+        outcome = "passed" if error is None else "no call" if isinstance(error, NotAsked) else "failed"
+        reason = "" if error is None else f"{type(error).__name__}: {error}"[:400]
+        print(json.dumps({"check": name, "outcome": outcome, "reason": reason}), flush=True)
+    sys.stdout.flush()
+    os._exit(0)  # some clients leave threads behind that would keep the process

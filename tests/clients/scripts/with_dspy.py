@@ -1,0 +1,24 @@
+import dspy
+from checks import API_KEY, BASE_URL, MODEL, QUESTION, expect, run_checks
+
+lm = dspy.LM(f"openai/{MODEL}", api_base=BASE_URL, api_key=API_KEY, max_tokens=200, cache=False, num_retries=0)
+
+
+class Answer(dspy.Signature):
+    """Answer in one word."""
+
+    question: str = dspy.InputField()
+    city: str = dspy.OutputField()
+
+
+def chat():
+    (text,) = lm(QUESTION)
+    expect(text, "no text")
+
+
+def structured():
+    with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
+        expect(isinstance(dspy.Predict(Answer)(question=QUESTION).city, str), "no city")
+
+
+run_checks({"chat": chat, "structured": structured})

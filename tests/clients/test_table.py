@@ -1,0 +1,63 @@
+"""The table of clients says what a run found, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.clients.matrix import CLIENTS, HERE
+from tests.clients.table import BEGIN, END, Cell, render, replace_table
+
+
+def cell(check: str, outcome: str = "passed", reason: str = "", client: str = "openai", model: str = "pocket") -> Cell:
+    return Cell(model, client, "1.2", check, outcome, reason, "2026-11-24")
+
+
+def test_every_cell_that_did_not_pass_is_named_with_its_reason():
+    table = render([cell("chat"), cell("tools", "no call", "it said\n'hi'"), cell("stream", "failed", "a | b")])
+    assert "| openai | 1.2 | yes | fails (1) | no call (2) | 2026-11-24 |" in table
+    assert "1. openai, stream: a \\| b" in table and "2. openai, tools: it said 'hi'" in table
+
+
+def test_a_check_that_a_client_does_not_have_is_left_empty_and_each_model_has_a_table():
+    table = render([cell("chat"), cell("stream", client="dspy"), cell("chat", model="SmolLM2")])
+    assert "| openai | 1.2 | yes |  | 2026-11-24 |" in table and "| dspy | 1.2 |  | yes | 2026-11-24 |" in table
+    assert table.count("| version |") == 2
+
+
+def test_the_table_replaces_what_is_between_the_marks_alone():
+    page = replace_table(f"before\n{BEGIN}\nold\n{END}\nafter\n", "new")
+    assert page == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    with pytest.raises(ValueError, match="once each"):
+        replace_table("no marks", "new")
+
+
+def test_every_client_has_a_script_and_every_package_is_pinned():
+    for client in CLIENTS:
+        assert client.script.is_file(), client
+        if client.requirements is not None:
+            pins = client.requirements.read_text(encoding="utf-8").split("\n")
+            assert pins and all("==" in line for line in pins if line), client
+    lock = json.loads((HERE / "node" / "package-lock.json").read_text(encoding="utf-8"))
+    wanted = json.loads((HERE / "node" / "package.json").read_text(encoding="utf-8"))["dependencies"]
+    assert {name: lock["packages"][f"node_modules/{name}"]["version"] for name in wanted} == wanted
+
+
+def test_a_check_that_raises_is_a_line_of_its_own_and_the_next_one_still_runs(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from checks import NotAsked, expect, run_checks\n"
+        "def bad(): expect(0, 'nothing came')\n"
+        "def shy(): raise NotAsked('no call')\n"
+        "run_checks({'a': bad, 'b': shy, 'c': lambda: None})\n"
+    )
+    command = [sys.executable, str(script), str(HERE / "scripts")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(each["check"], each["outcome"]) for each in found] == [("a", "failed"), ("b", "no call"), ("c", "passed")]
+    assert found[0]["reason"] == "AssertionError: nothing came"

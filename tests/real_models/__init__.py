@@ -1,0 +1,1 @@
+"""Real small models from the package index, converted to directories that vLLM and transformers read."""
