@@ -132,16 +132,16 @@ def create_app(services: Services) -> FastAPI:
     for module in ROUTERS:
         app.include_router(module.router, responses={} if module is health else refused)
     app.add_middleware(Gate, services=services, routes=app.router.routes)
-    app.add_middleware(RefuseForeignPages, config=services.server)
-    app.add_middleware(MeasureRequests, telemetry=services.agent.telemetry)
     if services.server.cors_origins:
-        app.add_middleware(  # the last is the outermost: a preflight brings no key, and refusals must be readable too
+        app.add_middleware(  # outside the gate: a preflight brings no key, and refusals must be readable too
             CORSMiddleware,
             allow_origins=services.server.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=READABLE_HEADERS,
         )
+    app.add_middleware(RefuseForeignPages, config=services.server)
+    app.add_middleware(MeasureRequests, telemetry=services.agent.telemetry)  # the last is the outermost
     app.openapi = partial(describe_api, app)
     return app
 
