@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 CHECKS = ("chat", "stream", "tools", "forced tool", "structured", "agent", "responses")
 BEGIN, END = "<!-- make clients: begin -->", "<!-- make clients: end -->"
-FAILURES = {"failed": "fails", "no call": "no call"}
+FAILURES = {"failed": "fails", "model": "model"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Cell:
     version: str
     check: str
     outcome: str
-    """`passed`, `failed`, or `no call`: the client cannot force a tool call, and the model made none."""
+    """`passed`, `failed`, or `model`: the server did its part, and the model left out what the check hoped for."""
     reason: str
     date: str
 

@@ -1,5 +1,5 @@
 import dspy
-from checks import API_KEY, BASE_URL, MODEL, QUESTION, expect, run_checks
+from checks import API_KEY, BASE_URL, CITIES, MODEL, QUESTION, CityName, expect, run_checks
 
 lm = dspy.LM(f"openai/{MODEL}", api_base=BASE_URL, api_key=API_KEY, max_tokens=200, cache=False, num_retries=0)
 
@@ -8,7 +8,7 @@ class Answer(dspy.Signature):
     """Answer in one word."""
 
     question: str = dspy.InputField()
-    city: str = dspy.OutputField()
+    city: CityName = dspy.OutputField()
 
 
 def chat():
@@ -18,7 +18,7 @@ def chat():
 
 def structured():
     with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
-        expect(isinstance(dspy.Predict(Answer)(question=QUESTION).city, str), "no city")
+        expect(dspy.Predict(Answer)(question=QUESTION).city in CITIES, "no city")
 
 
 run_checks({"chat": chat, "structured": structured})
