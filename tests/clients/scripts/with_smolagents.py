@@ -1,6 +1,17 @@
 import json
 
-from checks import API_KEY, BASE_URL, MAX_TOKENS, MODEL, QUESTION, WEATHER_QUESTION, CityName, expect, run_checks
+from checks import (
+    API_KEY,
+    BASE_URL,
+    MAX_TOKENS,
+    MODEL,
+    QUESTION,
+    WEATHER_QUESTION,
+    CityName,
+    ModelLimit,
+    expect,
+    run_checks,
+)
 from checks import weather as look_up
 from smolagents import AgentGenerationError, ChatMessage, LogLevel, MessageRole, OpenAIModel, ToolCallingAgent, tool
 
