@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.clients.matrix import CLIENTS, DISTRIBUTIONS, HERE, NODE, Client
-from tests.clients.table import Cell, render, replace_table
+from tests.clients.table import OUTCOMES, Cell, render, replace_table
 from tests.real_models.smollm2 import make_smollm2
 
 ROOT = HERE.parents[1]
@@ -143,6 +143,7 @@ def keep(cells: Sequence[Cell]) -> list[Cell]:
     """Put the cells in place of earlier ones of the same client and model; return all that are known, in order."""
     path = home() / "results.json"
     known = [Cell(**each) for each in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    known = [cell for cell in known if cell.outcome in OUTCOMES]  # an earlier version had others
     new = {(cell.model, cell.client) for cell in cells}
     together = [cell for cell in known if (cell.model, cell.client) not in new] + list(cells)
     models, clients = list(MODELS.values()), [client.name for client in CLIENTS]

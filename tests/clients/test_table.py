@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,8 @@ def test_a_check_that_failed_fails_the_run_and_a_limit_of_the_model_does_not(tmp
     monkeypatch.setattr(sys, "argv", ["run", "--url", "http://127.0.0.1:9", "--model", "pocket"])
 
     monkeypatch.setattr(run, "CLIENTS", [write_client(tmp_path, "model")])
+    earlier = [asdict(cell("chat", outcome="no call", client="llm", model="the pocket model"))]
+    (run.home() / "results.json").write_text(json.dumps(earlier), encoding="utf-8")  # an outcome there is no longer
     run.main()
     assert "| model (1) |" in page.read_text(encoding="utf-8")
 
