@@ -7,6 +7,9 @@ made in the grammar and not in the request, because `strict` is part of the prom
 A call comes to its end. `disable_any_whitespace` does not reach these grammars (vllm/v1/structured_output/
 backend_xgrammar.py), and small models then write newlines between two fields until the length limit.
 
+The answer's length may cut the last of several calls. vLLM's hermes parser then returns all of them as a text; of a
+forced call, those that came to their end are returned as calls.
+
 Calls that a model makes of its own accord keep their freedom, unless the client asks for `strict`: a policy must be
 able to make its own mistakes, or it cannot learn from them. Remove this when the pinned version does both.
 """
@@ -17,7 +20,7 @@ from functools import wraps
 from typing import Any
 
 from pydantic import BaseModel
-from vllm.tool_parsers.abstract_tool_parser import ToolParser
+from vllm.tool_parsers.abstract_tool_parser import ToolParser, ToolParserManager
 from vllm.tool_parsers.tool_strict_level import ToolStrictLevel
 from xgrammar.structural_tag import JSONSchemaFormat
 
@@ -55,5 +58,23 @@ def _bound(node: Any, forced: bool) -> None:
             _bound(item, forced)
 
 
+def keep_finished_calls(extract_tool_calls):
+    """Wrap the hermes parser's reading of a whole answer."""
+
+    @wraps(extract_tool_calls)
+    def extract_finished_calls(self, model_output, request):
+        found = extract_tool_calls(self, model_output, request)
+        finished, end, _ = model_output.rpartition(self.tool_call_end_token)
+        if found.tools_called or not end or not is_forced(request.tool_choice):
+            return found
+        without_the_last = extract_tool_calls(self, finished + end, request)
+        return without_the_last if without_the_last.tools_called else found
+
+    return extract_finished_calls
+
+
 if not hasattr(ToolParser.get_structural_tag, "__wrapped__"):
     ToolParser.get_structural_tag = constrain(ToolParser.get_structural_tag)
+Hermes = ToolParserManager.get_tool_parser("hermes")
+if not hasattr(Hermes.extract_tool_calls, "__wrapped__"):
+    Hermes.extract_tool_calls = keep_finished_calls(Hermes.extract_tool_calls)

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.clients.matrix import CLIENTS, DISTRIBUTIONS, HERE, NODE, Client
-from tests.clients.table import Cell, render, replace_table
+from tests.clients.table import OUTCOMES, Cell, render, replace_table
 from tests.real_models.smollm2 import make_smollm2
 
 ROOT = HERE.parents[1]
@@ -104,7 +104,7 @@ def serve(model: str) -> Iterator[str]:
     flags = ["--config", str(data / "ratchet.toml"), "--data", str(data / "data"), "--port", "0", "--json"]
     flags += ["--engine.kv_cache_gib", "1", "--engine.startup_seconds", "900"]
     if model == "smollm2":
-        flags += ["--engine.model", str(make_smollm2()), "--engine.tool_call_parser", "hermes"]
+        flags += ["--engine.model", str(make_smollm2())]
     with (data / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "serve.py", "serve", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True
@@ -116,7 +116,7 @@ def serve(model: str) -> Iterator[str]:
         yield json.loads(line)["url"]
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=180)
 
 
 def run_client(client: Client, url: str, model: str) -> list[Cell]:
@@ -143,6 +143,7 @@ def keep(cells: Sequence[Cell]) -> list[Cell]:
     """Put the cells in place of earlier ones of the same client and model; return all that are known, in order."""
     path = home() / "results.json"
     known = [Cell(**each) for each in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    known = [cell for cell in known if cell.outcome in OUTCOMES]  # an earlier version had others
     new = {(cell.model, cell.client) for cell in cells}
     together = [cell for cell in known if (cell.model, cell.client) not in new] + list(cells)
     models, clients = list(MODELS.values()), [client.name for client in CLIENTS]
@@ -152,13 +153,16 @@ def keep(cells: Sequence[Cell]) -> list[Cell]:
     return together
 
 
-def run_all(clients: Sequence[Client], url: str, model: str) -> None:
-    """Run the clients one after the other, and write the page after each."""
+def run_all(clients: Sequence[Client], url: str, model: str) -> int:
+    """Run the clients one after the other, and write the page after each; return how many checks failed."""
+    num_failed = 0
     for client in clients:
         cells = run_client(client, url, model)
         for cell in cells:
             print(f"{cell.model}  {cell.client}  {cell.check}: {cell.outcome}  {cell.reason}", flush=True)
         PAGE.write_text(replace_table(PAGE.read_text(encoding="utf-8"), render(keep(cells))), encoding="utf-8")
+        num_failed += sum(cell.outcome == "failed" for cell in cells)
+    return num_failed
 
 
 def main() -> None:
@@ -171,13 +175,13 @@ def main() -> None:
     models = given.model or list(MODELS)
     if given.url and len(models) != 1:
         parser.error("--url needs --model, once: the table must say what the server serves")
+    num_failed = 0
     for model in models:
-        if given.url:
-            run_all(clients, given.url, model)
-        else:
-            with serve(model) as url:
-                run_all(clients, url, model)
+        with contextlib.nullcontext(given.url) if given.url else serve(model) as url:
+            num_failed += run_all(clients, url, model)
     print("\n" + PAGE.read_text(encoding="utf-8").split("make clients: begin -->")[1].split("<!--")[0])
+    if num_failed:
+        raise SystemExit(f"{num_failed} checks failed; each is named below its table in {PAGE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 CHECKS = ("chat", "stream", "tools", "forced tool", "structured", "agent", "responses")
 BEGIN, END = "<!-- make clients: begin -->", "<!-- make clients: end -->"
-FAILURES = {"failed": "fails", "no call": "no call"}
+OUTCOMES = {"passed": "yes", "failed": "fails", "model": "model"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Cell:
     version: str
     check: str
     outcome: str
-    """`passed`, `failed`, or `no call`: the client cannot force a tool call, and the model made none."""
+    """`passed`, `failed`, or `model`: the server did its part, and the model left out what the check hoped for."""
     reason: str
     date: str
 
@@ -46,10 +46,10 @@ def _render_model(model: str, cells: Sequence[Cell]) -> str:
             if cell is None:
                 words.append("")
             elif cell.outcome == "passed":
-                words.append("yes")
+                words.append(OUTCOMES["passed"])
             else:
                 notes.append(f"{len(notes) + 1}. {client}, {check}: {_one_line(cell.reason)}")
-                words.append(f"{FAILURES[cell.outcome]} ({len(notes)})")
+                words.append(f"{OUTCOMES[cell.outcome]} ({len(notes)})")
         first = next(iter(by_check.values()))
         lines.append(f"| {client} | {first.version} | {' | '.join(words)} | {first.date} |")
     return "\n".join(lines + (["", *notes] if notes else []))

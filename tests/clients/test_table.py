@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from tests.clients.matrix import CLIENTS, HERE
+from tests.clients import run
+from tests.clients.matrix import CLIENTS, HERE, Client
 from tests.clients.table import BEGIN, END, Cell, render, replace_table
 
 
@@ -18,8 +20,8 @@ def cell(check: str, outcome: str = "passed", reason: str = "", client: str = "o
 
 
 def test_every_cell_that_did_not_pass_is_named_with_its_reason():
-    table = render([cell("chat"), cell("tools", "no call", "it said\n'hi'"), cell("stream", "failed", "a | b")])
-    assert "| openai | 1.2 | yes | fails (1) | no call (2) | 2026-11-24 |" in table
+    table = render([cell("chat"), cell("tools", "model", "it said\n'hi'"), cell("stream", "failed", "a | b")])
+    assert "| openai | 1.2 | yes | fails (1) | model (2) | 2026-11-24 |" in table
     assert "1. openai, stream: a \\| b" in table and "2. openai, tools: it said 'hi'" in table
 
 
@@ -51,13 +53,50 @@ def test_a_check_that_raises_is_a_line_of_its_own_and_the_next_one_still_runs(tm
     script = tmp_path / "script.py"
     script.write_text(
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from checks import NotAsked, expect, run_checks\n"
+        "from checks import ModelLimit, expect, run_checks\n"
         "def bad(): expect(0, 'nothing came')\n"
-        "def shy(): raise NotAsked('no call')\n"
+        "def shy(): raise ModelLimit('no call')\n"
         "run_checks({'a': bad, 'b': shy, 'c': lambda: None})\n"
     )
     command = [sys.executable, str(script), str(HERE / "scripts")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(each["check"], each["outcome"]) for each in found] == [("a", "failed"), ("b", "no call"), ("c", "passed")]
+    assert [(each["check"], each["outcome"]) for each in found] == [("a", "failed"), ("b", "model"), ("c", "passed")]
     assert found[0]["reason"] == "AssertionError: nothing came"
+
+
+def write_client(directory: Path, outcome: str) -> Client:
+    """Return a client whose script prints one check that ended so."""
+    script = directory / f"{outcome}.py"
+    line = json.dumps({"check": "chat", "outcome": outcome, "reason": "as it was said"})
+    script.write_text(f"print({line!r})\n", encoding="utf-8")
+    return Client("curl", script)
+
+
+def test_a_check_that_failed_fails_the_run_and_a_limit_of_the_model_does_not(tmp_path, monkeypatch):
+    page = tmp_path / "docs" / "clients.md"
+    page.parent.mkdir()
+    page.write_text(f"{BEGIN}\nold\n{END}\n", encoding="utf-8")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "PAGE", page)
+    monkeypatch.setattr(sys, "argv", ["run", "--url", "http://127.0.0.1:9", "--model", "pocket"])
+
+    monkeypatch.setattr(run, "CLIENTS", [write_client(tmp_path, "model")])
+    earlier = [asdict(cell("chat", outcome="no call", client="llm", model="the pocket model"))]
+    (run.home() / "results.json").write_text(json.dumps(earlier), encoding="utf-8")  # an outcome there is no longer
+    run.main()
+    assert "| model (1) |" in page.read_text(encoding="utf-8")
+
+    monkeypatch.setattr(run, "CLIENTS", [write_client(tmp_path, "failed")])
+    with pytest.raises(SystemExit, match="1 checks failed"):
+        run.main()
+    assert "1. curl, chat: as it was said" in page.read_text(encoding="utf-8")
+
+
+def test_a_script_that_dies_is_a_failed_check(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    script = tmp_path / "dies.py"
+    script.write_text("raise SystemExit('the package is broken')", encoding="utf-8")
+    (died,) = run.run_client(Client("curl", script), "http://127.0.0.1:9", "pocket")
+    assert (died.check, died.outcome, died.reason.strip()) == ("script", "failed", "the package is broken")

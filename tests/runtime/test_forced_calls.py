@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -17,22 +18,35 @@ NAMED = {"type": "function", "function": {"name": "look"}}
 
 
 @pytest.fixture(scope="module")
-def accepts(tmp_path_factory: pytest.TempPathFactory):
-    """Return a function that says whether our engine's grammar of a call lets these arguments through."""
-    xgrammar = pytest.importorskip("xgrammar")
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.tool_parsers.hermes_tool_parser import HermesToolParser
+def parser():
+    """Return vLLM's hermes parser as our engine has it."""
+    pytest.importorskip("xgrammar")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # importing vLLM imports torch.jit
+        from vllm.tool_parsers import ToolParserManager
 
-    from runtime import engine_tool_calls  # noqa: F401  (as vLLM imports it)
+        from runtime import engine_tool_calls  # noqa: F401  (as vLLM imports it)
     from tests.runtime.tiny_models import make_tokenizer
 
-    tokenizer = make_tokenizer()
-    parser = HermesToolParser(tokenizer)
+    return ToolParserManager.get_tool_parser("hermes")(make_tokenizer())
+
+
+def new_request(tool: dict[str, Any], tool_choice: Any):
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    return ChatCompletionRequest(messages=[], tools=[tool], tool_choice=tool_choice)
+
+
+@pytest.fixture(scope="module")
+def accepts(parser):
+    """Return a function that says whether our engine's grammar of a call lets these arguments through."""
+    import xgrammar
+
+    tokenizer = parser.model_tokenizer
     compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=len(tokenizer)))
 
     def ask(tool: dict[str, Any], tool_choice: Any, arguments: str) -> bool:
-        request = ChatCompletionRequest(messages=[], tools=[tool], tool_choice=tool_choice)
-        tag = parser.get_structural_tag(request)
+        tag = parser.get_structural_tag(new_request(tool, tool_choice))
         if tag is None:
             return True
         matcher = xgrammar.GrammarMatcher(compiler.compile_structural_tag(json.dumps(tag.model_dump())))
@@ -65,6 +79,19 @@ def test_a_call_that_nobody_forces_is_free(accepts):
     assert accepts(LOOK, "auto", "false")
     strict = {"type": "function", "function": {**LOOK["function"], "strict": True}}
     assert not accepts(strict, "auto", "false")
+
+
+def test_calls_that_ended_are_kept_where_the_length_cuts_the_last_of_a_forced_turn(parser):
+    call = '<tool_call>\n{"name": "look", "arguments": {"where": "here"}}\n</tool_call>'
+    here, there = call, call.replace("here", "there")
+    found = parser.extract_tool_calls(here + there + here[:30], new_request(LOOK, "required"))
+    assert [json.loads(call.function.arguments) for call in found.tool_calls] == [{"where": "here"}, {"where": "there"}]
+    assert found.tools_called and not found.content
+
+    cut = parser.extract_tool_calls(here[:30], new_request(LOOK, "required"))
+    assert not cut.tools_called and cut.content == here[:30]
+    free = parser.extract_tool_calls(here + here[:30], new_request(LOOK, "auto"))
+    assert not free.tools_called and free.content == here + here[:30]
 
 
 def test_a_schema_that_says_its_kind_is_left_as_it_is():

@@ -1,10 +1,13 @@
 export const baseURL = process.env.CLIENT_BASE_URL;
 export const MODEL = "agent";
+export const MAX_TOKENS = 96;
 export const QUESTION = "Say hello to Oslo.";
 export const WEATHER_QUESTION = "How is the weather in Oslo? Use the tool.";
+// Names to choose from, not a free text: the checks are of formats, and a small model may not end a text by itself.
+export const CITIES = ["Oslo", "Bergen"];
 export const CITY_SCHEMA = {
   type: "object",
-  properties: { city: { type: "string" } },
+  properties: { city: { type: "string", enum: CITIES } },
   required: ["city"],
   additionalProperties: false,
 };

@@ -1,9 +1,9 @@
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateObject, generateText, jsonSchema, stepCountIs, streamText, tool } from "ai";
-import { baseURL, CITY_SCHEMA, expect, MODEL, QUESTION, runChecks, WEATHER_QUESTION } from "./checks.mjs";
+import { baseURL, CITIES, CITY_SCHEMA, expect, MAX_TOKENS, MODEL, QUESTION, runChecks, WEATHER_QUESTION } from "./checks.mjs";
 
 const provider = createOpenAICompatible({ name: "ours", baseURL, apiKey: "none", supportsStructuredOutputs: true });
-const asked = { model: provider(MODEL), maxOutputTokens: 48, maxRetries: 0 };
+const asked = { model: provider(MODEL), maxOutputTokens: MAX_TOKENS, maxRetries: 0 };
 
 await runChecks({
   async chat() {
@@ -21,13 +21,21 @@ await runChecks({
       return "rain";
     };
     const tools = { weather: tool({ description: "The weather.", inputSchema: jsonSchema(CITY_SCHEMA), execute }) };
-    const stopWhen = stepCountIs(1);
-    await generateText({ ...asked, prompt: WEATHER_QUESTION, tools, toolChoice: "required", stopWhen });
-    expect(typeof called[0] === "string", `called ${JSON.stringify(called)}`);
+    // The first step is a forced call; the second gets its result and answers with a text.
+    const prepareStep = ({ stepNumber }) => ({ toolChoice: stepNumber === 0 ? "required" : "none" });
+    const { steps } = await generateText({
+      ...asked,
+      prompt: WEATHER_QUESTION,
+      tools,
+      prepareStep,
+      stopWhen: stepCountIs(2),
+    });
+    expect(CITIES.includes(called[0]), `called ${JSON.stringify(called)}`);
+    expect(steps.length === 2, `${steps.length} steps: the result was not sent back`);
   },
   async structured() {
     const schema = jsonSchema(CITY_SCHEMA);
     const { object } = await generateObject({ ...asked, maxOutputTokens: 200, prompt: QUESTION, schema });
-    expect(typeof object.city === "string", JSON.stringify(object));
+    expect(CITIES.includes(object.city), JSON.stringify(object));
   },
 });

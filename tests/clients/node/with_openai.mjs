@@ -1,8 +1,8 @@
 import OpenAI from "openai";
-import { baseURL, CITY_SCHEMA, expect, MODEL, QUESTION, runChecks, WEATHER_QUESTION } from "./checks.mjs";
+import { baseURL, CITIES, CITY_SCHEMA, expect, MAX_TOKENS, MODEL, QUESTION, runChecks, WEATHER_QUESTION } from "./checks.mjs";
 
 const client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0, timeout: 300_000 });
-const asked = { model: MODEL, max_tokens: 48 };
+const asked = { model: MODEL, max_tokens: MAX_TOKENS };
 const messages = [{ role: "user", content: QUESTION }];
 const weather = { type: "function", function: { name: "weather", parameters: CITY_SCHEMA } };
 
@@ -23,7 +23,7 @@ await runChecks({
     const said = await client.chat.completions.create({ ...asked, messages: turns, tools, tool_choice: "required" });
     const message = said.choices[0].message;
     expect(message.tool_calls?.length, `no call: ${message.content}`);
-    expect(typeof JSON.parse(message.tool_calls[0].function.arguments).city === "string", "no city");
+    expect(CITIES.includes(JSON.parse(message.tool_calls[0].function.arguments).city), "no city");
     turns.push(message);
     for (const call of message.tool_calls) turns.push({ role: "tool", tool_call_id: call.id, content: "rain" });
     const answer = await client.chat.completions.create({ ...asked, messages: turns, tools, tool_choice: "none" });
@@ -33,10 +33,10 @@ await runChecks({
     const json_schema = { name: "city", schema: CITY_SCHEMA, strict: true };
     const response_format = { type: "json_schema", json_schema };
     const said = await client.chat.completions.create({ ...asked, max_tokens: 200, messages, response_format });
-    expect(typeof JSON.parse(said.choices[0].message.content).city === "string", said.choices[0].message.content);
+    expect(CITIES.includes(JSON.parse(said.choices[0].message.content).city), said.choices[0].message.content);
   },
   async responses() {
-    const said = await client.responses.create({ model: MODEL, input: QUESTION, max_output_tokens: 48 });
+    const said = await client.responses.create({ model: MODEL, input: QUESTION, max_output_tokens: MAX_TOKENS });
     expect(said.output_text, "no text");
   },
 });

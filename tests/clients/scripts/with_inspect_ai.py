@@ -1,6 +1,6 @@
 import asyncio
 
-from checks import API_KEY, BASE_URL, MAX_TOKENS, MODEL, QUESTION, WEATHER_QUESTION, expect, run_checks
+from checks import API_KEY, BASE_URL, MAX_TOKENS, MODEL, QUESTION, WEATHER_QUESTION, CityName, expect, run_checks
 from checks import weather as look_up
 from inspect_ai.model import ChatMessageTool, ChatMessageUser, GenerateConfig, ResponseSchema, get_model
 from inspect_ai.tool import tool
@@ -9,12 +9,12 @@ from pydantic import BaseModel
 
 
 class City(BaseModel):
-    city: str
+    city: CityName
 
 
 @tool
 def weather():
-    async def execute(city: str) -> str:
+    async def execute(city: CityName) -> str:
         """The weather in a city.
 
         Args:

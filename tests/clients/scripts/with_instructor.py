@@ -1,11 +1,11 @@
 import instructor
 import openai
-from checks import API_KEY, BASE_URL, MODEL, QUESTION, expect, run_checks
+from checks import API_KEY, BASE_URL, MODEL, QUESTION, CityName, expect, run_checks
 from pydantic import BaseModel
 
 
 class City(BaseModel):
-    city: str
+    city: CityName
 
 
 def extract(mode):

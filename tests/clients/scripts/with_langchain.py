@@ -1,4 +1,4 @@
-from checks import API_KEY, BASE_URL, MAX_TOKENS, MODEL, QUESTION, WEATHER_QUESTION, expect, run_checks
+from checks import API_KEY, BASE_URL, MAX_TOKENS, MODEL, QUESTION, WEATHER_QUESTION, CityName, expect, run_checks
 from checks import weather as look_up
 from langchain.agents import create_agent
 from langchain_core.messages import HumanMessage, ToolMessage
@@ -10,11 +10,11 @@ from pydantic import BaseModel
 class City(BaseModel):
     """A city."""
 
-    city: str
+    city: CityName
 
 
 @tool
-def weather(city: str) -> str:
+def weather(city: CityName) -> str:
     """The weather in a city."""
     return look_up(city)
 

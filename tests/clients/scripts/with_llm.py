@@ -3,12 +3,14 @@ import json
 from checks import (
     API_KEY,
     BASE_URL,
+    CITIES,
     CITY_SCHEMA,
     MAX_TOKENS,
     MODEL,
     QUESTION,
     WEATHER_QUESTION,
-    NotAsked,
+    CityName,
+    ModelLimit,
     expect,
     run_checks,
 )
@@ -33,13 +35,13 @@ def stream():
 def structured():
     model = new_model(supports_schema=True)
     text = model.prompt(QUESTION, schema=CITY_SCHEMA, stream=False, max_tokens=200).text()
-    expect(isinstance(json.loads(text)["city"], str), text)
+    expect(json.loads(text)["city"] in CITIES, text)
 
 
 def tools():
     called = []
 
-    def weather(city: str) -> str:
+    def weather(city: CityName) -> str:
         """The weather in a city."""
         called.append(city)
         return look_up(city)
@@ -47,7 +49,7 @@ def tools():
     model = new_model(supports_tools=True)
     text = model.chain(WEATHER_QUESTION, tools=[weather], stream=False, options={"max_tokens": MAX_TOKENS}).text()
     if not called:
-        raise NotAsked(f"the client cannot force a call, and the model made none: {text!r}")
+        raise ModelLimit(f"the client cannot force a call, and the model made none: {text!r}")
 
 
 run_checks({"chat": chat, "stream": stream, "tools": tools, "structured": structured})

@@ -7,7 +7,7 @@ from agents import (
     function_tool,
     set_tracing_disabled,
 )
-from checks import API_KEY, BASE_URL, MAX_TOKENS, MODEL, QUESTION, WEATHER_QUESTION, expect, run_checks
+from checks import API_KEY, BASE_URL, MAX_TOKENS, MODEL, QUESTION, WEATHER_QUESTION, CityName, expect, run_checks
 from checks import weather as look_up
 from openai import AsyncOpenAI
 
@@ -45,7 +45,7 @@ def tools():
     called = []
 
     @function_tool
-    def weather(city: str) -> str:
+    def weather(city: CityName) -> str:
         """The weather in a city."""
         called.append(city)
         return look_up(city)
@@ -60,7 +60,7 @@ def structured():
     from pydantic import BaseModel
 
     class City(BaseModel):
-        city: str
+        city: CityName
 
     settings = ModelSettings(max_tokens=200)
     result = Runner.run_sync(new_agent(OpenAIChatCompletionsModel, output_type=City, model_settings=settings), QUESTION)

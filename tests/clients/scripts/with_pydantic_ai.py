@@ -1,15 +1,27 @@
 import asyncio
 
-from checks import API_KEY, BASE_URL, MAX_TOKENS, MODEL, QUESTION, WEATHER_QUESTION, expect, run_checks
+from checks import (
+    API_KEY,
+    BASE_URL,
+    CITIES,
+    MAX_TOKENS,
+    MODEL,
+    QUESTION,
+    WEATHER_QUESTION,
+    CityName,
+    expect,
+    run_checks,
+)
 from checks import weather as look_up
 from pydantic import BaseModel
 from pydantic_ai import Agent, ToolOutput
+from pydantic_ai.capabilities import PrepareOutputTools, PrepareTools
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 
 class City(BaseModel):
-    city: str
+    city: CityName
 
 
 def new_agent(kind=OpenAIChatModel, max_tokens=MAX_TOKENS, **more):
@@ -37,15 +49,23 @@ def structured():
 
 def tools():
     called = []
-    agent = new_agent(max_tokens=200, output_type=ToolOutput(City))
 
-    @agent.tool_plain
-    def weather(city: str) -> str:
+    def weather(city: CityName) -> str:
         """The weather in a city."""
         called.append(city)
         return look_up(city)
 
+    # One tool at a time, each of them forced: first the function, and once it was called the output.
+    async def hide_once_called(_, definitions):
+        return [] if called else definitions
+
+    async def hide_until_called(_, definitions):
+        return definitions if called else []
+
+    order = [PrepareTools(hide_once_called), PrepareOutputTools(hide_until_called)]
+    agent = new_agent(max_tokens=200, output_type=ToolOutput(City), tools=[weather], capabilities=order)
     output = asyncio.run(agent.run(WEATHER_QUESTION)).output
+    expect(called and set(called) <= set(CITIES), f"called {called!r}")
     expect(isinstance(output, City), repr(output))
 
 
