@@ -41,7 +41,7 @@ Why?
 test""".splitlines()
 ANSWERED = {
     "How do I add an MCP server as a tool?": "## MCP servers",
-    "Can the agent run Python code in a sandbox?": "bubblewrap",
+    "Can the agent run Python code in a sandbox?": "run_python: code in a sandbox",
     "How do I offer my own Python function to the agent?": "## Python functions",
     "Does the agent trust the text of a web page that it fetched?": "| `fetch_page`",
     "Do tools with side effects run in rehearsals?": "## Side effects",
