@@ -26,7 +26,7 @@ from memory.encoder import Encoder, QueryEncoder
 from memory.errors import IndexDamaged, IndexUnavailable, StorageError
 from memory.follower import Follower
 from memory.meanings import MAX_COMPARED, MeaningIndex
-from memory.relevance import Match, WordMatches, join_matches
+from memory.relevance import MAX_FOUND_BY_WORD, Match, WordMatches, join_matches
 from memory.scopes import EVERYBODY
 from memory.searchables import COLLECTIONS, Searchables
 from memory.tally import Tally
@@ -36,6 +36,7 @@ from memory.words import WordIndex
 FUSION_CONSTANT = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher, 2009)
 MAX_HANGING = 2  # questions that Chroma may leave unanswered before it isn't asked any more
 POOL = 50  # rows that each index is asked for, where both have to be known of a row
+NUM_WORD_MATCHES = 200  # rows whose shared words are looked up, so that most of the nearest rows are among them
 POLL_SECONDS = 0.01
 MAX_SMALL = 1_000  # rows of small partitions that one question may have compared, where it names no kind
 MAX_OWN = 200  # rows of one person whose vectors are compared, the newest; beside them, older ones with rare words
@@ -126,8 +127,14 @@ class MemoryIndex:
         where = {"tenant": tenant, "user_id": user_id, **(where or {})}
         if not await self._is_worth_asking(collection, query_text, where):
             return [], 0
-        words, near = await self._ask_both(collection, query_text, where, num, exclude_task)
-        return join_matches(words.matches, near), words.num_rows
+        words, near = await self._ask_both(
+            collection, query_text, where, num, exclude_task, num_words=max(num, NUM_WORD_MATCHES)
+        )
+        similarities = None if near is None else dict(near)
+        if similarities is not None:
+            others = [it.row_id for it in words.matches if it.row_id not in similarities][:MAX_FOUND_BY_WORD]
+            similarities |= await self._compare(collection, query_text, where, others)
+        return join_matches(words.matches, similarities, num), words.num_rows
 
     async def rebuild(self, *, timeout_seconds: float = 3600.0) -> dict[str, int]:
         """Make both indexes anew from the rows; return how many rows of each collection they hold."""
@@ -171,10 +178,18 @@ class MemoryIndex:
         return bool(query_text.strip()) and await self._has_any(collection, where)
 
     async def _ask_both(
-        self, collection: str, query_text: str, where: dict[str, str], num: int, exclude_task: str | None
+        self,
+        collection: str,
+        query_text: str,
+        where: dict[str, str],
+        num: int,
+        exclude_task: str | None,
+        *,
+        num_words: int | None = None,
     ) -> tuple[WordMatches, list[tuple[str, float]] | None]:
-        """Ask both indexes at once; None where meanings can't be had."""
-        match = partial(self._words.match, collection, query_text, where, num, exclude_task)
+        """Ask both indexes at once, for `num_words` rows by word and `num` by meaning; None where meanings can't be
+        had."""
+        match = partial(self._words.match, collection, query_text, where, num_words or num, exclude_task)
         asking = asyncio.ensure_future(self._find_by_word(match, WordMatches([], 0)))
         return await asyncio.gather(
             asking, self._find_by_meaning(collection, query_text, where, num, exclude_task, asking)
@@ -205,7 +220,7 @@ class MemoryIndex:
                 async with asyncio.timeout(self._config.encoding_deadline_seconds):
                     vector = await self._queries.encode(query_text)
             # One person's rows are compared one by one: the newest, and those with rare words of the query.
-            words_own = [] if where["user_id"] == EVERYBODY else [it.row_id for it in (await by_word).matches]
+            words_own = [] if where["user_id"] == EVERYBODY else [it.row_id for it in (await by_word).matches[:num]]
             compared = [*words_own, *self._newest_own(collection, where, exclude_task)]
             compared += self._of_small_partitions(collection, where, exclude_task)
             question = _Question(
@@ -226,6 +241,25 @@ class MemoryIndex:
             logger.info("no meanings for this question: %s", error or "past the deadline")
         self.num_without_meanings += 1
         return None
+
+    async def _compare(
+        self, collection: str, query_text: str, where: dict[str, str], row_ids: list[str]
+    ) -> dict[str, float]:
+        """Return the similarity of question and rows that were found by word alone; nothing where it can't be had in
+        time, because such a row is rarely the best."""
+        if not row_ids:
+            return {}
+        try:
+            async with asyncio.timeout(self._config.encoding_deadline_seconds):
+                vector = await self._queries.encode(query_text)  # kept: it was encoded to find the nearest
+            question = _Question(lambda: self._meanings.compare(collection, vector, where, row_ids))
+            with self.seconds["meanings"].measure():
+                return dict(await self._answer(question))
+        except IndexDamaged:
+            self._follower.suspect()
+        except (IndexUnavailable, TimeoutError) as error:
+            logger.info("rows found by word alone are left out: %s", error or "past the deadline")
+        return {}
 
     def _newest_own(self, collection: str, where: dict[str, str], exclude_task: str | None) -> list[str]:
         """Return the ids of the newest of what this person alone is shown."""

@@ -216,6 +216,17 @@ class MeaningIndex:
         nearest = heapq.nsmallest(num, (hit for of_one in hits for hit in of_one))
         return [(row_id, 1.0 - distance) for distance, row_id in nearest]
 
+    def compare(
+        self, collection: str, vector: numpy.ndarray, where: Mapping[str, str], row_ids: Sequence[str]
+    ) -> list[tuple[str, float]]:
+        """Return (id, cosine similarity) of these rows, as far as the partitions that the filter names hold them.
+        Raises: IndexDamaged."""
+        with _chroma_errors():
+            shared = self._places[collection].get(SHARED)
+            places = [*self._held(collection, where), *([] if shared is None else [shared])]
+            hits = [hit for held in places for hit in _compare(held, vector, row_ids)]
+        return [(row_id, 1.0 - distance) for distance, row_id in hits]
+
     def digests(self, collection: str) -> dict[str, str]:
         """Return what is held: the digest of each row, by id. Rows that a move left behind, because its process died,
         are deleted. Raises: IndexDamaged."""

@@ -1,9 +1,9 @@
 """Decides whether what the index found is worth showing to somebody who did not ask for it.
 
 A nearest row exists for every question. Its similarity alone says little: among more rows the nearest unrelated one is
-nearer, and short greetings share all of their words with something. So meaning and words must agree, and the bar rises
-with the logarithm of the number of rows. The constants were fitted on real collections of 110 to 2,050 passages
-(`python -m tests.bench.relevance` measures them again); beyond 10,000 rows the bar stays, for want of data.
+nearer, and short greetings share all of their words with something. So meaning and words must agree, and the floor
+rises with the logarithm of the number of rows. The constants were fitted on real collections of 127 to 2,050 passages
+(`python -m tests.bench.relevance` measures them again); beyond 5,000 rows the floor stays, for want of data.
 
 Hazard: the similarities are those of the embedded encoder, all-MiniLM-L6-v2. Another encoder needs other constants.
 """
@@ -11,18 +11,20 @@ Hazard: the similarities are those of the embedded encoder, all-MiniLM-L6-v2. An
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-BASE_FLOOR = 0.23
-FLOOR_PER_LOG_ROW = 0.03
-FEWEST_ROWS, MOST_ROWS = 100, 10_000
-WORDS_WEIGHT = 0.4
+BASE_FLOOR = 0.098
+FLOOR_PER_LOG_ROW = 0.067
+FEWEST_ROWS, MOST_ROWS = 100, 5_000
+AGREEMENT_WEIGHT = 0.6  # of the similarity, where AGREEING_WORDS matched words support it; fewer count in proportion
+AGREEING_WORDS = 3.0
+WORDS_WEIGHT = 0.5
 ENOUGH_WORDS = 2.0  # matched words, each as rare as can be, from which on their share of the question counts in full
 WORDS_ALONE_FLOOR = 0.6  # where the index of meanings gave no answer
 MIN_SIMILARITY = 0.3  # cosine; what is further away than this only distracts
 MIN_RELEVANCE = 0.2  # of what is shown beside a relevant row
-BEYOND_NEAREST = 0.8  # of the last of the nearest rows' similarity: what a row is taken to have that is not among them
+MAX_FOUND_BY_WORD = 10  # rows beside the nearest ones; more of them do not change recall
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,8 @@ class Match:
 
     row_id: str
     similarity: float | None
-    """Cosine of question and row, or an estimate; None where meanings gave no answer in time."""
+    """Cosine of question and row; None where the vector index gave no answer in time."""
     words: WordMatch
-    is_near: bool = True
-    """Whether the row is among the nearest by meaning, so that its similarity is known."""
 
     @property
     def score(self) -> float:
@@ -67,8 +67,10 @@ class Match:
 
     @property
     def relevance(self) -> float:
-        """What the floor is compared with, where meanings answered."""
-        return (self.similarity or 0.0) + WORDS_WEIGHT * self.words.evidence
+        """The value that the floor is compared with, where the similarity is known."""
+        similarity = self.similarity or 0.0
+        agreement = max(0.0, similarity) * min(1.0, self.words.num_words / AGREEING_WORDS)
+        return similarity + AGREEMENT_WEIGHT * agreement + WORDS_WEIGHT * self.words.evidence
 
     def reaches(self, floor: float) -> bool:
         """Whether the row is relevant by meaning and words, or by words alone where meanings gave no answer."""
@@ -89,19 +91,11 @@ def select_relevant(matches: Sequence[Match], num_rows: int) -> list[Match]:
     return [match for match in matches if match.reaches(MIN_RELEVANCE)]
 
 
-def join_matches(by_word: Sequence[WordMatch], by_meaning: Sequence[tuple[str, float]] | None) -> list[Match]:
-    """Return everything that either index found, best first. Of a row that is not among the nearest, the similarity is
-    estimated."""
+def join_matches(by_word: Sequence[WordMatch], similarities: Mapping[str, float] | None, num: int) -> list[Match]:
+    """Return the rows whose similarity is known, best first, each with the words it shares. Where no similarity is,
+    return the best `num` rows by word."""
     words = {match.row_id: match for match in by_word}
-    similarities = dict(by_meaning or ())
-    furthest = BEYOND_NEAREST * min(similarities.values(), default=0.0)
-    joined = [
-        Match(
-            row_id,
-            None if by_meaning is None else similarities.get(row_id, furthest),
-            words.get(row_id, WordMatch(row_id, 0.0, 0.0)),
-            row_id in similarities,
-        )
-        for row_id in dict.fromkeys([*similarities, *words])
-    ]
+    if similarities is None:
+        return [Match(match.row_id, None, match) for match in by_word[:num]]
+    joined = [Match(it, near, words.get(it, WordMatch(it, 0.0, 0.0))) for it, near in similarities.items()]
     return sorted(joined, key=lambda match: -match.score)

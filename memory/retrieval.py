@@ -286,7 +286,7 @@ def _is_alike(match: Match) -> bool:
     """Whether a solved task is like the one that is asked about."""
     if match.similarity is None:
         return match.words.evidence >= WORDS_ALONE_FLOOR
-    return match.is_near and match.similarity >= MIN_EXEMPLAR_SIMILARITY
+    return match.similarity >= MIN_EXEMPLAR_SIMILARITY
 
 
 def is_supported(insight: Insight | Standing) -> bool:

@@ -23,13 +23,14 @@ from sqlalchemy import TextClause, text
 from sqlmodel import Session
 
 from memory.database import Database
-from memory.relevance import FEWEST_ROWS, WordMatch, WordMatches
+from memory.relevance import FEWEST_ROWS, MOST_ROWS, WordMatch, WordMatches
 from memory.scopes import EVERYBODY
 from memory.searchables import COLLECTIONS, PLACE, Place, Searchable
 
 WRITE_BATCH = 1000
 MAX_TERMS = 32
 MAX_ROWS = 200  # a word that more rows of a place have says little there
+MAX_COUNTED = MOST_ROWS  # rows of a place that are counted one by one; the floor of relevance rises no further
 MAX_TELLING = 12  # words of a question that rank
 PLACE_BITS = 32  # of an id, for the count within its place; the other 31 count the places, a few for each person
 WORD = re.compile(r"\w+")
@@ -252,9 +253,12 @@ def _count(session: Session, terms: list[str], within: Range) -> dict[str, int]:
 
 
 def _num_rows(session: Session, within: Range) -> int:
-    """Return about how many rows a place has: ids of forgotten ones are not used again."""
-    last = session.execute(_LAST_ID, within).scalar_one()
-    return 0 if last is None else last - within["first"] + 1
+    """Return how many rows a place has; of a large one about how many, because ids of forgotten rows are not used
+    again. Counting all of a large place would take too long."""
+    counted = session.execute(_COUNT_SOME, within).scalar_one()
+    if counted < MAX_COUNTED:
+        return counted
+    return session.execute(_LAST_ID, within).scalar_one() - within["first"] + 1
 
 
 def _weight(count: int, num_rows: int) -> float:
@@ -320,4 +324,7 @@ _PLACE_ID = text(
     "AND environment = :environment AND kind = :kind"
 )
 _LAST_ID = text("SELECT max(id) FROM word_entries WHERE id BETWEEN :first AND :last")
+_COUNT_SOME = text(
+    f"SELECT count(*) FROM (SELECT 1 FROM word_entries WHERE id BETWEEN :first AND :last LIMIT {MAX_COUNTED})"
+)
 _WITHIN = "words MATCH ? AND rowid BETWEEN ? AND ?"

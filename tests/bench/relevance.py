@@ -9,8 +9,9 @@ documents become rows, the follower indexes them, `Retrieval.retrieve` is asked 
 
 The peer is what was shown before there was a floor: both indexes' best five, fused by rank. It is asked the same
 questions in the same run. The figures of the questions with odd numbers stand beside those of all. Of the unanswerable
-ones nobody has checked that no paragraph happens to touch them: among encyclopedia paragraphs a few do, so their share
-is an upper bound.
+questions those in `TOUCHED` are left out: an encyclopedia paragraph states the answer or explains what is asked. They
+were found by searching all paragraphs for the words of each question's subject and reading what was found, whatever
+the product shows.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ from tests.bench.server import end_in_order
 
 QUESTIONS = Path(__file__).parent / "questions"
 OWN_PAGES = ("README.md", "docs/clients.md", "docs/gate.md", "docs/keys.md", "docs/operations.md", "docs/tools.md")
+TOUCHED = {
+    "What is the tallest mountain in the world?": "b00682",  # K2: "the second highest mountain, after Mount Everest"
+    "Who was the president of the United States during the American Civil War?": "b00778",  # President Lincoln, 1862
+    "How do I back up the data directory?": "b00708",  # what backups of a database are and how they restore it
+}
+"""Questions that a paragraph of the encyclopedia answers all the same, and its id."""
 NUM_SHOWN = 5
 NUM_CHAT, NUM_OTHERS = 60, 140
 PASSAGE_CHARS = 800
@@ -155,6 +162,8 @@ def _collect(
     for kind in kinds:
         step = max(1, len(kind) // (NUM_OTHERS // len(kinds)))
         others += kind[::step][: NUM_OTHERS // len(kinds)]
+    ids = {id_ for id_, _, _ in texts}
+    others = [question for question in others if TOUCHED.get(question) not in ids]
     passages = [(id_, title, piece) for id_, title, text in texts for piece in split_text(text, PASSAGE_CHARS)]
     return Collection(name, passages, questions, right, others)
 

@@ -16,7 +16,7 @@ from memory.errors import IndexDamaged
 from memory.index import MAX_HANGING, MemoryIndex, fuse
 from memory.insights import OperationKind
 from memory.meanings import MeaningIndex
-from memory.schema import Outbox, RewardSource, Split, TrajectoryStage
+from memory.schema import Insight, Outbox, RewardSource, Split, TrajectoryStage
 from memory.searchables import Searchable
 from memory.store import Memory
 from tests.memory.episodes import HashingEncoder, add, operation, play
@@ -233,6 +233,39 @@ async def test_words_that_all_rows_have_count_only_where_meanings_cannot_be_had(
     assert len(await ids_found(memory, "insights", "fry carrot pan 7")) == 1
     monkeypatch.setattr(MemoryIndex, "has_meanings", False)
     assert len(await ids_found(memory, "insights", "fry carrot pan 7")) > 1
+
+
+@pytest.mark.parametrize("most_compared", [1, 256])
+async def test_rows_found_by_word_alone_have_their_true_similarity(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch, most_compared: int
+):
+    for module in ("memory.index", "memory.meanings"):
+        monkeypatch.setattr(f"{module}.MAX_COMPARED", most_compared)
+    texts = ["fry the carrot", "carrot soup with onion and salt", "a carrot grows in loose soil", "fry onion in oil"]
+    await memory.insights.apply([add(text) for text in texts])
+    await memory.index.drain()
+    matches, num_rows = await memory.index.match("insights", "fry carrot onion", num=1)
+    with memory.database.read() as session:
+        told = {insight.id: insight.text for insight in session.exec(select(Insight))}
+    question, *vectors = HashingEncoder().encode(["fry carrot onion", *texts])
+    true = {
+        text: pytest.approx(float(vector @ question), abs=1e-5) for text, vector in zip(texts, vectors, strict=True)
+    }
+    assert {told[match.row_id]: match.similarity for match in matches} == true
+    assert num_rows == len(texts) and all(match.words.coverage > 0 for match in matches)
+
+
+async def test_rows_found_by_word_alone_are_left_out_where_they_cannot_be_compared(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_, **__):
+        raise IndexDamaged("gone in between")
+
+    await memory.insights.apply([add("fry the carrot"), add("fry the onion in oil")])
+    await memory.index.drain()
+    monkeypatch.setattr(memory.index._meanings, "compare", fail)
+    matches, _ = await memory.index.match("insights", "fry carrot", num=1)
+    assert len(matches) == 1 and matches[0].similarity is not None
 
 
 def test_fusion_favours_what_both_found():

@@ -41,7 +41,7 @@ Why?
 test""".splitlines()
 ANSWERED = {
     "How do I add an MCP server as a tool?": "## MCP servers",
-    "Can the agent run Python code in a sandbox?": "bubblewrap",
+    "Can the agent run Python code in a sandbox?": "run_python: code in a sandbox",
     "How do I offer my own Python function to the agent?": "## Python functions",
     "Does the agent trust the text of a web page that it fetched?": "| `fetch_page`",
     "Do tools with side effects run in rehearsals?": "## Side effects",
@@ -116,7 +116,8 @@ async def test_only_alike_requests_are_shown_a_solved_chat(tmp_path: Path, encod
     st.integers(0, 10**7),
 )
 def test_what_is_selected_is_ranked_and_more_rows_raise_the_bar(words, near, num_rows):
-    found = join_matches([WordMatch(str(it), share, num) for it, share, num in words], [(str(i), s) for i, s in near])
+    by_word = [WordMatch(str(it), share, num) for it, share, num in words]
+    found = join_matches(by_word, {str(it): similarity for it, similarity in near}, num=10)
     assert len({match.row_id for match in found}) == len(found)
     selected = select_relevant(found, num_rows)
     assert [match.score for match in selected] == sorted((match.score for match in selected), reverse=True)
@@ -124,8 +125,25 @@ def test_what_is_selected_is_ranked_and_more_rows_raise_the_bar(words, near, num
     assert {match.row_id for match in select_relevant(found, 10 * num_rows)} <= {match.row_id for match in selected}
 
 
+@pytest.mark.parametrize(
+    ("similarity", "coverage", "num_words", "is_shown"),
+    [
+        (0.47, 0.50, 0.48, False),  # "What is the capital of Australia?": a paragraph about who named Antarctica
+        (0.46, 0.33, 0.59, False),  # "Plan a weekend in Rome for me": religion in ancient Rome
+        (0.34, 1.00, 0.71, False),  # "Are you a robot?": a fictional robot
+        (0.53, 0.00, 0.00, False),  # a sum about a hike: a trail
+        (0.34, 0.49, 1.70, True),  # "What instrument did the winners for five seasons in a row play?"
+        (0.40, 0.55, 1.30, True),  # "What type of aircraft was the German Plane?"
+        (0.52, 0.26, 0.87, True),  # "In which continent will you find both Lygodium and Dendrocalamus?"
+    ],
+)
+def test_among_encyclopedia_paragraphs_meaning_and_words_must_agree(similarity, coverage, num_words, is_shown):
+    best = Match("row", similarity, WordMatch("row", coverage, num_words))
+    assert bool(select_relevant([best], num_rows=2_050)) is is_shown
+
+
 def test_the_floor_is_what_was_measured():
-    assert floor_of(110) == pytest.approx(0.23 + 0.03 * math.log(110))
-    assert floor_of(0) == floor_of(100) and floor_of(10**6) == floor_of(10_000)
+    assert floor_of(127) == pytest.approx(0.098 + 0.067 * math.log(127))
+    assert floor_of(0) == floor_of(100) and floor_of(10**6) == floor_of(5_000)
     alone = Match("row", None, WordMatch("row", coverage=0.9, num_words=3.0))
     assert select_relevant([alone], 1) == [alone]

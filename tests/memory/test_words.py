@@ -61,6 +61,12 @@ def test_what_is_held_again_is_held_once_and_what_is_forgotten_is_gone(words: Wo
     assert words.count()["insights"] == 0 and not words.has_any("insights", {})
 
 
+def test_rows_that_are_held_again_count_once(words: WordIndex, database: Database):
+    for row_id in ("a", "b", "a", "b", "a"):
+        hold(words, database, Searchable(row_id, "boil"))
+    assert words.match("insights", "boil", {}, 5).num_rows == 2
+
+
 def test_what_is_common_elsewhere_is_telling_where_it_is_rare(
     words: WordIndex, database: Database, monkeypatch: pytest.MonkeyPatch
 ):
