@@ -33,7 +33,7 @@ class MemoryConfig(BaseModel, extra="forbid"):
     passage_tokens: int = Field(default=200, ge=20)
     """Size of a document's passages. The embedded encoder reads 256 tokens."""
     max_document_passages: int = Field(default=5_000, ge=1)
-    """Most passages of one document. All of them are written in one transaction, and others wait for its end."""
+    """Most passages of one document. They are written in batches, and the document is shown when all are there."""
     retrieval_deadline_seconds: float = Field(default=0.15, gt=0)
     """How long an answer waits for the index of meanings before it makes do with words."""
     encoding_deadline_seconds: float = Field(default=2.0, gt=0)

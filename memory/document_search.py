@@ -40,7 +40,7 @@ async def search_documents(
     rows = select(Passage.id, Passage.text, Document.id, Document.title)
     rows = rows.join(Document, col(Document.id) == Passage.document_id)
     # The index may be behind the rows: whose they are is asked again.
-    rows = rows.where(Document.tenant == tenant, col(Passage.id).in_(ids))
+    rows = rows.where(Document.tenant == tenant, col(Document.is_whole), col(Passage.id).in_(ids))
     with database.read() as session:
         passages = {row_id: (document_id, title, text) for row_id, text, document_id, title in session.exec(rows)}
     return [DocumentMatch(*passages[row_id], score) for row_id, score in found if row_id in passages]

@@ -1,28 +1,34 @@
 """Semantic memory to read from: documents, split along their own structure into passages small enough to show.
 
 This module refuses to know how passages are found. Invariants: a title names one document of a tenant; a document is
-replaced as a whole, in one transaction, and only when its content changed.
+replaced as a whole, and only when its content changed. Its passages are written and deleted in batches, so that the
+writes of others go between them. Meanwhile its row is hidden (`is_whole` is false): every query for documents or
+passages must leave hidden ones out. One short transaction shows the new document and hides the old one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import builtins
+import contextlib
 import hashlib
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
-from sqlalchemy import delete, insert, literal
+from sqlalchemy import delete, insert, literal, update
 from sqlmodel import Session, col, select
 
 from memory.database import Database
-from memory.errors import DocumentTooLong, UnknownDocument
+from memory.errors import DocumentTooLong, StorageError, UnknownDocument
 from memory.schema import Document, Outbox, Passage, Trust, new_id
 
 CHARS_PER_TOKEN = 4  # of English prose, about; the encoder's own tokenizer is not asked
-WRITE_BATCH = 1000
+WRITE_BATCH = 250  # passages in one transaction, for which the writes of others wait
 BREAKS = (
     re.compile(r"\n(?=#{1,6} )"),  # Markdown headings
     re.compile(r"\n\s*\n"),  # paragraphs
@@ -30,6 +36,12 @@ BREAKS = (
     re.compile(r"(?<=[.!?])\s+"),  # sentences
     re.compile(r"\s+"),
 )
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_running: set[asyncio.Task] = set()
 
 
 class Documents:
@@ -58,21 +70,43 @@ class Documents:
             raise ValueError(f"document {title!r} holds no text: check {str(content)[:80]!r}")
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-        def write(session: Session) -> Document:
-            theirs = select(Document).where(Document.tenant == tenant)
-            known = session.exec(theirs.where(Document.digest == digest)).first()
-            if known is not None:
-                known.trust = trust
-                session.add(known)
-                session.flush()
-                return known
-            replaced = session.exec(theirs.where(Document.title == title)).first()
-            if replaced is not None:
-                _remove(session, replaced)
-            document = Document(id=new_id("doc"), tenant=tenant, title=title, digest=digest, trust=trust)
-            return _add(session, document, passages)
+        new = Document(id=new_id("doc"), tenant=tenant, title=title, digest=digest, trust=trust)
+        return await _to_its_end(self._write(new, passages))
 
-        return await self._database.write(write)
+    async def _write(self, new: Document, passages: builtins.list[str]) -> Document:
+        """Write a document that nobody sees until it is whole; return it, or the one that has the same content."""
+        known = await self._database.write(lambda session: _find_known(session, new) or _add_hidden(session, new))
+        if known is not None:
+            return known
+        try:
+            for start in range(0, len(passages), WRITE_BATCH):
+                batch = enumerate(passages[start : start + WRITE_BATCH], start)
+                rows = [{"id": new_id("psg"), "document_id": new.id, "position": at, "text": it} for at, it in batch]
+                await self._database.write(partial(_insert_passages, rows=rows))
+            shown, hidden_id = await self._database.write(partial(_publish, new=new))
+        except StorageError:
+            with contextlib.suppress(StorageError):  # then `delete_unfinished` does it at the next start
+                await self._delete(new.id)
+            raise
+        if hidden_id is not None:
+            await self._delete(hidden_id)
+        return shown
+
+    async def _hide_and_delete(self, document_id: str, tenant: str) -> None:
+        await self._database.write(lambda session: _hide(session, _require(session, document_id, tenant)))
+        await self._delete(document_id)
+
+    async def _delete(self, hidden_id: str) -> None:
+        while not await self._database.write(partial(_delete_batch, hidden_id=hidden_id)):
+            pass
+
+    def delete_unfinished(self) -> None:
+        """Delete the documents that a process left hidden when it ended while it wrote or deleted them. Blocks."""
+        with self._database.read() as session:
+            hidden_ids = session.exec(select(Document.id).where(col(Document.is_whole).is_(False))).all()
+        for hidden_id in hidden_ids:
+            while not self._database.write_sync(partial(_delete_batch, hidden_id=hidden_id)):
+                pass
 
     def _split(self, title: str, text: str) -> builtins.list[str]:
         """Return the passages of a text, reading no further than to one too many. Raises: DocumentTooLong."""
@@ -86,7 +120,7 @@ class Documents:
 
     async def remove(self, document_id: str, *, tenant: str = "") -> None:
         """Forget a document and its passages. Raises: UnknownDocument."""
-        await self._database.write(lambda session: _remove(session, _require(session, document_id, tenant)))
+        await _to_its_end(self._hide_and_delete(document_id, tenant))
 
     def get(self, document_id: str, *, tenant: str = "") -> Document:
         """Return one document. Raises: UnknownDocument, also for another tenant's."""
@@ -101,9 +135,9 @@ class Documents:
 
     def list(self, *, tenant: str = "") -> builtins.list[Document]:
         """Return all documents of a tenant, by title."""
-        query = select(Document).where(Document.tenant == tenant)
+        query = _whole_of(tenant).order_by(col(Document.title))
         with self._database.read() as session:
-            return builtins.list(session.exec(query.order_by(col(Document.title))))
+            return builtins.list(session.exec(query))
 
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:
@@ -160,22 +194,81 @@ def _read(path: Path) -> str:
         raise ValueError(f"{str(path)!r} is not UTF-8 text: convert it to text first") from error
 
 
-def _add(session: Session, document: Document, passages: builtins.list[str]) -> Document:
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Wait for work of several transactions, and leave it running when the wait is cancelled."""
+    task = asyncio.get_running_loop().create_task(work)
+    _running.add(task)  # the loop itself holds no reference to it
+    task.add_done_callback(_forget)
+    return await asyncio.shield(task)
+
+
+def _forget(task: asyncio.Task) -> None:
+    _running.discard(task)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.debug("a document was not written: %s", type(error).__name__)  # whoever waits is told; maybe nobody does
+
+
+def _whole_of(tenant: str):
+    return select(Document).where(Document.tenant == tenant, col(Document.is_whole))
+
+
+def _find_known(session: Session, new: Document) -> Document | None:
+    """Return the document that has the same content, given the trust of the new one."""
+    known = session.exec(_whole_of(new.tenant).where(Document.digest == new.digest)).first()
+    if known is not None:
+        known.trust = new.trust
+        session.add(known)
+        session.flush()
+    return known
+
+
+def _add_hidden(session: Session, new: Document) -> None:
+    values = {"id": new.id, "tenant": new.tenant, "digest": new.digest, "trust": new.trust}
+    hidden = {"title": _hidden_title(new.id), "is_whole": False, "created_at": new.created_at}
+    session.execute(insert(Document).values(values | hidden))
+
+
+def _insert_passages(session: Session, rows: builtins.list[dict[str, Any]]) -> None:
+    session.execute(insert(Passage), rows)
+
+
+def _publish(session: Session, new: Document) -> tuple[Document, str | None]:
+    """Show a document whose passages are all written; return what is shown now, and the id of what is hidden now.
+
+    Somebody else may have shown the same content meanwhile: then the new one stays hidden.
+    """
+    known = _find_known(session, new)
+    if known is not None:
+        return known, new.id
+    replaced = session.exec(_whole_of(new.tenant).where(Document.title == new.title)).first()
+    if replaced is not None:
+        _hide(session, replaced)
+    document = session.get_one(Document, new.id)
+    document.title, document.is_whole = new.title, True
     session.add(document)
-    session.flush()  # the passages point at it
-    for start in range(0, len(passages), WRITE_BATCH):
-        batch = enumerate(passages[start : start + WRITE_BATCH], start)
-        rows = [{"id": new_id("psg"), "document_id": document.id, "position": at, "text": text} for at, text in batch]
-        session.execute(insert(Passage), rows)
+    session.flush()
     session.execute(_announce(document.id, is_removed=False))
-    return document
+    return document, replaced.id if replaced is not None else None
 
 
-def _remove(session: Session, document: Document) -> None:
+def _hide(session: Session, document: Document) -> None:
     session.execute(_announce(document.id, is_removed=True))
-    session.execute(delete(Passage).where(col(Passage.document_id) == document.id))
-    session.delete(document)
-    session.flush()  # its title is free again for the one that takes its place
+    hidden = {"title": _hidden_title(document.id), "is_whole": False}
+    session.execute(update(Document).where(col(Document.id) == document.id).values(hidden))
+
+
+def _hidden_title(document_id: str) -> str:
+    return f" {document_id}"  # never a title that was given: those do not begin with a space
+
+
+def _delete_batch(session: Session, hidden_id: str) -> bool:
+    """Delete some passages of a hidden document, and the document with the last; say whether it is gone."""
+    some = select(Passage.id).where(col(Passage.document_id) == hidden_id).limit(WRITE_BATCH)
+    num_deleted = session.execute(delete(Passage).where(col(Passage.id).in_(some))).rowcount
+    if num_deleted == WRITE_BATCH:
+        return False
+    session.execute(delete(Document).where(col(Document.id) == hidden_id))
+    return True
 
 
 def _announce(document_id: str, *, is_removed: bool):
@@ -191,6 +284,6 @@ def _passages_of(document_id: str):
 
 def _require(session: Session, document_id: str, tenant: str) -> Document:
     document = session.get(Document, document_id)
-    if document is None or document.tenant != tenant:
+    if document is None or document.tenant != tenant or not document.is_whole:
         raise UnknownDocument(f"no document has the id {document_id!r}: list them to see which exist")
     return document

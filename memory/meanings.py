@@ -40,11 +40,14 @@ MAX_BATCH = 200
 SPARE = 10  # rows asked for beyond those wanted, where some of the nearest may be of the task that is left out
 MAX_OPEN_PLACES = 1_000_000  # as good as all: there is one for each few hundred rows at most
 PAGE = 20_000  # digests read at once
+# Chroma reads all rows since the last save again with each write, by default up to 1,000 of them, and what that takes
+# stays with the allocator: a megabyte for each 35 rows. A save costs what came since the last one, not the whole.
+SAVES = {"batch_size": 100, "sync_threshold": 100}
 # Chroma's own 100 finds 85 of the 100 nearest among a million rows in tight clusters, this 98, for 1 ms more.
-HNSW = {"space": "cosine", "ef_search": 800}
-SHARED_HNSW = {"space": "cosine", "ef_construction": 10, "max_neighbors": 4}  # never searched: cheap to add to
+HNSW = {"space": "cosine", "ef_search": 800, **SAVES}
+SHARED_HNSW = {"space": "cosine", "ef_construction": 10, "max_neighbors": 4, **SAVES}  # never searched: cheap to add to
 MAX_COMPARED = 256  # rows of a small partition; to read the vector of each takes Chroma 30 us
-LAYOUT = 5  # of what is in there: an index of another layout is made anew
+LAYOUT = 6  # of what is in there: an index of another layout is made anew
 PARTITION = ("tenant", "environment", "kind")
 Partition = tuple[str, str, str]
 SHARED = None

@@ -274,7 +274,7 @@ class Retrieval:
             return []
         query = select(Passage.id, Passage.text, Document.title, Document.trust)
         query = query.join(Document, col(Document.id) == Passage.document_id)
-        query = query.where(Document.tenant == tenant)
+        query = query.where(Document.tenant == tenant, col(Document.is_whole))
         with self._database.read() as session:
             rows = session.exec(query.where(col(Passage.id).in_(ids))).all()
         kinds = {Trust.TRUSTED: str, Trust.UNTRUSTED: UntrustedText}

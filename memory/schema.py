@@ -34,6 +34,7 @@ from sqlalchemy import (
     TypeDecorator,
     UniqueConstraint,
     text,
+    true,
 )
 from sqlmodel import Field, SQLModel
 
@@ -510,6 +511,8 @@ class Document(SQLModel, table=True):
     digest: str
     trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
     """Untrusted: a person wrote it for whom no operator answers."""
+    is_whole: bool = Field(default=True, sa_column_kwargs={"server_default": true()})
+    """False while its passages are written or deleted in batches. Nobody is shown such a document."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 

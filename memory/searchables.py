@@ -83,6 +83,7 @@ class Searchables:
                 yield from (_of_exemplar(*row) for row in rows)
             case "passages":
                 query = select(Passage, Document).join(Document, col(Document.id) == Passage.document_id)
+                query = query.where(col(Document.is_whole))
                 rows = session.exec(_among(query, Passage.id, ids), execution_options=PAGED)
                 yield from (_of_passage(*row) for row in rows)
             case _:

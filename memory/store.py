@@ -83,6 +83,11 @@ class Memory:
         except BaseException:
             ownership.close()
             raise
+        try:
+            memory.documents.delete_unfinished()
+        except BaseException:
+            memory.close()
+            raise
         memory.index.start()
         return memory
 
