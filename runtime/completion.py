@@ -235,7 +235,9 @@ class EngineClient:
         """Return what asks for a reply. All text of a prompt passes here, and none of it may steer the chat."""
         body = {"model": model, "messages": self.marks.clean_messages(messages), "return_token_ids": True}
         if tools:  # the engine refuses an empty list
-            body["tools"] = self.marks.clean(list(tools))
+            is_asked = not self._enforces_schemas
+            asked = ask_for_schemas(tools, sampling.get("tool_choice")) if is_asked else list(tools)
+            body["tools"] = self.marks.clean(asked)
         body |= {key: value for key, value in sampling.items() if value is not None}
         if "chat_template_kwargs" in body:  # templates may write them into the prompt
             body["chat_template_kwargs"] = self.marks.clean(body["chat_template_kwargs"])
@@ -243,19 +245,6 @@ class EngineClient:
 
     def _prioritised(self, body: dict[str, Any]) -> dict[str, Any]:
         return body | {"priority": FIRST_IN_LINE} if self._has_priorities else body
-
-    def _chat_body(
-        self,
-        model: str,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]] | None,
-        sampling: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        body = {"model": model, "messages": list(messages), "return_token_ids": True}
-        if tools:  # the engine refuses an empty list
-            is_asked = not self._enforces_schemas
-            body["tools"] = ask_for_schemas(tools, sampling.get("tool_choice")) if is_asked else list(tools)
-        return body | {key: value for key, value in sampling.items() if value is not None}
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         text = await self._request("POST", path, body)

@@ -74,7 +74,10 @@ def test_every_parameter_reaches_the_engine(world: PlayedWorld, client: openai.O
     wanted |= {"frequency_penalty": 0.1, "presence_penalty": 0.2, "logprobs": True, "tool_choice": "required"}
     wanted |= {"parallel_tool_calls": False}
     assert {name: sent.get(name) for name in wanted} == wanted
-    assert sent["response_format"]["json_schema"]["schema"] == schema and sent["tools"] == [WEATHER]
+    assert sent["response_format"]["json_schema"]["schema"] == schema
+    assert sent["tools"] == [
+        {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+    ]  # forced calls are strict
     assert "user" not in sent and "metadata" not in sent
 
 

@@ -84,7 +84,7 @@ def test_what_is_no_text_is_refused_with_its_name_and_type(http: httpx.Client) -
     refused = http.post("/v1/documents/upload", files=picture)
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "file"
     assert "'stove.png' (image/png)" in refused.json()["error"]["message"]
-    assert http.post("/v1/documents/upload", data={"title": "x"}).json()["error"]["param"] == "file"
+    assert http.post("/v1/documents/upload", files={"title": (None, "x")}).json()["error"]["param"] == "file"
 
 
 def test_a_document_is_read_by_its_own_tenant_alone(tenants: dict[str, httpx.Client]) -> None:

@@ -193,7 +193,7 @@ class Premises(RuleBasedStateMachine):
         NUM_OPERATIONS["look up"] += 4
         trajectories, documents = self.memory.trajectories, self.memory.documents
         if trajectory.tenant == tenant:
-            assert trajectories.get(trajectory.id, tenant=tenant).trajectory.id == trajectory.id
+            assert trajectories.get(trajectory.id, tenant=tenant).id == trajectory.id
         else:
             with pytest.raises(UnknownTrajectory):
                 trajectories.get(trajectory.id, tenant=tenant)
