@@ -63,9 +63,6 @@ class FeedbackRequest(Target):
     source: str = Field(
         default="user", min_length=1, max_length=200, description="Who says so. `judge` and `code` are trusted less."
     )
-    user: str = Field(
-        default="", max_length=200, description="Your name for the person who says so; by default whoever asked."
-    )
     id: str | None = Field(default=None, min_length=1, max_length=200, description="Yours, so that a retry is safe.")
     tags: dict[str, str] = {}
     user: str | None = Field(default=None, description="The person who says so; if not given, the episode's.")

@@ -83,7 +83,7 @@ def test_a_call_that_nobody_forces_is_free(accepts):
 
 def test_calls_that_ended_are_kept_where_the_length_cuts_the_last_of_a_forced_turn(parser):
     call = '<tool_call>\n{"name": "look", "arguments": {"where": "here"}}\n</tool_call>'
-    here, there = call, call.replace("here", "there")
+    here, there = call, call.replace('"here"', '"there"')
     found = parser.extract_tool_calls(here + there + here[:30], new_request(LOOK, "required"))
     assert [json.loads(call.function.arguments) for call in found.tool_calls] == [{"where": "here"}, {"where": "there"}]
     assert found.tools_called and not found.content
