@@ -26,7 +26,7 @@ from memory.encoder import Encoder, QueryEncoder
 from memory.errors import IndexDamaged, IndexUnavailable, StorageError
 from memory.follower import Follower
 from memory.meanings import MAX_COMPARED, MeaningIndex
-from memory.relevance import MAX_FOUND_BY_WORD, Match, WordMatches, join_matches
+from memory.relevance import Match, WordMatches, choose_found_by_word, join_matches
 from memory.scopes import EVERYBODY
 from memory.searchables import COLLECTIONS, Searchables
 from memory.tally import Tally
@@ -132,7 +132,7 @@ class MemoryIndex:
         )
         similarities = None if near is None else dict(near)
         if similarities is not None:
-            others = [it.row_id for it in words.matches if it.row_id not in similarities][:MAX_FOUND_BY_WORD]
+            others = choose_found_by_word(words.matches, similarities)
             similarities |= await self._compare(collection, query_text, where, others)
         return join_matches(words.matches, similarities, num), words.num_rows
 

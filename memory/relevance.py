@@ -25,6 +25,7 @@ WORDS_ALONE_FLOOR = 0.6  # where the index of meanings gave no answer
 MIN_SIMILARITY = 0.3  # cosine; what is further away than this only distracts
 MIN_RELEVANCE = 0.2  # of what is shown beside a relevant row
 MAX_FOUND_BY_WORD = 10  # rows beside the nearest ones; more of them do not change recall
+NUM_BEST = 5  # of the nearest rows: a row found by word alone that cannot rank among so many is left out
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,17 @@ def select_relevant(matches: Sequence[Match], num_rows: int) -> list[Match]:
     if not any(match.reaches(floor) for match in matches):
         return []
     return [match for match in matches if match.reaches(MIN_RELEVANCE)]
+
+
+def choose_found_by_word(by_word: Sequence[WordMatch], nearest: Mapping[str, float]) -> list[str]:
+    """Return the ids of rows found by word alone that may rank among the best. None of them is more similar than the
+    last of the nearest rows, which bounds their score: most questions have no such row, and need no comparison."""
+    coverages = {match.row_id: match.coverage for match in by_word}
+    scores = sorted((near + coverages.get(row_id, 0.0) for row_id, near in nearest.items()), reverse=True)
+    least = scores[NUM_BEST - 1] if len(scores) >= NUM_BEST else -math.inf
+    furthest = min(nearest.values(), default=1.0)
+    others = [match for match in by_word if match.row_id not in nearest][:MAX_FOUND_BY_WORD]
+    return [match.row_id for match in others if furthest + match.coverage >= least]
 
 
 def join_matches(by_word: Sequence[WordMatch], similarities: Mapping[str, float] | None, num: int) -> list[Match]:

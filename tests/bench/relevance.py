@@ -10,8 +10,8 @@ documents become rows, the follower indexes them, `Retrieval.retrieve` is asked 
 The peer is what was shown before there was a floor: both indexes' best five, fused by rank. It is asked the same
 questions in the same run. The figures of the questions with odd numbers stand beside those of all. Of the unanswerable
 questions those in `TOUCHED` are left out: an encyclopedia paragraph states the answer or explains what is asked. They
-were found by searching all paragraphs for the words of each question's subject and reading what was found, whatever
-the product shows.
+were found by searching all paragraphs for the words of some 65 subjects that the questions name, and reading what was
+found, without any score.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from memory.encoder import SentenceEncoder
 from memory.index import MemoryIndex
-from memory.relevance import Match, WordMatch, floor_of, join_matches, select_relevant
+from memory.relevance import NUM_BEST, Match, WordMatch, choose_found_by_word, floor_of, join_matches, select_relevant
 from memory.schema import Split
 from memory.store import Memory
 from tests.memory.episodes import PATIENT, play
@@ -123,6 +123,20 @@ def test_what_is_selected_is_ranked_and_more_rows_raise_the_bar(words, near, num
     assert [match.score for match in selected] == sorted((match.score for match in selected), reverse=True)
     assert not selected or max(match.relevance for match in selected) >= floor_of(num_rows)
     assert {match.row_id for match in select_relevant(found, 10 * num_rows)} <= {match.row_id for match in selected}
+
+
+@given(
+    st.lists(st.floats(-1, 1), max_size=12),
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=10),
+)
+def test_a_row_that_is_not_compared_cannot_rank_among_the_best(near, others):
+    nearest = {f"near{number}": similarity for number, similarity in enumerate(near)}
+    by_word = [WordMatch(f"other{number}", coverage, 1.0) for number, (coverage, _) in enumerate(others)]
+    furthest = min(near, default=1.0)
+    true = {f"other{number}": furthest - further for number, (_, further) in enumerate(others)}
+    chosen = choose_found_by_word(by_word, nearest)
+    best = {match.row_id for match in join_matches(by_word, nearest | true, num=10)[:NUM_BEST]}
+    assert best <= {*nearest, *chosen}
 
 
 @pytest.mark.parametrize(
