@@ -15,13 +15,13 @@ from sqlmodel import Session, col, select
 from memory.feedback import place_of_reply
 from memory.schema import Feedback, Step, StepKind, Trajectory
 from memory.scopes import EVERYBODY, Scopes
-from memory.teaching import DEFAULT_TENANT, teaching_keys
+from memory.teaching import correction_teaches, teaching_keys
 
 
 def find_corrections(session: Session, trajectory_id: str) -> list[Feedback]:
     """Return the corrections of a trajectory, the newest first."""
     query = select(Feedback).where(Feedback.trajectory_id == trajectory_id, col(Feedback.correction).is_not(None))
-    return list(session.exec(query.order_by(col(Feedback.created_at).desc(), col(Feedback.id).desc())))
+    return list(session.exec(query.order_by(col(Feedback.sequence).desc(), col(Feedback.id).desc())))
 
 
 def is_approved_since(trajectory: Trajectory, correction: Feedback) -> bool:
@@ -49,6 +49,6 @@ def choose_correction(
 
 
 def _may_teach(session: Session, correction: Feedback) -> bool:
-    if correction.key_id is None:
-        return correction.tenant == DEFAULT_TENANT
-    return correction.key_id in teaching_keys(session)
+    query = select(Feedback.id).join(Trajectory, col(Trajectory.id) == Feedback.trajectory_id)
+    query = query.where(Feedback.tenant == correction.tenant, Feedback.id == correction.id)
+    return session.exec(query.where(correction_teaches(teaching_keys(session)))).first() is not None

@@ -5,7 +5,9 @@ Refuses to know how settings are read from files or flags. The defaults are the 
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field, model_validator
+from typing import Annotated
+
+from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from memory.names import Name
 
@@ -129,8 +131,10 @@ class ToolsConfig(BaseModel, extra="forbid"):
 
     functions: list[str] = Field(default_factory=list)
     """Python functions: `package.module:function`, or `package.module` for all its public ones."""
-    mcp: dict[Name, McpServerConfig] = Field(default_factory=dict)
-    """MCP servers, by a name of yours."""
+    mcp: dict[Annotated[Name, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")], McpServerConfig] = Field(
+        default_factory=dict
+    )
+    """MCP servers, by a name of yours. It begins the names of their tools, in which no API takes a dot."""
     documents: bool = False
     """`search_documents`: passages of what the agent was given to read."""
     web: bool = False
