@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlmodel import col, select
-
 from memory.database import Database
+from memory.documents import read_passages
 from memory.index import MemoryIndex
-from memory.schema import Document, Passage
-
-# Cosine. Lower than a prompt should demand: a person who searches reads the list and sees what is far off.
-MIN_SIMILARITY = 0.3
+from memory.relevance import MIN_SIMILARITY
 
 
 @dataclass(frozen=True)
@@ -36,11 +32,7 @@ async def search_documents(
     Raises: StorageError.
     """
     found = await index.find("passages", query, num=limit, tenant=tenant, min_similarity=MIN_SIMILARITY)
-    ids = [row_id for row_id, _ in found]
-    rows = select(Passage.id, Passage.text, Document.id, Document.title)
-    rows = rows.join(Document, col(Document.id) == Passage.document_id)
-    # The index may be behind the rows: whose they are is asked again.
-    rows = rows.where(Document.tenant == tenant, col(Document.is_whole), col(Passage.id).in_(ids))
     with database.read() as session:
-        passages = {row_id: (document_id, title, text) for row_id, text, document_id, title in session.exec(rows)}
-    return [DocumentMatch(*passages[row_id], score) for row_id, score in found if row_id in passages]
+        passages = read_passages(session, [row_id for row_id, _ in found], tenant)
+    shown = [(passages[row_id], score) for row_id, score in found if row_id in passages]
+    return [DocumentMatch(it.document_id, it.title, it.text, score) for it, score in shown]

@@ -14,11 +14,11 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import delete, insert, literal, update
 from sqlmodel import Session, col, select
@@ -42,6 +42,16 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _running: set[asyncio.Task] = set()
+
+
+class FoundPassage(NamedTuple):
+    """A passage with what is told of its document."""
+
+    id: str
+    text: str
+    document_id: str
+    title: str
+    trust: Trust
 
 
 class Documents:
@@ -276,6 +286,17 @@ def _announce(document_id: str, *, is_removed: bool):
     passages = select(literal("passages"), Passage.id, literal(is_removed), literal(False))
     passages = passages.where(col(Passage.document_id) == document_id).order_by(col(Passage.position))
     return insert(Outbox).from_select(["collection", "row_id", "is_removed", "is_worded"], passages)
+
+
+def read_passages(session: Session, passage_ids: Sequence[str], tenant: str) -> dict[str, FoundPassage]:
+    """Return passages by id: none of another tenant's, and none of a document that is hidden.
+
+    An index may be behind the rows: whatever it found is asked for here.
+    """
+    query = select(Passage.id, Passage.text, Document.id, Document.title, Document.trust)
+    query = query.join(Document, col(Document.id) == Passage.document_id)
+    query = query.where(Document.tenant == tenant, col(Document.is_whole), col(Passage.id).in_(passage_ids))
+    return {row[0]: FoundPassage(*row) for row in session.exec(query)}
 
 
 def _passages_of(document_id: str):

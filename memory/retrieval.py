@@ -17,17 +17,18 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sqlalchemy import bindparam
-from sqlmodel import col, select
+from sqlmodel import col
 
 from memory.chat_marks import neutralise
 from memory.config import MemoryConfig
 from memory.database import Database
+from memory.documents import read_passages
 from memory.errors import StorageError
 from memory.exemplars import read_exemplar
 from memory.index import MemoryIndex, fuse
 from memory.insights import FIRST_STRENGTH, Insights, Standing, key_of
 from memory.relevance import MIN_SIMILARITY, WORDS_ALONE_FLOOR, Match, select_relevant
-from memory.schema import Document, Insight, Passage, Trajectory, Trust
+from memory.schema import Insight, Trajectory, Trust
 from memory.scopes import is_shown
 from memory.tally import Tally
 from memory.trajectories import Trajectories
@@ -272,13 +273,10 @@ class Retrieval:
     def _read_passages(self, tenant: str, ids: Sequence[str]) -> list[tuple[str, str]]:
         if not ids:
             return []
-        query = select(Passage.id, Passage.text, Document.title, Document.trust)
-        query = query.join(Document, col(Document.id) == Passage.document_id)
-        query = query.where(Document.tenant == tenant, col(Document.is_whole))
         with self._database.read() as session:
-            rows = session.exec(query.where(col(Passage.id).in_(ids))).all()
+            found = read_passages(session, ids, tenant)
         kinds = {Trust.TRUSTED: str, Trust.UNTRUSTED: UntrustedText}
-        texts = {passage_id: kinds[trust](f"{title}: {text}") for passage_id, text, title, trust in rows}
+        texts = {it.id: kinds[it.trust](f"{it.title}: {it.text}") for it in found.values()}
         return [(row_id, texts[row_id]) for row_id in ids if row_id in texts]
 
 

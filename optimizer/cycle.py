@@ -23,7 +23,7 @@ from langgraph.graph import END, START, StateGraph
 from memory.schema import Cycle, CycleStage
 from optimizer import release_gate, stages
 from optimizer.config import OptimizerConfig
-from optimizer.readiness import measure_needs, require_needs
+from optimizer.readiness import measure_needs, measure_surroundings, require_needs
 from optimizer.seams import Seams
 from optimizer.workshop import Workshop
 
@@ -55,9 +55,11 @@ async def open_cycle(memory: Any, config: OptimizerConfig, *, seams: Seams | Non
         TrainingDoesNotFit: no GPU has the memory for it.
         TooFewTrajectories: what is logged and what practice can add are not enough to train on.
     """
-    require_needs(await measure_needs(memory, config))  # counting is quick, looking for room loads packages
-    needs = await measure_needs(memory, config, seams)
+    needs = await measure_needs(memory, config)
     require_needs(needs)
+    if seams is not None:
+        needs += await measure_surroundings(memory, config, seams)
+        require_needs(needs)
     note = describe_pool(await asyncio.to_thread(memory.trajectories.count_learnable), config)
     cycle = await memory.cycles.open(config.model_dump(mode="json"))
     return await memory.cycles.save(cycle.id, artifacts={"pool": note, "needs": [need.to_json() for need in needs]})

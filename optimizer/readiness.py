@@ -58,9 +58,15 @@ async def measure_needs(memory: Any, config: OptimizerConfig, seams: Seams | Non
     """
     rounds = plan_rounds(config.practice_episodes, config.num_practice_tasks)
     needs = await asyncio.to_thread(_measure_rows, memory, config, rounds)
-    if seams is not None:
-        needs += [_need_held_out_tasks(config, seams), await _need_room(memory, config, seams)]
-    return needs
+    return needs if seams is None else needs + await measure_surroundings(memory, config, seams)
+
+
+async def measure_surroundings(memory: Any, config: OptimizerConfig, seams: Seams) -> list[Need]:
+    """Return what a cycle needs besides rows: held-out tasks, and room to train. To look for room loads packages.
+
+    Raises: whatever `seams.tasks` raises for an environment that does not exist.
+    """
+    return [_need_held_out_tasks(config, seams), await _need_room(memory, config, seams)]
 
 
 def require_needs(needs: Iterable[Need]) -> None:

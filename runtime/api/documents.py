@@ -12,10 +12,10 @@ from fastapi import APIRouter, Body, File, Form, UploadFile
 from pydantic import BaseModel, Field
 
 from memory.document_search import search_documents
-from memory.schema import Trust
-from runtime.api.access import Asker
+from memory.schema import Document, Trust
+from runtime.api.access import Asker, Caller
 from runtime.api.errors import CREATED, BadRequest, NotFound, TooLarge, refusals
-from runtime.api.services import Server
+from runtime.api.services import Server, Services
 
 router = APIRouter(prefix="/v1/documents", tags=["documents"])
 
@@ -91,9 +91,7 @@ EXAMPLE = {"handbook": {"value": {"title": "Refunds", "text": "Refunds above 100
 async def add_document(
     server: Server, caller: Asker, body: Annotated[DocumentRequest, Body(openapi_examples=EXAMPLE)]
 ) -> DocumentDetail:
-    trust = Trust.TRUSTED if body.is_trusted else Trust.UNTRUSTED
-    row = await server.memory.documents.ingest(body.title, body.text, tenant=caller.tenant, trust=trust)
-    return DocumentDetail.model_validate(row, from_attributes=True)
+    return await _ingest(server, caller, body.title, body.text, is_trusted=body.is_trusted)
 
 
 @router.post("/upload", status_code=CREATED, summary="Give the agent a text file to read", responses=refusals(TooLarge))
@@ -113,16 +111,20 @@ async def upload_document(
             param="file",
             code="invalid_value",
         ) from None
-    trust = Trust.TRUSTED if is_trusted else Trust.UNTRUSTED
     title = title.strip() or (file.filename or "")[:500]
+    return await _ingest(server, caller, title, text, is_trusted=is_trusted)
+
+
+async def _ingest(server: Services, caller: Caller, title: str, text: str, *, is_trusted: bool) -> DocumentDetail:
+    trust = Trust.TRUSTED if is_trusted else Trust.UNTRUSTED
     row = await server.memory.documents.ingest(title, text, tenant=caller.tenant, trust=trust)
-    return DocumentDetail.model_validate(row, from_attributes=True)
+    return describe(row)
 
 
 @router.get("", summary="List what the agent was given to read")
 async def list_documents(server: Server, caller: Asker) -> DocumentList:
     rows = server.memory.documents.list(tenant=caller.tenant)
-    return DocumentList(data=[DocumentDetail.model_validate(row, from_attributes=True) for row in rows])
+    return DocumentList(data=[describe(row) for row in rows])
 
 
 @router.post("/search", summary="Find passages of documents")
@@ -137,11 +139,14 @@ async def get_document(document_id: str, server: Server, caller: Asker) -> Docum
     documents = server.memory.documents
     row = documents.get(document_id, tenant=caller.tenant)
     passages = [passage.text for passage in documents.passages(document_id, tenant=caller.tenant)]
-    detail = DocumentDetail.model_validate(row, from_attributes=True)
-    return DocumentText(**detail.model_dump(), passages=passages)
+    return DocumentText(**describe(row).model_dump(), passages=passages)
 
 
 @router.delete("/{document_id}", summary="Take a text away again", responses=refusals(NotFound))
 async def remove_document(document_id: str, server: Server, caller: Asker) -> Removed:
     await server.memory.documents.remove(document_id, tenant=caller.tenant)
     return Removed(id=document_id)
+
+
+def describe(row: Document) -> DocumentDetail:
+    return DocumentDetail.model_validate(row, from_attributes=True)

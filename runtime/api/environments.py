@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from memory.schema import Split
 from runtime.api.access import Asker
 from runtime.api.errors import NotFound, TooManyRequests, refusals
-from runtime.api.preparing import unless_left
+from runtime.api.leaving import unless_left
 from runtime.api.services import Server
 
 MAX_TASKS = 10_000

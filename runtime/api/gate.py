@@ -47,16 +47,12 @@ class Gate:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         with contextlib.ExitStack() as held:
-            caller = None
             try:
-                if not is_open(scope["path"]):
-                    caller = self._identify(scope)
-                    is_turn = self._admit(caller, scope)
-                    receive = await self._read(caller, held, scope, receive)
-                    if is_turn:
-                        held.enter_context(self._take_place(caller))
-                else:
-                    receive = await self._read(None, held, scope, receive)
+                caller = None if is_open(scope["path"]) else self._identify(scope)
+                is_turn = caller is not None and self._admit(caller, scope)
+                receive = await self._read(caller, held, scope, receive)
+                if caller is not None and is_turn:
+                    held.enter_context(self._take_place(caller))
             except ApiError as refusal:
                 return await self._refuse(refusal, scope, receive, send)
             scope.setdefault("state", {})["caller"] = caller

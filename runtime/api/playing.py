@@ -19,6 +19,7 @@ from memory.store import Memory
 from runtime.api.access import Caller
 from runtime.api.chat_request import Extensions
 from runtime.api.errors import ApiError, BadRequest, ClientLeft, EpisodeFailed, Overloaded
+from runtime.api.leaving import wait_until_left
 from runtime.api.models import resolve
 from runtime.api.services import Services
 from runtime.api.turn import Opened, Turn, read_turn
@@ -118,7 +119,7 @@ async def finish(request: Request, memory: Memory, play: Play) -> Turn:
     """
     opened = Opened()
     episode = asyncio.ensure_future(play(on_open=opened))
-    left = asyncio.ensure_future(_wait_until_left(request))
+    left = asyncio.ensure_future(wait_until_left(request))
     try:
         await asyncio.wait({episode, left}, return_when=asyncio.FIRST_COMPLETED)
         if not episode.done():
@@ -157,7 +158,7 @@ class Listening:
         Raises:
             ClientLeft, EpisodeFailed, BadRequest, and whatever the rollout raised before it opened a trajectory.
         """
-        left = asyncio.ensure_future(_wait_until_left(request))
+        left = asyncio.ensure_future(wait_until_left(request))
         first = asyncio.ensure_future(self._said.get())
         try:
             await asyncio.wait({first, left}, return_when=asyncio.FIRST_COMPLETED)
@@ -222,11 +223,6 @@ def headers_for(trajectory: Trajectory) -> dict[str, str]:
         "X-Episode-Id": trajectory.episode_id,
         "X-Policy": f"v{trajectory.policy}",
     }
-
-
-async def _wait_until_left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 _leaving: set[asyncio.Future[Any]] = set()

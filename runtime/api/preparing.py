@@ -1,20 +1,16 @@
 """How many calls that prepare tasks may be under way: a few for a key, a few more for a tenant.
 
-Preparing costs processor time that answering needs, and nothing of it is counted as requests or tokens. A client that
-leaves has its call cancelled.
+Preparing costs processor time that answering needs, and nothing of it is counted as requests or tokens.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Iterator
-
-from fastapi import Request
+from collections.abc import Iterator
 
 from runtime.api.access import Caller
-from runtime.api.errors import ClientLeft, TooManyRequests
+from runtime.api.errors import TooManyRequests
 
 MAX_OF_A_KEY = 2
 MAX_OF_A_TENANT = 4
@@ -46,23 +42,3 @@ class PreparationLimit:
                 self._under_way[one] -= 1
                 if not self._under_way[one]:
                     del self._under_way[one]
-
-
-async def unless_left(request: Request, work: Awaitable[None]) -> None:
-    """Wait for `work`; cancel it when the client leaves. Raises: ClientLeft."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_wait_until_left(request))
-    try:
-        done, _ = await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working not in done:
-            raise ClientLeft("the client left before its tasks were prepared")
-        working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.wait({working, leaving})
-
-
-async def _wait_until_left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -23,8 +23,6 @@ BODIES_AT_ONCE = 8
 """Bodies of the largest size that are held in memory at the same time."""
 OPEN_BODY_BYTES = 256 * 1024
 """The longest body of a request that nobody answers for: a form with one piece of feedback."""
-
-
 STEP_BYTES = 64 * 1024
 """How much of a body is looked at before the others have their turn."""
 

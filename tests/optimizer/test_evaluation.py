@@ -8,23 +8,13 @@ import pytest
 from memory.schema import Split, Task, Trajectory, TrajectoryStage, new_id
 from optimizer.config import EvaluationConfig
 from optimizer.evaluation import Basis, Cell, CellResult, Decision, Played, alpha_of, describe, judge, play_cell
+from tests.optimizer.played import EPISODE
 
 CONFIG = EvaluationConfig(min_tasks=30)
 
 
 def cell(successes, name="candidate", **changes) -> CellResult:
-    episode = Played(
-        task="",
-        trajectory_id="",
-        is_success=False,
-        is_broken=False,
-        is_truncated=False,
-        num_turns=8,
-        prompt_tokens=2000,
-        output_tokens=100,
-        num_invalid_tool_calls=0,
-    )
-    played = [replace(episode, task=str(n), is_success=won, **changes) for n, won in enumerate(successes)]
+    played = [replace(EPISODE, task=str(n), is_success=won, **changes) for n, won in enumerate(successes)]
     return CellResult(Cell(name, 1 if name == "candidate" else 0, True), played)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 
 from optimizer.config import EvaluationConfig
-from optimizer.evaluation import Cell, CellResult, Decision, Played, alpha_of, judge
+from optimizer.evaluation import Cell, CellResult, Decision, alpha_of, judge
+from tests.optimizer.played import EPISODE
 
 NUM_TASKS, NUM_CYCLES = 200, 10
 CONFIG = EvaluationConfig()
@@ -17,17 +19,7 @@ CONFIG = EvaluationConfig()
 def cell(policy: int, successes: list[bool], prompt_tokens: list[int] | None = None) -> CellResult:
     tokens = prompt_tokens or [2000] * len(successes)
     played = [
-        Played(
-            task=str(number),
-            trajectory_id="",
-            is_success=won,
-            is_broken=False,
-            is_truncated=False,
-            num_turns=8,
-            prompt_tokens=tokens[number],
-            output_tokens=100,
-            num_invalid_tool_calls=0,
-        )
+        replace(EPISODE, task=str(number), is_success=won, prompt_tokens=tokens[number])
         for number, won in enumerate(successes)
     ]
     return CellResult(Cell("candidate" if policy else "incumbent", policy, False), played)

@@ -10,6 +10,7 @@ import pytest
 
 from optimizer.config import EvaluationConfig
 from optimizer.evaluation import Cell, CellResult, Decision, Played, judge
+from tests.optimizer.played import EPISODE
 
 NUM_TASKS, SUCCESS, DISCORDANCE = 200, 0.4, 0.02
 SHORT, FULL = 40, 2_000
@@ -24,17 +25,6 @@ BY_CHANCE = {"0.1 % of the rows poisoned": 0.05}
 
 INCUMBENT = Cell("incumbent", 0, False)
 CANDIDATE = Cell("candidate", 1, False)
-EPISODE = Played(
-    task="",
-    trajectory_id="",
-    is_success=False,
-    is_broken=False,
-    is_truncated=False,
-    num_turns=8,
-    prompt_tokens=2000,
-    output_tokens=100,
-    num_invalid_tool_calls=0,
-)
 
 
 def play_incumbent(dice: Dice) -> list[Played]:

@@ -1,0 +1,17 @@
+"""A held-out episode as the gate reads it, for tests that only change how it ended."""
+
+from __future__ import annotations
+
+from optimizer.evaluation import Played
+
+EPISODE = Played(
+    task="",
+    trajectory_id="",
+    is_success=False,
+    is_broken=False,
+    is_truncated=False,
+    num_turns=8,
+    prompt_tokens=2000,
+    output_tokens=100,
+    num_invalid_tool_calls=0,
+)
