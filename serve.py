@@ -29,7 +29,7 @@ from runtime.console.banner import render_banner
 from runtime.console.everyday import add_everyday_verbs
 from runtime.console.keys import add_key_verbs
 from runtime.console.reviews import add_review_verbs
-from runtime.console.speak import Failure, perform, run, say, watching
+from runtime.console.speak import Failure, leave, perform, run, say, watching
 from runtime.console.verbs import DEFAULT_URL, Config, Data, Json, Key, Url, add_verbs
 
 if TYPE_CHECKING:
@@ -707,7 +707,7 @@ def pretrain(
 
 
 def main() -> None:
-    sys.exit(run(app, sys.argv[1:]))
+    leave(run(app, sys.argv[1:]))
 
 
 if __name__ == "__main__":

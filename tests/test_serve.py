@@ -188,6 +188,26 @@ def test_a_tool_that_cannot_be_had_ends_the_start_in_one_line(engine_url: str, t
     assert "the tool 'no_shop:price' cannot be imported" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_library_that_is_still_at_work_does_not_spoil_the_exit_code():
+    """On Python's own exit its thread would be unwound through C++, and the process would abort: -6."""
+    code = """
+import threading, torch
+from runtime.console.speak import leave
+is_at_work = threading.Event()
+def work():
+    matrix = torch.randn(1000, 1000)
+    while True:
+        matrix = torch.mm(matrix, matrix)
+        is_at_work.set()
+threading.Thread(target=work, daemon=True).start()
+is_at_work.wait()
+print("said", end="")
+leave(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=START_SECONDS)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said", "")
+
+
 @pytest.mark.parametrize("arguments", [["--engine.modle", "x"], ["--server.port", "many"], ["stray"]])
 def test_a_setting_that_cannot_be_ends_the_start(arguments: list[str]) -> None:
     done = run_cli("serve", *arguments)

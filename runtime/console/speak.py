@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import os
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
@@ -96,6 +99,20 @@ def run(app: typer.Typer, arguments: list[str]) -> int:
         return _fail(misuse.format_message(), BAD_USAGE, as_json, {})
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED, as_json, {})
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End the process with this exit code, whatever its threads are doing.
+
+    A daemon thread that is still inside a library's C++ code (torch takes seconds to load) would be unwound through it
+    by Python's own exit, and the process would abort with signal 6 in place of its exit code.
+    """
+    if any(thread.daemon and thread is not threading.current_thread() for thread in threading.enumerate()):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 def _fail(message: str, exit_code: int, as_json: bool, body: Mapping[str, Any]) -> int:
