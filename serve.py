@@ -25,24 +25,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from runtime.console.banner import render_banner
-from runtime.console.everyday import add_everyday_verbs
-from runtime.console.keys import add_key_verbs
-from runtime.console.reviews import add_review_verbs
-from runtime.console.speak import Failure, leave, perform, run, say, watching
-from runtime.console.verbs import DEFAULT_URL, Config, Data, Json, Key, Url, add_verbs
+from runtime.cli.banner import render_banner
+from runtime.cli.everyday import add_everyday_verbs
+from runtime.cli.keys import add_key_verbs
+from runtime.cli.output import Failure, leave, perform, run, say, watching
+from runtime.cli.reviews import add_review_verbs
+from runtime.cli.verbs import DEFAULT_URL, Config, Data, Json, Key, Url, add_verbs
 
 if TYPE_CHECKING:
-    from memory.keys import Keys
+    from memory.records.keys import Keys
     from memory.schema import Cycle, Policy
     from memory.store import Memory
     from optimizer.config import OptimizerConfig
     from optimizer.placement import Machine
     from optimizer.seams import Seams
     from runtime.api.services import Services
-    from runtime.console.show import Phases
+    from runtime.cli.render import Phases
     from runtime.doctor import Check
-    from runtime.engine import Engine
+    from runtime.engine.process import Engine
 
 DEFAULT_TOML = Path("ratchet.toml")
 STOP_SECONDS = 10
@@ -96,7 +96,7 @@ def refuse_written_password(database: str | None) -> None:
     """Raise Failure for a database's password in a file or on the command line, where others may read it."""
     if database is None:
         return
-    from memory.dialects import holds_password
+    from memory.storage.dialects import holds_password
 
     if holds_password(database):
         raise Failure(
@@ -118,7 +118,7 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Start the engine and answer. Any setting can be given as --section.key value, e.g. --engine.model X."""
-    from runtime.console.show import Phases
+    from runtime.cli.render import Phases
 
     settings = read_all_settings(config, {"server.port": port, "server.host": host, "data": data}, context.args)
     prepare_environment(settings)
@@ -210,7 +210,7 @@ def open_memory(settings: Any, phases: Phases) -> Memory:
     """Take the data directory and open what it holds; logs go there from now on."""
     phases.say(f"opening memory in {settings.data}")
     from memory.store import Memory
-    from runtime.logs import send_logs_to
+    from runtime.observability.logs import send_logs_to
 
     memory = Memory.open(settings.data, settings.memory)
     send_logs_to(memory.data_dir / "logs" / "ratchet.log")
@@ -221,16 +221,16 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
     """Make every part and introduce each to those it needs. Nothing runs yet."""
     phases.say("loading the program")
     from optimizer.seams import Seams, Serving
-    from runtime.agent import Agent
+    from runtime.agent.graph import Agent
     from runtime.api.services import Services
-    from runtime.engine import Engine
+    from runtime.engine.process import Engine
     from runtime.environments.textworld import TextWorld
-    from runtime.hotswap import HotSwap
-    from runtime.maintenance import Maintenance
-    from runtime.telemetry import Telemetry
-    from runtime.text_completion import TextCompletion
+    from runtime.observability.telemetry import Telemetry
+    from runtime.observability.tracing import open_tracing
+    from runtime.serving.hotswap import HotSwap
+    from runtime.serving.maintenance import Maintenance
+    from runtime.serving.text_completion import TextCompletion
     from runtime.tools.toolbox import Toolbox
-    from runtime.tracing import open_tracing
 
     engine = Engine(settings.engine, memory.data_dir, on_progress=phases.say)
     hotswap = HotSwap(memory.policies, engine, max_lora_rank=settings.engine.max_lora_rank)
@@ -298,7 +298,7 @@ def compose(memory: Memory, settings: Any, phases: Phases) -> Services:
 async def inspect_machine(engine: Engine) -> Machine:
     """Return what the optimizer must know of the hardware: the GPUs, and what the engine takes of them."""
     from optimizer.placement import Gpu, Machine
-    from runtime.gpus import find_engine_device, list_gpus
+    from runtime.engine.gpus import find_engine_device, list_gpus
 
     gpus = await asyncio.to_thread(list_gpus)
     return Machine(
@@ -347,7 +347,7 @@ async def live(
     import uvicorn
 
     from runtime.api.app import create_app
-    from runtime.api.connections import server_config
+    from runtime.api.gateway.connections import server_config
 
     config = server_config(create_app(services), services.limits, timeout_graceful_shutdown=STOP_SECONDS)
     server = uvicorn.Server(config)
@@ -476,9 +476,9 @@ class Learner:
             CycleInProgress; ValueError for settings that cannot be, for bars of a promotion below the configuration's
             without `may_loosen_bars`, and for too few trajectories.
         """
-        from optimizer.bars import require_proof
-        from optimizer.cycle import open_cycle
+        from optimizer.cycle.cycle import open_cycle
         from optimizer.errors import OptimizerError
+        from optimizer.evaluation.bars import require_proof
         from runtime.settings import overlay
 
         try:
@@ -493,7 +493,7 @@ class Learner:
 
     async def check(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
         """Return what a cycle with these settings needs. Raises: ValueError for settings that cannot be."""
-        from optimizer.readiness import measure_needs
+        from optimizer.cycle.readiness import measure_needs
         from runtime.settings import overlay
 
         config = overlay(self._config, settings, place="settings")
@@ -507,7 +507,7 @@ class Learner:
 
     async def cancel(self, cycle_id: str) -> Cycle:
         """Stop a cycle for good."""
-        from optimizer.cycle import abandon_cycle
+        from optimizer.cycle.cycle import abandon_cycle
 
         await self.stop()
         return await abandon_cycle(self._memory, cycle_id, "Cancelled: by request")
@@ -521,9 +521,9 @@ class Learner:
             CycleInProgress: held-out tasks would have to be played while a cycle plays.
         """
         from memory.errors import CycleInProgress
-        from optimizer.bars import tightest
-        from optimizer.release_gate import judge_again
-        from optimizer.workshop import Workshop
+        from optimizer.cycle.context import Workshop
+        from optimizer.cycle.release_gate import judge_again
+        from optimizer.evaluation.bars import tightest
 
         shop = Workshop(self._memory, self._seams, policy.cycle_id)
         bars = tightest(shop.config.evaluation, self._config.evaluation)
@@ -542,7 +542,7 @@ class Learner:
             await give_up(self._running)
 
     def _turn(self, cycle_id: str) -> None:
-        from optimizer.cycle import run_cycle
+        from optimizer.cycle.cycle import run_cycle
 
         self._running = asyncio.create_task(run_cycle(self._memory, cycle_id, seams=self._seams))
         # A cycle records its own failure; the exception has been seen.
@@ -554,7 +554,7 @@ def rebuild_index(
     config: Config = None, data: Data = None, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False
 ) -> None:
     """Rebuild what finds memories from the rows; by the running server, or here if none runs."""
-    from runtime.console.client import Client, NoServer
+    from runtime.cli.client import Client, NoServer
 
     settings = read_all_settings(config, {"data": data}, [])
 
@@ -602,8 +602,8 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Look at everything an answer depends on; with no server running, start an engine to ask it for a real token."""
-    from runtime.console import show
-    from runtime.console.client import Client, NoServer
+    from runtime.cli import render as show
+    from runtime.cli.client import Client, NoServer
 
     settings = read_all_settings(config, {"data": data}, context.args)
 
@@ -629,7 +629,7 @@ async def examine(settings: Any, phases: Phases) -> dict[str, Any]:
 
     from memory.errors import StorageError
     from runtime import doctor as checks
-    from runtime.engine import Engine
+    from runtime.engine.process import Engine
     from runtime.errors import EngineError
 
     try:
@@ -657,7 +657,7 @@ def open_memory_here(settings: Any) -> Memory:
     """Open memory in a verb of its own. Raises Failure when somebody else has it."""
     from memory.errors import StoreError
     from memory.store import Memory
-    from runtime.logs import send_logs_to
+    from runtime.observability.logs import send_logs_to
 
     try:
         memory = Memory.open(settings.data, settings.memory)

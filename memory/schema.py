@@ -56,7 +56,7 @@ def next_sequence() -> int:
     """Return a number that is higher each time: the microseconds since 1970, or one more than the last number.
 
     It orders rows, and says nothing of the time: a clock that is set back must not turn what is newest, neither within
-    a process nor over a restart (`memory/sequence.py`).
+    a process nor over a restart (`memory/storage/sequence.py`).
     """
     global _latest_sequence
     with _sequence_lock:

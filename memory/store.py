@@ -13,26 +13,26 @@ from types import TracebackType
 from sqlalchemy import Connection
 
 from memory.config import MemoryConfig
-from memory.cycles import Cycles
-from memory.database import Database
-from memory.documents import Documents
-from memory.encoder import Encoder, SentenceEncoder
-from memory.feedback import FeedbackBook
-from memory.index import MemoryIndex
-from memory.insights import Insights
-from memory.keys import Keys
-from memory.moving import copy_rows
-from memory.ownership import Ownership, take_ownership
-from memory.policies import Policies
-from memory.responses import Responses
-from memory.retrieval import Retrieval
-from memory.reviews import Reviews
+from memory.records.cycles import Cycles
+from memory.records.documents import Documents
+from memory.records.feedback import FeedbackBook
+from memory.records.insights import Insights
+from memory.records.keys import Keys
+from memory.records.policies import Policies
+from memory.records.responses import Responses
+from memory.records.reviews import Reviews
+from memory.records.trajectories import Trajectories
+from memory.records.verdicts import Verdicts
 from memory.scopes import Scopes
-from memory.sequence import continue_sequence
-from memory.traces import DatabaseTrace
-from memory.trajectories import Trajectories
-from memory.verdicts import Verdicts
-from memory.words import WordIndex
+from memory.search.encoder import Encoder, SentenceEncoder
+from memory.search.index import MemoryIndex
+from memory.search.retrieval import Retrieval
+from memory.search.text_index import WordIndex
+from memory.storage.copy_database import copy_rows
+from memory.storage.database import Database
+from memory.storage.lost_files import DatabaseTrace
+from memory.storage.ownership import Ownership, take_ownership
+from memory.storage.sequence import continue_sequence
 
 DATABASE_NAME = "ratchet.db"
 WORDS_NAME = "words.db"

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from memory.feedback import Correction
+from memory.records.feedback import Correction
+from memory.records.trajectories import Graded
 from memory.schema import Split, Step, StepKind, Trajectory
 from memory.teaching import OPERATOR, Teacher
-from memory.trajectories import Graded
 
 
 @dataclass(frozen=True)

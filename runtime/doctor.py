@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from memory.errors import StoreError
 from memory.store import Memory
-from runtime.engine import Engine
+from runtime.engine.process import Engine
 from runtime.errors import AdapterError, EngineError, PolicyError
 
 GIB = 1024**3
@@ -53,7 +53,7 @@ def check_rows(memory: Memory) -> Check:
 
 def check_encoder(memory: Memory) -> Check:
     """Wait for memory's own encoder; where it doesn't come, load another to learn why."""
-    from memory.encoder import SentenceEncoder
+    from memory.search.encoder import SentenceEncoder
 
     name, deadline = memory.config.encoder, time.monotonic() + ENCODER_SECONDS
     while not memory.index.has_meanings and time.monotonic() < deadline:

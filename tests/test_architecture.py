@@ -18,17 +18,26 @@ MAY_IMPORT = {
 }
 # Where a heavy package may be imported: a file, or a directory. vllm is a process, never an import.
 HOMES = {
-    "chromadb": ("memory/meanings.py",),
-    "psycopg": ("memory/postgresql.py",),
-    "sentence_transformers": ("memory/encoder.py",),
+    "chromadb": ("memory/search/vector_index.py",),
+    "psycopg": ("memory/storage/postgresql.py",),
+    "sentence_transformers": ("memory/search/encoder.py",),
     "trl": ("optimizer/training/",),
     "peft": ("optimizer/training/",),
-    "vllm": ("runtime/engine_cpu_fix.py", "runtime/engine_idle.py", "runtime/engine_tool_calls.py"),
-    "langgraph": ("runtime/agent.py", "runtime/nodes.py", "runtime/state.py", "optimizer/cycle.py"),
+    "vllm": (
+        "runtime/engine/cpu_workarounds/worker.py",
+        "runtime/engine/cpu_workarounds/idle_wait.py",
+        "runtime/engine/tool_call_grammar.py",
+    ),
+    "langgraph": (
+        "runtime/agent/graph.py",
+        "runtime/agent/nodes.py",
+        "runtime/agent/state.py",
+        "optimizer/cycle/cycle.py",
+    ),
     "textworld": ("runtime/environments/",),
     "mcp": ("runtime/tools/mcp.py",),
-    "prometheus_client": ("runtime/telemetry.py", "runtime/api/metrics.py"),
-    "opentelemetry": ("runtime/tracing.py",),
+    "prometheus_client": ("runtime/observability/telemetry.py", "runtime/api/metrics.py"),
+    "opentelemetry": ("runtime/observability/tracing.py",),
 }
 
 

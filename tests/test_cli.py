@@ -15,12 +15,12 @@ import httpx
 import pytest
 
 import serve
-from memory.insights import InsightOperation, OperationKind
+from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import PolicyStage
-from optimizer.intervals import wilson
-from runtime.console.play import parse_seeds, wilson_interval
-from runtime.console.speak import run
-from tests.api.worlds import ServedWorld
+from optimizer.evaluation.intervals import wilson
+from runtime.cli.output import run
+from runtime.cli.play import parse_seeds, wilson_interval
+from tests.runtime.api.worlds import ServedWorld
 
 ROOT = Path(serve.__file__).parent
 HEAVY = ("torch", "transformers", "langgraph", "chromadb", "fastapi", "sqlmodel", "sentence_transformers")

@@ -17,12 +17,12 @@ from typer.main import get_command
 
 import serve
 from optimizer.config import EvaluationConfig
+from runtime.cli.output import run
 from runtime.config import LimitsConfig
-from runtime.console.speak import run
 from runtime.tools.base import run_tool
 from runtime.tools.toolbox import Toolbox
-from tests.api.playing import PlayedWorld
-from tests.api.worlds import ServedWorld
+from tests.runtime.api.playing import PlayedWorld
+from tests.runtime.api.worlds import ServedWorld
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,11 +15,11 @@ from rich.console import Console
 from typer.main import get_command
 
 import serve
-from runtime.console import show
-from runtime.console.banner import render_banner
-from runtime.console.printable import printable, printable_json
-from runtime.console.speak import run
-from tests.api.worlds import ServedWorld
+from runtime.cli import render as show
+from runtime.cli.banner import render_banner
+from runtime.cli.output import run
+from runtime.cli.printable import printable, printable_json
+from tests.runtime.api.worlds import ServedWorld
 
 ESCAPES = "\x1b]0;pwned\x07\x1b[2J\x9b31m\u202e[red]late[/red]\r\x08"
 """Sets the window's title, clears the screen, colours, turns the text round, overwrites the line."""

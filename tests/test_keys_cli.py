@@ -10,8 +10,8 @@ import pytest
 
 import serve
 from memory.store import open_keys
-from runtime.console.speak import Failure, run
-from tests.api.worlds import ServedWorld
+from runtime.cli.output import Failure, run
+from tests.runtime.api.worlds import ServedWorld
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import serve
 from memory.schema import CycleStage
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
-from tests.api.worlds import ServedWorld
 from tests.memory.episodes import PATIENT, HashingEncoder
-from tests.optimizer.test_release_gate import World, candidate_always, reach_the_gate
+from tests.optimizer.cycle.test_release_gate import World, candidate_always, reach_the_gate
+from tests.runtime.api.worlds import ServedWorld
 
 NO_BARS = {"margin": -1.5, "min_tasks": 1, "num_tasks": 2, "false_promotion_rate": 0.49}
 # Learns from logged episodes, of which there are none: with sound settings a cycle is refused for that.

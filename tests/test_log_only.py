@@ -25,12 +25,12 @@ import serve
 from memory.schema import PolicyStage, Split
 from optimizer.config import OptimizerConfig
 from optimizer.seams import Seams
-from runtime.console.verbs import PLAY_NOTHING
+from runtime.cli.verbs import PLAY_NOTHING
+from runtime.engine.model_families import POCKET_MODEL
 from runtime.environments.textworld import TextWorld
-from runtime.model_family import POCKET_MODEL
-from tests.api.playing import PlayedWorld
 from tests.bench.log_only import load_app
 from tests.optimizer.worlds import ACT
+from tests.runtime.api.playing import PlayedWorld
 from tests.runtime.fake_engine import call
 from tests.test_loop import FOODS, Cook, QuickTrainer
 

@@ -26,26 +26,26 @@ from rich.console import Console
 import serve
 from memory import adapters
 from memory.adapters import Manifest, read_manifest
-from memory.insights import InsightOperation, OperationKind
+from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import Cycle, CycleStage, Feedback, Policy, PolicyStage, Split, Task, Trajectory, TrajectoryStage
 from memory.store import Memory
 from optimizer.config import DemonstrationConfig, EvaluationConfig, OptimizerConfig
-from optimizer.cycle import open_cycle, run_cycle
-from optimizer.data import build_demonstrations, read_rows
+from optimizer.cycle.cycle import open_cycle, run_cycle
+from optimizer.data.rows import build_demonstrations, read_rows
+from optimizer.data.stitching import render_prompt, stitch
 from optimizer.errors import TooFewTrajectories
-from optimizer.evaluation import Cell, CellResult, Decision, judge, play_cell
+from optimizer.evaluation.comparison import Cell, CellResult, Decision, judge, play_cell
 from optimizer.rewards import grade
 from optimizer.seams import Seams
-from optimizer.stitching import render_prompt, stitch
 from optimizer.training.launch import read_finished
-from runtime.agent import Agent
+from runtime.agent.graph import Agent
 from runtime.api.services import Services
+from runtime.cli.render import Phases
 from runtime.config import AgentConfig, EngineConfig
-from runtime.console.show import Phases
-from runtime.engine import Engine
+from runtime.engine.model_families import POCKET_MODEL
+from runtime.engine.process import Engine
 from runtime.environments.base import Environment, Outcome, Playthrough
-from runtime.hotswap import LEAST_CHANGE_NATS, TOLERANCE_NATS, HotSwap, mean_distance
-from runtime.model_family import POCKET_MODEL
+from runtime.serving.hotswap import LEAST_CHANGE_NATS, TOLERANCE_NATS, HotSwap, mean_distance
 from runtime.tools.base import Tool
 from tests.memory.episodes import PATIENT, HashingEncoder
 from tests.optimizer.worlds import ACT, say

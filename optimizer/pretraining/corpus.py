@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from memory.exemplars import MAX_CHARS, cut
+from memory.records.exemplars import MAX_CHARS, cut
 from optimizer.pretraining.chat import Piece, action, header, observation, user
 
 COOKING = {"fry": "cook _ with stove", "roast": "cook _ with oven"}
@@ -240,7 +240,7 @@ class Corpus:
 
     @staticmethod
     def _exemplar(transcript: dict[str, Any], kitchen: Kitchen) -> str:
-        """Return the transcript as `memory.exemplars.render_exemplar` would show it."""
+        """Return the transcript as `memory.records.exemplars.render_exemplar` would show it."""
         lines = [cut(kitchen.see(transcript["task_text"]))]
         for move in transcript["moves"]:
             if move["is_idle"]:

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel
 from transformers.data.data_collator import DataCollatorMixin
 from trl import DPOConfig, DPOTrainer
 
-from optimizer.data import read_rows
+from optimizer.data.rows import read_rows
 from optimizer.training import child
 from optimizer.training.spec import TrainingSpec
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from optimizer.data import read_rows
+from optimizer.data.rows import read_rows
 from optimizer.training import child
 from optimizer.training.spec import TrainingSpec
 

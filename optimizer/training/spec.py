@@ -61,7 +61,7 @@ class TrainingSpec(BaseModel, extra="forbid"):
     base_model: str
     """A directory, or a Hugging Face id whose files are already on this machine."""
     rows_path: Path
-    """JSON lines as `optimizer.data.write_rows` writes them."""
+    """JSON lines as `optimizer.data.rows.write_rows` writes them."""
     output_dir: Path
     """The adapter directory; it must not exist before, and appears whole."""
     work_dir: Path

@@ -12,27 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from runtime.api import (
-    chat,
-    cycles,
-    docs_page,
-    documents,
-    environments,
-    errors,
-    exemplars,
-    feedback,
-    feedback_links,
-    health,
-    index,
-    insights,
-    keys,
-    metrics,
-    models,
-    policies,
-    responses,
-    trajectories,
-)
-from runtime.api.access import is_open
+from runtime.api import docs_page, errors, health, metrics
 from runtime.api.errors import (
     BadRequest,
     Forbidden,
@@ -44,9 +24,24 @@ from runtime.api.errors import (
     UnsupportedMediaType,
     refusals,
 )
-from runtime.api.gate import Gate
-from runtime.api.measuring import MeasureRequests
-from runtime.api.origins import RefuseForeignPages
+from runtime.api.gateway.auth import Gate
+from runtime.api.gateway.origins import RefuseForeignPages
+from runtime.api.gateway.permissions import is_open
+from runtime.api.gateway.request_metrics import MeasureRequests
+from runtime.api.openai import chat, models, responses
+from runtime.api.resources import (
+    cycles,
+    documents,
+    environments,
+    exemplars,
+    feedback,
+    feedback_links,
+    index,
+    insights,
+    keys,
+    policies,
+    trajectories,
+)
 from runtime.api.services import Services
 
 DESCRIPTION = """

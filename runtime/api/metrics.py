@@ -15,11 +15,11 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from memory.cycles import FINAL_STAGES
+from memory.records.cycles import FINAL_STAGES
 from memory.schema import CycleStage, Policy, PolicyStage
-from memory.tally import BOUNDS, Tally
+from memory.storage.histogram import BOUNDS, Tally
 from runtime.api.services import Server, Services
-from runtime.telemetry import STATE
+from runtime.observability.telemetry import STATE
 
 router = APIRouter(tags=["health"])
 

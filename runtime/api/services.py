@@ -14,15 +14,15 @@ from fastapi import Depends, Request
 
 from memory.schema import Cycle, Policy
 from memory.store import Memory
-from runtime.agent import Agent
-from runtime.api.preparing import PreparationLimit
+from runtime.agent.graph import Agent
+from runtime.api.gateway.preparation_limit import PreparationLimit
 from runtime.config import LimitsConfig, ServerConfig
 from runtime.doctor import Check
-from runtime.engine import Engine
+from runtime.engine.process import Engine
 from runtime.environments.base import Environment
 from runtime.errors import UnknownEnvironment
-from runtime.hotswap import HotSwap
-from runtime.maintenance import Maintenance
+from runtime.serving.hotswap import HotSwap
+from runtime.serving.maintenance import Maintenance
 from runtime.tools.toolbox import Toolbox
 
 

@@ -94,10 +94,10 @@ async def our_library(engine_url: str, _server_url: str) -> AsyncIterator[Act]:
 
     from memory.schema import TrajectoryStage
     from memory.store import Memory
-    from runtime.agent import Agent
+    from runtime.agent.graph import Agent
     from runtime.config import EngineConfig
-    from runtime.engine import Engine
-    from runtime.hotswap import HotSwap
+    from runtime.engine.process import Engine
+    from runtime.serving.hotswap import HotSwap
     from runtime.tools.functions import tool_from_function
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))

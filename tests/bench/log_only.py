@@ -35,7 +35,7 @@ from langchain_core.messages import AIMessage
 from langchain_openai import ChatOpenAI
 
 from memory.schema import Split
-from optimizer.intervals import compare_paired, wilson
+from optimizer.evaluation.intervals import compare_paired, wilson
 from runtime.environments.textworld import TextWorld
 from tests.bench.measure import make_parser, print_table, write_json
 from tests.bench.server import ROOT, OurServer, end_in_order

@@ -32,8 +32,8 @@ from sqlalchemy import insert, text
 from sqlmodel import Session, col, func, select
 
 from memory.schema import Document, Insight, Outbox, Passage
+from memory.search.text_index import quote_terms
 from memory.store import Memory
-from memory.words import quote_terms
 from tests.bench.measure import Spread, make_parser, print_table, run_open_loop, write_json
 from tests.bench.memories import BLOCK, KeptEncoder, Memories, load_memories
 from tests.bench.server import end_in_order

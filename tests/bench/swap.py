@@ -24,12 +24,12 @@ from typing import Any
 from memory.config import MemoryConfig
 from memory.schema import Trajectory, TrajectoryStage
 from memory.store import Memory
-from runtime.agent import Agent
-from runtime.completion import Completion, Delta, Message, OnDelta
+from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
-from runtime.engine import Engine
-from runtime.hotswap import NUM_IDLE_KEPT, HotSwap
-from runtime.model_family import POCKET_MODEL
+from runtime.engine.client import Completion, Delta, Message, OnDelta
+from runtime.engine.model_families import POCKET_MODEL
+from runtime.engine.process import Engine
+from runtime.serving.hotswap import NUM_IDLE_KEPT, HotSwap
 from runtime.tools.base import Tool
 from tests.bench.measure import Spread, make_parser, print_table, write_json
 from tests.bench.server import end_in_order

@@ -22,7 +22,7 @@ from sqlmodel import Session
 
 from memory.config import MemoryConfig
 from memory.schema import Document, Outbox, Passage, new_id
-from memory.searchables import COLLECTIONS
+from memory.search.indexed_rows import COLLECTIONS
 from memory.store import Memory
 from tests.bench.measure import Spread, make_parser, print_table, write_json
 from tests.bench.soak import read_memory

@@ -16,14 +16,16 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from memory import adapters, database, policies, trajectories
+from memory import adapters
 from memory.adapters import write_adapter_atomically, write_manifest
-from memory.database import Database
-from memory.policies import Policies
-from memory.sqlite import Sqlite
-from memory.trajectories import Trajectories
-from optimizer import stages
-from runtime.hotswap import HotSwap
+from memory.records import policies, trajectories
+from memory.records.policies import Policies
+from memory.records.trajectories import Trajectories
+from memory.storage import database
+from memory.storage.database import Database
+from memory.storage.sqlite import Sqlite
+from optimizer.cycle import stages
+from runtime.serving.hotswap import HotSwap
 
 
 @dataclass(frozen=True)

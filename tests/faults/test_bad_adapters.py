@@ -10,7 +10,7 @@ import pytest
 
 from memory.store import Memory
 from runtime.errors import AdapterError
-from runtime.hotswap import HotSwap
+from runtime.serving.hotswap import HotSwap
 from tests.memory.spoiled import DAMAGES
 from tests.runtime.conftest import MakePolicy, base_dir, engine, fake, hotswap, make_policy, memory
 from tests.runtime.fake_engine import FakeEngine

@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from memory.insights import InsightOperation, OperationKind
+from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import Scope
-from runtime.api.access import DOORS, OPERATE
-from tests.api.worlds import ServedWorld
+from runtime.api.gateway.permissions import DOORS, OPERATE
+from tests.runtime.api.worlds import ServedWorld
 
 SECRET = "the plan is a zebra"
 

@@ -16,12 +16,12 @@ from aiohttp import web
 from memory.config import MemoryConfig
 from memory.schema import TrajectoryStage
 from memory.store import Memory
-from runtime.agent import Agent
-from runtime.completion import Completion, Delta
+from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
-from runtime.engine import Engine
+from runtime.engine.client import Completion, Delta
+from runtime.engine.process import Engine
 from runtime.errors import EngineBusy, EngineLost, PolicyError
-from runtime.hotswap import HotSwap
+from runtime.serving.hotswap import HotSwap
 from tests.memory.episodes import HashingEncoder
 from tests.runtime.fake_engine import LOOK, FakeEngine, say
 

@@ -12,8 +12,8 @@ import aiohttp
 import pytest
 
 from memory.schema import TrajectoryStage
-from tests.api.playing import FORGETFUL, PlayedWorld
-from tests.api.worlds import eventually
+from tests.runtime.api.playing import FORGETFUL, PlayedWorld
+from tests.runtime.api.worlds import eventually
 from tests.runtime.fake_engine import Reply
 
 NUM_AT_ONCE = 8

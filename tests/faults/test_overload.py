@@ -16,7 +16,7 @@ import pytest
 
 from memory.schema import TrajectoryStage
 from runtime.config import EngineConfig
-from tests.api.playing import FORGETFUL, PlayedWorld
+from tests.runtime.api.playing import FORGETFUL, PlayedWorld
 from tests.runtime.fake_engine import Reply
 
 NUM_SEQS = 8

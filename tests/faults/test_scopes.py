@@ -32,12 +32,12 @@ from hypothesis.stateful import (
 
 from memory.config import MemoryConfig
 from memory.errors import IllegalMove, UnknownDocument, UnknownTrajectory
-from memory.insights import InsightOperation, OperationKind
-from memory.reviews import Status
+from memory.records.insights import InsightOperation, OperationKind
+from memory.records.reviews import Status
 from memory.schema import Feedback, Split, Step, StepKind, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
-from optimizer.practice import learn_words
-from runtime.cache_salts import CacheSalts
+from optimizer.cycle.practice import learn_words
+from runtime.engine.cache_salts import CacheSalts
 from tests.memory.episodes import HashingEncoder
 from tests.optimizer.one_cycle import OneCycle
 

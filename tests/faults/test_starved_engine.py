@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from runtime.config import EngineConfig
-from runtime.engine import Engine
-from runtime.engine_activity import PROC, ProcessActivity, is_held_up, read_activity
+from runtime.engine.activity import PROC, ProcessActivity, is_held_up, read_activity
+from runtime.engine.process import Engine
 from tests.runtime.conftest import base_dir
 
 __all__ = ["base_dir"]
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 async def start(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
     """`await start(settings)`: an engine in two processes, watched."""
-    monkeypatch.setattr("runtime.engine.CHILD", Path(__file__).with_name("starved_child.py"))
+    monkeypatch.setattr("runtime.engine.process.CHILD", Path(__file__).with_name("starved_child.py"))
     async with contextlib.AsyncExitStack() as undo:
 
         async def begin(settings: dict[str, float]) -> Engine:

@@ -14,11 +14,11 @@ import pytest
 from memory.config import MemoryConfig
 from memory.schema import TrajectoryStage
 from memory.store import Memory
-from runtime.agent import Agent
-from runtime.completion import Delta
+from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
-from runtime.engine import Engine
-from runtime.hotswap import HotSwap
+from runtime.engine.client import Delta
+from runtime.engine.process import Engine
+from runtime.serving.hotswap import HotSwap
 from runtime.tools.base import Tool
 from tests.memory.episodes import HashingEncoder
 from tests.runtime.conftest import base_dir, write_adapter

@@ -15,10 +15,10 @@ import pytest
 from memory.config import MemoryConfig
 from memory.schema import TrajectoryStage
 from memory.store import Memory
-from runtime.agent import Agent
+from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
-from runtime.engine import Engine
-from runtime.hotswap import HotSwap
+from runtime.engine.process import Engine
+from runtime.serving.hotswap import HotSwap
 from tests.memory.episodes import HashingEncoder
 from tests.runtime.conftest import base_dir, write_adapter
 
@@ -32,7 +32,7 @@ Start = Callable[..., Awaitable[tuple[Engine, Agent, Memory]]]
 @pytest.fixture
 async def start(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
     """`await start(**settings)`: an engine of ours, played, watched and worn: two adapters, the newer one active."""
-    monkeypatch.setattr("runtime.engine.CHILD", Path(__file__).with_name("played_child.py"))
+    monkeypatch.setattr("runtime.engine.process.CHILD", Path(__file__).with_name("played_child.py"))
     undo: list[Callable] = []
 
     async def begin(**settings) -> tuple[Engine, Agent, Memory]:

@@ -23,16 +23,16 @@ from memory.schema import (
     new_id,
 )
 from memory.store import Memory
-from optimizer import stages
 from optimizer.config import OptimizerConfig
+from optimizer.cycle import stages
+from optimizer.cycle.context import Workshop
 from optimizer.seams import Seams
 from optimizer.training.launch import read_finished
 from optimizer.training.spec import TrainingSpec
-from optimizer.workshop import Workshop
-from runtime import hotswap
 from runtime.config import EngineConfig
-from runtime.engine import Engine
-from runtime.hotswap import HotSwap
+from runtime.engine.process import Engine
+from runtime.serving import hotswap
+from runtime.serving.hotswap import HotSwap
 from tests.faults.children import Tell
 from tests.faults.points import Point, die_at
 from tests.memory.episodes import PATIENT, HashingEncoder

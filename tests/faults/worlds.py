@@ -17,10 +17,10 @@ from typing import Any
 
 from memory.schema import RewardSource, StepKind, Trajectory
 from memory.store import Memory
-from runtime.agent import Agent
+from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
-from runtime.engine import Engine
-from runtime.hotswap import HotSwap
+from runtime.engine.process import Engine
+from runtime.serving.hotswap import HotSwap
 from runtime.tools.base import Tool
 from tests.faults.children import Tell
 from tests.memory.episodes import PATIENT, HashingEncoder

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memory.config import MemoryConfig
-from memory.database import Database
+from memory.storage.database import Database
 from memory.store import Memory
 from tests.memory.episodes import PATIENT, HashingEncoder
 from tests.postgresql import HOMES, Cluster, Databases, start_cluster

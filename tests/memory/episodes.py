@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy
 
 from memory.config import MemoryConfig
-from memory.insights import InsightOperation, OperationKind, SupportCounts
+from memory.records.insights import InsightOperation, OperationKind, SupportCounts
 from memory.schema import RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy
 
-from memory.meanings import MeaningIndex
-from memory.searchables import Searchable
+from memory.search.indexed_rows import Searchable
+from memory.search.vector_index import MeaningIndex
 
 DIM = 384
 NUM_PERSONS = 50

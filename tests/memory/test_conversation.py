@@ -6,8 +6,8 @@ import pytest
 
 from memory.conversation import as_reply, show_memory
 from memory.schema import Step, StepKind
-from runtime.completion import Completion
-from runtime.handover import restore_messages
+from runtime.agent.resume import restore_messages
+from runtime.engine.client import Completion
 
 CALL = {"id": "1", "type": "function", "function": {"name": "act", "arguments": "{}"}}
 

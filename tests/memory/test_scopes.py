@@ -10,8 +10,8 @@ from sqlmodel import select
 
 from memory.config import MemoryConfig
 from memory.errors import IllegalMove, UnknownInsight, UnknownTrajectory
-from memory.insights import InsightOperation, OperationKind
-from memory.reviews import Status
+from memory.records.insights import InsightOperation, OperationKind
+from memory.records.reviews import Status
 from memory.schema import Split, Trajectory
 from memory.store import Memory
 from tests.memory.episodes import HashingEncoder, play
@@ -44,7 +44,7 @@ async def test_a_persons_own_rows_are_found_among_many_of_others(memory: Memory)
 
 
 async def test_what_a_person_did_long_ago_is_found_by_its_rare_words(memory: Memory, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("memory.index.MAX_OWN", 2)
+    monkeypatch.setattr("memory.search.index.MAX_OWN", 2)
     old = await talk(memory, "please fry my saffron carrot", user_id="jane")
     await memory.index.drain()
     for number in range(6):

@@ -7,10 +7,10 @@ import random
 import pytest
 
 from memory.errors import UnknownDocument, UnknownResponse, UnknownTrajectory
-from memory.index import MemoryIndex
-from memory.insights import InsightOperation, OperationKind
-from memory.relevance import WordMatches
+from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import Feedback, Split, Step, StepKind, StoredResponse, TrajectoryStage
+from memory.search.index import MemoryIndex
+from memory.search.relevance import WordMatches
 from memory.store import Memory
 from tests.memory.episodes import command_call, open_trajectory, play
 

@@ -8,7 +8,7 @@ import pytest
 from sqlmodel import select
 
 from memory.errors import IllegalMove, UnknownTrajectory
-from memory.insights import OperationKind
+from memory.records.insights import OperationKind
 from memory.schema import Insight, Trajectory, TrajectoryStage, Trust, now
 from memory.store import Memory
 from memory.trust import UntrustedText

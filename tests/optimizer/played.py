@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimizer.evaluation import Played
+from optimizer.evaluation.comparison import Played
 
 EPISODE = Played(
     task="",

@@ -11,7 +11,7 @@ from optimizer.config import OptimizerConfig
 from optimizer.errors import TrainingDoesNotFit
 from optimizer.placement import Gpu, Machine, choose_placement
 from optimizer.training.footprint import GIB
-from tests.optimizer.test_footprint import SHAPES
+from tests.optimizer.training.test_footprint import SHAPES
 
 SEVEN_B, HALF_B, SMALL = SHAPES["Qwen2.5-7B"], SHAPES["Qwen2.5-0.5B"], SHAPES["SmolLM2-135M"]
 

@@ -9,8 +9,8 @@ import pytest
 
 from memory.schema import StepKind, TrajectoryStage
 from memory.store import Memory
-from runtime.agent import Agent
-from runtime.hotswap import HotSwap
+from runtime.agent.graph import Agent
+from runtime.serving.hotswap import HotSwap
 from runtime.tools.functions import tool_from_function
 from tests.runtime.fake_engine import FakeEngine, Reply, call
 

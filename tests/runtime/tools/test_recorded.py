@@ -6,11 +6,11 @@ import pytest
 
 from memory.schema import Split, StepKind, Task
 from memory.store import Memory
-from optimizer.evaluation import Cell, play_cell
-from runtime.agent import Agent
+from optimizer.evaluation.comparison import Cell, play_cell
+from runtime.agent.graph import Agent
 from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.errors import UnknownTask
-from runtime.hotswap import HotSwap
+from runtime.serving.hotswap import HotSwap
 from runtime.tools.base import Tool
 from runtime.tools.functions import tool_from_function
 from tests.runtime.fake_engine import FakeEngine, Reply, call

@@ -10,8 +10,8 @@ import pytest
 import serve
 from memory.schema import Trust
 from memory.store import Memory
+from runtime.cli.output import Failure
 from runtime.config import McpServerConfig, ToolLimits, ToolsConfig
-from runtime.console.speak import Failure
 from runtime.errors import ToolRefused
 from runtime.tools.base import Tool, run_tool
 from runtime.tools.toolbox import Toolbox, unique

@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from memory.retrieval import neutralise
+from memory.search.retrieval import neutralise
 from runtime.tools.addresses import is_public
 from runtime.tools.base import ToolResult, run_tool
 from runtime.tools.web import MAX_BYTES, as_read, page_fetcher

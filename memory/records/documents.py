@@ -1,0 +1,310 @@
+"""Semantic memory to read from: documents, split along their own structure into passages small enough to show.
+
+This module refuses to know how passages are found. Invariants: a title names one document of a tenant; a document is
+replaced as a whole, and only when its content changed. Its passages are written and deleted in batches, so that the
+writes of others go between them. Meanwhile its row is hidden (`is_whole` is false): every query for documents or
+passages must leave hidden ones out. One short transaction shows the new document and hides the old one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import contextlib
+import hashlib
+import logging
+import re
+from collections.abc import Coroutine, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from sqlalchemy import delete, insert, literal, update
+from sqlmodel import Session, col, select
+
+from memory.errors import DocumentTooLong, StorageError, UnknownDocument
+from memory.schema import Document, Outbox, Passage, Trust, new_id
+from memory.storage.database import Database
+
+CHARS_PER_TOKEN = 4  # of English prose, about; the encoder's own tokenizer is not asked
+WRITE_BATCH = 250  # passages in one transaction, for which the writes of others wait
+BREAKS = (
+    re.compile(r"\n(?=#{1,6} )"),  # Markdown headings
+    re.compile(r"\n\s*\n"),  # paragraphs
+    re.compile(r"\n"),
+    re.compile(r"(?<=[.!?])\s+"),  # sentences
+    re.compile(r"\s+"),
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_running: set[asyncio.Task] = set()
+
+
+class FoundPassage(NamedTuple):
+    """A passage with what is told of its document."""
+
+    id: str
+    text: str
+    document_id: str
+    title: str
+    trust: Trust
+
+
+class Documents:
+    """All documents the agent was given to read."""
+
+    def __init__(self, database: Database, *, passage_tokens: int = 200, max_passages: int = 5_000) -> None:
+        self._database = database
+        self._passage_chars = passage_tokens * CHARS_PER_TOKEN
+        self._max_passages = max_passages
+
+    async def ingest(
+        self, title: str, content: str | Path, *, tenant: str = "", trust: Trust = Trust.TRUSTED
+    ) -> Document:
+        """Keep a document, given as text or as a UTF-8 file; return the row. The same content again changes nothing but
+        its trust.
+
+        Raises: ValueError for a blank title, an empty document or a file that isn't UTF-8 text; DocumentTooLong for
+        more passages than are allowed; OSError when it can't be read.
+        """
+        title = " ".join(title.split())
+        if not title:
+            raise ValueError("a document needs a title: name it after what it tells")
+        text = await asyncio.to_thread(_read, content) if isinstance(content, Path) else content
+        passages = await asyncio.to_thread(self._split, title, text)  # seconds of work for the longest
+        if not passages:
+            raise ValueError(f"document {title!r} holds no text: check {str(content)[:80]!r}")
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+        new = Document(id=new_id("doc"), tenant=tenant, title=title, digest=digest, trust=trust)
+        return await _to_its_end(self._write(new, passages))
+
+    async def _write(self, new: Document, passages: builtins.list[str]) -> Document:
+        """Write a document that nobody sees until it is whole; return it, or the one that has the same content."""
+        known = await self._database.write(lambda session: _find_known(session, new) or _add_hidden(session, new))
+        if known is not None:
+            return known
+        try:
+            for start in range(0, len(passages), WRITE_BATCH):
+                batch = enumerate(passages[start : start + WRITE_BATCH], start)
+                rows = [{"id": new_id("psg"), "document_id": new.id, "position": at, "text": it} for at, it in batch]
+                await self._database.write(partial(_insert_passages, rows=rows))
+            shown, hidden_id = await self._database.write(partial(_publish, new=new))
+        except StorageError:
+            with contextlib.suppress(StorageError):  # then `delete_unfinished` does it at the next start
+                await self._delete(new.id)
+            raise
+        if hidden_id is not None:
+            await self._delete(hidden_id)
+        return shown
+
+    async def _hide_and_delete(self, document_id: str, tenant: str) -> None:
+        await self._database.write(lambda session: _hide(session, _require(session, document_id, tenant)))
+        await self._delete(document_id)
+
+    async def _delete(self, hidden_id: str) -> None:
+        while not await self._database.write(partial(_delete_batch, hidden_id=hidden_id)):
+            pass
+
+    def delete_unfinished(self) -> None:
+        """Delete the documents that a process left hidden when it ended while it wrote or deleted them. Blocks."""
+        with self._database.read() as session:
+            hidden_ids = session.exec(select(Document.id).where(col(Document.is_whole).is_(False))).all()
+        for hidden_id in hidden_ids:
+            while not self._database.write_sync(partial(_delete_batch, hidden_id=hidden_id)):
+                pass
+
+    def _split(self, title: str, text: str) -> builtins.list[str]:
+        """Return the passages of a text, reading no further than to one too many. Raises: DocumentTooLong."""
+        passages = builtins.list(islice(split_text(text, self._passage_chars), self._max_passages + 1))
+        if len(passages) > self._max_passages:
+            raise DocumentTooLong(
+                f"document {title!r} has more than {self._max_passages} passages: cut it into several documents, or "
+                "raise memory.max_document_passages"
+            )
+        return passages
+
+    async def remove(self, document_id: str, *, tenant: str = "") -> None:
+        """Forget a document and its passages. Raises: UnknownDocument."""
+        await _to_its_end(self._hide_and_delete(document_id, tenant))
+
+    def get(self, document_id: str, *, tenant: str = "") -> Document:
+        """Return one document. Raises: UnknownDocument, also for another tenant's."""
+        with self._database.read() as session:
+            return _require(session, document_id, tenant)
+
+    def passages(self, document_id: str, *, tenant: str = "") -> builtins.list[Passage]:
+        """Return a document's passages in order. Raises: UnknownDocument."""
+        with self._database.read() as session:
+            _require(session, document_id, tenant)
+            return builtins.list(session.exec(_passages_of(document_id)))
+
+    def list(self, *, tenant: str = "") -> builtins.list[Document]:
+        """Return all documents of a tenant, by title."""
+        query = _whole_of(tenant).order_by(col(Document.title))
+        with self._database.read() as session:
+            return builtins.list(session.exec(query))
+
+
+def split_text(text: str, max_chars: int) -> Iterator[str]:
+    """Yield passages of at most `max_chars`, cut at the coarsest breaks that do: headings, paragraphs, ..., words."""
+    passage = ""
+    for piece in _pieces(text.replace("\r\n", "\n").strip(), max_chars, BREAKS):
+        starts_section = piece.startswith("#") and passage
+        joined = f"{passage}\n\n{piece}" if passage else piece
+        if starts_section or len(joined) > max_chars:
+            if passage:
+                yield passage
+            passage = piece
+        else:
+            passage = joined
+    if passage:
+        yield passage
+
+
+def _pieces(text: str, max_chars: int, breaks: tuple[re.Pattern, ...]) -> Iterator[str]:
+    """Yield the parts of `text` between breaks, breaking only what is too long still, and only as finely as needed."""
+    if len(text) <= max_chars and not (breaks and breaks[0] is BREAKS[0] and BREAKS[0].search(text)):
+        if text.strip():
+            yield text.strip()
+    elif not breaks:
+        for start in range(0, len(text), max_chars):
+            yield text[start : start + max_chars]
+    else:
+        finer = (part for part in breaks[0].split(text) if part.strip())
+        for part in _packed(finer, max_chars, breaks):
+            yield from _pieces(part, max_chars, breaks[1:])
+
+
+def _packed(parts: Iterator[str], max_chars: int, breaks: tuple[re.Pattern, ...]) -> Iterator[str]:
+    """Join the parts of one level again as far as they fit: sentences and words make poor passages alone."""
+    if breaks[0] in BREAKS[:2]:
+        yield from parts
+        return
+    glue, held = ("\n" if breaks[0] is BREAKS[2] else " "), ""
+    for part in parts:
+        joined = f"{held}{glue}{part}" if held else part
+        if held and len(joined) > max_chars:
+            yield held
+            held = part
+        else:
+            held = joined
+    if held:
+        yield held
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8 text: convert it to text first") from error
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Wait for work of several transactions, and leave it running when the wait is cancelled."""
+    task = asyncio.get_running_loop().create_task(work)
+    _running.add(task)  # the loop itself holds no reference to it
+    task.add_done_callback(_forget)
+    return await asyncio.shield(task)
+
+
+def _forget(task: asyncio.Task) -> None:
+    _running.discard(task)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.debug("a document was not written: %s", type(error).__name__)  # whoever waits is told; maybe nobody does
+
+
+def _whole_of(tenant: str):
+    return select(Document).where(Document.tenant == tenant, col(Document.is_whole))
+
+
+def _find_known(session: Session, new: Document) -> Document | None:
+    """Return the document that has the same content, given the trust of the new one."""
+    known = session.exec(_whole_of(new.tenant).where(Document.digest == new.digest)).first()
+    if known is not None:
+        known.trust = new.trust
+        session.add(known)
+        session.flush()
+    return known
+
+
+def _add_hidden(session: Session, new: Document) -> None:
+    values = {"id": new.id, "tenant": new.tenant, "digest": new.digest, "trust": new.trust}
+    hidden = {"title": _hidden_title(new.id), "is_whole": False, "created_at": new.created_at}
+    session.execute(insert(Document).values(values | hidden))
+
+
+def _insert_passages(session: Session, rows: builtins.list[dict[str, Any]]) -> None:
+    session.execute(insert(Passage), rows)
+
+
+def _publish(session: Session, new: Document) -> tuple[Document, str | None]:
+    """Show a document whose passages are all written; return what is shown now, and the id of what is hidden now.
+
+    Somebody else may have shown the same content meanwhile: then the new one stays hidden.
+    """
+    known = _find_known(session, new)
+    if known is not None:
+        return known, new.id
+    replaced = session.exec(_whole_of(new.tenant).where(Document.title == new.title)).first()
+    if replaced is not None:
+        _hide(session, replaced)
+    document = session.get_one(Document, new.id)
+    document.title, document.is_whole = new.title, True
+    session.add(document)
+    session.flush()
+    session.execute(_announce(document.id, is_removed=False))
+    return document, replaced.id if replaced is not None else None
+
+
+def _hide(session: Session, document: Document) -> None:
+    session.execute(_announce(document.id, is_removed=True))
+    hidden = {"title": _hidden_title(document.id), "is_whole": False}
+    session.execute(update(Document).where(col(Document.id) == document.id).values(hidden))
+
+
+def _hidden_title(document_id: str) -> str:
+    return f" {document_id}"  # never a title that was given: those do not begin with a space
+
+
+def _delete_batch(session: Session, hidden_id: str) -> bool:
+    """Delete some passages of a hidden document, and the document with the last; say whether it is gone."""
+    some = select(Passage.id).where(col(Passage.document_id) == hidden_id).limit(WRITE_BATCH)
+    num_deleted = session.execute(delete(Passage).where(col(Passage.id).in_(some))).rowcount
+    if num_deleted == WRITE_BATCH:
+        return False
+    session.execute(delete(Document).where(col(Document.id) == hidden_id))
+    return True
+
+
+def _announce(document_id: str, *, is_removed: bool):
+    """Return the statement that has the index look at all passages of a document."""
+    passages = select(literal("passages"), Passage.id, literal(is_removed), literal(False))
+    passages = passages.where(col(Passage.document_id) == document_id).order_by(col(Passage.position))
+    return insert(Outbox).from_select(["collection", "row_id", "is_removed", "is_worded"], passages)
+
+
+def read_passages(session: Session, passage_ids: Sequence[str], tenant: str) -> dict[str, FoundPassage]:
+    """Return passages by id: none of another tenant's, and none of a document that is hidden.
+
+    An index may be behind the rows: whatever it found is asked for here.
+    """
+    query = select(Passage.id, Passage.text, Document.id, Document.title, Document.trust)
+    query = query.join(Document, col(Document.id) == Passage.document_id)
+    query = query.where(Document.tenant == tenant, col(Document.is_whole), col(Passage.id).in_(passage_ids))
+    return {row[0]: FoundPassage(*row) for row in session.exec(query)}
+
+
+def _passages_of(document_id: str):
+    return select(Passage).where(Passage.document_id == document_id).order_by(col(Passage.position))
+
+
+def _require(session: Session, document_id: str, tenant: str) -> Document:
+    document = session.get(Document, document_id)
+    if document is None or document.tenant != tenant or not document.is_whole:
+        raise UnknownDocument(f"no document has the id {document_id!r}: list them to see which exist")
+    return document

@@ -1,0 +1,81 @@
+"""One owner for one data directory: a lock that dies with its process, and a refusal that names the owner.
+
+The lock is on the directory itself, so that it cannot be deleted while the directory is there; a file in it says who
+has it. Invariant: the kernel holds the lock, so a crash never leaves a stale one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from memory.errors import DataDirectoryInUse, StorageError
+from memory.storage.private_files import make_directory, make_private
+
+OWNER_NAME = "owner.lock"
+OWNER_SECONDS = 0.3
+ADDRESS = re.compile(r" at (https?://\S+)$")
+
+
+class Ownership:
+    """A locked data directory, until it is closed."""
+
+    def __init__(self, data_dir: Path, lock: int) -> None:
+        self._owner_file = data_dir / OWNER_NAME
+        self._lock = lock
+        self._said = f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        self._owner_file.write_text(self._said, encoding="utf-8")
+
+    def tell_address(self, url: str) -> None:
+        """Let a second process know where the owner answers."""
+        self._owner_file.write_text(f"{self._said} at {url}", encoding="utf-8")
+
+    def close(self) -> None:
+        """Give the directory up."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def take_ownership(data_dir: Path) -> Ownership:
+    """Make the directory if need be, close it to other users and lock it.
+
+    Raises: DataDirectoryInUse at once when another process has it; StorageError when it can't be written.
+    """
+    lock = -1
+    try:
+        make_directory(data_dir)
+        lock = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        make_private(data_dir)
+        return Ownership(data_dir, lock)
+    except BlockingIOError as error:
+        os.close(lock)
+        owner = _read_owner(data_dir)
+        address = ADDRESS.search(owner)
+        raise DataDirectoryInUse(
+            f"data directory {str(data_dir)!r} is in use by {owner}: stop it, or choose another directory",
+            url=address and address[1],
+        ) from error
+    except OSError as error:
+        if lock >= 0:
+            os.close(lock)
+        raise StorageError(
+            f"cannot use the data directory {str(data_dir)!r}: {error.strerror}; choose another"
+        ) from error
+
+
+def _read_owner(data_dir: Path) -> str:
+    """Return who has the directory; an owner that has just locked it is given a moment to say so."""
+    deadline = time.monotonic() + OWNER_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            if owner := (data_dir / OWNER_NAME).read_text(encoding="utf-8").strip():
+                return owner
+        time.sleep(0.02)
+    return "another process"

@@ -1,0 +1,138 @@
+"""Who asks, and which door that opens: one table for all routes.
+
+Refuses to know how a key is presented (gate.py) and kept (memory). `admin` opens every door; a door marked `is_shared`
+leads to what all tenants share (policies, cycles, keys, the index), and opens only to keys of the default tenant.
+
+Invariant: a route that is not in the table opens to no key but an administrator's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from memory.schema import ApiKey, Scope
+from runtime.api.errors import Forbidden
+from runtime.api.gateway.quota import Quota
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whoever asks: on whose behalf, with which scopes, within which limits."""
+
+    tenant: str = ""
+    scopes: frozenset[str] = frozenset({Scope.ADMIN})
+    quota: Quota = field(default_factory=Quota)
+    key: ApiKey | None = None
+
+    @property
+    def key_id(self) -> str | None:
+        return self.key.id if self.key is not None else None
+
+
+OPERATOR = Caller()
+"""Who asks a server without keys: whoever sits at this machine."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """Which scopes open a route; one of them is enough."""
+
+    scopes: frozenset[str]
+    is_shared: bool = False
+
+
+def _door(*scopes: Scope, is_shared: bool = False) -> Door:
+    return Door(frozenset({*scopes, Scope.ADMIN}), is_shared)
+
+
+INFER, FEEDBACK, LEARN = _door(Scope.INFER), _door(Scope.FEEDBACK), _door(Scope.LEARN)
+READ = _door(Scope.INFER, Scope.LEARN)
+SHARED_LEARN = _door(Scope.LEARN, is_shared=True)
+OPERATE = _door(is_shared=True)
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/redoc", "/openapi.json"})
+"""For anybody: whether the server is well, and the description of its API."""
+ASSET_PATHS = "/docs/assets/"
+"""For anybody too: the scripts and styles of that description."""
+LINKED_PATHS = "/feedback/"
+"""For whoever holds a link: what follows is signed, and says what it allows."""
+
+DOORS: dict[tuple[str, str], Door] = {
+    ("POST", "/v1/chat/completions"): INFER,
+    ("POST", "/v1/responses"): INFER,
+    ("GET", "/v1/responses/{response_id}"): INFER,
+    ("DELETE", "/v1/responses/{response_id}"): INFER,
+    ("GET", "/v1/responses/{response_id}/input_items"): INFER,
+    ("GET", "/v1/models"): READ,
+    ("GET", "/v1/models/{model}"): READ,
+    ("POST", "/v1/feedback"): FEEDBACK,
+    ("POST", "/v1/feedback/links"): FEEDBACK,
+    ("GET", "/v1/trajectories"): READ,
+    ("GET", "/v1/trajectories/{trajectory_id}"): READ,
+    ("POST", "/v1/trajectories/{trajectory_id}/close"): INFER,
+    ("GET", "/v1/insights"): READ,
+    ("POST", "/v1/insights/{insight_id}/approve"): LEARN,
+    ("POST", "/v1/insights/{insight_id}/edit"): LEARN,
+    ("POST", "/v1/insights/{insight_id}/retire"): LEARN,
+    ("GET", "/v1/exemplars"): READ,
+    ("POST", "/v1/exemplars/{trajectory_id}/approve"): LEARN,
+    ("POST", "/v1/exemplars/{trajectory_id}/retire"): LEARN,
+    ("GET", "/v1/documents"): READ,
+    ("POST", "/v1/documents"): LEARN,
+    ("POST", "/v1/documents/upload"): LEARN,
+    ("POST", "/v1/documents/search"): READ,
+    ("GET", "/v1/documents/{document_id}"): READ,
+    ("DELETE", "/v1/documents/{document_id}"): LEARN,
+    ("GET", "/v1/environments"): READ,
+    ("GET", "/v1/environments/{environment}/tasks"): READ,
+    ("POST", "/v1/environments/{environment}/prepare"): READ,
+    ("GET", "/v1/policies"): SHARED_LEARN,
+    ("GET", "/v1/policies/{version}"): SHARED_LEARN,
+    ("POST", "/v1/policies/rollback"): OPERATE,
+    ("POST", "/v1/policies/{version}/promote"): OPERATE,
+    ("POST", "/v1/policies/{version}/rollback"): OPERATE,
+    ("POST", "/v1/policies/{version}/judge"): SHARED_LEARN,
+    ("POST", "/v1/cycles"): SHARED_LEARN,
+    ("POST", "/v1/cycles/check"): SHARED_LEARN,
+    ("GET", "/v1/cycles"): SHARED_LEARN,
+    ("GET", "/v1/cycles/{cycle_id}"): SHARED_LEARN,
+    ("POST", "/v1/cycles/{cycle_id}/cancel"): SHARED_LEARN,
+    ("GET", "/v1/cycles/{cycle_id}/report"): SHARED_LEARN,
+    ("POST", "/v1/index/rebuild"): OPERATE,
+    ("GET", "/v1/doctor"): OPERATE,
+    ("GET", "/metrics"): OPERATE,
+    ("POST", "/v1/keys"): OPERATE,
+    ("GET", "/v1/keys"): OPERATE,
+    ("POST", "/v1/keys/{key_id}/revoke"): OPERATE,
+}
+
+
+def is_open(path: str) -> bool:
+    """Whether a path asks for no key."""
+    return path in OPEN_PATHS or path.startswith((ASSET_PATHS, LINKED_PATHS))
+
+
+def require_open(caller: Caller, method: str, path: str) -> None:
+    """Raise Forbidden unless this route, by its path's template, is open to the caller."""
+    door = DOORS.get((method, path), OPERATE)
+    if not door.scopes & caller.scopes:
+        held = ", ".join(sorted(caller.scopes)) or "none"
+        needed = " or ".join(scope.value for scope in Scope if scope in door.scopes)
+        raise Forbidden(f"{method} {path} needs the scope {needed}; this key has: {held}", code="insufficient_scope")
+    if door.is_shared and caller.tenant:
+        raise Forbidden(
+            f"{method} {path} acts on what all tenants share: use a key of the default tenant, not of "
+            f"{caller.tenant!r}",
+            code="not_your_tenant",
+        )
+
+
+async def caller_of(request: Request) -> Caller:  # asynchronous, or FastAPI would ask it in a thread
+    return request.state.caller
+
+
+Asker = Annotated[Caller, Depends(caller_of)]
+"""Ask who asks: `async def route(caller: Asker)`."""

@@ -1,0 +1,99 @@
+"""Ask the agent, or have it play a task, in the words of OpenAI's chat completions.
+
+Refuses to know how a turn is played (playing.py) and how its answer is written (chat_answer.py).
+Flow: check the request -> resolve who answers -> play -> answer, at once or as server-sent events.
+Invariant: an answer leaves only when everything in it is durable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from runtime.api.errors import (
+    KNOWN_EXCEPTIONS,
+    ApiError,
+    Conflict,
+    EpisodeFailed,
+    NotFound,
+    NotReady,
+    classify,
+    error_body,
+    refusals,
+)
+from runtime.api.gateway.permissions import Asker
+from runtime.api.health import require_ready
+from runtime.api.openai.chat_answer import DONE, ChatCompletion, ChunkWriter, complete, event
+from runtime.api.openai.chat_request import EXAMPLES, ChatRequest, check_request, read_extensions
+from runtime.api.openai.turns import Asked, Listening, finish, headers_for, limit_messages, prepare, refuse_failed
+from runtime.api.services import Server
+
+router = APIRouter(prefix="/v1/chat", tags=["chat"])
+
+
+@router.post(
+    "/completions",
+    summary="Ask the agent, or have it play a task",
+    response_model=ChatCompletion,
+    responses=refusals(NotFound, Conflict, EpisodeFailed, NotReady),
+)
+async def create_completion(
+    server: Server, caller: Asker, request: Request, body: Annotated[ChatRequest, Body(openapi_examples=EXAMPLES)]
+) -> Response:
+    """OpenAI's chat completions, with the agent behind the model's name. The answer's `id` is the target for feedback,
+    and leads to the trajectory that the header `X-Trajectory-Id` names; `X-Policy` says who acted; the object
+    `ratchet`, what became of it.
+
+    A reply that calls `tools` of the request keeps the trajectory open: send the same messages again, with the reply
+    and the results of its calls behind them, and the episode goes on, with the same policy and the same memory.
+
+    An episode that fails answers 502: `code` is the class of the error, `trajectory_id` leads to everything recorded.
+    """
+    limit_messages(server, len(body.messages), "messages")
+    extensions = read_extensions(body.metadata, safety_identifier=body.safety_identifier, user=body.user)
+    check_request(body, extensions)
+    asked = Asked(
+        model=body.model,
+        messages=[message.plain() for message in body.messages],
+        extensions=extensions,
+        caller=caller,
+        temperature=body.temperature,
+        seed=body.seed,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        field_of_max_tokens="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
+        tools=body.tools or (),
+        sampling=body.sampling(),
+    )
+    play = prepare(server, asked)
+    require_ready(server)
+    if not body.stream:
+        turn = await finish(request, server.memory, play)
+        answer = complete(turn, with_logprobs=bool(body.logprobs))
+        return JSONResponse(answer.model_dump(mode="json"), headers=headers_for(turn.trajectory))
+    listening = Listening(server.memory, play)
+    await listening.start(request)
+    include_usage = bool(body.stream_options and body.stream_options.include_usage)
+    writer = ChunkWriter(listening.trajectory, listening.first_position, include_usage=include_usage)
+    return StreamingResponse(
+        write_events(listening, writer), media_type="text/event-stream", headers=headers_for(listening.trajectory)
+    )
+
+
+async def write_events(listening: Listening, writer: ChunkWriter) -> AsyncIterator[str]:
+    """Yield the answer as it is made; its last events only when everything is durable."""
+    try:
+        yield writer.begin()
+        async for delta in listening.deltas():
+            yield writer.write(delta)
+        turn = listening.end()
+        refuse_failed(turn)
+        for ending in writer.end(turn):
+            yield ending
+    except (ApiError, *KNOWN_EXCEPTIONS) as error:
+        yield event(error_body(classify(error)))
+    finally:
+        listening.cancel()
+    yield DONE

@@ -1,0 +1,164 @@
+"""Chat completions as OpenAI writes them: a turn as one answer, or as the chunks of a stream.
+
+Refuses to know how a turn is played and when it is over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from memory.schema import Trajectory, dump_json
+from runtime.api.openai.answer_ids import name_answer
+from runtime.api.openai.models import pin
+from runtime.api.openai.turn import Played, Turn
+from runtime.engine.client import Delta
+
+
+class ToolFunction(BaseModel):
+    """The name of a tool and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call that the client is to run."""
+
+    id: str
+    type: str = "function"
+    function: ToolFunction
+
+
+class Answer(BaseModel):
+    """What the agent said."""
+
+    role: str = "assistant"
+    content: str | None
+    tool_calls: list[ToolCall] | None = None
+    refusal: str | None = None
+
+
+class Logprobs(BaseModel):
+    """Log-probs of the tokens of the last model call, in order."""
+
+    content: list[dict[str, Any]]
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    """The one choice there is."""
+
+    index: int = 0
+    message: Answer
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    logprobs: Logprobs | None = None
+
+
+class Usage(BaseModel):
+    """Tokens of all model calls of this turn together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatCompletion(BaseModel):
+    """An answer. Its `id` is the target of feedback: the trajectory's, with the step behind it where a client that runs
+    tools came back for more."""
+
+    id: str
+    object: str = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    ratchet: Played
+
+
+def complete(turn: Turn, *, with_logprobs: bool = False) -> ChatCompletion:
+    """Return the whole answer at once."""
+    calls = [ToolCall.model_validate(call) for call in turn.open_tool_calls]
+    choice = Choice(
+        message=Answer(content=turn.content, tool_calls=calls or None),
+        finish_reason=turn.finish_reason,
+        logprobs=Logprobs(content=turn.logprobs) if with_logprobs else None,
+    )
+    return ChatCompletion(
+        id=turn.answer_id,
+        created=int(time.time()),
+        model=pin(turn.trajectory.policy),
+        choices=[choice],
+        usage=_count(turn),
+        ratchet=turn.played(),
+    )
+
+
+class ChunkWriter:
+    """Writes one answer as server-sent events, and remembers what it has written."""
+
+    def __init__(self, trajectory: Trajectory, first_position: int, *, include_usage: bool) -> None:
+        self._head = {
+            "id": name_answer(trajectory.id, first_position),
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": pin(trajectory.policy),
+        }
+        self._include_usage = include_usage
+        self._text = ""
+        self._num_calls = 0
+
+    def begin(self) -> str:
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def write(self, delta: Delta) -> str:
+        """Return the event for a piece of the reply."""
+        self._text += delta.text
+        self._num_calls = max([self._num_calls, *(piece["index"] + 1 for piece in delta.calls)])
+        change: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        if delta.calls:
+            change["tool_calls"] = list(delta.calls)
+        return self._chunk(change, logprobs={"content": list(delta.logprobs)} if delta.logprobs else None)
+
+    def end(self, turn: Turn) -> list[str]:
+        """Return the last events: what was not said yet, how it ended, what it cost."""
+        endings = []
+        answer, calls = turn.content or "", turn.open_tool_calls
+        if answer and not self._text.endswith(answer):
+            # The environment's last words are nobody's tokens.
+            endings.append(self._chunk({"content": f"\n{answer}" if self._text else answer}))
+        unsaid = [{"index": index, **call} for index, call in enumerate(calls) if index >= self._num_calls]
+        if unsaid:
+            endings.append(self._chunk({"tool_calls": unsaid}))
+        played = turn.played().model_dump(mode="json")
+        endings.append(self._chunk({}, finish=turn.finish_reason, ratchet=played))
+        if self._include_usage:
+            endings.append(event({**self._head, "choices": [], "usage": _count(turn).model_dump()}))
+        return endings
+
+    def _chunk(
+        self,
+        delta: Mapping[str, Any],
+        *,
+        logprobs: Mapping[str, Any] | None = None,
+        finish: str | None = None,
+        **extra: Any,
+    ) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
+        usage = {"usage": None} if self._include_usage else {}
+        return event({**self._head, "choices": [choice], **usage, **extra})
+
+
+def _count(turn: Turn) -> Usage:
+    prompt, output = turn.size.prompt_tokens, turn.size.output_tokens
+    return Usage(prompt_tokens=prompt, completion_tokens=output, total_tokens=prompt + output)
+
+
+def event(body: Mapping[str, Any]) -> str:
+    return f"data: {dump_json(body)}\n\n"
+
+
+DONE = "data: [DONE]\n\n"

@@ -1,0 +1,80 @@
+"""The names under which the agent answers: `agent` for whoever is active, `agent@v3` for one policy.
+
+Refuses to know adapters and engines: a model, to a client, is a name.
+"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+from memory.errors import UnknownPolicy
+from memory.records.policies import Policies
+from memory.schema import Policy
+from runtime.api.errors import NotFound, refusals
+from runtime.api.services import Server
+
+ALIAS = "agent"
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+class Model(BaseModel):
+    """One name, as OpenAI lists models; `root` is the base model, `stage` the policy's."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "ratchet"
+    root: str
+    stage: str
+
+
+class ModelList(BaseModel):
+    """All names."""
+
+    object: str = "list"
+    data: list[Model]
+
+
+def pin(policy: Policy | int) -> str:
+    """Return the model name that pins a policy: `agent@v3`."""
+    version = policy if isinstance(policy, int) else policy.version
+    return f"{ALIAS}@v{version}"
+
+
+def resolve(name: str, policies: Policies) -> int | None:
+    """Return the version that `name` pins; None for the alias, which is resolved when the episode opens.
+
+    Raises:
+        NotFound: no policy answers to that name; the message lists those that do.
+    """
+    if name == ALIAS:
+        return None
+    prefix, at, version = name.partition("@")
+    if prefix == ALIAS and at:
+        try:
+            return policies.get(version if version.startswith("v") else f"v{version}").version
+        except UnknownPolicy:
+            pass
+    known = [ALIAS, *(pin(policy) for policy in policies.list())]
+    shown = ", ".join(known if len(known) <= 8 else [*known[:4], "...", *known[-3:]])
+    raise NotFound(f"the model {name!r} does not exist; there is: {shown}", param="model", code="model_not_found")
+
+
+def _describe(name: str, policy: Policy) -> Model:
+    return Model(id=name, created=int(policy.created_at.timestamp()), root=policy.base_model, stage=policy.stage)
+
+
+@router.get("", summary="List the names under which the agent answers")
+async def list_models(server: Server) -> ModelList:
+    policies = server.memory.policies
+    listed = [_describe(ALIAS, policies.active())]
+    return ModelList(data=listed + [_describe(pin(policy), policy) for policy in policies.list()])
+
+
+@router.get("/{model}", summary="Look one name up", responses=refusals(NotFound))
+async def get_model(model: str, server: Server) -> Model:
+    policies = server.memory.policies
+    version = resolve(model, policies)
+    return _describe(model, policies.active() if version is None else policies.get(version))

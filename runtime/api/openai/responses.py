@@ -1,0 +1,252 @@
+"""Ask the agent in the words of OpenAI's Responses API; read an answer again, go on from it, have it forgotten.
+
+Refuses to know how a turn is played (playing.py): a response is the same rollout as a chat completion, told otherwise.
+Flow: check the request -> put what was said before in front of it -> play -> keep the response -> answer.
+Invariants: an answer leaves only when everything in it is durable; deleting a response forgets the copy kept for its
+client, not the trajectory that was lived.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from memory.errors import ConversationTooLong, UnknownResponse
+from memory.schema import StoredResponse, dump_json
+from memory.store import Memory
+from runtime.api.errors import (
+    KNOWN_EXCEPTIONS,
+    ApiError,
+    BadRequest,
+    Conflict,
+    EpisodeFailed,
+    NotFound,
+    NotReady,
+    TooLarge,
+    classify,
+    refusals,
+)
+from runtime.api.gateway.permissions import Asker
+from runtime.api.health import require_ready
+from runtime.api.openai.answer_ids import trajectory_of
+from runtime.api.openai.chat_request import read_extensions
+from runtime.api.openai.responses_answer import EventWriter, begin_response, end_response, fail_response, list_output
+from runtime.api.openai.responses_request import ResponseRequest, as_messages, check_conversation, check_request
+from runtime.api.openai.turns import Asked, Listening, finish, headers_for, limit_messages, prepare, refuse_failed
+from runtime.api.services import Server, Services
+
+router = APIRouter(prefix="/v1/responses", tags=["responses"])
+
+Json = dict[str, Any]
+
+EXAMPLES = {
+    "a question": {"summary": "Ask the active policy", "value": {"model": "agent", "input": "When is it due?"}},
+    "going on": {
+        "summary": "Bring the output of a function the answer called",
+        "value": {
+            "model": "agent",
+            "previous_response_id": "resp_0199..._0",
+            "input": [{"type": "function_call_output", "call_id": "call-1", "output": "May 2"}],
+        },
+    },
+}
+
+
+class DeletedResponse(BaseModel):
+    """What was forgotten."""
+
+    id: str
+    object: str = "response"
+    deleted: bool = True
+
+
+class ItemList(BaseModel):
+    """Input items of one response."""
+
+    object: str = "list"
+    data: list[Json]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+@router.post(
+    "",
+    summary="Ask the agent, in the words of the Responses API",
+    responses=refusals(NotFound, Conflict, EpisodeFailed, NotReady),
+)
+async def create_response(
+    server: Server, caller: Asker, request: Request, body: Annotated[ResponseRequest, Body(openapi_examples=EXAMPLES)]
+) -> Response:
+    """OpenAI's responses: text and function tools, at once or as events, stored unless `store` is false. The `id` is a
+    target for feedback. `previous_response_id` goes on from a stored response; where that one called functions, the
+    outputs in `input` go on with its very trajectory, which keeps its instructions if none are sent.
+    """
+    limit_messages(server, len(body.input) if isinstance(body.input, list) else 1, "input")
+    extensions = read_extensions(body.metadata, safety_identifier=body.safety_identifier, user=body.user)
+    check_request(body, extensions)
+    items = body.items()
+    history, instructions = [], body.instructions
+    if body.previous_response_id is not None:
+        history, instructions = await asyncio.to_thread(
+            read_history, server, body.previous_response_id, caller.tenant, instructions
+        )
+    messages = as_messages([*history, *items])
+    limit_messages(server, len(messages), "input")
+    check_conversation(messages)
+    if instructions:
+        messages.insert(0, {"role": "system", "content": instructions})
+    asked = Asked(
+        model=body.model,
+        messages=messages,
+        extensions=extensions,
+        caller=caller,
+        temperature=body.temperature,
+        max_tokens=body.max_output_tokens,
+        tools=body.chat_tools(),
+        sampling=body.sampling(),
+        field_of_max_tokens="max_output_tokens",
+    )
+    play = prepare(server, asked)
+    require_ready(server)
+    keep = Keeper(server.memory, body, items, caller.tenant)
+    if not body.stream:
+        turn = await finish(request, server.memory, play)
+        begun = begin_response(body, turn.trajectory, turn.first_position, instructions)
+        response = end_response(begun, turn, list_output(turn), server.engine.max_model_len)
+        await keep(response)
+        return _send(response, headers_for(turn.trajectory))
+    listening = Listening(server.memory, play)
+    await listening.start(request)
+    begun = begin_response(body, listening.trajectory, listening.first_position, instructions)
+    return StreamingResponse(
+        write_events(listening, EventWriter(begun), keep, server.engine.max_model_len),
+        media_type="text/event-stream",
+        headers=headers_for(listening.trajectory),
+    )
+
+
+def read_history(
+    server: Services, response_id: str, tenant: str, instructions: str | None
+) -> tuple[list[Json], str | None]:
+    """Return the items up to a response, and the instructions that hold for who goes on from it with these.
+
+    Raises:
+        NotFound: a response on the way was never stored, or was deleted.
+        TooLarge: they are longer together than a body may be.
+    """
+    limits = server.limits
+    bounds = {"max_responses": limits.max_messages, "max_chars": limits.max_body_bytes}
+    try:
+        chain = server.memory.responses.conversation(response_id, tenant=tenant, **bounds)
+    except ConversationTooLong as problem:
+        raise TooLarge(str(problem), param="previous_response_id", code="conversation_too_large") from problem
+    except UnknownResponse as problem:
+        raise NotFound(str(problem), param="previous_response_id", code="previous_response_not_found") from problem
+    items = [item for each in chain for item in (*each.input, *each.body["output"])]
+    waits = any(item["type"] == "function_call" for item in chain[-1].body["output"])
+    if instructions is None and waits:  # the episode goes on, so what it was told holds
+        return items, chain[-1].body["instructions"]
+    return items, instructions
+
+
+class Keeper:
+    """Stores the response to one request, unless that wants nothing stored."""
+
+    def __init__(self, memory: Memory, body: ResponseRequest, items: list[Json], tenant: str) -> None:
+        self._memory = memory
+        self._body = body
+        self._items = items
+        self._tenant = tenant
+
+    async def __call__(self, response: Json) -> None:
+        """Keep it; durable when it returns."""
+        if self._body.store is False:
+            return
+        row = StoredResponse(
+            id=response["id"],
+            tenant=self._tenant,
+            trajectory_id=trajectory_of(response["id"]),
+            previous_id=self._body.previous_response_id,
+            input=self._items,
+            body=response,
+        )
+        await self._memory.responses.keep(row)
+
+
+async def write_events(
+    listening: Listening, writer: EventWriter, keep: Keeper, context_tokens: int | None
+) -> AsyncIterator[str]:
+    """Yield the events of a response as it is made; the last one only when everything is durable."""
+    try:
+        for event in writer.begin():
+            yield event
+        async for delta in listening.deltas():
+            for event in writer.write(delta):
+                yield event
+        turn = listening.end()
+        refuse_failed(turn)
+        for event in writer.finish_items(turn):
+            yield event
+        response = end_response(writer.response, turn, writer.output, context_tokens)
+        await keep(response)
+        yield writer.end(response)
+    except (ApiError, *KNOWN_EXCEPTIONS) as error:
+        yield writer.end(fail_response(writer.response, classify(error)))
+    finally:
+        listening.cancel()
+
+
+@router.get("/{response_id}", summary="Read a stored response", responses=refusals(NotFound))
+async def get_response(
+    response_id: str,
+    server: Server,
+    caller: Asker,
+    stream: Annotated[bool, Query(description="Not supported: a stored response is read at once.")] = False,
+) -> Response:
+    if stream:
+        raise BadRequest("stream=True is not supported here", param="stream", code="unsupported_parameter")
+    return _send(server.memory.responses.get(response_id, tenant=caller.tenant).body)
+
+
+def _send(response: Json, headers: Mapping[str, str] | None = None) -> Response:
+    # It repeats what clients wrote, which may be no Unicode at all.
+    return Response(dump_json(response), media_type="application/json", headers=headers)
+
+
+@router.delete("/{response_id}", summary="Forget a stored response", responses=refusals(NotFound))
+async def delete_response(response_id: str, server: Server, caller: Asker) -> DeletedResponse:
+    """The copy kept for its client goes; the trajectory, its steps and its rewards stay."""
+    await server.memory.responses.delete(response_id, tenant=caller.tenant)
+    return DeletedResponse(id=response_id)
+
+
+@router.get("/{response_id}/input_items", summary="List what a response answered", responses=refusals(NotFound))
+async def list_input_items(
+    response_id: str,
+    server: Server,
+    caller: Asker,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+    after: Annotated[str | None, Query(description="`last_id` of the page before.")] = None,
+) -> ItemList:
+    items = server.memory.responses.get(response_id, tenant=caller.tenant).input
+    if order == "desc":
+        items = items[::-1]
+    if after is not None:
+        places = [place for place, item in enumerate(items) if item["id"] == after]
+        if not places:
+            raise NotFound(f"response {response_id!r} has no input item {after!r}", param="after", code="not_found")
+        items = items[places[0] + 1 :]
+    page = items[:limit]
+    return ItemList(
+        data=page,
+        first_id=page[0]["id"] if page else None,
+        last_id=page[-1]["id"] if page else None,
+        has_more=len(items) > limit,
+    )

@@ -1,0 +1,1 @@
+"""The project's own resources over HTTP, one module each."""

@@ -1,0 +1,152 @@
+"""What the agent was given to read: put in, listed, taken out.
+
+Refuses to know how a text is split and found.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Body, File, Form, UploadFile
+from pydantic import BaseModel, Field
+
+from memory.schema import Document, Trust
+from memory.search.document_search import search_documents
+from runtime.api.errors import CREATED, BadRequest, NotFound, TooLarge, refusals
+from runtime.api.gateway.permissions import Asker, Caller
+from runtime.api.services import Server, Services
+
+router = APIRouter(prefix="/v1/documents", tags=["documents"])
+
+
+class DocumentRequest(BaseModel, extra="forbid"):
+    """A text under a title. The same title again replaces the text."""
+
+    title: str = Field(min_length=1, max_length=500)
+    text: str = Field(min_length=1, max_length=10_000_000)
+    is_trusted: bool = Field(
+        default=True,
+        description="false for what a user wrote: an episode that reads it teaches nothing until it is approved.",
+    )
+
+
+class DocumentDetail(BaseModel):
+    """A document, without its text."""
+
+    id: str
+    title: str
+    digest: str
+    created_at: datetime
+
+
+class DocumentText(DocumentDetail):
+    """A document with its text, in the passages that it was split into."""
+
+    passages: list[str]
+
+
+class DocumentList(BaseModel):
+    """All documents."""
+
+    object: str = "list"
+    data: list[DocumentDetail]
+
+
+class DocumentQuery(BaseModel, extra="forbid"):
+    """What to look for, and how many passages to return at most."""
+
+    query: str = Field(min_length=1, max_length=10_000)
+    limit: int = Field(default=5, ge=1, le=100)
+
+
+class DocumentMatch(BaseModel):
+    """A passage that fits. `score` ranks it within this answer."""
+
+    document_id: str
+    title: str
+    text: str
+    score: float
+
+
+class DocumentMatches(BaseModel):
+    """The passages that fit, best first."""
+
+    object: str = "list"
+    data: list[DocumentMatch]
+
+
+class Removed(BaseModel):
+    """What is gone."""
+
+    id: str
+    object: str = "document.deleted"
+    deleted: bool = True
+
+
+EXAMPLE = {"handbook": {"value": {"title": "Refunds", "text": "Refunds above 100 EUR need a second signature."}}}
+
+
+@router.post("", status_code=CREATED, summary="Give the agent a text to read", responses=refusals(TooLarge))
+async def add_document(
+    server: Server, caller: Asker, body: Annotated[DocumentRequest, Body(openapi_examples=EXAMPLE)]
+) -> DocumentDetail:
+    return await _ingest(server, caller, body.title, body.text, is_trusted=body.is_trusted)
+
+
+@router.post("/upload", status_code=CREATED, summary="Give the agent a text file to read", responses=refusals(TooLarge))
+async def upload_document(
+    server: Server,
+    caller: Asker,
+    file: Annotated[UploadFile, File(description="Text in UTF-8.")],
+    title: Annotated[str, Form(max_length=500, description="By default the file's name.")] = "",
+    is_trusted: Annotated[bool, Form()] = True,
+) -> DocumentDetail:
+    """The same as a form: `curl -F file=@handbook.md`."""
+    try:
+        text = (await file.read()).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadRequest(
+            f"{file.filename!r} ({file.content_type}) is not UTF-8 text: convert it to text first",
+            param="file",
+            code="invalid_value",
+        ) from None
+    title = title.strip() or (file.filename or "")[:500]
+    return await _ingest(server, caller, title, text, is_trusted=is_trusted)
+
+
+async def _ingest(server: Services, caller: Caller, title: str, text: str, *, is_trusted: bool) -> DocumentDetail:
+    trust = Trust.TRUSTED if is_trusted else Trust.UNTRUSTED
+    row = await server.memory.documents.ingest(title, text, tenant=caller.tenant, trust=trust)
+    return describe(row)
+
+
+@router.get("", summary="List what the agent was given to read")
+async def list_documents(server: Server, caller: Asker) -> DocumentList:
+    rows = server.memory.documents.list(tenant=caller.tenant)
+    return DocumentList(data=[describe(row) for row in rows])
+
+
+@router.post("/search", summary="Find passages of documents")
+async def search(server: Server, caller: Asker, body: DocumentQuery) -> DocumentMatches:
+    memory = server.memory
+    found = await search_documents(memory.database, memory.index, body.query, body.limit, tenant=caller.tenant)
+    return DocumentMatches(data=[DocumentMatch.model_validate(match, from_attributes=True) for match in found])
+
+
+@router.get("/{document_id}", summary="Read a document", responses=refusals(NotFound))
+async def get_document(document_id: str, server: Server, caller: Asker) -> DocumentText:
+    documents = server.memory.documents
+    row = documents.get(document_id, tenant=caller.tenant)
+    passages = [passage.text for passage in documents.passages(document_id, tenant=caller.tenant)]
+    return DocumentText(**describe(row).model_dump(), passages=passages)
+
+
+@router.delete("/{document_id}", summary="Take a text away again", responses=refusals(NotFound))
+async def remove_document(document_id: str, server: Server, caller: Asker) -> Removed:
+    await server.memory.documents.remove(document_id, tenant=caller.tenant)
+    return Removed(id=document_id)
+
+
+def describe(row: Document) -> DocumentDetail:
+    return DocumentDetail.model_validate(row, from_attributes=True)

@@ -1,0 +1,95 @@
+"""Past successes that are shown when something similar is asked, and what an operator decides about them.
+
+An operator approves one for the whole tenant, as it is or in other words, or retires it; each decision is recorded with
+the key that made it. The trajectory itself stays as it was lived.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Body, Query
+from pydantic import BaseModel, Field
+
+from memory.records.reviews import ListedExemplar, Status
+from runtime.api.errors import Conflict, NotFound, refusals
+from runtime.api.gateway.permissions import Asker
+from runtime.api.openai.answer_ids import trajectory_of
+from runtime.api.resources.insights import Approval, ShownTo, name_scope
+from runtime.api.services import Server
+
+router = APIRouter(prefix="/v1/exemplars", tags=["exemplars"])
+
+
+class ExemplarDetail(BaseModel):
+    """A success, by the id of its trajectory."""
+
+    id: str
+    environment: str | None
+    kind: str
+    task: str | None
+    text: str = Field(description="As it is shown.")
+    shown_to: ShownTo
+    user_id: str = Field(description="The person it was lived with.")
+    num_steps: int
+    closed_at: datetime | None
+    approved_at: datetime | None
+    retired_at: datetime | None
+
+
+class ExemplarPage(BaseModel):
+    """Newest first; `next_before` is the `before` of the next page."""
+
+    object: str = "list"
+    data: list[ExemplarDetail]
+    next_before: str | None
+
+
+@router.get("", summary="List past successes, newest first")
+async def list_exemplars(
+    server: Server,
+    caller: Asker,
+    status: Literal["active", "pending", "approved", "retired"] = "active",
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    before: Annotated[str | None, Query(description="`next_before` of the page before.")] = None,
+) -> ExemplarPage:
+    """`active`: in memory. `pending`: of these, those that one person is shown, or nobody, and that approval would show
+    to the whole tenant. `approved`, `retired`: by an operator."""
+    rows = server.memory.reviews.exemplars(tenant=caller.tenant, status=Status(status), limit=limit, before_id=before)
+    data = [describe(row) for row in rows]
+    return ExemplarPage(data=data, next_before=data[-1].id if len(data) == limit else None)
+
+
+@router.post(
+    "/{trajectory_id}/approve", summary="Show a success to the whole tenant", responses=refusals(NotFound, Conflict)
+)
+async def approve_exemplar(
+    trajectory_id: str, server: Server, caller: Asker, body: Annotated[Approval | None, Body()] = None
+) -> ExemplarDetail:
+    """With `text`, that is what is shown in its place. Approving again changes the text."""
+    row = await server.memory.reviews.approve_exemplar(
+        trajectory_of(trajectory_id),
+        tenant=caller.tenant,
+        key_id=caller.key_id,
+        text=body.text if body is not None else None,
+    )
+    return describe(row)
+
+
+@router.post("/{trajectory_id}/retire", summary="Show a success to nobody again", responses=refusals(NotFound))
+async def retire_exemplar(trajectory_id: str, server: Server, caller: Asker) -> ExemplarDetail:
+    """Nor are insights drawn from it any more. Any trajectory can be retired, also before it is a success."""
+    row = await server.memory.reviews.retire_exemplar(
+        trajectory_of(trajectory_id), tenant=caller.tenant, key_id=caller.key_id
+    )
+    return describe(row)
+
+
+def describe(row: ListedExemplar) -> ExemplarDetail:
+    trajectory = row.trajectory
+    as_they_are = ExemplarDetail.model_fields.keys() - {"text", "shown_to"}
+    scope = None if trajectory.retired_at is not None else row.scope
+    return ExemplarDetail(
+        **{name: getattr(trajectory, name) for name in as_they_are}, text=row.text, shown_to=name_scope(scope)
+    )

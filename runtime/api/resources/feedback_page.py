@@ -1,0 +1,59 @@
+"""The pages behind a signed link: a form without a script, and a word of thanks or of refusal.
+
+Refuses to show anything of the episode: a link travels by mail and chat, and opens for whoever has it.
+Invariant: what is put into a page is escaped, and the page may load nothing.
+"""
+
+from __future__ import annotations
+
+from html import escape
+
+from runtime.api.resources.signed_links import Link
+
+HEADERS = {
+    # form-action: the page posts to itself alone. The token is in the URL, so no address is told of it.
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "X-Robots-Tag": "noindex",
+    "X-Content-Type-Options": "nosniff",
+}
+MAX_CHARS = 8_000
+STYLE = """
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 34rem; margin: 3rem auto; padding: 0 1rem; color: #222 }
+label { display: block; margin: 1rem 0 } textarea { width: 100%; min-height: 5rem; font: inherit }
+button { font: inherit; padding: .5rem 1.2rem; margin: 0 .5rem .5rem 0; cursor: pointer }
+"""
+
+
+def render_form(link: Link) -> str:
+    """Return the page that asks. Its buttons post; opening it changes nothing."""
+    answers = [(choice, choice) for choice in link.choices] or [("true", "Good"), ("false", "Not good")]
+    buttons = "".join(
+        f'<button name="value" value="{escape(value)}">{escape(said)}</button>' for value, said in answers
+    )
+    fields = _ask("comment", "Anything to add?")
+    if link.may_correct:
+        fields += _ask("correction", "What should the answer have been?")
+    asked = "How was the answer?" if link.name == "reward" else f"How was the answer: {link.name}?"
+    return _page(asked, f'<form method="post">{fields}{buttons}</form>')
+
+
+def render_said(title: str, text: str) -> str:
+    """Return a page that only says something."""
+    return _page(title, f"<p>{escape(text)}</p>")
+
+
+def _ask(name: str, label: str) -> str:
+    return f'<label>{label}<textarea name="{name}" maxlength="{MAX_CHARS}"></textarea></label>'
+
+
+def _page(title: str, inside: str) -> str:
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
+        f"<body><h1>{escape(title)}</h1>{inside}</body></html>"
+    )

@@ -1,0 +1,215 @@
+"""What was lived, step by step, for whoever wants to read it.
+
+Refuses to change what was lived: trajectories are written by the agent, judged by feedback. One that waits for its
+client can be closed, by a client that knows it will not come back.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
+
+from memory.records.trajectories import TrajectoryView
+from memory.schema import RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage
+from runtime.api.errors import Conflict, NotFound, refusals
+from runtime.api.gateway.permissions import Asker
+from runtime.api.openai.answer_ids import trajectory_of
+from runtime.api.services import Server
+
+router = APIRouter(prefix="/v1/trajectories", tags=["trajectories"])
+
+
+class TrajectorySummary(BaseModel):
+    """One line of the list."""
+
+    id: str
+    episode_id: str
+    user_id: str
+    is_shared: bool
+    environment: str | None
+    task: str | None
+    question: str
+    """The beginning of what was asked."""
+    kind: str
+    split: Split
+    policy: str
+    stage: TrajectoryStage
+    reward: float | None
+    success: bool | None
+    used_memory: bool
+    answer: str | None
+    error: str | None
+    num_steps: int
+    prompt_tokens: int
+    output_tokens: int
+    num_invalid_tool_calls: int
+    opened_at: datetime
+    closed_at: datetime | None
+
+
+class TrajectoryPage(BaseModel):
+    """Newest first; `next_before` is the `before` of the next page."""
+
+    object: str = "list"
+    data: list[TrajectorySummary]
+    next_before: str | None
+
+
+class StepDetail(BaseModel):
+    """One model call or one tool result. Token ids only where asked for."""
+
+    position: int
+    kind: StepKind
+    content: str
+    tool_calls: list[dict[str, Any]]
+    tool_name: str | None
+    tool_call_id: str | None
+    error: str | None
+    finish_reason: str | None
+    num_prompt_tokens: int
+    num_output_tokens: int
+    prompt_token_ids: list[int] | None = None
+    output_token_ids: list[int] | None = None
+    seconds: float
+    created_at: datetime
+
+
+class RewardDetail(BaseModel):
+    """A number in [0, 1], who gave it and why."""
+
+    value: float
+    source: RewardSource
+    reason: str
+    created_at: datetime
+
+
+class FeedbackDetail(BaseModel):
+    """What was said of the episode."""
+
+    id: str
+    user_id: str
+    key_id: str | None
+    target: str
+    step: int | None
+    name: str
+    value: Any
+    comment: str | None
+    correction: str | None
+    source: str
+    tags: dict[str, str]
+    created_at: datetime
+
+
+class TrajectoryDetail(TrajectorySummary):
+    """Everything recorded of one episode."""
+
+    key_id: str | None
+    task_text: str
+    temperature: float | None
+    opening: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    memory_text: str
+    memory_ids: list[str]
+    steps: list[StepDetail]
+    rewards: list[RewardDetail]
+    feedback: list[FeedbackDetail]
+
+
+@router.get("", summary="List trajectories, newest first")
+async def list_trajectories(
+    server: Server,
+    caller: Asker,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    before: Annotated[str | None, Query(description="`next_before` of the page before.")] = None,
+    environment: str | None = None,
+    split: Split | None = None,
+    policy: Annotated[str | None, Query(examples=["v3"])] = None,
+    stage: TrajectoryStage | None = None,
+    success: bool | None = None,
+    user: Annotated[str | None, Query(description="Only what was asked for this person.")] = None,
+) -> TrajectoryPage:
+    memory = server.memory
+    views = memory.trajectories.list(
+        limit=limit,
+        before_id=before,
+        environment=environment,
+        split=split,
+        policy=None if policy is None else memory.policies.get(policy).version,
+        stage=stage,
+        is_success=success,
+        tenant=caller.tenant,
+        user_id=user,
+    )
+    data = [TrajectorySummary(**summarize(view)) for view in views]
+    return TrajectoryPage(data=data, next_before=data[-1].id if len(data) == limit else None)
+
+
+@router.get("/{trajectory_id}", summary="Read one trajectory", responses=refusals(NotFound))
+async def get_trajectory(
+    trajectory_id: str,
+    server: Server,
+    caller: Asker,
+    token_ids: Annotated[bool, Query(description="With the exact token ids of every call.")] = False,
+) -> TrajectoryDetail:
+    memory = server.memory
+    trajectory_id = trajectory_of(trajectory_id)
+    trajectory = memory.trajectories.get(trajectory_id, tenant=caller.tenant)
+    rewards = memory.trajectories.rewards(trajectory_id)
+    return TrajectoryDetail(
+        **summarize(memory.trajectories.view(trajectory)),
+        **{name: getattr(trajectory, name) for name in _ONLY_IN_DETAIL},
+        steps=[_describe_step(step, token_ids) for step in memory.trajectories.steps(trajectory_id)],
+        rewards=[RewardDetail.model_validate(row, from_attributes=True) for row in rewards],
+        feedback=[
+            FeedbackDetail.model_validate(row, from_attributes=True) for row in memory.feedback.list(trajectory_id)
+        ],
+    )
+
+
+@router.post(
+    "/{trajectory_id}/close",
+    summary="Close a trajectory that waits for its client",
+    responses=refusals(NotFound, Conflict),
+)
+async def close_trajectory(trajectory_id: str, server: Server, caller: Asker) -> TrajectorySummary:
+    """For a client that runs tools and is done: what the last tool did was the end. Without this, the trajectory closes
+    when nobody has come back for a while. What is closed already is answered as it is."""
+    memory = server.memory
+    trajectory = memory.trajectories.get(trajectory_of(trajectory_id), tenant=caller.tenant)
+    if trajectory.stage is TrajectoryStage.RUNNING:
+        waiting = memory.trajectories.waiting(episode_id=trajectory.episode_id, tenant=caller.tenant)
+        if trajectory.id not in {each.id for each in waiting}:
+            raise Conflict(f"trajectory {trajectory.id!r} is being played: it closes by itself", code="episode_busy")
+        trajectory = await server.agent.book.close(trajectory, None)
+    return TrajectorySummary(**summarize(memory.trajectories.view(trajectory)))
+
+
+_ONLY_IN_DETAIL = ("key_id", "task_text", "temperature", "opening", "tools", "memory_text", "memory_ids")
+_AS_THEY_ARE = set(TrajectorySummary.model_fields) - {"policy", "reward", "success", "used_memory", "question"}
+QUESTION_CHARS = 200
+
+
+def summarize(view: TrajectoryView) -> dict[str, Any]:
+    """Return the fields of a `TrajectorySummary`."""
+    trajectory: Trajectory = view.trajectory
+    return {name: getattr(trajectory, name) for name in _AS_THEY_ARE} | {
+        "policy": f"v{trajectory.policy}",
+        "question": trajectory.task_text[:QUESTION_CHARS],
+        "reward": view.reward,
+        "success": view.is_success,
+        "used_memory": bool(trajectory.memory_text),
+    }
+
+
+def _describe_step(step: Step, with_token_ids: bool) -> StepDetail:
+    detail = StepDetail(
+        **{name: getattr(step, name) for name in StepDetail.model_fields.keys() & Step.model_fields.keys()},
+        num_prompt_tokens=len(step.prompt_token_ids or ()),
+        num_output_tokens=len(step.output_token_ids or ()),
+    )
+    if not with_token_ids:
+        detail.prompt_token_ids = detail.output_token_ids = None
+    return detail

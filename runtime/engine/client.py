@@ -1,0 +1,410 @@
+"""What one can ask a running vLLM, over HTTP: completions with their token ids, log-probs, adapters.
+
+Refuses to know how the server came to run, and what the answers are for.
+aiohttp itself rather than the official client: httpx collapses at a few hundred requests/s, and the official client's
+models neither know token ids nor come for free.
+
+Invariants: every failure is a `PolicyError` with the engine's own words (a full context is a `BudgetExceeded`); a
+caller who is cancelled frees the engine, which drops a request as soon as its connection closes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from memory.chat_marks import ANY_FAMILY, ChatMarks
+from memory.conversation import as_reply
+from memory.schema import clean
+from runtime.engine.forced_calls import ask_for_schemas
+from runtime.errors import (
+    AdapterError,
+    BudgetExceeded,
+    EngineBusy,
+    EngineError,
+    EngineLost,
+    PolicyError,
+    RequestRefused,
+)
+
+CONNECT_SECONDS = 5.0
+# The engine closes idle connections after 5 seconds; one reused at that moment would be a failed call.
+KEEP_ALIVE_SECONDS = 3.0
+MAX_EVENT_BYTES = 2**25
+"""The longest event of a stream; the first one of a call holds the prompt's token ids."""
+FIRST_IN_LINE = -1_000
+"""Priority of a probe: ahead of everything that waits."""
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of a reply as it is written: text, or pieces of tool calls in OpenAI's form, and their log-probs."""
+
+    text: str = ""
+    calls: Sequence[dict[str, Any]] = ()
+    logprobs: Sequence[dict[str, Any]] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.calls or self.logprobs)
+
+
+OnDelta = Callable[[Delta], Awaitable[None]]
+
+
+@dataclass
+class Completion:
+    """One reply of a model: its text, its tool calls in OpenAI's form, and the exact tokens of both sides."""
+
+    content: str = ""
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: str = "stop"
+    prompt_token_ids: list[int] = field(default_factory=list)
+    output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    """Of each output token, in OpenAI's form; empty where nobody asked for them."""
+    seconds: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def as_message(self) -> Message:
+        """Return the reply as the next call's history shows it."""
+        return as_reply(self.content, self.tool_calls)
+
+
+class EngineClient:
+    """Calls to one vLLM server at `url`, whose bare base model is served as `model`."""
+
+    def __init__(
+        self, url: str = "", model: str = "base", *, timeout_seconds: float = 600.0, api_key: str | None = None
+    ) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.model = model
+        self._timeout_seconds = timeout_seconds
+        self._api_key = api_key
+        self._has_priorities = False
+        self._enforces_schemas = False
+        """Whether the engine keeps the arguments of forced calls to their schemas by itself."""
+        self._session: aiohttp.ClientSession | None = None
+        self.marks: ChatMarks = ANY_FAMILY
+        """What no text in a prompt may hold: the special tokens of the model's tokenizer, where they are known."""
+
+    async def chat(
+        self, model: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None, **sampling: Any
+    ) -> Completion:
+        """Return the reply of `model`; `sampling` goes to vLLM as it is.
+
+        Raises:
+            PolicyError: the engine refused or answered nonsense; EngineBusy: it takes no more; EngineLost: it died.
+            BudgetExceeded: the messages fill the model's context.
+        """
+        started = time.monotonic()
+        answer = await self._post("/v1/chat/completions", self._chat_body(model, messages, tools, sampling))
+        try:
+            choice = answer["choices"][0]
+            message = choice["message"]
+            reply = Completion(
+                content=clean(message.get("content") or ""),
+                tool_calls=_tidy_calls(message.get("tool_calls") or []),
+                finish_reason=choice.get("finish_reason") or "stop",
+                prompt_token_ids=answer.get("prompt_token_ids") or [],
+                output_token_ids=choice.get("token_ids") or [],
+                logprobs=(choice.get("logprobs") or {}).get("content") or [],
+                seconds=time.monotonic() - started,
+            )
+            _require_types(reply)
+            return reply
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise PolicyError(f"the engine's answer makes no sense: {_shorten(answer)}") from error
+
+    async def chat_stream(
+        self,
+        model: str,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+        *,
+        on_delta: OnDelta,
+        **sampling: Any,
+    ) -> Completion:
+        """Return the reply like `chat`, after `on_delta` was awaited with each piece of it."""
+        started = time.monotonic()
+        reply = Completion(finish_reason="")
+        calls: dict[int, dict[str, Any]] = {}
+        body = self._chat_body(model, messages, tools, sampling) | {"stream": True}
+        async for chunk in self._stream("/v1/chat/completions", body):
+            try:
+                delta = _add_chunk(reply, calls, chunk)
+            except (KeyError, IndexError, TypeError, AttributeError) as error:
+                raise PolicyError(f"a piece of the engine's answer makes no sense: {_shorten(chunk)}") from error
+            if delta:
+                await on_delta(delta)
+        if not reply.finish_reason:
+            raise EngineLost("the engine stopped in the middle of its answer")
+        try:
+            reply.content = clean(reply.content)
+            reply.tool_calls = _tidy_calls([calls[index] for index in sorted(calls)])
+            _require_types(reply)
+        except (TypeError, AttributeError) as error:
+            raise PolicyError(f"the engine's answer makes no sense: {_shorten(reply)}") from error
+        reply.seconds = time.monotonic() - started
+        return reply
+
+    async def token_logprobs(self, model: str, token_ids: Sequence[int]) -> list[float]:
+        """Return the log-prob of each of `token_ids` given those before it: one fewer, the first has none."""
+        body = {"model": model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        answer = await self._post("/v1/completions", self._prioritised(body))
+        try:
+            rows = answer["choices"][0]["prompt_logprobs"][1:]
+            return [row[str(token_id)]["logprob"] for token_id, row in zip(token_ids[1:], rows, strict=True)]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise PolicyError(f"the engine's log-probs make no sense: {_shorten(answer)}") from error
+
+    async def probe(self, model: str | None = None) -> bool:
+        """Return whether `model` (the base by default) generates a real token."""
+        body = {"model": model or self.model, "prompt": [1], "max_tokens": 1, "temperature": 0, "ignore_eos": True}
+        try:
+            answer = await self._post("/v1/completions", self._prioritised(body))
+            return answer["usage"]["completion_tokens"] == 1
+        except (PolicyError, BudgetExceeded, KeyError, TypeError):
+            return False
+
+    async def num_tokens_so_far(self) -> float:
+        """Return a count that grows with every token the engine reads or writes."""
+        text = await self._request("GET", "/metrics")
+        counters = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(counters))
+
+    async def models(self) -> list[dict[str, Any]]:
+        """Return the engine's own list: the base, and every adapter with its `parent`."""
+        return json.loads(await self._request("GET", "/v1/models"))["data"]
+
+    async def adapters(self) -> set[str]:
+        """Return the names of the adapters that the engine knows now."""
+        return {model["id"] for model in await self.models() if model.get("parent")}
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load the adapter in the absolute directory `path`; it is in when this returns. Loaded already is no error.
+
+        Raises:
+            AdapterError: the engine refused it.
+            EngineError: the engine doesn't answer.
+        """
+        try:
+            await self._change_adapters("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+        except AdapterError as error:
+            if "already been loaded" not in str(error):
+                raise
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; calls under way finish with it. One that isn't there is no error."""
+        try:
+            await self._change_adapters("/v1/unload_lora_adapter", {"lora_name": name})
+        except AdapterError as error:
+            if "cannot be found" not in str(error):
+                raise
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _change_adapters(self, path: str, body: dict[str, Any]) -> None:
+        try:
+            await self._request("POST", path, body)
+        except PolicyError as error:
+            if error.status is None:
+                raise EngineError(str(error)) from error
+            raise AdapterError(f"the engine refused adapter {body['lora_name']!r}: {error}") from error
+
+    def _chat_body(
+        self,
+        model: str,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None,
+        sampling: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Return what asks for a reply. All text of a prompt passes here, and none of it may steer the chat."""
+        body = {"model": model, "messages": self.marks.clean_messages(messages), "return_token_ids": True}
+        if tools:  # the engine refuses an empty list
+            is_asked = not self._enforces_schemas
+            asked = ask_for_schemas(tools, sampling.get("tool_choice")) if is_asked else list(tools)
+            body["tools"] = self.marks.clean(asked)
+        body |= {key: value for key, value in sampling.items() if value is not None}
+        if "chat_template_kwargs" in body:  # templates may write them into the prompt
+            body["chat_template_kwargs"] = self.marks.clean(body["chat_template_kwargs"])
+        return body
+
+    def _prioritised(self, body: dict[str, Any]) -> dict[str, Any]:
+        return body | {"priority": FIRST_IN_LINE} if self._has_priorities else body
+
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        text = await self._request("POST", path, body)
+        try:
+            return json.loads(text)
+        except (json.JSONDecodeError, RecursionError):
+            raise PolicyError(f"the engine's answer is not JSON: {_shorten(text)}") from None
+
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
+        try:
+            async with self._open_session().request(method, self.url + path, json=body) as response:
+                text = await response.text()
+                _refuse_error(response.status, text)
+                return text
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _describe_silence(error) from error
+
+    async def _stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the server-sent events of a call, decoded."""
+        try:
+            async with self._open_session().post(self.url + path, json=body) as response:
+                if response.status != 200:
+                    _refuse_error(response.status, await response.text())
+                async for line in _split_lines(response.content.iter_any()):
+                    data = line.removeprefix(b"data:").strip()
+                    if data == b"[DONE]":
+                        return
+                    if data and line.startswith(b"data:"):
+                        yield _decode_event(data)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _describe_silence(error) from error
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None or self._session.closed:
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=self._timeout_seconds)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
+            headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else None
+            self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers)
+        return self._session
+
+
+def _add_chunk(reply: Completion, calls: dict[int, dict[str, Any]], chunk: dict[str, Any]) -> Delta:
+    """Add one event of a stream to what came before; return what it brought."""
+    if chunk.get("prompt_token_ids"):
+        reply.prompt_token_ids = chunk["prompt_token_ids"]
+    if not chunk["choices"]:  # the last event may hold the usage alone
+        return Delta()
+    choice = chunk["choices"][0]
+    delta = choice.get("delta") or {}
+    reply.output_token_ids += choice.get("token_ids") or []
+    reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
+    pieces = [_add_call_piece(calls, piece) for piece in delta.get("tool_calls") or []]
+    text = delta.get("content") or ""
+    reply.content += text
+    logprobs = (choice.get("logprobs") or {}).get("content") or []
+    reply.logprobs += logprobs
+    return Delta(text, pieces, logprobs)
+
+
+def _add_call_piece(calls: dict[int, dict[str, Any]], piece: dict[str, Any]) -> dict[str, Any]:
+    """Add a piece of a tool call to what came before; return it as a client may read it, its id settled."""
+    index = piece.get("index", 0)
+    function = piece.get("function") or {}
+    name, arguments = function.get("name") or "", function.get("arguments") or ""
+    tidy: dict[str, Any] = {"index": index, "function": {"name": name, "arguments": arguments}}
+    if index not in calls:
+        seen = {call["id"] for call in calls.values()}
+        calls[index] = {"id": _settle_id(piece.get("id"), seen, index), "function": {"name": "", "arguments": ""}}
+        tidy |= {"id": calls[index]["id"], "type": "function"}
+    calls[index]["function"]["name"] += name
+    calls[index]["function"]["arguments"] += arguments
+    return tidy
+
+
+def _require_types(reply: Completion) -> None:
+    """Raise TypeError for what could not be recorded: the engine's word is not taken for it."""
+    called = [part for call in reply.tool_calls for part in (call["id"], *call["function"].values())]
+    texts = [reply.content, reply.finish_reason, *called]
+    lists = [reply.prompt_token_ids, reply.output_token_ids, reply.logprobs]
+    is_sound = all(type(text) is str for text in texts) and all(type(each) is list for each in lists)
+    if not is_sound or not {*map(type, reply.prompt_token_ids), *map(type, reply.output_token_ids)} <= {int}:
+        raise TypeError("a reply of texts and numbers was expected")
+
+
+def _tidy_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the calls in OpenAI's form, each with an id of its own: a repeated id would tie a result to two calls."""
+    tidy: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for number, call in enumerate(calls):
+        call_id = _settle_id(call.get("id"), seen, number)
+        seen.add(call_id)
+        name, arguments = call["function"]["name"], call["function"].get("arguments")
+        function = {"name": clean(name or ""), "arguments": clean(arguments or "")}
+        tidy.append({"id": call_id, "type": "function", "function": function})
+    return tidy
+
+
+def _settle_id(call_id: str | None, seen: set[str], number: int) -> str:
+    return call_id if call_id and call_id not in seen else f"{call_id or 'call'}-{number}"
+
+
+def _refuse_error(status: int, text: str) -> None:
+    if status < 400:
+        return
+    try:
+        message = json.loads(text)["error"]["message"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        message = _shorten(text)
+    if status == 400 and "maximum context length" in message:
+        raise BudgetExceeded(f"the conversation fills the model's context: {message}")
+    raise _kind_of(status)(f"the engine answered {status}: {message}", status=status)
+
+
+def _kind_of(status: int) -> type[PolicyError]:
+    if status == 400:
+        return RequestRefused
+    if status in (429, 503):
+        return EngineBusy
+    return EngineLost if status >= 500 else PolicyError
+
+
+def _decode_event(data: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(data)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        raise PolicyError(f"a piece of the engine's answer is not JSON: {_shorten(data)}") from None
+    if not isinstance(event, dict):
+        raise PolicyError(f"a piece of the engine's answer makes no sense: {_shorten(event)}")
+    if "error" in event:
+        problem = event["error"]
+        message = problem.get("message") if isinstance(problem, dict) else problem
+        raise EngineLost(f"the engine failed in the middle of its answer: {message}")
+    return event
+
+
+async def _split_lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield lines of almost any length; aiohttp's own reader refuses those beyond its buffer."""
+    rest: list[bytes] = []
+    num_bytes = 0
+    async for piece in pieces:
+        *ends, begun = piece.split(b"\n")
+        for end in ends:
+            yield b"".join([*rest, end])
+            rest, num_bytes = [], 0
+        rest.append(begun)  # joined once, at its end: a long line comes in hundreds of pieces
+        num_bytes += len(begun)
+        if num_bytes > MAX_EVENT_BYTES:
+            raise PolicyError(f"a piece of the engine's answer is longer than {MAX_EVENT_BYTES} bytes")
+    if num_bytes:
+        yield b"".join(rest)
+
+
+def _describe_silence(error: Exception) -> PolicyError:
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        return EngineLost(f"the engine cannot be reached: {error}")
+    if isinstance(error, TimeoutError):
+        return PolicyError("the engine is silent: no answer in time")
+    return EngineLost(f"the engine broke off: {type(error).__name__}: {error}")
+
+
+def _shorten(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 300 else text[:300] + "..."

@@ -1,0 +1,1 @@
+"""Corrections to vLLM on CPUs. Each module names the version it corrects."""

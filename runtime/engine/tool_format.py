@@ -1,0 +1,94 @@
+"""How a model reads tools and writes calls, told by its own files: the chat template and the tokenizer.
+
+The name of the architecture says little: SmolLM2 is a Llama that writes calls like Qwen, and starting it with the
+parser of Llama 3, which needs a token of Llama 3's, fails. The template that shows tools to the model says most.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+
+from runtime.engine.model_families import parser_of_family, read_model_config
+
+# What stands in a template, and the parser that reads the calls which it asks for. The first that fits counts.
+PARSERS_BY_TEMPLATE = (
+    ("<function=", "qwen3_coder"),
+    ("<arg_key>", "glm45"),
+    ("<tool_call>", "hermes"),
+    ("[TOOL_CALLS]", "mistral"),
+)
+# Parsers that look for a token of their own, and do not start without it.
+PARSERS_BY_TOKEN = (("<|python_tag|>", "llama3_json"), ("[TOOL_CALLS]", "mistral"))
+FALLBACK = "hermes"
+"""Needs no token of its own, and its form is plain JSON between two marks."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "tekken.json")
+COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+
+log = structlog.get_logger()
+
+
+def choose_tool_call_parser(directory: Path, template: str | None) -> str:
+    """Return vLLM's name of the parser for the model in `directory`, which is served with this chat template."""
+    for mark, parser in PARSERS_BY_TEMPLATE:
+        if mark in (template or ""):
+            return parser
+    tokens = _read_tokens(directory)
+    for token, parser in PARSERS_BY_TOKEN:
+        if json.dumps(token) in tokens:
+            return parser
+    family = parser_of_family(read_model_config(directory))
+    if family is not None and family not in {parser for _, parser in PARSERS_BY_TOKEN}:
+        return family
+    if family == "mistral" and not tokens:  # its tokenizer is in a form that is not read here
+        return family
+    log.warning(
+        f"nothing in the model says how it writes tool calls: reading them with {FALLBACK!r}; "
+        "name another of vLLM's parsers with engine.tool_call_parser",
+        model=str(directory),
+    )
+    return FALLBACK
+
+
+def read_chat_template(directory: Path, extra_args: Sequence[str] = ()) -> str | None:
+    """Return the chat template that the engine will use where a request brings tools; None where there is none.
+
+    Raises: OSError: `extra_args` names a file that cannot be read.
+    """
+    given = _option(extra_args, "--chat-template")
+    if given is not None:
+        return given if "{" in given else Path(given).read_text(encoding="utf-8")
+    for path in (directory / "additional_chat_templates" / "tool_use.jinja", directory / "chat_template.jinja"):
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    config = directory / "tokenizer_config.json"
+    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):
+        named = {each["name"]: each["template"] for each in template}
+        return named.get("tool_use", named.get("default"))
+    return template
+
+
+def shows_tools(template: str | None) -> bool:
+    """Return whether a chat template mentions tools at all; one that does not drops them in silence."""
+    return template is None or re.search(r"\btools\b", COMMENT.sub("", template)) is not None
+
+
+def _option(arguments: Sequence[str], name: str) -> str | None:
+    value = None
+    for place, argument in enumerate(arguments):
+        if argument == name and place + 1 < len(arguments):
+            value = arguments[place + 1]
+        elif argument.startswith(f"{name}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def _read_tokens(directory: Path) -> str:
+    paths = (directory / name for name in TOKENIZER_FILES)
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths if path.is_file())

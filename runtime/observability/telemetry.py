@@ -1,0 +1,194 @@
+"""What can be watched: every metric by its name, and the clocks that the agent and the API start.
+
+Refuses to know who reads (`/metrics`, runtime/api/metrics.py) and how spans leave the process (tracing.py). What memory
+counts by itself is only named here, in `STATE`; it is read when somebody asks.
+
+    overhead = the time of a request - the time it waited for the model and for tools
+
+Invariants: nothing here does I/O or waits; no label's values can grow without bound, whatever clients send.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+from runtime.engine.client import Completion, Message
+from runtime.observability.tracing import Tracing
+from runtime.tools.base import ToolResult
+
+REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+OVERHEAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+UNKNOWN = "unknown"
+"""The label of whatever a client or a model made up."""
+
+
+class Family(NamedTuple):
+    """A metric that is read from where it is counted already."""
+
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+STATE = {
+    "trajectories": Family("ratchet_trajectories", "Trajectories that closed, by how.", ("outcome", "split")),
+    "feedback": Family("ratchet_feedback", "Pieces of feedback, by kind; one may be of several.", ("kind",)),
+    "queue": Family("ratchet_log_queue_length", "Writes that wait for the disk."),
+    "acknowledgement": Family("ratchet_log_acknowledgement_seconds", "From a write's queueing to its being durable."),
+    "retrieval": Family("ratchet_retrieval_seconds", "Finding memories, by stage; `all` is one question.", ("stage",)),
+    "by_word_alone": Family("ratchet_retrieval_without_meanings", "Questions that the index of meanings missed."),
+    "policy": Family(
+        "ratchet_policy_info",
+        "1 for each policy that acts, may act soon, or is loaded.",
+        ("policy", "stage", "base_model", "adapter", "worn"),
+    ),
+    "loaded": Family("ratchet_policies_loaded", "Policies that the engine serves now."),
+    "swaps": Family("ratchet_swaps", "How often another policy was put on."),
+    "engine_ready": Family("ratchet_engine_ready", "1 while the engine answers."),
+    "engine_restarts": Family("ratchet_engine_restarts", "How often the engine had to be started again."),
+    "maintenance": Family("ratchet_engine_in_maintenance", "1 while the engine is stopped on purpose."),
+    "decisions": Family("ratchet_gate_decisions", "Verdicts of the gate, ever.", ("decision",)),
+    "cycles": Family("ratchet_cycles", "Cycles that ended, ever.", ("outcome",)),
+    "cycle_stage": Family("ratchet_cycle_stage", "1 at the stage of the cycle under way.", ("stage",)),
+    "cycle_progress": Family("ratchet_cycle_progress_ratio", "How far that stage is, from 0 to 1."),
+    "stage_seconds": Family("ratchet_cycle_stage_seconds", "Time spent in each stage.", ("stage",)),
+}
+
+
+@dataclass
+class Spent:
+    """What one request waited for so far."""
+
+    model_seconds: float = 0.0
+    tool_seconds: float = 0.0
+    num_calls: int = 0
+
+
+_spent: ContextVar[Spent | None] = ContextVar("spent", default=None)
+
+
+class Telemetry:
+    """The metrics of one server, and its spans."""
+
+    def __init__(self, tracing: Tracing | None = None) -> None:
+        self.tracing = tracing or Tracing()
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self._requests = Counter(
+            "ratchet_requests", "Requests answered.", ("route", "method", "status"), registry=registry
+        )
+        self._request_seconds = Histogram(
+            "ratchet_request_seconds",
+            "From a request to the end of its answer.",
+            ("route",),
+            buckets=REQUEST_BUCKETS,
+            registry=registry,
+        )
+        self._in_progress = Gauge("ratchet_requests_in_progress", "Requests being answered.", registry=registry)
+        self._overhead = Histogram(
+            "ratchet_overhead_seconds",
+            "What a request took beyond waiting for the model and for tools.",
+            buckets=OVERHEAD_BUCKETS,
+            registry=registry,
+        )
+        self._model_seconds = Histogram(
+            "ratchet_model_seconds", "One model call.", ("policy",), buckets=REQUEST_BUCKETS, registry=registry
+        )
+        self._model_failures = Counter(
+            "ratchet_model_failures", "Model calls that gave no reply.", ("error",), registry=registry
+        )
+        self._tool_seconds = Histogram(
+            "ratchet_tool_seconds", "One tool call.", ("tool",), buckets=REQUEST_BUCKETS, registry=registry
+        )
+        self._tool_failures = Counter("ratchet_tool_failures", "Tool calls that failed.", ("tool",), registry=registry)
+        self._tokens = Counter("ratchet_tokens", "Tokens of model calls.", ("direction",), registry=registry)
+        self._prompt_tokens = self._tokens.labels("prompt")
+        self._output_tokens = self._tokens.labels("output")
+        self._shed = Counter(
+            "ratchet_shed", "Requests turned away for the load's sake.", ("reason",), registry=registry
+        )
+
+    @contextlib.contextmanager
+    def request(self, method: str) -> Iterator[Callable[[str, int], None]]:
+        """Measure one request; call what is given with its route and status before the end."""
+        spent = Spent()
+        token = _spent.set(spent)
+        self._in_progress.inc()
+        answered: tuple[str, int] = (UNKNOWN, 500)
+
+        def answer(route: str, status: int) -> None:
+            nonlocal answered
+            answered = (route, status)
+
+        started = time.perf_counter()
+        try:
+            yield answer
+        finally:
+            seconds = time.perf_counter() - started
+            _spent.reset(token)
+            route, status = answered
+            self._in_progress.dec()
+            self._requests.labels(route, method, str(status)).inc()
+            self._request_seconds.labels(route).observe(seconds)
+            if spent.num_calls:
+                self._overhead.observe(max(0.0, seconds - spent.model_seconds - spent.tool_seconds))
+
+    @contextlib.contextmanager
+    def model_call(
+        self, policy: str, episode_id: str, messages: Sequence[Message], request: dict[str, Any]
+    ) -> Iterator[Callable[[Completion], None]]:
+        """Measure one model call; call what is given with the reply. `request` is what was asked for besides."""
+        started = time.perf_counter()
+        try:
+            with self.tracing.chat(episode_id, messages, request) as note:
+
+                def replied(completion: Completion) -> None:
+                    self._prompt_tokens.inc(len(completion.prompt_token_ids))
+                    self._output_tokens.inc(len(completion.output_token_ids))
+                    note(completion)
+
+                yield replied
+        except Exception as error:
+            self._model_failures.labels(type(error).__name__).inc()
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            self._model_seconds.labels(policy).observe(seconds)
+            if (spent := _spent.get()) is not None:
+                spent.model_seconds += seconds
+                spent.num_calls += 1
+
+    @contextlib.contextmanager
+    def tool_call(self, call: dict[str, Any], *, is_known: bool) -> Iterator[Callable[[ToolResult], None]]:
+        """Measure one tool call; call what is given with its result."""
+        name = call["function"]["name"] if is_known else UNKNOWN
+        started = time.perf_counter()
+        try:
+            with self.tracing.execute_tool(call) as note:
+
+                def ended(result: ToolResult) -> None:
+                    if result.error is not None:
+                        self._tool_failures.labels(name).inc()
+                    note(result)
+
+                yield ended
+        finally:
+            seconds = time.perf_counter() - started
+            self._tool_seconds.labels(name).observe(seconds)
+            if (spent := _spent.get()) is not None:
+                spent.tool_seconds += seconds
+
+    def shed(self, reason: str) -> None:
+        """Count a request that was turned away. `reason` is an error's code: one of few."""
+        self._shed.labels(reason).inc()
+
+    def close(self) -> None:
+        """Let what was traced leave, for a few seconds at most. Blocks: for a thread."""
+        self.tracing.close()

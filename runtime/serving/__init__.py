@@ -1,0 +1,1 @@
+"""Which policy serves: activation, draining, and pauses of the engine."""
