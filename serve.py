@@ -354,11 +354,11 @@ async def live(
     server.capture_signals = contextlib.nullcontext  # signals are ours: children must be stopped in order
     answering = asyncio.ensure_future(server.serve(sockets=[listener]))
     starting = asyncio.ensure_future(start(services, settings, phases))
-    settling = asyncio.ensure_future(settle_heap(services.memory))
+    settling = asyncio.ensure_future(freeze_startup_heap(services.memory))
     background: list[asyncio.Future[Any]] = []
     services.memory.answers_at(url_of(listener))
     try:
-        if await happens_first(stop, starting, answering):
+        if await wait_for_first(stop, starting, answering):
             return
         parts = (services.engine.watch(), services.hotswap.follow(), services.agent.book.tend())
         background += [asyncio.ensure_future(part) for part in parts]
@@ -368,13 +368,13 @@ async def live(
             phases.say(f"learning is refused: {room.detail}")
         phases.end()
         announce(services, listener, as_json=as_json)
-        await happens_first(stop, answering, *background)
+        await wait_for_first(stop, answering, *background)
     finally:
         phases.say("stopping")
         server.should_exit = True
         server.force_exit = starting.cancelled() or not starting.done()
         await asyncio.wait({answering})
-        await give_up(starting, settling, *background)
+        await cancel_and_wait(starting, settling, *background)
         gc.unfreeze()  # some libraries complain of what is still there at the end
         await services.cycles.stop()
         await services.toolbox.close()
@@ -382,7 +382,7 @@ async def live(
         await asyncio.to_thread(services.agent.telemetry.close)
 
 
-async def settle_heap(memory: Memory) -> None:
+async def freeze_startup_heap(memory: Memory) -> None:
     """Once all is loaded, take it out of the garbage collector's sight.
 
     Torch and its kin leave a million objects that live as long as the process; looking through them again and again
@@ -440,7 +440,7 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-async def happens_first(stop: asyncio.Event, *tasks: asyncio.Future[Any]) -> bool:
+async def wait_for_first(stop: asyncio.Event, *tasks: asyncio.Future[Any]) -> bool:
     """Wait until told to stop (True), or until a task ends; raise what ended it."""
     told = asyncio.ensure_future(stop.wait())
     try:
@@ -452,7 +452,7 @@ async def happens_first(stop: asyncio.Event, *tasks: asyncio.Future[Any]) -> boo
         told.cancel()
 
 
-async def give_up(*tasks: asyncio.Future[Any]) -> None:
+async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:
     """Cancel tasks and wait until they have ended."""
     for task in tasks:
         task.cancel()
@@ -521,11 +521,11 @@ class Learner:
             CycleInProgress: held-out tasks would have to be played while a cycle plays.
         """
         from memory.errors import CycleInProgress
-        from optimizer.cycle.context import Workshop
+        from optimizer.cycle.context import CycleContext
         from optimizer.cycle.release_gate import judge_again
         from optimizer.evaluation.bars import tightest
 
-        shop = Workshop(self._memory, self._seams, policy.cycle_id)
+        shop = CycleContext(self._memory, self._seams, policy.cycle_id)
         bars = tightest(shop.config.evaluation, self._config.evaluation)
         shop.config = shop.config.model_copy(update={"evaluation": bars})
         under_way = self._memory.cycles.unfinished()
@@ -539,7 +539,7 @@ class Learner:
     async def stop(self) -> None:
         """Interrupt what runs; its row stays open."""
         if self._running is not None:
-            await give_up(self._running)
+            await cancel_and_wait(self._running)
 
     def _turn(self, cycle_id: str) -> None:
         from optimizer.cycle.cycle import run_cycle

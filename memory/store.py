@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from memory.config import MemoryConfig
 from memory.records.cycles import Cycles
 from memory.records.documents import Documents
-from memory.records.feedback import FeedbackBook
+from memory.records.feedback import FeedbackRecords
 from memory.records.insights import Insights
 from memory.records.keys import Keys
 from memory.records.policies import Policies
@@ -27,7 +27,7 @@ from memory.scopes import Scopes
 from memory.search.encoder import Encoder, SentenceEncoder
 from memory.search.index import MemoryIndex
 from memory.search.retrieval import Retrieval
-from memory.search.text_index import WordIndex
+from memory.search.text_index import TextIndex
 from memory.storage.copy_database import copy_rows
 from memory.storage.database import Database
 from memory.storage.lost_files import DatabaseTrace
@@ -62,9 +62,9 @@ class Memory:
         self.verdicts = Verdicts(self.database)
         self.responses = Responses(self.database)
         self.keys = Keys(self.database)
-        self.feedback = FeedbackBook(self.database, self.trajectories)
+        self.feedback = FeedbackRecords(self.database, self.trajectories)
         self.index = MemoryIndex(
-            self.database, WordIndex(self._words), self.trajectories, data_dir / INDEX_NAME, encoder, config
+            self.database, TextIndex(self._words), self.trajectories, data_dir / INDEX_NAME, encoder, config
         )
         self.retrieval = Retrieval(self.database, self.insights, self.trajectories, self.index, config)
 

@@ -86,14 +86,14 @@ def test_learn_ends_with_the_verdict_and_the_report(as_json: AsJson) -> None:
 def test_learn_sends_its_settings_and_shows_the_report(world: ServedWorld, cli: Cli) -> None:
     code, out = cli("learn", "--practice", "4", "--tasks", "2", "--set", "recipe.sft_epochs=3")
     assert code == 0 and "It got better." in out
-    settings = world.memory.cycles.list()[0].settings
+    settings = world.memory.cycles.select()[0].settings
     assert settings == {"practice_episodes": 4, "evaluation": {"num_tasks": 2}, "recipe": {"sft_epochs": 3}}
 
 
 def test_learning_from_the_log_alone_asks_the_server_to_play_nothing(world: ServedWorld, as_json: AsJson) -> None:
     assert as_json("learn", "--logged")[0] == 0
     settings = {"environment": "", "practice_episodes": 0, "explore_episodes": 0}
-    assert world.memory.cycles.list()[0].settings == settings
+    assert world.memory.cycles.select()[0].settings == settings
 
 
 NEEDED = {
@@ -111,7 +111,7 @@ NEEDED = {
 def test_learn_says_what_is_missing_and_plays_nothing(world: ServedWorld, cli: Cli, as_json: AsJson) -> None:
     world.learner.needs = [NEEDED]
     code, failed = as_json("learn", "--practice", "4")
-    assert code == 1 and world.memory.cycles.list() == []
+    assert code == 1 and world.memory.cycles.select() == []
     message = failed["error"]["message"]
     assert "nothing was played" in message and "9 demonstrations are missing" in message
     assert "3 of 40 rewarded" in message and "play more practice_episodes" in message
@@ -130,7 +130,7 @@ def test_learn_says_how_much_there_is_before_it_begins(
     lines = [line.split() for line in said.err.splitlines()]
     assert ["ok", "demonstrations", "16", "30", "4"] in lines and ["ok", "engine", "1", "1", "0"] in lines
     assert said.err.index("demonstrations") < said.err.index("cycle cyc_") and "It got better." in said.out
-    assert as_json("learn", "--check")[0] == 0 and len(world.memory.cycles.list()) == 1
+    assert as_json("learn", "--check")[0] == 0 and len(world.memory.cycles.select()) == 1
 
 
 def test_judge_ends_with_the_verdict_and_the_report(world: ServedWorld, as_json: AsJson) -> None:

@@ -101,7 +101,7 @@ def test_the_page_on_keys_makes_keys_that_answer(tmp_path: Path, monkeypatch, ca
     with PlayedWorld(tmp_path / "data") as world:
         exec(compile(code.replace("http://127.0.0.1:8080", world.url), "keys.md", "exec"), namespace := {})
         namespace["client"].close()
-        (view,) = world.memory.trajectories.list(tenant="shop")
+        (view,) = world.memory.trajectories.select(tenant="shop")
         assert view.trajectory.id == namespace["answer"].id
     assert "You said: How is Oslo?" in capsys.readouterr().out
 
@@ -168,8 +168,8 @@ def test_the_page_on_operations_runs_and_names_every_metric(tmp_path: Path, caps
     with ServedWorld(tmp_path / "data") as world:
         exec(compile(code.replace("http://127.0.0.1:8080", world.url), "operations.md", "exec"), namespace := {})
         namespace["client"].close()
-        (view,) = world.memory.trajectories.list()
-        assert len(world.memory.feedback.list(view.trajectory.id)) == 5
+        (view,) = world.memory.trajectories.select()
+        assert len(world.memory.feedback.select(view.trajectory.id)) == 5
         assert view.reward == 0.5
         assert capsys.readouterr().out.startswith(f"{world.url}/feedback/")
         with urllib.request.urlopen(command.split()[-1].replace("http://127.0.0.1:8080", world.url)) as answer:

@@ -72,12 +72,12 @@ async def test_a_cycle_with_lower_bars_is_judged_by_the_operators(tmp_path: Path
         world = World(memory)
         world.wins = candidate_always
         config = OptimizerConfig(environment="kitchen", evaluation=NO_BARS)
-        shop = await reach_the_gate(world, config)
-        await memory.cycles.save(shop.cycle_id, stage=CycleStage.COMPLETED)
+        context = await reach_the_gate(world, config)
+        await memory.cycles.save(context.cycle_id, stage=CycleStage.COMPLETED)
         operator = OptimizerConfig(
             environment="kitchen", evaluation={"num_tasks": 12, "min_tasks": 50, "num_sealed_tasks": 0, "floor": 0.0}
         )
-        candidate = memory.policies.get(shop.artifacts["candidate"])
+        candidate = memory.policies.get(context.artifacts["candidate"])
 
         verdict = await serve.Learner(memory, operator, world.seams).judge(candidate)
 

@@ -179,7 +179,7 @@ async def test_an_agent_gets_better_by_its_base_url_alone(world: PlayedWorld, au
     _, is_good = await author.cook(PRACTICE[1], model="agent", temperature=0.0)
     assert is_good
 
-    held_out = memory.trajectories.list(split=Split.HELD_OUT, limit=1000)
+    held_out = memory.trajectories.select(split=Split.HELD_OUT, limit=1000)
     assert len(held_out) == 2 * len(HELD_OUT)
     assert not {view.trajectory.id for view in held_out} & {it.trajectory.id for it in memory.trajectories.learnable()}
 

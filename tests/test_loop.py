@@ -187,7 +187,7 @@ class World:
         return await self.agent.rollout(self.kitchen.task(meal), **{"temperature": 0.0, **how})
 
     def num_steps_so_far(self) -> int:
-        views = self.memory.trajectories.list(stage=TrajectoryStage.RUNNING)
+        views = self.memory.trajectories.select(stage=TrajectoryStage.RUNNING)
         return sum(len(self.memory.trajectories.steps(view.trajectory.id)) for view in views)
 
     async def turn(self, config: OptimizerConfig) -> dict[str, Any]:
@@ -215,7 +215,7 @@ async def world(tmp_path: Path, tokenizer: Any) -> AsyncIterator[World]:
             following = asyncio.create_task(hotswap.follow())
             agent = Agent(memory, hotswap, {"kitchen": kitchen}, AgentConfig(max_steps=4))
             yield World(memory, played, hotswap, agent, kitchen, QuickTrainer(tokenizer))
-            await serve.give_up(following)
+            await serve.cancel_and_wait(following)
             await engine.stop()
 
 
@@ -271,7 +271,7 @@ async def test_a_better_candidate_takes_over_and_an_episode_under_way_keeps_its_
     old = await under_way
 
     assert verdict["decision"] == "promote" and world.memory.policies.active().version == 2
-    assert [policy.stage for policy in world.memory.policies.list()] == ["retired", "draft", "active"]
+    assert [policy.stage for policy in world.memory.policies.select()] == ["retired", "draft", "active"]
     assert (new.policy, new.answer) == (2, "It sizzles.")
     assert (old.policy, old.stage, old.answer) == (0, TrajectoryStage.FINISHED, "It burns.")
     models = {body["model"] for body in world.engine.requests if f"meal {HELD_MEAL}." in str(body["messages"])}
@@ -347,7 +347,7 @@ async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Kept]:
         stack.push_async_callback(services.engine.stop)
         await serve.start(services, settings, phases)
         watching = [asyncio.create_task(part) for part in (services.engine.watch(), services.hotswap.follow())]
-        stack.push_async_callback(serve.give_up, *watching)
+        stack.push_async_callback(serve.cancel_and_wait, *watching)
         stack.push_async_callback(services.cycles.stop)
         textworld = services.environments["textworld"]
         practice = textworld.tasks(Split.PRACTICE, NUM_PRACTICE)
@@ -476,7 +476,7 @@ async def test_a_planted_worse_adapter_is_not_promoted(real: Kept):
 
 async def plant_spoiled_copy(memory: Memory, policy: Policy) -> Policy:
     """Register a candidate that wears a spoiled copy of a policy's adapter, honestly recorded."""
-    original, version = Path(policy.adapter_path), len(memory.policies.list())
+    original, version = Path(policy.adapter_path), len(memory.policies.select())
     final = original.with_name(f"spoiled-v{version}")
     await asyncio.to_thread(write_spoiled_copy, original, final, version=version, parent=policy.version)
     drafted = await memory.policies.draft(

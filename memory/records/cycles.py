@@ -5,7 +5,6 @@ This module refuses to know what a stage does. Invariants: at most one cycle is 
 
 from __future__ import annotations
 
-import builtins
 import time
 from collections import Counter
 from typing import Any
@@ -75,7 +74,7 @@ class Cycles:
             self.stage_seconds[self._entered[0]] += now - self._entered[1]
         self._entered = None if stage in FINAL_STAGES else (stage, now)
 
-    def outcomes(self) -> builtins.list[tuple[CycleStage, dict[str, Any] | None]]:
+    def outcomes(self) -> list[tuple[CycleStage, dict[str, Any] | None]]:
         """Return (final stage, verdict) of every cycle that ended."""
         with self._database.read() as session:
             query = select(Cycle.stage, Cycle.verdict).where(col(Cycle.closed_at).is_not(None))
@@ -91,10 +90,10 @@ class Cycles:
         with self._database.read() as session:
             return _unfinished(session)
 
-    def list(self, *, limit: int = 50) -> builtins.list[Cycle]:
+    def select(self, *, limit: int = 50) -> list[Cycle]:
         """Return cycles, newest first."""
         with self._database.read() as session:
-            return builtins.list(session.exec(select(Cycle).order_by(col(Cycle.id).desc()).limit(limit)))
+            return list(session.exec(select(Cycle).order_by(col(Cycle.id).desc()).limit(limit)))
 
 
 def _require(session: Session, cycle_id: str) -> Cycle:

@@ -9,7 +9,6 @@ passages must leave hidden ones out. One short transaction shows the new documen
 from __future__ import annotations
 
 import asyncio
-import builtins
 import contextlib
 import hashlib
 import logging
@@ -83,7 +82,7 @@ class Documents:
         new = Document(id=new_id("doc"), tenant=tenant, title=title, digest=digest, trust=trust)
         return await _to_its_end(self._write(new, passages))
 
-    async def _write(self, new: Document, passages: builtins.list[str]) -> Document:
+    async def _write(self, new: Document, passages: list[str]) -> Document:
         """Write a document that nobody sees until it is whole; return it, or the one that has the same content."""
         known = await self._database.write(lambda session: _find_known(session, new) or _add_hidden(session, new))
         if known is not None:
@@ -118,9 +117,9 @@ class Documents:
             while not self._database.write_sync(partial(_delete_batch, hidden_id=hidden_id)):
                 pass
 
-    def _split(self, title: str, text: str) -> builtins.list[str]:
+    def _split(self, title: str, text: str) -> list[str]:
         """Return the passages of a text, reading no further than to one too many. Raises: DocumentTooLong."""
-        passages = builtins.list(islice(split_text(text, self._passage_chars), self._max_passages + 1))
+        passages = list(islice(split_text(text, self._passage_chars), self._max_passages + 1))
         if len(passages) > self._max_passages:
             raise DocumentTooLong(
                 f"document {title!r} has more than {self._max_passages} passages: cut it into several documents, or "
@@ -137,17 +136,17 @@ class Documents:
         with self._database.read() as session:
             return _require(session, document_id, tenant)
 
-    def passages(self, document_id: str, *, tenant: str = "") -> builtins.list[Passage]:
+    def passages(self, document_id: str, *, tenant: str = "") -> list[Passage]:
         """Return a document's passages in order. Raises: UnknownDocument."""
         with self._database.read() as session:
             _require(session, document_id, tenant)
-            return builtins.list(session.exec(_passages_of(document_id)))
+            return list(session.exec(_passages_of(document_id)))
 
-    def list(self, *, tenant: str = "") -> builtins.list[Document]:
+    def select(self, *, tenant: str = "") -> list[Document]:
         """Return all documents of a tenant, by title."""
         query = _whole_of(tenant).order_by(col(Document.title))
         with self._database.read() as session:
-            return builtins.list(session.exec(query))
+            return list(session.exec(query))
 
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:
@@ -238,7 +237,7 @@ def _add_hidden(session: Session, new: Document) -> None:
     session.execute(insert(Document).values(values | hidden))
 
 
-def _insert_passages(session: Session, rows: builtins.list[dict[str, Any]]) -> None:
+def _insert_passages(session: Session, rows: list[dict[str, Any]]) -> None:
     session.execute(insert(Passage), rows)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from sqlmodel import Session, col, select
 
-from memory.records.feedback import place_of_reply
+from memory.records.feedback import position_of_reply
 from memory.schema import Feedback, Step, StepKind, Trajectory
 from memory.scopes import EVERYBODY, Scopes
 from memory.teaching import correction_teaches, teaching_keys
@@ -35,7 +35,7 @@ def choose_correction(
     """Return the correction that is shown in place of the last reply; None where the episode is shown to nobody."""
     replies = select(Step.position).where(Step.trajectory_id == trajectory.id, Step.kind == StepKind.MODEL)
     last_reply = session.scalar(replies.order_by(col(Step.position).desc()).limit(1))
-    if last_reply is None or any(place_of_reply(session, each) != last_reply for each in corrections):
+    if last_reply is None or any(position_of_reply(session, each) != last_reply for each in corrections):
         return None
     newest = corrections[0]
     if is_approved_since(trajectory, newest):

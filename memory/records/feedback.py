@@ -7,7 +7,6 @@ tenant; what is said of one step rewards nothing, because it says nothing of the
 
 from __future__ import annotations
 
-import builtins
 from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ class Correction:
     """Who wrote them."""
 
 
-class FeedbackBook:
+class FeedbackRecords:
     """All feedback ever posted."""
 
     def __init__(self, database: Database, trajectories: Trajectories) -> None:
@@ -96,13 +95,13 @@ class FeedbackBook:
             self.num_posted.update(_kinds(values))
         return kept, is_new
 
-    def list(self, trajectory_id: str) -> builtins.list[Feedback]:
+    def select(self, trajectory_id: str) -> list[Feedback]:
         """Return what was said of one trajectory, oldest first."""
         with self._database.read() as session:
             query = select(Feedback).where(Feedback.trajectory_id == trajectory_id)
-            return builtins.list(session.exec(query.order_by(col(Feedback.sequence), col(Feedback.id))))
+            return list(session.exec(query.order_by(col(Feedback.sequence), col(Feedback.id))))
 
-    def comments(self, *, since_id: str = "") -> dict[str, builtins.list[str]]:
+    def comments(self, *, since_id: str = "") -> dict[str, list[str]]:
         """Return what was written about episodes in words, oldest first, by trajectory; of older ones than `since_id`
         nothing."""
         query = (
@@ -110,7 +109,7 @@ class FeedbackBook:
             .where(col(Feedback.comment).is_not(None), col(Feedback.trajectory_id) >= since_id)
             .order_by(col(Feedback.sequence), col(Feedback.id))
         )
-        found: dict[str, builtins.list[str]] = defaultdict(builtins.list)
+        found: dict[str, list[str]] = defaultdict(list)
         with self._database.read() as session:
             for trajectory_id, comment in session.exec(query):
                 if comment and comment.strip():
@@ -119,7 +118,7 @@ class FeedbackBook:
 
     def corrections(
         self, *, limit: int, environments: Collection[str] | None = None, is_for_weights: bool = False
-    ) -> builtins.list[Correction]:
+    ) -> list[Correction]:
         """Return the newest corrections from which one may learn, oldest first: the last word on each reply, of
         episodes that are over and not held out. With `environments`, only of those; `""` stands for live traffic. With
         `is_for_weights`, only words of those who may teach the weights (memory/teaching.py). Reads steps: for a thread
@@ -134,12 +133,12 @@ class FeedbackBook:
             if is_for_weights:
                 query = query.where(correction_teaches(teaching_keys(session)))
             for feedback, trajectory in session.exec(query).all():
-                place = place_of_reply(session, feedback)
+                place = position_of_reply(session, feedback)
                 if place is not None and (trajectory.id, place) not in found:
                     step = session.get_one(Step, (trajectory.id, place))
                     teacher = Teacher(trajectory.tenant, feedback.key_id, feedback.user_id)
                     found[trajectory.id, place] = Correction(trajectory, step, feedback.correction or "", teacher)
-        return builtins.list(found.values())[::-1]
+        return list(found.values())[::-1]
 
     def count_corrections_without_teacher(self) -> int:
         """Return how many corrections were given by those who may not teach the weights."""
@@ -173,7 +172,7 @@ def _require_target(session: Session, values: dict[str, Any]) -> Trajectory:
     return target
 
 
-def place_of_reply(session: Session, feedback: Feedback) -> int | None:
+def position_of_reply(session: Session, feedback: Feedback) -> int | None:
     """Return the position of the reply that is meant: the step named, or what the answer named ended with."""
     if feedback.step is not None:
         return feedback.step
@@ -191,7 +190,7 @@ def place_of_reply(session: Session, feedback: Feedback) -> int | None:
     return replies[-1].position if replies else None
 
 
-def _kinds(values: dict[str, Any]) -> builtins.list[str]:
+def _kinds(values: dict[str, Any]) -> list[str]:
     kinds = [kind for kind in ("comment", "correction") if values[kind] is not None]
     if values["value"] is not None:
         kinds.append({bool: "bool", str: "text"}.get(type(values["value"]), "number"))

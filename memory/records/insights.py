@@ -79,7 +79,7 @@ Place = tuple[str, str, str, str]
 PLACE = ("tenant", "user_id", "environment", "kind")
 
 
-class Standing(NamedTuple):
+class ActiveInsight(NamedTuple):
     """An insight in force: what it says, and what speaks for it."""
 
     id: str
@@ -148,11 +148,11 @@ class Insights:
         with self._database.read() as session:
             return list(session.exec(_in_force(query, given), params=given))
 
-    def standing(self, environment: str, kind: str, *, tenant: str, user_id: str = "") -> list[Standing]:
+    def standing(self, environment: str, kind: str, *, tenant: str, user_id: str = "") -> list[ActiveInsight]:
         """Return what is trusted and may be shown to a person of the tenant, of one kind of task: as much of it as a
         request needs."""
         place = {"tenant": tenant, "user_id": user_id, "environment": environment, "kind": kind}
-        return [Standing(*row) for row in self._database.fetch(self._standing, place)]
+        return [ActiveInsight(*row) for row in self._database.fetch(self._standing, place)]
 
 
 def _in_force(query: Select, names: Iterable[str]) -> Select:
@@ -166,7 +166,7 @@ def _in_force(query: Select, names: Iterable[str]) -> Select:
 def _build_standing(scopes: Scopes) -> Select:
     """The hot path's query. The lists to look into are named for the database's sake, which would read those of all
     persons otherwise; whether a row is shown, its scope decides."""
-    query = sql_select(*(getattr(Insight, name) for name in Standing._fields)).where(
+    query = sql_select(*(getattr(Insight, name) for name in ActiveInsight._fields)).where(
         is_shown(scopes.of_insight()), is_trusted(Insight)
     )
     if not scopes.shares_live:

@@ -9,7 +9,6 @@ made, keys are required from then on, even when all are revoked.
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import hashlib
 import secrets
@@ -112,10 +111,10 @@ class Keys:
         self._learn_rows()
         return row
 
-    def list(self) -> builtins.list[ApiKey]:
+    def select(self) -> list[ApiKey]:
         """Return all keys, revoked ones too, oldest first."""
         with self._database.read() as session:
-            return builtins.list(session.exec(select(ApiKey).order_by(col(ApiKey.id))))
+            return list(session.exec(select(ApiKey).order_by(col(ApiKey.id))))
 
     def find(self, key: str) -> ApiKey | None:
         """Return the row of a key that is in force, here at once, and elsewhere after `FRESH_SECONDS` at the latest;
@@ -141,7 +140,7 @@ class Keys:
 
     def _learn_rows(self) -> None:
         self._learned_at = time.monotonic()
-        rows = self.list()
+        rows = self.select()
         self._by_digest = {row.digest: row for row in rows if row.revoked_at is None}
         self._was_any_made = bool(rows)
 
@@ -180,7 +179,7 @@ def _add(session: Session, values: dict[str, Any]) -> ApiKey:
     return row
 
 
-def _operator_keys(session: Session) -> builtins.list[ApiKey]:
+def _operator_keys(session: Session) -> list[ApiKey]:
     """Return the keys in force that can manage keys: those of the default tenant with the scope admin."""
     in_force = select(ApiKey).where(col(ApiKey.revoked_at).is_(None), ApiKey.tenant == "")
     return [row for row in session.exec(in_force) if Scope.ADMIN in row.scopes]

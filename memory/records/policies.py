@@ -10,7 +10,6 @@ but for its stage and verdict; a rollback is a new activation, never an erasure.
 from __future__ import annotations
 
 import asyncio
-import builtins
 import contextlib
 from typing import Any
 
@@ -200,7 +199,7 @@ class Policies:
         with self._database.read() as session:
             return _require(session, _version_of(version))
 
-    def lineage(self, version: int | str) -> builtins.list[Policy]:
+    def lineage(self, version: int | str) -> list[Policy]:
         """Return the policy and those it grew from, newest first. Raises: UnknownPolicy."""
         with self._database.read() as session:
             policies = [_require(session, _version_of(version))]
@@ -208,15 +207,15 @@ class Policies:
                 policies.append(_require(session, policies[-1].parent))
         return policies
 
-    def activations(self) -> builtins.list[Activation]:
+    def activations(self) -> list[Activation]:
         """Return every moment at which a policy went live, oldest first."""
         with self._database.read() as session:
-            return builtins.list(session.exec(select(Activation).order_by(col(Activation.id))))
+            return list(session.exec(select(Activation).order_by(col(Activation.id))))
 
-    def list(self) -> builtins.list[Policy]:
+    def select(self) -> list[Policy]:
         """Return all policies, oldest first."""
         with self._database.read() as session:
-            return builtins.list(session.exec(select(Policy).order_by(col(Policy.version))))
+            return list(session.exec(select(Policy).order_by(col(Policy.version))))
 
     def _active_version(self) -> int | None:
         with self._database.read() as session:
@@ -225,7 +224,7 @@ class Policies:
     async def _announced(self, write) -> Policy:
         """Write, then wake whoever waits for a change, on whatever loop."""
         policy = await self._database.write(write)
-        for loop, event in builtins.list(self._waiters):
+        for loop, event in list(self._waiters):
             with contextlib.suppress(RuntimeError):  # its loop is closed
                 loop.call_soon_threadsafe(event.set)
         return policy

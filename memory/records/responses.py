@@ -7,8 +7,6 @@ that was never stored.
 
 from __future__ import annotations
 
-import builtins
-
 from sqlalchemy import Text, cast, func, insert, select
 from sqlmodel import Session, col
 
@@ -35,7 +33,7 @@ class Responses:
 
     def conversation(
         self, response_id: str, *, tenant: str = "", max_responses: int | None = None, max_chars: int | None = None
-    ) -> builtins.list[StoredResponse]:
+    ) -> list[StoredResponse]:
         """Return the responses that led to this one, oldest first, itself last.
 
         Raises:
@@ -53,11 +51,11 @@ class Responses:
 
 def _trace(
     session: Session, response_id: str, tenant: str, max_responses: int | None, max_chars: int | None
-) -> builtins.list[str]:
+) -> list[str]:
     """Return the ids of a conversation, the newest first. Raises: UnknownResponse, ConversationTooLong."""
     num_chars = sum(func.length(cast(column, Text)) for column in (col(StoredResponse.input), col(StoredResponse.body)))
     found = select(col(StoredResponse.tenant), col(StoredResponse.previous_id), num_chars)
-    ids: builtins.list[str] = []
+    ids: list[str] = []
     next_id: str | None = response_id
     total = 0
     while next_id is not None:

@@ -12,7 +12,6 @@ exemplars or lessons; rewards are only ever added.
 
 from __future__ import annotations
 
-import builtins
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -245,7 +244,7 @@ class Trajectories:
         episode_id: str | None = None,
         handed_over_before: datetime | None = None,
         tenant: str | None = None,
-    ) -> builtins.list[Trajectory]:
+    ) -> list[Trajectory]:
         """Return the running trajectories whose last reply handed tool calls over to a client, oldest first."""
         handover = _last_handover(handover_digest, handed_over_before)
         is_meant = [Trajectory.stage == TrajectoryStage.RUNNING]
@@ -269,7 +268,7 @@ class Trajectories:
         What waits for a client goes on waiting: all of it is in its rows.
         """
 
-        def write(session: Session) -> builtins.list[Trajectory]:
+        def write(session: Session) -> list[Trajectory]:
             is_waiting = _last_handover().where(Step.trajectory_id == Trajectory.id).exists()
             query = select(Trajectory).where(Trajectory.stage == TrajectoryStage.RUNNING, ~is_waiting)
             orphans = session.exec(query).all()
@@ -278,7 +277,7 @@ class Trajectories:
                     session, trajectory, TrajectoryStage.FAILED, "Interrupted: the process ended before the episode did"
                 )
                 session.add(trajectory)
-            return builtins.list(orphans)
+            return list(orphans)
 
         orphans = await self._database.write(write)
         self.num_closed.update((_outcome_of(orphan), orphan.split) for orphan in orphans)
@@ -295,7 +294,7 @@ class Trajectories:
         with self._database.read() as session:
             return session.exec(query.order_by(col(Trajectory.id).desc()).limit(1)).first()
 
-    def steps(self, trajectory_id: str, *, since: int = 0, with_token_ids: bool = True) -> builtins.list[Step]:
+    def steps(self, trajectory_id: str, *, since: int = 0, with_token_ids: bool = True) -> list[Step]:
         """Return the steps so far from position `since` on, in order. Raises: UnknownTrajectory.
 
         Without token ids a long episode is read quickly; asking such a step for them raises.
@@ -304,7 +303,7 @@ class Trajectories:
             query = select(Step).where(Step.trajectory_id == trajectory_id, col(Step.position) >= since)
             if not with_token_ids:
                 query = query.options(defer(Step.prompt_token_ids), defer(Step.output_token_ids))
-            steps = builtins.list(session.exec(query.order_by(col(Step.position))))
+            steps = list(session.exec(query.order_by(col(Step.position))))
             if not steps:
                 _require(session, trajectory_id)
             return steps
@@ -323,12 +322,12 @@ class Trajectories:
         with self._database.read() as session:
             return find_result(session, tool_name, arguments, is_meant, {"user_id": user_id})
 
-    def rewards(self, trajectory_id: str) -> builtins.list[Reward]:
+    def rewards(self, trajectory_id: str) -> list[Reward]:
         """Return every reward it was given, oldest first. Raises: UnknownTrajectory."""
         with self._database.read() as session:
             _require(session, trajectory_id)
             query = select(Reward).where(Reward.trajectory_id == trajectory_id)
-            return builtins.list(session.exec(query.order_by(col(Reward.id))))
+            return list(session.exec(query.order_by(col(Reward.id))))
 
     def effective_reward(self, trajectory_id: str) -> float | None:
         """Return the reward that counts: the newest of the most trusted source; None when there is none."""
@@ -374,7 +373,7 @@ class Trajectories:
         environment: str | None = None,
         environments: Collection[str] | None = None,
         is_for_weights: bool = False,
-    ) -> builtins.list[Graded]:
+    ) -> list[Graded]:
         """Return what may be learned from: finished, rewarded, not held out, oldest first; of all tenants.
 
         With `since`, only what was closed or rewarded after it: feedback may come late. With `environments`, only
@@ -406,7 +405,7 @@ class Trajectories:
         with self._database.read() as session:
             counts = [reward_teaches(teaching_keys(session))] if is_for_weights else []
             query = select(environment, func.count()).select_from(Trajectory).join(Reward, and_(*_is_learnable(counts)))
-            return dict(builtins.list(session.exec(query.group_by(environment))))
+            return dict(list(session.exec(query.group_by(environment))))
 
     def kept_back(self) -> set[tuple[str, str]]:
         """Return (tenant, task) of every held-out task that a client played, and (tenant, text) of it."""
@@ -418,7 +417,7 @@ class Trajectories:
         with self._database.read() as session:
             return {(tenant, it) for tenant, task, text in session.exec(query) for it in (task, text) if it}
 
-    def list(
+    def select(
         self,
         *,
         limit: int = 50,
@@ -432,7 +431,7 @@ class Trajectories:
         tenant: str = "",
         is_for_weights: bool = False,
         user_id: str | None = None,
-    ) -> builtins.list[TrajectoryView]:
+    ) -> list[TrajectoryView]:
         """Return trajectories with their rewards, newest first; pass the last id as `before_id` for the next page.
         With `since`, only what was opened after it; with `is_for_weights`, with the rewards of those who may teach the
         weights."""
@@ -489,7 +488,7 @@ class Trajectories:
 
 def measure(steps: Iterable[Step]) -> Measures:
     """Return how long these steps are, with their tokens, as `Trajectories.measure` would once they are rows."""
-    steps = builtins.list(steps)
+    steps = list(steps)
     return Measures(
         num_steps=len(steps),
         num_model_calls=sum(step.kind is StepKind.MODEL for step in steps),
@@ -550,7 +549,7 @@ def _outcome_of(trajectory: Trajectory) -> str:
     return "truncated" if is_truncated else trajectory.stage.value
 
 
-def _is_learnable(counts: builtins.list[ColumnElement[bool]]) -> builtins.list[ColumnElement[bool]]:
+def _is_learnable(counts: list[ColumnElement[bool]]) -> list[ColumnElement[bool]]:
     """The conditions that join each trajectory that may be learned from with the reward that counts for that."""
     return [
         Trajectory.stage == TrajectoryStage.FINISHED,

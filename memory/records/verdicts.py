@@ -6,7 +6,6 @@ that is abandoned half-way still counts; an entry that was decided never changes
 
 from __future__ import annotations
 
-import builtins
 from collections.abc import Callable, Collection
 
 from sqlalchemy import func
@@ -57,7 +56,7 @@ class Verdicts:
                 return verdict
             verdict.decision = decision
             if was_tested:
-                verdict.tasks = builtins.list(tasks)
+                verdict.tasks = list(tasks)
             else:
                 verdict.look, verdict.alpha = None, 0.0
             verdict.sealed_successes, verdict.sealed_tasks = sealed
@@ -90,8 +89,8 @@ class Verdicts:
         with self._database.read() as session:
             return session.scalar(query) or 0
 
-    def list(self, *, limit: int = 100) -> builtins.list[StoredVerdict]:
+    def select(self, *, limit: int = 100) -> list[StoredVerdict]:
         """Return entries, newest first."""
         query = select(StoredVerdict).order_by(col(StoredVerdict.created_at).desc()).limit(limit)
         with self._database.read() as session:
-            return builtins.list(session.exec(query))
+            return list(session.exec(query))

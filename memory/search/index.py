@@ -25,11 +25,11 @@ from memory.errors import IndexDamaged, IndexUnavailable, StorageError
 from memory.records.trajectories import Trajectories
 from memory.scopes import EVERYBODY
 from memory.search.encoder import Encoder, QueryEncoder
-from memory.search.index_sync import Follower
-from memory.search.indexed_rows import COLLECTIONS, Searchables
+from memory.search.index_sync import IndexSync
+from memory.search.indexed_rows import COLLECTIONS, IndexedRows
 from memory.search.relevance import Match, WordMatches, choose_found_by_word, join_matches
-from memory.search.text_index import WordIndex
-from memory.search.vector_index import MAX_COMPARED, MeaningIndex
+from memory.search.text_index import TextIndex
+from memory.search.vector_index import MAX_COMPARED, VectorIndex
 from memory.storage.database import Database
 from memory.storage.histogram import Tally
 
@@ -52,7 +52,7 @@ class MemoryIndex:
     def __init__(
         self,
         database: Database,
-        words: WordIndex,
+        words: TextIndex,
         trajectories: Trajectories,
         directory: Path,
         encoder: Encoder,
@@ -60,10 +60,10 @@ class MemoryIndex:
     ) -> None:
         self._config = config
         self._words = words
-        self._meanings = MeaningIndex(directory, encoder.name)
+        self._meanings = VectorIndex(directory, encoder.name)
         self._queries = QueryEncoder(encoder)
-        self._follower = Follower(
-            database, Searchables(trajectories), self._words, self._meanings, encoder, self._queries
+        self._follower = IndexSync(
+            database, IndexedRows(trajectories), self._words, self._meanings, encoder, self._queries
         )
         self._hanging: list[_Question] = []
         self.num_without_meanings = 0

@@ -24,9 +24,9 @@ from memory.errors import IndexDamaged, IndexUnavailable, StorageError
 from memory.schema import Outbox
 from memory.search.backlog import Backlog, Entry
 from memory.search.encoder import Encoder, QueryEncoder, encode
-from memory.search.indexed_rows import COLLECTIONS, Searchable, Searchables
-from memory.search.text_index import WordIndex
-from memory.search.vector_index import MeaningIndex
+from memory.search.indexed_rows import COLLECTIONS, IndexedRow, IndexedRows
+from memory.search.text_index import TextIndex
+from memory.search.vector_index import VectorIndex
 from memory.storage.database import Database
 
 if TYPE_CHECKING:
@@ -42,15 +42,15 @@ STOP_SECONDS = 5.0
 logger = logging.getLogger(__name__)
 
 
-class Follower:
+class IndexSync:
     """The thread that owns both indexes' contents. Everyone else only reads them."""
 
     def __init__(
         self,
         database: Database,
-        searchables: Searchables,
-        words: WordIndex,
-        meanings: MeaningIndex,
+        searchables: IndexedRows,
+        words: TextIndex,
+        meanings: VectorIndex,
         encoder: Encoder,
         queries: QueryEncoder,
     ) -> None:
@@ -175,14 +175,14 @@ class Follower:
         self._database.write_sync(lambda session: session.execute(delete(Outbox).where(col(Outbox.id).in_(ids))))
         return len(batch) == MEANINGS_BATCH
 
-    def _load(self, session: Session, batch: Iterable[Entry]) -> dict[str, tuple[list[str], list[Searchable]]]:
+    def _load(self, session: Session, batch: Iterable[Entry]) -> dict[str, tuple[list[str], list[IndexedRow]]]:
         """Return, by collection, the ids that the outbox names, and what is searchable of them now."""
         return {
             collection: (row_ids, self._searchables.load(session, collection, row_ids))
             for collection, row_ids in _by_collection(batch).items()
         }
 
-    def _encode(self, entries: Sequence[Searchable]) -> list[numpy.ndarray]:
+    def _encode(self, entries: Sequence[IndexedRow]) -> list[numpy.ndarray]:
         """Return the vector of each, a few encoded at a time. Raises: IndexUnavailable, also when it is to stop."""
         vectors: list[numpy.ndarray] = []
         for start in range(0, len(entries), ENCODE_BATCH):

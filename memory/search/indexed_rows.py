@@ -23,7 +23,7 @@ MAX_IDS = 500  # of one query: SQLite bounds its variables
 
 
 @dataclass(frozen=True)
-class Searchable:
+class IndexedRow:
     """One row as the index sees it. Empty strings where a row has no environment, kind or task, for the default tenant,
     and for what is shown to all of a tenant. A row's `user_id` may change; the rest of its place never does."""
 
@@ -48,28 +48,28 @@ class Searchable:
         return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-class Searchables:
+class IndexedRows:
     """Reads what can be found out of the rows."""
 
     def __init__(self, trajectories: Trajectories) -> None:
         self._trajectories = trajectories
         self._insight_scope = trajectories.scopes.of_insight()
 
-    def load(self, session: Session, collection: str, ids: Iterable[str]) -> list[Searchable]:
+    def load(self, session: Session, collection: str, ids: Iterable[str]) -> list[IndexedRow]:
         """Return those of the rows that are searchable now; the others are to be forgotten."""
         ids, found = list(ids), []
         for start in range(0, len(ids), MAX_IDS):
             found += self._query(session, collection, ids[start : start + MAX_IDS])
         return found
 
-    def load_all(self, session: Session, collection: str) -> Iterator[Searchable]:
+    def load_all(self, session: Session, collection: str) -> Iterator[IndexedRow]:
         """Yield everything searchable of one collection, a page of rows in memory at a time.
 
         Nothing is read before the first is asked for: SQLite drops no table while one is read.
         """
         return self._query(session, collection, None)
 
-    def _query(self, session: Session, collection: str, ids: list[str] | None) -> Iterator[Searchable]:
+    def _query(self, session: Session, collection: str, ids: list[str] | None) -> Iterator[IndexedRow]:
         match collection:
             case "insights":
                 query = select(Insight, self._insight_scope).where(
@@ -94,19 +94,19 @@ def _among(query, column, ids: list[str] | None):
     return query if ids is None else query.where(col(column).in_(ids))
 
 
-def _of_insight(insight: Insight, scope: str) -> Searchable:
+def _of_insight(insight: Insight, scope: str) -> IndexedRow:
     place = (insight.environment, insight.kind)
-    return Searchable(insight.id, insight.text, *place, tenant=insight.tenant, user_id=scope)
+    return IndexedRow(insight.id, insight.text, *place, tenant=insight.tenant, user_id=scope)
 
 
-def _of_exemplar(trajectory: Trajectory, scope: str) -> Searchable:
+def _of_exemplar(trajectory: Trajectory, scope: str) -> IndexedRow:
     text = trajectory.task_text or _last_request(trajectory) or trajectory.kind
     place = (trajectory.environment or "", trajectory.kind, trajectory.task or "")
-    return Searchable(trajectory.id, text, *place, tenant=trajectory.tenant, user_id=scope)
+    return IndexedRow(trajectory.id, text, *place, tenant=trajectory.tenant, user_id=scope)
 
 
-def _of_passage(passage: Passage, document: Document) -> Searchable:
-    return Searchable(passage.id, f"{document.title}: {passage.text}", tenant=document.tenant)
+def _of_passage(passage: Passage, document: Document) -> IndexedRow:
+    return IndexedRow(passage.id, f"{document.title}: {passage.text}", tenant=document.tenant)
 
 
 def _last_request(trajectory: Trajectory) -> str:

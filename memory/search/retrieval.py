@@ -24,7 +24,7 @@ from memory.config import MemoryConfig
 from memory.errors import StorageError
 from memory.records.documents import read_passages
 from memory.records.exemplars import read_exemplar
-from memory.records.insights import FIRST_STRENGTH, Insights, Standing, key_of
+from memory.records.insights import FIRST_STRENGTH, ActiveInsight, Insights, key_of
 from memory.records.trajectories import Trajectories
 from memory.schema import Insight, Trajectory, Trust
 from memory.scopes import is_shown
@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Recollection:
+class MemorySegment:
     """What is shown of memory: its text, the ids of the rows it shows, in order, and its size."""
 
     text: str = ""
@@ -152,7 +152,7 @@ class Retrieval:
         user_id: str = "",
         episode_id: str | None = None,
         conversation: Sequence[Mapping[str, Any]] = (),
-    ) -> Recollection:
+    ) -> MemorySegment:
         """Return what memory has to show for a task, best first, as much as fits the budget: of what all of the tenant
         are shown and, where a person is named, of what that person is. `conversation` are the messages so far.
 
@@ -160,7 +160,7 @@ class Retrieval:
         """
         budget = self._config.memory_tokens if budget_tokens is None else budget_tokens
         if budget <= 0:
-            return Recollection()
+            return MemorySegment()
         place = (environment or "", kind, exclude_task or task)
         question = _Question(query_text, *place, tenant, user_id, episode_id, _said(conversation))
         try:
@@ -168,9 +168,9 @@ class Retrieval:
                 return await self._retrieve(question, budget, count_tokens)
         except StorageError as error:
             logger.warning("answering without memory: %s", error)
-            return Recollection()
+            return MemorySegment()
 
-    async def _retrieve(self, question: _Question, budget: int, count_tokens: Callable[[str], int]) -> Recollection:
+    async def _retrieve(self, question: _Question, budget: int, count_tokens: Callable[[str], int]) -> MemorySegment:
         segment, ids = _Segment(), []
         # At once: their threads wait for one another's disk and Rust, and the question is encoded once for all.
         insights, exemplars, passages = await asyncio.gather(
@@ -193,7 +193,7 @@ class Retrieval:
                 else:
                     ids.append(row_id)
         text = segment.render()
-        return Recollection(text, ids, count_tokens(text)) if text else Recollection()
+        return MemorySegment(text, ids, count_tokens(text)) if text else MemorySegment()
 
     async def _timed(self, stage: str, finding: Awaitable[T]) -> T:
         with self._seconds[stage].measure():
@@ -202,7 +202,7 @@ class Retrieval:
     async def _find_insights(self, question: _Question) -> list[tuple[str, str]]:
         """Return the insights that evidence supports; where there are too many, strength and meaning choose."""
         standing = self._insights.standing(**question.where, **question.asker)
-        by_words: dict[str, Standing] = {}
+        by_words: dict[str, ActiveInsight] = {}
         for each in filter(is_supported, standing):  # a person's own may say what all are shown already
             by_words.setdefault(key_of(each.text), each)
         insights = {each.id: each for each in by_words.values()}
@@ -287,7 +287,7 @@ def _is_alike(match: Match) -> bool:
     return match.similarity >= MIN_EXEMPLAR_SIMILARITY
 
 
-def is_supported(insight: Insight | Standing) -> bool:
+def is_supported(insight: Insight | ActiveInsight) -> bool:
     """Whether an insight may be shown: not voted down, or doing what it says wins more often than not doing it."""
     if insight.strength >= FIRST_STRENGTH:
         return True

@@ -23,7 +23,7 @@ from sqlalchemy import TextClause, text
 from sqlmodel import Session
 
 from memory.scopes import EVERYBODY
-from memory.search.indexed_rows import COLLECTIONS, PLACE, Place, Searchable
+from memory.search.indexed_rows import COLLECTIONS, PLACE, IndexedRow, Place
 from memory.search.relevance import FEWEST_ROWS, MOST_ROWS, WordMatch, WordMatches
 from memory.storage.database import Database
 
@@ -55,7 +55,7 @@ Weigh = Callable[[dict[str, int], int], dict[str, float]]
 """What each word of a question is worth in a place, by how many of its rows have it, and how many rows there are."""
 
 
-class WordIndex:
+class TextIndex:
     """The words of everything searchable. `word_entries` says what a line of `words` speaks of."""
 
     def __init__(self, database: Database) -> None:
@@ -69,7 +69,7 @@ class WordIndex:
         for statement in TABLES:
             session.execute(text(statement))
 
-    def rebuild(self, session: Session, searchables: Mapping[str, Iterable[Searchable]]) -> None:
+    def rebuild(self, session: Session, searchables: Mapping[str, Iterable[IndexedRow]]) -> None:
         """Drop the tables, whatever their state, and fill them again."""
         self._drop(session)
         self.create(session)
@@ -78,7 +78,7 @@ class WordIndex:
             while batch := list(islice(rest, WRITE_BATCH)):
                 self.replace(session, collection, (), batch)
 
-    def replace(self, session: Session, collection: str, row_ids: Iterable[str], entries: Iterable[Searchable]) -> None:
+    def replace(self, session: Session, collection: str, row_ids: Iterable[str], entries: Iterable[IndexedRow]) -> None:
         """Forget `row_ids`, then hold `entries`: idempotent."""
         forgotten = [{"collection": collection, "row_id": row_id} for row_id in row_ids]
         if forgotten:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from memory.errors import IndexDamaged
 from memory.schema import new_id
-from memory.search.indexed_rows import COLLECTIONS, Searchable
+from memory.search.indexed_rows import COLLECTIONS, IndexedRow
 
 if TYPE_CHECKING:
     import numpy
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 DATABASE_NAME = "chroma.sqlite3"
 MAX_BATCH = 200
 SPARE = 10  # rows asked for beyond those wanted, where some of the nearest may be of the task that is left out
-MAX_OPEN_PLACES = 1_000_000  # as good as all: there is one for each few hundred rows at most
+MAX_OPEN_PARTITIONS = 1_000_000  # as good as all: there is one for each few hundred rows at most
 PAGE = 20_000  # digests read at once
 # Chroma reads all rows since the last save again with each write, by default up to 1,000 of them, and what that takes
 # stays with the allocator: a megabyte for each 35 rows. A save costs what came since the last one, not the whole.
@@ -56,7 +56,7 @@ IdsAt = Callable[[Partition, int], Sequence[str]]
 """The ids of up to so many rows of a partition, none of them a single person's."""
 
 
-class MeaningIndex:
+class VectorIndex:
     """The vectors of everything searchable. Safe to use from many threads."""
 
     def __init__(self, directory: Path, encoder_name: str) -> None:
@@ -128,7 +128,7 @@ class MeaningIndex:
     def upsert(
         self,
         collection: str,
-        entries: Sequence[Searchable],
+        entries: Sequence[IndexedRow],
         vectors: Sequence[numpy.ndarray],
         *,
         ids_at: IdsAt | None = None,
@@ -174,7 +174,7 @@ class MeaningIndex:
         for start in range(0, len(row_ids) if shared is not None else 0, MAX_BATCH):
             _delete(shared, row_ids[start : start + MAX_BATCH])
 
-    def _leave_others(self, collection: str, place: Partition | None, entries: Sequence[Searchable]) -> None:
+    def _leave_others(self, collection: str, place: Partition | None, entries: Sequence[IndexedRow]) -> None:
         """Take rows out of where they may have been before they came to this place."""
         places = self._places[collection]
         if place is not SHARED:
@@ -294,11 +294,11 @@ class MeaningIndex:
         )
 
 
-def partition_of(entry: Searchable) -> Partition:
+def partition_of(entry: IndexedRow) -> Partition:
     return entry.tenant, entry.environment, entry.kind
 
 
-def _metadata(entry: Searchable) -> dict[str, Any]:
+def _metadata(entry: IndexedRow) -> dict[str, Any]:
     told = {"task": entry.task, "digest": entry.digest, "is_own": bool(entry.user_id)}
     return told | dict(zip(PARTITION, partition_of(entry), strict=True))
 
@@ -351,7 +351,7 @@ def _connect(home: Path) -> Any:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     chroma: Any = client._server
     chroma.stop()
-    chroma.hnsw_cache_size = MAX_OPEN_PLACES
+    chroma.hnsw_cache_size = MAX_OPEN_PARTITIONS
     chroma.start()
     return client
 

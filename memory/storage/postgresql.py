@@ -14,7 +14,7 @@ from sqlmodel import Session
 
 from memory.errors import StorageError
 from memory.schema import dump_json
-from memory.storage.sql import MAX_READERS, CompiledOnce, pool_of
+from memory.storage.sql import MAX_READERS, StatementCache, pool_of
 
 WRITE_LOCK = 0x52415443  # of all processes that write to one PostgreSQL database; any number would do
 LOCK_FOR_WRITING = f"SELECT pg_advisory_xact_lock({WRITE_LOCK})"
@@ -61,7 +61,7 @@ class Postgresql:
         self.place = f"{url.database!r} on {f'{server}:{url.port}' if url.port else server!r}"
         self.writing = _open(self, url, WRITER, num_connections=1)
         self.reading = _open(self, url, READER, num_connections=MAX_READERS)
-        self._compiled = CompiledOnce(self.writing.dialect)
+        self._compiled = StatementCache(self.writing.dialect)
 
         @event.listens_for(self.writing, "begin")
         def _wait_for_others(connection: Connection) -> None:

@@ -53,7 +53,7 @@ class Compiled:
         return row
 
 
-class CompiledOnce:
+class StatementCache:
     """Statements by themselves: each is compiled when it first comes."""
 
     def __init__(self, dialect: Dialect) -> None:

@@ -19,7 +19,7 @@ from sqlmodel import Session
 
 from memory.errors import StorageError
 from memory.schema import dump_json
-from memory.storage.sql import MAX_READERS, CompiledOnce, pool_of
+from memory.storage.sql import MAX_READERS, StatementCache, pool_of
 
 WRITER = (
     "journal_mode=WAL",
@@ -52,7 +52,7 @@ class Sqlite:
         self.place = repr(str(path))
         self.writing = _open(path, WRITER, begin="BEGIN IMMEDIATE", num_connections=1)
         self.reading = _open(path, READER, begin="BEGIN", num_connections=MAX_READERS)
-        self._compiled = CompiledOnce(self.writing.dialect)
+        self._compiled = StatementCache(self.writing.dialect)
         self._num_logged = 0
         self._asking = threading.Lock()
         self._asked: PoolProxiedConnection | None = None

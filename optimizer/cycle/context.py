@@ -29,7 +29,7 @@ Lived = TypeVar("Lived", GradedTrajectory, Correction)
 
 
 @dataclass
-class Workshop:
+class CycleContext:
     """One cycle under way."""
 
     memory: Any
@@ -118,7 +118,7 @@ class Workshop:
 
     def key_names(self) -> dict[str, str]:
         """Return the names of API keys by their ids."""
-        return {key.id: key.name for key in self.memory.keys.list()}
+        return {key.id: key.name for key in self.memory.keys.select()}
 
     async def _drop_held_out(self, found: list[Lived]) -> list[Lived]:
         """Leave out tries at a task that measures, though they were not marked so themselves."""

@@ -23,13 +23,13 @@ from langgraph.graph import END, START, StateGraph
 from memory.schema import Cycle, CycleStage
 from optimizer.config import OptimizerConfig
 from optimizer.cycle import release_gate, stages
-from optimizer.cycle.context import Workshop
+from optimizer.cycle.context import CycleContext
 from optimizer.cycle.readiness import measure_needs, measure_surroundings, require_needs
 from optimizer.seams import Seams
 
 BUSY_TIMEOUT_MS = 30_000
 
-STAGES: tuple[tuple[CycleStage, Callable[[Workshop], Awaitable[None]]], ...] = (
+STAGES: tuple[tuple[CycleStage, Callable[[CycleContext], Awaitable[None]]], ...] = (
     (CycleStage.COLLECT, stages.collect),
     (CycleStage.DEMONSTRATE, stages.demonstrate),
     (CycleStage.SFT, stages.train_sft),
@@ -89,16 +89,16 @@ async def run_cycle(memory: Any, cycle_id: str, *, seams: Seams) -> dict[str, An
     Raises:
         OptimizerError: a stage could not do its work; the cycle is closed with the reason.
     """
-    shop = Workshop(memory, seams, cycle_id)
+    context = CycleContext(memory, seams, cycle_id)
     async with open_checkpoints(memory.data_dir / "checkpoints.db") as checkpoints:
-        graph = build_graph(shop).compile(checkpointer=checkpoints)
+        graph = build_graph(context).compile(checkpointer=checkpoints)
         try:
             await go_on(graph, cycle_id)
         except Exception as error:  # recorded where people look, then raised on
             await memory.cycles.save(cycle_id, stage=CycleStage.ERROR, error=_explain(error))
             await checkpoints.adelete_thread(cycle_id)
             raise
-        verdict = shop.artifacts["verdict"]
+        verdict = context.artifacts["verdict"]
         await memory.cycles.save(cycle_id, stage=CycleStage.COMPLETED, verdict=verdict)
         await checkpoints.adelete_thread(cycle_id)
     return verdict
@@ -118,12 +118,12 @@ def _explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def build_graph(shop: Workshop) -> StateGraph:
+def build_graph(context: CycleContext) -> StateGraph:
     """Return the stages in a row."""
     graph = StateGraph(Place)
     previous = START
     for stage, work in STAGES:
-        graph.add_node(stage.value, _as_node(shop, stage, work))
+        graph.add_node(stage.value, _as_node(context, stage, work))
         graph.add_edge(previous, stage.value)
         previous = stage.value
     graph.add_edge(previous, END)
@@ -131,11 +131,11 @@ def build_graph(shop: Workshop) -> StateGraph:
 
 
 def _as_node(
-    shop: Workshop, stage: CycleStage, work: Callable[[Workshop], Awaitable[None]]
+    context: CycleContext, stage: CycleStage, work: Callable[[CycleContext], Awaitable[None]]
 ) -> Callable[[Place], Awaitable[dict[str, list[str]]]]:
     async def node(place: Place) -> dict[str, list[str]]:
-        await shop.enter(stage)
-        await work(shop)
+        await context.enter(stage)
+        await work(context)
         return {"done": [stage.value]}
 
     return node

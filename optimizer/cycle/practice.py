@@ -16,7 +16,7 @@ import structlog
 
 from memory.schema import Task
 from memory.scopes import EVERYBODY
-from optimizer.cycle.context import Workshop
+from optimizer.cycle.context import CycleContext
 from optimizer.cycle.practice_plan import plan_rounds
 from optimizer.cycle.readiness import require_reachable
 from optimizer.errors import CompletionError
@@ -26,41 +26,41 @@ from optimizer.rewards import split
 log = structlog.get_logger()
 
 
-async def practice(shop: Workshop) -> None:
+async def practice(context: CycleContext) -> None:
     """Play rounds of practice with the incumbent; put what each taught into words before the next one begins.
 
     Raises:
         TooFewTrajectories: the rounds that are left cannot bring enough demonstrations.
     """
-    config = shop.config
+    config = context.config
     rounds = plan_rounds(config.practice_episodes, config.num_practice_tasks)
     if not rounds:
-        await learn_words(shop)
+        await learn_words(context)
         return
-    tasks = shop.practice_tasks()
-    await shop.prepare(tasks)
-    incumbent = shop.memory.policies.active().version
-    for number in range(shop.artifacts.get("num_practice_rounds", 0), len(rounds)):
+    tasks = context.practice_tasks()
+    await context.prepare(tasks)
+    incumbent = context.memory.policies.active().version
+    for number in range(context.artifacts.get("num_practice_rounds", 0), len(rounds)):
         uses_memory = config.practice_memory[min(number, len(config.practice_memory) - 1)]
-        await shop.play(
+        await context.play(
             tasks[: rounds[number]],
             policy=incumbent,
             use_memory=uses_memory,
             temperature=config.practice_temperature,
             label=f"practice round {number + 1} of {len(rounds)}",
         )
-        await learn_words(shop)
-        await shop.keep(num_practice_rounds=number + 1)
+        await learn_words(context)
+        await context.keep(num_practice_rounds=number + 1)
         if rounds_left := rounds[number + 1 :]:
-            await asyncio.to_thread(require_reachable, shop.memory, config, rounds_left)
+            await asyncio.to_thread(require_reachable, context.memory, config, rounds_left)
 
 
-async def learn_words(shop: Workshop) -> None:
+async def learn_words(context: CycleContext) -> None:
     """Bring the insights up to date with everything that was lived so far. Each is drawn from the episodes of one scope
     alone: a tenant's practice and what its clients share, or one person's. What is nobody's teaches no words. Untrusted
     episodes are not read, and untrusted insights not built on, until an operator approves them."""
-    memory, by_scope = shop.memory, defaultdict(list)
-    pool = await shop.read_pool(any_environment=True, is_for_weights=False)
+    memory, by_scope = context.memory, defaultdict(list)
+    pool = await context.read_pool(any_environment=True, is_for_weights=False)
     for each in pool:
         scope = memory.scopes.of_lived(each.trajectory)
         if scope is not None and each.trajectory.may_teach:
@@ -68,7 +68,7 @@ async def learn_words(shop: Workshop) -> None:
     since_id = min((each.trajectory.id for each in pool), default="")
     already_read = await asyncio.to_thread(memory.insights.read_evidence, since_id=since_id)
     comments = await asyncio.to_thread(memory.feedback.comments, since_id=since_id)
-    context_tokens = await _measure_context(shop)
+    context_tokens = await _measure_context(context)
     for tenant, scope in sorted({*by_scope, ("", EVERYBODY)}):
         successes, failures = split(by_scope[tenant, scope])
         known = memory.insights.active(tenant=tenant, user_id=scope, scope=scope)
@@ -76,69 +76,69 @@ async def learn_words(shop: Workshop) -> None:
             successes,
             failures,
             known=[insight for insight in known if insight.is_trusted],
-            complete=shop.seams.complete,
+            complete=context.seams.complete,
             context_tokens=context_tokens,
             comments=comments,
             already_read=already_read,
-            seed=shop.config.seed,
+            seed=context.config.seed,
         )
         # With `share_live = "tenant"` these are episodes of persons, too: under "user" again, it is shown to nobody.
         whose = {"tenant": tenant, "user_id": scope, "is_shared": not memory.scopes.shares_live and scope == EVERYBODY}
         operations = [replace(operation, **whose) for operation in found.operations]
         await memory.insights.apply(operations, evidence=found.evidence)
-        await _count_critiques(shop, found)
+        await _count_critiques(context, found)
 
 
-async def _measure_context(shop: Workshop) -> int | None:
+async def _measure_context(context: CycleContext) -> int | None:
     """Return what the critic can hold; None where it does not say, or does not answer: then asking it fails, too."""
-    if shop.seams.complete is None:
+    if context.seams.complete is None:
         return None
     try:
-        return await shop.seams.context_tokens()
+        return await context.seams.context_tokens()
     except CompletionError as error:
         log.warning("the critic's context is unknown", reason=str(error))
         return None
 
 
-async def _count_critiques(shop: Workshop, found: Extraction) -> None:
+async def _count_critiques(context: CycleContext, found: Extraction) -> None:
     """Add to what the cycle's report says of its critic."""
     if not found.num_asked:
         return
-    before = shop.artifacts.get("critiques", {})
+    before = context.artifacts.get("critiques", {})
     counts = {name: before.get(name, 0) + getattr(found, name) for name in ("num_asked", "num_failed", "num_skipped")}
-    await shop.keep(critiques={**counts, "first_failure": before.get("first_failure") or found.first_failure})
+    await context.keep(critiques={**counts, "first_failure": before.get("first_failure") or found.first_failure})
 
 
-async def explore(shop: Workshop, policy: int) -> None:
+async def explore(context: CycleContext, policy: int) -> None:
     """Let the SFT policy play the practice tasks without memory, so that its own mistakes can be weighed (ETO).
 
     The first half of the episodes goes to all tasks alike. The second goes where tries differ: a task that was won
     once and lost once gives a preference, one that is always won or always lost gives none. Departure from ETO,
     which samples every task alike.
     """
-    config = shop.config
+    config = context.config
     rounds = plan_rounds(config.explore_episodes, config.num_practice_tasks)
     if not rounds:
         return
-    tasks = shop.practice_tasks()
-    await shop.prepare(tasks)
-    for number in range(shop.artifacts.get("num_explore_rounds", 0), len(rounds)):
+    tasks = context.practice_tasks()
+    await context.prepare(tasks)
+    for number in range(context.artifacts.get("num_explore_rounds", 0), len(rounds)):
         chosen = tasks[: rounds[number]]
         if number >= len(rounds) / 2:
-            chosen = choose_tasks_to_retry(tasks, await _outcomes(shop), rounds[number])
-        await shop.play(
+            chosen = choose_tasks_to_retry(tasks, await _outcomes(context), rounds[number])
+        await context.play(
             chosen,
             policy=policy,
             use_memory=False,
             temperature=config.practice_temperature,
             label=f"exploration round {number + 1} of {len(rounds)}",
         )
-        await shop.keep(num_explore_rounds=number + 1)
+        await context.keep(num_explore_rounds=number + 1)
 
 
-async def _outcomes(shop: Workshop) -> dict[str, list[bool]]:
+async def _outcomes(context: CycleContext) -> dict[str, list[bool]]:
     outcomes: dict[str, list[bool]] = defaultdict(list)
-    for each in await shop.read_pool(this_cycle_only=True):
+    for each in await context.read_pool(this_cycle_only=True):
         outcomes[each.trajectory.task or ""].append(each.is_success)
     return outcomes
 

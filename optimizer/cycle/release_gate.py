@@ -1,8 +1,9 @@
-"""The release gate of a cycle: plays the held-out tasks, has `optimizer.evaluation.comparison` decide, writes the report, and
-moves the candidate to where the verdict sends it.
+"""The release gate of a cycle: plays the held-out tasks, writes the report, and moves the candidate to its stage.
 
-Invariants: every comparison is entered in the ledger (`memory.records.verdicts`) before its outcome is known; each comparison
-plays held-out tasks of its own; the sealed block is played by a policy that was promoted, once, and decides nothing.
+The decision itself is made in `optimizer.evaluation.comparison`.
+Invariants: every comparison is entered in the ledger (`memory.records.verdicts`) before its outcome is known; each
+comparison plays held-out tasks of its own; the sealed block is played once, by a policy that was promoted, and decides
+nothing.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from memory.schema import Policy, PolicyStage, StoredVerdict, Task, new_id
-from optimizer.cycle.context import Workshop
+from optimizer.cycle.context import CycleContext
 from optimizer.cycle.report import write_report
 from optimizer.evaluation.comparison import (
     Basis,
     Cell,
     CellResult,
     Decision,
-    Played,
+    EpisodeSummary,
     Verdict,
     alpha_of,
     compare_pairs,
@@ -37,7 +38,7 @@ from optimizer.evaluation.logged import read_logged_cells
 class Comparison:
     """One comparison of a candidate with the active policy, under way."""
 
-    shop: Workshop
+    context: CycleContext
     entry: StoredVerdict
     """Its line in the ledger."""
     is_in_cycle: bool
@@ -47,30 +48,30 @@ class Comparison:
 
     @property
     def environment(self) -> str:
-        return self.shop.config.environment
+        return self.context.config.environment
 
     @property
     def held_out_offset(self) -> int:
-        return self.entry.held_out_end - self.shop.num_gate_tasks(self.environment)
+        return self.entry.held_out_end - self.context.num_gate_tasks(self.environment)
 
     async def play(self, cell: Cell, tasks: list[Task], environment: str, *, num_tries: int) -> CellResult:
         """Play a cell, or read what was played of it before a crash."""
-        shop, is_in_cycle = self.shop, self.is_in_cycle
-        path = shop.directory / f"cell-{'' if is_in_cycle else self.entry.id + '-'}{cell.name}.json"
+        context, is_in_cycle = self.context, self.is_in_cycle
+        path = context.directory / f"cell-{'' if is_in_cycle else self.entry.id + '-'}{cell.name}.json"
         if not path.exists():
-            trajectories = shop.memory.trajectories
+            trajectories = context.memory.trajectories
             played = await play_cell(
                 cell,
                 tasks,
-                rollout=shop.seams.rollout,
+                rollout=context.seams.rollout,
                 grade=trajectories.reward_for_weights,
                 count_model_calls=lambda trajectory_id: trajectories.measure(trajectory_id).num_model_calls,
                 success_reward=trajectories.success_reward,
-                concurrency=shop.config.concurrency,
-                temperature=shop.gate_serving(environment).temperature,
+                concurrency=context.config.concurrency,
+                temperature=context.gate_serving(environment).temperature,
                 num_tries=num_tries,
-                seed=shop.config.seed,
-                on_progress=shop.tell if is_in_cycle else None,
+                seed=context.config.seed,
+                on_progress=context.tell if is_in_cycle else None,
             )
             _write_cell(path, played)
         return _read_cell(path, cell)
@@ -78,90 +79,90 @@ class Comparison:
     async def prepare(self, tasks: list[Task]) -> None:
         """Have tasks ready to start."""
         if self.is_in_cycle:
-            await self.shop.prepare(tasks)
+            await self.context.prepare(tasks)
         elif tasks:
-            await self.shop.seams.prepare(tasks)
+            await self.context.seams.prepare(tasks)
 
 
-async def evaluate(shop: Workshop) -> None:
+async def evaluate(context: CycleContext) -> None:
     """Play every cell on the same held-out tasks; a cell that was played is not played again."""
-    if not shop.config.environment:
+    if not context.config.environment:
         return
-    if "incumbent" not in shop.artifacts:
-        await shop.keep(incumbent=shop.memory.policies.active().version)
-    comparison = await _enter(shop, _cycle_entry(shop), shop.artifacts["incumbent"], is_in_cycle=True)
-    await shop.keep(held_out_offset=comparison.held_out_offset, look=comparison.entry.look)
-    tasks = shop.held_out_tasks()
+    if "incumbent" not in context.artifacts:
+        await context.keep(incumbent=context.memory.policies.active().version)
+    comparison = await _enter(context, _cycle_entry(context), context.artifacts["incumbent"], is_in_cycle=True)
+    await context.keep(held_out_offset=comparison.held_out_offset, look=comparison.entry.look)
+    tasks = context.held_out_tasks()
     await comparison.prepare(tasks)
-    contestants = {cell.name for cell in choose_contestants(shop)}
-    for cell in choose_cells(shop):
+    contestants = {cell.name for cell in choose_contestants(context)}
+    for cell in choose_cells(context):
         await _play(comparison, cell, tasks, is_contestant=cell.name in contestants)
 
 
-async def settle(shop: Workshop) -> None:
+async def settle(context: CycleContext) -> None:
     """Judge, write the report, and let the candidate act or not. The report is there before the swap."""
-    if shop.config.environment:
-        comparison = await _enter(shop, _cycle_entry(shop), shop.artifacts["incumbent"], is_in_cycle=True)
-        tasks = shop.held_out_tasks()
-        cells = {cell.name: await _play(comparison, cell, tasks, is_contestant=True) for cell in choose_cells(shop)}
-        summary = await _decide(comparison, cells, [cells[cell.name] for cell in choose_contestants(shop)])
+    if context.config.environment:
+        comparison = await _enter(context, _cycle_entry(context), context.artifacts["incumbent"], is_in_cycle=True)
+        tasks = context.held_out_tasks()
+        cells = {cell.name: await _play(comparison, cell, tasks, is_contestant=True) for cell in choose_cells(context)}
+        summary = await _decide(comparison, cells, [cells[cell.name] for cell in choose_contestants(context)])
     else:
-        summary = await _judge_by_log(shop, _cycle_entry(shop), is_in_cycle=True)
-    shutil.rmtree(shop.directory / "training", ignore_errors=True)
-    await shop.keep(verdict=summary)
+        summary = await _judge_by_log(context, _cycle_entry(context), is_in_cycle=True)
+    shutil.rmtree(context.directory / "training", ignore_errors=True)
+    await context.keep(verdict=summary)
 
 
-async def judge_again(shop: Workshop) -> dict[str, Any]:
+async def judge_again(context: CycleContext) -> dict[str, Any]:
     """Compare a closed cycle's candidate with the policy that acts now, on tasks that have not decided on it; where its
     cycle played, by playing new held-out tasks, else by what clients played."""
     entry_id = new_id("ver")
-    if not shop.config.environment:
-        return await _judge_by_log(shop, entry_id, is_in_cycle=False)
-    comparison = await _enter(shop, entry_id, shop.memory.policies.active().version, is_in_cycle=False)
-    tasks = shop.take_held_out(comparison.environment, comparison.held_out_offset)
+    if not context.config.environment:
+        return await _judge_by_log(context, entry_id, is_in_cycle=False)
+    comparison = await _enter(context, entry_id, context.memory.policies.active().version, is_in_cycle=False)
+    tasks = context.take_held_out(comparison.environment, comparison.held_out_offset)
     await comparison.prepare(tasks)
-    contestants = _contest(shop, "candidate", "incumbent", comparison.entry.incumbent)
+    contestants = _contest(context, "candidate", "incumbent", comparison.entry.incumbent)
     played = [await _play(comparison, cell, tasks, is_contestant=True) for cell in contestants]
     return await _decide(comparison, {result.cell.name: result for result in played}, played)
 
 
-async def _judge_by_log(shop: Workshop, entry_id: str, *, is_in_cycle: bool) -> dict[str, Any]:
+async def _judge_by_log(context: CycleContext, entry_id: str, *, is_in_cycle: bool) -> dict[str, Any]:
     """Judge by what clients played as the candidate and as the active policy."""
-    policies = shop.memory.policies
-    candidate, incumbent = policies.get(shop.artifacts["candidate"]), policies.active()
-    comparison = await _enter(shop, entry_id, incumbent.version, is_in_cycle=is_in_cycle)
-    found = await asyncio.to_thread(read_logged_cells, shop.memory, candidate, incumbent)
+    policies = context.memory.policies
+    candidate, incumbent = policies.get(context.artifacts["candidate"]), policies.active()
+    comparison = await _enter(context, entry_id, incumbent.version, is_in_cycle=is_in_cycle)
+    found = await asyncio.to_thread(read_logged_cells, context.memory, candidate, incumbent)
     return await _decide(comparison, {cell.cell.name: cell for cell in found}, [*found, found[0]])
 
 
-def _cycle_entry(shop: Workshop) -> str:
+def _cycle_entry(context: CycleContext) -> str:
     # always the same, so that a stage that is repeated after a crash spends nothing twice
-    return f"ver_{shop.cycle_id}"
+    return f"ver_{context.cycle_id}"
 
 
-async def _enter(shop: Workshop, entry_id: str, incumbent: int, *, is_in_cycle: bool) -> Comparison:
+async def _enter(context: CycleContext, entry_id: str, incumbent: int, *, is_in_cycle: bool) -> Comparison:
     """Enter a comparison in the ledger: its look at the incumbent, and its own block of held-out tasks."""
-    environment, verdicts = shop.config.environment, shop.memory.verdicts
+    environment, verdicts = context.config.environment, context.memory.verdicts
     start = verdicts.held_out_end(environment)
     entry = StoredVerdict(
         id=entry_id,
-        candidate=shop.artifacts["candidate"],
+        candidate=context.artifacts["candidate"],
         incumbent=incumbent,
-        cycle_id=shop.cycle_id,
+        cycle_id=context.cycle_id,
         environment=environment,
-        held_out_end=start + shop.num_gate_tasks(environment) if environment else 0,
+        held_out_end=start + context.num_gate_tasks(environment) if environment else 0,
     )
-    budget = shop.config.evaluation.false_promotion_rate
+    budget = context.config.evaluation.false_promotion_rate
     entry = await verdicts.open(entry, choose_alpha=lambda look: alpha_of(look, budget))
-    return Comparison(shop, entry, is_in_cycle)
+    return Comparison(context, entry, is_in_cycle)
 
 
 async def _play(comparison: Comparison, cell: Cell, tasks: list[Task], *, is_contestant: bool) -> CellResult:
     """Play a cell in the cycle's environment. Where replies are sampled, the contestants try each task several times;
     the other cells once, so that all cells together cost no more episodes than greedy play does."""
-    shop, environment = comparison.shop, comparison.environment
-    is_repeated = is_contestant and shop.is_sampled(environment)
-    num_tries = shop.config.evaluation.num_tries if is_repeated else 1
+    context, environment = comparison.context, comparison.environment
+    is_repeated = is_contestant and context.is_sampled(environment)
+    num_tries = context.config.evaluation.num_tries if is_repeated else 1
     return await comparison.play(cell, tasks, environment, num_tries=num_tries)
 
 
@@ -169,13 +170,13 @@ async def _decide(
     comparison: Comparison, cells: dict[str, CellResult], contestants: list[CellResult]
 ) -> dict[str, Any]:
     """Judge (candidate, incumbent, candidate without memory if it was played), and act on the verdict."""
-    shop = comparison.shop
+    context = comparison.context
     ours, theirs, *lean = contestants
     without_memory = next((result for result in lean if not result.cell.use_memory), None)
     # a comparison that was closed without a test has no look; it is only repeated after a crash
     look = comparison.entry.look or 1
-    verdict = judge(ours, theirs, shop.config.evaluation, look=look, without_memory=without_memory)
-    active = shop.memory.policies.active().version
+    verdict = judge(ours, theirs, context.config.evaluation, look=look, without_memory=without_memory)
+    active = context.memory.policies.active().version
     if active not in (verdict.incumbent.policy, verdict.candidate.policy):
         reason = f"policy v{active} became active meanwhile; the candidate was measured against "
         reason += f"v{verdict.incumbent.policy}"
@@ -199,9 +200,9 @@ def _how_to_go_on(comparison: Comparison, verdict: Verdict) -> str:
 
 async def _play_regressions(comparison: Comparison, verdict: Verdict) -> Verdict:
     """Have both play held-out tasks of every other environment that was learned from: none may have become worse."""
-    shop, wanted = comparison.shop, comparison.shop.config.evaluation
-    for environment in shop.config.learn_from:
-        tasks = shop.take_held_out(environment, max(0, comparison.held_out_offset))
+    context, wanted = comparison.context, comparison.context.config.evaluation
+    for environment in context.config.learn_from:
+        tasks = context.take_held_out(environment, max(0, comparison.held_out_offset))
         await comparison.prepare(tasks)
         sides = []
         for name, cell in (("candidate", verdict.candidate), ("incumbent", verdict.incumbent)):
@@ -224,8 +225,8 @@ async def _play_regressions(comparison: Comparison, verdict: Verdict) -> Verdict
 
 async def _play_sealed(comparison: Comparison, cell: Cell) -> None:
     """Play the sealed block once, as the promoted policy will serve; after the decision, which it does not change."""
-    shop = comparison.shop
-    tasks = shop.seams.sealed_tasks(comparison.environment, shop.config.evaluation.num_sealed_tasks)
+    context = comparison.context
+    tasks = context.seams.sealed_tasks(comparison.environment, context.config.evaluation.num_sealed_tasks)
     await comparison.prepare(tasks)
     if tasks:
         sealed = replace(cell, name="sealed")
@@ -234,11 +235,13 @@ async def _play_sealed(comparison: Comparison, cell: Cell) -> None:
 
 async def _conclude(comparison: Comparison, cells: dict[str, CellResult], verdict: Verdict) -> dict[str, Any]:
     """Write the report, close the entry, then move the candidate to where the verdict sends it."""
-    shop, policies, entry = comparison.shop, comparison.shop.memory.policies, comparison.entry
+    context, policies, entry = comparison.context, comparison.context.memory.policies, comparison.entry
     gate = await asyncio.to_thread(_describe_gate, comparison, verdict)
-    report = await asyncio.to_thread(write_report, shop, cells, verdict, gate, keep_earlier=not comparison.is_in_cycle)
+    report = await asyncio.to_thread(
+        write_report, context, cells, verdict, gate, keep_earlier=not comparison.is_in_cycle
+    )
     sealed = comparison.sealed
-    await shop.memory.verdicts.close(
+    await context.memory.verdicts.close(
         entry.id,
         verdict.decision.value,
         was_tested=verdict.was_tested,
@@ -271,21 +274,21 @@ def _serves_as(comparison: Comparison, verdict: Verdict) -> bool | None:
     proved = verdict.candidate.use_memory
     if not comparison.environment:  # clients' tries without memory may only have found none
         return False if verdict.basis is Basis.NO_WORSE else None
-    return None if proved == comparison.shop.seams.serving(comparison.environment).use_memory else proved
+    return None if proved == comparison.context.seams.serving(comparison.environment).use_memory else proved
 
 
 def _describe_gate(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
     """Return what the report says of the gate itself."""
-    shop, entry, verdicts = comparison.shop, comparison.entry, comparison.shop.memory.verdicts
-    environment, wanted = comparison.environment, comparison.shop.config.evaluation
+    context, entry, verdicts = comparison.context, comparison.entry, comparison.context.memory.verdicts
+    environment, wanted = comparison.environment, comparison.context.config.evaluation
     spent = verdicts.alpha_spent(entry.incumbent) - (0.0 if verdict.was_tested else entry.alpha)
     sealed, before = comparison.sealed, verdicts.num_sealed(environment)
     played = {}
     if environment:
         played = {
-            "temperature": shop.gate_serving(environment).temperature,
-            "serving_temperature": shop.seams.serving(environment).temperature,
-            "num_tries": wanted.num_tries if shop.is_sampled(environment) else 1,
+            "temperature": context.gate_serving(environment).temperature,
+            "serving_temperature": context.seams.serving(environment).temperature,
+            "num_tries": wanted.num_tries if context.is_sampled(environment) else 1,
             "held_out_offset": comparison.held_out_offset,
         }
     return {
@@ -300,9 +303,9 @@ def _describe_gate(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def choose_cells(shop: Workshop) -> list[Cell]:
+def choose_cells(context: CycleContext) -> list[Cell]:
     """Return what is played: {base, SFT, candidate} x {memory on, off}, and the incumbent as it serves."""
-    artifacts = shop.artifacts
+    artifacts = context.artifacts
     sft, candidate, incumbent = artifacts["sft"]["policy"], artifacts["candidate"], artifacts["incumbent"]
     policies = {"base": 0, "sft": sft} | ({} if candidate == sft else {"dpo": candidate})
     cells = [
@@ -311,29 +314,29 @@ def choose_cells(shop: Workshop) -> list[Cell]:
         for use_memory in (False, True)
     ]
     if incumbent != 0:
-        cells.append(choose_contestants(shop)[1])
+        cells.append(choose_contestants(context)[1])
     return cells
 
 
-def choose_contestants(shop: Workshop) -> list[Cell]:
+def choose_contestants(context: CycleContext) -> list[Cell]:
     """Return (candidate as it would serve, incumbent as it serves, candidate without memory if that may win)."""
-    artifacts = shop.artifacts
+    artifacts = context.artifacts
     candidate = "sft" if artifacts["candidate"] == artifacts["sft"]["policy"] else "dpo"
     incumbent = artifacts["incumbent"]
-    return _contest(shop, candidate, "base" if incumbent == 0 else "incumbent", incumbent)
+    return _contest(context, candidate, "base" if incumbent == 0 else "incumbent", incumbent)
 
 
-def _contest(shop: Workshop, ours: str, theirs: str, incumbent: int) -> list[Cell]:
-    environment, candidate = shop.config.environment, shop.artifacts["candidate"]
-    use_memory = shop.gate_serving(environment).use_memory
-    serves_as = shop.memory.policies.get(incumbent).use_memory
+def _contest(context: CycleContext, ours: str, theirs: str, incumbent: int) -> list[Cell]:
+    environment, candidate = context.config.environment, context.artifacts["candidate"]
+    use_memory = context.gate_serving(environment).use_memory
+    serves_as = context.memory.policies.get(incumbent).use_memory
     if serves_as is None:
-        serves_as = shop.seams.serving(environment).use_memory
+        serves_as = context.seams.serving(environment).use_memory
     cells = [
         Cell(f"{ours}-{'on' if use_memory else 'off'}", candidate, use_memory),
         Cell(f"{theirs}-{'on' if serves_as else 'off'}", incumbent, serves_as),
     ]
-    if shop.config.evaluation.noninferiority_margin is not None:
+    if context.config.evaluation.noninferiority_margin is not None:
         cells.append(Cell(f"{ours}-off", candidate, False))
     return cells
 
@@ -347,4 +350,4 @@ def _write_cell(path: Path, result: CellResult) -> None:
 
 def _read_cell(path: Path, cell: Cell) -> CellResult:
     played = json.loads(path.read_text(encoding="utf-8"))
-    return CellResult(cell, [Played(**episode) for episode in played])
+    return CellResult(cell, [EpisodeSummary(**episode) for episode in played])

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from memory.scopes import EVERYBODY
-from optimizer.cycle.context import Workshop
-from optimizer.evaluation.comparison import CellResult, Played, Verdict, compare_pairs, pair_tasks, share_won
+from optimizer.cycle.context import CycleContext
+from optimizer.evaluation.comparison import CellResult, EpisodeSummary, Verdict, compare_pairs, pair_tasks, share_won
 from optimizer.evaluation.intervals import bootstrap_mean
 
 COMPARISONS = (
@@ -31,7 +31,7 @@ LISTED_TASKS = 40
 
 
 def write_report(
-    shop: Workshop,
+    context: CycleContext,
     cells: dict[str, CellResult],
     verdict: Verdict,
     gate: dict[str, Any],
@@ -40,8 +40,8 @@ def write_report(
 ) -> Path:
     """Write the three files, the plot only where something was played; return the path of the Markdown one. `gate` is
     what the gate says of itself. With `keep_earlier`, files that are there get a number instead of being replaced."""
-    report = build_report(shop, cells, verdict, gate)
-    directory = shop.reports
+    report = build_report(context, cells, verdict, gate)
+    directory = context.reports
     directory.mkdir(parents=True, exist_ok=True)
     if keep_earlier:
         _set_aside(directory)
@@ -62,15 +62,15 @@ def _set_aside(directory: Path) -> None:
 
 
 def build_report(
-    shop: Workshop, cells: dict[str, CellResult], verdict: Verdict, gate: dict[str, Any]
+    context: CycleContext, cells: dict[str, CellResult], verdict: Verdict, gate: dict[str, Any]
 ) -> dict[str, Any]:
     """Return everything the report says, as plain values."""
-    artifacts, cycle = shop.artifacts, shop.cycle
+    artifacts, cycle = context.artifacts, context.cycle
     candidate = artifacts["candidate"]
     return {
         "cycle": cycle.id,
         "opened_at": cycle.created_at.isoformat(),
-        "environment": shop.config.environment,
+        "environment": context.config.environment,
         "pool": artifacts.get("pool", ""),
         "verdict": verdict.to_json(),
         "gate": gate,
@@ -91,12 +91,12 @@ def build_report(
                 "wins_otherwise": insight.wins_otherwise,
                 "losses_otherwise": insight.losses_otherwise,
             }
-            for insight in shop.memory.insights.active(shop.config.environment, scope=EVERYBODY)
+            for insight in context.memory.insights.active(context.config.environment, scope=EVERYBODY)
         ],
         "critiques": artifacts.get("critiques"),
         "lineage": [
             {"policy": policy.name, "note": policy.note, "adapter": policy.adapter_path}
-            for policy in shop.memory.policies.lineage(candidate)
+            for policy in context.memory.policies.lineage(candidate)
         ],
         "settings": cycle.settings,
     }
@@ -158,7 +158,7 @@ def measure_saving(cells: dict[str, CellResult]) -> dict[str, Any] | None:
     }
 
 
-def _prompt_tokens_per_turn(tries: list[Played]) -> float:
+def _prompt_tokens_per_turn(tries: list[EpisodeSummary]) -> float:
     return sum(episode.prompt_tokens for episode in tries) / max(1, sum(episode.num_turns for episode in tries))
 
 

@@ -60,7 +60,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Played:
+class EpisodeSummary:
     """What one held-out episode came to."""
 
     task: str
@@ -82,11 +82,11 @@ class CellResult:
     """All tasks as one cell played them, each once or several times."""
 
     cell: Cell
-    played: list[Played]
+    played: list[EpisodeSummary]
 
     @cached_property
-    def by_task(self) -> dict[str, list[Played]]:
-        tries: dict[str, list[Played]] = defaultdict(list)
+    def by_task(self) -> dict[str, list[EpisodeSummary]]:
+        tries: dict[str, list[EpisodeSummary]] = defaultdict(list)
         for episode in self.played:
             tries[episode.task].append(episode)
         return dict(tries)
@@ -149,7 +149,7 @@ class CellResult:
         }
 
 
-def share_won(tries: Sequence[Played]) -> float:
+def share_won(tries: Sequence[EpisodeSummary]) -> float:
     """Return the share of tries that succeeded."""
     return sum(episode.is_success for episode in tries) / len(tries)
 
@@ -189,7 +189,7 @@ class Guard:
 
 
 @dataclass(frozen=True)
-class NoWorse:
+class NonInferiority:
     """How a candidate without memory compares with the incumbent as it serves."""
 
     cell: Cell
@@ -224,7 +224,7 @@ class Verdict:
     basis: Basis | None = None
     is_dearer: bool = False
     """It is promoted although a limit of turns or tokens was shown to be exceeded."""
-    no_worse: NoWorse | None = None
+    no_worse: NonInferiority | None = None
     guards: list[Guard] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
     """The tasks that were compared."""
@@ -257,7 +257,7 @@ async def play_cell(
     places = asyncio.Semaphore(concurrency)
     num_done = 0
 
-    async def play(task: Task, number: int) -> Played:
+    async def play(task: Task, number: int) -> EpisodeSummary:
         nonlocal num_done
         async with places:
             trajectory = await rollout(
@@ -280,7 +280,7 @@ async def play_cell(
 
 def describe(
     task: str, trajectory: Trajectory, reward: float | None, success_reward: float, *, num_model_calls: int
-) -> Played:
+) -> EpisodeSummary:
     """Sum up one episode."""
     error = trajectory.error or ""
     is_finished = trajectory.stage is TrajectoryStage.FINISHED
@@ -289,7 +289,7 @@ def describe(
     # a clock says more about the machine than about the policy; steps and tokens are the policy's own
     is_out_of_time = is_cut and "second" in error
     is_broken = not is_finished or is_out_of_time or reward is None
-    return Played(
+    return EpisodeSummary(
         task=task,
         trajectory_id=trajectory.id,
         is_success=not is_broken and reward >= success_reward,
@@ -307,8 +307,8 @@ class Pair:
     """One task as both played it."""
 
     task: str
-    ours: list[Played]
-    theirs: list[Played]
+    ours: list[EpisodeSummary]
+    theirs: list[EpisodeSummary]
 
 
 def pair_tasks(candidate: CellResult, incumbent: CellResult) -> list[Pair]:
@@ -405,7 +405,7 @@ def _doubt(candidate: CellResult, incumbent: CellResult, pairs: Sequence[Pair], 
     return None
 
 
-def _sides(pairs: Sequence[Pair]) -> tuple[list[list[Played]], list[list[Played]]]:
+def _sides(pairs: Sequence[Pair]) -> tuple[list[list[EpisodeSummary]], list[list[EpisodeSummary]]]:
     return [pair.ours for pair in pairs], [pair.theirs for pair in pairs]
 
 
@@ -446,13 +446,13 @@ def _as_guard(name: str, compared: RateComparison, limit: float, *, is_hard: boo
     return Guard(name, compared.first, compared.second, low, high, limit, is_hard)
 
 
-def _mean(tries: Sequence[Played], count: str) -> float:
+def _mean(tries: Sequence[EpisodeSummary], count: str) -> float:
     return sum(getattr(episode, count) for episode in tries) / len(tries)
 
 
 def _compare_without_memory(
     ours: CellResult | None, theirs: CellResult, config: EvaluationConfig, alpha: float
-) -> NoWorse | None:
+) -> NonInferiority | None:
     """Compare the candidate without memory with the incumbent as it serves, if the operator set a margin."""
     if config.noninferiority_margin is None or ours is None:
         return None
@@ -464,10 +464,10 @@ def _compare_without_memory(
     saved = [_tokens_per_episode(pair.theirs) - _tokens_per_episode(pair.ours) for pair in pairs]
     mean, low, _ = mean_interval(saved, confidence)
     lowest = low if math.isfinite(low) else None
-    return NoWorse(ours.cell, paired.difference, paired.low, config.noninferiority_margin, mean, lowest)
+    return NonInferiority(ours.cell, paired.difference, paired.low, config.noninferiority_margin, mean, lowest)
 
 
-def _tokens_per_episode(tries: Sequence[Played]) -> float:
+def _tokens_per_episode(tries: Sequence[EpisodeSummary]) -> float:
     return _mean(tries, "prompt_tokens") + _mean(tries, "output_tokens")
 
 
@@ -489,7 +489,7 @@ def _weigh(
     pairs: Sequence[Pair],
     paired: PairedDifference,
     guards: Sequence[Guard],
-    no_worse: NoWorse | None,
+    no_worse: NonInferiority | None,
     config: EvaluationConfig,
     alpha: float,
 ) -> Conclusion:

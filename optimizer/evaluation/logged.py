@@ -48,7 +48,7 @@ def _first_tries(memory: Any, policy: Policy, *, since: Policy) -> Tries:
 def _all_tries(memory: Any, policy: Policy, since: Policy) -> Iterator[TrajectoryView]:
     before_id = None
     while True:
-        page = memory.trajectories.list(
+        page = memory.trajectories.select(
             split=Split.HELD_OUT,
             policy=policy.version,
             since=since.created_at,

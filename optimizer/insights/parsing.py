@@ -4,7 +4,7 @@ Models number, embolden, fence and explain what they were asked to write plainly
 opposite mistake is worse: a sentence of prose that becomes a lesson is shown to the agent. Where a line could be
 either ("Add more salt"), it is prose.
 
-Flow: answer -> reasoning stripped -> `Written` operations (JSON, else lines) -> matched with the known list.
+Flow: answer -> reasoning stripped -> `ParsedOperation` operations (JSON, else lines) -> matched with the known list.
 """
 
 # ruff: noqa: RUF001  (models write dashes and quotation marks of every kind)
@@ -132,7 +132,7 @@ _TEXT_KEYS = ("text", "lesson", "insight", "rule", "content", "description", "va
 
 
 @dataclass(frozen=True)
-class Written:
+class ParsedOperation:
     """One operation as the critic wrote it, not yet matched with the known insights."""
 
     kind: OperationKind
@@ -155,7 +155,7 @@ def parse_operations(answer: str, place: Place, known: Sequence[str]) -> list[In
     return list(dict.fromkeys(operations))[:MAX_OPERATIONS]
 
 
-def read_answer(answer: str) -> list[Written] | None:
+def read_answer(answer: str) -> list[ParsedOperation] | None:
     """Return what the critic wrote, in order; an empty list where it says that nothing is to be done."""
     answer = _strip_thinking(answer[-MAX_ANSWER_CHARS:])
     found = _read_json(answer)
@@ -174,9 +174,9 @@ def _strip_thinking(answer: str) -> str:
     return _THINKING_END.split(stripped)[-1]  # templates open the tag in the prompt: only its end is written
 
 
-def _read_json(answer: str) -> list[Written] | None:
+def _read_json(answer: str) -> list[ParsedOperation] | None:
     """Return the operations in the JSON of an answer; None where none is there. What was cut off is passed over."""
-    found: list[Written] = []
+    found: list[ParsedOperation] = []
     is_empty_list = False
     for value in _find_values(answer):
         is_empty_list |= isinstance(value, dict) and value.get("operations") == []
@@ -205,7 +205,7 @@ def _find_values(text: str) -> Iterator[Any]:
             yield value
 
 
-def _walk(value: Any) -> Iterator[Written]:
+def _walk(value: Any) -> Iterator[ParsedOperation]:
     if isinstance(value, list):
         for each in value:
             yield from _walk(each)
@@ -218,7 +218,7 @@ def _walk(value: Any) -> Iterator[Written]:
         text = _first_text(fields, _TEXT_KEYS)
         new = _first_text(fields, _NEW_KEYS) if kind is OperationKind.EDIT else ""
         old = text if new else _first_text(fields, ("old_text", "old", "old_lesson", "original", "from"))
-        yield Written(kind, number, new or text, old)
+        yield ParsedOperation(kind, number, new or text, old)
         return
     for key, each in fields.items():
         if key in _KINDS:
@@ -249,21 +249,21 @@ def _first_text(fields: dict[str, Any], keys: Sequence[str]) -> str:
     return next((value for key in keys if isinstance(value := fields.get(key), str) and value.strip()), "")
 
 
-def _walk_named(kind: OperationKind, value: Any) -> Iterator[Written]:
+def _walk_named(kind: OperationKind, value: Any) -> Iterator[ParsedOperation]:
     """Read `{"ADD": ["..."], "AGREE": [1], "EDIT": {"2": "..."}}`."""
     if isinstance(value, dict):
         pairs = value.items()
         if all(str(key).isdecimal() and isinstance(text, str) for key, text in pairs):
-            yield from (Written(kind, int(key), text) for key, text in pairs)
+            yield from (ParsedOperation(kind, int(key), text) for key, text in pairs)
             return
         value = [value]
     for each in value if isinstance(value, list) else [value]:
         if isinstance(each, dict):
             yield from _walk({**each, "op": kind.value})
         elif isinstance(each, str):
-            yield Written(kind, None, each)
+            yield ParsedOperation(kind, None, each)
         elif isinstance(each, int) and not isinstance(each, bool):
-            yield Written(kind, each, "")
+            yield ParsedOperation(kind, each, "")
 
 
 def _normalise(answer: str) -> str:
@@ -276,7 +276,7 @@ def _normalise(answer: str) -> str:
     return _NEXT_ON_LINE.sub("\n", answer)
 
 
-def _read_lines(answer: str) -> Iterator[Written]:
+def _read_lines(answer: str) -> Iterator[ParsedOperation]:
     lines = answer.splitlines()
     headers = [_read_header(line) for line in lines]
     for index, found in enumerate(headers):
@@ -289,7 +289,7 @@ def _read_lines(answer: str) -> Iterator[Written]:
             yield from _read_body(found[0], lines[index + 1 : end])
 
 
-def _read_header(line: str) -> list[Written]:
+def _read_header(line: str) -> list[ParsedOperation]:
     """Return the operation that begins on this line, several for `AGREE 1, 3`, none for prose."""
     if line.lstrip().startswith("|"):
         return _read_table_row(line)
@@ -301,8 +301,8 @@ def _read_header(line: str) -> list[Written]:
     if not numbers and kind is not OperationKind.ADD and (leading := _LEADING_NUMBER.match(rest)):
         numbers, rest = [int(leading[1])], rest[leading.end() :]
     if len(numbers) > 1:
-        return [Written(kind, number, "") for number in numbers] if kind is not OperationKind.ADD else []
-    return [Written(kind, numbers[0] if numbers else None, rest)]
+        return [ParsedOperation(kind, number, "") for number in numbers] if kind is not OperationKind.ADD else []
+    return [ParsedOperation(kind, numbers[0] if numbers else None, rest)]
 
 
 def _is_header(match: re.Match[str]) -> bool:
@@ -332,7 +332,7 @@ def _line_is_shouted(line: str) -> bool:
     return len(words) > 2 and all(word.isupper() for word in words)
 
 
-def _read_table_row(line: str) -> list[Written]:
+def _read_table_row(line: str) -> list[ParsedOperation]:
     cells = [cell.strip(" *_`") for cell in line.strip().strip("|").split("|")]
     index = next((i for i, cell in enumerate(cells) if re.fullmatch(rf"({_OPS})(\s+\d+)?", cell, re.I)), None)
     if index is None:
@@ -341,10 +341,12 @@ def _read_table_row(line: str) -> list[Written]:
     others = cells[index + 1 :]
     numbers = [cell.lstrip("#") for cell in others if cell.lstrip("#").isdecimal()] or [number]
     text = next((cell for cell in others if len(cell) > 3), "")
-    return [Written(OperationKind(op.lower()), int(numbers[0]) if numbers[0].strip().isdecimal() else None, text)]
+    return [
+        ParsedOperation(OperationKind(op.lower()), int(numbers[0]) if numbers[0].strip().isdecimal() else None, text)
+    ]
 
 
-def _read_body(header: Written, lines: Sequence[str]) -> Iterator[Written]:
+def _read_body(header: ParsedOperation, lines: Sequence[str]) -> Iterator[ParsedOperation]:
     """Complete an operation with the lines that follow it."""
     if _clean(header.text):
         yield _continue(header, lines)
@@ -368,7 +370,7 @@ def _is_field(line: str) -> bool:
     return bool(_OLD_FIELD.match(line) or _NEW_FIELD.match(line) or _TEXT_FIELD.match(line))
 
 
-def _read_bullets(kind: OperationKind, lines: Sequence[str]) -> Iterator[Written]:
+def _read_bullets(kind: OperationKind, lines: Sequence[str]) -> Iterator[ParsedOperation]:
     for index, line in enumerate(lines):
         match = _BULLET.match(line)
         if match is None:
@@ -382,10 +384,10 @@ def _read_bullets(kind: OperationKind, lines: Sequence[str]) -> Iterator[Written
             number = None
         elif number is None and (leading := _LEADING_NUMBER.match(text)):
             number, text = leading[1], text[leading.end() :]
-        yield _continue(Written(kind, int(number) if number else None, text), lines[index + 1 :])
+        yield _continue(ParsedOperation(kind, int(number) if number else None, text), lines[index + 1 :])
 
 
-def _read_fields(header: Written, lines: Sequence[str]) -> Written:
+def _read_fields(header: ParsedOperation, lines: Sequence[str]) -> ParsedOperation:
     """Read `Old: ... New: ...`, `Lesson: ...`, or the plain lines of a lesson."""
     old = ""
     for index, line in enumerate(lines):
@@ -405,7 +407,7 @@ def _read_fields(header: Written, lines: Sequence[str]) -> Written:
     return header
 
 
-def _continue(header: Written, lines: Sequence[str]) -> Written:
+def _continue(header: ParsedOperation, lines: Sequence[str]) -> ParsedOperation:
     """Join the wrapped lines of a text: up to a blank line, the end of a sentence, a bullet or an explanation."""
     text = header.text.strip()
     for line in lines:
@@ -418,7 +420,7 @@ def _continue(header: Written, lines: Sequence[str]) -> Written:
     return replace(header, text=text)
 
 
-def _resolve(written: Written, place: Place, known: Sequence[str]) -> InsightOperation | None:
+def _resolve(written: ParsedOperation, place: Place, known: Sequence[str]) -> InsightOperation | None:
     text = _clean(written.text)
     if written.kind is OperationKind.ADD:
         return InsightOperation(written.kind, *place, text) if is_lesson(text) else None
@@ -433,7 +435,7 @@ def _resolve(written: Written, place: Place, known: Sequence[str]) -> InsightOpe
 
 
 def _resolve_edit(
-    written: Written, text: str, place: Place, known: Sequence[str], numbered: str | None
+    written: ParsedOperation, text: str, place: Place, known: Sequence[str], numbered: str | None
 ) -> InsightOperation | None:
     old = find_known(written.old_text, known)
     for arrow in _ARROW.finditer(text):

@@ -13,7 +13,7 @@ from typing import Any
 from runtime.engine.client import Delta, OnDelta
 
 
-class ClientsEar:
+class ClientStream:
     """Stands between the engine and who listens, for one reply."""
 
     def __init__(self, on_delta: OnDelta, client_tools: Collection[str]) -> None:

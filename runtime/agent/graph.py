@@ -30,7 +30,7 @@ from memory.conversation import show_memory
 from memory.schema import RewardSource, Split, Task, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
 from runtime.agent.nodes import act, resume, retrieve, use_tools
-from runtime.agent.open_episodes import Entry, EpisodeBook
+from runtime.agent.open_episodes import Entry, OpenEpisodes
 from runtime.agent.resume import restore_messages
 from runtime.agent.state import Budget, Episode, EpisodeState, OnOpen
 from runtime.config import AgentConfig
@@ -70,7 +70,7 @@ class Agent:
         self._tools = tools
         """Run by the server in requests that name no environment; whoever made the list may fill it later."""
         self.telemetry = telemetry or Telemetry()
-        self.book = EpisodeBook(memory, idle_seconds=self._config.client_idle_seconds)
+        self.book = OpenEpisodes(memory, idle_seconds=self._config.client_idle_seconds)
         self._salts = CacheSalts()
         self._graph = build_graph()
 
@@ -149,10 +149,10 @@ class Agent:
         # What is remembered of a shared or practised episode is shown to all: nothing of one person's may be in it.
         reader = "" if is_shared or environment is not None else user_id
         with self.book.enter(asked, episode_id=episode_id, policy=policy, task=task, **whose) as entry:
-            pinned = entry.comeback.trajectory.policy if entry.comeback is not None else policy
+            pinned = entry.resumption.trajectory.policy if entry.resumption is not None else policy
             async with self._hotswap.lease(pinned) as actor:
                 playthrough = await environment.start(task) if environment is not None else None
-                split = entry.comeback.trajectory.split if entry.comeback else task.split if task else Split.LIVE
+                split = entry.resumption.trajectory.split if entry.resumption else task.split if task else Split.LIVE
                 episode = Episode(
                     memory=self._memory,
                     telemetry=self.telemetry,
@@ -193,15 +193,15 @@ class Agent:
         messages: Sequence[Message],
     ) -> dict[str, Any]:
         """Return where the episode begins: at its opening, or where the client left it."""
-        if entry.comeback is not None:
-            trajectory = entry.comeback.trajectory
+        if entry.resumption is not None:
+            trajectory = entry.resumption.trajectory
             return {
                 "opening": trajectory.opening,
                 "task_text": trajectory.task_text,
-                "comeback": entry.comeback,
+                "resumption": entry.resumption,
                 "trajectory_id": trajectory.id,
                 "trajectory": trajectory,
-                "num_recorded": len(entry.comeback.steps),
+                "num_recorded": len(entry.resumption.steps),
                 "num_invalid_tool_calls": trajectory.num_invalid_tool_calls,
             }
         opening = [{"role": "user", "content": playthrough.task_text}] if playthrough else list(messages)
@@ -353,10 +353,10 @@ def _end_or(node: str) -> Callable[[EpisodeState], Awaitable[str]]:
 
 def _begin_state(episode: Episode) -> EpisodeState:
     """Return what the model was shown before this turn: nothing, where the episode only opens."""
-    if episode.comeback is None:
+    if episode.resumption is None:
         return {"messages": []}
     opening = show_memory(episode.opening, episode.trajectory.memory_text)
-    return {"messages": [*opening, *restore_messages(episode.comeback.steps)]}
+    return {"messages": [*opening, *restore_messages(episode.resumption.steps)]}
 
 
 def _refuse_namesakes(server_tools: Sequence[Tool], definitions: Sequence[dict[str, Any]]) -> None:

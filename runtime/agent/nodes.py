@@ -17,7 +17,7 @@ from langgraph.runtime import Runtime
 from memory.conversation import show_memory
 from memory.errors import StorageError, StoreError
 from memory.schema import Split, Step, StepKind, Trajectory, Trust, now
-from runtime.agent.client_stream import ClientsEar
+from runtime.agent.client_stream import ClientStream
 from runtime.agent.resume import digest, exchanges_of, last_handover, text_of
 from runtime.agent.state import Episode, EpisodeState
 from runtime.engine.client import Completion, Message
@@ -81,10 +81,10 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
 async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     """Take the trajectory up where the client left it, and record what it brings."""
     episode = runtime.context
-    handover = last_handover(episode.comeback.steps)
+    handover = last_handover(episode.resumption.steps)
     names = {call["id"]: call["function"]["name"] for call in handover.tool_calls}
     episode.announce()
-    for message in episode.comeback.news:
+    for message in episode.resumption.news:
         if message["role"] == "user":
             await _record(episode, StepKind.USER, content=text_of(message))
             continue
@@ -96,7 +96,7 @@ async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState
             tool_call_id=message.get("tool_call_id"),
             seconds=(now() - handover.created_at).total_seconds(),
         )
-    return {"messages": list(episode.comeback.news)}
+    return {"messages": list(episode.resumption.news)}
 
 
 async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
@@ -133,7 +133,7 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
 
 async def _ask_policy(episode: Episode, messages: Sequence[Message]) -> Completion:
     """Return the policy's reply. An engine that died before a word was heard is waited for, and asked once more."""
-    ear = _ear_of(episode)
+    ear = _stream_of(episode)
     try:
         return await _call_model(episode, messages, ear)
     except EngineLost as lost:
@@ -143,10 +143,10 @@ async def _ask_policy(episode: Episode, messages: Sequence[Message]) -> Completi
         episode.lost = lost
     await episode.actor.engine.recover()  # the episode's own time limits it
     episode.lost = None
-    return await _call_model(episode, messages, _ear_of(episode))
+    return await _call_model(episode, messages, _stream_of(episode))
 
 
-async def _call_model(episode: Episode, messages: Sequence[Message], ear: ClientsEar | None) -> Completion:
+async def _call_model(episode: Episode, messages: Sequence[Message], ear: ClientStream | None) -> Completion:
     sampling = {"temperature": episode.temperature, "max_tokens": episode.budget.require(), "seed": _seed_of(episode)}
     request = {"model": episode.actor.served_name, **sampling}
     with episode.telemetry.model_call(f"v{episode.actor.version}", episode.episode_id, messages, request) as replied:
@@ -157,8 +157,8 @@ async def _call_model(episode: Episode, messages: Sequence[Message], ear: Client
     return completion
 
 
-def _ear_of(episode: Episode) -> ClientsEar | None:
-    return None if episode.on_delta is None else ClientsEar(episode.on_delta, episode.client_tool_names)
+def _stream_of(episode: Episode) -> ClientStream | None:
+    return None if episode.on_delta is None else ClientStream(episode.on_delta, episode.client_tool_names)
 
 
 def _seed_of(episode: Episode) -> int | None:

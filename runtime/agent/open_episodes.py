@@ -22,7 +22,7 @@ import structlog
 from memory.errors import StoreError
 from memory.schema import Task, Trajectory, TrajectoryStage, new_id, now
 from memory.store import Memory
-from runtime.agent.resume import Comeback, digest, last_handover, split_at_answer
+from runtime.agent.resume import Resumption, digest, last_handover, split_at_answer
 from runtime.engine.client import Message
 from runtime.errors import EpisodeBusy
 
@@ -40,10 +40,10 @@ class Entry:
     """What a request belongs to: an episode, and where it is one under way, what the client comes back to."""
 
     episode_id: str
-    comeback: Comeback | None = None
+    resumption: Resumption | None = None
 
 
-class EpisodeBook:
+class OpenEpisodes:
     """The open episodes of one server."""
 
     def __init__(self, memory: Memory, *, idle_seconds: float) -> None:
@@ -77,9 +77,9 @@ class EpisodeBook:
         if (tenant, episode_id) in self._under_way:
             raise EpisodeBusy(f"episode {episode_id!r} is answering another request: wait for that answer")
         whose = (tenant, user_id, is_shared)
-        comeback = None if messages is None else self._find(messages, episode_id, policy, task, whose)
-        if comeback is not None:
-            entry = Entry(comeback.trajectory.episode_id, comeback)
+        resumption = None if messages is None else self._find(messages, episode_id, policy, task, whose)
+        if resumption is not None:
+            entry = Entry(resumption.trajectory.episode_id, resumption)
         else:
             entry = Entry(episode_id or new_id("eps"))
         place = (tenant, entry.episode_id)
@@ -96,7 +96,7 @@ class EpisodeBook:
         policy: int | None,
         task: Task | None,
         whose: tuple[str, str, bool],
-    ) -> Comeback | None:
+    ) -> Resumption | None:
         """Return what these messages go on with, exactly; of several that look the same, the oldest that is free."""
         parts = split_at_answer(messages)
         if parts is None:
@@ -115,9 +115,9 @@ class EpisodeBook:
                 is_busy = True
                 continue
             steps = self._memory.trajectories.steps(trajectory.id, with_token_ids=False)
-            comeback = Comeback(trajectory, steps, tail)
-            if comeback.is_sound:
-                return comeback
+            resumption = Resumption(trajectory, steps, tail)
+            if resumption.is_sound:
+                return resumption
         if is_busy:
             raise EpisodeBusy("the episode that these messages go on with is answering another request: wait for that")
         return None

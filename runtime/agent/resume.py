@@ -25,7 +25,7 @@ MAX_PARSED_VALUES = 100_000
 
 
 @dataclass(frozen=True)
-class Comeback:
+class Resumption:
     """A client that is back: the trajectory it left, the steps so far, and what it brings."""
 
     trajectory: Trajectory

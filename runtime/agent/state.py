@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypedDict
 
 from memory.schema import Step, Task, Trajectory
 from memory.store import Memory
-from runtime.agent.resume import Comeback
+from runtime.agent.resume import Resumption
 from runtime.engine.client import Completion, Message, OnDelta
 from runtime.environments.base import Playthrough
 from runtime.errors import BudgetExceeded, EngineLost
@@ -99,7 +99,7 @@ class Episode:
     on_open: OnOpen | None = None
     heard: Sequence[Message] = ()
     """The messages of the request as the client sent them."""
-    comeback: Comeback | None = None
+    resumption: Resumption | None = None
     """What the client comes back to; None where the episode opens with this request."""
     trajectory: Trajectory | None = None
     """None until it is open."""

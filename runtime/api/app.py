@@ -24,10 +24,10 @@ from runtime.api.errors import (
     UnsupportedMediaType,
     refusals,
 )
-from runtime.api.gateway.auth import Gate
-from runtime.api.gateway.origins import RefuseForeignPages
+from runtime.api.gateway.auth import AuthMiddleware
+from runtime.api.gateway.origins import OriginCheck
 from runtime.api.gateway.permissions import is_open
-from runtime.api.gateway.request_metrics import MeasureRequests
+from runtime.api.gateway.request_metrics import RequestMetrics
 from runtime.api.openai import chat, models, responses
 from runtime.api.resources import (
     cycles,
@@ -126,7 +126,7 @@ def create_app(services: Services) -> FastAPI:
     )
     for module in ROUTERS:
         app.include_router(module.router, responses={} if module is health else refused)
-    app.add_middleware(Gate, services=services, routes=app.router.routes)
+    app.add_middleware(AuthMiddleware, services=services, routes=app.router.routes)
     if services.server.cors_origins:
         app.add_middleware(  # outside the gate: a preflight brings no key, and refusals must be readable too
             CORSMiddleware,
@@ -135,8 +135,8 @@ def create_app(services: Services) -> FastAPI:
             allow_headers=["*"],
             expose_headers=READABLE_HEADERS,
         )
-    app.add_middleware(RefuseForeignPages, config=services.server)
-    app.add_middleware(MeasureRequests, telemetry=services.agent.telemetry)  # the last is the outermost
+    app.add_middleware(OriginCheck, config=services.server)
+    app.add_middleware(RequestMetrics, telemetry=services.agent.telemetry)  # the last is the outermost
     app.openapi = partial(describe_api, app)
     return app
 

@@ -66,7 +66,7 @@ class State:
         engine, hotswap = server.engine, server.hotswap
         shown = [
             policy
-            for policy in server.memory.policies.list()
+            for policy in server.memory.policies.select()
             if policy.stage in SHOWN_STAGES or policy.version in hotswap.loaded_versions
         ]
         yield gauge("policy", ((_describe(policy, hotswap.active_version), 1) for policy in shown))
@@ -82,7 +82,9 @@ class State:
         ended = cycles.outcomes()
         verdicts = [verdict for _, verdict in ended if verdict and "decision" in verdict]
         at_once = {(verdict.get("policy"), verdict["decision"]) for verdict in verdicts}
-        judged = [(policy.version, policy.verdict) for policy in self._server.memory.policies.list() if policy.verdict]
+        judged = [
+            (policy.version, policy.verdict) for policy in self._server.memory.policies.select() if policy.verdict
+        ]
         # judged by the log, after its cycle had ended
         verdicts += [verdict for version, verdict in judged if (version, verdict["decision"]) not in at_once]
         decisions = Counter(verdict["decision"] for verdict in verdicts)

@@ -74,7 +74,7 @@ def add_key_verbs(app: typer.Typer, open_keys: OpenKeys) -> None:
             return await client.get("/v1/keys")
 
         async def do(keys: Keys) -> dict[str, Any]:
-            return {"object": "list", "data": [_describe(row) for row in keys.list()]}
+            return {"object": "list", "data": [_describe(row) for row in keys.select()]}
 
         _perform(ask, do, lambda: open_keys(config, data), url, key, as_json, show.keys_table)
 

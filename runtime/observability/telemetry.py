@@ -63,7 +63,7 @@ STATE = {
 
 
 @dataclass
-class Spent:
+class TimeSpent:
     """What one request waited for so far."""
 
     model_seconds: float = 0.0
@@ -71,7 +71,7 @@ class Spent:
     num_calls: int = 0
 
 
-_spent: ContextVar[Spent | None] = ContextVar("spent", default=None)
+_spent: ContextVar[TimeSpent | None] = ContextVar("spent", default=None)
 
 
 class Telemetry:
@@ -118,7 +118,7 @@ class Telemetry:
     @contextlib.contextmanager
     def request(self, method: str) -> Iterator[Callable[[str, int], None]]:
         """Measure one request; call what is given with its route and status before the end."""
-        spent = Spent()
+        spent = TimeSpent()
         token = _spent.set(spent)
         self._in_progress.inc()
         answered: tuple[str, int] = (UNKNOWN, 500)

@@ -49,7 +49,7 @@ NUM_IDLE_KEPT = 2
 
 
 @dataclass
-class Outfit:
+class LoadedPolicy:
     """One policy as the engine wears it."""
 
     policy: Policy
@@ -72,7 +72,7 @@ class HotSwap:
         self._policies = policies
         self._engine = engine
         self._max_lora_rank = max_lora_rank
-        self._outfits: dict[int, Outfit] = {}
+        self._outfits: dict[int, LoadedPolicy] = {}
         self._active: int | None = None
         self._retired: int | None = None
         self._swapping = asyncio.Lock()
@@ -84,7 +84,7 @@ class HotSwap:
         self.num_swaps = 0
         self.refusal: str | None = None
         """Why the newest active row is not what is worn; None while it is."""
-        engine.on_restart = self.dress_again
+        engine.on_restart = self.reload_adapters
 
     @property
     def active_version(self) -> int | None:
@@ -184,7 +184,7 @@ class HotSwap:
                 else:
                     seen = wanted
 
-    async def dress_again(self) -> None:
+    async def reload_adapters(self) -> None:
         """After a restart of the engine, which forgets its adapters: load again what is active, retired or leased."""
         for version, outfit in list(self._outfits.items()):
             outfit.is_loaded = False
@@ -195,14 +195,14 @@ class HotSwap:
             except AdapterError as error:  # its leases fail; the others need not
                 log.error("adapter refused after a restart", version=version, error=str(error))
 
-    def _outfit(self, version: int) -> Outfit:
+    def _outfit(self, version: int) -> LoadedPolicy:
         if version not in self._outfits:
             policy = self._policies.get(version)
             name = Path(policy.adapter_path).name if policy.adapter_path else self._engine.model
-            self._outfits[version] = Outfit(policy, name)
+            self._outfits[version] = LoadedPolicy(policy, name)
         return self._outfits[version]
 
-    async def _load(self, outfit: Outfit) -> None:
+    async def _load(self, outfit: LoadedPolicy) -> None:
         """Have the engine serve the policy, proved; nothing to do for the bare base and for what is loaded."""
         if outfit.is_loaded or outfit.path is None:
             outfit.is_loaded = True
@@ -236,7 +236,7 @@ class HotSwap:
         except AdapterRefused as refused:
             raise AdapterError(str(refused)) from refused
 
-    async def _prove(self, outfit: Outfit, manifest: Manifest) -> None:
+    async def _prove(self, outfit: LoadedPolicy, manifest: Manifest) -> None:
         """Raise AdapterError unless the engine's log-probs say that the adapter, this very one, is on."""
         expected = manifest.fingerprint
         token_ids = expected.token_ids

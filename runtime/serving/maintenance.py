@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 
 import structlog
 
-from runtime.agent.open_episodes import EpisodeBook
+from runtime.agent.open_episodes import OpenEpisodes
 from runtime.engine.process import Engine
 from runtime.errors import EngineInMaintenance
 from runtime.serving.hotswap import HotSwap
@@ -30,7 +30,7 @@ NUM_STARTS = 2
 class Maintenance:
     """At most one window at a time in which the engine is down."""
 
-    def __init__(self, engine: Engine, hotswap: HotSwap, episodes: EpisodeBook, *, drain_seconds: float) -> None:
+    def __init__(self, engine: Engine, hotswap: HotSwap, episodes: OpenEpisodes, *, drain_seconds: float) -> None:
         self._engine = engine
         self._hotswap = hotswap
         self._episodes = episodes

@@ -281,7 +281,7 @@ async def test_whatever_the_engine_streams_the_episode_is_closed(base_dir: Path,
                 for number in range(num_episodes):
                     group.create_task(play(agent, number))
             await engine.stop()
-        closed = [view.trajectory for view in memory.trajectories.list(limit=num_episodes + 1)]
+        closed = [view.trajectory for view in memory.trajectories.select(limit=num_episodes + 1)]
     assert len(closed) == num_episodes
     assert {it.stage for it in closed} == {TrajectoryStage.FINISHED, TrajectoryStage.FAILED}
     typed = ("PolicyError: ", "EngineLost: ", "EngineBusy: ", "RequestRefused: ", "BudgetExceeded: ")

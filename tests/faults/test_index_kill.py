@@ -29,7 +29,7 @@ from tests.memory.episodes import PATIENT, HashingEncoder
 async def main():
     with Memory.open(Path(sys.argv[1]), PATIENT, encoder=HashingEncoder()) as memory:
         await memory.index.drain()
-        kept = [it for it in memory.documents.list() if it.title.startswith("Carrots")]
+        kept = [it for it in memory.documents.select() if it.title.startswith("Carrots")]
         number = len(kept)
         while True:
             words = "\\n\\n".join(f"carrot {sys.argv[2]} {number} " + "fry " * 150 + str(part) for part in range(6))

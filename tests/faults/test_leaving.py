@@ -78,6 +78,6 @@ def test_who_leaves_frees_the_engine_and_is_recorded_cancelled(world: PlayedWorl
         assert worst < limit * 1e3
 
     def stages() -> list[TrajectoryStage]:
-        return [view.trajectory.stage for view in world.memory.trajectories.list(limit=10_000)]
+        return [view.trajectory.stage for view in world.memory.trajectories.select(limit=10_000)]
 
     assert eventually(lambda: stages() == [TrajectoryStage.CANCELLED] * num_clients)

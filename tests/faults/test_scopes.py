@@ -197,8 +197,8 @@ class Premises(RuleBasedStateMachine):
         else:
             with pytest.raises(UnknownTrajectory):
                 trajectories.get(trajectory.id, tenant=tenant)
-        told = [view.trajectory.task_text for view in trajectories.list(tenant=tenant, limit=20)]
-        told += [row.text for document in documents.list(tenant=tenant) for row in self.passages(document.id, tenant)]
+        told = [view.trajectory.task_text for view in trajectories.select(tenant=tenant, limit=20)]
+        told += [row.text for document in documents.select(tenant=tenant) for row in self.passages(document.id, tenant)]
         told += [insight.text for insight in self.memory.insights.active(tenant=tenant)]
         others = [it for text in told for it in MARKER.findall(text) if self.marked[it].tenant != tenant]
         assert not others, (tenant, others)

@@ -95,7 +95,7 @@ async def test_swaps_under_streams_fail_nobody_and_mix_nothing(world: World, num
     done.set()
     await asyncio.gather(*streams)
 
-    played = [view.trajectory for view in world.memory.trajectories.list(limit=1_000_000)]
+    played = [view.trajectory for view in world.memory.trajectories.select(limit=1_000_000)]
     assert {it.stage for it in played} == {TrajectoryStage.FINISHED}
     names = {version: f"pocket-v{version}" for version in range(1, NUM_POLICIES + 1)} | {0: "base"}
     assert [it.id for it in played if world.served[it.episode_id] != {names[it.policy]}] == []

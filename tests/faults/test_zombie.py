@@ -81,7 +81,7 @@ async def test_it_is_started_again_and_dressed_as_before_and_nobody_notices(star
                 is_alive = await engine.probe()
     episodes = [asyncio.create_task(agent.rollout(None, messages=ASK)) for _ in range(8)]
     if how == "dead":
-        await wait_until(lambda: len(memory.trajectories.list()) == 8)
+        await wait_until(lambda: len(memory.trajectories.select()) == 8)
         with contextlib.suppress(ProcessLookupError):  # on a slow machine it was found first
             os.kill(before, signal.SIGKILL)
     played = await asyncio.gather(*episodes)

@@ -25,7 +25,7 @@ from memory.schema import (
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle import stages
-from optimizer.cycle.context import Workshop
+from optimizer.cycle.context import CycleContext
 from optimizer.seams import Seams
 from optimizer.training.launch import read_finished
 from optimizer.training.spec import TrainingSpec
@@ -81,7 +81,7 @@ class Turns:
         cycles, config = self.memory.cycles, OptimizerConfig().model_dump(mode="json")
         cycle = cycles.unfinished() or await cycles.open(config)
         seams = Seams(rollout=_never, tasks=_never, train=self.train)
-        shop = Workshop(self.memory, seams, cycle.id)
+        shop = CycleContext(self.memory, seams, cycle.id)
         shop.directory.mkdir(parents=True, exist_ok=True)
         (shop.directory / "demonstrations.jsonl").write_text('{"input_ids": [1, 2]}\n')
         await shop.keep(demonstrations={"trajectory_ids": []})
@@ -112,9 +112,9 @@ class Turns:
         found = list(self.memory.database.check())
         if policies.activations()[-1].version != policies.active().version:
             found.append("the last activation is not of the policy that acts")
-        if [policy.stage for policy in policies.list()].count(PolicyStage.ACTIVE) != 1:
+        if [policy.stage for policy in policies.select()].count(PolicyStage.ACTIVE) != 1:
             found.append("not one policy acts")
-        for policy in policies.list():
+        for policy in policies.select():
             if policy.adapter_path is not None:
                 verify_adapter(Path(policy.adapter_path), base_digest=self.base_digest, max_rank=MAX_RANK)
         return found

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy
 
-from memory.search.indexed_rows import Searchable
-from memory.search.vector_index import MeaningIndex
+from memory.search.indexed_rows import IndexedRow
+from memory.search.vector_index import VectorIndex
 
 DIM = 384
 NUM_PERSONS = 50
@@ -22,16 +22,16 @@ def heap_mb() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e6
 
 
-def add(index: MeaningIndex, numbers: range) -> None:
+def add(index: VectorIndex, numbers: range) -> None:
     random = numpy.random.default_rng(numbers.start)
     for number in numbers:
         vector = random.standard_normal(DIM).astype("float32")
-        row = Searchable(f"trj_{number:08}", "text", "", "chat", "", tenant="", user_id=f"p{number % NUM_PERSONS}")
+        row = IndexedRow(f"trj_{number:08}", "text", "", "chat", "", tenant="", user_id=f"p{number % NUM_PERSONS}")
         index.upsert("exemplars", [row], [vector / numpy.linalg.norm(vector)], ids_at=lambda _partition, _num: [])
 
 
 def main() -> None:
-    index = MeaningIndex(Path(sys.argv[1]), "random")
+    index = VectorIndex(Path(sys.argv[1]), "random")
     index.open()
     add(index, range(150))  # opening Chroma and its caches take some megabytes
     before = heap_mb()

@@ -65,7 +65,7 @@ async def test_the_same_title_text_and_id_may_be_in_two_tenants(memory: Memory):
     first, second = [await memory.documents.ingest("Stove", "How to fry.", tenant=it) for it in ("acme", "zeta")]
     assert first.id != second.id
     await memory.documents.ingest("Stove", "How to bake.", tenant="zeta")
-    assert memory.documents.list(tenant="acme") == [first] and memory.documents.list() == []
+    assert memory.documents.select(tenant="acme") == [first] and memory.documents.select() == []
     changed = await memory.insights.apply([learn("fry it", "acme"), learn("fry it", "zeta"), learn("fry it", "acme")])
     assert {(it.tenant, it.strength) for it in changed} == {("acme", 3), ("zeta", 2)}
     for tenant in ("acme", "zeta"):
@@ -98,7 +98,7 @@ async def test_what_is_another_tenants_is_not_there(memory: Memory):
         memory.responses.conversation("resp_2", tenant="zeta")
     with pytest.raises(UnknownResponse):
         await memory.responses.delete("resp_1")
-    assert memory.trajectories.list() == [] and len(memory.trajectories.list(tenant="acme")) == 1
+    assert memory.trajectories.select() == [] and len(memory.trajectories.select(tenant="acme")) == 1
     assert memory.trajectories.newest_of(theirs.episode_id, tenant="zeta") is None
 
 
@@ -145,7 +145,7 @@ async def test_any_order_of_writes_leaks_nothing(memory: Memory):
         )
         texts = [
             retrieved.text,
-            *(view.trajectory.task_text for view in memory.trajectories.list(tenant=tenant, limit=500)),
+            *(view.trajectory.task_text for view in memory.trajectories.select(tenant=tenant, limit=500)),
             *(insight.text for insight in memory.insights.active(tenant=tenant)),
             *await memory.retrieval.find_passages("fry mark", 50, tenant=tenant),
         ]

@@ -104,7 +104,7 @@ async def test_a_passage_is_as_trusted_as_its_document(memory: Memory):
     (tea,) = await memory.retrieval.find_passages("tea is brewed", 1)
     assert isinstance(stoves, UntrustedText) and not isinstance(tea, UntrustedText)
 
-    shown = {document.title: memory.documents.passages(document.id)[0].id for document in memory.documents.list()}
+    shown = {document.title: memory.documents.passages(document.id)[0].id for document in memory.documents.select()}
     assert memory.trajectories.trust_of(memory_ids=[shown["Tea"]]) is Trust.TRUSTED
     assert memory.trajectories.trust_of(memory_ids=list(shown.values())) is Trust.UNTRUSTED
     await memory.documents.ingest("Stoves", "A stove fries potatoes.")

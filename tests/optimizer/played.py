@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from optimizer.evaluation.comparison import Played
+from optimizer.evaluation.comparison import EpisodeSummary
 
-EPISODE = Played(
+EPISODE = EpisodeSummary(
     task="",
     trajectory_id="",
     is_success=False,

@@ -96,7 +96,7 @@ def make_policy(memory: Memory, base_dir: Path) -> MakePolicy:
     """Draft a policy with an adapter of its own: `await make_policy()`."""
 
     async def make(**fields) -> Policy:
-        version = len(memory.policies.list())
+        version = len(memory.policies.select())
         path = write_adapter(memory.data_dir / "adapters" / f"pocket-v{version}", base_dir, version, **fields)
         return await memory.policies.draft(adapter_path=str(path), parent=0)
 

@@ -27,7 +27,7 @@ RESERVED = 8
 MAX_TENANTS_REMEMBERED = 10_000
 
 
-class Room:
+class ConcurrencyLimit:
     """Places for `max_turns`."""
 
     def __init__(self, max_turns: int, clock: Callable[[], float] = time.monotonic) -> None:

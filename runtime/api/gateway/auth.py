@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from memory.errors import StoreError
 from memory.schema import ApiKey
 from runtime.api.errors import SHED, ApiError, InMaintenance, Unauthorized, respond
-from runtime.api.gateway.admission import TURNS, Room
+from runtime.api.gateway.admission import TURNS, ConcurrencyLimit
 from runtime.api.gateway.permissions import OPERATOR, Caller, is_open, require_open
 from runtime.api.gateway.quota import Quota
 from runtime.api.gateway.request_body import BODIES_AT_ONCE, OPEN_BODY_BYTES, BodyBudget, read_body
@@ -31,7 +31,7 @@ NO_JSON = (b"multipart/form-data", b"application/x-www-form-urlencoded")
 """What some routes read besides JSON. A body of any other type is looked at as if it were JSON."""
 
 
-class Gate:
+class AuthMiddleware:
     """The outermost layer of the application."""
 
     def __init__(self, app: ASGIApp, services: Services, routes: Sequence[BaseRoute]) -> None:
@@ -40,7 +40,7 @@ class Gate:
         self._routes = routes
         self._callers: dict[str, Caller] = {}
         """By the key's id: a caller keeps its quota from request to request."""
-        self._room = Room(services.engine.config.max_turns)
+        self._room = ConcurrencyLimit(services.engine.config.max_turns)
         self._budget = BodyBudget(BODIES_AT_ONCE * services.limits.max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -26,7 +26,7 @@ UPLOADS = "/v1/documents"
 JSON_TYPE = re.compile(r"application/(?:[a-z0-9.+-]+\+)?json", re.IGNORECASE)
 
 
-class RefuseForeignPages:
+class OriginCheck:
     """ASGI middleware in front of everything else."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:

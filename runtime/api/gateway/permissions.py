@@ -37,15 +37,15 @@ OPERATOR = Caller()
 
 
 @dataclass(frozen=True)
-class Door:
+class RoutePermission:
     """Which scopes open a route; one of them is enough."""
 
     scopes: frozenset[str]
     is_shared: bool = False
 
 
-def _door(*scopes: Scope, is_shared: bool = False) -> Door:
-    return Door(frozenset({*scopes, Scope.ADMIN}), is_shared)
+def _door(*scopes: Scope, is_shared: bool = False) -> RoutePermission:
+    return RoutePermission(frozenset({*scopes, Scope.ADMIN}), is_shared)
 
 
 INFER, FEEDBACK, LEARN = _door(Scope.INFER), _door(Scope.FEEDBACK), _door(Scope.LEARN)
@@ -60,7 +60,7 @@ ASSET_PATHS = "/docs/assets/"
 LINKED_PATHS = "/feedback/"
 """For whoever holds a link: what follows is signed, and says what it allows."""
 
-DOORS: dict[tuple[str, str], Door] = {
+ROUTE_PERMISSIONS: dict[tuple[str, str], RoutePermission] = {
     ("POST", "/v1/chat/completions"): INFER,
     ("POST", "/v1/responses"): INFER,
     ("GET", "/v1/responses/{response_id}"): INFER,
@@ -117,7 +117,7 @@ def is_open(path: str) -> bool:
 
 def require_open(caller: Caller, method: str, path: str) -> None:
     """Raise Forbidden unless this route, by its path's template, is open to the caller."""
-    door = DOORS.get((method, path), OPERATE)
+    door = ROUTE_PERMISSIONS.get((method, path), OPERATE)
     if not door.scopes & caller.scopes:
         held = ", ".join(sorted(caller.scopes)) or "none"
         needed = " or ".join(scope.value for scope in Scope if scope in door.scopes)

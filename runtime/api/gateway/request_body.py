@@ -35,9 +35,9 @@ class BodyBudget:
         self._held: Counter[str] = Counter()
 
     @contextlib.contextmanager
-    def open(self, tenant: str) -> Iterator[Held]:
+    def open(self, tenant: str) -> Iterator[ReservedBytes]:
         """Give what counts the bytes of one body, until its request is answered."""
-        held = Held(self, tenant)
+        held = ReservedBytes(self, tenant)
         try:
             yield held
         finally:
@@ -52,7 +52,7 @@ class BodyBudget:
         self._held[tenant] += num_bytes
 
 
-class Held:
+class ReservedBytes:
     """The bytes of one body."""
 
     def __init__(self, budget: BodyBudget, tenant: str) -> None:
@@ -67,7 +67,7 @@ class Held:
 
 
 async def read_body(
-    scope: Scope, receive: Receive, limits: LimitsConfig, held: Held, *, max_bytes: int, is_json: bool
+    scope: Scope, receive: Receive, limits: LimitsConfig, held: ReservedBytes, *, max_bytes: int, is_json: bool
 ) -> Receive:
     """Return what gives the same body in one piece, once it is here and has been seen to keep the limits.
 

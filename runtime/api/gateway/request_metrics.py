@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from runtime.observability.telemetry import UNKNOWN, Telemetry
 
 
-class MeasureRequests:
+class RequestMetrics:
     """ASGI middleware around the routes."""
 
     def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:

@@ -28,7 +28,15 @@ from runtime.api.gateway.permissions import Asker
 from runtime.api.health import require_ready
 from runtime.api.openai.chat_answer import DONE, ChatCompletion, ChunkWriter, complete, event
 from runtime.api.openai.chat_request import EXAMPLES, ChatRequest, check_request, read_extensions
-from runtime.api.openai.turns import Asked, Listening, finish, headers_for, limit_messages, prepare, refuse_failed
+from runtime.api.openai.turns import (
+    StreamedTurn,
+    TurnRequest,
+    finish,
+    headers_for,
+    limit_messages,
+    prepare,
+    refuse_failed,
+)
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"])
@@ -55,7 +63,7 @@ async def create_completion(
     limit_messages(server, len(body.messages), "messages")
     extensions = read_extensions(body.metadata, safety_identifier=body.safety_identifier, user=body.user)
     check_request(body, extensions)
-    asked = Asked(
+    asked = TurnRequest(
         model=body.model,
         messages=[message.plain() for message in body.messages],
         extensions=extensions,
@@ -73,7 +81,7 @@ async def create_completion(
         turn = await finish(request, server.memory, play)
         answer = complete(turn, with_logprobs=bool(body.logprobs))
         return JSONResponse(answer.model_dump(mode="json"), headers=headers_for(turn.trajectory))
-    listening = Listening(server.memory, play)
+    listening = StreamedTurn(server.memory, play)
     await listening.start(request)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     writer = ChunkWriter(listening.trajectory, listening.first_position, include_usage=include_usage)
@@ -82,7 +90,7 @@ async def create_completion(
     )
 
 
-async def write_events(listening: Listening, writer: ChunkWriter) -> AsyncIterator[str]:
+async def write_events(listening: StreamedTurn, writer: ChunkWriter) -> AsyncIterator[str]:
     """Yield the answer as it is made; its last events only when everything is durable."""
     try:
         yield writer.begin()

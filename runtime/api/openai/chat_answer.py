@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from memory.schema import Trajectory, dump_json
 from runtime.api.openai.answer_ids import name_answer
 from runtime.api.openai.models import pin
-from runtime.api.openai.turn import Played, Turn
+from runtime.api.openai.turn import EpisodeSummary, Turn
 from runtime.engine.client import Delta
 
 
@@ -76,7 +76,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
-    ratchet: Played
+    ratchet: EpisodeSummary
 
 
 def complete(turn: Turn, *, with_logprobs: bool = False) -> ChatCompletion:

@@ -57,7 +57,7 @@ def resolve(name: str, policies: Policies) -> int | None:
             return policies.get(version if version.startswith("v") else f"v{version}").version
         except UnknownPolicy:
             pass
-    known = [ALIAS, *(pin(policy) for policy in policies.list())]
+    known = [ALIAS, *(pin(policy) for policy in policies.select())]
     shown = ", ".join(known if len(known) <= 8 else [*known[:4], "...", *known[-3:]])
     raise NotFound(f"the model {name!r} does not exist; there is: {shown}", param="model", code="model_not_found")
 
@@ -70,7 +70,7 @@ def _describe(name: str, policy: Policy) -> Model:
 async def list_models(server: Server) -> ModelList:
     policies = server.memory.policies
     listed = [_describe(ALIAS, policies.active())]
-    return ModelList(data=listed + [_describe(pin(policy), policy) for policy in policies.list()])
+    return ModelList(data=listed + [_describe(pin(policy), policy) for policy in policies.select()])
 
 
 @router.get("/{model}", summary="Look one name up", responses=refusals(NotFound))

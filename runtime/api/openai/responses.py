@@ -37,7 +37,15 @@ from runtime.api.openai.answer_ids import trajectory_of
 from runtime.api.openai.chat_request import read_extensions
 from runtime.api.openai.responses_answer import EventWriter, begin_response, end_response, fail_response, list_output
 from runtime.api.openai.responses_request import ResponseRequest, as_messages, check_conversation, check_request
-from runtime.api.openai.turns import Asked, Listening, finish, headers_for, limit_messages, prepare, refuse_failed
+from runtime.api.openai.turns import (
+    StreamedTurn,
+    TurnRequest,
+    finish,
+    headers_for,
+    limit_messages,
+    prepare,
+    refuse_failed,
+)
 from runtime.api.services import Server, Services
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
@@ -101,7 +109,7 @@ async def create_response(
     check_conversation(messages)
     if instructions:
         messages.insert(0, {"role": "system", "content": instructions})
-    asked = Asked(
+    asked = TurnRequest(
         model=body.model,
         messages=messages,
         extensions=extensions,
@@ -114,14 +122,14 @@ async def create_response(
     )
     play = prepare(server, asked)
     require_ready(server)
-    keep = Keeper(server.memory, body, items, caller.tenant)
+    keep = ResponseStore(server.memory, body, items, caller.tenant)
     if not body.stream:
         turn = await finish(request, server.memory, play)
         begun = begin_response(body, turn.trajectory, turn.first_position, instructions)
         response = end_response(begun, turn, list_output(turn), server.engine.max_model_len)
         await keep(response)
         return _send(response, headers_for(turn.trajectory))
-    listening = Listening(server.memory, play)
+    listening = StreamedTurn(server.memory, play)
     await listening.start(request)
     begun = begin_response(body, listening.trajectory, listening.first_position, instructions)
     return StreamingResponse(
@@ -155,7 +163,7 @@ def read_history(
     return items, instructions
 
 
-class Keeper:
+class ResponseStore:
     """Stores the response to one request, unless that wants nothing stored."""
 
     def __init__(self, memory: Memory, body: ResponseRequest, items: list[Json], tenant: str) -> None:
@@ -180,7 +188,7 @@ class Keeper:
 
 
 async def write_events(
-    listening: Listening, writer: EventWriter, keep: Keeper, context_tokens: int | None
+    listening: StreamedTurn, writer: EventWriter, keep: ResponseStore, context_tokens: int | None
 ) -> AsyncIterator[str]:
     """Yield the events of a response as it is made; the last one only when everything is durable."""
     try:

@@ -18,7 +18,7 @@ from runtime.agent.state import Episode
 from runtime.api.openai.answer_ids import name_answer
 
 
-class Played(BaseModel):
+class EpisodeSummary(BaseModel):
     """What became of the episode so far: the extension object `ratchet` of an answer."""
 
     trajectory_id: str
@@ -116,9 +116,9 @@ class Turn:
         is_cut = self.last_call is not None and self.last_call.finish_reason == "length"
         return "length" if is_cut or self.trajectory.error else "stop"
 
-    def played(self) -> Played:
+    def played(self) -> EpisodeSummary:
         trajectory = self.trajectory
-        return Played(
+        return EpisodeSummary(
             trajectory_id=trajectory.id,
             episode_id=trajectory.episode_id,
             policy=f"v{trajectory.policy}",

@@ -30,7 +30,7 @@ Play = Callable[..., Coroutine[Any, Any, Trajectory]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class TurnRequest:
     """What a client asks of the agent."""
 
     model: str
@@ -55,7 +55,7 @@ def limit_messages(server: Services, num_messages: int, field_of_messages: str) 
         )
 
 
-def prepare(server: Services, asked: Asked) -> Play:
+def prepare(server: Services, asked: TurnRequest) -> Play:
     """Return what plays the turn when called; everything that can be refused is refused here.
 
     Raises:
@@ -132,7 +132,7 @@ async def finish(request: Request, memory: Memory, play: Play) -> Turn:
     return turn
 
 
-class Listening:
+class StreamedTurn:
     """A turn that is heard while it is played. `trajectory` and `first_position` say where it is recorded."""
 
     def __init__(self, memory: Memory, play: Play) -> None:

@@ -136,7 +136,7 @@ def _need_engine(server: Services) -> NeedDetail:
 
 @router.get("", summary="List cycles, newest first")
 async def list_cycles(server: Server, limit: Annotated[int, Query(ge=1, le=500)] = 50) -> CycleList:
-    return CycleList(data=[describe(cycle, server) for cycle in server.memory.cycles.list(limit=limit)])
+    return CycleList(data=[describe(cycle, server) for cycle in server.memory.cycles.select(limit=limit)])
 
 
 @router.get("/{cycle_id}", summary="See where a cycle is, or how it ended", responses=refusals(NotFound))

@@ -123,7 +123,7 @@ async def _ingest(server: Services, caller: Caller, title: str, text: str, *, is
 
 @router.get("", summary="List what the agent was given to read")
 async def list_documents(server: Server, caller: Asker) -> DocumentList:
-    rows = server.memory.documents.list(tenant=caller.tenant)
+    rows = server.memory.documents.select(tenant=caller.tenant)
     return DocumentList(data=[describe(row) for row in rows])
 
 

@@ -1,6 +1,6 @@
 """Feedback from a browser, without a key: make a signed link, open it, post one piece.
 
-Refuses to know how links are signed (runtime/api/resources/signed_links.py). The routes under `/feedback/` are for whoever holds a
+How links are signed stands in `signed_links.py`. The routes under `/feedback/` are for whoever holds a
 link; making one is for those who may post feedback.
 Invariants: GET changes nothing, because previews of a link follow it; one link keeps one piece, and posting the same
 again is answered the same.

@@ -85,7 +85,7 @@ async def create_key(server: Server, body: Annotated[KeyRequest, Body(openapi_ex
 
 @router.get("", summary="List all keys")
 async def list_keys(server: Server) -> KeyList:
-    return KeyList(data=[describe(row) for row in server.memory.keys.list()])
+    return KeyList(data=[describe(row) for row in server.memory.keys.select()])
 
 
 @router.post("/{key_id}/revoke", summary="Have a key open nothing any more", responses=refusals(NotFound, Conflict))

@@ -72,7 +72,7 @@ class Judgement(BaseModel):
 @router.get("", summary="List all policies")
 async def list_policies(server: Server) -> PolicyList:
     policies = server.memory.policies
-    return PolicyList(active=policies.active().name, data=[describe(policy) for policy in policies.list()])
+    return PolicyList(active=policies.active().name, data=[describe(policy) for policy in policies.select()])
 
 
 @router.get("/{version}", summary="Read one policy", responses=refusals(NotFound))

@@ -132,7 +132,7 @@ async def list_trajectories(
     user: Annotated[str | None, Query(description="Only what was asked for this person.")] = None,
 ) -> TrajectoryPage:
     memory = server.memory
-    views = memory.trajectories.list(
+    views = memory.trajectories.select(
         limit=limit,
         before_id=before,
         environment=environment,
@@ -164,7 +164,7 @@ async def get_trajectory(
         steps=[_describe_step(step, token_ids) for step in memory.trajectories.steps(trajectory_id)],
         rewards=[RewardDetail.model_validate(row, from_attributes=True) for row in rewards],
         feedback=[
-            FeedbackDetail.model_validate(row, from_attributes=True) for row in memory.feedback.list(trajectory_id)
+            FeedbackDetail.model_validate(row, from_attributes=True) for row in memory.feedback.select(trajectory_id)
         ],
     )
 

@@ -23,7 +23,7 @@ async def test_one_cycle_at_a_time(cycles: Cycles):
     await cycles.save(first.id, stage=CycleStage.COMPLETED, verdict={"outcome": "promote"})
     assert cycles.unfinished() is None
     second = await cycles.open({})
-    assert [cycle.id for cycle in cycles.list()] == [second.id, first.id]
+    assert [cycle.id for cycle in cycles.select()] == [second.id, first.id]
 
 
 async def test_artifacts_add_up_and_the_rest_is_replaced(cycles: Cycles):

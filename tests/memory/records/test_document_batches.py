@@ -16,7 +16,7 @@ from memory.config import MemoryConfig
 from memory.errors import StorageError
 from memory.records.documents import WRITE_BATCH, Documents
 from memory.schema import Document, Outbox, Passage
-from memory.search.indexed_rows import Searchables
+from memory.search.indexed_rows import IndexedRows
 from memory.storage.database import Database
 from memory.store import Memory
 from tests.memory.episodes import HashingEncoder
@@ -78,7 +78,7 @@ async def test_others_write_between_the_batches_of_the_longest_document(database
 
 async def test_a_document_is_shown_when_all_of_it_is_there(database: Database):
     documents = Documents(database, passage_tokens=20)
-    searchables = Searchables.__new__(Searchables)  # of passages it needs nothing
+    searchables = IndexedRows.__new__(IndexedRows)  # of passages it needs nothing
     seen = set()
 
     shown_documents = select(Document.title, func.count(col(Passage.id))).join(Passage).where(col(Document.is_whole))
@@ -91,19 +91,19 @@ async def test_a_document_is_shown_when_all_of_it_is_there(database: Database):
     async with OtherWriter(database, look).at_work():
         first = await documents.ingest("Handbook", "# a\n" * 1000)
         await documents.ingest("Handbook", "# b\n" * 1500)
-        await documents.remove(documents.list()[0].id)
+        await documents.remove(documents.select()[0].id)
     assert seen == {((), 0), ((("Handbook", 1000),), 1000), ((("Handbook", 1500),), 1500)}
     with database.read() as session:
         assert session.scalar(select(func.count(col(Document.id)))) == 0
         assert session.scalar(select(func.count(col(Passage.id)))) == 0
-    assert first.id not in {it.id for it in documents.list()}
+    assert first.id not in {it.id for it in documents.select()}
 
 
 async def test_the_same_text_twice_at_once_is_kept_once(database: Database):
     documents = Documents(database, passage_tokens=20)
     content = "# a\n" * 1000
     one, other = await asyncio.gather(documents.ingest("One", content), documents.ingest("Other", content))
-    assert one == other and documents.list() == [one]
+    assert one == other and documents.select() == [one]
     with database.read() as session:
         assert session.scalar(select(func.count(col(Passage.id)))) == 1000
 
@@ -113,7 +113,7 @@ async def test_a_document_may_be_called_like_the_id_of_one_that_is_removed(datab
     removed = await documents.ingest("Handbook", "How to fry.")
     named = await documents.ingest(removed.id, "How to roast.")
     await documents.remove(removed.id)
-    assert documents.list() == [named]
+    assert documents.select() == [named]
 
 
 async def test_a_document_is_written_to_its_end_when_its_caller_leaves(database: Database):
@@ -125,9 +125,9 @@ async def test_a_document_is_written_to_its_end_when_its_caller_leaves(database:
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
-        while not documents.list():
+        while not documents.select():
             await asyncio.sleep(0.001)
-    assert len(documents.passages(documents.list()[0].id)) == 1000
+    assert len(documents.passages(documents.select()[0].id)) == 1000
     assert num_rows(database, Outbox) == 1000
 
 
@@ -142,7 +142,7 @@ async def test_what_a_stopped_process_left_of_a_document_is_gone_at_the_next_sta
         with pytest.raises(StorageError, match="is closed"):
             await reading
     with Memory.open(tmp_path, encoder=HashingEncoder()) as memory:
-        assert memory.documents.list() == [kept]
+        assert memory.documents.select() == [kept]
         assert num_rows(memory.database, Document) == num_rows(memory.database, Passage) == 1
         assert (await memory.documents.ingest("Handbook", "How to roast.")).title == "Handbook"
 

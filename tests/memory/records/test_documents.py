@@ -23,13 +23,13 @@ async def test_the_same_content_again_changes_nothing(documents: Documents):
     first = await documents.ingest("Stove", "How to fry.")
     assert await documents.ingest("Stove", "How to fry.") == first
     assert await documents.ingest("Another title", "How to fry.") == first
-    assert documents.list() == [first]
+    assert documents.select() == [first]
 
 
 async def test_the_same_title_replaces_the_document_as_a_whole(documents: Documents):
     first = await documents.ingest("Stove", "How to fry.\n\n" + "Old words. " * 40)
     second = await documents.ingest(" Stove ", "How to roast.")
-    assert documents.list() == [second] and second.id != first.id
+    assert documents.select() == [second] and second.id != first.id
     assert [passage.text for passage in documents.passages(second.id)] == ["How to roast."]
     with pytest.raises(UnknownDocument, match=first.id):
         documents.passages(first.id)
@@ -38,7 +38,7 @@ async def test_the_same_title_replaces_the_document_as_a_whole(documents: Docume
 async def test_a_removed_document_is_gone(documents: Documents):
     document = await documents.ingest("Stove", "How to fry.")
     await documents.remove(document.id)
-    assert documents.list() == []
+    assert documents.select() == []
     with pytest.raises(UnknownDocument, match=document.id):
         await documents.remove(document.id)
 
@@ -62,7 +62,7 @@ async def test_a_document_of_too_many_passages_is_refused_by_the_settings_name(d
     with pytest.raises(DocumentTooLong, match=r"'Notes' has more than 3 passages.*memory\.max_document_passages"):
         await documents.ingest("Notes", "# a\n" * 250_000)
     assert time.process_time() - began < 5
-    assert documents.list() == [kept] and len(documents.passages(kept.id)) == 3
+    assert documents.select() == [kept] and len(documents.passages(kept.id)) == 3
 
 
 def test_passages_follow_the_structure():

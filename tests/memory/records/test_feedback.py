@@ -27,7 +27,7 @@ async def test_a_number_becomes_a_users_reward(memory: Memory):
 async def test_words_are_kept_and_reward_nothing(memory: Memory):
     trajectory = await open_trajectory(memory)
     await memory.feedback.post(Feedback(trajectory_id=trajectory.id, value="too long", correction="short"))
-    (kept,) = memory.feedback.list(trajectory.id)
+    (kept,) = memory.feedback.select(trajectory.id)
     assert (kept.value, kept.correction) == ("too long", "short") and kept.id.startswith("fb_")
     assert memory.trajectories.effective_reward(trajectory.id) is None
 
@@ -52,7 +52,7 @@ async def test_bad_feedback_is_refused_and_leaves_nothing(memory: Memory):
     for value in (1.5, -1, float("nan")):
         with pytest.raises(ValueError, match="from 0 to 1"):
             await memory.feedback.post(Feedback(id="f1", trajectory_id=trajectory.id, value=value))
-    assert memory.feedback.list(trajectory.id) == [] and memory.trajectories.rewards(trajectory.id) == []
+    assert memory.feedback.select(trajectory.id) == [] and memory.trajectories.rewards(trajectory.id) == []
 
 
 async def test_a_body_is_compared_as_json_after_what_is_no_unicode_was_mended(memory: Memory):

@@ -70,7 +70,7 @@ async def test_keys_are_known_again_after_a_restart(keys: Keys, database: Databa
 async def test_a_key_that_cannot_be_is_refused_by_name(keys: Keys, given: dict, said: str):
     with pytest.raises(ValueError, match=said):
         await keys.create(**{"name": "shop", "scopes": ["infer"]} | given)
-    assert keys.list() == []
+    assert keys.select() == []
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ async def test_a_first_key_that_cannot_manage_keys_brings_an_operators_key(keys:
     assert keys.find(key).id == row.id and keys.find(operators_key).id == operator.id
     assert (operator.scopes, operator.tenant) == (["admin"], "")
     assert (await keys.create_for_operator("page", ["feedback"]))[1] is None
-    assert len(keys.list()) == 3
+    assert len(keys.select()) == 3
 
 
 async def test_an_operators_own_first_key_is_enough(keys: Keys):
     (row, _), spare = await keys.create_for_operator("me", ["admin"])
-    assert spare is None and [each.id for each in keys.list()] == [row.id]
+    assert spare is None and [each.id for each in keys.select()] == [row.id]
 
 
 async def test_the_last_operators_key_is_not_revoked(keys: Keys):
@@ -109,7 +109,7 @@ async def test_the_last_use_is_kept_to_the_minute(keys: Keys, monkeypatch: pytes
     for seconds in (0, 10, 59, 61):
         monkeypatch.setattr(keys_module, "now", lambda seconds=seconds: began + timedelta(seconds=seconds))
         await keys.note_use(row)
-    (kept,) = keys.list()
+    (kept,) = keys.select()
     assert kept.last_used_at == began + timedelta(seconds=61)
     assert keys._noted_at[row.id] == kept.last_used_at
 
@@ -133,4 +133,4 @@ async def test_keys_are_made_without_a_server_but_never_beside_one(tmp_path: Pat
         with pytest.raises(DataDirectoryInUse, match="in use by process"), open_keys(tmp_path, config):
             pass
     with open_keys(tmp_path, config) as keys:
-        assert [row.name for row in keys.list()] == ["shop"]
+        assert [row.name for row in keys.select()] == ["shop"]

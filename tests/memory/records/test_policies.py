@@ -185,7 +185,7 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @invariant()
     def rows_say_what_must_be_true(self) -> None:
-        rows = {policy.version: policy.stage for policy in self.policies.list()}
+        rows = {policy.version: policy.stage for policy in self.policies.select()}
         assert rows == self.stages
         assert list(rows.values()).count(PolicyStage.ACTIVE) == 1
         assert self.policies.active().version == self.history[-1] == self.policies.activations()[-1].version

@@ -136,9 +136,9 @@ async def test_the_list_pages_and_filters_newest_first(memory: Memory):
     lost = await play(memory, reward=0.0, environment="garden")
     unjudged = await play(memory, reward=None, split=Split.HELD_OUT)
     running = await open_trajectory(memory)
-    ids = [it.trajectory.id for it in memory.trajectories.list()]
+    ids = [it.trajectory.id for it in memory.trajectories.select()]
     assert set(ids) == {won.id, lost.id, unjudged.id, running.id} and ids == sorted(ids, reverse=True)
-    first, rest = memory.trajectories.list(limit=1), memory.trajectories.list(before_id=ids[0])
+    first, rest = memory.trajectories.select(limit=1), memory.trajectories.select(before_id=ids[0])
     assert [it.trajectory.id for it in first + rest] == ids
     for chosen, filters in (
         ({won.id}, {"is_success": True}),
@@ -148,8 +148,8 @@ async def test_the_list_pages_and_filters_newest_first(memory: Memory):
         ({running.id}, {"stage": TrajectoryStage.RUNNING}),
         (set(), {"policy": 3}),
     ):
-        assert {it.trajectory.id for it in memory.trajectories.list(**filters)} == chosen
-    views = {it.trajectory.id: (it.reward, it.is_success) for it in memory.trajectories.list()}
+        assert {it.trajectory.id for it in memory.trajectories.select(**filters)} == chosen
+    views = {it.trajectory.id: (it.reward, it.is_success) for it in memory.trajectories.select()}
     assert views[won.id] == (1.0, True) and views[lost.id] == (0.0, False) and views[unjudged.id] == (None, None)
 
 

@@ -16,8 +16,8 @@ from memory.errors import IndexDamaged
 from memory.records.insights import OperationKind
 from memory.schema import Insight, Outbox, RewardSource, Split, TrajectoryStage
 from memory.search.index import MAX_HANGING, MemoryIndex, fuse
-from memory.search.indexed_rows import Searchable
-from memory.search.vector_index import MeaningIndex
+from memory.search.indexed_rows import IndexedRow
+from memory.search.vector_index import VectorIndex
 from memory.store import Memory
 from tests.memory.episodes import HashingEncoder, add, operation, play
 
@@ -88,10 +88,10 @@ async def test_filters_hold_on_both_sides(memory: Memory):
 
 
 def test_many_rows_of_the_task_left_out_hide_no_other(tmp_path: Path):
-    meanings = MeaningIndex(tmp_path, "hashing")
+    meanings = VectorIndex(tmp_path, "hashing")
     meanings.open()
-    rows = [Searchable(f"trj{number:03d}", f"fry {number}", "kitchen", "cooking", "asked") for number in range(120)]
-    rows += [Searchable("far", "roast", "kitchen", "cooking", "other"), Searchable("away", "fry", "garden", "cooking")]
+    rows = [IndexedRow(f"trj{number:03d}", f"fry {number}", "kitchen", "cooking", "asked") for number in range(120)]
+    rows += [IndexedRow("far", "roast", "kitchen", "cooking", "other"), IndexedRow("away", "fry", "garden", "cooking")]
     vectors = HashingEncoder().encode([row.text for row in rows])
     meanings.upsert("exemplars", rows, vectors)
     found = meanings.find("exemplars", vectors[0], KITCHEN, 5, exclude_task="asked")
@@ -178,7 +178,7 @@ async def test_what_the_index_lost_or_kept_too_long_is_reconciled_at_the_start(t
         meanings.forget("insights", [lost.id])
         meanings._held("insights")[0].update(ids=[stale.id], metadatas=[{"digest": "old"}])
         meanings.upsert(
-            "insights", [Searchable("ins_never", "never said")], memory.index._queries._encoder.encode(["x"])
+            "insights", [IndexedRow("ins_never", "never said")], memory.index._queries._encoder.encode(["x"])
         )
     with Memory.open(tmp_path, config, encoder=HashingEncoder()) as memory:
         assert await held(memory) == both(insights=2)

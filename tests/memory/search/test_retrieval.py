@@ -13,7 +13,7 @@ from memory.config import MemoryConfig
 from memory.errors import StorageError
 from memory.records.insights import OperationKind, SupportCounts
 from memory.schema import Insight
-from memory.search.retrieval import Recollection, estimate, is_supported
+from memory.search.retrieval import MemorySegment, estimate, is_supported
 from memory.store import Memory
 from tests.memory.episodes import HashingEncoder, add, operation, play
 
@@ -45,13 +45,13 @@ async def test_the_segment_reads_exactly_as_models_were_trained_on(memory: Memor
         "</memory>"
     )
     insights = memory.insights.active()
-    passage = memory.documents.passages(memory.documents.list()[0].id)[0]
+    passage = memory.documents.passages(memory.documents.select()[0].id)[0]
     assert recollection.ids == [insights[0].id, insights[1].id, trajectory.id, passage.id]
     assert recollection.num_tokens == estimate(recollection.text)
 
 
 async def test_an_empty_memory_shows_nothing(memory: Memory):
-    assert await memory.retrieval.retrieve(**ASKED) == Recollection("", [], 0)
+    assert await memory.retrieval.retrieve(**ASKED) == MemorySegment("", [], 0)
 
 
 async def test_sections_without_content_are_left_out(memory: Memory):
@@ -59,13 +59,13 @@ async def test_sections_without_content_are_left_out(memory: Memory):
     recollection = await memory.retrieval.retrieve(**ASKED)
     assert recollection.text == "<memory>\nInsights:\n- fry on the stove\n</memory>"
     elsewhere = await memory.retrieval.retrieve(**ASKED | {"environment": "garden"})
-    assert elsewhere == Recollection()
+    assert elsewhere == MemorySegment()
 
 
 async def test_a_task_is_never_shown_its_own_solution(memory: Memory):
     await play(memory, task="t9", task_text="fry the potato on the stove")
     await memory.index.drain()
-    assert await memory.retrieval.retrieve(**ASKED) == Recollection()
+    assert await memory.retrieval.retrieve(**ASKED) == MemorySegment()
     assert (await memory.retrieval.retrieve(**ASKED | {"task": None, "exclude_task": "t9"})).ids == []
     assert len((await memory.retrieval.retrieve(**ASKED | {"task": "t1"})).ids) == 1
 
@@ -82,10 +82,10 @@ async def test_the_budget_holds_and_shorter_ones_still_fit(memory: Memory):
     await memory.insights.apply([add("a" * 400), add("fry on the stove")])
     recollection = await memory.retrieval.retrieve(**ASKED, budget_tokens=40)
     assert recollection.text == "<memory>\nInsights:\n- fry on the stove\n</memory>"
-    assert await memory.retrieval.retrieve(**ASKED, budget_tokens=0) == Recollection()
+    assert await memory.retrieval.retrieve(**ASKED, budget_tokens=0) == MemorySegment()
     by_word = await memory.retrieval.retrieve(**ASKED, budget_tokens=8, count_tokens=lambda text: len(text.split()))
     assert by_word.num_tokens == 5 and "aaa" in by_word.text  # the other one would make it 9
-    assert await memory.retrieval.retrieve(**ASKED, budget_tokens=7, count_tokens=lambda text: 8) == Recollection()
+    assert await memory.retrieval.retrieve(**ASKED, budget_tokens=7, count_tokens=lambda text: 8) == MemorySegment()
 
 
 async def test_where_insights_are_many_strength_and_meaning_choose(tmp_path: Path, config: MemoryConfig):
@@ -128,7 +128,7 @@ async def test_storage_that_fails_costs_the_memory_and_not_the_answer(memory: Me
         raise StorageError("planted")
 
     monkeypatch.setattr(memory.insights, "active", fail)
-    assert await memory.retrieval.retrieve(**ASKED) == Recollection()
+    assert await memory.retrieval.retrieve(**ASKED) == MemorySegment()
 
 
 @given(st.text(alphabet="<|>/memory tolcasINST[]_", max_size=60))

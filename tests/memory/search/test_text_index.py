@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from memory.search.indexed_rows import Searchable
-from memory.search.text_index import WordIndex, quote_terms
+from memory.search.indexed_rows import IndexedRow
+from memory.search.text_index import TextIndex, quote_terms
 from memory.storage.database import Database
 from memory.store import leave
 
@@ -25,24 +25,24 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 
 @pytest.fixture
-def words(database: Database) -> WordIndex:
-    index = WordIndex(database)
+def words(database: Database) -> TextIndex:
+    index = TextIndex(database)
     database.write_sync(index.create)
     return index
 
 
-def hold(words: WordIndex, database: Database, *entries: Searchable, forget: tuple[str, ...] = ()) -> None:
+def hold(words: TextIndex, database: Database, *entries: IndexedRow, forget: tuple[str, ...] = ()) -> None:
     row_ids = forget or [entry.row_id for entry in entries]
     database.write_sync(lambda session: words.replace(session, "insights", row_ids, entries))
 
 
-def test_the_best_match_comes_first_and_filters_hold(words: WordIndex, database: Database):
+def test_the_best_match_comes_first_and_filters_hold(words: TextIndex, database: Database):
     hold(
         words,
         database,
-        Searchable("one", "frying carrots", "kitchen", "cooking", "t1"),
-        Searchable("both", "fry the carrot with the stove", "kitchen", "cooking", "t2"),
-        Searchable("other", "fry the carrot with the stove", "garden", "cooking", "t3"),
+        IndexedRow("one", "frying carrots", "kitchen", "cooking", "t1"),
+        IndexedRow("both", "fry the carrot with the stove", "kitchen", "cooking", "t2"),
+        IndexedRow("other", "fry the carrot with the stove", "garden", "cooking", "t3"),
     )
     where = {"environment": "kitchen", "kind": "cooking"}
     assert words.find("insights", "carrot stove", where, 5) == ["both", "one"]
@@ -53,35 +53,35 @@ def test_the_best_match_comes_first_and_filters_hold(words: WordIndex, database:
         words.find("insights", "carrot", {"row_id": "x"}, 5)
 
 
-def test_what_is_held_again_is_held_once_and_what_is_forgotten_is_gone(words: WordIndex, database: Database):
+def test_what_is_held_again_is_held_once_and_what_is_forgotten_is_gone(words: TextIndex, database: Database):
     for told in ("fry", "roast"):
-        hold(words, database, Searchable("a", told))
+        hold(words, database, IndexedRow("a", told))
     assert words.find("insights", "fry", {}, 5) == [] and words.find("insights", "roast", {}, 5) == ["a"]
     hold(words, database, forget=("a",))
     assert words.count()["insights"] == 0 and not words.has_any("insights", {})
 
 
-def test_rows_that_are_held_again_count_once(words: WordIndex, database: Database):
+def test_rows_that_are_held_again_count_once(words: TextIndex, database: Database):
     for row_id in ("a", "b", "a", "b", "a"):
-        hold(words, database, Searchable(row_id, "boil"))
+        hold(words, database, IndexedRow(row_id, "boil"))
     assert words.match("insights", "boil", {}, 5).num_rows == 2
 
 
 def test_what_is_common_elsewhere_is_telling_where_it_is_rare(
-    words: WordIndex, database: Database, monkeypatch: pytest.MonkeyPatch
+    words: TextIndex, database: Database, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("memory.search.text_index.MAX_ROWS", 5)
-    crowd = [Searchable(f"theirs{number}", "refund of an order", tenant="many") for number in range(9)]
-    hold(words, database, *crowd, Searchable("mine", "refund of a late order", tenant="few"))
+    crowd = [IndexedRow(f"theirs{number}", "refund of an order", tenant="many") for number in range(9)]
+    hold(words, database, *crowd, IndexedRow("mine", "refund of a late order", tenant="few"))
     assert words.find("insights", "refund", {"tenant": "few"}, 5) == ["mine"]
     assert words.find("insights", "refund", {"tenant": "none"}, 5) == []
     assert words.find("insights", "refund order", {"tenant": "many"}, 3) == []
     assert len(words.find_by_common_words("insights", "refund order", {"tenant": "many"}, 3)) == 3
 
 
-def test_a_rare_word_outweighs_common_ones(words: WordIndex, database: Database):
-    crowd = [Searchable(f"row{number}", f"fry the carrot in pan {number}") for number in range(20)]
-    hold(words, database, *crowd, Searchable("rare", "saffron"))
+def test_a_rare_word_outweighs_common_ones(words: TextIndex, database: Database):
+    crowd = [IndexedRow(f"row{number}", f"fry the carrot in pan {number}") for number in range(20)]
+    hold(words, database, *crowd, IndexedRow("rare", "saffron"))
     assert words.find("insights", "fry carrot with saffron", {}, 2)[0] == "rare"
 
 
@@ -91,14 +91,14 @@ def test_an_index_without_places_is_made_anew(database: Database):
         session.execute(text("CREATE VIRTUAL TABLE words USING fts5(text)"))
 
     database.write_sync(write_old)
-    words = WordIndex(database)
+    words = TextIndex(database)
     database.write_sync(words.create)
-    hold(words, database, Searchable("a", "fry"))
+    hold(words, database, IndexedRow("a", "fry"))
     assert words.find("insights", "fry", {}, 5) == ["a"]
 
 
-def test_common_words_find_nothing_by_themselves(words: WordIndex, database: Database):
-    hold(words, database, Searchable("a", "the end of the road"))
+def test_common_words_find_nothing_by_themselves(words: TextIndex, database: Database):
+    hold(words, database, IndexedRow("a", "the end of the road"))
     assert words.find("insights", "what is the use of it", {}, 5) == []
 
 
@@ -120,15 +120,15 @@ def test_common_words_find_nothing_by_themselves(words: WordIndex, database: Dat
         "{a b}",
     ],
 )
-def test_no_text_is_an_operator(words: WordIndex, database: Database, told: str):
-    hold(words, database, Searchable("a", "fry the carrot"))
+def test_no_text_is_an_operator(words: TextIndex, database: Database, told: str):
+    hold(words, database, IndexedRow("a", "fry the carrot"))
     found = words.find("insights", told, {}, 5)
     assert found == (["a"] if "fry" in told else [])
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(max_size=80))
-def test_any_text_can_be_asked_and_held(words: WordIndex, database: Database, told: str):
-    hold(words, database, Searchable("a", told))
+def test_any_text_can_be_asked_and_held(words: TextIndex, database: Database, told: str):
+    hold(words, database, IndexedRow("a", told))
     found = words.find("insights", told, {}, 5)
     assert found in ([], ["a"]) and (quote_terms(told) or not found)

@@ -45,7 +45,7 @@ def kill_after_writing(data_dir: Path) -> str:
 
 def titles_in(data_dir: Path) -> list[str]:
     with open_memory(data_dir) as memory:
-        rows: list[Document] = memory.documents.list()
+        rows: list[Document] = memory.documents.select()
         return [row.title for row in rows]
 
 

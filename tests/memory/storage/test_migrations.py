@@ -151,7 +151,7 @@ def test_rows_from_before_tenants_are_the_default_tenants_and_can_go_back(
         assert memory.trajectories.get("trj_1", tenant="").task_text == "hi"
         assert [insight.text for insight in memory.insights.active()] == ["fry it"]
         assert [passage.text for passage in memory.documents.passages("doc_1")] == ["How to fry."]
-        assert [said.id for said in memory.feedback.list("trj_1")] == ["fb_1"]
+        assert [said.id for said in memory.feedback.select("trj_1")] == ["fb_1"]
         assert memory.database.check() == []
     others = (
         "INSERT INTO documents (id, tenant, title, digest, created_at) "

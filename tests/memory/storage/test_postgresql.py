@@ -78,7 +78,7 @@ async def test_a_server_that_crashes_loses_nothing_acknowledged_and_is_written_t
         await asyncio.to_thread(own_cluster.stop, is_crash=True)
         await asyncio.sleep(0.1)
         with pytest.raises(StorageError, match=f"'{name}' on '{own_cluster.home}'.*see that the server is up"):
-            trajectories.list()
+            trajectories.select()
         await asyncio.to_thread(own_cluster.start)
     enough = len(kept) + 20
     while len(kept) < enough:
@@ -152,7 +152,7 @@ async def test_of_two_writers_one_sees_what_the_other_did(database_there: Databa
     drafts = await asyncio.gather(*(policies.draft() for policies in (first, second) * 8))
     assert sorted(policy.version for policy in drafts) == list(range(1, 17))
     await asyncio.gather(*((first, second)[policy.version % 2].promote(policy.version) for policy in drafts))
-    assert [policy.stage for policy in first.list()].count(PolicyStage.ACTIVE) == 1
+    assert [policy.stage for policy in first.select()].count(PolicyStage.ACTIVE) == 1
     assert len(second.activations()) == 17
     opened = await asyncio.gather(
         *(Cycles(database).open({}) for database in (database_there, other) * 4), return_exceptions=True
@@ -216,4 +216,4 @@ async def test_what_a_column_cannot_hold_is_a_bad_value_and_no_storage_failure(d
     trajectories = Trajectories(database_there)
     assert trajectories.newest_of("nul \x00 in an id", tenant="") is None
     with pytest.raises(ValueError, match="cannot keep such a value"):
-        trajectories.list(policy=2**40)
+        trajectories.select(policy=2**40)

@@ -17,7 +17,7 @@ from memory.errors import UnknownCycle
 from memory.schema import CycleStage, Feedback, PolicyStage, RewardSource, Split, Task, TrajectoryStage
 from memory.store import Memory
 from optimizer.config import DemonstrationConfig, EvaluationConfig, OptimizerConfig
-from optimizer.cycle.context import Workshop
+from optimizer.cycle.context import CycleContext
 from optimizer.cycle.cycle import abandon_cycle, open_cycle, run_cycle
 from optimizer.cycle.readiness import measure_needs
 from optimizer.cycle.stages import demonstrate
@@ -217,7 +217,7 @@ async def test_a_process_that_dies_goes_on_at_the_stage_where_it_died(memory, ki
 
     assert verdict["decision"] == "promote"
     assert trainer.trained == ["sft", "dpo"] and trained_before == trainer.trained[: len(trained_before)]
-    assert len(memory.policies.list()) == 3
+    assert len(memory.policies.select()) == 3
     one_turn = 36 + 36 + 6 * 40
     assert kitchen.num_played <= one_turn + 40  # at most one round or one cell is played again
 
@@ -354,7 +354,7 @@ async def test_nothing_is_played_for_a_cycle_whose_practice_cannot_bring_enough(
     with pytest.raises(TooFewTrajectories, match=said):
         await open_cycle(memory, config, seams=seams_of(kitchen, trainer))
 
-    assert kitchen.num_played == 0 and memory.cycles.list() == []
+    assert kitchen.num_played == 0 and memory.cycles.select() == []
 
 
 async def test_what_was_won_before_counts_towards_what_a_cycle_needs(memory, kitchen, trainer):
@@ -456,10 +456,10 @@ async def test_corrections_of_lost_episodes_are_enough_to_learn_from(memory, kit
         await memory.feedback.post(Feedback(trajectory_id=lost.id, correction="The stove, please."))
 
     cycle = await open_cycle(memory, config)
-    shop = Workshop(memory, seams_of(kitchen, trainer), cycle.id)
-    await demonstrate(shop)
+    context = CycleContext(memory, seams_of(kitchen, trainer), cycle.id)
+    await demonstrate(context)
 
-    made = shop.artifacts["demonstrations"]
+    made = context.artifacts["demonstrations"]
     assert made["num_rows"] == made["num_corrections"] == made["num_tasks"] == config.demonstrations.min_rows
 
 
@@ -474,10 +474,10 @@ async def test_feedback_of_a_key_that_does_not_teach_is_counted_and_not_learned(
             await memory.feedback.post(Feedback(trajectory_id=lost.id, key_id=key_id, user_id="anna", **said))
 
     cycle = await open_cycle(memory, CONFIG.model_copy(update={"practice_episodes": 0}))
-    shop = Workshop(memory, seams_of(kitchen, trainer), cycle.id)
-    await demonstrate(shop)
+    context = CycleContext(memory, seams_of(kitchen, trainer), cycle.id)
+    await demonstrate(context)
 
-    made = shop.artifacts["demonstrations"]
+    made = context.artifacts["demonstrations"]
     assert made["num_rows"] == 6 and made["tally"]["not_by_a_teacher"] == 6
     assert [(it["key_id"], it["key_name"]) for it in made["teachers"]] == [(teacher.id, "app")]
 

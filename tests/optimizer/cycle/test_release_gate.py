@@ -26,7 +26,7 @@ from memory.schema import (
 )
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
-from optimizer.cycle.context import Workshop
+from optimizer.cycle.context import CycleContext
 from optimizer.cycle.cycle import open_cycle
 from optimizer.cycle.practice import learn_words
 from optimizer.cycle.release_gate import evaluate, judge_again, settle
@@ -115,7 +115,7 @@ def world(memory: Memory) -> World:
     return World(memory)
 
 
-async def reach_the_gate(world: World, config: OptimizerConfig = CONFIG) -> Workshop:
+async def reach_the_gate(world: World, config: OptimizerConfig = CONFIG) -> CycleContext:
     """Return a cycle whose candidate was just made, without the hour before."""
     memory = world.memory
     cycle = await memory.cycles.open(config.model_dump(mode="json"))
@@ -134,20 +134,20 @@ async def reach_the_gate(world: World, config: OptimizerConfig = CONFIG) -> Work
             "demonstrations": demonstrations,
         },
     )
-    return Workshop(memory, world.seams, cycle.id)
+    return CycleContext(memory, world.seams, cycle.id)
 
 
-async def pass_the_gate(world: World, config: OptimizerConfig = CONFIG) -> tuple[Workshop, dict[str, Any]]:
-    shop = await reach_the_gate(world, config)
-    await evaluate(shop)
-    await settle(shop)
-    verdict = shop.artifacts["verdict"]
-    await world.memory.cycles.save(shop.cycle_id, stage=CycleStage.COMPLETED, verdict=verdict)
-    return shop, verdict
+async def pass_the_gate(world: World, config: OptimizerConfig = CONFIG) -> tuple[CycleContext, dict[str, Any]]:
+    context = await reach_the_gate(world, config)
+    await evaluate(context)
+    await settle(context)
+    verdict = context.artifacts["verdict"]
+    await world.memory.cycles.save(context.cycle_id, stage=CycleStage.COMPLETED, verdict=verdict)
+    return context, verdict
 
 
-def page_of(shop: Workshop) -> str:
-    return (shop.reports / "report.md").read_text()
+def page_of(context: CycleContext) -> str:
+    return (context.reports / "report.md").read_text()
 
 
 def candidate_always(task: Task, policy: int, use_memory: bool) -> bool:
@@ -156,42 +156,42 @@ def candidate_always(task: Task, policy: int, use_memory: bool) -> bool:
 
 async def test_a_promoted_policy_plays_the_sealed_block_once_and_its_report_says_how_often_that_happened(world):
     world.wins = lambda task, policy, use_memory: policy > 0 and not task.name.endswith("7")
-    shop, verdict = await pass_the_gate(world)
+    context, verdict = await pass_the_gate(world)
 
     assert verdict["decision"] == "promote"
     sealed = [name for name in world.names_of(1) if name.startswith("sealed")]
     assert sorted(sealed) == sorted(f"sealed-{n}" for n in range(20))
     assert not [name for name in world.names_of(0) if name.startswith("sealed")]
-    assert "Sealed block, played after the decision: 90.0% of 20 tasks" in page_of(shop)
-    assert "It was touched 1 time, this one included" in page_of(shop)
+    assert "Sealed block, played after the decision: 90.0% of 20 tasks" in page_of(context)
+    assert "It was touched 1 time, this one included" in page_of(context)
 
     world.wins = lambda task, policy, use_memory: policy > 1
-    shop, _ = await pass_the_gate(world)
-    assert "It was touched 2 times, this one included" in page_of(shop)
+    context, _ = await pass_the_gate(world)
+    assert "It was touched 2 times, this one included" in page_of(context)
 
 
 async def test_every_comparison_plays_held_out_tasks_of_its_own_and_the_sealed_ones_only_at_a_release(world):
     world.wins = lambda task, policy, use_memory: int(task.name) % 2 == 0
     for number in range(3):
         world.played.clear()
-        shop, verdict = await pass_the_gate(world)
+        context, verdict = await pass_the_gate(world)
 
         block = {str(n) for n in range(40 * number, 40 * number + 40)}
         assert set(world.names_of(0)) == set(world.names_of(verdict["policy"])) == block
-        assert shop.artifacts["held_out_offset"] == 40 * number
+        assert context.artifacts["held_out_offset"] == 40 * number
 
 
 async def test_each_look_at_an_incumbent_spends_and_the_report_says_how_much(world):
     world.wins = lambda task, policy, use_memory: int(task.name) % 2 == 0
     for look in (1, 2):
-        shop, verdict = await pass_the_gate(world)
+        context, verdict = await pass_the_gate(world)
         assert (verdict["decision"], verdict["look"]) == ("uninformative", look)
         assert world.memory.policies.get(verdict["policy"]).stage is PolicyStage.CANDIDATE
 
     spent = alpha_of(1, 0.05) + alpha_of(2, 0.05)
     assert world.memory.verdicts.alpha_spent(0) == pytest.approx(spent)
-    assert f"{spent:.4f} of 0.0500 of the incumbent's error budget is spent" in page_of(shop)
-    assert "Look 2 at this incumbent" in page_of(shop)
+    assert f"{spent:.4f} of 0.0500 of the incumbent's error budget is spent" in page_of(context)
+    assert "Look 2 at this incumbent" in page_of(context)
 
 
 async def test_a_promoted_incumbent_has_a_budget_of_its_own(world):
@@ -205,10 +205,10 @@ async def test_a_promoted_incumbent_has_a_budget_of_its_own(world):
 
 async def test_a_gate_that_dies_after_the_verdict_spends_nothing_twice(world):
     world.wins = lambda task, policy, use_memory: int(task.name) % 2 == 0
-    shop = await reach_the_gate(world)
+    context = await reach_the_gate(world)
     for _ in range(2):
-        await evaluate(shop)
-        await settle(shop)
+        await evaluate(context)
+        await settle(context)
 
     assert len(world.played) == 4 * 40
     assert world.memory.verdicts.alpha_spent(0) == pytest.approx(alpha_of(1, 0.05))
@@ -216,38 +216,38 @@ async def test_a_gate_that_dies_after_the_verdict_spends_nothing_twice(world):
 
 async def test_an_undecided_candidate_is_judged_again_on_new_tasks_and_that_spends_too(world):
     world.wins = lambda task, policy, use_memory: int(task.name) % 2 == 0
-    shop, undecided = await pass_the_gate(world)
+    context, undecided = await pass_the_gate(world)
     assert undecided["decision"] == "uninformative" and "`judge v1`" in undecided["reason"]
     world.played.clear()
     world.wins = candidate_always
 
-    verdict = await judge_again(shop)
+    verdict = await judge_again(context)
 
     assert (verdict["decision"], verdict["look"]) == ("promote", 2)
     assert {name for name in world.names_of(0)} == {str(n) for n in range(40, 80)}
     assert world.memory.policies.active().version == 1
-    assert (shop.reports / "report-1.md").exists() and "promote" in page_of(shop)
+    assert (context.reports / "report-1.md").exists() and "promote" in page_of(context)
 
 
 async def test_a_rejected_candidate_may_be_judged_again_and_becomes_a_candidate_or_better(world):
     world.wins = lambda task, policy, use_memory: policy == 0
-    shop, rejected = await pass_the_gate(world)
+    context, rejected = await pass_the_gate(world)
     assert rejected["decision"] == "reject"
     assert world.memory.policies.get(1).stage is PolicyStage.REJECTED
     world.wins = lambda task, policy, use_memory: int(task.name) % 2 == 0
 
-    assert (await judge_again(shop))["decision"] == "uninformative"
+    assert (await judge_again(context))["decision"] == "uninformative"
     assert world.memory.policies.get(1).stage is PolicyStage.CANDIDATE
 
 
 async def test_a_candidate_cannot_be_judged_until_it_wins(world):
     world.wins = lambda task, policy, use_memory: random.Random(f"{task.name}/{policy}").random() < 0.5
-    shop, _ = await pass_the_gate(world)
+    context, _ = await pass_the_gate(world)
     for _ in range(6):
-        await judge_again(shop)
+        await judge_again(context)
 
     assert world.memory.verdicts.alpha_spent(0) < 0.05
-    looks = [entry.look for entry in world.memory.verdicts.list() if entry.look is not None]
+    looks = [entry.look for entry in world.memory.verdicts.select() if entry.look is not None]
     assert sorted(looks) == list(range(1, len(looks) + 1)) and len(looks) == 7
 
 
@@ -265,14 +265,14 @@ async def test_where_replies_are_sampled_the_contestants_try_each_task_four_time
     world.serving = Serving(temperature=0.7, use_memory=True)
     world.wins = lambda task, policy, use_memory: policy > 0 and int(task.name.removeprefix("sealed-")) % 2 == 0
     config = CONFIG.model_copy(update={"evaluation": CONFIG.evaluation.model_copy(update={"num_tasks": 80})})
-    shop, verdict = await pass_the_gate(world, config)
+    context, verdict = await pass_the_gate(world, config)
 
     on = [play for play in world.played if play[3] and not play[1].startswith("sealed")]
     off = [play for play in world.played if not play[3]]
     assert len(on) == 2 * 4 * 40 and len(off) == 2 * 40
     assert {play[4] for play in world.played} == {0.7}
     assert verdict["decision"] == "promote" and verdict["paired"]["num_tasks"] == 40
-    assert "each played 4 times, at temperature 0.7" in page_of(shop) and "(pass@4)" in page_of(shop)
+    assert "each played 4 times, at temperature 0.7" in page_of(context) and "(pass@4)" in page_of(context)
 
 
 @pytest.mark.parametrize("use_memory", [True, False])
@@ -292,12 +292,12 @@ async def test_what_is_no_worse_and_cheaper_without_memory_is_promoted_and_then_
     config = CONFIG.model_copy(update={"evaluation": settings})
     world.wins = lambda task, policy, use_memory: int(task.name.removeprefix("sealed-")) % 2 == 0
 
-    shop, verdict = await pass_the_gate(world, config)
+    context, verdict = await pass_the_gate(world, config)
 
     assert (verdict["decision"], verdict["basis"]) == ("promote", "no worse and cheaper")
     assert world.memory.policies.active().use_memory is False
     assert {play[3] for play in world.played if play[1].startswith("sealed")} == {False}
-    assert "no worse and cheaper" in page_of(shop)
+    assert "no worse and cheaper" in page_of(context)
 
     world.wins = lambda task, policy, use_memory: policy > 1
     _, verdict = await pass_the_gate(world, config)
@@ -315,11 +315,11 @@ async def test_every_other_environment_that_was_learned_from_has_a_say(world, lo
         return policy > 0
 
     world.wins = wins
-    shop, verdict = await pass_the_gate(world, LEARNS_FROM_BOTH)
+    context, verdict = await pass_the_gate(world, LEARNS_FROM_BOTH)
 
     assert verdict["decision"] == decision
     assert len(world.names_of(0, environment="pantry")) == len(world.names_of(1, environment="pantry")) == 40
-    assert "Learned from pantry too" in page_of(shop)
+    assert "Learned from pantry too" in page_of(context)
     assert ("'pantry'" in verdict["reason"]) == (decision == "reject")
 
 
@@ -333,9 +333,13 @@ async def test_weights_of_an_environment_s_cycle_learn_from_its_own_episodes_alo
 
     async def learned_from(config: OptimizerConfig) -> list[set[str]]:
         cycle = await memory.cycles.open(config.model_dump(mode="json"))
-        shop = Workshop(memory, world.seams, cycle.id)
-        found = [await shop.read_pool(), await shop.read_corrections(), await shop.read_pool(any_environment=True)]
-        await learn_words(shop)
+        context = CycleContext(memory, world.seams, cycle.id)
+        found = [
+            await context.read_pool(),
+            await context.read_corrections(),
+            await context.read_pool(any_environment=True),
+        ]
+        await learn_words(context)
         await memory.cycles.save(cycle.id, stage=CycleStage.ERROR, error="enough")
         return [{each.trajectory.id for each in pool} for pool in found]
 
@@ -367,15 +371,15 @@ async def test_the_last_held_out_task_is_followed_by_the_first(world):
     world.tasks = lambda environment, split, num_tasks, offset=0: [
         Task(environment, str(n), "cooking", split) for n in range(50)[offset : offset + num_tasks]
     ]
-    shop = await reach_the_gate(world)
+    context = await reach_the_gate(world)
 
-    assert [task.name for task in shop.take_held_out("kitchen", 40)] == [str(n % 50) for n in range(40, 80)]
+    assert [task.name for task in context.take_held_out("kitchen", 40)] == [str(n % 50) for n in range(40, 80)]
 
 
 async def test_the_report_is_plain_json(world):
     world.wins = candidate_always
-    shop, _ = await pass_the_gate(world)
+    context, _ = await pass_the_gate(world)
 
-    report = json.loads((shop.reports / "report.json").read_text(), parse_constant=pytest.fail)
+    report = json.loads((context.reports / "report.json").read_text(), parse_constant=pytest.fail)
 
     assert report["gate"]["sealed_touches"] == 1 and report["verdict"]["basis"] == "better"

@@ -11,7 +11,7 @@ from optimizer.data.shares import choose_rows, count_rows
 from optimizer.rewards import choose_newest
 
 PRACTICE = Teacher(is_environment=True)
-SHOP = Teacher("shop", "key_shop")
+SHOP = Teacher("context", "key_shop")
 APP = Teacher("", "key_app")
 ANNA, BEN = (Teacher("", "key_app", name) for name in ("anna@example.org", "ben@example.org"))
 
@@ -56,7 +56,7 @@ def test_rows_are_bounded_for_each_user_key_and_tenant():
     lifted = {"max_share": 1.0}
     assert choose((ANNA, 9), (BEN, 9), max_rows_per_user=4, **lifted)[0] == {ANNA: 4, BEN: 4}
     assert choose((ANNA, 9), (BEN, 9), max_rows_per_key=7, **lifted)[0].total() == 7
-    kept, tally = choose((SHOP, 9), (Teacher("shop", "key_2"), 9), (APP, 9), max_rows_per_tenant=6, **lifted)
+    kept, tally = choose((SHOP, 9), (Teacher("context", "key_2"), 9), (APP, 9), max_rows_per_tenant=6, **lifted)
     assert kept[APP] == 9 and kept.total() == 15 and tally == {"over_tenant_cap": 12}
 
 

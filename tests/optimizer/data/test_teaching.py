@@ -60,20 +60,20 @@ def demonstrate(memory: Memory, tokenizer, **settings):
     )
 
 
-@pytest.mark.parametrize("said", [{"value": True}, {"correction": "Buy at the shop."}])
+@pytest.mark.parametrize("said", [{"value": True}, {"correction": "Buy at the context."}])
 @pytest.mark.parametrize(("scopes", "num_rows"), [(["infer", "feedback"], 0), (["infer", "feedback", "teach"], 2)])
 async def test_forty_pieces_of_feedback_from_one_tenants_key_do_not_steer_everybodys_weights(
     memory, tokenizer, scopes, num_rows, said
 ):
-    key, _ = await memory.keys.create("the shop", scopes, tenant="shop")
+    key, _ = await memory.keys.create("the context", scopes, tenant="context")
     for number in range(40):
-        await chat(memory, tokenizer, number, tenant="shop", key_id=key.id, **said)
+        await chat(memory, tokenizer, number, tenant="context", key_id=key.id, **said)
     for number in range(2):
         await keep(memory, live([STOVE, EAT], tokenizer=tokenizer, task=str(number)))
 
     built = demonstrate(memory, tokenizer)
 
-    assert sum(teacher.tenant == "shop" for (teacher,) in built.teachers) == num_rows
+    assert sum(teacher.tenant == "context" for (teacher,) in built.teachers) == num_rows
     assert len(built.rows) == len(built.teachers) == num_rows + 2
     assert built.num_corrections == (num_rows if "correction" in said else 0)
 
@@ -117,8 +117,8 @@ async def test_many_corrections_of_one_task_do_not_drown_out_what_else_there_is_
 
 async def test_rows_of_two_tenants_never_pair(memory, tokenizer):
     won, lost = (live([move], tokenizer=tokenizer, is_success=move is STOVE) for move in (STOVE, OVEN))
-    key, _ = await memory.keys.create("the shop", ["infer", "teach"], tenant="shop")
-    await keep(memory, won, tenant="shop", key_id=key.id)
+    key, _ = await memory.keys.create("the context", ["infer", "teach"], tenant="context")
+    await keep(memory, won, tenant="context", key_id=key.id)
     await keep(memory, lost)
 
     apart = build_preferences(

@@ -12,7 +12,7 @@ from optimizer.evaluation.comparison import (
     Cell,
     CellResult,
     Decision,
-    Played,
+    EpisodeSummary,
     alpha_of,
     describe,
     judge,
@@ -206,7 +206,7 @@ def test_more_turns_because_more_is_survived_is_no_fault():
     assert judge(CellResult(better.cell, longer), INCUMBENT, CONFIG).decision is Decision.PROMOTE
 
 
-def describe_calls(trajectory: Trajectory, reward: float | None) -> Played:
+def describe_calls(trajectory: Trajectory, reward: float | None) -> EpisodeSummary:
     return describe("1", trajectory, reward, 1.0, num_model_calls=5)
 
 

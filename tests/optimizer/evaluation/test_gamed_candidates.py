@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from optimizer.config import EvaluationConfig
-from optimizer.evaluation.comparison import Cell, CellResult, Decision, Played, judge
+from optimizer.evaluation.comparison import Cell, CellResult, Decision, EpisodeSummary, judge
 from tests.optimizer.played import EPISODE
 
 NUM_TASKS, SUCCESS, DISCORDANCE = 200, 0.4, 0.02
@@ -27,18 +27,18 @@ INCUMBENT = Cell("incumbent", 0, False)
 CANDIDATE = Cell("candidate", 1, False)
 
 
-def play_incumbent(dice: Dice) -> list[Played]:
+def play_incumbent(dice: Dice) -> list[EpisodeSummary]:
     won = dice.random(NUM_TASKS) < SUCCESS
     return [replace(EPISODE, task=str(number), is_success=bool(it)) for number, it in enumerate(won)]
 
 
-def noisy(played: list[Played], dice: Dice) -> list[Played]:
+def noisy(played: list[EpisodeSummary], dice: Dice) -> list[EpisodeSummary]:
     """Flip a few tasks either way, as another sampling would."""
     flipped = dice.random(NUM_TASKS) < DISCORDANCE
     return [replace(it, is_success=it.is_success != bool(flip)) for it, flip in zip(played, flipped, strict=True)]
 
 
-def losing(played: list[Played], share: float, dice: Dice, **changes: object) -> list[Played]:
+def losing(played: list[EpisodeSummary], share: float, dice: Dice, **changes: object) -> list[EpisodeSummary]:
     """Lose this share of all tasks, where they were won, by what `changes` says."""
     lost = dice.random(NUM_TASKS) < share / SUCCESS
     return [
@@ -47,11 +47,11 @@ def losing(played: list[Played], share: float, dice: Dice, **changes: object) ->
     ]
 
 
-def all_with(played: list[Played], **changes: object) -> list[Played]:
+def all_with(played: list[EpisodeSummary], **changes: object) -> list[EpisodeSummary]:
     return [replace(it, **changes) for it in played]
 
 
-def winning(played: list[Played], share: float, dice: Dice, **changes: object) -> list[Played]:
+def winning(played: list[EpisodeSummary], share: float, dice: Dice, **changes: object) -> list[EpisodeSummary]:
     """Win this share of the lost tasks as well."""
     gained = dice.random(NUM_TASKS) < share
     return [
@@ -59,7 +59,7 @@ def winning(played: list[Played], share: float, dice: Dice, **changes: object) -
     ]
 
 
-GAMES: dict[str, Callable[[list[Played], Dice], list[Played]]] = {
+GAMES: dict[str, Callable[[list[EpisodeSummary], Dice], list[EpisodeSummary]]] = {
     "verbosity": lambda played, dice: all_with(played, output_tokens=800),
     "format: some answers are of no use": lambda played, dice: losing(played, 0.03, dice),
     "broken tool calls beside more success": lambda played, dice: winning(played, 0.15, dice, num_invalid_tool_calls=2),

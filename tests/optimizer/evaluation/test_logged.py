@@ -20,7 +20,7 @@ from memory.schema import (
 )
 from memory.store import Memory
 from optimizer.config import EvaluationConfig, OptimizerConfig
-from optimizer.cycle.context import Workshop
+from optimizer.cycle.context import CycleContext
 from optimizer.evaluation.comparison import Decision, judge
 from optimizer.evaluation.logged import read_logged_cells
 from optimizer.seams import Seams
@@ -143,7 +143,7 @@ async def test_turns_are_counted_from_the_steps_as_they_were_recorded(memory, ca
     assert [played.num_turns for played in ours.played] == [2]
 
 
-@pytest.mark.parametrize("how", [{"split": Split.LIVE}, {"tenant": "shop"}])
+@pytest.mark.parametrize("how", [{"split": Split.LIVE}, {"tenant": "context"}])
 async def test_what_is_not_held_out_or_another_tenant_s_decides_nothing(memory, candidate, how):
     await log_both(memory, candidate, **how)
 
@@ -184,12 +184,12 @@ async def test_a_task_that_measures_teaches_nothing_however_else_it_is_asked(mem
     await log(memory, 0, 1, 1.0)
     await log(memory, 0, 1, 1.0, split=Split.LIVE)
     taught = [
-        await log(memory, 0, 1, 1.0, split=Split.LIVE, tenant="shop"),
+        await log(memory, 0, 1, 1.0, split=Split.LIVE, tenant="context"),
         await log(memory, 0, 2, 1.0, split=Split.LIVE),
     ]
     cycle = await memory.cycles.open(PLAYS_NOTHING.model_dump())
 
-    pool = await Workshop(memory, Seams(rollout=None, tasks=None), cycle.id).read_pool(is_for_weights=False)
+    pool = await CycleContext(memory, Seams(rollout=None, tasks=None), cycle.id).read_pool(is_for_weights=False)
 
     assert sorted(each.trajectory.id for each in pool) == sorted(taught)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.agent.client_stream import ClientsEar
+from runtime.agent.client_stream import ClientStream
 from runtime.engine.client import Delta
 
 
@@ -16,7 +16,7 @@ async def hear(*deltas: Delta) -> list[Delta]:
     async def on_delta(delta: Delta) -> None:
         heard.append(delta)
 
-    ear = ClientsEar(on_delta, {"weather"})
+    ear = ClientStream(on_delta, {"weather"})
     for delta in deltas:
         await ear(delta)
     return heard

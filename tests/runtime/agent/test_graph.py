@@ -60,7 +60,7 @@ async def test_every_step_is_durable_before_the_next_model_call(
     seen = []
 
     def script(request):
-        running = memory.trajectories.list(stage=TrajectoryStage.RUNNING)[0].trajectory
+        running = memory.trajectories.select(stage=TrajectoryStage.RUNNING)[0].trajectory
         seen.append(len(memory.trajectories.steps(running.id)))
         return call("pull", lever=["left", "right", "left"][len(seen) - 1])
 
@@ -223,7 +223,7 @@ async def test_who_leaves_frees_the_engine_and_the_record_is_closed_cancelled(
             break
         await asyncio.sleep(0.01)
     assert (fake.num_broken_off, fake.num_under_way) == (1, 0)
-    (view,) = memory.trajectories.list()
+    (view,) = memory.trajectories.select()
     assert view.trajectory.stage == "cancelled"
     assert levers.started[0].num_closed == 1
 
@@ -355,7 +355,7 @@ async def test_what_cannot_open_is_refused_by_name_and_leaves_no_record(agent: A
         agent.environment("chess")
     with pytest.raises(ValueError, match="nothing was asked"):
         await agent.rollout(None, messages=[])
-    assert memory.trajectories.list() == []
+    assert memory.trajectories.select() == []
 
 
 async def test_many_episodes_at_once_do_not_mix(agent: Agent, memory: Memory, fake: FakeEngine, levers: Levers):
@@ -453,7 +453,7 @@ async def test_untrusted_text_is_never_recorded_in_an_episode_that_is_still_trus
     seen: list[tuple[int, Trust]] = []
 
     def script(request):
-        (running,) = memory.trajectories.list(stage=TrajectoryStage.RUNNING)
+        (running,) = memory.trajectories.select(stage=TrajectoryStage.RUNNING)
         seen.append((len(memory.trajectories.steps(running.trajectory.id)), running.trajectory.trust))
         return reads_the_news(request)
 

@@ -68,7 +68,7 @@ class PlayedWorld(ServedWorld):
         """Play by the first script again, and count from here: for a world that several tests share."""
         self.fake.script, self.fake.breaks_off_after = forecast, None
         self.fake.requests.clear()
-        self._num_before = len(self.memory.trajectories.list(limit=10_000))
+        self._num_before = len(self.memory.trajectories.select(limit=10_000))
 
     async def _serve(self) -> None:
         async with self.fake:
@@ -82,8 +82,8 @@ class PlayedWorld(ServedWorld):
     @property
     def newest(self) -> Trajectory:
         """The trajectory that was opened last."""
-        return self.memory.trajectories.list(limit=1)[0].trajectory
+        return self.memory.trajectories.select(limit=1)[0].trajectory
 
     @property
     def num_trajectories(self) -> int:
-        return len(self.memory.trajectories.list(limit=10_000)) - self._num_before
+        return len(self.memory.trajectories.select(limit=10_000)) - self._num_before

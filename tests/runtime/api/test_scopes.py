@@ -68,10 +68,10 @@ def test_a_row_knows_its_person_and_its_key_on_every_path(world: ServedWorld, ht
     http.post("/v1/responses", json=said).raise_for_status()
     like(http, asked)
     like(http, asked, user="bob")
-    first, second = world.memory.trajectories.get(asked), world.memory.trajectories.list(limit=1)[0].trajectory
+    first, second = world.memory.trajectories.get(asked), world.memory.trajectories.select(limit=1)[0].trajectory
     assert (first.user_id, first.key_id, first.is_shared) == ("jane", row.id, False)
     assert (second.user_id, second.key_id, second.is_shared) == ("jane", row.id, True)
-    kept: list[Feedback] = world.memory.feedback.list(asked)
+    kept: list[Feedback] = world.memory.feedback.select(asked)
     assert [(it.user_id, it.key_id) for it in kept] == [("jane", row.id), ("bob", row.id)]
     listed = http.get("/v1/trajectories", params={"user": "jane"}).json()["data"]
     assert {it["id"] for it in listed} == {first.id, second.id}
@@ -183,7 +183,7 @@ def test_no_line_of_the_log_holds_what_a_person_said(
         monkeypatch.setattr(world.engine, "chat", fail)
         assert http.post("/v1/chat/completions", json=said).status_code == 502
         monkeypatch.setattr(world.memory.feedback, "post", fail)
-        answer = world.memory.trajectories.list(limit=1)[0].trajectory.id
+        answer = world.memory.trajectories.select(limit=1)[0].trajectory.id
         assert http.post("/v1/feedback", json={"target": answer, "value": True}).status_code == 500
     events = [(line["event"], line["error"]) for line in lines]
     assert events == [("episode failed", "Confused"), ("request failed", "Confused")]

@@ -290,7 +290,7 @@ async def test_twenty_swaps_under_eight_streams_fail_nobody(real: Engine, memory
     done.set()
     await asyncio.gather(*streams)
 
-    views = memory.trajectories.list(limit=10_000)
+    views = memory.trajectories.select(limit=10_000)
     failed = [view.trajectory.error for view in views if view.trajectory.stage is not TrajectoryStage.FINISHED]
     assert failed == []
     assert len({view.trajectory.policy for view in views}) > NUM_SWAPS / 2

@@ -124,7 +124,7 @@ async def test_a_restarted_engine_wears_what_is_active_and_what_is_leased(
     await hotswap.wear(active.version)
     async with hotswap.lease(leased.version):
         fake.forget_adapters()
-        await hotswap.dress_again()
+        await hotswap.reload_adapters()
         assert fake.adapters.keys() == {"pocket-v1", "pocket-v2"}
     async with hotswap.lease(idle.version) as actor:
         assert actor.served_name in fake.adapters

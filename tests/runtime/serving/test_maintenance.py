@@ -93,7 +93,7 @@ async def test_in_a_window_the_engine_is_gone_and_after_it_back_with_its_adapter
         assert not is_alive(before) and running.engine.pid is None and not running.engine.is_ready
         with pytest.raises(EngineInMaintenance, match="training"):
             await running.agent.rollout(None, messages=SAY_HI)
-        assert running.memory.trajectories.list(limit=10) == []
+        assert running.memory.trajectories.select(limit=10) == []
     assert running.engine.is_ready and running.engine.num_restarts == 0
     await require_back(running, before)
 

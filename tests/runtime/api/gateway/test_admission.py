@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from runtime.api.errors import Overloaded
-from runtime.api.gateway.admission import ASKS_SECONDS, Room
+from runtime.api.gateway.admission import ASKS_SECONDS, ConcurrencyLimit
 from runtime.api.gateway.request_body import BodyBudget
 
 
@@ -22,7 +22,7 @@ class Clock:
         return self.moment
 
 
-def fill(room: Room, tenant: str, held: ExitStack) -> int:
+def fill(room: ConcurrencyLimit, tenant: str, held: ExitStack) -> int:
     """Take places until there are no more for this tenant; return how many."""
     num = 0
     with contextlib.suppress(Overloaded):
@@ -35,18 +35,18 @@ def fill(room: Room, tenant: str, held: ExitStack) -> int:
 
 def test_a_tenant_alone_has_every_place() -> None:
     with ExitStack() as held:
-        assert fill(Room(16), "a", held) == 16
+        assert fill(ConcurrencyLimit(16), "a", held) == 16
 
 
 def test_a_tenant_that_takes_all_it_gets_leaves_room_for_the_others() -> None:
-    room = Room(16)
+    room = ConcurrencyLimit(16)
     room.require("b")  # which comes again later
     with ExitStack() as held:
         assert (fill(room, "a", held), fill(room, "b", held)) == (14, 2)
 
 
 def test_places_that_become_free_go_to_a_tenant_that_has_less_than_its_share() -> None:
-    room = Room(16)
+    room = ConcurrencyLimit(16)
     with ExitStack() as first, ExitStack() as later:
         assert fill(room, "a", first) == 16
         assert fill(room, "b", later) == 0  # it was turned away, and so waits
@@ -56,7 +56,7 @@ def test_places_that_become_free_go_to_a_tenant_that_has_less_than_its_share() -
 
 def test_a_tenant_that_asks_no_more_has_no_share() -> None:
     clock = Clock()
-    room, held = Room(2, clock), ExitStack()
+    room, held = ConcurrencyLimit(2, clock), ExitStack()
     room.require("b")
     clock.moment += ASKS_SECONDS + 1
     assert fill(room, "a", held) == 2

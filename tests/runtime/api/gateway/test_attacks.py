@@ -157,12 +157,12 @@ async def test_a_long_conversation_of_stored_responses_is_refused_before_it_is_r
             status, answer = await post(app, "/v1/responses", json.dumps(body).encode())
             assert status == 200
             previous = answer["id"]
-        num_before = len(memory.trajectories.list(limit=1_000))
+        num_before = len(memory.trajectories.select(limit=1_000))
         gap = LongestGap()
         async with gap.watch():
             body = {"model": "agent", "input": "and", "previous_response_id": previous}
             status, answer = await post(app, "/v1/responses", json.dumps(body).encode())
-        num_after = len(memory.trajectories.list(limit=1_000))
+        num_after = len(memory.trajectories.select(limit=1_000))
     assert (status, answer["error"]["code"]) == (413, "conversation_too_large")
     assert num_after == num_before
     assert gap.cpu_seconds < MAX_CPU_SECONDS

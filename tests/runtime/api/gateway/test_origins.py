@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from runtime.api.errors import BadRequest, Misdirected
-from runtime.api.gateway.origins import RefuseForeignPages, name_of
+from runtime.api.gateway.origins import OriginCheck, name_of
 from runtime.api.services import Services
 from runtime.config import ServerConfig
 from tests.runtime.api.worlds import ServedWorld
@@ -35,13 +35,13 @@ def http(world: ServedWorld) -> Iterator[httpx.Client]:
         yield client
 
 
-def checks(config: ServerConfig) -> RefuseForeignPages:
+def checks(config: ServerConfig) -> OriginCheck:
     """Return the checks alone, in front of nothing."""
 
     async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
         raise AssertionError("nothing is behind it")
 
-    return RefuseForeignPages(nothing, config)
+    return OriginCheck(nothing, config)
 
 
 def code_of(answer: httpx.Response) -> str | None:
@@ -88,7 +88,7 @@ def test_a_foreign_page_changes_nothing(world: ServedWorld, http: httpx.Client, 
     chat = http.post("/v1/chat/completions", json=HELLO, headers=headers)
     for answer in (cycle, chat):
         assert (answer.status_code, code_of(answer)) == (403, "origin_not_allowed")
-    assert (world.memory.cycles.list(), world.memory.trajectories.list()) == ([], [])
+    assert (world.memory.cycles.select(), world.memory.trajectories.select()) == ([], [])
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_a_word_that_means_no_reward_is_refused_with_those_that_do(world: Served
     message = answer.json()["error"]["message"]
     assert answer.status_code == 400
     assert "'thumbs_sideways'" in message and "'thumbs_up'" in message and "from 0 to 1" in message
-    assert world.memory.feedback.list(target) == []
+    assert world.memory.feedback.select(target) == []
 
 
 def test_words_are_kept_and_shown_but_are_no_reward(world: ServedWorld, http: httpx.Client) -> None:
@@ -217,7 +217,7 @@ def test_no_cycle_starts_while_the_engine_does_not_answer(world: ServedWorld, ht
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_not_ready")
     checked = http.post("/v1/cycles/check").json()
     assert not checked["is_ready"] and [need["name"] for need in checked["data"]] == ["engine"]
-    assert "doctor" in checked["data"][0]["mend"] and world.memory.cycles.list() == []
+    assert "doctor" in checked["data"][0]["mend"] and world.memory.cycles.select() == []
     world.engine.is_ready = True
     assert http.post("/v1/cycles/check").json()["is_ready"]
 

@@ -196,4 +196,4 @@ async def test_a_client_that_leaves_cancels_its_episode(world: ServedWorld, stre
         asking.cancel()
         await asyncio.wait({asking})
     assert eventually(lambda: world.engine.num_cut_off == 1)
-    assert eventually(lambda: world.memory.trajectories.list()[0].trajectory.stage is TrajectoryStage.CANCELLED)
+    assert eventually(lambda: world.memory.trajectories.select()[0].trajectory.stage is TrajectoryStage.CANCELLED)

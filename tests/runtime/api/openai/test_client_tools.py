@@ -17,7 +17,7 @@ from optimizer.config import DemonstrationConfig, PreferenceConfig
 from optimizer.data.rows import build_demonstrations, build_preferences
 from optimizer.data.stitching import render_prompt, stitch
 from optimizer.rewards import grade
-from runtime.agent.open_episodes import EpisodeBook
+from runtime.agent.open_episodes import OpenEpisodes
 from runtime.engine.model_families import POCKET_MODEL
 from runtime.tools.functions import tool_from_function
 from tests.runtime.api.playing import WEATHER, PlayedWorld, forecast
@@ -185,8 +185,8 @@ async def test_a_client_that_never_comes_back_has_its_trajectory_closed(
     world: PlayedWorld, client: openai.OpenAI
 ) -> None:
     first = ask(client, [ASKED])
-    assert await EpisodeBook(world.memory, idle_seconds=60).sweep() == 0
-    assert await EpisodeBook(world.memory, idle_seconds=0).sweep() == 1
+    assert await OpenEpisodes(world.memory, idle_seconds=60).sweep() == 0
+    assert await OpenEpisodes(world.memory, idle_seconds=0).sweep() == 1
     closed = world.memory.trajectories.get(first.id)
     assert closed.stage is TrajectoryStage.FINISHED and closed.error.startswith("Idle: ")
     last = ask(client, [ASKED, *results(first, "rain")])

@@ -252,7 +252,7 @@ async def test_agents_of_langchain_run_side_by_side_without_mixing(world: Played
         ended = await asyncio.gather(*(agent.ainvoke({"messages": [HumanMessage(text)]}) for text in asked))
     assert [end["messages"][-1].content for end in ended] == ["Heard: rain", "Heard: sun"] * 3
     assert world.num_trajectories == len(asked)
-    newest = world.memory.trajectories.list(limit=len(asked))
+    newest = world.memory.trajectories.select(limit=len(asked))
     assert {view.trajectory.stage for view in newest} == {TrajectoryStage.FINISHED}
 
 

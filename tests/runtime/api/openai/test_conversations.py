@@ -66,7 +66,7 @@ def test_an_episode_whose_name_no_header_can_repeat_is_not_played(
     for answer in (chat, response):
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "metadata.episode_id"
-    assert (world.engine.calls, world.memory.trajectories.list()) == ([], [])
+    assert (world.engine.calls, world.memory.trajectories.select()) == ([], [])
 
 
 @pytest.mark.parametrize("episode_id", ["ticket-4711", "Ärger mit Ø", "a b", "x" * 512])

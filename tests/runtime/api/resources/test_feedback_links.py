@@ -54,7 +54,7 @@ def make(http: httpx.Client, **body) -> dict:
 
 
 def said_of(memory: Memory, trajectory_id: str) -> list[tuple]:
-    return [(it.value, it.comment, it.correction, it.source) for it in memory.feedback.list(trajectory_id)]
+    return [(it.value, it.comment, it.correction, it.source) for it in memory.feedback.select(trajectory_id)]
 
 
 def test_a_link_reads_as_it_was_signed():

@@ -14,7 +14,7 @@ from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import Scope
 from memory.store import Memory
 from runtime.api.errors import Forbidden
-from runtime.api.gateway.permissions import DOORS, OPEN_PATHS, Caller, is_open, require_open
+from runtime.api.gateway.permissions import OPEN_PATHS, ROUTE_PERMISSIONS, Caller, is_open, require_open
 from runtime.tools.documents import document_search
 from tests.runtime.api.playing import WEATHER
 from tests.runtime.api.worlds import ServedWorld, eventually
@@ -78,10 +78,12 @@ def test_every_route_has_a_door_and_no_door_leads_nowhere(keyed: Keyed) -> None:
     with keyed.http() as http:
         page = http.get("/openapi.json").json()
     routes = {(method.upper(), path) for path, methods in page["paths"].items() for method in methods}
-    assert {(method, path) for method, path in routes - set(DOORS) if not is_open(path)} == set()
-    assert set(DOORS) <= routes
+    assert {(method, path) for method, path in routes - set(ROUTE_PERMISSIONS) if not is_open(path)} == set()
+    assert set(ROUTE_PERMISSIONS) <= routes
     closed = {
-        route["security"] == [{"key": []}] for path in {it for _, it in DOORS} for route in page["paths"][path].values()
+        route["security"] == [{"key": []}]
+        for path in {it for _, it in ROUTE_PERMISSIONS}
+        for route in page["paths"][path].values()
     }
     assert closed == {True}
 
@@ -98,7 +100,7 @@ def test_without_a_key_that_is_in_force_every_route_answers_the_same(keyed: Keye
     presented = [None, "Bearer", "Bearer none", f"Bearer {revoked}", f"Basic {keyed.keys['operator']}", "Bearer \xff"]
     answers = set()
     with keyed.http() as http:
-        for method, path in [*DOORS, ("GET", "/v1/nowhere")]:
+        for method, path in [*ROUTE_PERMISSIONS, ("GET", "/v1/nowhere")]:
             for value in presented if path == "/v1/models" else presented[:4:3]:
                 headers = {} if value is None else {"Authorization": value.encode("latin-1")}
                 answer = http.request(method, fill(path), headers=headers)
@@ -112,7 +114,7 @@ def test_without_a_key_that_is_in_force_every_route_answers_the_same(keyed: Keye
 @pytest.mark.parametrize("scope", ALL_BUT_ADMIN)
 def test_a_scope_opens_its_own_doors_alone(keyed: Keyed, scope: str) -> None:
     with keyed.http(scope) as http:
-        for (method, path), door in DOORS.items():
+        for (method, path), door in ROUTE_PERMISSIONS.items():
             if scope not in door.scopes:
                 answer = http.request(method, fill(path))
                 assert (answer.status_code, answer.json()["error"]["code"]) == (403, "insufficient_scope"), path
@@ -122,7 +124,7 @@ def test_a_scope_opens_its_own_doors_alone(keyed: Keyed, scope: str) -> None:
 
 def test_what_all_tenants_share_opens_to_the_default_tenant_alone(keyed: Keyed) -> None:
     with keyed.http("acme-admin") as http:
-        for (method, path), door in DOORS.items():
+        for (method, path), door in ROUTE_PERMISSIONS.items():
             if door.is_shared:
                 answer = http.request(method, fill(path))
                 assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_your_tenant"), path
@@ -351,7 +353,7 @@ def test_feedback_and_links_teach_the_weights_only_with_a_key_that_may(
             with keyed.http() as anybody:
                 assert anybody.post(path, data={**said, "value": "true"}).status_code == 200
 
-    (kept,) = keyed.memory.feedback.list(target)
+    (kept,) = keyed.memory.feedback.select(target)
     assert (kept.key_id, kept.user_id) == (key_id, "anna")
     assert keyed.memory.trajectories.effective_reward(target) == 1.0
     learned = {it.trajectory.id for it in keyed.memory.trajectories.learnable(is_for_weights=True)}
