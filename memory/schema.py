@@ -159,7 +159,7 @@ def dump_json(value: Any) -> str:
     return clean(text)
 
 
-def words_of(enum_class: type[StrEnum]) -> Enum:
+def enum_column(enum_class: type[StrEnum]) -> Enum:
     """Return a column type that stores an enum's values, the words people read, rather than its Python names."""
     return Enum(enum_class, values_callable=lambda members: [m.value for m in members], native_enum=False, length=16)
 
@@ -266,17 +266,17 @@ class Trajectory(SQLModel, table=True):
     """The API key it was asked with."""
     is_shared: bool = False
     """The client says that no person's words are in it: memory of it serves the whole tenant."""
-    trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
+    trust: Trust = Field(default=Trust.TRUSTED, sa_type=enum_column(Trust))
     reply_digest: str | None = None
     """Of an untrusted episode's reply: a later conversation that contains this reply is untrusted, too."""
     episode_id: str = Field(index=True)
     environment: str | None = None  # None: asked by a client, not replayable
     task: str | None = None
     kind: str = "chat"
-    split: Split = Field(default=Split.LIVE, sa_type=words_of(Split))
+    split: Split = Field(default=Split.LIVE, sa_type=enum_column(Split))
     task_text: str = Field(default="", sa_type=CleanText)
     policy: int = Field(foreign_key="policies.version")
-    stage: TrajectoryStage = Field(default=TrajectoryStage.RUNNING, sa_type=words_of(TrajectoryStage))
+    stage: TrajectoryStage = Field(default=TrajectoryStage.RUNNING, sa_type=enum_column(TrajectoryStage))
     opening: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
     """The messages the first model call saw, without the memory segment."""
     tools: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
@@ -342,7 +342,7 @@ class Step(SQLModel, table=True):
 
     trajectory_id: str = Field(foreign_key="trajectories.id", primary_key=True)
     position: int = Field(primary_key=True)  # 0, 1, 2, ... without gaps
-    kind: StepKind = Field(sa_type=words_of(StepKind))
+    kind: StepKind = Field(sa_type=enum_column(StepKind))
     content: str = Field(default="", sa_type=CleanText)
     tool_calls: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
     tool_name: str | None = Field(default=None, sa_type=CleanText)
@@ -389,7 +389,7 @@ class Reward(SQLModel, table=True):
     id: str = Field(primary_key=True)
     trajectory_id: str = Field(foreign_key="trajectories.id", index=True)
     value: float
-    source: RewardSource = Field(sa_type=words_of(RewardSource))
+    source: RewardSource = Field(sa_type=enum_column(RewardSource))
     reason: str = Field(default="", sa_type=CleanText)
     key_id: str | None = None
     """The API key of the feedback that it comes from; None for an environment's, and without keys."""
@@ -437,7 +437,7 @@ class Insight(SQLModel, table=True):
     tenant: str = ""
     user_id: str = ""
     """The person whose words it was made of; empty: it may serve the whole tenant."""
-    trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
+    trust: Trust = Field(default=Trust.TRUSTED, sa_type=enum_column(Trust))
     environment: str
     kind: str
     text: str = Field(sa_type=CleanText)
@@ -479,7 +479,7 @@ class Review(SQLModel, table=True):
     tenant: str = ""
     key_id: str | None = None
     """The API key it was made with; None on a server without keys."""
-    kind: ReviewKind = Field(sa_type=words_of(ReviewKind))
+    kind: ReviewKind = Field(sa_type=enum_column(ReviewKind))
     row_id: str = Field(index=True)
     """The insight, or the exemplar's trajectory."""
     user_id: str = ""
@@ -509,7 +509,7 @@ class Document(SQLModel, table=True):
     tenant: str = ""
     title: str = Field(sa_type=CleanText)
     digest: str
-    trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
+    trust: Trust = Field(default=Trust.TRUSTED, sa_type=enum_column(Trust))
     """Untrusted: a person wrote it for whom no operator answers."""
     is_whole: bool = Field(default=True, sa_column_kwargs={"server_default": true()})
     """False while its passages are written or deleted in batches. Nobody is shown such a document."""
@@ -542,7 +542,7 @@ class Policy(SQLModel, table=True):
     )
 
     version: int = Field(primary_key=True)  # 0 is the bare base; never reused
-    stage: PolicyStage = Field(sa_type=words_of(PolicyStage))
+    stage: PolicyStage = Field(sa_type=enum_column(PolicyStage))
     base_model: str
     adapter_path: str | None = None
     adapter_digest: str | None = None
@@ -611,7 +611,7 @@ class Cycle(SQLModel, table=True):
     __tablename__ = "cycles"
 
     id: str = Field(primary_key=True)
-    stage: CycleStage = Field(default=CycleStage.COLLECT, sa_type=words_of(CycleStage))
+    stage: CycleStage = Field(default=CycleStage.COLLECT, sa_type=enum_column(CycleStage))
     settings: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
     artifacts: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
     progress: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))

@@ -91,9 +91,9 @@ class Memory:
         memory.index.start()
         return memory
 
-    def answers_at(self, url: str) -> None:
+    def set_address(self, url: str) -> None:
         """Have whoever finds the directory taken told where to ask instead."""
-        self._ownership.tell_address(url)
+        self._ownership.set_address(url)
 
     def close(self) -> None:
         """Finish what is being written, and give the directory up."""

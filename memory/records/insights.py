@@ -98,7 +98,7 @@ class Insights:
         self._database = database
         self._max_kept = max_kept
         self._scopes = scopes or Scopes()
-        self._standing = _build_standing(self._scopes)
+        self._visible = _visible_statement(self._scopes)
 
     async def apply(
         self, operations: list[InsightOperation], *, evidence: Iterable[tuple[str, str]] = ()
@@ -148,11 +148,11 @@ class Insights:
         with self._database.read() as session:
             return list(session.exec(_in_force(query, given), params=given))
 
-    def standing(self, environment: str, kind: str, *, tenant: str, user_id: str = "") -> list[ActiveInsight]:
+    def visible(self, environment: str, kind: str, *, tenant: str, user_id: str = "") -> list[ActiveInsight]:
         """Return what is trusted and may be shown to a person of the tenant, of one kind of task: as much of it as a
         request needs."""
         place = {"tenant": tenant, "user_id": user_id, "environment": environment, "kind": kind}
-        return [ActiveInsight(*row) for row in self._database.fetch(self._standing, place)]
+        return [ActiveInsight(*row) for row in self._database.fetch(self._visible, place)]
 
 
 def _in_force(query: Select, names: Iterable[str]) -> Select:
@@ -163,7 +163,7 @@ def _in_force(query: Select, names: Iterable[str]) -> Select:
     return query.order_by(col(Insight.strength).desc(), col(Insight.wins).desc(), col(Insight.id))
 
 
-def _build_standing(scopes: Scopes) -> Select:
+def _visible_statement(scopes: Scopes) -> Select:
     """The hot path's query. The lists to look into are named for the database's sake, which would read those of all
     persons otherwise; whether a row is shown, its scope decides."""
     query = sql_select(*(getattr(Insight, name) for name in ActiveInsight._fields)).where(

@@ -21,7 +21,7 @@ class Responses:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def keep(self, response: StoredResponse) -> None:
+    async def save(self, response: StoredResponse) -> None:
         """Store it; durable when it returns."""
         values = response.model_dump()
         await self._database.write(lambda session: session.execute(insert(StoredResponse).values(**values)))

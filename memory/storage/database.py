@@ -29,7 +29,7 @@ from sqlmodel import Session
 
 from memory.errors import StorageError
 from memory.storage.dialects import dialect_of
-from memory.storage.histogram import Tally
+from memory.storage.histogram import Histogram
 from memory.storage.migrations.upgrade import upgrade
 
 T = TypeVar("T")
@@ -87,7 +87,7 @@ class Database:
         self._on_close = on_close
         self._waiting: list[_Write] = []
         self._waking: set[asyncio.AbstractEventLoop] = set()
-        self.acknowledgements = Tally()
+        self.acknowledgements = Histogram()
         """From the queue to the disk, of every write that got there."""
         self._gate = threading.Condition()  # around all that the writer shares with those who write
         self._writing, self._reading = self._dialect.writing, self._dialect.reading

@@ -15,7 +15,7 @@ BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 """Upper ends of the buckets, in seconds; what is longer is in one bucket more."""
 
 
-class Tally:
+class Histogram:
     """A histogram of durations. Without a lock, because its places are on the hot path: 0.2 µs for each."""
 
     __slots__ = ("counts", "total_seconds")

@@ -31,7 +31,7 @@ class Ownership:
         self._said = f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         self._owner_file.write_text(self._said, encoding="utf-8")
 
-    def tell_address(self, url: str) -> None:
+    def set_address(self, url: str) -> None:
         """Let a second process know where the owner answers."""
         self._owner_file.write_text(f"{self._said} at {url}", encoding="utf-8")
 

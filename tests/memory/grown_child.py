@@ -27,7 +27,7 @@ def add(index: VectorIndex, numbers: range) -> None:
     for number in numbers:
         vector = random.standard_normal(DIM).astype("float32")
         row = IndexedRow(f"trj_{number:08}", "text", "", "chat", "", tenant="", user_id=f"p{number % NUM_PERSONS}")
-        index.upsert("exemplars", [row], [vector / numpy.linalg.norm(vector)], ids_at=lambda _partition, _num: [])
+        index.upsert("exemplars", [row], [vector / numpy.linalg.norm(vector)], newest_ids=lambda _partition, _num: [])
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ async def test_an_approval_moves_a_row_in_both_indexes_and_a_rebuild_agrees(memo
     await memory.reviews.approve_exemplar(mine.id, tenant="")
     await memory.index.drain()
     before = await shown(memory, "please fry my carrot", "bob")
-    assert "carrot" in before and memory.index._meanings.count()["exemplars"] == 1
+    assert "carrot" in before and memory.index._vector_index.count()["exemplars"] == 1
     await memory.index.rebuild()
     assert await shown(memory, "please fry my carrot", "bob") == before
 

@@ -33,9 +33,9 @@ async def test_retrieval_shows_a_tenant_its_own_and_nothing_else(
         await memory.documents.ingest("Stove", f"How to fry on it, says {name}.", tenant=tenant)
     await memory.index.drain()
     if blind_to == "words":
-        monkeypatch.setattr(memory.index._words, "match", lambda *_, **__: WordMatches([], 0))
+        monkeypatch.setattr(memory.index._text_index, "match", lambda *_, **__: WordMatches([], 0))
     elif blind_to == "meanings":
-        monkeypatch.setattr(MemoryIndex, "has_meanings", False)
+        monkeypatch.setattr(MemoryIndex, "has_vectors", False)
     for tenant in TENANTS:
         found = await memory.retrieval.retrieve(
             **KITCHEN, query_text="how to fry on the stove", budget_tokens=5000, tenant=tenant
@@ -78,8 +78,8 @@ async def test_the_same_title_text_and_id_may_be_in_two_tenants(memory: Memory):
 async def test_what_is_another_tenants_is_not_there(memory: Memory):
     theirs = await play(memory, tenant="acme", reward=None)
     document = await memory.documents.ingest("Stove", "How to fry.", tenant="acme")
-    await memory.responses.keep(StoredResponse(id="resp_1", tenant="acme", trajectory_id=theirs.id))
-    await memory.responses.keep(
+    await memory.responses.save(StoredResponse(id="resp_1", tenant="acme", trajectory_id=theirs.id))
+    await memory.responses.save(
         StoredResponse(id="resp_2", tenant="zeta", trajectory_id=theirs.id, previous_id="resp_1")
     )
     with pytest.raises(UnknownTrajectory, match="list them"):

@@ -11,6 +11,7 @@ import pytest
 
 from memory.errors import IndexUnavailable
 from memory.search.encoder import QueryEncoder, SentenceEncoder
+from memory.search.indexed_rows import IndexQuery
 from memory.store import Memory
 from tests.memory.episodes import PATIENT, HashingEncoder
 
@@ -83,7 +84,7 @@ async def test_the_embedded_encoder_finds_by_meaning(tmp_path: Path):
         await memory.documents.ingest("Cars", "How to change the tyre of an automobile.")
         await memory.documents.ingest("Bread", "Knead the dough and let it rise overnight.")
         await memory.index.drain(timeout_seconds=900)
-        by_word = memory.index._words.find("passages", "repairing a vehicle's wheel", {}, 5)
+        by_word = memory.index._text_index.find(IndexQuery("passages", "repairing a vehicle's wheel", {}, 5))
         found = await memory.index.find("passages", "repairing a vehicle's wheel", num=1, min_similarity=0.3)
         assert by_word == [] and len(found) == 1
         recollection = await memory.retrieval.retrieve(

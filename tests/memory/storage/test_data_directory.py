@@ -60,7 +60,7 @@ def test_a_lock_file_that_is_deleted_lets_no_second_owner_in(tmp_path: Path) -> 
 
 def test_a_second_process_learns_where_the_owner_answers(tmp_path: Path) -> None:
     owner = take_ownership(tmp_path)
-    owner.tell_address("http://127.0.0.1:8080")
+    owner.set_address("http://127.0.0.1:8080")
     with pytest.raises(DataDirectoryInUse, match=f"process {os.getpid()} since .* at http://127.0.0.1:8080") as refused:
         take_ownership(tmp_path)
     assert refused.value.url == "http://127.0.0.1:8080"
