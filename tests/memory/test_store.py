@@ -20,7 +20,7 @@ SECOND_OWNER = """
 import sys, time
 from pathlib import Path
 from memory.errors import DataDirectoryInUse
-from memory.ownership import take_ownership
+from memory.storage.ownership import take_ownership
 began = time.monotonic()
 try:
     take_ownership(Path(sys.argv[1]))

@@ -177,7 +177,7 @@ async def test_a_writer_that_hangs_holds_others_up_only_so_long(
     impatient.close()
 
 
-OPENER = "import sys; from memory.database import Database; Database(sys.argv[1]).close()"
+OPENER = "import sys; from memory.storage.database import Database; Database(sys.argv[1]).close()"
 
 
 def test_processes_that_open_a_new_database_at_once_all_find_it_made(cluster: Cluster):
