@@ -53,7 +53,7 @@ class Scopes:
             col(Trajectory.user_id), col(Trajectory.environment).is_not(None), col(Trajectory.is_shared)
         )
 
-    def of_lived(self, trajectory: Trajectory) -> str | None:
+    def of_trajectory(self, trajectory: Trajectory) -> str | None:
         """Return what `of_episode` gives for this trajectory; None also for one that an operator retired."""
         if trajectory.retired_at is not None:
             return None

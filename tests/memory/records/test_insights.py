@@ -120,6 +120,6 @@ async def test_what_lessons_were_drawn_from_is_kept_with_them(memory: Memory):
 
 async def test_operations_that_are_refused_leave_their_evidence_unread(memory: Memory):
     episode = await play(memory)
-    with pytest.raises(ValueError, match="an insight needs words"):
+    with pytest.raises(ValueError, match="an insight needs a text"):
         await memory.insights.apply([add(" ")], evidence=[(episode.id, "won")])
     assert memory.insights.read_evidence() == set()
