@@ -47,7 +47,7 @@ def check_rows(memory: Memory) -> Check:
     if problems:
         mend = {"sqlite": "restore ratchet.db from a backup", "postgresql": "see the server's settings and its log"}
         return Check(memory.database.kind, False, "; ".join(problems[:3]), mend[memory.database.kind])
-    found = f"{memory.database.place} is sound ({time.monotonic() - started:.2f} s)"
+    found = f"{memory.database.location} is sound ({time.monotonic() - started:.2f} s)"
     return Check(memory.database.kind, True, found)
 
 

@@ -114,7 +114,7 @@ class Trajectories:
         if trajectory.stage is not TrajectoryStage.RUNNING:
             raise ValueError(f"a trajectory opens as 'running', not as {trajectory.stage.value!r}")
         try:
-            await self._database.take(INSERT_TRAJECTORY, vars(trajectory))
+            await self._database.insert_row(INSERT_TRAJECTORY, vars(trajectory))
         except IntegrityError as error:
             raise self._why_not_opened(trajectory) from error
         return trajectory
@@ -127,7 +127,7 @@ class Trajectories:
         if step.trajectory_id != trajectory.id:
             raise ValueError(f"step of {step.trajectory_id!r} cannot be appended to trajectory {trajectory.id!r}")
         # Not model_dump: it would copy thousands of token ids one by one.
-        if not await self._database.take(INSERT_STEP, vars(step)):
+        if not await self._database.insert_row(INSERT_STEP, vars(step)):
             raise self._why_not_appended(step)
 
     async def close(

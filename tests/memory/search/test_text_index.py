@@ -13,13 +13,13 @@ from sqlalchemy import text
 from memory.search.indexed_rows import IndexedRow, IndexQuery
 from memory.search.text_index import TextIndex, quote_terms
 from memory.storage.database import Database
-from memory.store import leave
+from memory.store import prepare_nothing
 
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
     """A file of the index's own, as it has beside PostgreSQL."""
-    database = Database(tmp_path / "words.db", prepare=leave)
+    database = Database(tmp_path / "words.db", prepare=prepare_nothing)
     yield database
     database.close()
 

@@ -128,8 +128,8 @@ async def test_steps_that_wait_are_handed_over_together_and_each_is_there(
     trajectories = Trajectories(database)
     opened = [await trajectories.open(Trajectory(id=f"t{n}", episode_id="e", policy=0)) for n in range(20)]
     handed_over, dialect = [], database._dialect
-    take = dialect.take
-    monkeypatch.setattr(dialect, "take", lambda *given: handed_over.append(len(given[2])) or take(*given))
+    insert_rows = dialect.insert_rows
+    monkeypatch.setattr(dialect, "insert_rows", lambda *given: handed_over.append(len(given[2])) or insert_rows(*given))
     writes = [append(trajectories, trajectory, n, content=f"{n}") for n in range(3) for trajectory in opened]
     await waiting_together(database, *writes)
     assert handed_over == [60]
