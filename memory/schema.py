@@ -6,6 +6,9 @@ Invariants: a stage moves only along `LEGAL_MOVES`; records of what happened are
 insights and documents belong to one tenant, `""` being the default one; policies and cycles are shared by all tenants.
 """
 
+# SQLModel declares __tablename__ as a declared_attr, although a plain string is its documented use.
+# pyright: reportAssignmentType=false
+
 from __future__ import annotations
 
 import json
@@ -14,7 +17,6 @@ import secrets
 import threading
 import time
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -193,11 +195,6 @@ class Trust(StrEnum):
 
     TRUSTED = "trusted"
     UNTRUSTED = "untrusted"  # influenced by a web page, an MCP server or a user's document
-
-
-def least_trust(trusts: Iterable[Trust]) -> Trust:
-    """Return the least trust among several; TRUSTED for none."""
-    return Trust.UNTRUSTED if any(trust is Trust.UNTRUSTED for trust in trusts) else Trust.TRUSTED
 
 
 class PolicyStage(StrEnum):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sqlalchemy import ColumnElement, bindparam, case, func, literal, or_
+from sqlalchemy import ColumnElement, SQLColumnExpression, bindparam, case, func, literal, or_
 from sqlmodel import col
 
 from memory.schema import Insight, Trajectory
@@ -66,7 +66,9 @@ class Scopes:
             return EVERYBODY
         return trajectory.user_id or None
 
-    def _scope_of(self, user_id: ColumnElement[str], *widened: ColumnElement[bool]) -> ColumnElement[str | None]:
+    def _scope_of(
+        self, user_id: SQLColumnExpression[str], *widened: SQLColumnExpression[bool]
+    ) -> ColumnElement[str | None]:
         if self.shares_live:
             return literal(EVERYBODY)
         return case((or_(*widened), EVERYBODY), else_=func.nullif(user_id, ""))

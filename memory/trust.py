@@ -25,7 +25,7 @@ class UntrustedText(str):
 
 def is_trusted(table: type[Trajectory] | type[Insight]) -> ColumnElement[bool]:
     """Return the property `is_trusted` of a table's rows as an SQL condition."""
-    return or_(table.trust == Trust.TRUSTED, col(table.approved_at).is_not(None))
+    return or_(col(table.trust) == Trust.TRUSTED, col(table.approved_at).is_not(None))
 
 
 def digest_exchange(tenant: str, request: str, reply: str) -> str:

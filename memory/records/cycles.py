@@ -6,7 +6,7 @@ Invariants: at most one cycle is open; a closed cycle never changes.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 from sqlmodel import Session, col, select
@@ -25,7 +25,7 @@ class Cycles:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._entered: tuple[CycleStage, float] | None = None
-        self.stage_seconds: Counter[CycleStage] = Counter()
+        self.stage_seconds: defaultdict[CycleStage, float] = defaultdict(float)
         """Total seconds of each stage, over all cycles since the start of the process."""
 
     async def open(self, settings: dict[str, Any]) -> Cycle:
@@ -78,7 +78,7 @@ class Cycles:
         """Return (final stage, verdict) of every closed cycle."""
         with self._database.read() as session:
             query = select(Cycle.stage, Cycle.verdict).where(col(Cycle.closed_at).is_not(None))
-            return [(stage, verdict) for stage, verdict in session.exec(query)]
+            return [(CycleStage(stage), verdict and dict(verdict)) for stage, verdict in session.exec(query)]
 
     def get(self, cycle_id: str) -> Cycle:
         """Return one cycle. Raises: UnknownCycle."""

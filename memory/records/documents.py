@@ -18,9 +18,10 @@ from collections.abc import Coroutine, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
-from sqlalchemy import Insert, delete, insert, literal, update
+from sqlalchemy import CursorResult, Insert, delete, insert, literal, update
+from sqlalchemy import select as sql_select
 from sqlmodel import Session, col, select
 from sqlmodel.sql.expression import SelectOfScalar
 
@@ -276,8 +277,8 @@ def _hidden_title(document_id: str) -> str:
 def _delete_batch(session: Session, hidden_id: str) -> bool:
     """Delete one batch of a hidden document's passages; return whether the document itself is deleted."""
     some = select(Passage.id).where(col(Passage.document_id) == hidden_id).limit(WRITE_BATCH)
-    num_deleted = session.execute(delete(Passage).where(col(Passage.id).in_(some))).rowcount
-    if num_deleted == WRITE_BATCH:
+    deleted = session.execute(delete(Passage).where(col(Passage.id).in_(some)))
+    if cast("CursorResult[Any]", deleted).rowcount == WRITE_BATCH:
         return False
     session.execute(delete(Document).where(col(Document.id) == hidden_id))
     return True
@@ -295,10 +296,11 @@ def read_passages(session: Session, passage_ids: Sequence[str], tenant: str) -> 
 
     Results of the index must pass through here, because the index may be behind the rows.
     """
-    query = select(Passage.id, Passage.text, Document.id, Document.title, Document.trust)
+    columns = (col(Passage.id), col(Passage.text), col(Document.id), col(Document.title), col(Document.trust))
+    query = sql_select(*columns)
     query = query.join(Document, col(Document.id) == Passage.document_id)
-    query = query.where(Document.tenant == tenant, col(Document.is_whole), col(Passage.id).in_(passage_ids))
-    return {row[0]: PassageOfDocument(*row) for row in session.exec(query)}
+    query = query.where(col(Document.tenant) == tenant, col(Document.is_whole), col(Passage.id).in_(passage_ids))
+    return {row[0]: PassageOfDocument(*row) for row in session.execute(query)}
 
 
 def _passages_of(document_id: str) -> SelectOfScalar[Passage]:

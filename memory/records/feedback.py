@@ -153,8 +153,8 @@ def _learnable(query: Select) -> Select:
     """Join a query of feedback with trajectories, and narrow it to learnable corrections."""
     return query.join(Trajectory, col(Trajectory.id) == Feedback.trajectory_id).where(
         col(Feedback.correction).is_not(None),
-        Trajectory.stage != TrajectoryStage.RUNNING,
-        Trajectory.split != Split.HELD_OUT,
+        col(Trajectory.stage) != TrajectoryStage.RUNNING,
+        col(Trajectory.split) != Split.HELD_OUT,
     )
 
 
@@ -165,8 +165,8 @@ def _require_target(session: Session, values: dict[str, Any]) -> Trajectory:
         raise UnknownTrajectory(f"no trajectory has the id {trajectory_id!r}: check the id")
     if position is None:
         return target
-    query = select(Step.kind).where(Step.trajectory_id == trajectory_id, Step.position == position)
-    kind = session.scalar(query)
+    query = sql_select(col(Step.kind))
+    kind = session.scalar(query.where(col(Step.trajectory_id) == trajectory_id, col(Step.position) == position))
     if kind is None:
         raise UnknownStep(f"trajectory {trajectory_id!r} has no step {position!r}: read it to see which there are")
     if values["correction"] is not None and kind is not StepKind.MODEL:

@@ -187,15 +187,13 @@ class _Lists:
         scope = (operation.tenant, operation.user_id, operation.environment, operation.task_kind)
         rows = self._rows(scope)
         insight = rows.get(key_of(operation.text))
-        is_active = insight is not None and insight.removed_at is None
+        if insight is None or insight.removed_at is not None:
+            is_add = operation.kind is OperationKind.ADD
+            return self._add(scope, insight, operation.text, FIRST_STRENGTH, operation) if is_add else None
         match operation.kind:
-            case OperationKind.ADD | OperationKind.AGREE if is_active:
+            case OperationKind.ADD | OperationKind.AGREE:
                 insight.is_shared |= operation.is_shared  # found again, this time in shared episodes only
                 return self._strengthen(insight, _gain(insight, operation.counts), operation.counts)
-            case OperationKind.ADD:
-                return self._add(scope, insight, operation.text, FIRST_STRENGTH, operation)
-            case _ if not is_active:
-                return None
             case OperationKind.REMOVE:
                 cost = REMOVE_COST_WHEN_FULL if self._full[scope] else REMOVE_COST
                 return self._strengthen(insight, -cost, operation.counts)
@@ -221,10 +219,11 @@ class _Lists:
         return any(row.retired_at is not None for rows in lists if (row := rows.get(key_of(text))) is not None)
 
     def _edit(self, scope: InsightScope, insight: Insight, operation: InsightOperation) -> Insight | None:
-        if self._is_retired(scope, operation.new_text):
+        new_text = operation.new_text or ""
+        if self._is_retired(scope, new_text):
             return None
         rows = self._rows(scope)
-        new_key = key_of(operation.new_text)
+        new_key = key_of(new_text)
         other = rows.get(new_key)
         if other is not None and other is not insight:  # the new text exists already: merge the two
             strength = insight.strength
@@ -234,7 +233,7 @@ class _Lists:
                 return self._strengthen(other, 1, operation.counts)
             return self._add(scope, other, other.text, strength + 1, operation)
         del rows[key_of(insight.text)]
-        insight.text = tidy(operation.new_text)
+        insight.text = tidy(new_text)
         insight.is_shared = operation.is_shared
         _set_trust(insight, operation.trust if insight.is_trusted else Trust.UNTRUSTED)
         rows[new_key] = insight

@@ -52,8 +52,10 @@ def _trace(
     session: Session, response_id: str, tenant: str, max_responses: int | None, max_chars: int | None
 ) -> list[str]:
     """Return the ids of a conversation, newest first. Raises: UnknownResponse, ConversationTooLong."""
-    num_chars = sum(func.length(cast(column, Text)) for column in (col(StoredResponse.input), col(StoredResponse.body)))
-    query = select(col(StoredResponse.tenant), col(StoredResponse.previous_id), num_chars)
+    num_input_chars, num_body_chars = (
+        func.length(cast(column, Text)) for column in (col(StoredResponse.input), col(StoredResponse.body))
+    )
+    query = select(col(StoredResponse.tenant), col(StoredResponse.previous_id), num_input_chars + num_body_chars)
     ids: list[str] = []
     next_id: str | None = response_id
     total = 0

@@ -98,11 +98,11 @@ class Reviews:
         }
         if status not in conditions:
             raise ValueError(f"no exemplar is ever {status.value!r}: choose among {[it.value for it in conditions]!r}")
-        query = self._trajectories.successes(scope).where(Trajectory.tenant == tenant, conditions[status])
+        query = self._trajectories.successes(scope).where(col(Trajectory.tenant) == tenant, conditions[status])
         if before_id is not None:
             query = query.where(col(Trajectory.id) < before_id)
         with self._database.read() as session:
-            rows = session.exec(query.order_by(col(Trajectory.id).desc()).limit(limit)).all()
+            rows = session.execute(query.order_by(col(Trajectory.id).desc()).limit(limit)).all()
             texts = [read_exemplar(session, row, self._scopes) for row, _ in rows]
         return [
             ListedExemplar(row, None if text is None else row_scope, text or "")
@@ -196,8 +196,8 @@ class Reviews:
             trajectory = _require_trajectory(session, trajectory_id, tenant)
             if trajectory.retired_at is not None:
                 raise IllegalMove(f"trajectory {trajectory_id!r} was retired: it cannot be approved any more")
-            is_success = self._trajectories.successes(self._scopes.of_exemplar()).where(Trajectory.id == trajectory_id)
-            if session.exec(is_success).first() is None:
+            successes = self._trajectories.successes(self._scopes.of_exemplar())
+            if session.execute(successes.where(col(Trajectory.id) == trajectory_id)).first() is None:
                 raise IllegalMove(
                     f"trajectory {trajectory_id!r} is no exemplar: only a finished success of a task that is not held "
                     "out is one"

@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, String, cast
-from sqlmodel import Session, col, select
+from sqlalchemy import ColumnElement, Select, String, cast, select
+from sqlmodel import Session, col
 
 from memory.schema import Split, Step, StepKind, Trajectory
 
@@ -31,8 +31,8 @@ def find_result(
     `MAX_EPISODES_SEEN` live episodes, and reads the newest `MAX_EPISODES_READ` that had the tool. None without a match.
     """
     live = (
-        select(Trajectory.id, cast(Trajectory.tools, String).label("tools"))
-        .where(Trajectory.split == Split.LIVE, *conditions)
+        select(col(Trajectory.id), cast(col(Trajectory.tools), String).label("tools"))
+        .where(col(Trajectory.split) == Split.LIVE, *conditions)
         .order_by(col(Trajectory.id).desc())
         .limit(MAX_EPISODES_SEEN)
         .subquery()
@@ -43,8 +43,8 @@ def find_result(
         .order_by(live.c.id.desc())
         .limit(MAX_EPISODES_READ)
     )
-    for trajectory_id in session.exec(with_tool, params=values):
-        result = _last_result(session.exec(_steps_with_calls(trajectory_id)), tool_name, arguments)
+    for trajectory_id in session.scalars(with_tool, values):
+        result = _last_result(session.execute(_steps_with_calls(trajectory_id)), tool_name, arguments)
         if result is not None:
             return result
     return None
@@ -53,8 +53,8 @@ def find_result(
 def _steps_with_calls(trajectory_id: str) -> Select:
     """Return the query for calls and results of an episode in order, without the large columns of token ids."""
     return (
-        select(Step.kind, Step.content, Step.tool_calls, Step.tool_name, Step.tool_call_id, Step.error)
-        .where(Step.trajectory_id == trajectory_id)
+        select(*map(col, (Step.kind, Step.content, Step.tool_calls, Step.tool_name, Step.tool_call_id, Step.error)))
+        .where(col(Step.trajectory_id) == trajectory_id)
         .order_by(col(Step.position))
     )
 

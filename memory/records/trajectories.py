@@ -56,6 +56,7 @@ from memory.teaching import OPERATOR, Teacher, reward_teaches, teaching_keys
 from memory.trust import Exchange, digest_exchange, is_trusted, trust_of
 
 BYTES_PER_TOKEN_ID = 4
+TOKEN_ID_COLUMNS: tuple[Any, Any] = (Step.prompt_token_ids, Step.output_token_ids)
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class Trajectories:
         reward = session.scalar(EFFECTIVE_REWARD, {"trajectory_id": trajectory.id})
         is_corrected = session.scalar(IS_ONE_CORRECTED, {"trajectory_id": trajectory.id})
         if reward is not None or is_corrected:
-            is_success = is_corrected or reward >= self.success_reward
+            is_success = is_corrected or (reward is not None and reward >= self.success_reward)
             session.add(Outbox(collection="exemplars", row_id=trajectory.id, is_removed=not is_success))
 
     async def distrust(self, trajectory_id: str) -> None:
@@ -321,7 +322,7 @@ class Trajectories:
         with self._database.read() as session:
             query = select(Step).where(Step.trajectory_id == trajectory_id, col(Step.position) >= since)
             if not with_token_ids:
-                query = query.options(defer(col(Step.prompt_token_ids)), defer(col(Step.output_token_ids)))
+                query = query.options(*map(defer, TOKEN_ID_COLUMNS))
             steps = list(session.exec(query.order_by(col(Step.position))))
             if not steps:
                 _require(session, trajectory_id)
@@ -408,7 +409,7 @@ class Trajectories:
         query = select(Trajectory, Reward)
         if since is not None:
             later = aliased(Reward)
-            is_rewarded_since = exists().where(later.trajectory_id == Trajectory.id, later.created_at > since)
+            is_rewarded_since = exists().where(col(later.trajectory_id) == Trajectory.id, col(later.created_at) > since)
             query = query.where(or_(col(Trajectory.closed_at) > since, is_rewarded_since))
         if environment is not None:
             query = query.where(Trajectory.environment == environment)

@@ -9,7 +9,19 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Insert, ScalarSelect, Select, bindparam, case, exists, func, insert, select
+from sqlalchemy import (
+    ColumnElement,
+    Insert,
+    ScalarSelect,
+    Select,
+    SQLColumnExpression,
+    bindparam,
+    case,
+    exists,
+    func,
+    insert,
+    select,
+)
 from sqlalchemy.orm import aliased
 from sqlmodel import SQLModel, col
 
@@ -24,7 +36,7 @@ REWARD_TRUST = (
 
 
 def effective_reward_of(
-    trajectory_id: ColumnElement[str], column: str = "value", conditions: Sequence[ColumnElement[bool]] = ()
+    trajectory_id: SQLColumnExpression[str], column: str = "value", conditions: Sequence[ColumnElement[bool]] = ()
 ) -> ScalarSelect[Any]:
     """Return the subquery for a column of the reward that counts: the newest of the most trusted source.
 
@@ -52,14 +64,16 @@ def learnable_conditions(reward_conditions: Sequence[ColumnElement[bool]]) -> li
     ]
 
 
-def last_handover(digest: str | None = None, before: datetime | None = None) -> Select[tuple[str]]:
+def last_handover(digest: str | None = None, before: datetime | None = None) -> Select[str]:
     """Return the query for ids of trajectories whose last model call handed tool calls over to the client.
 
     With `digest`, only handovers with this digest; with `before`, only older ones.
     """
     later = aliased(Step)
     is_answered = exists().where(
-        col(later.trajectory_id) == Step.trajectory_id, later.position > Step.position, later.kind == StepKind.MODEL
+        col(later.trajectory_id) == Step.trajectory_id,
+        col(later.position) > Step.position,
+        col(later.kind) == StepKind.MODEL,
     )
     query = select(col(Step.trajectory_id)).where(col(Step.handover_digest).is_not(None), ~is_answered)
     if digest is not None:
@@ -69,7 +83,7 @@ def last_handover(digest: str | None = None, before: datetime | None = None) -> 
     return query
 
 
-def next_position(trajectory_id: ColumnElement[str]) -> ScalarSelect[int]:
+def next_position(trajectory_id: SQLColumnExpression[str]) -> ScalarSelect[int]:
     """Return the subquery for the position of a trajectory's next step."""
     last = func.coalesce(func.max(col(Step.position)), -1)
     return select(last + 1).where(col(Step.trajectory_id) == trajectory_id).scalar_subquery()

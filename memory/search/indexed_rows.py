@@ -10,8 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import Select
-from sqlalchemy.orm.attributes import InstrumentedAttribute
+from sqlalchemy import Select, SQLColumnExpression
 from sqlmodel import Session, col, select
 
 from memory.records.trajectories import Trajectories
@@ -117,7 +116,7 @@ class IndexedRows:
                 raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
 
 
-def _narrow(query: Select, column: InstrumentedAttribute[str], ids: list[str] | None) -> Select:
+def _narrow(query: Select, column: SQLColumnExpression[str], ids: list[str] | None) -> Select:
     return query if ids is None else query.where(column.in_(ids))
 
 

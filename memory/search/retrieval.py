@@ -125,7 +125,7 @@ class Retrieval:
     ) -> None:
         self._database = database
         self._exemplars = trajectories.exemplary().where(
-            Trajectory.tenant == bindparam("tenant"),
+            col(Trajectory.tenant) == bindparam("tenant"),
             is_shown(trajectories.scopes.of_exemplar()),
             col(Trajectory.id).in_(bindparam("ids", expanding=True)),
         )

@@ -99,7 +99,7 @@ class VectorIndex:
             client, self._client, self._chroma = self._client, None, {}
             if client is not None:
                 with contextlib.suppress(IndexDamaged), _chroma_errors():
-                    client.close()
+                    client.close()  # pyright: ignore[reportAttributeAccessIssue] (of the implementation only)
 
     def set_aside(self) -> None:
         """Close the index and move its files away, so that the next `open` begins an empty one."""
@@ -185,13 +185,14 @@ class VectorIndex:
         """
         shared, own = self._chroma[collection].get(SHARED), self._create(collection, partition)
         batches = [row_ids[start : start + MAX_BATCH] for start in range(0, len(row_ids), MAX_BATCH)]
-        for batch in batches if shared is not None else ():
-            stored = shared.get(ids=list(batch), include=["embeddings", "metadatas"])
-            if stored["ids"]:
+        for batch in batches:
+            stored = shared.get(ids=list(batch), include=["embeddings", "metadatas"]) if shared is not None else None
+            if stored is not None and stored["ids"]:
                 own.upsert(ids=stored["ids"], embeddings=stored["embeddings"], metadatas=stored["metadatas"])
         self._chroma[collection][partition] = own  # searched instead of the shared one from here on
-        for batch in batches if shared is not None else ():
-            _delete(shared, batch)
+        for batch in batches:
+            if shared is not None:
+                _delete(shared, batch)
 
     def _delete_elsewhere(self, collection: str, key: TenantPartition | None, rows: Sequence[IndexedRow]) -> None:
         """Delete rows from the Chroma collection that may have held them before."""

@@ -269,8 +269,9 @@ class Database:
 
     def _classified(self, error: Exception) -> Exception:
         """Return StorageError for a failure of the storage, and any other error as it is."""
-        is_refusal = isinstance(error, DatabaseError) and not isinstance(error, IntegrityError | ProgrammingError)
-        return self._translated(error) if is_refusal else error
+        if isinstance(error, DatabaseError) and not isinstance(error, IntegrityError | ProgrammingError):
+            return self._translated(error)
+        return error
 
     def _translated(self, error: DBAPIError) -> Exception:
         translated = self._dialect.translate(error)

@@ -73,7 +73,8 @@ class Postgresql:
     def is_in_transaction(self, connection: Connection) -> bool:
         from psycopg.pq import TransactionStatus
 
-        return connection.connection.driver_connection.info.transaction_status == TransactionStatus.INTRANS
+        driver: Any = connection.connection.driver_connection
+        return driver.info.transaction_status == TransactionStatus.INTRANS
 
     def bind(self, statement: Insert, values: Mapping[str, Any]) -> dict[str, Any]:
         return {name: values[name] for name in self._compiled.get(statement).names}
@@ -173,7 +174,7 @@ def _make_text_dumper() -> type:
     from psycopg.types.string import StrDumperUnknown
 
     class TextWithoutNul(StrDumperUnknown):
-        def dump(self, value: str) -> Any:
-            return super().dump(value.replace("\x00", "\ufffd"))
+        def dump(self, obj: str) -> Any:
+            return super().dump(obj.replace("\x00", "\ufffd"))
 
     return TextWithoutNul

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import Dialect, Executable
+from sqlalchemy import ClauseElement, Dialect, Executable
 
 MAX_READERS = 16
 KEPT_READERS = 4  # connections that stay open while idle
@@ -21,7 +21,7 @@ class Compiled:
     """A statement in the driver's form: SQL text and positional values."""
 
     def __init__(self, statement: Executable, dialect: Dialect) -> None:
-        compiled = statement.compile(dialect=dialect)
+        compiled: Any = cast(ClauseElement, statement).compile(dialect=dialect)
         self.sql = compiled.string
         self.names = [name for name, parameter in compiled.binds.items() if parameter.required]
         given = {

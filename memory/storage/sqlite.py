@@ -10,7 +10,7 @@ import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Connection, Engine, Executable, Insert, PoolProxiedConnection, create_engine, event
 from sqlalchemy.exc import DBAPIError
@@ -57,14 +57,14 @@ class Sqlite:
         self._fetch_connection: PoolProxiedConnection | None = None
 
     def is_in_transaction(self, connection: Connection) -> bool:
-        return connection.connection.driver_connection.in_transaction
+        return _driver(connection.connection).in_transaction
 
     def bind(self, statement: Insert, values: Mapping[str, Any]) -> list[Any]:
         return self._compiled.get(statement).bind(values)
 
     def insert_rows(self, connection: Connection, statement: Insert, rows: Sequence[Any]) -> list[bool | Exception]:
         # Bypasses SQLAlchemy, which takes longer for a row than SQLite with its disk.
-        driver = connection.connection.driver_connection
+        driver = _driver(connection.connection)
         cursor, sql = driver.cursor(), self._compiled.get(statement).sql
         results: list[bool | Exception] = []
         for row in rows:
@@ -84,7 +84,7 @@ class Sqlite:
         with self._fetch_lock:
             self._fetch_connection = self._fetch_connection or self.reading.raw_connection()
             try:
-                return self._fetch_connection.driver_connection.execute(compiled.sql, row).fetchall()
+                return _driver(self._fetch_connection).execute(compiled.sql, row).fetchall()
             except sqlite3.Error as error:
                 raise _wrapped(error, compiled.sql, row) from error
 
@@ -101,7 +101,7 @@ class Sqlite:
         if self._num_writes >= CHECKPOINT_WRITES:
             self._num_writes = 0
             with contextlib.suppress(sqlite3.Error):  # a full or broken disk shows in the next commit
-                connection.connection.driver_connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                _driver(connection.connection).execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def check(self, session: Session) -> list[str]:
         """Return the problems that SQLite finds in the file. Reads every page."""
@@ -116,6 +116,10 @@ class Sqlite:
         message = str(error.orig)
         advice = next((advice for sign, advice in ADVICE.items() if sign in message), "check the disk")
         return StorageError(f"cannot use the database {self.location}: {message}; {advice}")
+
+
+def _driver(connection: PoolProxiedConnection) -> sqlite3.Connection:
+    return cast(sqlite3.Connection, connection.driver_connection)
 
 
 def _wrapped(error: Exception, sql: str, row: list[Any]) -> Exception:
@@ -141,7 +145,7 @@ def _open(path: Path, pragmas: tuple[str, ...], *, begin: str, num_connections: 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         if begin == "BEGIN":  # cannot fail; bypasses SQLAlchemy, where it would take a third of a read
-            connection.connection.driver_connection.execute(begin)
+            _driver(connection.connection).execute(begin)
         else:
             connection.exec_driver_sql(begin)
 

@@ -6,6 +6,8 @@ it.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from alembic import context
 from sqlalchemy import Boolean, Enum, Float, Integer, LargeBinary, String
 from sqlalchemy.types import TypeDecorator
@@ -14,7 +16,7 @@ from sqlmodel import SQLModel
 import memory.schema  # noqa: F401  (fills the metadata)
 
 
-def render_plainly(kind: str, item: object, _context: object) -> str | bool:
+def render_plainly(kind: str, item: object, _context: object) -> str | Literal[False]:
     """Return the source text of the plain type behind a column type; False leaves the rendering to Alembic."""
     if kind != "type" or isinstance(item, Boolean | Integer | Float):
         return False
