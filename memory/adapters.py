@@ -28,6 +28,7 @@ MANIFEST_NAME = "manifest.json"
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FILE_NAMES = frozenset({MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME})
+# Bounds on the memory that a hostile or damaged file can take.
 MAX_JSON_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20
 BLOCK_BYTES = 2**20
@@ -170,6 +171,7 @@ def _verify_files(directory: Path) -> None:
         raise AdapterRefused(f"{str(directory)!r} is not a directory: give the directory of an adapter")
     present = set()
     for path in directory.iterdir():
+        # A link's target may change after the verification.
         if path.is_symlink() or not path.is_file():
             raise AdapterRefused(f"{str(path)!r} is not a plain file: adapters hold no links and no directories")
         if path.name not in FILE_NAMES:
@@ -201,6 +203,7 @@ def _verify_config(path: Path, config: object, max_rank: int) -> None:
     for name, allowed in unsupported.items():
         if (config.get(name) or allowed) != allowed:
             raise AdapterRefused(f"{str(path)!r}: {name} is {config[name]!r}: the engine serves plain LoRA only")
+    # `rank_pattern` overrides `r` for single layers.
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     for rank in ranks:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= max_rank:
@@ -219,6 +222,7 @@ def _verify_weights(path: Path, max_rank: int) -> None:
         for name, spec in tensors.items():
             file.seek(start + spec["data_offsets"][0])
             is_zero = _verify_tensor(path, name, spec, file)
+            # lora_B begins at zero: left so, it cancels lora_A whatever that holds.
             is_no_op = is_no_op and (is_zero or ".lora_B" not in name)
     if is_no_op:
         raise AdapterRefused(f"{str(path)!r}: every lora_B is zero: the adapter changes nothing, train it again")
@@ -227,6 +231,7 @@ def _verify_weights(path: Path, max_rank: int) -> None:
 def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     """Return a safetensors header and the offset of the data: 8 bytes of length, then JSON of that length."""
     prefix = file.read(8)
+    # The length is not trusted: reading that many bytes could exhaust the memory.
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
     if length > min(size - 8, MAX_HEADER_BYTES):
         raise AdapterRefused(f"{str(path)!r} is truncated or not safetensors: its header would have {length} bytes")
@@ -256,8 +261,10 @@ def _verify_layout(path: Path, tensors: Mapping[str, Any], num_bytes: int, max_r
         is_a, is_b = ".lora_A" in name or ".lora_embedding_A" in name, ".lora_B" in name or ".lora_embedding_B" in name
         if is_a == is_b or len(shape) != 2:
             raise AdapterRefused(f"{str(path)!r}: tensor {name!r} is not part of a plain LoRA")
+        # lora_A is (rank, in), lora_B is (out, rank).
         if min(shape) > max_rank:
             raise AdapterRefused(f"{str(path)!r}: tensor {name!r} has rank {min(shape)}, over the engine's {max_rank}")
+        # Bytes, relative to the end of the header.
         spans.append((int(begin), int(end)))
     position = 0
     for begin, end in sorted(spans):

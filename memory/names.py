@@ -45,6 +45,7 @@ def path_below(directory: Path, *parts: str) -> Path:
         if not _PART.fullmatch(part):
             raise ValueError(f"{part[:160]!r} cannot be part of a path below {str(directory)!r}: it is not a name")
     path = directory.joinpath(*parts)
+    # After resolving links: a directory below may be a link to elsewhere.
     if not path.resolve().is_relative_to(directory.resolve()):
         raise ValueError(f"{str(path)!r} leads out of {str(directory)!r}: remove the link")
     return path

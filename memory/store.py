@@ -104,6 +104,7 @@ class Memory:
 
     def close(self) -> None:
         """Finish pending writes, close everything and release the directory."""
+        # Called in reverse: the index stops first, and the lock is released last.
         with contextlib.ExitStack() as stack:
             stack.callback(self._ownership.close)
             stack.callback(self.database.close)

@@ -78,7 +78,10 @@ class Cycles:
         """Return (final stage, verdict) of every closed cycle."""
         with self._database.read() as session:
             query = select(Cycle.stage, Cycle.verdict).where(col(Cycle.closed_at).is_not(None))
-            return [(CycleStage(stage), verdict and dict(verdict)) for stage, verdict in session.exec(query)]
+            return [
+                (CycleStage(stage), None if verdict is None else dict(verdict))
+                for stage, verdict in session.exec(query)
+            ]
 
     def get(self, cycle_id: str) -> Cycle:
         """Return one cycle. Raises: UnknownCycle."""

@@ -61,7 +61,7 @@ def render_call(call: dict[str, Any]) -> str:
     function = call.get("function") or {}
     name, arguments = function.get("name") or "", function.get("arguments") or "{}"
     if isinstance(arguments, str):
-        try:
+        try:  # models write arguments that are no JSON
             arguments = json.loads(arguments)
         except ValueError:
             return f"{name}({' '.join(arguments.split())[:MAX_CHARS]})"

@@ -81,7 +81,7 @@ class FeedbackRecords:
             target = _require_target(session, values)
             values["user_id"] = values["user_id"] or target.user_id
             session.execute(insert(Feedback).values(**values))
-            if is_number and values["step"] is None:
+            if is_number and values["step"] is None:  # a single step says nothing of the whole
                 reason = ": ".join(part for part in (values["name"], values["comment"]) if part)
                 source = SOURCES.get(values["source"], RewardSource.USER)
                 reward = float(values["value"])
@@ -140,6 +140,7 @@ class FeedbackRecords:
                     teacher = Teacher(trajectory.tenant, feedback.key_id, feedback.user_id)
                     text = feedback.correction or ""
                     corrections[trajectory.id, position] = Correction(trajectory, step, text, teacher)
+        # Read newest first, so that the last correction of each reply is the one kept.
         return list(corrections.values())[::-1]
 
     def count_corrections_without_teacher(self) -> int:

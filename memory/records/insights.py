@@ -109,6 +109,7 @@ class Insights:
         """
         for operation in operations:
             _check(operation)
+        # A stable sort: operations of one kind stay in the given order.
         ordered = sorted(operations, key=lambda operation: list(OperationKind).index(operation.kind))
 
         def write(session: Session) -> list[Insight]:
@@ -207,6 +208,7 @@ class _Lists:
             query = select(Insight).where(
                 *(getattr(Insight, name) == value for name, value in zip(SCOPE_COLUMNS, scope, strict=True))
             )
+            # Active rows last: of two texts with the same key, the active one is used.
             rows = self._session.exec(query.order_by(col(Insight.removed_at).is_(None), col(Insight.id))).all()
             self._lists[scope] = {key_of(insight.text): insight for insight in rows}
             num_active = sum(insight.removed_at is None for insight in rows)

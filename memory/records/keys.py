@@ -128,7 +128,7 @@ class Keys:
         moment, before = now(), self._noted_at.get(row.id, row.last_used_at)
         if before is not None and moment - before < NOTED_EVERY:
             return
-        self._noted_at[row.id] = moment
+        self._noted_at[row.id] = moment  # before the await: concurrent requests write once
         await self._database.write(
             lambda session: session.execute(update(ApiKey).where(col(ApiKey.id) == row.id).values(last_used_at=moment))
         )
@@ -147,6 +147,7 @@ class Keys:
 
 def digest(key: str) -> str:
     """Return the SHA-256 of a key, in hex."""
+    # A header may hold any bytes, so the text may have lone surrogates.
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -176,7 +176,7 @@ class Policies:
         self._waiters.add(waiter)
         try:
             while True:
-                waiter[1].clear()
+                waiter[1].clear()  # before the read: a change after it sets the event again
                 with contextlib.suppress(StorageError):
                     version = self._active_version()
                     if version is not None and version != last_seen:
@@ -241,7 +241,7 @@ def _version_of(version: int | str) -> int:
 
 
 def _require(session: Session, version: int) -> Policy:
-    policy = session.get(Policy, version) if version < 2**31 else None
+    policy = session.get(Policy, version) if version < 2**31 else None  # PostgreSQL raises for larger integers
     if policy is None:
         raise UnknownPolicy(f"no policy has version {version!r}: list them to see which exist")
     return policy

@@ -52,6 +52,7 @@ def _trace(
     session: Session, response_id: str, tenant: str, max_responses: int | None, max_chars: int | None
 ) -> list[str]:
     """Return the ids of a conversation, newest first. Raises: UnknownResponse, ConversationTooLong."""
+    # The database measures the lengths: bodies may be megabytes.
     num_input_chars, num_body_chars = (
         func.length(cast(column, Text)) for column in (col(StoredResponse.input), col(StoredResponse.body))
     )

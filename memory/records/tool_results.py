@@ -39,6 +39,7 @@ def find_result(
     )
     with_tool = (
         select(live.c.id)
+        # A cheap filter on the JSON text. A match in another field costs one more read and no wrong result.
         .where(live.c.tools.contains(json.dumps(tool_name, ensure_ascii=False), autoescape=True))
         .order_by(live.c.id.desc())
         .limit(MAX_EPISODES_READ)

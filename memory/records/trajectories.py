@@ -116,7 +116,7 @@ class Trajectories:
             raise ValueError(f"a trajectory opens as 'running', not as {trajectory.stage.value!r}")
         try:
             await self._database.insert_row(INSERT_TRAJECTORY, vars(trajectory))
-        except IntegrityError as error:
+        except IntegrityError as error:  # the database does not tell which constraint in a portable way
             raise self._why_not_opened(trajectory) from error
         return trajectory
 
@@ -151,6 +151,7 @@ class Trajectories:
         def write(session: Session) -> Trajectory:
             trajectory = _require(session, trajectory_id)
             _close(session, trajectory, TrajectoryStage(stage), error)
+            # Only after `_close`, which raises for a closed trajectory: its answer must not change.
             trajectory.answer = answer
             trajectory.num_invalid_tool_calls = num_invalid_tool_calls
             received = reply or answer
@@ -195,7 +196,7 @@ class Trajectories:
             user_id=user_id,
         )
         session.add(reward)
-        session.flush()
+        session.flush()  # `note_exemplar` reads the effective reward, this one included
         self.note_exemplar(session, trajectory)
         return reward
 
@@ -324,7 +325,7 @@ class Trajectories:
             if not with_token_ids:
                 query = query.options(*map(defer, TOKEN_ID_COLUMNS))
             steps = list(session.exec(query.order_by(col(Step.position))))
-            if not steps:
+            if not steps:  # a trajectory without steps, or an unknown id
                 _require(session, trajectory_id)
             return steps
 

@@ -93,6 +93,7 @@ def _build_step_insert() -> Insert:
     """Return a guarded INSERT: it adds a row only while the trajectory runs and the position is the next one."""
     columns = SQLModel.metadata.tables["steps"].columns
     trajectory_id = bindparam("trajectory_id", type_=columns["trajectory_id"].type)
+    # Checked in the statement itself, so that no other write comes between the check and the insert.
     is_running = exists().where(col(Trajectory.id) == trajectory_id, col(Trajectory.stage) == TrajectoryStage.RUNNING)
     is_next = bindparam("position", type_=columns["position"].type) == next_position(trajectory_id)
     values = select(*(bindparam(column.name, type_=column.type) for column in columns)).where(is_running, is_next)

@@ -32,7 +32,7 @@ class Verdicts:
             if known is not None:
                 return known
             newest = select(func.max(StoredVerdict.look)).where(StoredVerdict.incumbent == verdict.incumbent)
-            look = (session.scalar(newest) or 0) + 1
+            look = (session.scalar(newest) or 0) + 1  # no race: one writer at a time
             values = {**verdict.model_dump(), "look": look, "alpha": choose_alpha(look)}
             entry = StoredVerdict(**values)
             session.add(entry)

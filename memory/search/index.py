@@ -67,7 +67,7 @@ class MemoryIndex:
         self._sync = IndexSync(
             database, IndexedRows(trajectories), text_index, self._vector_index, encoder, self._queries
         )
-        self._hanging: list[_VectorSearch] = []
+        self._hanging: list[_VectorSearch] = []  # searches past their deadline
         self.num_without_vectors = 0
         """Number of queries since the start that were answered without the vector index."""
         # The keys are label values of a metric: dashboards know them by these names.
@@ -179,7 +179,7 @@ class MemoryIndex:
             return False
         try:
             return self._text_index.has_any(query.collection, query.where)
-        except StorageError:
+        except StorageError:  # unknown: the vector index may still have a match
             return True
 
     async def _search_both(self, query: IndexQuery, *, num_words: int) -> tuple[WordMatches, Hits | None]:
@@ -194,7 +194,7 @@ class MemoryIndex:
     async def _search_text(self, search: Callable[[], T], fallback: T) -> T:
         try:
             with self.seconds["words"].measure():
-                return await asyncio.to_thread(search)
+                return await asyncio.to_thread(search)  # no deadline: a thread cannot be cancelled, and SQLite is quick
         except StorageError as error:
             logger.warning("the text index failed, rebuild it: %s", error)
             return fallback
@@ -291,7 +291,7 @@ class _VectorSearch:
             if self.result.set_running_or_notify_cancel():
                 self.result.set_exception(error)
         else:
-            if self.result.set_running_or_notify_cancel():
+            if self.result.set_running_or_notify_cancel():  # False: the waiting task has given up
                 self.result.set_result(hits)
 
 

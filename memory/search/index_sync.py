@@ -113,7 +113,7 @@ class IndexSync:
                 self._num_failures = 0
                 self.last_failure = None
             except (IndexUnavailable, StorageError, OSError) as error:
-                self._backlog.reset()
+                self._backlog.reset()  # entries were taken and not written: read them again
                 if self._stopping.is_set():
                     return
                 self._handle_failure(error)
@@ -154,6 +154,7 @@ class IndexSync:
             for collection, (row_ids, rows) in loaded.items():
                 self._text_index.replace(session, collection, row_ids, rows)
 
+        # Write, then mark: a crash in between repeats the batch.
         self._text_index.write(replace)
         marked = update(Outbox).where(col(Outbox.id).in_([it.id for it in batch])).values(is_worded=True)
         self._database.write_sync(lambda session: session.execute(marked))
@@ -172,6 +173,7 @@ class IndexSync:
                 newest_ids = partial(self._text_index.newest_of_partition, collection)
                 self._vector_index.upsert(collection, rows, self._encode(rows), newest_ids=newest_ids)
             self._vector_index.forget(collection, set(row_ids) - {row.row_id for row in rows})
+        # Last: a crash before this line repeats the batch, which is harmless.
         ids = [it.id for it in batch]
         self._database.write_sync(lambda session: session.execute(delete(Outbox).where(col(Outbox.id).in_(ids))))
         return len(batch) == VECTOR_BATCH
@@ -219,7 +221,7 @@ class IndexSync:
         self._text_index.write(fill)
         self._vector_index.set_aside()
         self._open()
-        requests, self._rebuilds = self._rebuilds, []
+        requests, self._rebuilds = self._rebuilds, []  # a request from here on starts another rebuild
         for future in requests:
             if future.set_running_or_notify_cancel():
                 future.set_result(None)
@@ -227,6 +229,7 @@ class IndexSync:
     def _reconcile(self) -> None:
         """Compare both indexes with the rows, and queue every row that differs."""
         for collection in COLLECTIONS:
+            # The order is free: a row that changes in between has an outbox row of its own.
             in_vector_index = self._vector_index.digests(collection)
             with self._database.read() as session:
                 expected = {it.row_id: it.digest for it in self._indexed_rows.load_all(session, collection)}

@@ -252,6 +252,7 @@ class Retrieval:
 
     def _read_exemplars(self, request: _Request, ids: list[str]) -> list[tuple[str, str]]:
         """Return (id, text as shown) of those of the trajectories that may be shown."""
+        # Scope, trust and stage are checked again here: the index may be behind.
         with self._database.read() as session:
             rows = session.scalars(self._exemplars, {"ids": ids, **request.person})
             by_id = {trajectory.id: trajectory for trajectory in rows if not request.continues(trajectory)}

@@ -100,6 +100,7 @@ class Database:
         except BaseException:
             self._dialect.close()
             raise
+        # A daemon: a process that forgets `close` can still exit.
         self._writer = threading.Thread(target=self._write_forever, name="ratchet-writer", daemon=True)
         self._writer.start()
 

@@ -57,4 +57,4 @@ class DatabaseTrace:
             file.write(state)
             file.flush()
             os.fsync(file.fileno())
-        new.replace(self._trace)
+        new.replace(self._trace)  # atomic: a crash leaves the old record or the new one

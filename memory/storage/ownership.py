@@ -52,6 +52,7 @@ def take_ownership(data_dir: Path) -> Ownership:
     try:
         make_directory(data_dir)
         lock = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY)
+        # The kernel releases the lock when the process ends, however it ends.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         make_private(data_dir)
         return Ownership(data_dir, lock)

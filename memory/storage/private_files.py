@@ -33,4 +33,5 @@ def make_private(data_dir: Path) -> None:
 
 
 def _is_ours(status: os.stat_result) -> bool:
+    # The sticky bit marks a directory that users share, such as /tmp.
     return status.st_uid == os.geteuid() and not status.st_mode & stat.S_ISVTX

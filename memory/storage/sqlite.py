@@ -21,15 +21,16 @@ from memory.schema import dump_json
 from memory.storage.sql import MAX_READERS, StatementCache, pool_of
 
 WRITER = (
-    "journal_mode=WAL",
-    "synchronous=FULL",
-    "busy_timeout=30000",
-    "foreign_keys=ON",
-    "mmap_size=0",
-    "journal_size_limit=67108864",
+    "journal_mode=WAL",  # readers and the writer do not block each other
+    "synchronous=FULL",  # NORMAL would lose acknowledged commits in a power cut
+    "busy_timeout=30000",  # milliseconds
+    "foreign_keys=ON",  # off by default in SQLite
+    "mmap_size=0",  # an I/O error in a mapped file would kill the process with SIGBUS
+    "journal_size_limit=67108864",  # bytes
     "wal_autocheckpoint=8000",  # pages; a fallback in case `after_commit` is late
 )
 CHECKPOINT_WRITES = 512  # writes between two checkpoints
+# Readers must never checkpoint: see the hazard in `memory.storage.database`.
 READER = ("busy_timeout=30000", "query_only=ON", "wal_autocheckpoint=0", "mmap_size=0")
 ADVICE = {
     "full": "free some disk space; nothing that was acknowledged is lost",
@@ -81,6 +82,7 @@ class Sqlite:
     def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
         compiled = self._compiled.get(statement)
         row = compiled.bind(values)
+        # One connection for all fetches, in autocommit: a pool and a transaction cost more than such a read.
         with self._fetch_lock:
             self._fetch_connection = self._fetch_connection or self.reading.raw_connection()
             try:

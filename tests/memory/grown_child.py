@@ -1,4 +1,4 @@
-"""Adds rows one at a time to an index of meanings and prints how much the heap of this process grew, in MB.
+"""Adds rows one at a time to a vector index and prints how much the heap of this process grew, in MB.
 
 A process of its own, because the allocator keeps what others used before. `python -m tests.memory.grown_child DIR NUM`.
 """
