@@ -1,6 +1,7 @@
 """Adds rows one at a time to a vector index and prints how much the heap of this process grew, in MB.
 
-A process of its own, because the allocator keeps what others used before. `python -m tests.memory.grown_child DIR NUM`.
+It runs in a process of its own, because the allocator keeps memory that earlier code has used.
+`python -m tests.memory.grown_child DIR NUM`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whose memory a row is, under either setting, in the rows and in the index."""
+"""Scopes of memories under both settings, in the rows and in the index."""
 
 from __future__ import annotations
 

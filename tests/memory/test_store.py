@@ -1,4 +1,4 @@
-"""One owner, and everything in its place."""
+"""Opening and closing a data directory, with one owner at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one tenant keeps, no other finds: by id, in lists, by word, by meaning."""
+"""No tenant finds another's rows: by id, in lists, by words or by vectors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def learn(text: str, tenant: str) -> InsightOperation:
     return InsightOperation(OperationKind.ADD, "kitchen", "cooking", text, tenant=tenant)
 
 
-@pytest.mark.parametrize("blind_to", ["nothing", "words", "meanings"])
+@pytest.mark.parametrize("blind_to", ["nothing", "text", "vectors"])
 async def test_retrieval_shows_a_tenant_its_own_and_nothing_else(
     memory: Memory, monkeypatch: pytest.MonkeyPatch, blind_to: str
 ):
@@ -32,9 +32,9 @@ async def test_retrieval_shows_a_tenant_its_own_and_nothing_else(
         await memory.insights.apply([learn(f"{name}: fry on the stove {n}", tenant) for n in range(14)])
         await memory.documents.ingest("Stove", f"How to fry on it, says {name}.", tenant=tenant)
     await memory.index.drain()
-    if blind_to == "words":
+    if blind_to == "text":
         monkeypatch.setattr(memory.index._text_index, "match", lambda *_, **__: WordMatches([], 0))
-    elif blind_to == "meanings":
+    elif blind_to == "vectors":
         monkeypatch.setattr(MemoryIndex, "has_vectors", False)
     for tenant in TENANTS:
         found = await memory.retrieval.retrieve(

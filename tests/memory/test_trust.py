@@ -1,4 +1,4 @@
-"""Untrusted text: what it taints, where that stops memory, and what an approval lifts."""
+"""Untrusted text: the rows that it affects, and the effect of an approval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""API keys: what is kept of them, and what they are good for."""
+"""API keys: their storage, look-up and revocation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stored responses: read again, gone on from, forgotten."""
+"""Stored responses: read, continued, deleted."""
 
 from __future__ import annotations
 

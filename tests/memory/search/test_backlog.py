@@ -1,4 +1,4 @@
-"""Whose rows the index follows first, when one tenant brings many."""
+"""The order in which tenants' rows are indexed when one tenant adds many."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def test_what_was_left_out_for_being_too_much_is_read_again(memory: Memory
 
 
 class CountingEncoder(HashingEncoder):
-    """Keeps the texts in the order in which they were encoded."""
+    """Records the texts in the order of encoding."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Questions share batches, and the real encoder knows what words mean."""
+"""Queries share batches; the real encoder finds texts of the same meaning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.memory.episodes import PATIENT, HashingEncoder
 
 
 class HeldEncoder(HashingEncoder):
-    """Encodes when it is let."""
+    """An encoder that waits for the test's permission."""
 
     def __init__(self) -> None:
         super().__init__()

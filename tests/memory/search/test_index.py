@@ -1,4 +1,4 @@
-"""Finding rows by both ways at once, and everything that may happen to the index."""
+"""Search over both indexes at once, and every damage that the index must survive."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KITCHEN = {"environment": "kitchen", "kind": "cooking"}
 
 
 async def held(memory: Memory) -> dict[str, dict[str, int]]:
-    """What both indexes hold when they are up to date, by their own count."""
+    """Return the row counts of both indexes once they are up to date."""
     await memory.index.drain()
     return {"text": memory.index._text_index.count(), "vectors": memory.index._vector_index.count()}
 
@@ -126,7 +126,7 @@ async def test_a_chroma_that_fails_never_fails_a_question(memory: Memory, monkey
     await memory.index.drain()
 
     class Panic(BaseException):
-        """As the Rust half raises them."""
+        """A BaseException, as Chroma's Rust half raises them."""
 
     def fail(*_, **__):
         raise Panic("planted")
@@ -222,9 +222,7 @@ async def test_an_encoder_that_cannot_load_leaves_words(tmp_path: Path, config: 
         assert not memory.index.has_vectors
 
 
-async def test_words_that_all_rows_have_count_only_where_meanings_cannot_be_had(
-    memory: Memory, monkeypatch: pytest.MonkeyPatch
-):
+async def test_words_that_all_rows_have_count_only_without_vectors(memory: Memory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("memory.search.text_index.MAX_ROWS", 5)
     await memory.insights.apply([add(f"fry the carrot in pan {number}") for number in range(9)])
     await memory.index.drain()

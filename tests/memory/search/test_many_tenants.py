@@ -1,4 +1,4 @@
-"""Many small tenants share one Chroma collection, large ones have their own, and nobody finds what is another's."""
+"""Many small tenants share one Chroma collection, large ones have their own, and no tenant finds another's rows."""
 
 from __future__ import annotations
 

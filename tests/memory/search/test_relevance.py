@@ -1,4 +1,4 @@
-"""Passages and solved tasks are shown to requests that they may help, and to no others: real pages, real encoder."""
+"""Passages and solved tasks are shown only to requests that they may help: real pages, real encoder."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ANSWERED = {
 
 
 class KeptVectors(SentenceEncoder):
-    """The real encoder; what several tests ask is encoded once."""
+    """The real encoder with a cache that all tests share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ async def test_only_questions_that_the_pages_answer_are_shown_passages(pages: Me
     assert not missed
 
 
-async def test_without_meanings_passages_need_most_of_the_questions_words(
+async def test_without_vectors_passages_need_most_of_the_questions_words(
     pages: Memory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(MemoryIndex, "has_vectors", False)

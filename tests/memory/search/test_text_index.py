@@ -1,4 +1,4 @@
-"""Finding by word, whatever the words are."""
+"""Full-text search, for any text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memory.store import prepare_nothing
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
-    """A file of the index's own, as it has beside PostgreSQL."""
+    """The index's own file, as beside PostgreSQL."""
     database = Database(tmp_path / "words.db", prepare=prepare_nothing)
     yield database
     database.close()

@@ -1,4 +1,4 @@
-"""The writer, the readers, and what a bad disk does to them."""
+"""The writer, the readers, and the failures of a disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from memory.storage.database import Database
 
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[Database]:
-    """For what only SQLite has."""
+    """A SQLite file, for tests of SQLite only."""
     database = Database(tmp_path / "ratchet.db")
     yield database
     database.close()
@@ -41,7 +41,7 @@ def titles(database: Database) -> set[str]:
 
 
 async def hold_the_writer(database: Database) -> tuple[threading.Event, asyncio.Task]:
-    """Keep the writer busy, so that all that is queued meanwhile shares the next batch."""
+    """Keep the writer busy, so that all writes queued meanwhile share the next batch."""
     is_held, release = threading.Event(), threading.Event()
     held = asyncio.ensure_future(database.write(lambda session: is_held.set() or release.wait(10)))
     await asyncio.to_thread(is_held.wait)

@@ -1,4 +1,4 @@
-"""Durations in buckets, and who fills them."""
+"""Histograms, and the code that fills them."""
 
 from __future__ import annotations
 
