@@ -282,6 +282,7 @@ class _VectorSearch:
 
     @property
     def is_done(self) -> bool:
+        """Whether the thread has ended."""
         return not self._thread.is_alive()
 
     def _run(self) -> None:

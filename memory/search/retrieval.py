@@ -78,6 +78,7 @@ class _Request:
 
     @property
     def person(self) -> dict[str, str]:
+        """The tenant and the person of the request, as keyword arguments."""
         return {"tenant": self.tenant, "user_id": self.user_id}
 
     def continues(self, trajectory: Trajectory) -> bool:
@@ -97,6 +98,7 @@ class _SegmentBuilder:
     passages: list[str] = field(default_factory=list)
 
     def render(self) -> str:
+        """Return the segment's text, as models were trained on it; empty without rows."""
         sections = []
         if self.insights:
             sections.append("\n".join(["Insights:", *(f"- {text}" for text in self.insights)]))

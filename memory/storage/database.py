@@ -58,6 +58,7 @@ class _Write:
     queued_at: float = field(default_factory=time.monotonic)
 
     def settle(self) -> None:
+        """Resolve the future with the result or the error. Runs on the future's own loop or in the writer."""
         if self.future.done():  # its task was cancelled; the write is committed all the same
             return
         if self.error is not None:

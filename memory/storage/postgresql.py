@@ -6,7 +6,7 @@ Invariant: no message contains a password.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, Connection, Engine, Executable, Insert, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -15,6 +15,9 @@ from sqlmodel import Session
 from memory.errors import StorageError
 from memory.schema import dump_json
 from memory.storage.sql import MAX_READERS, StatementCache, pool_of
+
+if TYPE_CHECKING:
+    import psycopg
 
 WRITE_LOCK = 0x52415443  # shared by all processes that write to one PostgreSQL database; an arbitrary number
 LOCK_FOR_WRITING = f"SELECT pg_advisory_xact_lock({WRITE_LOCK})"
@@ -155,7 +158,7 @@ def _open(database: Postgresql, url: URL, settings: str, *, num_connections: int
         ) from error
 
     @event.listens_for(engine, "connect")
-    def _prepare(dbapi_connection: Any, _record: Any) -> None:
+    def _prepare(dbapi_connection: psycopg.Connection, _record: object) -> None:
         encoding = dbapi_connection.info.parameter_status("server_encoding")
         if encoding != "UTF8":
             raise StorageError(

@@ -139,7 +139,7 @@ def _open(path: Path, pragmas: tuple[str, ...], *, begin: str, num_connections: 
     )
 
     @event.listens_for(engine, "connect")
-    def _prepare(dbapi_connection: Any, _record: Any) -> None:
+    def _prepare(dbapi_connection: sqlite3.Connection, _record: object) -> None:
         dbapi_connection.isolation_level = None  # keeps the driver from beginning transactions itself
         for pragma in pragmas:
             dbapi_connection.execute(f"PRAGMA {pragma}")
