@@ -166,7 +166,7 @@ def _open(database: Postgresql, url: URL, settings: str, *, num_connections: int
                 "create it with ENCODING 'UTF8'"
             )
         dbapi_connection.adapters.register_dumper(str, _make_text_dumper())
-        dbapi_connection.execute(settings)
+        dbapi_connection.execute(settings.encode())
         dbapi_connection.commit()
 
     return engine

@@ -58,7 +58,7 @@ async def test_a_known_question_keeps_no_more_than_its_own_vector(held):
     await asyncio.sleep(0.05)
     encoder.release.set()
     await asyncio.gather(*tasks)
-    assert all(vector.base is None for vector in queries._kept.values()) and len(queries._kept) == 30
+    assert all(vector.base is None for vector in queries._cache.values()) and len(queries._cache) == 30
 
 
 async def test_a_question_given_up_is_not_taken_from_the_others(held):
