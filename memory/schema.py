@@ -50,7 +50,7 @@ _sequence_lock = threading.Lock()
 def _tick() -> int:
     """Return the time in nanoseconds since 1970, strictly increasing within this process."""
     global _latest_ns
-    _latest_ns = max(time.time_ns(), _latest_ns + 1_000)
+    _latest_ns = max(time.time_ns(), _latest_ns + 1_000)  # datetimes have microseconds
     return _latest_ns
 
 
@@ -116,6 +116,7 @@ class TokenIds(TypeDecorator):
     cache_ok = True
 
     def process_bind_param(self, value: list[int] | None, dialect: Dialect) -> bytes | None:
+        # "I" is the native byte order: little-endian on every platform that vLLM runs on.
         return array("I", value).tobytes() if value is not None else None
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> list[int] | None:
@@ -258,6 +259,7 @@ class Trajectory(SQLModel, table=True):
         Index("trajectories_by_stage", "stage", "closed_at"),
         Index("trajectories_by_tenant", "tenant", "id"),
         Index("trajectories_by_user", "tenant", "user_id"),
+        # Partial indexes: few rows have a value, and each write would pay for all.
         Index(
             "trajectories_by_reply",
             "reply_digest",
@@ -448,6 +450,7 @@ class Insight(SQLModel, table=True):
     """A lesson in words, for one kind of task, with ExpeL's strength and the counts that support it."""
 
     __tablename__ = "insights"
+    # Removed and retired insights count, too: their texts stay taken.
     __table_args__ = (UniqueConstraint("tenant", "user_id", "environment", "kind", "text"),)
 
     id: str = Field(primary_key=True)
@@ -551,6 +554,7 @@ class Policy(SQLModel, table=True):
 
     __tablename__ = "policies"
     __table_args__ = (
+        # The database itself allows a single active policy, whatever process writes.
         Index(
             "one_active_policy",
             "stage",

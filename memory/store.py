@@ -91,7 +91,7 @@ class Memory:
             ownership.close()
             raise
         try:
-            memory.documents.delete_unfinished()
+            memory.documents.delete_unfinished()  # before the index starts, which would read their passages
         except BaseException:
             memory.close()
             raise

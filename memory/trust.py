@@ -50,6 +50,7 @@ def trust_of(
         .join(Document, col(Document.id) == Passage.document_id)
         .where(col(Passage.id).in_(memory_ids), Document.trust == Trust.UNTRUSTED),
     )
+    # One row is enough: trust never rises by adding sources.
     return Trust.UNTRUSTED if session.execute(untrusted.limit(1)).first() is not None else Trust.TRUSTED
 
 

@@ -69,7 +69,7 @@ class Cycles:
         return cycle
 
     def _clock(self, stage: CycleStage) -> None:
-        now = time.monotonic()
+        now = time.monotonic()  # the wall clock may jump
         if self._entered is not None:
             self.stage_seconds[self._entered[0]] += now - self._entered[1]
         self._entered = None if stage in FINAL_STAGES else (stage, now)

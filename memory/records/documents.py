@@ -254,7 +254,7 @@ def _publish(session: Session, new: Document) -> tuple[Document, str | None]:
     if known is not None:
         return known, new.id
     replaced = session.exec(_whole_of(new.tenant).where(Document.title == new.title)).first()
-    if replaced is not None:
+    if replaced is not None:  # first: (tenant, title) is unique
         _hide(session, replaced)
     document = session.get_one(Document, new.id)
     document.title, document.is_whole = new.title, True

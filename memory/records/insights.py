@@ -116,6 +116,7 @@ class Insights:
             lists = _Lists(session, self._max_kept)
             changed = [insight for operation in ordered if (insight := lists.apply(operation)) is not None]
             for trajectory_id, reading in evidence:
+                # merge, not add: a repeated stage brings the same evidence.
                 session.merge(ReadEpisode(trajectory_id=trajectory_id, reading=reading))
             return list({insight.id: insight for insight in changed}.values())
 

@@ -76,6 +76,7 @@ class Keys:
         Return (row, key) of the first key, and of the operator's key or None.
         """
         values, key = _new_key(name, scopes, **more)
+        # Made outside the transaction, which may run twice.
         spare_values, spare_key = _new_key("operator", [Scope.ADMIN])
 
         def write(session: Session) -> tuple[ApiKey, ApiKey | None]:

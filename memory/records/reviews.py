@@ -128,12 +128,14 @@ class Reviews:
             insight = _require_active(session, insight_id, tenant)
             new_text = _require_text(insight.text if text is None else text)
             _record(session, ReviewKind.APPROVE, insight, insight.user_id, key_id, text)
+            # Recorded before the change: the review keeps the person from before the approval.
             twin = _free_text(session, insight, EVERYBODY, new_text)
             approved = insight if twin is None else twin
             if twin is not None:
                 _remove(session, insight)
             approved.user_id, approved.text = EVERYBODY, new_text
             approved.approved_at = now()
+            # Strong enough to be shown, whatever its evidence so far.
             approved.strength = max(approved.strength, insight.strength, FIRST_STRENGTH)
             _save(session, approved)
             return approved
@@ -173,6 +175,7 @@ class Reviews:
             if insight.retired_at is not None:
                 return insight
             _record(session, ReviewKind.RETIRE, insight, insight.user_id, key_id, None)
+            # None: the lists of all persons.
             user_id = None if insight.user_id == EVERYBODY else insight.user_id
             same = _with_same_text(session, insight, insight.text, user_id)
             for each in {insight.id: insight, **{it.id: it for it in same}}.values():

@@ -161,7 +161,7 @@ class Trajectories:
             self.note_exemplar(session, trajectory)
             return trajectory
 
-        closed = await self._database.write(write)
+        closed = await self._database.write(write)  # counted only once it is durable
         self.num_closed[_outcome_of(closed), closed.split] += 1
         return closed
 

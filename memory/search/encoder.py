@@ -107,7 +107,7 @@ class QueryEncoder:
         with self._lock:
             batch = list(self._waiting.items())[:MAX_BATCH]
             if len(self._waiting) > MAX_BATCH:
-                self._thread.submit(self._encode_waiting)
+                self._thread.submit(self._encode_waiting)  # the rest, as another batch
         if not batch:  # an earlier call has encoded this call's query with its batch
             return
         try:

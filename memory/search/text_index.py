@@ -161,6 +161,7 @@ class TextIndex:
                 for order, row_id in _rank(session, weights, ids, query.num, query.exclude_task):
                     # order is (-score, id)
                     hits.append((order, WordMatch(row_id, -order[0] / total_weight, -order[0] / max_weight)))
+        # Each partition returned its best rows; their scores are comparable, their ids break ties.
         best = heapq.nsmallest(query.num, hits, key=lambda hit: hit[0])
         return WordMatches([match for _, match in best], num_rows_searched)
 
@@ -228,7 +229,7 @@ def _id_range(partition_id: int) -> IdRange:
 
 def _next_id(session: Session, collection: str, partition: IndexPartition) -> int:
     values = {"collection": collection} | dict(zip(PARTITION_COLUMNS, partition, strict=True))
-    session.execute(_INSERT_PARTITION, values)
+    session.execute(_INSERT_PARTITION, values)  # ignored where the partition exists
     ids = _id_range(session.execute(_PARTITION_ID, values).scalar_one())
     last = session.execute(_LAST_ID, ids).scalar_one()
     return ids["first"] if last is None else last + 1

@@ -79,6 +79,7 @@ class VectorIndex:
     def open(self) -> None:
         """Open the existing index, or an empty one. Vectors of another encoder are deleted. Raises: IndexDamaged."""
         with self._lock, _chroma_errors():
+            # Ids sort by time: the last directory is the newest.
             homes = sorted(self._directory.glob("idx_*")) if self._directory.exists() else []
             self._home = homes[-1] if homes else self._directory / new_id("idx")
             _check_file(self._home / DATABASE_NAME)
@@ -129,6 +130,7 @@ class VectorIndex:
             num_bytes = (self._home / DATABASE_NAME).stat().st_size if self._home else 0
         except OSError:
             return False
+        # Each check sets the size that the next one compares with.
         last_num_bytes, self._num_bytes = self._num_bytes, num_bytes
         return 0 < num_bytes >= last_num_bytes
 

@@ -76,6 +76,7 @@ class Postgresql:
     def is_in_transaction(self, connection: Connection) -> bool:
         from psycopg.pq import TransactionStatus
 
+        # SQLAlchemy does not know that a failed statement has ended the transaction; the driver does.
         driver: Any = connection.connection.driver_connection
         return driver.info.transaction_status == TransactionStatus.INTRANS
 

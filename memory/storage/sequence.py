@@ -36,4 +36,5 @@ def continue_sequence(database: Database) -> None:
 def _last_of(session: Session) -> int:
     highest = (session.scalar(select(func.max(col(table.id)))) for table in NUMBERED)
     of_ids = [sequence_of(row_id) for row_id in highest if row_id is not None]
+    # Feedback has a sequence of its own, because clients choose its ids.
     return max([*of_ids, session.scalar(select(func.max(col(Feedback.sequence)))) or 0])

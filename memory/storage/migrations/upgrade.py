@@ -35,6 +35,7 @@ def upgrade(connection: Connection) -> None:
 
 def _make_config() -> Config:
     config = Config()
+    # Alembic interpolates `%` in its options.
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     return config
 
