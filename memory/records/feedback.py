@@ -163,7 +163,7 @@ def _require_target(session: Session, values: dict[str, Any]) -> Trajectory:
     trajectory_id, position = values["trajectory_id"], values["step"]
     target = session.get(Trajectory, trajectory_id)
     if target is None or target.tenant != values["tenant"]:
-        raise UnknownTrajectory(f"no trajectory has the id {trajectory_id!r}: check the id")
+        raise UnknownTrajectory(f"no trajectory has the id {trajectory_id!r}: give feedback an existing target")
     if position is None:
         return target
     query = sql_select(col(Step.kind))

@@ -84,7 +84,7 @@ async def test_what_is_another_tenants_is_not_there(memory: Memory):
     )
     with pytest.raises(UnknownTrajectory, match="list them"):
         memory.trajectories.get(theirs.id, tenant="zeta")
-    with pytest.raises(UnknownTrajectory, match="needs its target"):
+    with pytest.raises(UnknownTrajectory, match="existing target"):
         await memory.feedback.post(Feedback(id="", tenant="zeta", trajectory_id=theirs.id, value=True))
     for ask in (memory.documents.get, memory.documents.passages):
         with pytest.raises(UnknownDocument):

@@ -29,7 +29,7 @@ async def test_the_base_is_registered_once_and_acts(policies: Policies):
     assert (base.version, base.name, base.stage) == (0, "v0", PolicyStage.ACTIVE)
     assert await policies.register_base("pocket") == base
     assert len(policies.activations()) == 1
-    with pytest.raises(OtherBaseModel, match="'pocket', not on 'qwen'"):
+    with pytest.raises(OtherBaseModel, match="'pocket', not for 'qwen'"):
         await policies.register_base("qwen")
 
 
