@@ -7,30 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 from memory.records.feedback import Correction
-from memory.records.trajectories import Graded
-from memory.schema import Split, Step, StepKind, Trajectory
-from memory.teaching import OPERATOR, Teacher
-
-
-@dataclass(frozen=True)
-class GradedTrajectory:
-    """One closed trajectory, whole, with the reward that counts."""
-
-    trajectory: Trajectory
-    steps: list[Step]
-    reward: float
-    is_success: bool
-    teacher: Teacher = OPERATOR
-    """Who gave the reward."""
-
-    @property
-    def model_steps(self) -> list[Step]:
-        return [step for step in self.steps if step.kind is StepKind.MODEL]
+from memory.records.trajectories import GradedTrajectory
+from memory.schema import Split
+from memory.teaching import Teacher
 
 
 def grade(
@@ -53,21 +37,12 @@ def grade(
     )
     learnable.sort(key=lambda graded: graded.trajectory.id)
     newest = learnable if limit is None else choose_newest(learnable, limit)
-    graded = [
-        GradedTrajectory(
-            each.trajectory,
-            memory.trajectories.steps(each.trajectory.id),
-            each.reward,
-            each.is_success,
-            each.teacher,
-        )
-        for each in newest
-    ]
+    graded = [replace(each, steps=memory.trajectories.steps(each.trajectory.id)) for each in newest]
     refuse_held_out(graded)
     return graded
 
 
-def choose_newest(learnable: list[Graded], limit: int) -> list[Graded]:
+def choose_newest(learnable: list[GradedTrajectory], limit: int) -> list[GradedTrajectory]:
     """Return `limit` of these, oldest first: the newest, from each teacher in turn. One who rewards thousands must not
     push out what the others taught."""
     num_newer: Counter[Teacher] = Counter()

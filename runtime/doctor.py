@@ -47,7 +47,7 @@ def check_rows(memory: Memory) -> Check:
     if problems:
         mend = {"sqlite": "restore ratchet.db from a backup", "postgresql": "see the server's settings and its log"}
         return Check(memory.database.kind, False, "; ".join(problems[:3]), mend[memory.database.kind])
-    found = f"{memory.database.place} is sound ({time.monotonic() - started:.2f} s)"
+    found = f"{memory.database.location} is sound ({time.monotonic() - started:.2f} s)"
     return Check(memory.database.kind, True, found)
 
 
@@ -56,9 +56,9 @@ def check_encoder(memory: Memory) -> Check:
     from memory.search.encoder import SentenceEncoder
 
     name, deadline = memory.config.encoder, time.monotonic() + ENCODER_SECONDS
-    while not memory.index.has_meanings and time.monotonic() < deadline:
+    while not memory.index.has_vectors and time.monotonic() < deadline:
         time.sleep(0.1)
-    if memory.index.has_meanings:
+    if memory.index.has_vectors:
         return Check("encoder", True, f"{name}: loaded")
     try:
         vectors = SentenceEncoder(name).encode(["Is anybody there?"])
@@ -73,7 +73,7 @@ def check_index(memory: Memory) -> Check:
     except (StoreError, OSError, RuntimeError) as error:
         return Check("index", False, str(error), "serve.py rebuild-index")
     held = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing yet"
-    if not memory.index.has_meanings:
+    if not memory.index.has_vectors:
         return Check("index", True, f"by word only, meanings are still loading: {held}")
     return Check("index", True, f"by meaning and by word: {held}")
 

@@ -82,7 +82,7 @@ def test_a_running_server_is_asked_with_a_key(cli, tmp_path: Path, monkeypatch: 
         code, refused = cli("keys", "list", "--data", str(tmp_path / "data"))
         said = refused["error"]["message"]
         assert code == 1 and "in use by process" in said and "--url" in said
-        world.memory.answers_at(world.url)
+        world.memory.set_address(world.url)
         assert len(cli("keys", "list", "--data", str(tmp_path / "data"))[1]["data"]) == 1
 
 

@@ -1,1 +1,1 @@
-"""The stored nouns: one module for each kind of row, with the operations on it."""
+"""The records: one module for each kind of row, with the operations on it."""

@@ -1,12 +1,12 @@
-"""The turns of the loop as rows: at which stage each is, what earlier stages left, how it ended.
+"""Learning cycles as rows: the stage of each, the results of its earlier stages, and its outcome.
 
-This module refuses to know what a stage does. Invariants: at most one cycle is open; a closed cycle never changes.
+Invariants: at most one cycle is open; a closed cycle never changes.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 from sqlmodel import Session, col, select
@@ -20,13 +20,13 @@ SAVED_FIELDS = frozenset({"stage", "settings", "artifacts", "progress", "verdict
 
 
 class Cycles:
-    """All turns of the loop, of which at most one is under way."""
+    """All learning cycles, of which at most one is open."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._entered: tuple[CycleStage, float] | None = None
-        self.stage_seconds: Counter[CycleStage] = Counter()
-        """How long each stage took since the start, all cycles together."""
+        self.stage_seconds: defaultdict[CycleStage, float] = defaultdict(float)
+        """Total seconds of each stage, over all cycles since the start of the process."""
 
     async def open(self, settings: dict[str, Any]) -> Cycle:
         """Begin a cycle at COLLECT. Raises: CycleInProgress, naming the one that is open."""
@@ -44,7 +44,7 @@ class Cycles:
         return await self._database.write(write)
 
     async def save(self, cycle_id: str, **fields: Any) -> Cycle:
-        """Keep what a stage did: `artifacts` are added to, every other field is replaced.
+        """Store the results of a stage: `artifacts` are merged, every other field is replaced.
 
         A final stage (COMPLETED, ERROR) closes the cycle. Raises: UnknownCycle, IllegalMove when it is closed.
         """
@@ -69,16 +69,19 @@ class Cycles:
         return cycle
 
     def _clock(self, stage: CycleStage) -> None:
-        now = time.monotonic()
+        now = time.monotonic()  # the wall clock may jump
         if self._entered is not None:
             self.stage_seconds[self._entered[0]] += now - self._entered[1]
         self._entered = None if stage in FINAL_STAGES else (stage, now)
 
     def outcomes(self) -> list[tuple[CycleStage, dict[str, Any] | None]]:
-        """Return (final stage, verdict) of every cycle that ended."""
+        """Return (final stage, verdict) of every closed cycle."""
         with self._database.read() as session:
             query = select(Cycle.stage, Cycle.verdict).where(col(Cycle.closed_at).is_not(None))
-            return [(stage, verdict) for stage, verdict in session.exec(query)]
+            return [
+                (CycleStage(stage), None if verdict is None else dict(verdict))
+                for stage, verdict in session.exec(query)
+            ]
 
     def get(self, cycle_id: str) -> Cycle:
         """Return one cycle. Raises: UnknownCycle."""
@@ -86,7 +89,7 @@ class Cycles:
             return _require(session, cycle_id)
 
     def unfinished(self) -> Cycle | None:
-        """Return the cycle that is open, if one is: under way, or left by a crash."""
+        """Return the open cycle, if there is one: it is running, or a crash interrupted it."""
         with self._database.read() as session:
             return _unfinished(session)
 

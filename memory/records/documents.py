@@ -1,9 +1,10 @@
-"""Semantic memory to read from: documents, split along their own structure into passages small enough to show.
+"""Semantic memory in documents, split along their own structure into passages small enough to show.
 
-This module refuses to know how passages are found. Invariants: a title names one document of a tenant; a document is
-replaced as a whole, and only when its content changed. Its passages are written and deleted in batches, so that the
-writes of others go between them. Meanwhile its row is hidden (`is_whole` is false): every query for documents or
-passages must leave hidden ones out. One short transaction shows the new document and hides the old one.
+Passages are written and deleted in batches, so that other writes are not delayed. Meanwhile the document's row is
+hidden (`is_whole` is false); one short transaction then shows the new document and hides the old one.
+
+Invariants: a title names one document of a tenant; a document is replaced as a whole, and only when its content has
+changed. Hazard: every query for documents or passages must leave hidden ones out.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from collections.abc import Coroutine, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
-from sqlalchemy import delete, insert, literal, update
+from sqlalchemy import CursorResult, Insert, delete, insert, literal, update
+from sqlalchemy import select as sql_select
 from sqlmodel import Session, col, select
+from sqlmodel.sql.expression import SelectOfScalar
 
 from memory.errors import DocumentTooLong, StorageError, UnknownDocument
 from memory.schema import Document, Outbox, Passage, Trust, new_id
 from memory.storage.database import Database
 
-CHARS_PER_TOKEN = 4  # of English prose, about; the encoder's own tokenizer is not asked
-WRITE_BATCH = 250  # passages in one transaction, for which the writes of others wait
+CHARS_PER_TOKEN = 4  # approximate, for English prose
+WRITE_BATCH = 250  # passages of one transaction; other writes wait for it
 BREAKS = (
     re.compile(r"\n(?=#{1,6} )"),  # Markdown headings
     re.compile(r"\n\s*\n"),  # paragraphs
@@ -43,8 +46,8 @@ T = TypeVar("T")
 _running: set[asyncio.Task] = set()
 
 
-class FoundPassage(NamedTuple):
-    """A passage with what is told of its document."""
+class PassageOfDocument(NamedTuple):
+    """A passage with the title and trust of its document."""
 
     id: str
     text: str
@@ -54,7 +57,7 @@ class FoundPassage(NamedTuple):
 
 
 class Documents:
-    """All documents the agent was given to read."""
+    """All documents that were given to the agent."""
 
     def __init__(self, database: Database, *, passage_tokens: int = 200, max_passages: int = 5_000) -> None:
         self._database = database
@@ -64,26 +67,26 @@ class Documents:
     async def ingest(
         self, title: str, content: str | Path, *, tenant: str = "", trust: Trust = Trust.TRUSTED
     ) -> Document:
-        """Keep a document, given as text or as a UTF-8 file; return the row. The same content again changes nothing but
-        its trust.
+        """Store a document, given as text or as the path of a UTF-8 file; return its row.
 
-        Raises: ValueError for a blank title, an empty document or a file that isn't UTF-8 text; DocumentTooLong for
-        more passages than are allowed; OSError when it can't be read.
+        The same content again changes nothing but the trust. Raises: ValueError for a blank title, an empty document or
+        a file that is not UTF-8 text; DocumentTooLong for more passages than are allowed; OSError for an unreadable
+        file.
         """
         title = " ".join(title.split())
         if not title:
-            raise ValueError("a document needs a title: name it after what it tells")
+            raise ValueError("a document needs a title: name its subject")
         text = await asyncio.to_thread(_read, content) if isinstance(content, Path) else content
-        passages = await asyncio.to_thread(self._split, title, text)  # seconds of work for the longest
+        passages = await asyncio.to_thread(self._split, title, text)  # takes seconds for the longest
         if not passages:
             raise ValueError(f"document {title!r} holds no text: check {str(content)[:80]!r}")
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
         new = Document(id=new_id("doc"), tenant=tenant, title=title, digest=digest, trust=trust)
-        return await _to_its_end(self._write(new, passages))
+        return await _uncancelled(self._write(new, passages))
 
     async def _write(self, new: Document, passages: list[str]) -> Document:
-        """Write a document that nobody sees until it is whole; return it, or the one that has the same content."""
+        """Write a document, hidden until it is whole; return it, or an existing one with the same content."""
         known = await self._database.write(lambda session: _find_known(session, new) or _add_hidden(session, new))
         if known is not None:
             return known
@@ -94,7 +97,7 @@ class Documents:
                 await self._database.write(partial(_insert_passages, rows=rows))
             shown, hidden_id = await self._database.write(partial(_publish, new=new))
         except StorageError:
-            with contextlib.suppress(StorageError):  # then `delete_unfinished` does it at the next start
+            with contextlib.suppress(StorageError):  # `delete_unfinished` deletes it at the next start
                 await self._delete(new.id)
             raise
         if hidden_id is not None:
@@ -110,7 +113,7 @@ class Documents:
             pass
 
     def delete_unfinished(self) -> None:
-        """Delete the documents that a process left hidden when it ended while it wrote or deleted them. Blocks."""
+        """Delete the hidden documents of a process that ended while it wrote or deleted them. Blocks."""
         with self._database.read() as session:
             hidden_ids = session.exec(select(Document.id).where(col(Document.is_whole).is_(False))).all()
         for hidden_id in hidden_ids:
@@ -118,21 +121,21 @@ class Documents:
                 pass
 
     def _split(self, title: str, text: str) -> list[str]:
-        """Return the passages of a text, reading no further than to one too many. Raises: DocumentTooLong."""
+        """Return the passages of a text. Raises: DocumentTooLong, as soon as there is one too many."""
         passages = list(islice(split_text(text, self._passage_chars), self._max_passages + 1))
         if len(passages) > self._max_passages:
             raise DocumentTooLong(
-                f"document {title!r} has more than {self._max_passages} passages: cut it into several documents, or "
+                f"document {title!r} has more than {self._max_passages} passages: split it into several documents, or "
                 "raise memory.max_document_passages"
             )
         return passages
 
     async def remove(self, document_id: str, *, tenant: str = "") -> None:
-        """Forget a document and its passages. Raises: UnknownDocument."""
-        await _to_its_end(self._hide_and_delete(document_id, tenant))
+        """Delete a document and its passages. Raises: UnknownDocument."""
+        await _uncancelled(self._hide_and_delete(document_id, tenant))
 
     def get(self, document_id: str, *, tenant: str = "") -> Document:
-        """Return one document. Raises: UnknownDocument, also for another tenant's."""
+        """Return one document. Raises: UnknownDocument, also for a document of another tenant."""
         with self._database.read() as session:
             return _require(session, document_id, tenant)
 
@@ -150,7 +153,7 @@ class Documents:
 
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:
-    """Yield passages of at most `max_chars`, cut at the coarsest breaks that do: headings, paragraphs, ..., words."""
+    """Yield passages of at most `max_chars`, split at the coarsest breaks that suffice, headings first."""
     passage = ""
     for piece in _pieces(text.replace("\r\n", "\n").strip(), max_chars, BREAKS):
         starts_section = piece.startswith("#") and passage
@@ -166,7 +169,7 @@ def split_text(text: str, max_chars: int) -> Iterator[str]:
 
 
 def _pieces(text: str, max_chars: int, breaks: tuple[re.Pattern, ...]) -> Iterator[str]:
-    """Yield the parts of `text` between breaks, breaking only what is too long still, and only as finely as needed."""
+    """Yield the parts of `text` between breaks; only a part that is too long is split at the next finer breaks."""
     if len(text) <= max_chars and not (breaks and breaks[0] is BREAKS[0] and BREAKS[0].search(text)):
         if text.strip():
             yield text.strip()
@@ -180,20 +183,20 @@ def _pieces(text: str, max_chars: int, breaks: tuple[re.Pattern, ...]) -> Iterat
 
 
 def _packed(parts: Iterator[str], max_chars: int, breaks: tuple[re.Pattern, ...]) -> Iterator[str]:
-    """Join the parts of one level again as far as they fit: sentences and words make poor passages alone."""
+    """Join neighbouring lines, sentences or words as far as they fit: alone they make poor passages."""
     if breaks[0] in BREAKS[:2]:
         yield from parts
         return
-    glue, held = ("\n" if breaks[0] is BREAKS[2] else " "), ""
+    separator, joined = ("\n" if breaks[0] is BREAKS[2] else " "), ""
     for part in parts:
-        joined = f"{held}{glue}{part}" if held else part
-        if held and len(joined) > max_chars:
-            yield held
-            held = part
+        longer = f"{joined}{separator}{part}" if joined else part
+        if joined and len(longer) > max_chars:
+            yield joined
+            joined = part
         else:
-            held = joined
-    if held:
-        yield held
+            joined = longer
+    if joined:
+        yield joined
 
 
 def _read(path: Path) -> str:
@@ -203,10 +206,10 @@ def _read(path: Path) -> str:
         raise ValueError(f"{str(path)!r} is not UTF-8 text: convert it to text first") from error
 
 
-async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Wait for work of several transactions, and leave it running when the wait is cancelled."""
+async def _uncancelled(work: Coroutine[Any, Any, T]) -> T:
+    """Await work of several transactions. It runs to its end even when the caller is cancelled."""
     task = asyncio.get_running_loop().create_task(work)
-    _running.add(task)  # the loop itself holds no reference to it
+    _running.add(task)  # the event loop keeps only a weak reference to a task
     task.add_done_callback(_forget)
     return await asyncio.shield(task)
 
@@ -214,15 +217,16 @@ async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
 def _forget(task: asyncio.Task) -> None:
     _running.discard(task)
     if not task.cancelled() and (error := task.exception()) is not None:
-        logger.debug("a document was not written: %s", type(error).__name__)  # whoever waits is told; maybe nobody does
+        # A caller that still waits gets the exception itself; reading it here avoids "exception was never retrieved".
+        logger.debug("a document was not written: %s", type(error).__name__)
 
 
-def _whole_of(tenant: str):
+def _whole_of(tenant: str) -> SelectOfScalar[Document]:
     return select(Document).where(Document.tenant == tenant, col(Document.is_whole))
 
 
 def _find_known(session: Session, new: Document) -> Document | None:
-    """Return the document that has the same content, given the trust of the new one."""
+    """Return the existing document with the same content, if any, after setting its trust to the new one's."""
     known = session.exec(_whole_of(new.tenant).where(Document.digest == new.digest)).first()
     if known is not None:
         known.trust = new.trust
@@ -242,63 +246,64 @@ def _insert_passages(session: Session, rows: list[dict[str, Any]]) -> None:
 
 
 def _publish(session: Session, new: Document) -> tuple[Document, str | None]:
-    """Show a document whose passages are all written; return what is shown now, and the id of what is hidden now.
+    """Show a completely written document; return (the shown document, the id of the one that is hidden now).
 
-    Somebody else may have shown the same content meanwhile: then the new one stays hidden.
+    Race: another call may have shown the same content meanwhile. Then the new document stays hidden.
     """
     known = _find_known(session, new)
     if known is not None:
         return known, new.id
     replaced = session.exec(_whole_of(new.tenant).where(Document.title == new.title)).first()
-    if replaced is not None:
+    if replaced is not None:  # first: (tenant, title) is unique
         _hide(session, replaced)
     document = session.get_one(Document, new.id)
     document.title, document.is_whole = new.title, True
     session.add(document)
     session.flush()
-    session.execute(_announce(document.id, is_removed=False))
+    session.execute(_queue_passages(document.id, is_removed=False))
     return document, replaced.id if replaced is not None else None
 
 
 def _hide(session: Session, document: Document) -> None:
-    session.execute(_announce(document.id, is_removed=True))
+    session.execute(_queue_passages(document.id, is_removed=True))
     hidden = {"title": _hidden_title(document.id), "is_whole": False}
     session.execute(update(Document).where(col(Document.id) == document.id).values(hidden))
 
 
 def _hidden_title(document_id: str) -> str:
-    return f" {document_id}"  # never a title that was given: those do not begin with a space
+    return f" {document_id}"  # unique: no given title begins with a space
 
 
 def _delete_batch(session: Session, hidden_id: str) -> bool:
-    """Delete some passages of a hidden document, and the document with the last; say whether it is gone."""
+    """Delete one batch of a hidden document's passages; return whether the document itself is deleted."""
     some = select(Passage.id).where(col(Passage.document_id) == hidden_id).limit(WRITE_BATCH)
-    num_deleted = session.execute(delete(Passage).where(col(Passage.id).in_(some))).rowcount
-    if num_deleted == WRITE_BATCH:
+    deleted = session.execute(delete(Passage).where(col(Passage.id).in_(some)))
+    if cast("CursorResult[Any]", deleted).rowcount == WRITE_BATCH:
         return False
     session.execute(delete(Document).where(col(Document.id) == hidden_id))
     return True
 
 
-def _announce(document_id: str, *, is_removed: bool):
-    """Return the statement that has the index look at all passages of a document."""
+def _queue_passages(document_id: str, *, is_removed: bool) -> Insert:
+    """Return the statement that queues all passages of a document for the index."""
     passages = select(literal("passages"), Passage.id, literal(is_removed), literal(False))
     passages = passages.where(col(Passage.document_id) == document_id).order_by(col(Passage.position))
     return insert(Outbox).from_select(["collection", "row_id", "is_removed", "is_worded"], passages)
 
 
-def read_passages(session: Session, passage_ids: Sequence[str], tenant: str) -> dict[str, FoundPassage]:
-    """Return passages by id: none of another tenant's, and none of a document that is hidden.
+def read_passages(session: Session, passage_ids: Sequence[str], tenant: str) -> dict[str, PassageOfDocument]:
+    """Return passages by id, without those of other tenants or of hidden documents.
 
-    An index may be behind the rows: whatever it found is asked for here.
+    Results of the index must pass through here, because the index may be behind the rows.
     """
-    query = select(Passage.id, Passage.text, Document.id, Document.title, Document.trust)
+    columns = (col(Passage.id), col(Passage.text), col(Document.id), col(Document.title), col(Document.trust))
+    query = sql_select(*columns)
     query = query.join(Document, col(Document.id) == Passage.document_id)
-    query = query.where(Document.tenant == tenant, col(Document.is_whole), col(Passage.id).in_(passage_ids))
-    return {row[0]: FoundPassage(*row) for row in session.exec(query)}
+    query = query.where(col(Document.tenant) == tenant, col(Document.is_whole), col(Passage.id).in_(passage_ids))
+    return {row[0]: PassageOfDocument(*row) for row in session.execute(query)}
 
 
-def _passages_of(document_id: str):
+def _passages_of(document_id: str) -> SelectOfScalar[Passage]:
     return select(Passage).where(Passage.document_id == document_id).order_by(col(Passage.position))
 
 

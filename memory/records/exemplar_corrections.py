@@ -1,11 +1,11 @@
-"""What a corrected episode may be shown as: with the correction in place of the answer, or not at all.
+"""Chooses the correction with which a corrected episode is shown as an exemplar, if it may be shown at all.
 
-An answer that somebody corrected is wrong, whatever reward it got, so it is never shown as solved. The newest
-correction of the last reply takes its place. A correction of an earlier reply takes the episode out of sight, because
-what followed was built on the wrong reply.
+A corrected answer is wrong, whatever its reward, so it is never shown as solved. The newest correction of the last
+reply replaces it. An episode with a correction of an earlier reply is not shown, because the later steps build on the
+wrong reply.
 
-Words of one person are shown to nobody else, and words that a whole tenant is shown come from somebody who may teach or
-were approved by an operator after they were written.
+Invariants: the words of one person are shown to nobody else; words that a whole tenant is shown come from a teacher, or
+an operator approved them after they were written.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from memory.teaching import correction_teaches, teaching_keys
 
 
 def find_corrections(session: Session, trajectory_id: str) -> list[Feedback]:
-    """Return the corrections of a trajectory, the newest first."""
+    """Return the corrections of a trajectory, newest first."""
     query = select(Feedback).where(Feedback.trajectory_id == trajectory_id, col(Feedback.correction).is_not(None))
     return list(session.exec(query.order_by(col(Feedback.sequence).desc(), col(Feedback.id).desc())))
 
 
 def is_approved_since(trajectory: Trajectory, correction: Feedback) -> bool:
-    """Whether an operator approved the exemplar when the correction was there already."""
+    """Return whether an operator approved the exemplar after the correction was given."""
     return trajectory.approved_at is not None and trajectory.approved_at >= correction.created_at
 
 
 def choose_correction(
     session: Session, trajectory: Trajectory, corrections: list[Feedback], scopes: Scopes
 ) -> Feedback | None:
-    """Return the correction that is shown in place of the last reply; None where the episode is shown to nobody."""
+    """Return the correction to show in place of the last reply; None when the episode must not be shown."""
     replies = select(Step.position).where(Step.trajectory_id == trajectory.id, Step.kind == StepKind.MODEL)
     last_reply = session.scalar(replies.order_by(col(Step.position).desc()).limit(1))
     if last_reply is None or any(position_of_reply(session, each) != last_reply for each in corrections):
@@ -40,11 +40,11 @@ def choose_correction(
     newest = corrections[0]
     if is_approved_since(trajectory, newest):
         return newest
-    if trajectory.approved_at is not None:  # others were approved
+    if trajectory.approved_at is not None:  # the approval was for other words
         return None
     if newest.user_id not in ("", trajectory.user_id):
         return None
-    is_narrow = scopes.of_lived(trajectory) != EVERYBODY
+    is_narrow = scopes.of_trajectory(trajectory) != EVERYBODY
     return newest if is_narrow or _may_teach(session, newest) else None
 
 

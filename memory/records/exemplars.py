@@ -1,7 +1,6 @@
-"""Past successes, rendered to be shown: a solved task as a few lines that a model can imitate.
+"""Renders past successes as exemplars: a solved task as a few lines that a model can imitate.
 
-This module refuses to know how exemplars are found and how much room there is. The same trajectory always reads the
-same, in the prompt and in the data that models are trained on, unless an operator put it into other words.
+Invariant: a trajectory is rendered the same in prompts and in training data, unless an operator reworded it.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ MAX_CHARS = 240
 
 
 def read_exemplar(session: Session, trajectory: Trajectory, scopes: Scopes) -> str | None:
-    """Return how a trajectory is shown: in the operator's words, or as it was recorded, with the correction in place of
-    an answer that was corrected. None where its answer was wrong and nothing better may be shown."""
+    """Return the text of an exemplar: the operator's wording, or the recorded steps, with a correction in place of a
+    corrected answer. None when the answer was wrong and no correction may be shown."""
     corrections = find_corrections(session, trajectory.id)
-    is_in_their_words = trajectory.exemplar_text is not None
-    if is_in_their_words and (not corrections or is_approved_since(trajectory, corrections[0])):
+    is_reworded = trajectory.exemplar_text is not None
+    if is_reworded and (not corrections or is_approved_since(trajectory, corrections[0])):
         return trajectory.exemplar_text
     steps = session.exec(select(Step).where(Step.trajectory_id == trajectory.id).order_by(col(Step.position))).all()
     if not corrections:
@@ -37,8 +36,8 @@ def read_exemplar(session: Session, trajectory: Trajectory, scopes: Scopes) -> s
 
 
 def _before_last_reply(steps: Sequence[Step]) -> Sequence[Step]:
-    places = [place for place, step in enumerate(steps) if step.kind is StepKind.MODEL]
-    return steps[: places[-1]]
+    positions = [position for position, step in enumerate(steps) if step.kind is StepKind.MODEL]
+    return steps[: positions[-1]]
 
 
 def _reply(text: str) -> Step:
@@ -46,7 +45,7 @@ def _reply(text: str) -> Step:
 
 
 def render_exemplar(task_text: str, steps: Sequence[Step]) -> str:
-    """Return the task, then each model call's words and `> <action>` lines, then what came back, all cut short."""
+    """Return the task, then for each model call its text and its tool calls as `> <call>`, and the results, all cut."""
     lines = [cut(task_text)]
     for step in steps:
         if step.kind is not StepKind.MODEL:
@@ -58,11 +57,11 @@ def render_exemplar(task_text: str, steps: Sequence[Step]) -> str:
 
 
 def render_call(call: dict[str, Any]) -> str:
-    """Return a tool call compactly: the bare value of a single string argument, else `name(key=value, ...)`."""
+    """Return a tool call in short form: the bare value of a single string argument, else `name(key=value, ...)`."""
     function = call.get("function") or {}
     name, arguments = function.get("name") or "", function.get("arguments") or "{}"
     if isinstance(arguments, str):
-        try:
+        try:  # models write arguments that are no JSON
             arguments = json.loads(arguments)
         except ValueError:
             return f"{name}({' '.join(arguments.split())[:MAX_CHARS]})"
@@ -75,6 +74,6 @@ def render_call(call: dict[str, Any]) -> str:
 
 
 def cut(text: str) -> str:
-    """Return the first lines of a text, blank ones left out, within `MAX_LINES` and `MAX_CHARS`."""
+    """Return the first non-blank lines of a text, up to `MAX_LINES` lines and `MAX_CHARS` characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "\n".join(lines[:MAX_LINES])[:MAX_CHARS].rstrip()

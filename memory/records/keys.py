@@ -1,10 +1,9 @@
-"""API keys: made, known again, revoked. What is kept of one is a digest, so that a stolen database opens no door.
+"""API keys: created, looked up, revoked. Only a digest of a key is stored, so that a stolen database grants no access.
 
-This module refuses to know how a key is presented, and what a scope opens. A key is 256 random bits, so one SHA-256 is
-as good as a slow hash; and whoever times the look-up learns about digests, which say nothing of any key.
+A key is 256 random bits, so one SHA-256 is as good as a slow hash, and the timing of the look-up reveals only digests.
 
-Invariants: a key is told once, by `create`; a revoked one is as unknown as one that never was; where a key was ever
-made, keys are required from then on, even when all are revoked.
+Invariants: a key is shown once, by `create`; a revoked key is treated like an unknown one; once a key was created, keys
+are required, even when all are revoked.
 """
 
 from __future__ import annotations
@@ -25,29 +24,29 @@ from memory.names import check_name_or_empty
 from memory.schema import ApiKey, Scope, new_id, now
 from memory.storage.database import Database
 
-PREFIX = "ratchet_"  # so that scanners of code and logs know one when they see one
-MAX_LIMIT = 2**31 - 1  # what an INTEGER column of PostgreSQL holds; SQLite would take 2**63 - 1
+PREFIX = "ratchet_"  # lets secret scanners recognise a key in code and logs
+MAX_LIMIT = 2**31 - 1  # of an INTEGER column in PostgreSQL; SQLite would accept 2**63 - 1
 NOTED_EVERY = timedelta(minutes=1)
 FRESH_SECONDS = 5.0
 
 
 class Keys:
-    """All keys ever made."""
+    """All API keys, cached in memory."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        # In memory, because each request asks. Another process on the same database may make and revoke keys too.
+        # Cached, because each request looks a key up. Another process may change keys: see `FRESH_SECONDS`.
         self._by_digest: dict[str, ApiKey] = {}
-        self._was_any_made = False
-        self._learned_at = 0.0
+        self._has_any = False
+        self._loaded_at = 0.0
         self._noted_at: dict[str, datetime] = {}
-        self._learn_rows()
+        self._load_rows()
 
     @property
     def is_required(self) -> bool:
-        """Whether any key was ever made."""
+        """Whether a key was ever created."""
         self._refresh()
-        return self._was_any_made
+        return self._has_any
 
     async def create(
         self,
@@ -58,25 +57,26 @@ class Keys:
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
     ) -> tuple[ApiKey, str]:
-        """Make a key; return its row, and the key itself, which nobody can tell again.
+        """Create a key; return (its row, the key itself, which cannot be read again).
 
-        Raises: ValueError for a blank name, an unknown scope or none, a tenant's name or a limit that cannot be.
+        Raises: ValueError for a blank name, an unknown scope or none, an invalid tenant or limit.
         """
         limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
         values, key = _new_key(name, scopes, tenant=tenant, **limits)
         row = await self._database.write(lambda session: _add(session, values))
-        self._learn_rows()
+        self._load_rows()
         return row, key
 
     async def create_for_operator(
         self, name: str, scopes: Iterable[str], **more: Any
     ) -> tuple[tuple[ApiKey, str], tuple[ApiKey, str] | None]:
-        """Make a key as `create` does, and beside it an operator's key where none is in force: from the first key on
-        everybody needs one, so without an operator's nobody could make, list or revoke keys over HTTP again.
+        """Create a key as `create` does, and an operator's key where none is active.
 
-        Return (row, key) of the first, and of the second where it was made.
+        From the first key on every request needs one, so without an operator's key nobody could manage keys over HTTP.
+        Return (row, key) of the first key, and of the operator's key or None.
         """
         values, key = _new_key(name, scopes, **more)
+        # Made outside the transaction, which may run twice.
         spare_values, spare_key = _new_key("operator", [Scope.ADMIN])
 
         def write(session: Session) -> tuple[ApiKey, ApiKey | None]:
@@ -84,13 +84,13 @@ class Keys:
             return row, None if _operator_keys(session) else _add(session, spare_values)
 
         row, spare = await self._database.write(write)
-        self._learn_rows()
+        self._load_rows()
         return (row, key), None if spare is None else (spare, spare_key)
 
     async def revoke(self, key_id: str) -> ApiKey:
-        """Have a key open nothing from now on; revoked already is no error.
+        """Revoke a key; revoking it again changes nothing.
 
-        Raises: UnknownKey; LastOperatorKey for the last key in force with which keys can be managed.
+        Raises: UnknownKey; LastOperatorKey for the last active key that can manage keys.
         """
 
         def write(session: Session) -> ApiKey:
@@ -108,45 +108,47 @@ class Keys:
             return row
 
         row = await self._database.write(write)
-        self._learn_rows()
+        self._load_rows()
         return row
 
     def select(self) -> list[ApiKey]:
-        """Return all keys, revoked ones too, oldest first."""
+        """Return all keys, including revoked ones, oldest first."""
         with self._database.read() as session:
             return list(session.exec(select(ApiKey).order_by(col(ApiKey.id))))
 
     def find(self, key: str) -> ApiKey | None:
-        """Return the row of a key that is in force, here at once, and elsewhere after `FRESH_SECONDS` at the latest;
-        None for any other text.
+        """Return the row of an active key; None for any other text.
+
+        A change by this process is visible at once, a change by another process after `FRESH_SECONDS`.
         """
         self._refresh()
         return self._by_digest.get(digest(key))
 
     async def note_use(self, row: ApiKey) -> None:
-        """Keep when a key was last used, to the minute. Raises: StorageError."""
+        """Store the time of a key's last use, to the minute. Raises: StorageError."""
         moment, before = now(), self._noted_at.get(row.id, row.last_used_at)
         if before is not None and moment - before < NOTED_EVERY:
             return
-        self._noted_at[row.id] = moment
+        self._noted_at[row.id] = moment  # before the await: concurrent requests write once
         await self._database.write(
             lambda session: session.execute(update(ApiKey).where(col(ApiKey.id) == row.id).values(last_used_at=moment))
         )
 
     def _refresh(self) -> None:
-        if time.monotonic() - self._learned_at > FRESH_SECONDS:
-            with contextlib.suppress(StorageError):  # what was known stays known
-                self._learn_rows()
+        if time.monotonic() - self._loaded_at > FRESH_SECONDS:
+            with contextlib.suppress(StorageError):  # the cached keys stay valid
+                self._load_rows()
 
-    def _learn_rows(self) -> None:
-        self._learned_at = time.monotonic()
+    def _load_rows(self) -> None:
+        self._loaded_at = time.monotonic()
         rows = self.select()
         self._by_digest = {row.digest: row for row in rows if row.revoked_at is None}
-        self._was_any_made = bool(rows)
+        self._has_any = bool(rows)
 
 
 def digest(key: str) -> str:
-    """Return what is kept of a key: its SHA-256, in hex."""
+    """Return the SHA-256 of a key, in hex."""
+    # A header may hold any bytes, so the text may have lone surrogates.
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -158,7 +160,7 @@ def _new_key(
     requests_per_minute: int | None = None,
     tokens_per_minute: int | None = None,
 ) -> tuple[dict[str, Any], str]:
-    """Return (values of its row, key) of a key that is not stored yet. Raises: ValueError."""
+    """Return (values of the row, key) for a new key, without storing it. Raises: ValueError."""
     key = PREFIX + secrets.token_hex(32)
     values = {
         "id": new_id("key"),
@@ -180,9 +182,9 @@ def _add(session: Session, values: dict[str, Any]) -> ApiKey:
 
 
 def _operator_keys(session: Session) -> list[ApiKey]:
-    """Return the keys in force that can manage keys: those of the default tenant with the scope admin."""
-    in_force = select(ApiKey).where(col(ApiKey.revoked_at).is_(None), ApiKey.tenant == "")
-    return [row for row in session.exec(in_force) if Scope.ADMIN in row.scopes]
+    """Return the active keys that can manage keys: those of the default tenant with the scope admin."""
+    active = select(ApiKey).where(col(ApiKey.revoked_at).is_(None), ApiKey.tenant == "")
+    return [row for row in session.exec(active) if Scope.ADMIN in row.scopes]
 
 
 def _check_name(name: str) -> str:

@@ -1,16 +1,17 @@
-"""Procedural memory: who acts. Every policy ever made, its stage, and the moments at which one went live.
+"""Procedural memory: all policies, their stages, and the history of activations.
 
-This module refuses to know how a policy is trained, judged or worn. The handover to whoever wears it is a row:
-promoting writes one, and `wait_for_change` notices, in this process at once, from another within a second.
+A policy goes live through a row: `promote` writes it, and `wait_for_change` returns in each replica, in this process at
+once, in another within a second.
 
-Invariants: once a base is registered exactly one policy is ACTIVE; versions are never reused; a policy is immutable
-but for its stage and verdict; a rollback is a new activation, never an erasure.
+Invariants: once a base is registered, exactly one policy is ACTIVE; versions are never reused; only the stage, the
+verdict and `use_memory` of a policy change; a rollback adds an activation and deletes nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import func, insert
@@ -25,23 +26,23 @@ BASE_VERSION = 0
 
 
 class Policies:
-    """All policies, of which one acts."""
+    """All policies, of which one is active."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
 
     async def register_base(self, base_model: str) -> Policy:
-        """Return v0, the bare base; the first time, make it and let it act.
+        """Return v0, the bare base model; the first call creates and activates it.
 
-        Raises: OtherBaseModel when this directory's policies stand on another base.
+        Raises: OtherBaseModel when the directory's policies are made for another base model.
         """
 
         def write(session: Session) -> Policy:
             base = session.get(Policy, BASE_VERSION)
             if base is not None and base.base_model != base_model:
                 raise OtherBaseModel(
-                    f"this data directory's policies stand on {base.base_model!r}, not on {base_model!r}: "
+                    f"this data directory's policies are made for {base.base_model!r}, not for {base_model!r}: "
                     "serve that base, or choose another data directory"
                 )
             if base is None:
@@ -52,7 +53,7 @@ class Policies:
                 _activate(session, base, previous=None)
             return base
 
-        return await self._announced(write)
+        return await self._write_and_notify(write)
 
     async def draft(
         self,
@@ -65,15 +66,15 @@ class Policies:
         cycle_id: str | None = None,
         note: str = "",
     ) -> Policy:
-        """Make the next version, as a DRAFT. Without a `base_model` it stands on its parent's, or on v0's.
+        """Create the next version as a DRAFT. Without a `base_model` it has its parent's, or v0's.
 
-        Raises: UnknownPolicy for a parent that isn't there, or when no base was registered.
+        Raises: UnknownPolicy for an unknown parent, or when no base was registered.
         """
 
         def write(session: Session) -> Policy:
             origin = _require(session, BASE_VERSION if parent is None else parent)
             policy = Policy(
-                version=session.scalar(select(func.max(Policy.version))) + 1,
+                version=session.exec(select(func.max(Policy.version))).one() + 1,
                 stage=PolicyStage.DRAFT,
                 base_model=base_model or origin.base_model,
                 adapter_path=adapter_path,
@@ -96,10 +97,10 @@ class Policies:
         *,
         use_memory: bool | None = None,
     ) -> Policy:
-        """Move a policy to `stage`, keeping the verdict that moved it. To ACTIVE, the one that acted retires.
-        With `use_memory`, keep how it serves where a request does not say.
+        """Move a policy to `stage` and store the verdict behind the move. A move to ACTIVE retires the active policy.
 
-        Raises: UnknownPolicy; IllegalMove, above all for retiring the active policy with nothing in its place.
+        `use_memory` is the policy's default for requests that do not say. Raises: UnknownPolicy; IllegalMove, also for
+        a move of the active policy, which only another activation replaces.
         """
         stage = PolicyStage(stage)
 
@@ -119,10 +120,10 @@ class Policies:
             session.add(policy)
             return policy
 
-        return await self._announced(write)
+        return await self._write_and_notify(write)
 
     async def note_verdict(self, version: int, verdict: dict[str, Any]) -> Policy:
-        """Keep the newest verdict on a policy that stays at its stage. Raises: UnknownPolicy."""
+        """Store a new verdict on a policy that stays at its stage. Raises: UnknownPolicy."""
 
         def write(session: Session) -> Policy:
             policy = _require(session, version)
@@ -133,7 +134,7 @@ class Policies:
         return await self._database.write(write)
 
     async def promote(self, version: int) -> Policy:
-        """Let a policy act; the one that acted retires in the same transaction. For the active one nothing changes.
+        """Activate a policy and retire the active one in the same transaction. The active one stays as it is.
 
         Raises: UnknownPolicy, IllegalMove.
         """
@@ -145,10 +146,10 @@ class Policies:
                 _replace_active(session, policy)
             return policy
 
-        return await self._announced(write)
+        return await self._write_and_notify(write)
 
     async def rollback(self) -> Policy:
-        """Let the policy act that acted before the active one went live; again, the one before that.
+        """Activate the policy that was active before the present one; repeated, the one before that.
 
         Raises: NothingToRollBackTo.
         """
@@ -156,26 +157,26 @@ class Policies:
         def write(session: Session) -> Policy:
             here = _newest_activation(session)
             if here is None or here.previous is None:
-                raise NothingToRollBackTo("no policy was active before this one: promote the one that should act")
-            # What was before the target is where the next rollback leads: back in history, not forth again.
+                raise NothingToRollBackTo("no policy was active before this one: promote another one instead")
+            # `previous` is the target's own predecessor, so that repeated rollbacks go further back, never forth.
             target = session.get_one(Activation, here.previous)
             _retire(session, _require(session, here.version))
             policy = _require(session, target.version)
             _activate(session, policy, previous=target.previous, is_rollback=True)
             return policy
 
-        return await self._announced(write)
+        return await self._write_and_notify(write)
 
     async def wait_for_change(self, last_seen: int) -> int:
-        """Wait until the active version isn't `last_seen`, and return it; for -1, as soon as there is one.
+        """Wait until the active version differs from `last_seen`, and return it; -1 waits for any active version.
 
-        A database that can't be asked for a while is waited for.
+        An unavailable database is retried every `POLL_SECONDS`.
         """
         waiter = (asyncio.get_running_loop(), asyncio.Event())
         self._waiters.add(waiter)
         try:
             while True:
-                waiter[1].clear()
+                waiter[1].clear()  # before the read: a change after it sets the event again
                 with contextlib.suppress(StorageError):
                     version = self._active_version()
                     if version is not None and version != last_seen:
@@ -187,7 +188,7 @@ class Policies:
             self._waiters.discard(waiter)
 
     def active(self) -> Policy:
-        """Return the policy that acts. Raises: UnknownPolicy when no base was registered."""
+        """Return the active policy. Raises: UnknownPolicy when no base was registered."""
         with self._database.read() as session:
             policy = _active(session)
         if policy is None:
@@ -200,7 +201,7 @@ class Policies:
             return _require(session, _version_of(version))
 
     def lineage(self, version: int | str) -> list[Policy]:
-        """Return the policy and those it grew from, newest first. Raises: UnknownPolicy."""
+        """Return the policy and its ancestors, newest first. Raises: UnknownPolicy."""
         with self._database.read() as session:
             policies = [_require(session, _version_of(version))]
             while policies[-1].parent is not None:
@@ -208,7 +209,7 @@ class Policies:
         return policies
 
     def activations(self) -> list[Activation]:
-        """Return every moment at which a policy went live, oldest first."""
+        """Return all activations, oldest first."""
         with self._database.read() as session:
             return list(session.exec(select(Activation).order_by(col(Activation.id))))
 
@@ -221,11 +222,11 @@ class Policies:
         with self._database.read() as session:
             return session.scalar(select(Policy.version).where(Policy.stage == PolicyStage.ACTIVE))
 
-    async def _announced(self, write) -> Policy:
-        """Write, then wake whoever waits for a change, on whatever loop."""
+    async def _write_and_notify(self, write: Callable[[Session], Policy]) -> Policy:
+        """Write, then wake all tasks in `wait_for_change`, on their own event loops."""
         policy = await self._database.write(write)
         for loop, event in list(self._waiters):
-            with contextlib.suppress(RuntimeError):  # its loop is closed
+            with contextlib.suppress(RuntimeError):  # that loop is closed
                 loop.call_soon_threadsafe(event.set)
         return policy
 
@@ -240,7 +241,7 @@ def _version_of(version: int | str) -> int:
 
 
 def _require(session: Session, version: int) -> Policy:
-    policy = session.get(Policy, version) if version < 2**31 else None
+    policy = session.get(Policy, version) if version < 2**31 else None  # PostgreSQL raises for larger integers
     if policy is None:
         raise UnknownPolicy(f"no policy has version {version!r}: list them to see which exist")
     return policy
@@ -270,7 +271,7 @@ def _replace_active(session: Session, policy: Policy) -> None:
 def _retire(session: Session, policy: Policy) -> None:
     policy.stage = PolicyStage.RETIRED
     session.add(policy)
-    session.flush()  # never two active rows, not even inside the transaction: a unique index would refuse them
+    session.flush()  # before another row becomes ACTIVE: a unique index allows one at every moment
 
 
 def _activate(session: Session, policy: Policy, *, previous: int | None, is_rollback: bool = False) -> None:

@@ -1,8 +1,7 @@
-"""Answers of the Responses API, kept as they were sent.
+"""Answers of the Responses API, stored as they were sent.
 
-This module refuses to know what an item means. Deleting a response forgets the copy kept for its client, not the
-trajectory that was lived. Invariants: a conversation is found whole or not at all; another tenant's response is one
-that was never stored.
+Deleting a response deletes the client's copy, not the trajectory. Invariants: a conversation is returned whole or not
+at all; another tenant's response is treated like an unknown one.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ class Responses:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def keep(self, response: StoredResponse) -> None:
-        """Store it; durable when it returns."""
+    async def save(self, response: StoredResponse) -> None:
+        """Store a response; durable on return."""
         values = response.model_dump()
         await self._database.write(lambda session: session.execute(insert(StoredResponse).values(**values)))
 
@@ -34,32 +33,35 @@ class Responses:
     def conversation(
         self, response_id: str, *, tenant: str = "", max_responses: int | None = None, max_chars: int | None = None
     ) -> list[StoredResponse]:
-        """Return the responses that led to this one, oldest first, itself last.
+        """Return the conversation that ends with this response, oldest first.
 
         Raises:
-            UnknownResponse: also when one on the way was deleted.
-            ConversationTooLong: there are more of them, or they are longer as JSON; none of them has been read then.
+            UnknownResponse: also when an earlier response was deleted.
+            ConversationTooLong: over `max_responses`, or over `max_chars` as JSON. Checked before any body is read.
         """
         with self._database.read() as session:
             ids = _trace(session, response_id, tenant, max_responses, max_chars)
             return [_require(session, each, tenant) for each in reversed(ids)]
 
     async def delete(self, response_id: str, *, tenant: str = "") -> None:
-        """Forget it. Raises: UnknownResponse."""
+        """Delete a response. Raises: UnknownResponse."""
         await self._database.write(lambda session: session.delete(_require(session, response_id, tenant)))
 
 
 def _trace(
     session: Session, response_id: str, tenant: str, max_responses: int | None, max_chars: int | None
 ) -> list[str]:
-    """Return the ids of a conversation, the newest first. Raises: UnknownResponse, ConversationTooLong."""
-    num_chars = sum(func.length(cast(column, Text)) for column in (col(StoredResponse.input), col(StoredResponse.body)))
-    found = select(col(StoredResponse.tenant), col(StoredResponse.previous_id), num_chars)
+    """Return the ids of a conversation, newest first. Raises: UnknownResponse, ConversationTooLong."""
+    # The database measures the lengths: bodies may be megabytes.
+    num_input_chars, num_body_chars = (
+        func.length(cast(column, Text)) for column in (col(StoredResponse.input), col(StoredResponse.body))
+    )
+    query = select(col(StoredResponse.tenant), col(StoredResponse.previous_id), num_input_chars + num_body_chars)
     ids: list[str] = []
     next_id: str | None = response_id
     total = 0
     while next_id is not None:
-        row = session.execute(found.where(col(StoredResponse.id) == next_id)).one_or_none()
+        row = session.execute(query.where(col(StoredResponse.id) == next_id)).one_or_none()
         if row is None or row[0] != tenant:
             raise _unknown(next_id)
         ids.append(next_id)

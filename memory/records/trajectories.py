@@ -1,13 +1,10 @@
 """Episodic memory: trajectories from the first message to the last reward, each step durable before the next.
 
-A `tenant` of None, where one can be given, means "whoever's": for the server's own work, never for a caller's question.
-
-This module refuses to know who acts, how a reward is decided, or how exemplars are found; it only tells the outbox
-which trajectory is worth another look. The flow: open, append ..., close; rewards may come before or after the
-close.
+A trajectory is opened, takes steps, and is closed; rewards may be added before or after the close. A `tenant` of None,
+where an argument allows it, means every tenant: for the server's own work, never for a client's request.
 
 Invariants: a closed trajectory takes no more steps; positions have no gaps; held-out trajectories never become
-exemplars or lessons; rewards are only ever added.
+exemplars or lessons; rewards are only added, never changed.
 """
 
 from __future__ import annotations
@@ -18,16 +15,28 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, ScalarSelect, Select, and_, bindparam, case, exists, func, insert, literal, or_
+from sqlalchemy import ColumnElement, Select, and_, exists, func, literal, or_
+from sqlalchemy import select as sql_select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased, defer
 from sqlmodel import Session, col, select
 
 from memory.errors import IllegalMove, UnknownPolicy, UnknownTrajectory
 from memory.records.tool_results import find_result
+from memory.records.trajectory_queries import (
+    EFFECTIVE_REWARD,
+    INSERT_STEP,
+    INSERT_TRAJECTORY,
+    IS_CORRECTED,
+    IS_ONE_CORRECTED,
+    SIZE,
+    effective_reward_of,
+    last_handover,
+    learnable_conditions,
+    next_position,
+)
 from memory.schema import (
     LEGAL_MOVES,
-    Feedback,
     Outbox,
     Policy,
     Reward,
@@ -46,13 +55,13 @@ from memory.storage.database import Database
 from memory.teaching import OPERATOR, Teacher, reward_teaches, teaching_keys
 from memory.trust import Exchange, digest_exchange, is_trusted, trust_of
 
-TRUST = (RewardSource.USER, RewardSource.CODE, RewardSource.ENVIRONMENT, RewardSource.JUDGE)  # most trusted first
 BYTES_PER_TOKEN_ID = 4
+TOKEN_ID_COLUMNS: tuple[Any, Any] = (Step.prompt_token_ids, Step.output_token_ids)
 
 
 @dataclass(frozen=True)
-class TrajectoryView:
-    """A trajectory with the reward that counts; both None where nobody has judged it yet."""
+class TrajectoryWithReward:
+    """Any trajectory and its effective reward; both values are None without one. `Trajectories` makes it for lists."""
 
     trajectory: Trajectory
     reward: float | None
@@ -60,19 +69,27 @@ class TrajectoryView:
 
 
 @dataclass(frozen=True)
-class Graded:
-    """A finished, rewarded trajectory from which one may learn."""
+class GradedTrajectory:
+    """A finished, rewarded trajectory that may be learned from. `Trajectories.learnable` makes it."""
 
     trajectory: Trajectory
+    steps: list[Step]
+    """Empty as `learnable` returns it, because most callers choose before they read; `optimizer.rewards.grade` fills
+    it."""
     reward: float
     is_success: bool
     teacher: Teacher = OPERATOR
-    """Who gave the reward."""
+    """The source of the reward."""
+
+    @property
+    def model_steps(self) -> list[Step]:
+        """The model calls among the steps."""
+        return [step for step in self.steps if step.kind is StepKind.MODEL]
 
 
 @dataclass(frozen=True)
-class Measures:
-    """How long a trajectory is: its steps, those of them that are model calls, and their tokens."""
+class TrajectorySize:
+    """The numbers of steps, of model calls and of tokens of a trajectory, or of a part of it."""
 
     num_steps: int
     num_model_calls: int
@@ -81,38 +98,38 @@ class Measures:
 
 
 class Trajectories:
-    """All episodes ever lived here, and what they were worth."""
+    """All stored trajectories, with their steps and rewards."""
 
     def __init__(self, database: Database, *, success_reward: float = 1.0, scopes: Scopes | None = None) -> None:
         self._database = database
         self.scopes = scopes or Scopes()
         self.success_reward = success_reward
         self.num_closed: Counter[tuple[str, Split]] = Counter()
-        """Since the start, by how they ended and by split."""
+        """Number of trajectories closed since the start, by outcome and split."""
 
     async def open(self, trajectory: Trajectory) -> Trajectory:
-        """Record that an episode began; durable when it returns.
+        """Store a new trajectory; durable on return.
 
-        Raises: UnknownPolicy; ValueError for an id that is taken or a stage other than RUNNING.
+        Raises: UnknownPolicy; ValueError for an id that exists or a stage other than RUNNING.
         """
         if trajectory.stage is not TrajectoryStage.RUNNING:
             raise ValueError(f"a trajectory opens as 'running', not as {trajectory.stage.value!r}")
         try:
-            await self._database.take(_INSERT_TRAJECTORY, vars(trajectory))
-        except IntegrityError as error:
-            raise self._refused_trajectory(trajectory) from error
+            await self._database.insert_row(INSERT_TRAJECTORY, vars(trajectory))
+        except IntegrityError as error:  # the database does not tell which constraint in a portable way
+            raise self._why_not_opened(trajectory) from error
         return trajectory
 
     async def append(self, step: Step, *, trajectory: Trajectory) -> None:
-        """Add the next step; durable when it returns.
+        """Store the next step; durable on return.
 
         Raises: UnknownTrajectory, IllegalMove when the trajectory is closed, ValueError for a position out of order.
         """
         if step.trajectory_id != trajectory.id:
             raise ValueError(f"step of {step.trajectory_id!r} cannot be appended to trajectory {trajectory.id!r}")
-        # model_dump would copy thousands of token ids, one by one
-        if not await self._database.take(_INSERT_STEP, vars(step)):
-            raise self._refused_step(step)
+        # Not model_dump: it would copy thousands of token ids one by one.
+        if not await self._database.insert_row(INSERT_STEP, vars(step)):
+            raise self._why_not_appended(step)
 
     async def close(
         self,
@@ -124,25 +141,27 @@ class Trajectories:
         num_invalid_tool_calls: int = 0,
         reply: str | None = None,
     ) -> Trajectory:
-        """End the episode: sum its tokens and steps, fix its answer; a success becomes an exemplar.
+        """Close the trajectory: store its size and its answer; a success becomes an exemplar.
 
-        `reply` is what the client reads as the answer, where that differs: a streamed one holds all texts of a turn.
+        `reply` is the text that the client received, where it differs from `answer`: a stream holds every text of a
+        turn.
         Raises: UnknownTrajectory; IllegalMove when it is closed already.
         """
 
         def write(session: Session) -> Trajectory:
             trajectory = _require(session, trajectory_id)
             _close(session, trajectory, TrajectoryStage(stage), error)
+            # Only after `_close`, which raises for a closed trajectory: its answer must not change.
             trajectory.answer = answer
             trajectory.num_invalid_tool_calls = num_invalid_tool_calls
-            said = reply or answer
-            if trajectory.trust is Trust.UNTRUSTED and said:
-                trajectory.reply_digest = digest_exchange(trajectory.tenant, trajectory.task_text, said)
+            received = reply or answer
+            if trajectory.trust is Trust.UNTRUSTED and received:
+                trajectory.reply_digest = digest_exchange(trajectory.tenant, trajectory.task_text, received)
             session.add(trajectory)
             self.note_exemplar(session, trajectory)
             return trajectory
 
-        closed = await self._database.write(write)
+        closed = await self._database.write(write)  # counted only once it is durable
         self.num_closed[_outcome_of(closed), closed.split] += 1
         return closed
 
@@ -165,7 +184,7 @@ class Trajectories:
         key_id: str | None = None,
         user_id: str = "",
     ) -> Reward:
-        """Add a reward inside a transaction of the caller's, with the key and the person it comes from."""
+        """Add a reward, with its key and person, inside the caller's transaction. Raises: UnknownTrajectory."""
         trajectory = _require(session, trajectory_id)
         reward = Reward(
             id=new_id("rew"),
@@ -177,22 +196,22 @@ class Trajectories:
             user_id=user_id,
         )
         session.add(reward)
-        session.flush()
+        session.flush()  # `note_exemplar` reads the effective reward, this one included
         self.note_exemplar(session, trajectory)
         return reward
 
     def note_exemplar(self, session: Session, trajectory: Trajectory) -> None:
-        """Have the index look at a closed trajectory again if its success may have changed."""
+        """Queue a closed trajectory for the index if it may have become, or ceased to be, an exemplar."""
         if trajectory.stage is not TrajectoryStage.FINISHED or trajectory.split is Split.HELD_OUT:
             return
-        reward = session.scalar(_EFFECTIVE_REWARD, {"trajectory_id": trajectory.id})
-        is_corrected = session.scalar(_IS_THIS_CORRECTED, {"trajectory_id": trajectory.id})
+        reward = session.scalar(EFFECTIVE_REWARD, {"trajectory_id": trajectory.id})
+        is_corrected = session.scalar(IS_ONE_CORRECTED, {"trajectory_id": trajectory.id})
         if reward is not None or is_corrected:
-            is_success = is_corrected or reward >= self.success_reward
+            is_success = is_corrected or (reward is not None and reward >= self.success_reward)
             session.add(Outbox(collection="exemplars", row_id=trajectory.id, is_removed=not is_success))
 
     async def distrust(self, trajectory_id: str) -> None:
-        """Mark an episode that untrusted text is about to enter. Raises: UnknownTrajectory."""
+        """Mark a trajectory as untrusted; call it before untrusted text enters. Raises: UnknownTrajectory."""
 
         def write(session: Session) -> None:
             trajectory = _require(session, trajectory_id)
@@ -202,9 +221,9 @@ class Trajectories:
         await self._database.write(write)
 
     async def approve(self, trajectory_id: str, *, tenant: str | None = None) -> Trajectory:
-        """Let memory show and weights learn an episode although untrusted text is in it: an operator has read it.
+        """Allow memory to show, and weights to learn, an untrusted trajectory that an operator has read.
 
-        Raises: UnknownTrajectory; IllegalMove while it is still running, because more text may enter it.
+        Raises: UnknownTrajectory; IllegalMove while it is running, because more text may enter it.
         """
 
         def write(session: Session) -> Trajectory:
@@ -221,14 +240,14 @@ class Trajectories:
     def trust_of(
         self, *, memory_ids: Sequence[str] = (), exchanges: Sequence[Exchange] = (), tenant: str = ""
     ) -> Trust:
-        """Return the least trust among the memories that an episode is shown and what was said before it."""
+        """Return the least trust among the memories shown in an episode and the exchanges before it."""
         if not memory_ids and not exchanges:
             return Trust.TRUSTED
         with self._database.read() as session:
             return trust_of(session, memory_ids=memory_ids, exchanges=exchanges, tenant=tenant)
 
     async def note_invalid_calls(self, trajectory_id: str, num_invalid_tool_calls: int) -> None:
-        """Keep the count of a running trajectory for whoever takes it up again. Raises: UnknownTrajectory."""
+        """Store the count on a running trajectory, for a resumed episode to continue. Raises: UnknownTrajectory."""
 
         def write(session: Session) -> None:
             trajectory = _require(session, trajectory_id)
@@ -245,31 +264,32 @@ class Trajectories:
         handed_over_before: datetime | None = None,
         tenant: str | None = None,
     ) -> list[Trajectory]:
-        """Return the running trajectories whose last reply handed tool calls over to a client, oldest first."""
-        handover = _last_handover(handover_digest, handed_over_before)
-        is_meant = [Trajectory.stage == TrajectoryStage.RUNNING]
+        """Return the running trajectories that wait for a client's tool results, oldest first."""
+        handover = last_handover(handover_digest, handed_over_before)
+        conditions: list[ColumnElement[bool]] = [col(Trajectory.stage) == TrajectoryStage.RUNNING]
         if episode_id is not None:
-            is_meant.append(Trajectory.episode_id == episode_id)
+            conditions.append(col(Trajectory.episode_id) == episode_id)
         if tenant is not None:
-            is_meant.append(Trajectory.tenant == tenant)
+            conditions.append(col(Trajectory.tenant) == tenant)
         with self._database.read() as session:
             if handover_digest is not None:
-                # In two steps, so that SQLite begins with the few of this digest, not with all that run.
-                ids = session.scalars(handover.where(exists().where(Trajectory.id == Step.trajectory_id, *is_meant)))
-                found = [session.get_one(Trajectory, trajectory_id) for trajectory_id in ids]
+                # Two queries, so that SQLite starts from the few steps with this digest, not from all running rows.
+                is_meant = exists().where(col(Trajectory.id) == Step.trajectory_id, *conditions)
+                waiting = [session.get_one(Trajectory, each) for each in session.scalars(handover.where(is_meant))]
             else:
-                is_waiting = handover.where(Step.trajectory_id == Trajectory.id).exists()
-                found = session.exec(select(Trajectory).where(*is_meant, is_waiting))
-            return sorted(found, key=lambda trajectory: trajectory.id)
+                is_waiting = handover.where(col(Step.trajectory_id) == Trajectory.id).exists()
+                waiting = session.exec(select(Trajectory).where(*conditions, is_waiting)).all()
+            return sorted(waiting, key=lambda trajectory: trajectory.id)
 
     async def close_orphans(self) -> int:
-        """Close as FAILED what a dead process left RUNNING; return how many. For the start, before anything opens.
+        """Close as FAILED the trajectories that a dead process left RUNNING; return how many.
 
-        What waits for a client goes on waiting: all of it is in its rows.
+        Call it at the start, before any trajectory is opened. Those that wait for a client stay open: their rows hold
+        all that is needed to resume them.
         """
 
         def write(session: Session) -> list[Trajectory]:
-            is_waiting = _last_handover().where(Step.trajectory_id == Trajectory.id).exists()
+            is_waiting = last_handover().where(col(Step.trajectory_id) == Trajectory.id).exists()
             query = select(Trajectory).where(Trajectory.stage == TrajectoryStage.RUNNING, ~is_waiting)
             orphans = session.exec(query).all()
             for trajectory in orphans:
@@ -284,7 +304,7 @@ class Trajectories:
         return len(orphans)
 
     def get(self, trajectory_id: str, *, tenant: str | None = None) -> Trajectory:
-        """Return one trajectory. Raises: UnknownTrajectory, also for another tenant's."""
+        """Return one trajectory. Raises: UnknownTrajectory, also for a trajectory of another tenant."""
         with self._database.read() as session:
             return _require(session, trajectory_id, tenant)
 
@@ -297,73 +317,80 @@ class Trajectories:
     def steps(self, trajectory_id: str, *, since: int = 0, with_token_ids: bool = True) -> list[Step]:
         """Return the steps so far from position `since` on, in order. Raises: UnknownTrajectory.
 
-        Without token ids a long episode is read quickly; asking such a step for them raises.
+        Without token ids a long trajectory is read quickly. Hazard: reading the ids of such a step raises, because the
+        row is detached.
         """
         with self._database.read() as session:
             query = select(Step).where(Step.trajectory_id == trajectory_id, col(Step.position) >= since)
             if not with_token_ids:
-                query = query.options(defer(Step.prompt_token_ids), defer(Step.output_token_ids))
+                query = query.options(*map(defer, TOKEN_ID_COLUMNS))
             steps = list(session.exec(query.order_by(col(Step.position))))
-            if not steps:
+            if not steps:  # a trajectory without steps, or an unknown id
                 _require(session, trajectory_id)
             return steps
 
-    def measure(self, trajectory_id: str, *, since: int = 0) -> Measures:
-        """Return how long a trajectory is by now, from position `since` on."""
+    def measure(self, trajectory_id: str, *, since: int = 0) -> TrajectorySize:
+        """Return the size of a trajectory so far, from position `since` on; zeros for an unknown id."""
         with self._database.read() as session:
             return _measure(session, trajectory_id, since)
 
     def recorded_result(
         self, tool_name: str, arguments: dict[str, Any], *, tenant: str = "", user_id: str = ""
     ) -> str | None:
-        """Return what a tool yielded when it was last called with these arguments in an episode that this person may
-        be shown. Blocks: for a thread."""
-        is_meant = (Trajectory.tenant == tenant, is_shown(self.scopes.of_episode()))
+        """Return the result of the last call of a tool with these arguments, in episodes that this person may be shown.
+
+        None where there is none. Blocks: call it in a thread.
+        """
+        conditions = (col(Trajectory.tenant) == tenant, is_shown(self.scopes.of_episode()))
         with self._database.read() as session:
-            return find_result(session, tool_name, arguments, is_meant, {"user_id": user_id})
+            return find_result(session, tool_name, arguments, conditions, {"user_id": user_id})
 
     def rewards(self, trajectory_id: str) -> list[Reward]:
-        """Return every reward it was given, oldest first. Raises: UnknownTrajectory."""
+        """Return all rewards of a trajectory, oldest first. Raises: UnknownTrajectory."""
         with self._database.read() as session:
             _require(session, trajectory_id)
             query = select(Reward).where(Reward.trajectory_id == trajectory_id)
             return list(session.exec(query.order_by(col(Reward.id))))
 
     def effective_reward(self, trajectory_id: str) -> float | None:
-        """Return the reward that counts: the newest of the most trusted source; None when there is none."""
+        """Return the newest reward of the most trusted source; None without rewards. Raises: UnknownTrajectory."""
         reward = self._find_reward(trajectory_id)
         if reward is None:
             self.get(trajectory_id)
         return reward
 
     def reward_for_weights(self, trajectory_id: str) -> float | None:
-        """Return the reward that counts when only those who may teach the weights are heard."""
+        """Return the effective reward among those that may teach the weights (memory/teaching.py)."""
         with self._database.read() as session:
-            reward = _effective_reward_of(col(Trajectory.id), counts=[reward_teaches(teaching_keys(session))])
-            return session.scalar(select(reward).where(Trajectory.id == trajectory_id))
+            conditions = [reward_teaches(teaching_keys(session))]
+            reward = effective_reward_of(col(Trajectory.id), conditions=conditions)
+            return session.scalar(select(reward).where(col(Trajectory.id) == trajectory_id))
 
-    def view(self, trajectory: Trajectory) -> TrajectoryView:
-        """Return a trajectory with the reward that counts."""
-        return self._with_reward(trajectory, self._find_reward(trajectory.id))
+    def with_reward(self, trajectory: Trajectory) -> TrajectoryWithReward:
+        """Return a trajectory with its effective reward."""
+        return self._join(trajectory, self._find_reward(trajectory.id))
 
     def _find_reward(self, trajectory_id: str) -> float | None:
-        ((reward,),) = self._database.fetch(_EFFECTIVE_REWARD, {"trajectory_id": trajectory_id})
+        ((reward,),) = self._database.fetch(EFFECTIVE_REWARD, {"trajectory_id": trajectory_id})
         return reward
 
     def exemplary(self) -> Select:
-        """The query for every trajectory that may be shown as an exemplar, and its scope: a success, trusted, not
-        retired, and shown to somebody."""
+        """Return the query for (trajectory, scope) of all exemplars: trusted successes that are not retired and that
+        somebody may be shown."""
         scope = self.scopes.of_exemplar()
-        shown = (col(Trajectory.retired_at).is_(None), is_trusted(Trajectory), scope.is_not(None))
-        return self.successes(scope).where(*shown)
+        return self.successes(scope).where(
+            col(Trajectory.retired_at).is_(None), is_trusted(Trajectory), scope.is_not(None)
+        )
 
-    def successes(self, *more: ColumnElement[Any]) -> Select:
-        """The query for finished successes that are not held out, and more columns of them. An episode whose answer
-        somebody corrected counts as one, with the correction in place of the answer."""
-        return select(Trajectory, *more).where(
-            Trajectory.stage == TrajectoryStage.FINISHED,
-            Trajectory.split != Split.HELD_OUT,
-            or_(_effective_reward_of(col(Trajectory.id)) >= self.success_reward, _IS_CORRECTED),
+    def successes(self, *columns: ColumnElement[Any]) -> Select:
+        """Return the query for finished successes that are not held out, with further `columns`.
+
+        An episode whose answer was corrected counts as a success, with the correction in place of the answer.
+        """
+        return sql_select(Trajectory, *columns).where(
+            col(Trajectory.stage) == TrajectoryStage.FINISHED,
+            col(Trajectory.split) != Split.HELD_OUT,
+            or_(effective_reward_of(col(Trajectory.id)) >= self.success_reward, IS_CORRECTED),
         )
 
     def learnable(
@@ -373,42 +400,47 @@ class Trajectories:
         environment: str | None = None,
         environments: Collection[str] | None = None,
         is_for_weights: bool = False,
-    ) -> list[Graded]:
-        """Return what may be learned from: finished, rewarded, not held out, oldest first; of all tenants.
+    ) -> list[GradedTrajectory]:
+        """Return the trajectories of all tenants that may be learned from, oldest first, without their steps.
 
-        With `since`, only what was closed or rewarded after it: feedback may come late. With `environments`, only
-        episodes of those; `""` among them stands for live traffic. With `is_for_weights`, only rewards of those who may
-        teach the weights count (memory/teaching.py).
+        They are finished, rewarded and not held out. With `since`, they were closed or rewarded after it, because
+        feedback may come late. `environments` narrows them down; `""` among them stands for live traffic. With
+        `is_for_weights`, only rewards that may teach the weights count (memory/teaching.py).
         """
         query = select(Trajectory, Reward)
         if since is not None:
             later = aliased(Reward)
-            is_rewarded_since = exists().where(later.trajectory_id == Trajectory.id, later.created_at > since)
+            is_rewarded_since = exists().where(col(later.trajectory_id) == Trajectory.id, col(later.created_at) > since)
             query = query.where(or_(col(Trajectory.closed_at) > since, is_rewarded_since))
         if environment is not None:
             query = query.where(Trajectory.environment == environment)
         if environments is not None:
             query = query.where(func.coalesce(Trajectory.environment, "").in_(environments))
         with self._database.read() as session:
-            counts = [reward_teaches(teaching_keys(session))] if is_for_weights else []
-            query = query.where(*_is_learnable(counts))
+            conditions = [reward_teaches(teaching_keys(session))] if is_for_weights else []
+            query = query.where(*learnable_conditions(conditions))
             rows = session.exec(query.order_by(col(Trajectory.id))).all()
         return [
-            Graded(trajectory, reward.value, reward.value >= self.success_reward, _teacher_of(trajectory, reward))
+            GradedTrajectory(
+                trajectory, [], reward.value, reward.value >= self.success_reward, _teacher_of(trajectory, reward)
+            )
             for trajectory, reward in rows
         ]
 
     def count_learnable(self, *, is_for_weights: bool = False) -> dict[str, int]:
-        """Return how many episodes of each environment may be learned from, or by how many the weights may be taught;
-        `""` stands for live traffic."""
+        """Return the number of learnable trajectories by environment; `""` stands for live traffic.
+
+        With `is_for_weights`, only those whose reward may teach the weights.
+        """
         environment = func.coalesce(Trajectory.environment, "")
         with self._database.read() as session:
-            counts = [reward_teaches(teaching_keys(session))] if is_for_weights else []
-            query = select(environment, func.count()).select_from(Trajectory).join(Reward, and_(*_is_learnable(counts)))
-            return dict(list(session.exec(query.group_by(environment))))
+            conditions = [reward_teaches(teaching_keys(session))] if is_for_weights else []
+            is_learnable = and_(*learnable_conditions(conditions))
+            query = sql_select(environment, func.count()).select_from(Trajectory).join(Reward, is_learnable)
+            return {name: num for name, num in session.execute(query.group_by(environment))}
 
-    def kept_back(self) -> set[tuple[str, str]]:
-        """Return (tenant, task) of every held-out task that a client played, and (tenant, text) of it."""
+    def held_out_tasks(self) -> set[tuple[str, str]]:
+        """Return (tenant, task) and (tenant, task text) of every held-out task that a client played."""
         query = (
             select(Trajectory.tenant, Trajectory.task, Trajectory.task_text)
             .where(Trajectory.split == Split.HELD_OUT, col(Trajectory.environment).is_(None))
@@ -431,15 +463,16 @@ class Trajectories:
         tenant: str = "",
         is_for_weights: bool = False,
         user_id: str | None = None,
-    ) -> list[TrajectoryView]:
+    ) -> list[TrajectoryWithReward]:
         """Return trajectories with their rewards, newest first; pass the last id as `before_id` for the next page.
-        With `since`, only what was opened after it; with `is_for_weights`, with the rewards of those who may teach the
-        weights."""
-        counts = []
+
+        With `since`, only those opened after it. With `is_for_weights`, only rewards that may teach the weights count.
+        """
+        conditions: list[ColumnElement[bool]] = []
         if is_for_weights:
             with self._database.read() as session:
-                counts.append(reward_teaches(teaching_keys(session)))
-        reward = _effective_reward_of(col(Trajectory.id), counts=counts).label("reward")
+                conditions.append(reward_teaches(teaching_keys(session)))
+        reward = effective_reward_of(col(Trajectory.id), conditions=conditions).label("reward")
         query = select(Trajectory, reward).where(Trajectory.tenant == tenant)
         if before_id is not None:
             query = query.where(col(Trajectory.id) < before_id)
@@ -458,20 +491,20 @@ class Trajectories:
             query = query.where(reward >= self.success_reward if is_success else reward < self.success_reward)
         with self._database.read() as session:
             rows = session.exec(query.order_by(col(Trajectory.id).desc()).limit(limit)).all()
-        return [self._with_reward(trajectory, value) for trajectory, value in rows]
+        return [self._join(trajectory, value) for trajectory, value in rows]
 
-    def _with_reward(self, trajectory: Trajectory, reward: float | None) -> TrajectoryView:
-        return TrajectoryView(trajectory, reward, None if reward is None else reward >= self.success_reward)
+    def _join(self, trajectory: Trajectory, reward: float | None) -> TrajectoryWithReward:
+        return TrajectoryWithReward(trajectory, reward, None if reward is None else reward >= self.success_reward)
 
-    def _refused_trajectory(self, trajectory: Trajectory) -> Exception:
-        """Find out why it could not be opened."""
+    def _why_not_opened(self, trajectory: Trajectory) -> Exception:
+        """Return the error for an INSERT of a trajectory that violated a constraint."""
         with self._database.read() as session:
             if session.get(Policy, trajectory.policy) is None:
-                return UnknownPolicy(f"no policy has version {trajectory.policy!r}: register it before it acts")
+                return UnknownPolicy(f"no policy has version {trajectory.policy!r}: register it first")
         return ValueError(f"trajectory {trajectory.id!r} exists: open another with a new id")
 
-    def _refused_step(self, step: Step) -> Exception:
-        """Find out why the guarded insert took no row."""
+    def _why_not_appended(self, step: Step) -> Exception:
+        """Return the error for a guarded INSERT that added no row."""
         with self._database.read() as session:
             trajectory = session.get(Trajectory, step.trajectory_id)
             if trajectory is None:
@@ -481,15 +514,17 @@ class Trajectories:
                 return IllegalMove(
                     f"trajectory {trajectory.id!r} is {stage!r}: a closed trajectory takes no more steps"
                 )
-            expected = session.scalar(select(_next_position(literal(step.trajectory_id))))
-        place = f"step {step.position!r} of trajectory {step.trajectory_id!r}"
-        return ValueError(f"{place} is out of order: the next position is {expected}")
+            expected = session.scalar(sql_select(next_position(literal(step.trajectory_id))))
+        return ValueError(
+            f"step {step.position!r} of trajectory {step.trajectory_id!r} is out of order: the next position is "
+            f"{expected}"
+        )
 
 
-def measure(steps: Iterable[Step]) -> Measures:
-    """Return how long these steps are, with their tokens, as `Trajectories.measure` would once they are rows."""
+def measure(steps: Iterable[Step]) -> TrajectorySize:
+    """Return the size of steps in memory, as `Trajectories.measure` does for stored ones."""
     steps = list(steps)
-    return Measures(
+    return TrajectorySize(
         num_steps=len(steps),
         num_model_calls=sum(step.kind is StepKind.MODEL for step in steps),
         prompt_tokens=sum(len(step.prompt_token_ids or ()) for step in steps),
@@ -498,7 +533,7 @@ def measure(steps: Iterable[Step]) -> Measures:
 
 
 def check_reward(value: float) -> None:
-    """Raise ValueError unless `value` is a number in [0, 1]."""
+    """Raises: ValueError unless `value` is a number in [0, 1]."""
     is_number = isinstance(value, int | float)
     if not is_number or not 0.0 <= value <= 1.0:
         raise ValueError(f"a reward is a number from 0 to 1, not {value!r}: rescale it")
@@ -511,10 +546,12 @@ def _require(session: Session, trajectory_id: str, tenant: str | None = None) ->
     return trajectory
 
 
-def _measure(session: Session, trajectory_id: str, since: int = 0) -> Measures:
+def _measure(session: Session, trajectory_id: str, since: int = 0) -> TrajectorySize:
     values = {"trajectory_id": trajectory_id, "since": since}
-    num_steps, num_model_calls, prompt_bytes, output_bytes = session.execute(_SUMS, values).one()
-    return Measures(num_steps, num_model_calls, prompt_bytes // BYTES_PER_TOKEN_ID, output_bytes // BYTES_PER_TOKEN_ID)
+    num_steps, num_model_calls, prompt_bytes, output_bytes = session.execute(SIZE, values).one()
+    return TrajectorySize(
+        num_steps, num_model_calls, prompt_bytes // BYTES_PER_TOKEN_ID, output_bytes // BYTES_PER_TOKEN_ID
+    )
 
 
 def _close(session: Session, trajectory: Trajectory, stage: TrajectoryStage, error: str | None) -> None:
@@ -529,83 +566,13 @@ def _close(session: Session, trajectory: Trajectory, stage: TrajectoryStage, err
     trajectory.closed_at = now()
 
 
-def _last_handover(digest: str | None = None, before: datetime | None = None):
-    """The query for ids of trajectories whose last model step is a handover, with this digest and before this time."""
-    later = aliased(Step)
-    is_answered = exists().where(
-        later.trajectory_id == Step.trajectory_id, later.position > Step.position, later.kind == StepKind.MODEL
-    )
-    query = select(Step.trajectory_id).where(col(Step.handover_digest).is_not(None), ~is_answered)
-    if digest is not None:
-        query = query.where(Step.handover_digest == digest)
-    if before is not None:
-        query = query.where(col(Step.created_at) < before)
-    return query
-
-
 def _outcome_of(trajectory: Trajectory) -> str:
-    """Return the stage it ended in, or `truncated`: finished because a budget or somebody's patience was."""
+    """Return the final stage, or `truncated` for one that finished at a limit of steps, tokens or time."""
     is_truncated = trajectory.stage is TrajectoryStage.FINISHED and trajectory.error is not None
     return "truncated" if is_truncated else trajectory.stage.value
-
-
-def _is_learnable(counts: list[ColumnElement[bool]]) -> list[ColumnElement[bool]]:
-    """The conditions that join each trajectory that may be learned from with the reward that counts for that."""
-    return [
-        Trajectory.stage == TrajectoryStage.FINISHED,
-        Trajectory.split != Split.HELD_OUT,
-        Reward.trajectory_id == Trajectory.id,
-        col(Reward.id) == _effective_reward_of(col(Trajectory.id), "id", counts),
-    ]
 
 
 def _teacher_of(trajectory: Trajectory, reward: Reward) -> Teacher:
     if reward.source is RewardSource.ENVIRONMENT:
         return Teacher(trajectory.tenant, trajectory.key_id, trajectory.user_id, is_environment=True)
     return Teacher(trajectory.tenant, reward.key_id, reward.user_id)
-
-
-def _effective_reward_of(
-    trajectory_id, column: str = "value", counts: Sequence[ColumnElement[bool]] = ()
-) -> ScalarSelect[Any]:
-    """The scalar subquery behind `effective_reward`; evaluated per row, so a page costs a page. `counts` narrows down
-    whose rewards are looked at."""
-    rank = case({source: place for place, source in enumerate(TRUST)}, value=col(Reward.source))
-    return (
-        select(getattr(Reward, column))
-        .where(Reward.trajectory_id == trajectory_id, *counts)
-        .order_by(rank, col(Reward.id).desc())
-        .limit(1)
-        .correlate(Trajectory)  # alone: the query around it may select rewards of its own
-        .scalar_subquery()
-    )
-
-
-def _next_position(trajectory_id):
-    query = select(func.coalesce(func.max(Step.position), -1) + 1).where(Step.trajectory_id == trajectory_id)
-    return query.scalar_subquery()
-
-
-def _build_step_insert():
-    """One guarded statement, compiled once: it takes a row only while the trajectory runs and the position is next."""
-    columns = Step.__table__.columns
-    trajectory_id = bindparam("trajectory_id", type_=columns["trajectory_id"].type)
-    is_running = exists().where(Trajectory.id == trajectory_id, Trajectory.stage == TrajectoryStage.RUNNING)
-    is_next = bindparam("position", type_=columns["position"].type) == _next_position(trajectory_id)
-    values = select(*(bindparam(column.name, type_=column.type) for column in columns)).where(is_running, is_next)
-    inserted = insert(Step).from_select([column.name for column in columns], values)
-    return inserted.execution_options(preserve_rowcount=True)  # else gone on PostgreSQL when the writer has it
-
-
-_HAS_CORRECTION = exists().where(col(Feedback.correction).is_not(None))
-_IS_CORRECTED = _HAS_CORRECTION.where(Feedback.trajectory_id == Trajectory.id).correlate(Trajectory)
-_IS_THIS_CORRECTED = select(_HAS_CORRECTION.where(Feedback.trajectory_id == bindparam("trajectory_id")))
-_INSERT_TRAJECTORY = insert(Trajectory).execution_options(preserve_rowcount=True)
-_INSERT_STEP = _build_step_insert()
-_EFFECTIVE_REWARD = select(_effective_reward_of(bindparam("trajectory_id")))
-_SUMS = select(
-    func.count(),
-    func.coalesce(func.sum(case((Step.kind == StepKind.MODEL, 1), else_=0)), 0),
-    func.coalesce(func.sum(func.length(Step.prompt_token_ids)), 0),
-    func.coalesce(func.sum(func.length(Step.output_token_ids)), 0),
-).where(Step.trajectory_id == bindparam("trajectory_id"), col(Step.position) >= bindparam("since"))

@@ -1,7 +1,7 @@
-"""The ledger of the release gate: which comparisons were made, in which order, on which tasks.
+"""The ledger of the release gate: all comparisons, their order, and the tasks that each used.
 
-Invariants: the look numbers of an incumbent are never used twice; a comparison is entered before it is decided, so one
-that is abandoned half-way still counts; an entry that was decided never changes.
+Invariants: the look numbers of an incumbent are never used twice; a comparison is stored before it is decided, so an
+abandoned one still counts; a decided entry never changes.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ class Verdicts:
         self._database = database
 
     async def open(self, verdict: StoredVerdict, *, choose_alpha: Callable[[int], float]) -> StoredVerdict:
-        """Enter a comparison with the next look number of its incumbent, and what `choose_alpha` gives that look.
-        Repeated with the same id, return the entry as it is: a stage that is repeated spends nothing twice."""
+        """Store a comparison with the next look number of its incumbent and `choose_alpha(look)` as its error budget.
+
+        Idempotent: a known id returns the stored entry, so a repeated stage spends nothing twice.
+        """
 
         def write(session: Session) -> StoredVerdict:
             known = session.get(StoredVerdict, verdict.id)
             if known is not None:
                 return known
             newest = select(func.max(StoredVerdict.look)).where(StoredVerdict.incumbent == verdict.incumbent)
-            look = (session.scalar(newest) or 0) + 1
+            look = (session.scalar(newest) or 0) + 1  # no race: one writer at a time
             values = {**verdict.model_dump(), "look": look, "alpha": choose_alpha(look)}
-            entered = StoredVerdict(**values)
-            session.add(entered)
-            return entered
+            entry = StoredVerdict(**values)
+            session.add(entry)
+            return entry
 
         return await self._database.write(write)
 
@@ -47,8 +49,10 @@ class Verdicts:
         tasks: Collection[str] = (),
         sealed: tuple[float, int] = (0.0, 0),
     ) -> StoredVerdict:
-        """Enter the decision; without a test the look is free again, and no task was used.
-        `sealed` is (successes, tasks) of the sealed block."""
+        """Store the decision. Without a test the look number is free again, and no task counts as used.
+
+        `sealed` is (successes, tasks) of the sealed block.
+        """
 
         def write(session: Session) -> StoredVerdict:
             verdict = session.get_one(StoredVerdict, verdict_id)
@@ -66,25 +70,25 @@ class Verdicts:
         return await self._database.write(write)
 
     def alpha_spent(self, incumbent: int) -> float:
-        """Return what all looks at this incumbent together have spent."""
+        """Return the error budget that all looks at this incumbent have spent."""
         query = select(func.sum(StoredVerdict.alpha)).where(StoredVerdict.incumbent == incumbent)
         with self._database.read() as session:
             return session.scalar(query) or 0.0
 
     def tasks_used(self, candidate: int) -> set[str]:
-        """Return the tasks that decided on this candidate before."""
+        """Return the tasks of all decided comparisons of this candidate."""
         query = select(StoredVerdict.tasks).where(StoredVerdict.candidate == candidate)
         with self._database.read() as session:
             return {task for tasks in session.exec(query) for task in tasks or ()}
 
     def held_out_end(self, environment: str) -> int:
-        """Return where the next block of held-out tasks starts: behind all that were ever begun."""
+        """Return the start of the next block of held-out tasks: behind all blocks of earlier comparisons."""
         query = select(func.max(StoredVerdict.held_out_end)).where(StoredVerdict.environment == environment)
         with self._database.read() as session:
             return session.scalar(query) or 0
 
     def num_sealed(self, environment: str) -> int:
-        """Return how many releases touched the sealed block."""
+        """Return the number of comparisons that used the sealed block."""
         query = select(func.count()).where(StoredVerdict.environment == environment, StoredVerdict.sealed_tasks > 0)
         with self._database.read() as session:
             return session.scalar(query) or 0

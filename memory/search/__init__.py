@@ -1,1 +1,1 @@
-"""Search over the rows: vectors and text, kept in step with the database, and what of it a prompt is shown."""
+"""Search over the rows: the text index, the vector index, their synchronisation, and the memory segment."""

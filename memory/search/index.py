@@ -1,10 +1,10 @@
-"""Find rows by meaning and by word, fused; the one way to ask the index.
+"""Search over both indexes: the vector index and the text index, asked at the same time and fused.
 
-This module refuses to know what is done with what it finds. A question goes to both indexes at once; meanings have
-a deadline, words answer in any case, and reciprocal rank fusion joins the two lists. Words that too many rows have
-would fill half of the answer with rows of no account: they are asked only where meanings can't be had.
+The vector index has a deadline; the text index always answers. Reciprocal rank fusion (Cormack, Clarke and Buettcher,
+2009) joins the two rankings. Very common words would fill the result with irrelevant rows, so they are used only when
+the vector index gives no answer.
 
-Invariant: a failure of the index costs relevance, never an answer; nothing here is truth, and all of it can be rebuilt.
+Invariant: a failing index costs relevance, never an answer. Both indexes can be rebuilt from the rows at any time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -23,62 +24,65 @@ from typing import TypeVar
 from memory.config import MemoryConfig
 from memory.errors import IndexDamaged, IndexUnavailable, StorageError
 from memory.records.trajectories import Trajectories
-from memory.scopes import EVERYBODY
 from memory.search.encoder import Encoder, QueryEncoder
 from memory.search.index_sync import IndexSync
-from memory.search.indexed_rows import COLLECTIONS, IndexedRows
-from memory.search.relevance import Match, WordMatches, choose_found_by_word, join_matches
+from memory.search.indexed_rows import COLLECTIONS, IndexedRows, IndexQuery
+from memory.search.relevance import Match, WordMatches, join_matches, select_word_only_rows
 from memory.search.text_index import TextIndex
 from memory.search.vector_index import MAX_COMPARED, VectorIndex
 from memory.storage.database import Database
-from memory.storage.histogram import Tally
+from memory.storage.histogram import Histogram
 
-FUSION_CONSTANT = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher, 2009)
-MAX_HANGING = 2  # questions that Chroma may leave unanswered before it isn't asked any more
-POOL = 50  # rows that each index is asked for, where both have to be known of a row
+FUSION_CONSTANT = 60  # the k of reciprocal rank fusion, as in the paper
+MAX_HANGING = 2  # unanswered searches after which Chroma is not asked any more
+POOL = 50  # rows requested of each index by `match`, which needs both values of a row
 NUM_WORD_MATCHES = 200  # rows whose shared words are looked up, so that most of the nearest rows are among them
 POLL_SECONDS = 0.01
-MAX_SMALL = 1_000  # rows of small partitions that one question may have compared, where it names no kind
-MAX_OWN = 200  # rows of one person whose vectors are compared, the newest; beside them, older ones with rare words
+MAX_SMALL = 1_000  # rows of small partitions that one query compares, when it names no kind
+MAX_OWN = 200  # newest rows of one person that are compared, besides older ones with rare words of the query
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Hits = list[tuple[str, float]]
+"""(row id, score or similarity), best first."""
 
 
 class MemoryIndex:
-    """Everything searchable, by meaning and by word."""
+    """The index of insights, exemplars and passages."""
 
     def __init__(
         self,
         database: Database,
-        words: TextIndex,
+        text_index: TextIndex,
         trajectories: Trajectories,
         directory: Path,
         encoder: Encoder,
         config: MemoryConfig,
     ) -> None:
         self._config = config
-        self._words = words
-        self._meanings = VectorIndex(directory, encoder.name)
+        self._text_index = text_index
+        self._vector_index = VectorIndex(directory, encoder.name)
         self._queries = QueryEncoder(encoder)
-        self._follower = IndexSync(
-            database, IndexedRows(trajectories), self._words, self._meanings, encoder, self._queries
+        self._sync = IndexSync(
+            database, IndexedRows(trajectories), text_index, self._vector_index, encoder, self._queries
         )
-        self._hanging: list[_Question] = []
-        self.num_without_meanings = 0
-        """Questions that were answered by words alone since the start."""
-        self.seconds = {stage: Tally() for stage in ("words", "encoding", "meanings")}
-        words.write(words.create)
+        self._hanging: list[_VectorSearch] = []  # searches past their deadline
+        self.num_without_vectors = 0
+        """Number of queries since the start that were answered without the vector index."""
+        # The keys are label values of a metric: dashboards know them by these names.
+        self.seconds = {stage: Histogram() for stage in ("words", "encoding", "meanings")}
+        text_index.write(text_index.create)
 
     def start(self) -> None:
-        """Begin to follow the rows, and to load the encoder, in a thread."""
-        self._follower.start()
+        """Start the thread that loads the encoder and follows the rows."""
+        self._sync.start()
 
     def close(self) -> None:
-        self._follower.stop()
+        """Stop the thread and close the vector index."""
+        self._sync.stop()
         self._queries.close()
-        self._meanings.close()
+        self._vector_index.close()
 
     async def find(
         self,
@@ -91,25 +95,24 @@ class MemoryIndex:
         user_id: str = "",
         exclude_task: str | None = None,
         min_similarity: float = -1.0,
-    ) -> list[tuple[str, float]]:
-        """Return (row id, score) of what fits the query, best first: what all of one tenant are shown, and what this
-        person is. `where` may name an environment and a kind.
+    ) -> Hits:
+        """Return (row id, score) of up to `num` rows, best first: of the whole tenant's rows and this person's.
 
-        Never fails for the index's sake: without meanings it finds by word, without words nothing. Raises:
-        ValueError for a collection or a filter that doesn't exist.
+        `where` may name an environment and a kind. A failing index is never raised: without vectors the result is by
+        word, and without the text index it may be empty. Raises: ValueError for an unknown collection or filter.
         """
-        where = {"tenant": tenant, "user_id": user_id, **(where or {})}
-        if not await self._is_worth_asking(collection, query_text, where):
+        query = IndexQuery(
+            collection, query_text, {"tenant": tenant, "user_id": user_id, **(where or {})}, num, exclude_task
+        )
+        if not self._can_match(query):
             return []
-        words, near = await self._ask_both(collection, query_text, where, num, exclude_task)
-        by_word = [match.row_id for match in words.matches]
-        if near is None and len(by_word) < num:
-            find = partial(
-                self._words.find_by_common_words, collection, query_text, where, num, exclude_task=exclude_task
-            )
-            by_word += [row_id for row_id in await self._find_by_word(find, []) if row_id not in by_word]
-        by_meaning = [row_id for row_id, similarity in near or () if similarity >= min_similarity]
-        return fuse(by_word, by_meaning)[:num]
+        word_matches, nearest = await self._search_both(query, num_words=num)
+        by_word = [match.row_id for match in word_matches.matches]
+        if nearest is None and len(by_word) < num:
+            common = await self._search_text(partial(self._text_index.find_by_common_words, query), [])
+            by_word += [row_id for row_id in common if row_id not in by_word]
+        by_similarity = [row_id for row_id, similarity in nearest or () if similarity >= min_similarity]
+        return fuse(by_word, by_similarity)[:num]
 
     async def match(
         self,
@@ -122,203 +125,179 @@ class MemoryIndex:
         user_id: str = "",
         exclude_task: str | None = None,
     ) -> tuple[list[Match], int]:
-        """Return what either index finds, best first, with what shows how relevant it is; and among how many rows it
-        was found, about. The other arguments and errors are those of `find`."""
-        where = {"tenant": tenant, "user_id": user_id, **(where or {})}
-        if not await self._is_worth_asking(collection, query_text, where):
-            return [], 0
-        words, near = await self._ask_both(
-            collection, query_text, where, num, exclude_task, num_words=max(num, NUM_WORD_MATCHES)
+        """Return (matches, best first, with their similarity and shared words; approximate number of rows searched).
+
+        Arguments and errors are those of `find`.
+        """
+        query = IndexQuery(
+            collection, query_text, {"tenant": tenant, "user_id": user_id, **(where or {})}, num, exclude_task
         )
-        similarities = None if near is None else dict(near)
+        if not self._can_match(query):
+            return [], 0
+        word_matches, nearest = await self._search_both(query, num_words=max(num, NUM_WORD_MATCHES))
+        similarities = None if nearest is None else dict(nearest)
         if similarities is not None:
-            others = choose_found_by_word(words.matches, similarities)
-            similarities |= await self._compare(collection, query_text, where, others)
-        return join_matches(words.matches, similarities, num), words.num_rows
+            word_only = select_word_only_rows(word_matches.matches, similarities)
+            similarities |= await self._compare(query, word_only)
+        return join_matches(word_matches.matches, similarities, num), word_matches.num_rows
 
     async def rebuild(self, *, timeout_seconds: float = 3600.0) -> dict[str, int]:
-        """Make both indexes anew from the rows; return how many rows of each collection they hold."""
-        future = asyncio.wrap_future(self._follower.request_rebuild())
+        """Rebuild both indexes from the rows; return the number of rows of each collection."""
+        future = asyncio.wrap_future(self._sync.request_rebuild())
         async with asyncio.timeout(timeout_seconds):
             await future
         await self.drain(timeout_seconds=timeout_seconds)
         return self.count()
 
     async def drain(self, *, timeout_seconds: float = 120.0) -> None:
-        """Wait until the index holds what the rows say. Raises: TimeoutError, telling what keeps it."""
+        """Wait until the index is up to date. Raises: TimeoutError with the reason for the delay."""
         deadline = time.monotonic() + timeout_seconds
-        while not self._follower.is_settled:
+        while not self._sync.is_settled:
             if time.monotonic() > deadline:
-                cause = self._follower.last_failure
+                cause = self._sync.last_failure
                 raise TimeoutError(
                     f"the index is not up to date after {timeout_seconds:g} s: {cause or 'still at work'}"
                 )
-            self._follower.wake()
+            self._sync.wake()
             await asyncio.sleep(POLL_SECONDS)
 
     def count(self) -> dict[str, int]:
-        """Return how many rows of each collection can be found."""
-        return self._words.count()
+        """Return the number of searchable rows, by collection."""
+        return self._text_index.count()
 
     @property
-    def has_meanings(self) -> bool:
-        """Whether questions are answered by meaning: the encoder is loaded and Chroma is open."""
-        self._hanging = [question for question in self._hanging if not question.is_answered]
-        return self._queries.is_ready and self._meanings.is_open and len(self._hanging) < MAX_HANGING
+    def has_vectors(self) -> bool:
+        """Whether queries use the vector index: the encoder is loaded, and Chroma is open and responds."""
+        self._hanging = [search for search in self._hanging if not search.is_done]
+        return self._queries.is_ready and self._vector_index.is_open and len(self._hanging) < MAX_HANGING
 
-    async def _has_any(self, collection: str, where: dict[str, str]) -> bool:
+    def _can_match(self, query: IndexQuery) -> bool:
+        """Return whether a search could have any result. Raises: ValueError for an unknown collection or filter."""
+        if query.collection not in COLLECTIONS:
+            raise ValueError(f"no collection is called {query.collection!r}: choose among {COLLECTIONS!r}")
+        if not query.text.strip():
+            return False
         try:
-            return self._words.has_any(collection, where)
-        except StorageError:
+            return self._text_index.has_any(query.collection, query.where)
+        except StorageError:  # unknown: the vector index may still have a match
             return True
 
-    async def _is_worth_asking(self, collection: str, query_text: str, where: dict[str, str]) -> bool:
-        if collection not in COLLECTIONS:
-            raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
-        return bool(query_text.strip()) and await self._has_any(collection, where)
+    async def _search_both(self, query: IndexQuery, *, num_words: int) -> tuple[WordMatches, Hits | None]:
+        """Search both indexes at once: `num_words` rows by word, `query.num` rows by vector.
 
-    async def _ask_both(
-        self,
-        collection: str,
-        query_text: str,
-        where: dict[str, str],
-        num: int,
-        exclude_task: str | None,
-        *,
-        num_words: int | None = None,
-    ) -> tuple[WordMatches, list[tuple[str, float]] | None]:
-        """Ask both indexes at once, for `num_words` rows by word and `num` by meaning; None where meanings can't be
-        had."""
-        match = partial(self._words.match, collection, query_text, where, num_words or num, exclude_task)
-        asking = asyncio.ensure_future(self._find_by_word(match, WordMatches([], 0)))
-        return await asyncio.gather(
-            asking, self._find_by_meaning(collection, query_text, where, num, exclude_task, asking)
-        )
+        The second result is None when the vector index gives no answer.
+        """
+        match = partial(self._text_index.match, replace(query, num=num_words))
+        text_search = asyncio.ensure_future(self._search_text(match, WordMatches([], 0)))
+        return await asyncio.gather(text_search, self._search_vectors(query, text_search))
 
-    async def _find_by_word(self, find: Callable[[], T], otherwise: T) -> T:
+    async def _search_text(self, search: Callable[[], T], fallback: T) -> T:
         try:
             with self.seconds["words"].measure():
-                return await asyncio.to_thread(find)
+                return await asyncio.to_thread(search)  # no deadline: a thread cannot be cancelled, and SQLite is quick
         except StorageError as error:
-            logger.warning("the word index failed, rebuild it: %s", error)
-            return otherwise
+            logger.warning("the text index failed, rebuild it: %s", error)
+            return fallback
 
-    async def _find_by_meaning(
-        self,
-        collection: str,
-        query_text: str,
-        where: dict[str, str],
-        num: int,
-        exclude_task: str | None,
-        by_word: Awaitable[WordMatches],
-    ) -> list[tuple[str, float]] | None:
-        """Ask Chroma within the deadline; None when it can't say."""
+    async def _search_vectors(self, query: IndexQuery, text_search: Awaitable[WordMatches]) -> Hits | None:
+        """Search Chroma within the deadlines; None when it gives no answer."""
         try:
-            if not self.has_meanings:
-                raise IndexUnavailable("the encoder or the index is not ready")
+            if not self.has_vectors:
+                raise IndexUnavailable("the encoder or the vector index is not ready")
             with self.seconds["encoding"].measure():
                 async with asyncio.timeout(self._config.encoding_deadline_seconds):
-                    vector = await self._queries.encode(query_text)
-            # One person's rows are compared one by one: the newest, and those with rare words of the query.
-            words_own = [] if where["user_id"] == EVERYBODY else [it.row_id for it in (await by_word).matches[:num]]
-            compared = [*words_own, *self._newest_own(collection, where, exclude_task)]
-            compared += self._of_small_partitions(collection, where, exclude_task)
-            question = _Question(
-                lambda: self._meanings.find(
-                    collection,
-                    vector,
-                    where,
-                    num,
-                    compared=list(dict.fromkeys(compared)),
-                    exclude_task=exclude_task,
-                )
-            )
+                    vector = await self._queries.encode(query.text)
+            compared = await self._rows_to_compare(query, text_search)
+            search = _VectorSearch(lambda: self._vector_index.find(query, vector, compared=compared))
             with self.seconds["meanings"].measure():
-                return await self._answer(question)
+                return await self._result_of(search)
         except IndexDamaged:
-            self._follower.suspect()
+            self._sync.request_check()
         except (IndexUnavailable, TimeoutError) as error:
-            logger.info("no meanings for this question: %s", error or "past the deadline")
-        self.num_without_meanings += 1
+            logger.info("this query is answered without vectors: %s", error or "past the deadline")
+        self.num_without_vectors += 1
         return None
 
-    async def _compare(
-        self, collection: str, query_text: str, where: dict[str, str], row_ids: list[str]
-    ) -> dict[str, float]:
-        """Return the similarity of question and rows that were found by word alone; nothing where it can't be had in
-        time, because such a row is rarely the best."""
+    async def _rows_to_compare(self, query: IndexQuery, text_search: Awaitable[WordMatches]) -> list[str]:
+        """Return the ids of the rows that no search of Chroma reaches: one person's rows and small partitions."""
+        row_ids: list[str] = []
+        if query.names_person:
+            # Of one person's rows, the newest are compared, and those that share rare words with the query.
+            row_ids += [match.row_id for match in (await text_search).matches[: query.num]]
+        try:
+            if query.names_person:
+                row_ids += self._text_index.newest_of_person(query, MAX_OWN)
+            row_ids += self._small_partitions(query)
+        except StorageError as error:
+            logger.warning("the text index failed, rebuild it: %s", error)
+        return list(dict.fromkeys(row_ids))
+
+    def _small_partitions(self, query: IndexQuery) -> list[str]:
+        """Return the ids of the whole tenant's rows in partitions that are compared row by row."""
+        row_ids: list[str] = []
+        for partition in self._text_index.tenant_partitions(query):
+            if len(row_ids) < MAX_SMALL and not self._vector_index.is_large(query.collection, partition):
+                row_ids += self._text_index.newest_of_partition(
+                    query.collection, partition, MAX_COMPARED, exclude_task=query.exclude_task
+                )
+        return row_ids
+
+    async def _compare(self, query: IndexQuery, row_ids: list[str]) -> dict[str, float]:
+        """Return the similarity of rows that were found by word alone, by row id.
+
+        Empty when it is not known in time: such a row is rarely the best.
+        """
         if not row_ids:
             return {}
         try:
             async with asyncio.timeout(self._config.encoding_deadline_seconds):
-                vector = await self._queries.encode(query_text)  # kept: it was encoded to find the nearest
-            question = _Question(lambda: self._meanings.compare(collection, vector, where, row_ids))
+                vector = await self._queries.encode(query.text)  # cached by the first search
+            search = _VectorSearch(lambda: self._vector_index.compare(query, vector, row_ids))
             with self.seconds["meanings"].measure():
-                return dict(await self._answer(question))
+                return dict(await self._result_of(search))
         except IndexDamaged:
-            self._follower.suspect()
+            self._sync.request_check()
         except (IndexUnavailable, TimeoutError) as error:
             logger.info("rows found by word alone are left out: %s", error or "past the deadline")
         return {}
 
-    def _newest_own(self, collection: str, where: dict[str, str], exclude_task: str | None) -> list[str]:
-        """Return the ids of the newest of what this person alone is shown."""
-        if where["user_id"] == EVERYBODY:
-            return []
-        try:
-            return self._words.newest(collection, where, MAX_OWN, exclude_task=exclude_task)
-        except StorageError as error:
-            logger.warning("the word index failed, rebuild it: %s", error)
-            return []
-
-    def _of_small_partitions(self, collection: str, where: dict[str, str], exclude_task: str | None) -> list[str]:
-        """Return the ids of what all are shown, of the partitions that are compared row by row."""
-        try:
-            found: list[str] = []
-            for partition in self._words.partitions(collection, where):
-                if len(found) < MAX_SMALL and not self._meanings.is_large(collection, partition):
-                    found += self._words.ids_at(collection, partition, MAX_COMPARED, exclude_task=exclude_task or "")
-            return found
-        except StorageError as error:
-            logger.warning("the word index failed, rebuild it: %s", error)
-            return []
-
-    async def _answer(self, question: _Question) -> list[tuple[str, float]]:
+    async def _result_of(self, search: _VectorSearch) -> Hits:
         """Wait for Chroma until the deadline. Raises: IndexDamaged, TimeoutError."""
         try:
             async with asyncio.timeout(self._config.retrieval_deadline_seconds):
-                return await asyncio.wrap_future(question.answer)
+                return await asyncio.wrap_future(search.result)
         except TimeoutError:
-            self._hanging.append(question)
+            self._hanging.append(search)
             raise
 
 
-class _Question:
-    """A question to Chroma, asked on a thread of its own: one that hangs must hold up neither others nor the exit."""
+class _VectorSearch:
+    """A search of Chroma on a thread of its own: one that hangs delays neither others nor the process's exit."""
 
-    def __init__(self, ask: Callable[[], list[tuple[str, float]]]) -> None:
-        self._ask = ask
-        self.answer: Future[list[tuple[str, float]]] = Future()
-        self._thread = threading.Thread(target=self._run, name="ratchet-question", daemon=True)
+    def __init__(self, search: Callable[[], Hits]) -> None:
+        self._search = search
+        self.result: Future[Hits] = Future()
+        self._thread = threading.Thread(target=self._run, name="ratchet-vector-search", daemon=True)
         self._thread.start()
 
     @property
-    def is_answered(self) -> bool:
+    def is_done(self) -> bool:
+        """Whether the thread has ended."""
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
-            found = self._ask()
+            hits = self._search()
         except IndexDamaged as error:
-            if self.answer.set_running_or_notify_cancel():
-                self.answer.set_exception(error)
+            if self.result.set_running_or_notify_cancel():
+                self.result.set_exception(error)
         else:
-            if self.answer.set_running_or_notify_cancel():
-                self.answer.set_result(found)
+            if self.result.set_running_or_notify_cancel():  # False: the waiting task has given up
+                self.result.set_result(hits)
 
 
-def fuse(*rankings: list[str]) -> list[tuple[str, float]]:
-    """Return (id, score) of all that is ranked, best first: the sum of 1 / (60 + rank) over the rankings."""
+def fuse(*rankings: list[str]) -> Hits:
+    """Return (row id, score) of all ranked rows, best first: the sum of 1 / (60 + rank) over the rankings."""
     scores: dict[str, float] = defaultdict(float)
     for ranking in rankings:
         for rank, row_id in enumerate(ranking, start=1):

@@ -1,31 +1,56 @@
-"""What can be found, and as what: the rows behind each collection of the index.
+"""The rows behind each collection of the index, and the form in which the index holds and finds them.
 
-This module refuses to know how an index works. Invariant: what is searchable is a function of the rows alone, so
-looking at a row again always heals whatever the index missed.
+Invariant: the searchable form is a function of the rows alone, so reading a row again always repairs an index that
+missed a change.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from sqlalchemy import Select, SQLColumnExpression
 from sqlmodel import Session, col, select
 
 from memory.records.trajectories import Trajectories
 from memory.schema import Document, Insight, Passage, Trajectory
+from memory.scopes import EVERYBODY
 
 COLLECTIONS = ("insights", "exemplars", "passages")
-PLACE = ("tenant", "user_id", "environment", "kind")  # what a question may be narrowed to
-Place = tuple[str, str, str, str]
+PARTITION_COLUMNS = ("tenant", "user_id", "environment", "kind")  # a query may be narrowed to these
+IndexPartition = tuple[str, str, str, str]
+"""The values of `PARTITION_COLUMNS`: rows with the same four values are searched together."""
 PAGED = {"yield_per": 1000}
-MAX_IDS = 500  # of one query: SQLite bounds its variables
+MAX_IDS = 500  # of one SQL query: SQLite bounds its variables
+
+
+@dataclass(frozen=True)
+class IndexQuery:
+    """One search. `MemoryIndex` makes it; the text index and the vector index read it."""
+
+    collection: str
+    text: str
+    where: Mapping[str, str]
+    """Wanted values, by partition column. `user_id` admits this person's rows and everybody's."""
+    num: int = 10
+    """Most rows to return."""
+    exclude_task: str | None = None
+    """Rows of this task are left out."""
+
+    @property
+    def names_person(self) -> bool:
+        """Whether rows of one person may be found besides those of the whole tenant."""
+        return self.where.get("user_id", EVERYBODY) != EVERYBODY
 
 
 @dataclass(frozen=True)
 class IndexedRow:
-    """One row as the index sees it. Empty strings where a row has no environment, kind or task, for the default tenant,
-    and for what is shown to all of a tenant. A row's `user_id` may change; the rest of its place never does."""
+    """One row in the form that the index holds.
+
+    Fields are empty where a row has no environment, kind or task, for the default tenant, and for rows that the whole
+    tenant is shown. A row's `user_id` may change; the rest of its partition never does.
+    """
 
     row_id: str
     text: str
@@ -34,38 +59,39 @@ class IndexedRow:
     task: str = ""
     tenant: str = ""
     user_id: str = ""
-    """Who is shown it: the scope."""
+    """The scope: the person who is shown the row."""
 
     @property
-    def place(self) -> Place:
-        """The values of `PLACE`."""
+    def partition(self) -> IndexPartition:
+        """The values of `PARTITION_COLUMNS`."""
         return self.tenant, self.user_id, self.environment, self.kind
 
     @property
     def digest(self) -> str:
-        """What changes when anything the index holds of this row changes."""
-        told = "\x00".join((self.text, self.environment, self.kind, self.task, self.tenant, self.user_id))
-        return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        """A digest of all fields that the index holds: it differs as soon as one of them changes."""
+        fields = "\x00".join((self.text, self.environment, self.kind, self.task, self.tenant, self.user_id))
+        return hashlib.sha256(fields.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 class IndexedRows:
-    """Reads what can be found out of the rows."""
+    """Reads searchable rows from the database."""
 
     def __init__(self, trajectories: Trajectories) -> None:
         self._trajectories = trajectories
         self._insight_scope = trajectories.scopes.of_insight()
 
     def load(self, session: Session, collection: str, ids: Iterable[str]) -> list[IndexedRow]:
-        """Return those of the rows that are searchable now; the others are to be forgotten."""
-        ids, found = list(ids), []
+        """Return those of the rows that are searchable now; the index must forget the others."""
+        ids = list(ids)
+        rows: list[IndexedRow] = []
         for start in range(0, len(ids), MAX_IDS):
-            found += self._query(session, collection, ids[start : start + MAX_IDS])
-        return found
+            rows += self._query(session, collection, ids[start : start + MAX_IDS])
+        return rows
 
     def load_all(self, session: Session, collection: str) -> Iterator[IndexedRow]:
-        """Yield everything searchable of one collection, a page of rows in memory at a time.
+        """Yield every searchable row of one collection, a page of rows in memory at a time.
 
-        Nothing is read before the first is asked for: SQLite drops no table while one is read.
+        Nothing is read before the first row is consumed: SQLite cannot drop a table while a query reads one.
         """
         return self._query(session, collection, None)
 
@@ -75,34 +101,39 @@ class IndexedRows:
                 query = select(Insight, self._insight_scope).where(
                     col(Insight.removed_at).is_(None), self._insight_scope.is_not(None)
                 )
-                rows = session.exec(_among(query, Insight.id, ids), execution_options=PAGED)
+                rows = session.execute(_narrow(query, col(Insight.id), ids), execution_options=PAGED)
                 yield from (_of_insight(*row) for row in rows)
             case "exemplars":
-                query = _among(self._trajectories.exemplary(), Trajectory.id, ids)
-                rows = session.exec(query, execution_options=PAGED)
+                query = _narrow(self._trajectories.exemplary(), col(Trajectory.id), ids)
+                rows = session.execute(query, execution_options=PAGED)
                 yield from (_of_exemplar(*row) for row in rows)
             case "passages":
                 query = select(Passage, Document).join(Document, col(Document.id) == Passage.document_id)
                 query = query.where(col(Document.is_whole))
-                rows = session.exec(_among(query, Passage.id, ids), execution_options=PAGED)
+                rows = session.execute(_narrow(query, col(Passage.id), ids), execution_options=PAGED)
                 yield from (_of_passage(*row) for row in rows)
             case _:
                 raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
 
 
-def _among(query, column, ids: list[str] | None):
-    return query if ids is None else query.where(col(column).in_(ids))
+def _narrow(query: Select, column: SQLColumnExpression[str], ids: list[str] | None) -> Select:
+    return query if ids is None else query.where(column.in_(ids))
 
 
 def _of_insight(insight: Insight, scope: str) -> IndexedRow:
-    place = (insight.environment, insight.kind)
-    return IndexedRow(insight.id, insight.text, *place, tenant=insight.tenant, user_id=scope)
+    return IndexedRow(insight.id, insight.text, insight.environment, insight.kind, tenant=insight.tenant, user_id=scope)
 
 
 def _of_exemplar(trajectory: Trajectory, scope: str) -> IndexedRow:
-    text = trajectory.task_text or _last_request(trajectory) or trajectory.kind
-    place = (trajectory.environment or "", trajectory.kind, trajectory.task or "")
-    return IndexedRow(trajectory.id, text, *place, tenant=trajectory.tenant, user_id=scope)
+    return IndexedRow(
+        trajectory.id,
+        trajectory.task_text or _last_request(trajectory) or trajectory.kind,
+        trajectory.environment or "",
+        trajectory.kind,
+        trajectory.task or "",
+        tenant=trajectory.tenant,
+        user_id=scope,
+    )
 
 
 def _of_passage(passage: Passage, document: Document) -> IndexedRow:

@@ -1,11 +1,11 @@
-"""One question in; the memory segment out: insights, solved tasks and passages, within a token budget.
+"""Builds the memory segment of a prompt: insights, solved tasks and passages that fit a request, within a token budget.
 
-This module refuses to know how an episode is played and how the index finds. What is shown is data: markers of
-memory and of the chat in it are broken, so that nothing remembered can speak as the system.
+All stored text is data: chat markers and the segment's own tags in it are broken by spaces, so that no memory can speak
+as the system.
 
-Invariants: nothing of another tenant or another person, even where an index is behind: rows are asked again whose they
-are, and whether they still count; never an exemplar of the task or the conversation that is asked about; never over the
-budget; the layout of the segment is what models were trained on, to the character.
+Invariants: the segment shows nothing of another tenant or another person, even while an index is behind, because every
+row is checked in the database again; never an exemplar of the task or the conversation at hand; never more than the
+budget. Hazard: models were trained on the layout of the segment, to the character.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sqlalchemy import bindparam
 from sqlmodel import col
@@ -31,34 +31,36 @@ from memory.scopes import is_shown
 from memory.search.index import MemoryIndex, fuse
 from memory.search.relevance import MIN_SIMILARITY, WORDS_ALONE_FLOOR, Match, select_relevant
 from memory.storage.database import Database
-from memory.storage.histogram import Tally
+from memory.storage.histogram import Histogram
 from memory.trust import UntrustedText
 
-SIMILAR_PER_SHOWN = 4  # how many similar solved tasks are looked at for each that is shown: the shortest wins
-MAX_SIMILAR = 256  # where all of those may not be shown, more are looked at, up to so many
+SIMILAR_PER_SHOWN = 4  # similar solved tasks considered for each one shown: the shortest is chosen
+MAX_SIMILAR = 256  # most that are considered when none of the first ones may be shown
 # A solved task is longer than an insight and distracts more. With the embedded encoder, requests for the same thing in
-# other words are at 0.63 and above, two games of one family at 0.62 and above. The nearest of 1,000 unlike requests is
-# above 0.55 for at most 2 % of questions, and above 0.45 for up to 11 %.
+# other words have a similarity of 0.63 and above, two games of one family 0.62 and above. The nearest of 1,000 unlike
+# requests is above 0.55 for at most 2 % of queries, and above 0.45 for up to 11 %.
 MIN_EXEMPLAR_SIMILARITY = 0.55
 CHARS_PER_TOKEN = 4
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+RoleAndContent = tuple[object, object]
 
 
 @dataclass(frozen=True)
 class MemorySegment:
-    """What is shown of memory: its text, the ids of the rows it shows, in order, and its size."""
+    """The memory shown in one prompt. `Retrieval` makes it; the agent inserts the text and records its ids."""
 
     text: str = ""
     ids: list[str] = field(default_factory=list)
+    """Ids of the insights, exemplars and passages in the text, in order."""
     num_tokens: int = 0
 
 
 @dataclass(frozen=True)
-class _Question:
-    """Who asks, and about what."""
+class _Request:
+    """One call of `retrieve`: the person, the task and the conversation so far."""
 
     text: str
     environment: str
@@ -67,34 +69,36 @@ class _Question:
     tenant: str
     user_id: str
     episode_id: str | None
-    conversation: list[tuple[Any, Any]]
+    conversation: list[RoleAndContent]
 
     @property
     def where(self) -> dict[str, str]:
-        """The kind of task that lessons carry over from."""
+        """The filter for tasks of the same kind: lessons carry over between them."""
         return {"environment": self.environment, "kind": self.kind}
 
     @property
-    def asker(self) -> dict[str, str]:
+    def person(self) -> dict[str, str]:
+        """The tenant and the person of the request, as keyword arguments."""
         return {"tenant": self.tenant, "user_id": self.user_id}
 
-    def is_of(self, trajectory: Trajectory) -> bool:
-        """Whether the question comes out of what this trajectory recorded: it is of the same episode, or its messages
-        begin with the trajectory's own and go on."""
-        opening = _said(trajectory.opening)
-        goes_on = 0 < len(opening) < len(self.conversation) and self.conversation[: len(opening)] == opening
-        return goes_on or trajectory.episode_id == self.episode_id
+    def continues(self, trajectory: Trajectory) -> bool:
+        """Whether the request continues this trajectory: it is of the same episode, or its conversation begins with the
+        trajectory's messages and has more."""
+        opening = _without_instructions(trajectory.opening)
+        is_continued = 0 < len(opening) < len(self.conversation) and self.conversation[: len(opening)] == opening
+        return is_continued or trajectory.episode_id == self.episode_id
 
 
 @dataclass
-class _Segment:
-    """The memory segment while it grows."""
+class _SegmentBuilder:
+    """The memory segment while rows are added to it."""
 
     insights: list[str] = field(default_factory=list)
     exemplars: list[str] = field(default_factory=list)
     passages: list[str] = field(default_factory=list)
 
     def render(self) -> str:
+        """Return the segment's text, as models were trained on it; empty without rows."""
         sections = []
         if self.insights:
             sections.append("\n".join(["Insights:", *(f"- {text}" for text in self.insights)]))
@@ -106,12 +110,12 @@ class _Segment:
 
 
 def estimate(text: str) -> int:
-    """Return about how many tokens a text has."""
+    """Return the approximate number of tokens of a text."""
     return -(-len(text) // CHARS_PER_TOKEN)
 
 
 class Retrieval:
-    """Answers "what do we know that helps here?"."""
+    """Finds the memories that help with a request."""
 
     def __init__(
         self,
@@ -123,7 +127,7 @@ class Retrieval:
     ) -> None:
         self._database = database
         self._exemplars = trajectories.exemplary().where(
-            Trajectory.tenant == bindparam("tenant"),
+            col(Trajectory.tenant) == bindparam("tenant"),
             is_shown(trajectories.scopes.of_exemplar()),
             col(Trajectory.id).in_(bindparam("ids", expanding=True)),
         )
@@ -131,11 +135,11 @@ class Retrieval:
         self._insights = insights
         self._index = index
         self._config = config
-        self._seconds = {stage: Tally() for stage in ("insights", "exemplars", "passages", "all")}
+        self._seconds = {stage: Histogram() for stage in ("insights", "exemplars", "passages", "all")}
 
     @property
-    def seconds(self) -> dict[str, Tally]:
-        """How long each stage took so far: the index's, what is made of them, and `all` of it for one question."""
+    def seconds(self) -> dict[str, Histogram]:
+        """Durations by stage: those of the index, of each kind of memory, and of a whole call as `all`."""
         return {**self._index.seconds, **self._seconds}
 
     async def retrieve(
@@ -151,144 +155,151 @@ class Retrieval:
         tenant: str = "",
         user_id: str = "",
         episode_id: str | None = None,
-        conversation: Sequence[Mapping[str, Any]] = (),
+        conversation: Sequence[Mapping[str, object]] = (),
     ) -> MemorySegment:
-        """Return what memory has to show for a task, best first, as much as fits the budget: of what all of the tenant
-        are shown and, where a person is named, of what that person is. `conversation` are the messages so far.
+        """Return the memory segment for a task: the best rows of each kind that fit `budget_tokens`.
 
-        Storage that fails costs the memory, never the answer.
+        Rows are the whole tenant's and, with a `user_id`, that person's. `conversation` holds the messages so far, and
+        `count_tokens` measures the rendered segment. A failing database yields an empty segment, never an error.
         """
         budget = self._config.memory_tokens if budget_tokens is None else budget_tokens
         if budget <= 0:
             return MemorySegment()
-        place = (environment or "", kind, exclude_task or task)
-        question = _Question(query_text, *place, tenant, user_id, episode_id, _said(conversation))
+        request = _Request(
+            text=query_text,
+            environment=environment or "",
+            kind=kind,
+            exclude_task=exclude_task or task,
+            tenant=tenant,
+            user_id=user_id,
+            episode_id=episode_id,
+            conversation=_without_instructions(conversation),
+        )
         try:
             with self._seconds["all"].measure():
-                return await self._retrieve(question, budget, count_tokens)
+                return await self._retrieve(request, budget, count_tokens)
         except StorageError as error:
             logger.warning("answering without memory: %s", error)
             return MemorySegment()
 
-    async def _retrieve(self, question: _Question, budget: int, count_tokens: Callable[[str], int]) -> MemorySegment:
-        segment, ids = _Segment(), []
-        # At once: their threads wait for one another's disk and Rust, and the question is encoded once for all.
+    async def _retrieve(self, request: _Request, budget: int, count_tokens: Callable[[str], int]) -> MemorySegment:
+        segment, ids = _SegmentBuilder(), list[str]()
+        # Concurrently: each waits for disk or Rust in a thread, and the query encoder encodes the text once for all.
         insights, exemplars, passages = await asyncio.gather(
-            self._timed("insights", self._find_insights(question)),
-            self._timed("exemplars", self._find_exemplars(question)),
-            self._timed("passages", self._find_relevant_passages(question)),
+            self._timed("insights", self._find_insights(request)),
+            self._timed("exemplars", self._find_exemplars(request)),
+            self._timed("passages", self._find_relevant_passages(request)),
         )
         sections = (
             (segment.insights, self._config.max_insights, insights),
             (segment.exemplars, self._config.max_exemplars, exemplars),
             (segment.passages, self._config.max_passages, passages),
         )
-        for shown, most, found in sections:
-            for row_id, text in found:
-                if len(shown) == most:
+        for shown, limit, candidates in sections:
+            for row_id, text in candidates:
+                if len(shown) == limit:
                     break
                 shown.append(neutralise(text))
                 if count_tokens(segment.render()) > budget:
-                    shown.pop()  # a shorter one may still fit
+                    shown.pop()  # a shorter candidate may still fit
                 else:
                     ids.append(row_id)
         text = segment.render()
         return MemorySegment(text, ids, count_tokens(text)) if text else MemorySegment()
 
-    async def _timed(self, stage: str, finding: Awaitable[T]) -> T:
+    async def _timed(self, stage: str, search: Awaitable[T]) -> T:
         with self._seconds[stage].measure():
-            return await finding
+            return await search
 
-    async def _find_insights(self, question: _Question) -> list[tuple[str, str]]:
-        """Return the insights that evidence supports; where there are too many, strength and meaning choose."""
-        standing = self._insights.standing(**question.where, **question.asker)
-        by_words: dict[str, ActiveInsight] = {}
-        for each in filter(is_supported, standing):  # a person's own may say what all are shown already
-            by_words.setdefault(key_of(each.text), each)
-        insights = {each.id: each for each in by_words.values()}
+    async def _find_insights(self, request: _Request) -> list[tuple[str, str]]:
+        """Return the supported insights, strongest first; among too many, strength and similarity are fused."""
+        visible = self._insights.visible(**request.where, **request.person)
+        by_text: dict[str, ActiveInsight] = {}
+        for each in filter(is_supported, visible):  # a person's insight may repeat one of the whole tenant
+            by_text.setdefault(key_of(each.text), each)
+        insights = {each.id: each for each in by_text.values()}
         ranked = list(insights)
         if self._config.max_insights == 0:
             return []
         if len(ranked) > self._config.max_insights:
-            near = await self._index.find(
+            similar = await self._index.find(
                 "insights",
-                question.text,
-                question.where,
+                request.text,
+                request.where,
                 self._config.max_insights,
-                **question.asker,
+                **request.person,
                 min_similarity=MIN_SIMILARITY,
             )
-            ranked = [row_id for row_id, _ in fuse(ranked, [row_id for row_id, _ in near if row_id in insights])]
+            ranked = [row_id for row_id, _ in fuse(ranked, [row_id for row_id, _ in similar if row_id in insights])]
         return [(row_id, insights[row_id].text) for row_id in ranked]
 
-    async def _find_exemplars(self, question: _Question) -> list[tuple[str, str]]:
-        """Return solved tasks of the same kind, never the task or the conversation itself: of the similar ones the
-        shortest first."""
-        num, exemplars = SIMILAR_PER_SHOWN * self._config.max_exemplars, []
+    async def _find_exemplars(self, request: _Request) -> list[tuple[str, str]]:
+        """Return similar solved tasks of the same kind, the shortest first; never the task or conversation at hand."""
+        num, exemplars = SIMILAR_PER_SHOWN * self._config.max_exemplars, list[tuple[str, str]]()
         while 0 < num <= MAX_SIMILAR and not exemplars:
-            found, _ = await self._index.match(
+            matches, _ = await self._index.match(
                 "exemplars",
-                question.text,
-                question.where,
+                request.text,
+                request.where,
                 num,
-                **question.asker,
-                exclude_task=question.exclude_task,
+                **request.person,
+                exclude_task=request.exclude_task,
             )
-            near = [match.row_id for match in found if _is_alike(match)]
-            exemplars = self._read_exemplars(question, near[:num]) if near else []
-            if len(near) < num:
+            similar = [match.row_id for match in matches if _is_similar(match)]
+            exemplars = self._read_exemplars(request, similar[:num]) if similar else []
+            if len(similar) < num:
                 break
             num *= 4
         return exemplars
 
-    def _read_exemplars(self, question: _Question, ids: list[str]) -> list[tuple[str, str]]:
-        """Return those of the trajectories that may be shown, as they read."""
+    def _read_exemplars(self, request: _Request, ids: list[str]) -> list[tuple[str, str]]:
+        """Return (id, text as shown) of those of the trajectories that may be shown."""
+        # Scope, trust and stage are checked again here: the index may be behind.
         with self._database.read() as session:
-            rows = session.scalars(self._exemplars, {"ids": ids, **question.asker})
-            found = {trajectory.id: trajectory for trajectory in rows if not question.is_of(trajectory)}
-            trajectories = [found[row_id] for row_id in ids if row_id in found]
+            rows = session.scalars(self._exemplars, {"ids": ids, **request.person})
+            by_id = {trajectory.id: trajectory for trajectory in rows if not request.continues(trajectory)}
+            trajectories = [by_id[row_id] for row_id in ids if row_id in by_id]
             trajectories.sort(key=lambda trajectory: trajectory.num_steps)
             read = [(it, read_exemplar(session, it, self._scopes)) for it in trajectories]
             texts = {it.id: text for it, text in read if text is not None}
             return [(it.id, texts[it.id]) for it in _one_per_task([it for it, _ in read if it.id in texts])]
 
     async def find_passages(self, query_text: str, num: int, *, tenant: str = "") -> list[str]:
-        """Return the passages nearest to a question, each after its document's title, best first; as `UntrustedText`
-        those of untrusted documents.
+        """Return the passages nearest to a query as `title: text`, best first, for a caller that asked for them.
 
-        Raises: StorageError.
+        Passages of untrusted documents are `UntrustedText`. Raises: StorageError.
         """
         matches, _ = await self._index.match("passages", query_text, tenant=tenant)
-        wanted = [it.row_id for it in matches if (it.similarity or 0.0) >= MIN_SIMILARITY or it.words.coverage > 0]
+        wanted = [it.row_id for it in matches if (it.similarity or 0.0) >= MIN_SIMILARITY or it.word_match.coverage > 0]
         return [type(text)(neutralise(text)) for _, text in self._read_passages(tenant, wanted[:num])]
 
-    async def _find_relevant_passages(self, question: _Question) -> list[tuple[str, str]]:
-        """Return the passages that go into the prompt of somebody who asked for none: nothing for most requests."""
+    async def _find_relevant_passages(self, request: _Request) -> list[tuple[str, str]]:
+        """Return the passages to show to a request that asked for none: for most requests there are none."""
         if self._config.max_passages == 0:
             return []
-        matches, num_rows = await self._index.match("passages", question.text, tenant=question.tenant)
+        matches, num_rows = await self._index.match("passages", request.text, tenant=request.tenant)
         relevant = select_relevant(matches, num_rows)[: self._config.max_passages]
-        return self._read_passages(question.tenant, [match.row_id for match in relevant])
+        return self._read_passages(request.tenant, [match.row_id for match in relevant])
 
     def _read_passages(self, tenant: str, ids: Sequence[str]) -> list[tuple[str, str]]:
         if not ids:
             return []
         with self._database.read() as session:
-            found = read_passages(session, ids, tenant)
-        kinds = {Trust.TRUSTED: str, Trust.UNTRUSTED: UntrustedText}
-        texts = {it.id: kinds[it.trust](f"{it.title}: {it.text}") for it in found.values()}
+            passages = read_passages(session, ids, tenant)
+        text_types = {Trust.TRUSTED: str, Trust.UNTRUSTED: UntrustedText}
+        texts = {it.id: text_types[it.trust](f"{it.title}: {it.text}") for it in passages.values()}
         return [(row_id, texts[row_id]) for row_id in ids if row_id in texts]
 
 
-def _is_alike(match: Match) -> bool:
-    """Whether a solved task is like the one that is asked about."""
+def _is_similar(match: Match) -> bool:
+    """Return whether a solved task is similar enough to be shown."""
     if match.similarity is None:
-        return match.words.evidence >= WORDS_ALONE_FLOOR
+        return match.word_match.discounted_coverage >= WORDS_ALONE_FLOOR
     return match.similarity >= MIN_EXEMPLAR_SIMILARITY
 
 
 def is_supported(insight: Insight | ActiveInsight) -> bool:
-    """Whether an insight may be shown: not voted down, or doing what it says wins more often than not doing it."""
+    """Return whether an insight may be shown: it is strong enough, or following it wins more often than not."""
     if insight.strength >= FIRST_STRENGTH:
         return True
     tried, otherwise = insight.wins + insight.losses, insight.wins_otherwise + insight.losses_otherwise
@@ -298,13 +309,13 @@ def is_supported(insight: Insight | ActiveInsight) -> bool:
 
 
 def _one_per_task(trajectories: list[Trajectory]) -> list[Trajectory]:
-    kept = {}
+    by_task: dict[str, Trajectory] = {}
     for trajectory in trajectories:
-        kept.setdefault(trajectory.task or trajectory.id, trajectory)
-    return list(kept.values())
+        by_task.setdefault(trajectory.task or trajectory.id, trajectory)
+    return list(by_task.values())
 
 
-def _said(messages: Iterable[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
-    """Return who said what, without the instructions."""
-    told = [(message.get("role"), message.get("content")) for message in messages]
-    return [(role, content) for role, content in told if role not in ("system", "developer")]
+def _without_instructions(messages: Iterable[Mapping[str, object]]) -> list[RoleAndContent]:
+    """Return the messages without those of the operator, as (role, content)."""
+    pairs = [(message.get("role"), message.get("content")) for message in messages]
+    return [(role, content) for role, content in pairs if role not in ("system", "developer")]

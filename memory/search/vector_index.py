@@ -1,15 +1,14 @@
-"""Find rows by meaning: vectors in Chroma, an index that may be lost at any time.
+"""Similarity search over vectors in Chroma, an index that may be lost at any time.
 
-This module refuses to know rows and encoders; it is given ids, vectors and filters. A partition is what all of a tenant
-are shown of one environment and kind. A large one is a Chroma collection of its own, because Chroma answers a filter by
-first listing every row that passes, which takes seconds among a million. All small ones, and what single persons are
-shown, lie together in one shared collection: each Chroma collection takes four open files and some 3 MB, and there may
-be thousands of tenants. Chroma never searches the shared one; the ids of the rows are given, and their vectors are
-compared here. A small partition moves to a collection of its own when it has grown beyond `MAX_COMPARED` rows. Chroma
-lives in a subdirectory that is never reused after a failure, because the client caches what it knows of a path for the
-life of the process.
+A tenant partition is what a whole tenant is shown of one environment and kind. A large one is a Chroma collection of
+its own, because Chroma answers a filter by first listing every row that passes, which takes seconds among a million.
+All small ones, and the rows of single persons, lie together in one shared Chroma collection: each Chroma collection
+takes four open files and some 3 MB, and there may be thousands of tenants. The shared one is never searched by Chroma;
+callers name the rows, and their vectors are compared here. A small partition moves to a collection of its own when it
+has grown beyond `MAX_COMPARED` rows.
 
-Invariant: whatever goes wrong in there comes out as IndexDamaged.
+Invariant: every failure of Chroma is raised as IndexDamaged. Hazard: Chroma's client caches the state of a path for the
+life of the process, so its subdirectory is never reused after a failure.
 """
 
 from __future__ import annotations
@@ -30,357 +29,390 @@ from typing import TYPE_CHECKING, Any
 
 from memory.errors import IndexDamaged
 from memory.schema import new_id
-from memory.search.indexed_rows import COLLECTIONS, IndexedRow
+from memory.search.indexed_rows import COLLECTIONS, IndexedRow, IndexQuery
 
 if TYPE_CHECKING:
     import numpy
+    from chromadb import Collection
+    from chromadb.api import ClientAPI
 
 DATABASE_NAME = "chroma.sqlite3"
 MAX_BATCH = 200
-SPARE = 10  # rows asked for beyond those wanted, where some of the nearest may be of the task that is left out
-MAX_OPEN_PARTITIONS = 1_000_000  # as good as all: there is one for each few hundred rows at most
-PAGE = 20_000  # digests read at once
-# Chroma reads all rows since the last save again with each write, by default up to 1,000 of them, and what that takes
-# stays with the allocator: a megabyte for each 35 rows. A save costs what came since the last one, not the whole.
+SPARE = 10  # rows requested beyond those wanted, because some of the nearest may be of the excluded task
+MAX_OPEN_COLLECTIONS = 1_000_000  # in effect no limit: there is one for each few hundred rows at most
+PAGE = 20_000  # digests of one read
+# With each write Chroma reads all rows since its last save again, by default up to 1,000 of them, and the allocator
+# keeps that memory: a megabyte for each 35 rows. A save costs in proportion to the rows since the last one.
 SAVES = {"batch_size": 100, "sync_threshold": 100}
-# Chroma's own 100 finds 85 of the 100 nearest among a million rows in tight clusters, this 98, for 1 ms more.
+# Chroma's default ef_search of 100 finds 85 of the 100 nearest among a million rows in tight clusters; 800 finds 98 for
+# 1 ms more.
 HNSW = {"space": "cosine", "ef_search": 800, **SAVES}
 SHARED_HNSW = {"space": "cosine", "ef_construction": 10, "max_neighbors": 4, **SAVES}  # never searched: cheap to add to
-MAX_COMPARED = 256  # rows of a small partition; to read the vector of each takes Chroma 30 us
-LAYOUT = 6  # of what is in there: an index of another layout is made anew
-PARTITION = ("tenant", "environment", "kind")
-Partition = tuple[str, str, str]
+MAX_COMPARED = 256  # rows of a small partition; Chroma takes 30 us to read the vector of each
+LAYOUT = 6  # version of the layout described above: an index of another version is built anew
+TENANT_COLUMNS = ("tenant", "environment", "kind")
+TenantPartition = tuple[str, str, str]
+"""The values of `TENANT_COLUMNS`."""
 SHARED = None
-"""The place of the shared collection among those of partitions."""
-IdsAt = Callable[[Partition, int], Sequence[str]]
-"""The ids of up to so many rows of a partition, none of them a single person's."""
+"""The key of the shared Chroma collection; the others' keys are tenant partitions."""
+NewestIds = Callable[[TenantPartition, int], Sequence[str]]
+"""(partition, limit) -> ids of its newest rows, none of them a single person's."""
 
 
 class VectorIndex:
-    """The vectors of everything searchable. Safe to use from many threads."""
+    """The vectors of every searchable row. Safe to use from many threads."""
 
     def __init__(self, directory: Path, encoder_name: str) -> None:
         self._directory = directory
         self._encoder_name = encoder_name
         self._home: Path | None = None
-        self._client: Any = None
-        self._places: dict[str, dict[Partition | None, Any]] = {}
-        self._num_bytes = 0  # of Chroma's database when it was last looked at
-        self._lock = threading.Lock()  # opening and closing; Chroma guards the rest itself
+        self._client: ClientAPI | None = None
+        self._chroma: dict[str, dict[TenantPartition | None, Collection]] = {}  # by collection, then by key
+        self._num_bytes = 0  # size of Chroma's database at the last check
+        self._lock = threading.Lock()  # for opening and closing; Chroma itself is thread-safe
 
     @property
     def is_open(self) -> bool:
-        return bool(self._places)
+        """Whether the index can be searched."""
+        return bool(self._chroma)
 
     def open(self) -> None:
-        """Open what is there, or an empty index. What another encoder made is thrown away. Raises: IndexDamaged."""
+        """Open the existing index, or an empty one. Vectors of another encoder are deleted. Raises: IndexDamaged."""
         with self._lock, _chroma_errors():
+            # Ids sort by time: the last directory is the newest.
             homes = sorted(self._directory.glob("idx_*")) if self._directory.exists() else []
             self._home = homes[-1] if homes else self._directory / new_id("idx")
             _check_file(self._home / DATABASE_NAME)
             self._client = _connect(self._home)
-            places: dict[str, dict[Partition | None, Any]] = {name: {} for name in COLLECTIONS}
-            for held in self._client.list_collections():
-                told = held.metadata or {}
-                if (told.get("encoder"), told.get("layout")) != (self._encoder_name, LAYOUT):
-                    self._client.delete_collection(held.name)
+            opened: dict[str, dict[TenantPartition | None, Collection]] = {name: {} for name in COLLECTIONS}
+            for chroma in self._client.list_collections():
+                metadata: dict[str, Any] = dict(chroma.metadata or {})
+                if (metadata.get("encoder"), metadata.get("layout")) != (self._encoder_name, LAYOUT):
+                    self._client.delete_collection(chroma.name)
                 else:
-                    place = SHARED if told["is_shared"] else tuple(told[name] for name in PARTITION)
-                    places[told["collection"]][place] = held
-            self._places, self._num_bytes = places, 0
+                    key = SHARED if metadata["is_shared"] else _partition_in(metadata)
+                    opened[metadata["collection"]][key] = chroma
+            self._chroma, self._num_bytes = opened, 0
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the index and its files."""
         with self._lock:
-            client, self._client, self._places = self._client, None, {}
+            client, self._client, self._chroma = self._client, None, {}
             if client is not None:
                 with contextlib.suppress(IndexDamaged), _chroma_errors():
-                    client.close()
+                    client.close()  # pyright: ignore[reportAttributeAccessIssue] (of the implementation only)
 
     def set_aside(self) -> None:
-        """Close, and put the files out of the way, so that the next `open` begins an empty index."""
+        """Close the index and move its files away, so that the next `open` begins an empty one."""
         self.close()
-        for old in self._directory.glob("damaged_*"):  # one is enough to look into
+        for old in self._directory.glob("damaged_*"):  # one damaged copy is enough for a post-mortem
             shutil.rmtree(old, ignore_errors=True)
         for home in self._directory.glob("idx_*"):
             home.rename(home.with_name(f"damaged_{home.name}"))
 
     def verify(self) -> None:
-        """Find one stored vector in each place. Raises: IndexDamaged when the files are gone or don't answer."""
+        """Search for one stored vector in each Chroma collection.
+
+        Raises: IndexDamaged when the files are gone or the search fails.
+        """
         with _chroma_errors():
             if not self.is_whole:
-                raise IndexDamaged(f"files of the index of meanings are gone from {str(self._directory)!r}, or cut")
-            for held in [held for name in COLLECTIONS for held in self._held(name)]:
-                stored = held.get(limit=1, include=["embeddings"])
+                raise IndexDamaged(f"files of the vector index are missing from {str(self._directory)!r}, or truncated")
+            for chroma in [chroma for name in COLLECTIONS for chroma in self._all(name).values()]:
+                stored = chroma.get(limit=1, include=["embeddings"])
                 if stored["ids"]:
-                    held.query(query_embeddings=stored["embeddings"], n_results=1, include=[])
+                    chroma.query(query_embeddings=stored["embeddings"], n_results=1, include=[])
 
     @property
     def is_whole(self) -> bool:
-        """Whether the files of the open index are there, and no shorter: Chroma itself goes on with what it has."""
+        """Whether the files of the open index exist and have not shrunk: Chroma itself does not notice a loss."""
         try:
             num_bytes = (self._home / DATABASE_NAME).stat().st_size if self._home else 0
         except OSError:
             return False
-        was, self._num_bytes = self._num_bytes, num_bytes
-        return 0 < num_bytes >= was
+        # Each check sets the size that the next one compares with.
+        last_num_bytes, self._num_bytes = self._num_bytes, num_bytes
+        return 0 < num_bytes >= last_num_bytes
 
     def upsert(
         self,
         collection: str,
-        entries: Sequence[IndexedRow],
+        rows: Sequence[IndexedRow],
         vectors: Sequence[numpy.ndarray],
         *,
-        ids_at: IdsAt | None = None,
+        newest_ids: NewestIds | None = None,
     ) -> None:
-        """Hold the entries with their vectors, (dim,) float32 each: idempotent. `ids_at` tells which partitions are
-        small; without it none is. Raises: IndexDamaged."""
-        by_place: dict[Partition | None, list[int]] = defaultdict(list)
+        """Store the rows with their vectors, (dim,) float32 each. Idempotent.
+
+        `newest_ids` is asked for the size of a partition; without it every partition counts as large.
+        Raises: IndexDamaged.
+        """
+        by_key: dict[TenantPartition | None, list[int]] = defaultdict(list)
         with _chroma_errors():
-            wanted = {None if entry.user_id else partition_of(entry) for entry in entries}
-            places = {partition: self._place_of(collection, partition, ids_at) for partition in wanted}
-            for position, entry in enumerate(entries):
-                by_place[places[None if entry.user_id else partition_of(entry)]].append(position)
-            for place, positions in by_place.items():
-                held = self._hold(collection, place)
+            partitions = {_tenant_partition(row) for row in rows}
+            keys = {partition: self._key_of(collection, partition, newest_ids) for partition in partitions}
+            for position, row in enumerate(rows):
+                by_key[keys[_tenant_partition(row)]].append(position)
+            for key, positions in by_key.items():
+                chroma = self._get_or_create(collection, key)
                 for start in range(0, len(positions), MAX_BATCH):
                     batch = positions[start : start + MAX_BATCH]
-                    # What was one person's may have become everybody's, or the reverse.
-                    self._leave_others(collection, place, [entries[position] for position in batch])
-                    held.upsert(
-                        ids=[entries[position].row_id for position in batch],
+                    # A row may have become one person's, or the whole tenant's, and lie elsewhere still.
+                    self._delete_elsewhere(collection, key, [rows[position] for position in batch])
+                    chroma.upsert(
+                        ids=[rows[position].row_id for position in batch],
                         embeddings=[vectors[position] for position in batch],
-                        metadatas=[_metadata(entries[position]) for position in batch],
+                        metadatas=[_metadata(rows[position]) for position in batch],
                     )
 
-    def _place_of(self, collection: str, partition: Partition | None, ids_at: IdsAt | None) -> Partition | None:
-        """Return where a partition's rows belong, once one that has grown too large to be compared has a collection of
-        its own; `None` are the rows of single persons."""
-        if partition is None or self.is_large(collection, partition) or ids_at is None:
+    def _key_of(
+        self, collection: str, partition: TenantPartition | None, newest_ids: NewestIds | None
+    ) -> TenantPartition | None:
+        """Return the key of a partition's Chroma collection; a partition that has outgrown the shared one moves first.
+
+        The partition `None` stands for the rows of single persons.
+        """
+        if partition is None or self.is_large(collection, partition) or newest_ids is None:
             return partition
-        if len(ids_at(partition, MAX_COMPARED + 1)) <= MAX_COMPARED:
+        if len(newest_ids(partition, MAX_COMPARED + 1)) <= MAX_COMPARED:
             return SHARED
-        self._move(collection, partition, ids_at(partition, sys.maxsize))
+        self._move(collection, partition, newest_ids(partition, sys.maxsize))
         return partition
 
-    def _move(self, collection: str, partition: Partition, row_ids: Sequence[str]) -> None:
-        """Give a partition a collection of its own, with those of its rows that the shared one holds."""
-        shared, held = self._places[collection].get(SHARED), self._make(collection, partition)
-        for start in range(0, len(row_ids) if shared is not None else 0, MAX_BATCH):
-            found = shared.get(ids=list(row_ids[start : start + MAX_BATCH]), include=["embeddings", "metadatas"])
-            if found["ids"]:
-                held.upsert(ids=found["ids"], embeddings=found["embeddings"], metadatas=found["metadatas"])
-        self._places[collection][partition] = held  # only now is it asked instead of the shared one
-        for start in range(0, len(row_ids) if shared is not None else 0, MAX_BATCH):
-            _delete(shared, row_ids[start : start + MAX_BATCH])
+    def _move(self, collection: str, partition: TenantPartition, row_ids: Sequence[str]) -> None:
+        """Move a partition's rows from the shared Chroma collection to one of its own.
 
-    def _leave_others(self, collection: str, place: Partition | None, entries: Sequence[IndexedRow]) -> None:
-        """Take rows out of where they may have been before they came to this place."""
-        places = self._places[collection]
-        if place is not SHARED:
-            by_other = {SHARED: [entry.row_id for entry in entries]}
-        else:
-            by_other = defaultdict(list)
-            for entry in entries:
-                by_other[partition_of(entry)].append(entry.row_id)
+        Order: copy, publish, delete. A process that dies in between leaves rows behind in the shared one, and
+        `digests` deletes them at the next start.
+        """
+        shared, own = self._chroma[collection].get(SHARED), self._create(collection, partition)
+        batches = [row_ids[start : start + MAX_BATCH] for start in range(0, len(row_ids), MAX_BATCH)]
+        for batch in batches:
+            stored = shared.get(ids=list(batch), include=["embeddings", "metadatas"]) if shared is not None else None
+            if stored is not None and stored["ids"]:
+                own.upsert(ids=stored["ids"], embeddings=stored["embeddings"], metadatas=stored["metadatas"])
+        self._chroma[collection][partition] = own  # searched instead of the shared one from here on
+        for batch in batches:
+            if shared is not None:
+                _delete(shared, batch)
+
+    def _delete_elsewhere(self, collection: str, key: TenantPartition | None, rows: Sequence[IndexedRow]) -> None:
+        """Delete rows from the Chroma collection that may have held them before."""
+        by_other: dict[TenantPartition | None, list[str]] = defaultdict(list)
+        for row in rows:
+            by_other[_partition_of(row) if key is SHARED else SHARED].append(row.row_id)
         for other, row_ids in by_other.items():
-            if other in places:
-                _delete(places[other], row_ids)
+            if (chroma := self._chroma[collection].get(other)) is not None:
+                _delete(chroma, row_ids)
 
     def forget(self, collection: str, row_ids: Iterable[str]) -> None:
-        """Hold none of these any more: idempotent. Raises: IndexDamaged."""
+        """Delete these rows. Idempotent. Raises: IndexDamaged."""
         row_ids = list(row_ids)
         with _chroma_errors():
             for start in range(0, len(row_ids), MAX_BATCH):
-                for held in self._held(collection):
-                    _delete(held, row_ids[start : start + MAX_BATCH])
+                for chroma in self._all(collection).values():
+                    _delete(chroma, row_ids[start : start + MAX_BATCH])
 
-    def is_large(self, collection: str, partition: Partition) -> bool:
-        """Return whether a partition has a collection of its own, and so needs no ids to be found."""
-        return partition in self._places.get(collection, ())
+    def is_large(self, collection: str, partition: TenantPartition) -> bool:
+        """Return whether a partition has a Chroma collection of its own, and is searched without row ids."""
+        return partition in self._chroma.get(collection, ())
 
     def find(
-        self,
-        collection: str,
-        vector: numpy.ndarray,
-        where: Mapping[str, str],
-        num: int,
-        *,
-        compared: Sequence[str] = (),
-        exclude_task: str | None = None,
+        self, query: IndexQuery, vector: numpy.ndarray, *, compared: Sequence[str] = ()
     ) -> list[tuple[str, float]]:
-        """Return (id, cosine similarity) of the nearest rows, best first: of the large partitions, and of the rows
-        `compared`, which are one person's or of small partitions. Raises: IndexDamaged."""
+        """Return (row id, cosine similarity) of the nearest rows, best first.
+
+        The search covers the large partitions that the query's filter matches, and the rows `compared`, which are one
+        person's or of small partitions. `vector` is the query's, (dim,) float32. Raises: IndexDamaged.
+        """
         with _chroma_errors():
-            hits = [_nearest(held, vector, num, exclude_task) for held in self._held(collection, where)]
-            shared = self._places[collection].get(SHARED)
+            large = self._matching(query.collection, query.where)
+            hits = [_nearest(chroma, vector, query.num, query.exclude_task) for chroma in large]
+            shared = self._chroma[query.collection].get(SHARED)
             if shared is not None and compared:
                 hits.append(_compare(shared, vector, compared))
-        nearest = heapq.nsmallest(num, (hit for of_one in hits for hit in of_one))
+        nearest = heapq.nsmallest(query.num, (hit for of_one in hits for hit in of_one))
         return [(row_id, 1.0 - distance) for distance, row_id in nearest]
 
-    def compare(
-        self, collection: str, vector: numpy.ndarray, where: Mapping[str, str], row_ids: Sequence[str]
-    ) -> list[tuple[str, float]]:
-        """Return (id, cosine similarity) of these rows, as far as the partitions that the filter names hold them.
-        Raises: IndexDamaged."""
+    def compare(self, query: IndexQuery, vector: numpy.ndarray, row_ids: Sequence[str]) -> list[tuple[str, float]]:
+        """Return (row id, cosine similarity) of those of the rows that the index holds. Raises: IndexDamaged."""
         with _chroma_errors():
-            shared = self._places[collection].get(SHARED)
-            places = [*self._held(collection, where), *([] if shared is None else [shared])]
-            hits = [hit for held in places for hit in _compare(held, vector, row_ids)]
+            shared = self._all(query.collection).get(SHARED)
+            searched = [*self._matching(query.collection, query.where), *([] if shared is None else [shared])]
+            hits = [hit for chroma in searched for hit in _compare(chroma, vector, row_ids)]
         return [(row_id, 1.0 - distance) for distance, row_id in hits]
 
     def digests(self, collection: str) -> dict[str, str]:
-        """Return what is held: the digest of each row, by id. Rows that a move left behind, because its process died,
-        are deleted. Raises: IndexDamaged."""
+        """Return the digest of each row that the index holds, by row id. Raises: IndexDamaged.
+
+        Deletes the rows that an interrupted move left behind.
+        """
         digests: dict[str, str] = {}
         left_behind: list[str] = []
         with _chroma_errors():
-            for place, held in self._all(collection).items():
-                for start in range(0, held.count(), PAGE):
-                    page = held.get(limit=PAGE, offset=start, include=["metadatas"])
-                    for row_id, metadata in zip(page["ids"], page["metadatas"], strict=True):
-                        if place is SHARED and self._is_left_behind(collection, metadata):
+            for key, chroma in self._all(collection).items():
+                for start in range(0, chroma.count(), PAGE):
+                    page = chroma.get(limit=PAGE, offset=start, include=["metadatas"])
+                    for row_id, metadata in zip(page["ids"], page["metadatas"] or (), strict=True):
+                        if key is SHARED and self._is_left_behind(collection, metadata):
                             left_behind.append(row_id)
                         else:
-                            digests[row_id] = metadata["digest"]
+                            digests[row_id] = str(metadata["digest"])
             for start in range(0, len(left_behind), MAX_BATCH):
-                _delete(self._places[collection][SHARED], left_behind[start : start + MAX_BATCH])
+                _delete(self._chroma[collection][SHARED], left_behind[start : start + MAX_BATCH])
         return digests
 
     def _is_left_behind(self, collection: str, metadata: Mapping[str, Any]) -> bool:
-        partition = tuple(metadata[name] for name in PARTITION)
-        return not metadata["is_own"] and self.is_large(collection, partition)
+        return not metadata["is_own"] and self.is_large(collection, _partition_in(metadata))
 
     def count(self) -> dict[str, int]:
-        """Return how many rows of each collection are held. Raises: IndexDamaged."""
+        """Return the number of rows that the index holds, by collection. Raises: IndexDamaged."""
         with _chroma_errors():
-            return {name: sum(held.count() for held in self._all(name).values()) for name in COLLECTIONS}
+            return {name: sum(chroma.count() for chroma in self._all(name).values()) for name in COLLECTIONS}
 
-    def _all(self, collection: str) -> dict[Partition | None, Any]:
-        """Return the Chroma collections by place, the shared one among them."""
-        if not self._places:
-            raise IndexDamaged("the index of meanings is not open")
-        return self._places[collection].copy()
+    def _all(self, collection: str) -> dict[TenantPartition | None, Collection]:
+        """Return all Chroma collections of one collection, by key, the shared one included."""
+        if not self._chroma:
+            raise IndexDamaged("the vector index is not open")
+        return self._chroma[collection].copy()
 
-    def _held(self, collection: str, where: Mapping[str, Any] | None = None) -> list[Any]:
-        """Return the Chroma collections of the large partitions that a filter names; all there are without one."""
-        places = self._all(collection)
-        if where is None:
-            return list(places.values())
-        wanted = [(position, where[name]) for position, name in enumerate(PARTITION) if name in where]
+    def _matching(self, collection: str, where: Mapping[str, str]) -> list[Collection]:
+        """Return the Chroma collections of the large partitions that a filter matches."""
+        wanted = [(position, where[name]) for position, name in enumerate(TENANT_COLUMNS) if name in where]
         return [
-            held
-            for place, held in places.items()
-            if place is not SHARED and all(place[position] == value for position, value in wanted)
+            chroma
+            for key, chroma in self._all(collection).items()
+            if key is not None and all(key[position] == value for position, value in wanted)
         ]
 
-    def _hold(self, collection: str, place: Partition | None) -> Any:
-        """Return the Chroma collection of a place, made where it is missing."""
-        places = self._all(collection)
-        if place not in places:
-            places[place] = self._places[collection][place] = self._make(collection, place)
-        return places[place]
+    def _get_or_create(self, collection: str, key: TenantPartition | None) -> Collection:
+        chroma = self._all(collection).get(key)
+        if chroma is None:
+            chroma = self._chroma[collection][key] = self._create(collection, key)
+        return chroma
 
-    def _make(self, collection: str, place: Partition | None) -> Any:
-        values = place or ("", "", "")
-        told = {"encoder": self._encoder_name, "layout": LAYOUT, "collection": collection, "is_shared": place is SHARED}
-        name = hashlib.sha256(json.dumps([collection, place]).encode()).hexdigest()[:40]
+    def _create(self, collection: str, key: TenantPartition | None) -> Collection:
+        if self._client is None:
+            raise IndexDamaged("the vector index is not open")
+        metadata: dict[str, Any] = {
+            "encoder": self._encoder_name,
+            "layout": LAYOUT,
+            "collection": collection,
+            "is_shared": key is SHARED,
+            **dict(zip(TENANT_COLUMNS, key or ("", "", ""), strict=True)),
+        }
+        name = hashlib.sha256(json.dumps([collection, key]).encode()).hexdigest()[:40]
         return self._client.get_or_create_collection(
             f"{collection}-{name}",
-            embedding_function=None,  # Chroma's own would be downloaded
-            configuration={"hnsw": SHARED_HNSW if place is SHARED else HNSW},
-            metadata=told | dict(zip(PARTITION, values, strict=True)),
+            embedding_function=None,  # Chroma's default would download a model
+            configuration={"hnsw": SHARED_HNSW if key is SHARED else HNSW},  # pyright: ignore[reportArgumentType]
+            metadata=metadata,
         )
 
 
-def partition_of(entry: IndexedRow) -> Partition:
-    return entry.tenant, entry.environment, entry.kind
+def _partition_of(row: IndexedRow) -> TenantPartition:
+    return row.tenant, row.environment, row.kind
 
 
-def _metadata(entry: IndexedRow) -> dict[str, Any]:
-    told = {"task": entry.task, "digest": entry.digest, "is_own": bool(entry.user_id)}
-    return told | dict(zip(PARTITION, partition_of(entry), strict=True))
+def _tenant_partition(row: IndexedRow) -> TenantPartition | None:
+    """Return the tenant partition of a row; None for a row of a single person."""
+    return None if row.user_id else _partition_of(row)
 
 
-def _delete(held: Any, row_ids: Sequence[str]) -> None:
-    found = held.get(ids=list(row_ids), include=[])["ids"]
-    if found:
-        held.delete(ids=found)
+def _partition_in(metadata: Mapping[str, Any]) -> TenantPartition:
+    return metadata["tenant"], metadata["environment"], metadata["kind"]
 
 
-def _compare(held: Any, vector: numpy.ndarray, row_ids: Sequence[str]) -> list[tuple[float, str]]:
-    """Return (distance, id) of these rows, as far as they are held."""
+def _metadata(row: IndexedRow) -> dict[str, str | bool]:
+    fields: dict[str, str | bool] = {"task": row.task, "digest": row.digest, "is_own": bool(row.user_id)}
+    return fields | dict(zip(TENANT_COLUMNS, _partition_of(row), strict=True))
+
+
+def _delete(chroma: Collection, row_ids: Sequence[str]) -> None:
+    present = chroma.get(ids=list(row_ids), include=[])["ids"]
+    if present:
+        chroma.delete(ids=present)
+
+
+def _compare(chroma: Collection, vector: numpy.ndarray, row_ids: Sequence[str]) -> list[tuple[float, str]]:
+    """Return (distance, row id) of those of the rows that a Chroma collection holds."""
     import numpy
 
-    found = held.get(ids=list(row_ids), include=["embeddings"])
-    if not found["ids"]:
+    stored = chroma.get(ids=list(row_ids), include=["embeddings"])
+    if not stored["ids"]:
         return []
-    vectors = numpy.asarray(found["embeddings"], dtype="float32")  # (num_rows, dim)
+    vectors = numpy.asarray(stored["embeddings"], dtype="float32")  # (num_rows, dim)
     norms = numpy.linalg.norm(vectors, axis=1) * numpy.linalg.norm(vector)
     similarities = vectors @ vector / numpy.maximum(norms, 1e-12)
-    return [(1.0 - float(it), row_id) for it, row_id in zip(similarities, found["ids"], strict=True)]
+    return [(1.0 - float(it), row_id) for it, row_id in zip(similarities, stored["ids"], strict=True)]
 
 
-def _nearest(held: Any, vector: numpy.ndarray, num: int, exclude_task: str | None) -> list[tuple[float, str]]:
-    """Return (distance, id) of the nearest rows of one place, asking for more while too many are of that task."""
-    include = ["distances", "metadatas"] if exclude_task else ["distances"]
-    num_asked = num + SPARE if exclude_task else num
+def _nearest(chroma: Collection, vector: numpy.ndarray, num: int, exclude_task: str | None) -> list[tuple[float, str]]:
+    """Return (distance, row id) of the nearest rows of one partition, requesting more while too many are excluded."""
+    num_requested = num + SPARE if exclude_task else num
     while True:
-        found = held.query(query_embeddings=[vector], n_results=num_asked, include=include)
-        hits = list(zip(found["distances"][0], found["ids"][0], strict=True))
+        result: Any = chroma.query(
+            query_embeddings=[vector],
+            n_results=num_requested,
+            include=["distances", "metadatas"] if exclude_task else ["distances"],
+        )
+        hits = list(zip(result["distances"][0], result["ids"][0], strict=True))
         if not exclude_task:
             return hits
-        kept = [hit for hit, told in zip(hits, found["metadatas"][0], strict=True) if told["task"] != exclude_task]
-        if len(kept) >= num or len(hits) < num_asked:
+        metadatas = result["metadatas"][0]
+        kept = [hit for hit, metadata in zip(hits, metadatas, strict=True) if metadata["task"] != exclude_task]
+        if len(kept) >= num or len(hits) < num_requested:
             return kept[:num]
-        num_asked *= 4
+        num_requested *= 4
 
 
-def _connect(home: Path) -> Any:
-    import chromadb  # seconds to import: only here
+def _connect(home: Path) -> ClientAPI:
+    import chromadb  # takes seconds to import
     from chromadb.config import Settings
 
     home.mkdir(parents=True, exist_ok=True)
     client = chromadb.PersistentClient(path=str(home), settings=Settings(anonymized_telemetry=False))
-    # A place has four files open and takes some 3 MB. Chroma closes those asked longest ago when there are more than
-    # a fifth of the files that the process may open, and one that it had not saved yet is then past reading ("Nothing
-    # found on disk"). So none is closed, and more files may be opened. Chroma has no setting for it: it is told
-    # before its Rust half starts, which is therefore started again.
+    # A Chroma collection has four files open and takes some 3 MB. Chroma closes the least recently used ones when
+    # there are more than a fifth of the files that the process may open, and one with unsaved rows then fails to be
+    # read ("Nothing found on disk"). So the limit on open files is raised and no collection is ever closed. Chroma has
+    # no setting for its cache size, and its Rust half reads the attribute at its start: hence the restart.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    chroma: Any = client._server
-    chroma.stop()
-    chroma.hnsw_cache_size = MAX_OPEN_PARTITIONS
-    chroma.start()
+    server: Any = client._server  # pyright: ignore[reportAttributeAccessIssue]
+    server.stop()
+    server.hnsw_cache_size = MAX_OPEN_COLLECTIONS
+    server.start()
     return client
 
 
 def _check_file(path: Path) -> None:
-    """Have SQLite look at Chroma's file first: the client opens damaged ones and fails on its own threads later."""
+    """Check Chroma's database with SQLite: Chroma opens a damaged one and fails on its own threads later.
+
+    Raises: IndexDamaged.
+    """
     if not path.exists():
         return
     connection = sqlite3.connect(path)
     try:
-        verdict = connection.execute("PRAGMA quick_check").fetchone()[0]
+        problem = connection.execute("PRAGMA quick_check").fetchone()[0]
     except sqlite3.Error as error:
         raise IndexDamaged(f"{str(path)!r} is damaged: {error}") from error
     finally:
         connection.close()
-    if verdict != "ok":
-        raise IndexDamaged(f"{str(path)!r} is damaged: {verdict}")
+    if problem != "ok":
+        raise IndexDamaged(f"{str(path)!r} is damaged: {problem}")
 
 
 @contextlib.contextmanager
 def _chroma_errors() -> Iterator[None]:
-    """Turn anything that comes out of Chroma into IndexDamaged.
+    """Raise every failure of Chroma as IndexDamaged.
 
-    The catch is as broad as catches get, on purpose: the client raises its own errors, SQLite's and plain ones, and
-    a panic in its Rust half arrives as a BaseException. None of them may cost an answer.
+    The broad `except` is deliberate: Chroma raises its own errors, SQLite's and built-in ones, and a panic in its Rust
+    half arrives as a BaseException. None of them may fail a request.
     """
     try:
         yield
     except (IndexDamaged, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise IndexDamaged(f"the index of meanings failed: {type(error).__name__}: {error}") from error
+        raise IndexDamaged(f"the vector index failed: {type(error).__name__}: {error}") from error

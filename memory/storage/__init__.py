@@ -1,1 +1,1 @@
-"""Where rows are kept: the database in its two forms, its migrations, and the lock on the data directory."""
+"""The database in SQLite or PostgreSQL, its migrations, and the lock on the data directory."""

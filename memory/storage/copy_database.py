@@ -1,6 +1,6 @@
-"""Takes all rows from one home to another: how a data directory that outgrew its file goes on on a server.
+"""Copies all rows from one database to another, for a data directory that has outgrown its SQLite file.
 
-This module refuses to know what a row means. Invariant: everything arrives, or nothing; the old home is only read.
+Invariant: everything is copied, or nothing; the source is only read.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ MAX_BATCH = 500
 
 
 def copy_rows(source: Database, target: Database) -> dict[str, int]:
-    """Copy every row into an empty database, in one transaction; return how many of each table. Blocks.
+    """Copy every row into an empty database, in one transaction; return the number of rows by table. Blocks.
 
-    Raises: ValueError when the target holds rows already; StorageError.
+    Raises: ValueError when the target has rows already; StorageError.
     """
 
     def write(session: Session) -> dict[str, int]:
@@ -28,15 +28,15 @@ def copy_rows(source: Database, target: Database) -> dict[str, int]:
 
 def _copy(table: Table, reading: Session, session: Session, target: Database) -> int:
     if session.execute(select(table).limit(1)).first() is not None:
-        raise ValueError(f"the database {target.place} holds {table.name} already: copy into an empty one")
+        raise ValueError(f"the database {target.location} holds {table.name} already: copy into an empty one")
     num_rows = 0
-    # In the order of their keys: policies and activations point at earlier ones.
+    # In the order of their keys: policies and activations refer to earlier ones.
     ordered = select(table).order_by(*table.primary_key).execution_options(yield_per=MAX_BATCH)
     for rows in reading.execute(ordered).mappings().partitions():
         session.execute(insert(table), [dict(row) for row in rows])
         num_rows += len(rows)
     key = table.autoincrement_column
-    if num_rows and key is not None and target.kind == "postgresql":  # the next row must get the next number
-        place = func.pg_get_serial_sequence(text(f"'{table.name}'"), text(f"'{key.name}'"))
-        session.execute(select(func.setval(place, select(func.max(key)).scalar_subquery())))
+    if num_rows and key is not None and target.kind == "postgresql":  # its sequence did not advance with the copies
+        sequence = func.pg_get_serial_sequence(text(f"'{table.name}'"), text(f"'{key.name}'"))
+        session.execute(select(func.setval(sequence, select(func.max(key)).scalar_subquery())))
     return num_rows

@@ -1,10 +1,9 @@
-"""Where the rows live, in one SQLite file or on a PostgreSQL server: which of the two, and all in which they differ.
+"""The interface to one SQLite file or PostgreSQL database, and the choice between them.
 
-This module refuses to know what the rows mean, and how writes are queued. What it gives is the same for both: an
-engine that writes, one process at a time, each transaction on the disk when it is committed; and one that reads a
-single moment and cannot write.
+Both offer an engine for writing, with one writing process at a time and durable commits, and an engine for reading,
+which sees one snapshot and cannot write.
 
-Invariant: no message names a password.
+Invariant: no message contains a password.
 """
 
 from __future__ import annotations
@@ -22,53 +21,53 @@ from memory.storage.sqlite import Sqlite
 
 
 class Dialect(Protocol):
-    """One place for rows, with its two engines."""
+    """One database, with its two engines. `Database` uses it."""
 
     name: str
-    place: str
-    """For messages: quoted, and without a password."""
+    location: str
+    """The file or server, for messages: quoted, and without a password."""
     writing: Engine
     reading: Engine
 
     def is_in_transaction(self, connection: Connection) -> bool:
-        """Whether what ran in the transaction can still be committed: some failures end it behind SQLAlchemy's back."""
+        """Return whether the transaction can still be committed: some failures end it unnoticed by SQLAlchemy."""
         ...
 
     def bind(self, statement: Insert, values: Mapping[str, Any]) -> Any:
-        """Return a row for `take`, made of those values that the statement names."""
+        """Return a row for `insert_rows`, with the values that the statement binds."""
         ...
 
-    def take(self, connection: Connection, statement: Insert, rows: Sequence[Any]) -> list[bool | Exception]:
-        """Run a statement once for each row, and return whether it took it, or what it raised, which changed nothing.
+    def insert_rows(self, connection: Connection, statement: Insert, rows: Sequence[Any]) -> list[bool | Exception]:
+        """Run a guarded INSERT once for each row; return for each whether it was added, or the error, which changed
+        nothing.
 
-        Raises: what ended the whole transaction.
+        Raises: an error that ended the whole transaction.
         """
         ...
 
     def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
-        """Return the rows that a statement finds in what is committed: of numbers and plain texts, which every driver
-        has alike."""
+        """Return the committed rows of a query. Numbers and plain texts only: drivers differ in other types."""
         ...
 
     def close(self) -> None:
         """Close every connection."""
         ...
 
-    def tidy(self, connection: Connection, num_writes: int) -> None:
-        """Do what may be done later, now that those who made the last writes are told: nobody waits for it."""
+    def after_commit(self, connection: Connection, num_writes: int) -> None:
+        """Do maintenance after the futures of a commit of `num_writes` writes were resolved."""
         ...
 
     def check(self, session: Session) -> list[str]:
-        """Return what is wrong with the rows' home."""
+        """Return the problems of the database."""
         ...
 
     def translate(self, error: DBAPIError) -> Exception:
-        """Return what to raise in an error's place: StorageError, or ValueError for a value that can't be kept."""
+        """Return the error to raise instead: StorageError, or ValueError for a value that cannot be stored."""
         ...
 
 
 def dialect_of(path_or_url: Path | str) -> Dialect:
-    """Return the place that a path or a URL names; nothing is opened yet. Raises: ValueError for any other."""
+    """Return the dialect for a path or URL, without connecting. Raises: ValueError for an unsupported one."""
     written = str(path_or_url)
     if isinstance(path_or_url, Path) or "://" not in written:
         return Sqlite(Path(written))
@@ -76,8 +75,10 @@ def dialect_of(path_or_url: Path | str) -> Dialect:
         return Sqlite(Path(written.removeprefix("sqlite:///")))
     try:
         url = make_url(written)
-    except (ArgumentError, ValueError):  # its text is not repeated: it may hold a password
-        raise ValueError("the database's URL is none: write it like postgresql+psycopg://USER@HOST/NAME") from None
+    except (ArgumentError, ValueError):  # the message must not repeat the text: it may hold a password
+        raise ValueError(
+            "memory.database is not a valid database URL: write it like postgresql+psycopg://USER@HOST/NAME"
+        ) from None
     if url.drivername not in ("postgresql", "postgresql+psycopg"):
         raise ValueError(
             f"unsupported database {url.drivername!r}: give a path, or a URL that begins with sqlite:/// or "
@@ -87,7 +88,7 @@ def dialect_of(path_or_url: Path | str) -> Dialect:
 
 
 def holds_password(path_or_url: Path | str | None) -> bool:
-    """Return whether a URL says a password itself."""
+    """Return whether a URL contains a password."""
     try:
         url = make_url(str(path_or_url))
     except (ArgumentError, ValueError):

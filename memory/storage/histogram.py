@@ -1,7 +1,6 @@
-"""How long things took, counted into buckets as they happen, for whoever wants to look.
+"""Histograms of durations, for the metrics.
 
-This module refuses to know who looks, and what the durations are of. Invariant: one thread adds to a tally; others
-may read it at any time, at worst one count behind.
+Invariant: one thread adds to a histogram; others may read it at any time and may miss the latest count.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from bisect import bisect_left
 from collections.abc import Iterator
 
 BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-"""Upper ends of the buckets, in seconds; what is longer is in one bucket more."""
+"""Upper ends of the buckets, in seconds; longer durations fall into one more bucket."""
 
 
-class Tally:
-    """A histogram of durations. Without a lock, because its places are on the hot path: 0.2 µs for each."""
+class Histogram:
+    """Numbers of durations by bucket. It has no lock, because it is used on the hot path: 0.2 µs for each `add`."""
 
     __slots__ = ("counts", "total_seconds")
 
@@ -26,15 +25,17 @@ class Tally:
 
     @property
     def count(self) -> int:
+        """The number of durations."""
         return sum(self.counts)
 
     def add(self, seconds: float) -> None:
+        """Count one duration."""
         self.counts[bisect_left(BOUNDS, seconds)] += 1
         self.total_seconds += seconds
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[None]:
-        """Add how long the block takes, however it ends."""
+        """Count the duration of the block, also when it raises."""
         started = time.monotonic()
         try:
             yield

@@ -1,8 +1,9 @@
-"""Notices that the rows' file, or the log beside it, was lost while no process had the directory open.
+"""Detects that the database file, or its write-ahead log, was lost while no process had the directory open.
 
-SQLite makes a new file in the place of one that is missing or empty, and asks for no log that is missing: what was
-acknowledged would be gone, and nobody would be told. So a small file beside it says that there is a database, and
-whether a process has it open. Invariant: it is written only when that is so.
+SQLite silently creates a new file in place of a missing or empty one, and ignores a missing log: acknowledged writes
+would be lost unnoticed. So a small file beside the database records that it exists, and whether a process has it open.
+
+Invariant: the record is written only after the state that it describes is true.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ OPEN, CLOSED = "open\n", "closed\n"
 
 
 class DatabaseTrace:
-    """What is known of one SQLite file besides itself."""
+    """The record beside one SQLite file."""
 
     def __init__(self, database: Path) -> None:
         self._database = database
@@ -25,7 +26,7 @@ class DatabaseTrace:
         self._trace = database.with_name(f"{database.name}{TRACE_SUFFIX}")
 
     def check(self) -> None:
-        """Raise StorageError where the file or its log is gone; call it before SQLite makes new ones."""
+        """Raises: StorageError when the file or its log is missing. Call it before SQLite creates new ones."""
         if not self._trace.exists():
             return
         if not self._database.exists() or not self._database.stat().st_size:
@@ -42,11 +43,11 @@ class DatabaseTrace:
             )
 
     def note_open(self) -> None:
-        """Keep, durably, that the database exists and a process has it open."""
+        """Record, durably, that the database exists and a process has it open."""
         self._write(OPEN)
 
     def note_closed(self) -> None:
-        """Keep that its log is not needed, if SQLite has indeed done away with it."""
+        """Record that the log is not needed, if SQLite has deleted it."""
         if not self._log.exists():
             self._write(CLOSED)
 
@@ -56,4 +57,4 @@ class DatabaseTrace:
             file.write(state)
             file.flush()
             os.fsync(file.fileno())
-        new.replace(self._trace)
+        new.replace(self._trace)  # atomic: a crash leaves the old record or the new one

@@ -1,7 +1,8 @@
-"""One owner for one data directory: a lock that dies with its process, and a refusal that names the owner.
+"""Locks a data directory for one process; a second process gets an error that names the owner.
 
-The lock is on the directory itself, so that it cannot be deleted while the directory is there; a file in it says who
-has it. Invariant: the kernel holds the lock, so a crash never leaves a stale one.
+The lock is on the directory itself, so that it cannot be deleted separately; a file inside names the owner.
+
+Invariant: the kernel holds the lock, so a crash never leaves a stale one.
 """
 
 from __future__ import annotations
@@ -28,29 +29,30 @@ class Ownership:
     def __init__(self, data_dir: Path, lock: int) -> None:
         self._owner_file = data_dir / OWNER_NAME
         self._lock = lock
-        self._said = f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        self._owner_file.write_text(self._said, encoding="utf-8")
+        self._description = f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        self._owner_file.write_text(self._description, encoding="utf-8")
 
-    def tell_address(self, url: str) -> None:
-        """Let a second process know where the owner answers."""
-        self._owner_file.write_text(f"{self._said} at {url}", encoding="utf-8")
+    def set_address(self, url: str) -> None:
+        """Record the owner's address, which a second process reports."""
+        self._owner_file.write_text(f"{self._description} at {url}", encoding="utf-8")
 
     def close(self) -> None:
-        """Give the directory up."""
+        """Release the directory."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
 
 def take_ownership(data_dir: Path) -> Ownership:
-    """Make the directory if need be, close it to other users and lock it.
+    """Create the directory where it is missing, make it private to its user, and lock it.
 
-    Raises: DataDirectoryInUse at once when another process has it; StorageError when it can't be written.
+    Raises: DataDirectoryInUse at once when another process has it; StorageError when it cannot be written.
     """
     lock = -1
     try:
         make_directory(data_dir)
         lock = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY)
+        # The kernel releases the lock when the process ends, however it ends.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         make_private(data_dir)
         return Ownership(data_dir, lock)
@@ -71,7 +73,7 @@ def take_ownership(data_dir: Path) -> Ownership:
 
 
 def _read_owner(data_dir: Path) -> str:
-    """Return who has the directory; an owner that has just locked it is given a moment to say so."""
+    """Return the description of the owner; one that has just taken the lock has `OWNER_SECONDS` to write it."""
     deadline = time.monotonic() + OWNER_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError):

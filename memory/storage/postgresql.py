@@ -1,12 +1,12 @@
-"""A PostgreSQL database as a home of rows: how it is opened and locked, and what its errors mean.
+"""The PostgreSQL dialect: connections, the write lock, and messages for the server's errors.
 
-This module refuses to know what the rows mean. Invariant: no message names a password.
+Invariant: no message contains a password.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, Connection, Engine, Executable, Insert, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -16,10 +16,13 @@ from memory.errors import StorageError
 from memory.schema import dump_json
 from memory.storage.sql import MAX_READERS, StatementCache, pool_of
 
-WRITE_LOCK = 0x52415443  # of all processes that write to one PostgreSQL database; any number would do
+if TYPE_CHECKING:
+    import psycopg
+
+WRITE_LOCK = 0x52415443  # shared by all processes that write to one PostgreSQL database; an arbitrary number
 LOCK_FOR_WRITING = f"SELECT pg_advisory_xact_lock({WRITE_LOCK})"
-# A replica's stricter setting stays; one that acknowledges before the disk has it does not. Who holds the lock and
-# hangs is thrown out before those who wait for it give up.
+# A stricter synchronous_commit, as with replicas, stays; `off` would acknowledge writes that are not on the disk. The
+# idle timeout is below the lock timeout, so that a hanging lock owner is disconnected before the waiters give up.
 WRITER = """
 SET lock_timeout = '30s'; SET idle_in_transaction_session_timeout = '20s';
 SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
@@ -28,7 +31,7 @@ READER = """
 SET default_transaction_isolation = 'repeatable read'; SET default_transaction_read_only = on;
 SET statement_timeout = '30s'
 """
-# A server that vanished is noticed: by libpq's defaults a dead connection may hang for hours.
+# With libpq's defaults a connection to a vanished server may hang for hours.
 CONNECTION = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
@@ -37,7 +40,7 @@ CONNECTION = {
     "tcp_user_timeout": 20_000,  # milliseconds
     "application_name": "ratchet",
 }
-MENDS = {  # by SQLSTATE, or by words where a connection was refused, which comes without one
+ADVICE = {  # by SQLSTATE, or by message where a refused connection has no SQLSTATE
     "25006": "connect to the primary: this server only reads",
     "42501": "let the user create and change tables",
     "53100": "free some disk space on the server; nothing that was acknowledged is lost",
@@ -46,19 +49,22 @@ MENDS = {  # by SQLSTATE, or by words where a connection was refused, which come
     " does not exist": "create the database and its user first",
     "too many": "raise the server's max_connections",
 }
-VALUES_THAT_CANNOT_BE = ("22", "54")  # SQLSTATE classes: out of range, no Unicode, too long for an index
+INVALID_VALUES = ("22", "54")  # SQLSTATE classes: out of range, no Unicode, too long for an index
 
 
 class Postgresql:
-    """One database on a server. One of its locks lets one process write at a time, as SQLite's file does: so whoever
-    looks before writing sees what will still be true when it writes, without a lock or a second try of its own."""
+    """One database on a server.
+
+    An advisory lock lets one process write at a time, as SQLite's file lock does: a write that reads first sees rows
+    that nobody changes before it commits, without locks or retries of its own.
+    """
 
     name = "postgresql"
 
     def __init__(self, url: URL) -> None:
         host = url.host or url.query.get("host") or "localhost"
         server = host if isinstance(host, str) else ",".join(host)
-        self.place = f"{url.database!r} on {f'{server}:{url.port}' if url.port else server!r}"
+        self.location = f"{url.database!r} on {f'{server}:{url.port}' if url.port else server!r}"
         self.writing = _open(self, url, WRITER, num_connections=1)
         self.reading = _open(self, url, READER, num_connections=MAX_READERS)
         self._compiled = StatementCache(self.writing.dialect)
@@ -70,13 +76,15 @@ class Postgresql:
     def is_in_transaction(self, connection: Connection) -> bool:
         from psycopg.pq import TransactionStatus
 
-        return connection.connection.driver_connection.info.transaction_status == TransactionStatus.INTRANS
+        # SQLAlchemy does not know that a failed statement has ended the transaction; the driver does.
+        driver: Any = connection.connection.driver_connection
+        return driver.info.transaction_status == TransactionStatus.INTRANS
 
     def bind(self, statement: Insert, values: Mapping[str, Any]) -> dict[str, Any]:
         return {name: values[name] for name in self._compiled.get(statement).names}
 
-    def take(self, connection: Connection, statement: Insert, rows: Sequence[Any]) -> list[bool | Exception]:
-        # All at once, which is one answer of the server to wait for; one by one where one of them can't be.
+    def insert_rows(self, connection: Connection, statement: Insert, rows: Sequence[Any]) -> list[bool | Exception]:
+        # All rows in one round trip; one by one when a row fails or is not added.
         if len(rows) > 1:
             try:
                 with connection.begin_nested() as savepoint:
@@ -86,15 +94,15 @@ class Postgresql:
             except SQLAlchemyError:
                 if not self.is_in_transaction(connection):
                     raise
-        came: list[bool | Exception] = []
+        results: list[bool | Exception] = []
         for row in rows:
             try:
-                came.append(connection.execute(statement, row).rowcount == 1)
+                results.append(connection.execute(statement, row).rowcount == 1)
             except SQLAlchemyError as error:
                 if not self.is_in_transaction(connection):
                     raise
-                came.append(error)
-        return came
+                results.append(error)
+        return results
 
     def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
         with self.reading.connect() as connection:
@@ -104,11 +112,11 @@ class Postgresql:
         self.reading.dispose()
         self.writing.dispose()
 
-    def tidy(self, connection: Connection, num_writes: int) -> None:
-        """Nothing: the server looks after its log."""
+    def after_commit(self, connection: Connection, num_writes: int) -> None:
+        """Do nothing: the server maintains its log."""
 
     def check(self, session: Session) -> list[str]:
-        """Return what the server knows to be wrong. It enforces keys by itself, and looks at pages as it reads them."""
+        """Return the problems that the server reports. It enforces foreign keys, and checks pages as it reads them."""
         off = session.execute(
             text("SELECT name FROM pg_settings WHERE name IN ('fsync', 'full_page_writes') AND setting = 'off'")
         )
@@ -123,22 +131,22 @@ class Postgresql:
         ]
 
     def translate(self, error: DBAPIError) -> Exception:
-        said = " ".join(str(error.orig).split())
+        message = " ".join(str(error.orig).split())
         code = getattr(error.orig, "sqlstate", None) or ""
-        if code[:2] in VALUES_THAT_CANNOT_BE or type(error.orig).__name__ == "DataError":
-            return ValueError(f"the database cannot keep such a value: {said}")
-        mends = (mend for sign, mend in MENDS.items() if sign in f"{code} {said}")
-        mend = next(mends, "see that the server is up and can be reached, and what its log says")
-        return StorageError(f"cannot use the database {self.place}: {said}; {mend}")
+        if code[:2] in INVALID_VALUES or type(error.orig).__name__ == "DataError":
+            return ValueError(f"the database cannot keep such a value: {message}")
+        matching = (advice for sign, advice in ADVICE.items() if sign in f"{code} {message}")
+        advice = next(matching, "see that the server is up and can be reached, and what its log says")
+        return StorageError(f"cannot use the database {self.location}: {message}; {advice}")
 
 
-def _open(home: Postgresql, url: URL, settings: str, *, num_connections: int) -> Engine:
-    """Make a pool of connections that each begin with `settings`."""
+def _open(database: Postgresql, url: URL, settings: str, *, num_connections: int) -> Engine:
+    """Return an engine whose connections each begin with the statements `settings`."""
     try:
         engine = create_engine(
             url,
             **pool_of(num_connections),
-            # A restart of the server breaks every idle connection; the writer finds out by itself, without a ping.
+            # A restart of the server breaks every idle connection. The writer reconnects by itself, without a ping.
             pool_pre_ping=num_connections > 1,
             connect_args={name: value for name, value in CONNECTION.items() if name not in url.query},
             json_serializer=dump_json,
@@ -146,30 +154,31 @@ def _open(home: Postgresql, url: URL, settings: str, *, num_connections: int) ->
         )
     except ModuleNotFoundError as error:
         raise StorageError(
-            f"cannot use the database {home.place}: {error.name!r} is not installed; "
+            f"cannot use the database {database.location}: {error.name!r} is not installed; "
             "install the extra `postgres`: pip install -e '.[postgres]'"
         ) from error
 
     @event.listens_for(engine, "connect")
-    def _prepare(dbapi_connection: Any, _record: Any) -> None:
+    def _prepare(dbapi_connection: psycopg.Connection, _record: object) -> None:
         encoding = dbapi_connection.info.parameter_status("server_encoding")
         if encoding != "UTF8":
             raise StorageError(
-                f"cannot use the database {home.place}: its encoding is {encoding!r}; create it with ENCODING 'UTF8'"
+                f"cannot use the database {database.location}: its encoding is {encoding!r}; "
+                "create it with ENCODING 'UTF8'"
             )
         dbapi_connection.adapters.register_dumper(str, _make_text_dumper())
-        dbapi_connection.execute(settings)
+        dbapi_connection.execute(settings.encode())
         dbapi_connection.commit()
 
     return engine
 
 
 def _make_text_dumper() -> type:
-    """Return how text is sent: PostgreSQL's holds no NUL, which only ids and names of a client's could bring here."""
+    """Return a psycopg dumper that replaces NUL, which PostgreSQL's text cannot hold; clients' ids may contain it."""
     from psycopg.types.string import StrDumperUnknown
 
     class TextWithoutNul(StrDumperUnknown):
-        def dump(self, value: str) -> Any:
-            return super().dump(value.replace("\x00", "\ufffd"))
+        def dump(self, obj: str) -> Any:
+            return super().dump(obj.replace("\x00", "\ufffd"))
 
     return TextWithoutNul

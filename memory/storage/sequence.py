@@ -1,7 +1,7 @@
-"""Where the order of rows goes on when a database is opened: behind every row that it holds.
+"""Continues the sequence of row ids when a database is opened, behind every stored row.
 
-Ids and sequence numbers count the microseconds since 1970, but never go back. Within a process `memory.schema` sees to
-that; a process that starts with its clock set back must first learn the highest number that was given.
+Ids and sequence numbers count microseconds since 1970 but never decrease: row order must survive the system clock going
+backwards. `memory.schema` ensures that within a process; a new process must first read the highest stored number.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from memory.schema import (
 from memory.storage.database import Database
 
 NUMBERED = (ApiKey, Cycle, Document, Insight, Review, Reward, Trajectory)
-"""The tables whose ids `new_id` makes. The highest one is read from the primary key's index."""
+"""Tables whose ids come from `new_id`. The highest id is read from the primary key's index."""
 
 
 def continue_sequence(database: Database) -> None:
-    """Have ids and numbers from now on sort behind those that the database holds."""
+    """Make all new ids and sequence numbers sort behind the stored ones."""
     with database.read() as session:
         advance_sequence(_last_of(session))
 
@@ -36,4 +36,5 @@ def continue_sequence(database: Database) -> None:
 def _last_of(session: Session) -> int:
     highest = (session.scalar(select(func.max(col(table.id)))) for table in NUMBERED)
     of_ids = [sequence_of(row_id) for row_id in highest if row_id is not None]
+    # Feedback has a sequence of its own, because clients choose its ids.
     return max([*of_ids, session.scalar(select(func.max(col(Feedback.sequence)))) or 0])

@@ -123,7 +123,7 @@ class CycleContext:
     async def _drop_held_out(self, found: list[Lived]) -> list[Lived]:
         """Leave out tries at a task that measures, though they were not marked so themselves."""
         environments_own = {(task.environment, task.name) for task in self._all_that_measure()}
-        clients_own = await asyncio.to_thread(self.memory.trajectories.kept_back)
+        clients_own = await asyncio.to_thread(self.memory.trajectories.held_out_tasks)
 
         def measures(trajectory: Trajectory) -> bool:
             if trajectory.environment is not None:

@@ -62,7 +62,7 @@ async def learn_words(context: CycleContext) -> None:
     memory, by_scope = context.memory, defaultdict(list)
     pool = await context.read_pool(any_environment=True, is_for_weights=False)
     for each in pool:
-        scope = memory.scopes.of_lived(each.trajectory)
+        scope = memory.scopes.of_trajectory(each.trajectory)
         if scope is not None and each.trajectory.may_teach:
             by_scope[each.trajectory.tenant, scope].append(each)
     since_id = min((each.trajectory.id for each in pool), default="")

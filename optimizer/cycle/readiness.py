@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from memory.records.trajectories import Graded
+from memory.records.trajectories import GradedTrajectory
 from memory.schema import Split
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.practice_plan import plan_rounds
@@ -105,7 +105,11 @@ def _measure_rows(memory: Any, config: OptimizerConfig, rounds: Sequence[int]) -
 
 
 def _need_demonstrations(
-    learnable: Sequence[Graded], corrections: Sequence[Any], config: OptimizerConfig, rounds: Sequence[int], active: int
+    learnable: Sequence[GradedTrajectory],
+    corrections: Sequence[Any],
+    config: OptimizerConfig,
+    rounds: Sequence[int],
+    active: int,
 ) -> Need:
     corrected = {each.trajectory.id for each in corrections}
     successes = [each.trajectory for each in learnable if each.is_success]
@@ -133,7 +137,7 @@ def _need_demonstrations(
 
 
 def _count_playable(
-    learnable: Sequence[Graded], config: OptimizerConfig, rounds: Sequence[int], active: int
+    learnable: Sequence[GradedTrajectory], config: OptimizerConfig, rounds: Sequence[int], active: int
 ) -> tuple[int, str]:
     """Return how many demonstrations these rounds of practice bring at the most, and what that estimate goes by.
 
@@ -153,7 +157,7 @@ def _count_playable(
     return min(most, likely), f"; v{active} won none of {len(tries)} episodes of {config.environment!r}"
 
 
-def _need_preferences(learnable: Sequence[Graded], config: OptimizerConfig) -> Need:
+def _need_preferences(learnable: Sequence[GradedTrajectory], config: OptimizerConfig) -> Need:
     wanted = config.preferences
     num_explored = min(config.explore_episodes // 2, config.num_practice_tasks)
     won, lost = (

@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from memory.records.trajectories import TrajectoryView
+from memory.records.trajectories import TrajectoryWithReward
 from memory.schema import Policy, Split
 from optimizer.evaluation.comparison import Cell, CellResult, describe
 
 PAGE = 1000
 
-Tries = dict[tuple[str, str], TrajectoryView]
+Tries = dict[tuple[str, str], TrajectoryWithReward]
 """By task."""
 
 
@@ -45,7 +45,7 @@ def _first_tries(memory: Any, policy: Policy, *, since: Policy) -> Tries:
     return {view.trajectory.task_key: view for view in _all_tries(memory, policy, since)}
 
 
-def _all_tries(memory: Any, policy: Policy, since: Policy) -> Iterator[TrajectoryView]:
+def _all_tries(memory: Any, policy: Policy, since: Policy) -> Iterator[TrajectoryWithReward]:
     before_id = None
     while True:
         page = memory.trajectories.select(
@@ -63,7 +63,7 @@ def _all_tries(memory: Any, policy: Policy, since: Policy) -> Iterator[Trajector
         before_id = page[-1].trajectory.id
 
 
-def _conditions(view: TrajectoryView) -> tuple[Any, ...]:
+def _conditions(view: TrajectoryWithReward) -> tuple[Any, ...]:
     """What must be the same for two tries to differ by their policy alone."""
     return (view.trajectory.temperature, bool(view.trajectory.memory_text))
 

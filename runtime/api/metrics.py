@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 from memory.records.cycles import FINAL_STAGES
 from memory.schema import CycleStage, Policy, PolicyStage
-from memory.storage.histogram import BOUNDS, Tally
+from memory.storage.histogram import BOUNDS, Histogram
 from runtime.api.services import Server, Services
 from runtime.observability.telemetry import STATE
 
@@ -59,7 +59,7 @@ class State:
         yield gauge("queue", [((), memory.database.num_queued)])
         yield histogram("acknowledgement", {(): memory.database.acknowledgements})
         yield histogram("retrieval", {(stage,): tally for stage, tally in memory.retrieval.seconds.items()})
-        yield counter("by_word_alone", [((), memory.index.num_without_meanings)])
+        yield counter("by_word_alone", [((), memory.index.num_without_vectors)])
 
     def _of_policies(self) -> Iterator[Metric]:
         server = self._server
@@ -108,7 +108,7 @@ def gauge(key: str, samples: Samples) -> Metric:
     return _fill(GaugeMetricFamily(**_head(key)), samples)
 
 
-def histogram(key: str, tallies: dict[tuple[str, ...], Tally]) -> Metric:
+def histogram(key: str, tallies: dict[tuple[str, ...], Histogram]) -> Metric:
     family = HistogramMetricFamily(**_head(key))
     for labels, tally in tallies.items():
         counts, sum_so_far = list(tally.counts), 0

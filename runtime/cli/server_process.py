@@ -146,7 +146,7 @@ async def live(
     starting = asyncio.ensure_future(start(services, settings, phases))
     settling = asyncio.ensure_future(freeze_startup_heap(services.memory))
     background: list[asyncio.Future[Any]] = []
-    services.memory.answers_at(url_of(listener))
+    services.memory.set_address(url_of(listener))
     try:
         if await wait_for_first(stop, starting, answering):
             return
@@ -180,7 +180,7 @@ async def freeze_startup_heap(memory: Memory) -> None:
     stopped every answer, on a busy machine for a second. What is garbage among them stays: to look for it would be such
     a stop, and frees nothing to speak of.
     """
-    while not memory.index.has_meanings:
+    while not memory.index.has_vectors:
         await asyncio.sleep(1.0)
     gc.freeze()
 

@@ -112,7 +112,7 @@ async def our_library(engine_url: str, _server_url: str) -> AsyncIterator[Act]:
             assert trajectory.stage is TrajectoryStage.FINISHED, trajectory
             assert trajectory.num_steps == NUM_STEPS + NUM_TOOL_CALLS, trajectory
 
-        while not memory.index.has_meanings:
+        while not memory.index.has_vectors:
             await asyncio.sleep(0.1)
         yield play
         await engine.stop()

@@ -85,8 +85,8 @@ async def find_missing_and_orphans(memory: Memory) -> tuple[set[str], set[str]]:
     await memory.index.drain()
     with memory.database.read() as session:
         rows = set(session.exec(select(Passage.id)))
-    worded = set(memory.index._words.digests("passages"))
-    meant = set(memory.index._meanings.digests("passages"))
+    worded = set(memory.index._text_index.digests("passages"))
+    meant = set(memory.index._vector_index.digests("passages"))
     return (rows - worded) | (rows - meant), (worded - rows) | (meant - rows)
 
 

@@ -20,7 +20,7 @@ from tests.runtime.fake_engine import FakeEngine, say
 
 NUM_TIMES = 5
 SHORT = {  # one of each operation, where two things that belong together are done one after the other
-    "log: Database._write_forever: _tell(batch)",
+    "log: Database._write_forever: _resolve(batch)",
     "train: write_adapter_atomically: _sync(final.parent)",
     "promote: _retire: session.flush()",
     "rollback: Policies.rollback: _activate(session, policy",

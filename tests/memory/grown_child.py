@@ -1,6 +1,7 @@
-"""Adds rows one at a time to an index of meanings and prints how much the heap of this process grew, in MB.
+"""Adds rows one at a time to a vector index and prints how much the heap of this process grew, in MB.
 
-A process of its own, because the allocator keeps what others used before. `python -m tests.memory.grown_child DIR NUM`.
+It runs in a process of its own, because the allocator keeps memory that earlier code has used.
+`python -m tests.memory.grown_child DIR NUM`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def add(index: VectorIndex, numbers: range) -> None:
     for number in numbers:
         vector = random.standard_normal(DIM).astype("float32")
         row = IndexedRow(f"trj_{number:08}", "text", "", "chat", "", tenant="", user_id=f"p{number % NUM_PERSONS}")
-        index.upsert("exemplars", [row], [vector / numpy.linalg.norm(vector)], ids_at=lambda _partition, _num: [])
+        index.upsert("exemplars", [row], [vector / numpy.linalg.norm(vector)], newest_ids=lambda _partition, _num: [])
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The messages of an episode are written in one way, whoever needs them."""
+"""The messages of an episode are built in one way for prompts and training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names from outside: what is one stays a single part of a path below the directory, and nothing else is one."""
+"""Names from outside: a valid name stays a single component of a path below the directory."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How the tables came to be, one ordered revision at a time; `upgrade` runs those that a file has not seen."""
+"""The revisions of the database schema, in order; `upgrade` applies those that a database lacks."""

@@ -1,11 +1,12 @@
-"""What Alembic runs for every upgrade: it borrows the connection, and the transaction, that `upgrade` opened.
+"""Alembic's environment, run for every upgrade in the connection and transaction that `upgrade` opened.
 
-Invariant: a revision is frozen: it names plain column types, never ours, so that later schemas leave it be.
+Invariant: a revision names plain column types only, never those of `memory.schema`, so that later schemas cannot change
+it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 from alembic import context
 from sqlalchemy import Boolean, Enum, Float, Integer, LargeBinary, String
@@ -15,8 +16,8 @@ from sqlmodel import SQLModel
 import memory.schema  # noqa: F401  (fills the metadata)
 
 
-def render_plainly(kind: str, item: Any, _context: Any) -> str | bool:
-    """Name the plain type behind one of ours; False leaves the rendering to Alembic."""
+def render_plainly(kind: str, item: object, _context: object) -> str | Literal[False]:
+    """Return the source text of the plain type behind a column type; False leaves the rendering to Alembic."""
     if kind != "type" or isinstance(item, Boolean | Integer | Float):
         return False
     plain = item.impl_instance if isinstance(item, TypeDecorator) else item

@@ -1,6 +1,6 @@
-"""Brings a database's tables up to date, from the program: no configuration file, no command line.
+"""Upgrades the tables of a database with Alembic, without its configuration file or command line.
 
-This module refuses to know any table. Invariant: all revisions a file needs are applied in one transaction, or none.
+Invariant: all missing revisions are applied in one transaction, or none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from memory.errors import DatabaseTooNew
 def upgrade(connection: Connection) -> None:
     """Apply the missing revisions to the database behind `connection`.
 
-    Raises: DatabaseTooNew when it holds a revision that this version of the program doesn't know.
+    Raises: DatabaseTooNew when it is at a revision that this version of the program does not know.
     """
     config = _make_config()
     scripts = ScriptDirectory.from_config(config)
@@ -35,6 +35,7 @@ def upgrade(connection: Connection) -> None:
 
 def _make_config() -> Config:
     config = Config()
+    # Alembic interpolates `%` in its options.
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     return config
 

@@ -184,7 +184,7 @@ class ResponseStore:
             input=self._items,
             body=response,
         )
-        await self._memory.responses.keep(row)
+        await self._memory.responses.save(row)
 
 
 async def write_events(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from memory.records.trajectories import Measures, measure
+from memory.records.trajectories import TrajectorySize, measure
 from memory.schema import Step, StepKind, Trajectory, TrajectoryStage
 from memory.store import Memory
 from runtime.agent.state import Episode
@@ -74,8 +74,8 @@ class Turn:
     trajectory: Trajectory
     first_position: int
     steps: Sequence[Step]
-    size: Measures
-    episode_size: Measures
+    size: TrajectorySize
+    episode_size: TrajectorySize
     reward: float | None
     is_success: bool | None
     logprobs: list[dict[str, Any]]
@@ -139,7 +139,7 @@ def read_turn(memory: Memory, trajectory: Trajectory, opened: Opened) -> Turn:
     trajectories, first_position = memory.trajectories, opened.first_position
     steps = opened.steps
     size = measure(steps)
-    worth = trajectories.view(trajectory)
+    worth = trajectories.with_reward(trajectory)
     return Turn(
         trajectory=trajectory,
         first_position=first_position,

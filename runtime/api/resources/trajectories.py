@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
 
-from memory.records.trajectories import TrajectoryView
+from memory.records.trajectories import TrajectoryWithReward
 from memory.schema import RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage
 from runtime.api.errors import Conflict, NotFound, refusals
 from runtime.api.gateway.permissions import Asker
@@ -159,7 +159,7 @@ async def get_trajectory(
     trajectory = memory.trajectories.get(trajectory_id, tenant=caller.tenant)
     rewards = memory.trajectories.rewards(trajectory_id)
     return TrajectoryDetail(
-        **summarize(memory.trajectories.view(trajectory)),
+        **summarize(memory.trajectories.with_reward(trajectory)),
         **{name: getattr(trajectory, name) for name in _ONLY_IN_DETAIL},
         steps=[_describe_step(step, token_ids) for step in memory.trajectories.steps(trajectory_id)],
         rewards=[RewardDetail.model_validate(row, from_attributes=True) for row in rewards],
@@ -184,7 +184,7 @@ async def close_trajectory(trajectory_id: str, server: Server, caller: Asker) ->
         if trajectory.id not in {each.id for each in waiting}:
             raise Conflict(f"trajectory {trajectory.id!r} is being played: it closes by itself", code="episode_busy")
         trajectory = await server.agent.book.close(trajectory, None)
-    return TrajectorySummary(**summarize(memory.trajectories.view(trajectory)))
+    return TrajectorySummary(**summarize(memory.trajectories.with_reward(trajectory)))
 
 
 _ONLY_IN_DETAIL = ("key_id", "task_text", "temperature", "opening", "tools", "memory_text", "memory_ids")
@@ -192,7 +192,7 @@ _AS_THEY_ARE = set(TrajectorySummary.model_fields) - {"policy", "reward", "succe
 QUESTION_CHARS = 200
 
 
-def summarize(view: TrajectoryView) -> dict[str, Any]:
+def summarize(view: TrajectoryWithReward) -> dict[str, Any]:
     """Return the fields of a `TrajectorySummary`."""
     trajectory: Trajectory = view.trajectory
     return {name: getattr(trajectory, name) for name in _AS_THEY_ARE} | {

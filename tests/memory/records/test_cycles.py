@@ -1,4 +1,4 @@
-"""The turns of the loop as rows."""
+"""Learning cycles as rows."""
 
 from __future__ import annotations
 

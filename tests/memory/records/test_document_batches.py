@@ -1,4 +1,4 @@
-"""Long documents are written and deleted in batches: others write in between, and nobody sees half of one."""
+"""Long documents are written and deleted in batches: other writes run in between, and no half document is shown."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def long_text(word: str, num_passages: int = LARGEST) -> str:
 
 
 class OtherWriter:
-    """A tenant that writes again as soon as its last write is on the disk, and looks around after each."""
+    """A tenant that writes continuously, and records the visible documents after each write."""
 
     def __init__(self, database: Database, look: Callable[[], None] = lambda: None) -> None:
         self._database, self._look = database, look

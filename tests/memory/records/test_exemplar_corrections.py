@@ -1,4 +1,4 @@
-"""A corrected answer is never shown as solved: the correction is, to whom it may be shown, or nothing."""
+"""A corrected answer is never shown as solved: the correction replaces it where it may be shown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUESTION = "when is the invoice of the stove due"
 
 
 async def talk(memory: Memory, *replies: str, value: bool | None = True, **whose: Any) -> Trajectory:
-    """Live a chat of so many replies, and rate it."""
+    """Store a rated chat of this many replies."""
     opening = [{"role": "user", "content": QUESTION}]
     fields = {"split": Split.LIVE, "opening": opening, "task_text": QUESTION, "user_id": "jane"}
     trajectory = await open_trajectory(memory, **LIVE, **fields | whose)

@@ -1,4 +1,4 @@
-"""How a solved task reads."""
+"""The text of exemplars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people say of an episode, once each."""
+"""Feedback on episodes; each post counts once."""
 
 from __future__ import annotations
 

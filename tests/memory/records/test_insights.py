@@ -89,7 +89,7 @@ async def test_texts_may_swap_places_in_one_call(insights: Insights):
 
 @pytest.mark.parametrize("wrong", [add(" "), operation(EDIT, "a"), operation(EDIT, "a", " ")])
 async def test_an_operation_without_words_is_refused_and_nothing_is_applied(insights: Insights, wrong):
-    with pytest.raises(ValueError, match=r"needs (words|a new_text)"):
+    with pytest.raises(ValueError, match=r"needs a (text|new_text)"):
         await insights.apply([add("fine"), wrong])
     assert strengths(insights) == {}
 
@@ -120,6 +120,6 @@ async def test_what_lessons_were_drawn_from_is_kept_with_them(memory: Memory):
 
 async def test_operations_that_are_refused_leave_their_evidence_unread(memory: Memory):
     episode = await play(memory)
-    with pytest.raises(ValueError, match="an insight needs words"):
+    with pytest.raises(ValueError, match="an insight needs a text"):
         await memory.insights.apply([add(" ")], evidence=[(episode.id, "won")])
     assert memory.insights.read_evidence() == set()

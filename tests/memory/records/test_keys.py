@@ -1,4 +1,4 @@
-"""API keys: what is kept of them, and what they are good for."""
+"""API keys: their storage, look-up and revocation."""
 
 from __future__ import annotations
 
@@ -120,10 +120,10 @@ async def test_a_key_is_revoked_elsewhere_too_within_seconds(
     elsewhere = Keys(database)
     row, key = await keys.create("shop", ["infer"])
     assert elsewhere.find(key) is None and not elsewhere.is_required
-    elsewhere._learned_at -= keys_module.FRESH_SECONDS
+    elsewhere._loaded_at -= keys_module.FRESH_SECONDS
     assert elsewhere.find(key) == row and elsewhere.is_required
     await keys.revoke(row.id)
-    elsewhere._learned_at -= keys_module.FRESH_SECONDS
+    elsewhere._loaded_at -= keys_module.FRESH_SECONDS
     assert elsewhere.find(key) is None
 
 

@@ -1,4 +1,4 @@
-"""Who acts, and the moves a policy may make: by example, and by a machine that tries them all."""
+"""The active policy and the legal moves of policies, by example and by a state machine that tries all moves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def test_the_base_is_registered_once_and_acts(policies: Policies):
     assert (base.version, base.name, base.stage) == (0, "v0", PolicyStage.ACTIVE)
     assert await policies.register_base("pocket") == base
     assert len(policies.activations()) == 1
-    with pytest.raises(OtherBaseModel, match="'pocket', not on 'qwen'"):
+    with pytest.raises(OtherBaseModel, match="'pocket', not for 'qwen'"):
         await policies.register_base("qwen")
 
 
@@ -116,7 +116,7 @@ async def test_a_change_from_elsewhere_is_noticed_by_polling(policies: Policies,
 
 
 class PolicyMachine(RuleBasedStateMachine):
-    """Tries every move on every policy, and keeps its own record of what must be true."""
+    """Tries every move on every policy, and compares with a model of its own."""
 
     @initialize()
     def open(self) -> None:

@@ -1,4 +1,4 @@
-"""Stored responses: read again, gone on from, forgotten."""
+"""Stored responses: read, continued, deleted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.memory.episodes import play
 async def keep(memory: Memory, response_id: str, previous_id: str | None = None) -> None:
     trajectory = await play(memory)
     row = StoredResponse(id=response_id, trajectory_id=trajectory.id, previous_id=previous_id, body={"id": response_id})
-    await memory.responses.keep(row)
+    await memory.responses.save(row)
 
 
 async def test_a_conversation_is_found_from_its_last_response(memory: Memory):

@@ -1,4 +1,4 @@
-"""Episodes from the first message to the last reward."""
+"""Trajectories from the first message to the last reward."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ async def test_orphans_of_a_dead_process_are_closed_as_failed(memory: Memory):
 
 
 async def hand_over(memory: Memory, position: int = 0, **fields) -> Trajectory:
-    """A trajectory whose last reply is at `position` and waits for a client."""
+    """Return a trajectory whose reply at `position` waits for a client."""
     trajectory = await open_trajectory(memory, **fields)
     for place in range(position + 1):
         digest = "d" if place == position else "earlier"

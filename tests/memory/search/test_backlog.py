@@ -1,4 +1,4 @@
-"""Whose rows the index follows first, when one tenant brings many."""
+"""The order in which tenants' rows are indexed when one tenant adds many."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import pytest
 from memory.config import MemoryConfig
 from memory.schema import Outbox
 from memory.search import backlog as backlog_module
-from memory.search.backlog import Backlog, Entry, FairQueue
-from memory.search.index_sync import MEANINGS_BATCH
+from memory.search.backlog import Backlog, FairQueue, OutboxEntry
+from memory.search.index_sync import VECTOR_BATCH
 from memory.store import Memory
 from tests.memory.episodes import HashingEncoder, add
 
 FLOOD = "\n".join(f"# passage {number}" for number in range(2_000))
 
 
-def entries(tenant: str | None, *ids: int) -> list[Entry]:
-    return [Entry(each, "passages", f"psg_{each}", tenant) for each in ids]
+def entries(tenant: str | None, *ids: int) -> list[OutboxEntry]:
+    return [OutboxEntry(each, "passages", f"psg_{each}", tenant) for each in ids]
 
 
 def test_tenants_take_turns_and_a_batch_begins_with_whoever_had_none():
@@ -37,7 +37,7 @@ def test_tenants_take_turns_and_a_batch_begins_with_whoever_had_none():
 async def test_what_was_left_out_for_being_too_much_is_read_again(memory: Memory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backlog_module, "MAX_WAITING", 3)
     monkeypatch.setattr(backlog_module, "PAGE", 2)
-    memory.index._follower.stop()
+    memory.index._sync.stop()
     rows = [Outbox(collection="passages", row_id=f"psg_{number}", is_worded=number % 2 == 0) for number in range(20)]
     await memory.database.write(lambda session: session.add_all(rows))
     seen: list[str] = []
@@ -45,9 +45,9 @@ async def test_what_was_left_out_for_being_too_much_is_read_again(memory: Memory
     for _ in range(40):
         with memory.database.read() as session:
             backlog.read(session)
-        worded = backlog.take_for_words(2)
-        backlog.note_worded(worded)
-        held = backlog.take_for_meanings(2)
+        worded = backlog.take_for_text_index(2)
+        backlog.queue_for_vector_index(worded)
+        held = backlog.take_for_vector_index(2)
         seen += [it.row_id for it in held]
 
         def finish(session, worded=worded, held=held) -> None:
@@ -62,7 +62,7 @@ async def test_what_was_left_out_for_being_too_much_is_read_again(memory: Memory
 
 
 class CountingEncoder(HashingEncoder):
-    """Keeps the texts in the order in which they were encoded."""
+    """Records the texts in the order of encoding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,5 +84,5 @@ async def test_one_tenants_flood_delays_anothers_row_by_two_batches_at_most(tmp_
         await memory.insights.apply([add("fry on the stove")])
         await memory.index.drain()
         for text in ("Stove: How to fry.", "fry on the stove"):
-            assert encoder.texts.index(text) - before <= 2 * MEANINGS_BATCH
+            assert encoder.texts.index(text) - before <= 2 * VECTOR_BATCH
         assert len(encoder.texts) > 2_000

@@ -1,4 +1,4 @@
-"""Questions share batches, and the real encoder knows what words mean."""
+"""Queries share batches; the real encoder finds texts of the same meaning."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pytest
 
 from memory.errors import IndexUnavailable
 from memory.search.encoder import QueryEncoder, SentenceEncoder
+from memory.search.indexed_rows import IndexQuery
 from memory.store import Memory
 from tests.memory.episodes import PATIENT, HashingEncoder
 
 
 class HeldEncoder(HashingEncoder):
-    """Encodes when it is let."""
+    """An encoder that waits for the test's permission."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ async def test_a_known_question_keeps_no_more_than_its_own_vector(held):
     await asyncio.sleep(0.05)
     encoder.release.set()
     await asyncio.gather(*tasks)
-    assert all(vector.base is None for vector in queries._kept.values()) and len(queries._kept) == 30
+    assert all(vector.base is None for vector in queries._cache.values()) and len(queries._cache) == 30
 
 
 async def test_a_question_given_up_is_not_taken_from_the_others(held):
@@ -83,7 +84,7 @@ async def test_the_embedded_encoder_finds_by_meaning(tmp_path: Path):
         await memory.documents.ingest("Cars", "How to change the tyre of an automobile.")
         await memory.documents.ingest("Bread", "Knead the dough and let it rise overnight.")
         await memory.index.drain(timeout_seconds=900)
-        by_word = memory.index._words.find("passages", "repairing a vehicle's wheel", {}, 5)
+        by_word = memory.index._text_index.find(IndexQuery("passages", "repairing a vehicle's wheel", {}, 5))
         found = await memory.index.find("passages", "repairing a vehicle's wheel", num=1, min_similarity=0.3)
         assert by_word == [] and len(found) == 1
         recollection = await memory.retrieval.retrieve(

@@ -1,4 +1,4 @@
-"""Finding rows by both ways at once, and everything that may happen to the index."""
+"""Search over both indexes at once, and every damage that the index must survive."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memory.errors import IndexDamaged
 from memory.records.insights import OperationKind
 from memory.schema import Insight, Outbox, RewardSource, Split, TrajectoryStage
 from memory.search.index import MAX_HANGING, MemoryIndex, fuse
-from memory.search.indexed_rows import IndexedRow
+from memory.search.indexed_rows import IndexedRow, IndexQuery
 from memory.search.vector_index import VectorIndex
 from memory.store import Memory
 from tests.memory.episodes import HashingEncoder, add, operation, play
@@ -25,14 +25,14 @@ KITCHEN = {"environment": "kitchen", "kind": "cooking"}
 
 
 async def held(memory: Memory) -> dict[str, dict[str, int]]:
-    """What both indexes hold when they are up to date, by their own count."""
+    """Return the row counts of both indexes once they are up to date."""
     await memory.index.drain()
-    return {"words": memory.index._words.count(), "meanings": memory.index._meanings.count()}
+    return {"text": memory.index._text_index.count(), "vectors": memory.index._vector_index.count()}
 
 
 def both(insights: int = 0, exemplars: int = 0, passages: int = 0) -> dict[str, dict[str, int]]:
     counts = {"insights": insights, "exemplars": exemplars, "passages": passages}
-    return {"words": counts, "meanings": counts}
+    return {"text": counts, "vectors": counts}
 
 
 def chroma_files(data_dir: Path) -> list[Path]:
@@ -88,18 +88,18 @@ async def test_filters_hold_on_both_sides(memory: Memory):
 
 
 def test_many_rows_of_the_task_left_out_hide_no_other(tmp_path: Path):
-    meanings = VectorIndex(tmp_path, "hashing")
-    meanings.open()
+    vector_index = VectorIndex(tmp_path, "hashing")
+    vector_index.open()
     rows = [IndexedRow(f"trj{number:03d}", f"fry {number}", "kitchen", "cooking", "asked") for number in range(120)]
     rows += [IndexedRow("far", "roast", "kitchen", "cooking", "other"), IndexedRow("away", "fry", "garden", "cooking")]
     vectors = HashingEncoder().encode([row.text for row in rows])
-    meanings.upsert("exemplars", rows, vectors)
-    found = meanings.find("exemplars", vectors[0], KITCHEN, 5, exclude_task="asked")
-    assert [row_id for row_id, _ in found] == ["far"] and meanings.count()["exemplars"] == 122
-    assert "away" in dict(meanings.find("exemplars", vectors[0], {"kind": "cooking"}, 122))
-    meanings.forget("exemplars", ["far", "away", "never"])
-    assert meanings.digests("exemplars").keys() == {row.row_id for row in rows[:120]}
-    meanings.close()
+    vector_index.upsert("exemplars", rows, vectors)
+    found = vector_index.find(IndexQuery("exemplars", "", KITCHEN, 5, exclude_task="asked"), vectors[0])
+    assert [row_id for row_id, _ in found] == ["far"] and vector_index.count()["exemplars"] == 122
+    assert "away" in dict(vector_index.find(IndexQuery("exemplars", "", {"kind": "cooking"}, 122), vectors[0]))
+    vector_index.forget("exemplars", ["far", "away", "never"])
+    assert vector_index.digests("exemplars").keys() == {row.row_id for row in rows[:120]}
+    vector_index.close()
 
 
 async def test_a_chroma_that_hangs_costs_the_deadline_and_then_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -108,16 +108,16 @@ async def test_a_chroma_that_hangs_costs_the_deadline_and_then_nothing(tmp_path:
     with Memory.open(tmp_path, config, encoder=HashingEncoder()) as memory:
         await memory.insights.apply([add("fry on the stove")])
         await memory.index.drain()
-        monkeypatch.setattr(memory.index._meanings, "find", lambda *_, **__: release.wait(60) and [])
+        monkeypatch.setattr(memory.index._vector_index, "find", lambda *_, **__: release.wait(60) and [])
         for _ in range(MAX_HANGING):
             assert len(await ids_found(memory, "insights", "fry")) == 1
-        assert not memory.index.has_meanings
+        assert not memory.index.has_vectors
         began = asyncio.get_running_loop().time()
         assert len(await ids_found(memory, "insights", "fry")) == 1
         assert asyncio.get_running_loop().time() - began < deadline
-        assert memory.index.num_without_meanings == MAX_HANGING + 1
+        assert memory.index.num_without_vectors == MAX_HANGING + 1
         release.set()
-        while not memory.index.has_meanings:
+        while not memory.index.has_vectors:
             await asyncio.sleep(0.01)
 
 
@@ -126,14 +126,14 @@ async def test_a_chroma_that_fails_never_fails_a_question(memory: Memory, monkey
     await memory.index.drain()
 
     class Panic(BaseException):
-        """As the Rust half raises them."""
+        """A BaseException, as Chroma's Rust half raises them."""
 
     def fail(*_, **__):
         raise Panic("planted")
 
-    monkeypatch.setattr(memory.index._meanings, "_held", fail)
+    monkeypatch.setattr(memory.index._vector_index, "_all", fail)
     with pytest.raises(IndexDamaged, match="Panic: planted"):
-        memory.index._meanings.find("insights", [0.0], {}, 1)
+        memory.index._vector_index.find(IndexQuery("insights", "", {}), [0.0])
     assert len(await ids_found(memory, "insights", "fry")) == 1
     monkeypatch.undo()
     await memory.index.drain()
@@ -174,15 +174,15 @@ async def test_what_the_index_lost_or_kept_too_long_is_reconciled_at_the_start(t
         await memory.insights.apply([add("fry on the stove"), add("roast in the oven")])
         await memory.index.drain()
         lost, stale = memory.insights.active()
-        meanings = memory.index._meanings
-        meanings.forget("insights", [lost.id])
-        meanings._held("insights")[0].update(ids=[stale.id], metadatas=[{"digest": "old"}])
-        meanings.upsert(
+        vector_index = memory.index._vector_index
+        vector_index.forget("insights", [lost.id])
+        next(iter(vector_index._all("insights").values())).update(ids=[stale.id], metadatas=[{"digest": "old"}])
+        vector_index.upsert(
             "insights", [IndexedRow("ins_never", "never said")], memory.index._queries._encoder.encode(["x"])
         )
     with Memory.open(tmp_path, config, encoder=HashingEncoder()) as memory:
         assert await held(memory) == both(insights=2)
-        assert "old" not in memory.index._meanings.digests("insights").values()
+        assert "old" not in memory.index._vector_index.digests("insights").values()
 
 
 async def test_a_rebuild_brings_everything_back(memory: Memory):
@@ -190,8 +190,8 @@ async def test_a_rebuild_brings_everything_back(memory: Memory):
     await memory.insights.apply([add("fry on the stove")])
     await memory.documents.ingest("Stove", "How to fry.")
     await memory.index.drain()
-    memory.index._words.write(lambda session: session.execute(text("DROP TABLE words")).close())
-    memory.index._meanings.forget("insights", [memory.insights.active()[0].id])
+    memory.index._text_index.write(lambda session: session.execute(text("DROP TABLE words")).close())
+    memory.index._vector_index.forget("insights", [memory.insights.active()[0].id])
     assert await ids_found(memory, "passages", "fry")  # by meaning alone
     assert await memory.index.rebuild() == {"insights": 1, "exemplars": 1, "passages": 1}
     assert await held(memory) == both(1, 1, 1)
@@ -219,19 +219,17 @@ async def test_an_encoder_that_cannot_load_leaves_words(tmp_path: Path, config: 
         with pytest.raises(TimeoutError, match="'broken' failed: OSError: no such model"):
             await memory.index.drain(timeout_seconds=0.6)
         assert len(await ids_found(memory, "insights", "fry")) == 1
-        assert not memory.index.has_meanings
+        assert not memory.index.has_vectors
 
 
-async def test_words_that_all_rows_have_count_only_where_meanings_cannot_be_had(
-    memory: Memory, monkeypatch: pytest.MonkeyPatch
-):
+async def test_words_that_all_rows_have_count_only_without_vectors(memory: Memory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("memory.search.text_index.MAX_ROWS", 5)
     await memory.insights.apply([add(f"fry the carrot in pan {number}") for number in range(9)])
     await memory.index.drain()
-    monkeypatch.setattr(memory.index._meanings, "find", lambda *_, **__: [])
+    monkeypatch.setattr(memory.index._vector_index, "find", lambda *_, **__: [])
     assert await ids_found(memory, "insights", "fry carrot") == []
     assert len(await ids_found(memory, "insights", "fry carrot pan 7")) == 1
-    monkeypatch.setattr(MemoryIndex, "has_meanings", False)
+    monkeypatch.setattr(MemoryIndex, "has_vectors", False)
     assert len(await ids_found(memory, "insights", "fry carrot pan 7")) > 1
 
 
@@ -252,7 +250,7 @@ async def test_rows_found_by_word_alone_have_their_true_similarity(
         text: pytest.approx(float(vector @ question), abs=1e-5) for text, vector in zip(texts, vectors, strict=True)
     }
     assert {told[match.row_id]: match.similarity for match in matches} == true
-    assert num_rows == len(texts) and all(match.words.coverage > 0 for match in matches)
+    assert num_rows == len(texts) and all(match.word_match.coverage > 0 for match in matches)
 
 
 async def test_rows_found_by_word_alone_are_left_out_where_they_cannot_be_compared(
@@ -263,7 +261,7 @@ async def test_rows_found_by_word_alone_are_left_out_where_they_cannot_be_compar
 
     await memory.insights.apply([add("fry the carrot"), add("fry the onion in oil")])
     await memory.index.drain()
-    monkeypatch.setattr(memory.index._meanings, "compare", fail)
+    monkeypatch.setattr(memory.index._vector_index, "compare", fail)
     matches, _ = await memory.index.match("insights", "fry carrot", num=1)
     assert len(matches) == 1 and matches[0].similarity is not None
 

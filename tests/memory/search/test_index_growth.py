@@ -1,4 +1,4 @@
-"""An index that grows by single rows takes memory for those rows, and not for reading them again and again."""
+"""The memory of an index that grows row by row is in proportion to its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many small tenants share one Chroma collection, large ones have their own, and nobody finds what is another's."""
+"""Many small tenants share one Chroma collection, large ones have their own, and no tenant finds another's rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memory.search import index as index_module
-from memory.search import vector_index as meanings_module
+from memory.search import vector_index as vector_module
 from memory.search.indexed_rows import COLLECTIONS
 from memory.store import Memory
 from tests.memory.episodes import PATIENT, HashingEncoder
@@ -17,7 +17,7 @@ NUM_TENANTS = 30
 
 
 def num_chroma_collections(memory: Memory) -> int:
-    return sum(len(memory.index._meanings._all(name)) for name in COLLECTIONS)
+    return sum(len(memory.index._vector_index._all(name)) for name in COLLECTIONS)
 
 
 async def add_tenants(memory: Memory, first: int, last: int) -> None:
@@ -28,9 +28,9 @@ async def add_tenants(memory: Memory, first: int, last: int) -> None:
 
 
 async def found_by_meaning(memory: Memory, query: str, tenant: str) -> list[str]:
-    num_before = memory.index.num_without_meanings
+    num_before = memory.index.num_without_vectors
     found = await memory.retrieval.find_passages(query, 50, tenant=tenant)
-    assert memory.index.num_without_meanings == num_before
+    assert memory.index.num_without_vectors == num_before
     return found
 
 
@@ -47,7 +47,7 @@ async def test_more_tenants_need_neither_more_collections_nor_more_files(memory:
 
 @pytest.fixture
 def few_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (meanings_module, index_module):
+    for module in (vector_module, index_module):
         monkeypatch.setattr(module, "MAX_COMPARED", 5)
 
 
@@ -63,24 +63,24 @@ async def test_a_tenant_that_has_grown_large_moves_and_loses_no_row(memory: Memo
     assert num_chroma_collections(memory) == 1
     await ingest(memory, "large", 5, 12)
     assert num_chroma_collections(memory) == 2
-    shared = memory.index._meanings._all("passages")[meanings_module.SHARED]
+    shared = memory.index._vector_index._all("passages")[vector_module.SHARED]
     assert shared.count() == 3
     assert len(await found_by_meaning(memory, "fry", "large")) == 12
     assert len(await found_by_meaning(memory, "fry", "small")) == 3
-    assert len(memory.index._meanings.digests("passages")) == 15
+    assert len(memory.index._vector_index.digests("passages")) == 15
 
 
 async def test_a_move_that_died_halfway_is_healed_at_the_next_start(tmp_path: Path, few_compared: None):
     with Memory.open(tmp_path / "moved", PATIENT, encoder=HashingEncoder()) as memory:
         await ingest(memory, "large", 0, 5)
-        meanings = memory.index._meanings
-        memory.index._follower.stop()
+        vector_index = memory.index._vector_index
+        memory.index._sync.stop()
         # The process dies once the collection is there, and with one row of five in it.
-        held = meanings._make("passages", ("large", "", ""))
-        row = meanings._all("passages")[meanings_module.SHARED].get(limit=1, include=["embeddings", "metadatas"])
+        held = vector_index._create("passages", ("large", "", ""))
+        row = vector_index._all("passages")[vector_module.SHARED].get(limit=1, include=["embeddings", "metadatas"])
         held.upsert(ids=row["ids"], embeddings=row["embeddings"], metadatas=row["metadatas"])
     with Memory.open(tmp_path / "moved", PATIENT, encoder=HashingEncoder()) as memory:
         await memory.index.drain()
         assert len(await found_by_meaning(memory, "fry", "large")) == 5
-        counts = {place: held.count() for place, held in memory.index._meanings._all("passages").items()}
-        assert counts == {meanings_module.SHARED: 0, ("large", "", ""): 5}
+        counts = {place: held.count() for place, held in memory.index._vector_index._all("passages").items()}
+        assert counts == {vector_module.SHARED: 0, ("large", "", ""): 5}

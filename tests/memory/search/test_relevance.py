@@ -1,4 +1,4 @@
-"""Passages and solved tasks are shown to requests that they may help, and to no others: real pages, real encoder."""
+"""Passages and solved tasks are shown only to requests that they may help: real pages, real encoder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from memory.search.relevance import (
     NUM_BEST,
     Match,
     WordMatch,
-    choose_found_by_word,
     floor_of,
     join_matches,
     select_relevant,
+    select_word_only_rows,
 )
 from memory.store import Memory
 from tests.memory.episodes import PATIENT, play
@@ -57,7 +57,7 @@ ANSWERED = {
 
 
 class KeptVectors(SentenceEncoder):
-    """The real encoder; what several tests ask is encoded once."""
+    """The real encoder with a cache that all tests share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,10 +94,10 @@ async def test_only_questions_that_the_pages_answer_are_shown_passages(pages: Me
     assert not missed
 
 
-async def test_without_meanings_passages_need_most_of_the_questions_words(
+async def test_without_vectors_passages_need_most_of_the_questions_words(
     pages: Memory, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(MemoryIndex, "has_meanings", False)
+    monkeypatch.setattr(MemoryIndex, "has_vectors", False)
     assert "bubblewrap" in await ask(pages, "does bubblewrap need namespaces?")
     assert not [question for question in UNANSWERABLE if await ask(pages, question)]
 
@@ -142,7 +142,7 @@ def test_a_row_that_is_not_compared_cannot_rank_among_the_best(near, others):
     by_word = [WordMatch(f"other{number}", coverage, 1.0) for number, (coverage, _) in enumerate(others)]
     furthest = min(near, default=1.0)
     true = {f"other{number}": furthest - further for number, (_, further) in enumerate(others)}
-    chosen = choose_found_by_word(by_word, nearest)
+    chosen = select_word_only_rows(by_word, nearest)
     best = {match.row_id for match in join_matches(by_word, nearest | true, num=10)[:NUM_BEST]}
     assert best <= {*nearest, *chosen}
 

@@ -1,4 +1,4 @@
-"""The memory segment: what is in it, how it reads, and what it never holds."""
+"""The memory segment: its contents, its layout, and the rows that it must never show."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_the_budget_holds_and_shorter_ones_still_fit(memory: Memory):
     assert await memory.retrieval.retrieve(**ASKED, budget_tokens=7, count_tokens=lambda text: 8) == MemorySegment()
 
 
-async def test_where_insights_are_many_strength_and_meaning_choose(tmp_path: Path, config: MemoryConfig):
+async def test_where_insights_are_many_strength_and_similarity_choose(tmp_path: Path, config: MemoryConfig):
     with Memory.open(tmp_path, config.model_copy(update={"max_insights": 2}), encoder=HashingEncoder()) as memory:
         await memory.insights.apply([add(f"unrelated number {number}") for number in range(8)])
         await memory.insights.apply([add("fry the potato on the stove")])

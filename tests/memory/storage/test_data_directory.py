@@ -1,4 +1,4 @@
-"""The data directory: one owner even if its files are deleted, readable by nobody else, nothing lost in silence."""
+"""The data directory: one owner even if its files are deleted, private to its user, no silent loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def mode_of(path: Path) -> int:
 
 
 def write_and_wait(tell: Tell, data_dir: Path) -> None:
-    """Keep a document and stay, to be killed."""
+    """Store a document, then wait to be killed."""
     import asyncio
     import time
 
@@ -36,7 +36,7 @@ def write_and_wait(tell: Tell, data_dir: Path) -> None:
 
 
 def kill_after_writing(data_dir: Path) -> str:
-    """Have a process write, then kill it; return the id of what it wrote."""
+    """Kill a process after it has written a document; return the document's id."""
     child = Child(write_and_wait, data_dir)
     child.listen(until=lambda: bool(child.told))
     child.kill()
@@ -60,7 +60,7 @@ def test_a_lock_file_that_is_deleted_lets_no_second_owner_in(tmp_path: Path) -> 
 
 def test_a_second_process_learns_where_the_owner_answers(tmp_path: Path) -> None:
     owner = take_ownership(tmp_path)
-    owner.tell_address("http://127.0.0.1:8080")
+    owner.set_address("http://127.0.0.1:8080")
     with pytest.raises(DataDirectoryInUse, match=f"process {os.getpid()} since .* at http://127.0.0.1:8080") as refused:
         take_ownership(tmp_path)
     assert refused.value.url == "http://127.0.0.1:8080"

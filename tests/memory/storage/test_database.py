@@ -1,4 +1,4 @@
-"""The writer, the readers, and what a bad disk does to them."""
+"""The writer, the readers, and the failures of a disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from memory.storage.database import Database
 
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[Database]:
-    """For what only SQLite has."""
+    """A SQLite file, for tests of SQLite only."""
     database = Database(tmp_path / "ratchet.db")
     yield database
     database.close()
@@ -41,7 +41,7 @@ def titles(database: Database) -> set[str]:
 
 
 async def hold_the_writer(database: Database) -> tuple[threading.Event, asyncio.Task]:
-    """Keep the writer busy, so that all that is queued meanwhile shares the next batch."""
+    """Keep the writer busy, so that all writes queued meanwhile share the next batch."""
     is_held, release = threading.Event(), threading.Event()
     held = asyncio.ensure_future(database.write(lambda session: is_held.set() or release.wait(10)))
     await asyncio.to_thread(is_held.wait)
@@ -128,8 +128,8 @@ async def test_steps_that_wait_are_handed_over_together_and_each_is_there(
     trajectories = Trajectories(database)
     opened = [await trajectories.open(Trajectory(id=f"t{n}", episode_id="e", policy=0)) for n in range(20)]
     handed_over, dialect = [], database._dialect
-    take = dialect.take
-    monkeypatch.setattr(dialect, "take", lambda *given: handed_over.append(len(given[2])) or take(*given))
+    insert_rows = dialect.insert_rows
+    monkeypatch.setattr(dialect, "insert_rows", lambda *given: handed_over.append(len(given[2])) or insert_rows(*given))
     writes = [append(trajectories, trajectory, n, content=f"{n}") for n in range(3) for trajectory in opened]
     await waiting_together(database, *writes)
     assert handed_over == [60]

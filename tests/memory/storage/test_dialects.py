@@ -1,4 +1,4 @@
-"""Where rows may be: what is refused before anything is opened, and what no message tells."""
+"""Paths and URLs of databases: rejected ones, and messages without passwords."""
 
 from __future__ import annotations
 

@@ -1,17 +1,17 @@
-"""Durations in buckets, and who fills them."""
+"""Histograms, and the code that fills them."""
 
 from __future__ import annotations
 
 import asyncio
 
 from memory.schema import CycleStage, Split
-from memory.storage.histogram import BOUNDS, Tally
+from memory.storage.histogram import BOUNDS, Histogram
 from memory.store import Memory
 from tests.memory.episodes import play
 
 
 def test_a_duration_is_in_the_bucket_that_ends_with_it():
-    tally = Tally()
+    tally = Histogram()
     for seconds in (0.0, BOUNDS[0], BOUNDS[-1], BOUNDS[-1] + 1):
         tally.add(seconds)
     assert (tally.counts[0], tally.counts[-2], tally.counts[-1], tally.count) == (2, 1, 1, 4)

@@ -25,7 +25,7 @@ from tests.postgresql import HOMES, Cluster
 
 @pytest.fixture(params=HOMES)
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
-    """Where no table is yet."""
+    """A database without tables."""
     if request.param == "sqlite":
         return tmp_path / "ratchet.db"
     cluster: Cluster = request.getfixturevalue("cluster")
@@ -34,7 +34,7 @@ def location(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
 
 @contextlib.contextmanager
 def connect(location: Path | str) -> Iterator[Connection]:
-    """Give a connection of our own."""
+    """Yield a connection of the test's own."""
     engine = create_engine(location if isinstance(location, str) else f"sqlite:///{location}")
     try:
         with engine.connect() as connection:
@@ -45,7 +45,7 @@ def connect(location: Path | str) -> Iterator[Connection]:
 
 @pytest.fixture
 def connection(location: Path | str) -> Iterator[Connection]:
-    """A connection of our own to a database that is up to date."""
+    """A connection to an upgraded database."""
     Database(location).close()
     with connect(location) as connection:
         yield connection

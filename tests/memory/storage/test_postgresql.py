@@ -1,4 +1,4 @@
-"""What only a server does: it falls and comes back, and is shared by two processes."""
+"""Behaviour of a server only: crashes, restarts, and two processes that share it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ skip_without_postgresql()
 
 @pytest.fixture
 def other(postgresql: str, database_there: Database) -> Iterator[Database]:
-    """The same rows in another process's hands; another writer in this one is as good."""
+    """A second writer on the same database, in place of another process."""
     database = Database(postgresql)
     yield database
     database.close()
@@ -46,12 +46,12 @@ def database_there(postgresql: str) -> Iterator[Database]:
 
 @pytest.fixture(scope="module")
 def own_cluster() -> Iterator[Cluster]:
-    """One that may be stopped."""
+    """A cluster that the test may stop."""
     yield from start_cluster()
 
 
 async def live_on(trajectories: Trajectories, kept: list[tuple[str, int]], refusals: list[str], *, until) -> None:
-    """Open trajectories and append steps; note what was acknowledged, and what was refused."""
+    """Open trajectories and append steps; record which writes were acknowledged and which failed."""
     while not until.is_set():
         try:
             trajectory = await trajectories.open(Trajectory(id=new_id("trj"), episode_id="e", policy=0))
@@ -177,7 +177,7 @@ async def test_a_writer_that_hangs_holds_others_up_only_so_long(
     impatient.close()
 
 
-OPENER = "import sys; from memory.database import Database; Database(sys.argv[1]).close()"
+OPENER = "import sys; from memory.storage.database import Database; Database(sys.argv[1]).close()"
 
 
 def test_processes_that_open_a_new_database_at_once_all_find_it_made(cluster: Cluster):

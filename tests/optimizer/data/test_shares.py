@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from memory.records.trajectories import Graded
+from memory.records.trajectories import GradedTrajectory
 from memory.teaching import Teacher
 from optimizer.config import TeachingConfig
 from optimizer.data.shares import choose_rows, count_rows
@@ -78,9 +78,9 @@ def test_the_report_names_keys_and_no_persons():
 
 
 def test_a_flood_by_one_teacher_leaves_the_pool_what_the_others_taught():
-    learnable = [Graded(None, 1.0, True, teacher) for teacher in [BEN, PRACTICE, BEN, *[ANNA] * 50]]
+    learnable = [GradedTrajectory(None, [], 1.0, True, teacher) for teacher in [BEN, PRACTICE, BEN, *[ANNA] * 50]]
     chosen = choose_newest(learnable, 7)
     assert [each.teacher for each in chosen] == [BEN, PRACTICE, BEN, *[ANNA] * 4]
     assert choose_newest(learnable[:3], 7) == learnable[:3]
-    ordered = [Graded(None, number, True, ANNA) for number in range(9)]
+    ordered = [GradedTrajectory(None, [], number, True, ANNA) for number in range(9)]
     assert [each.reward for each in choose_newest(ordered, 3)] == [6, 7, 8]

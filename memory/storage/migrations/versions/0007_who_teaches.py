@@ -10,7 +10,7 @@ down_revision = "0006"
 branch_labels = None
 depends_on = None
 
-# Episodes of before had no trust. What an MCP server said in them cannot be told from the rows; a web page can.
+# Earlier episodes have no trust. Their rows reveal the use of a web page, but not of an MCP server.
 DISTRUST_WEB_PAGES = """
 UPDATE trajectories SET trust = 'untrusted'
 WHERE id IN (SELECT trajectory_id FROM steps WHERE kind = 'tool' AND tool_name = 'fetch_page')

@@ -359,7 +359,7 @@ def test_a_client_names_its_task_and_says_that_it_only_measures(
     http.post("/v1/feedback", json={"target": last.id, "value": True})
     trajectory = world.newest
     assert (trajectory.environment, trajectory.task, trajectory.split) == (None, "oslo", Split.HELD_OUT)
-    assert world.memory.trajectories.view(trajectory).is_success and world.num_trajectories == 1
+    assert world.memory.trajectories.with_reward(trajectory).is_success and world.num_trajectories == 1
     assert grade(world.memory) == []
     with world.memory.database.read() as session:
         assert session.exec(world.memory.trajectories.exemplary()).all() == []
