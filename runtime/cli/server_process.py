@@ -149,7 +149,7 @@ async def live(
     try:
         if await wait_for_first(stop, starting, answering):
             return
-        parts = (services.engine.watch(), services.hotswap.follow(), services.agent.book.tend())
+        parts = (services.engine.watch(), services.hotswap.follow(), services.agent.open_episodes.sweep_regularly())
         background += [asyncio.ensure_future(part) for part in parts]
         await services.cycles.resume()
         room = await services.check_training() if services.check_training is not None else None

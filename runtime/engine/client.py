@@ -41,6 +41,11 @@ FIRST_IN_LINE = -1_000
 """Priority of a probe: ahead of everything that waits."""
 
 Message = dict[str, Any]
+"""A message of a chat in OpenAI's form."""
+ToolCall = dict[str, Any]
+"""`{"id", "type", "function": {"name", "arguments"}}`; in a `Delta` a piece of one, with its `index`."""
+ToolDefinition = dict[str, Any]
+"""`{"type": "function", "function": {"name", "description", "parameters"}}`."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Delta:
     """A piece of a reply as it is written: text, or pieces of tool calls in OpenAI's form, and their log-probs."""
 
     text: str = ""
-    calls: Sequence[dict[str, Any]] = ()
+    calls: Sequence[ToolCall] = ()
     logprobs: Sequence[dict[str, Any]] = ()
 
     def __bool__(self) -> bool:
@@ -63,7 +68,7 @@ class Completion:
     """One reply of a model: its text, its tool calls in OpenAI's form, and the exact tokens of both sides."""
 
     content: str = ""
-    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    tool_calls: list[ToolCall] = field(default_factory=list)
     finish_reason: str = "stop"
     prompt_token_ids: list[int] = field(default_factory=list)
     output_token_ids: list[int] = field(default_factory=list)

@@ -57,7 +57,7 @@ class Maintenance:
         began = time.monotonic()
         try:
             self._hotswap.close(reason)
-            self._episodes.hold()
+            self._episodes.pause_sweeps()
             await self._drain()
             await self._engine.suspend()
             self.num_windows += 1
@@ -65,7 +65,7 @@ class Maintenance:
             yield
         finally:  # nothing in here waits: who was cancelled may be cancelled again
             self._engine.resume()
-            self._episodes.release(within_seconds=self._engine.config.startup_seconds)
+            self._episodes.resume_sweeps(within_seconds=self._engine.config.startup_seconds)
             self._hotswap.open()
             self.reason = None
             log.info("maintenance window closed", reason=reason, seconds=time.monotonic() - began)

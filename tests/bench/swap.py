@@ -34,6 +34,7 @@ from runtime.tools.base import Tool
 from tests.bench.measure import Spread, make_parser, print_table, write_json
 from tests.bench.server import end_in_order
 from tests.memory.episodes import HashingEncoder
+from tests.rollouts import play
 from tests.runtime import tiny_models
 
 NUM_ADAPTERS = NUM_IDLE_KEPT + 6
@@ -125,7 +126,7 @@ class Streams:
         while True:
             name = f"{OPENING}\nKitchen {next(self._numbers)}."
             side, ask = self.side, [{"role": "user", "content": name}]
-            side.played.append(await self.agent.rollout(None, messages=ask, temperature=1.0, on_delta=ignore))
+            side.played.append(await play(self.agent, messages=ask, temperature=1.0, on_delta=ignore))
 
     def is_mixed(self, trajectory: Trajectory) -> bool:
         wanted = self.memory.policies.get(trajectory.policy).adapter_path

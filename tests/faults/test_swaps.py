@@ -21,6 +21,7 @@ from runtime.engine.process import Engine
 from runtime.serving.hotswap import HotSwap
 from runtime.tools.base import Tool
 from tests.memory.episodes import HashingEncoder
+from tests.rollouts import play
 from tests.runtime.conftest import base_dir, write_adapter
 from tests.runtime.fake_engine import FakeEngine, Reply, call, say
 
@@ -61,7 +62,7 @@ class World:
         number = 0
         while not done.is_set():
             ask = [{"role": "user", "content": f"{name}-{number}"}]
-            await self.agent.rollout(None, messages=ask, on_delta=listen, episode_id=f"{name}-{number}")
+            await play(self.agent, messages=ask, on_delta=listen, episode_id=f"{name}-{number}")
             number += 1
 
 

@@ -20,6 +20,7 @@ from runtime.config import AgentConfig, EngineConfig
 from runtime.engine.process import Engine
 from runtime.serving.hotswap import HotSwap
 from tests.memory.episodes import HashingEncoder
+from tests.rollouts import play
 from tests.runtime.conftest import base_dir, write_adapter
 
 __all__ = ["base_dir"]
@@ -79,7 +80,7 @@ async def test_it_is_started_again_and_dressed_as_before_and_nobody_notices(star
         while is_alive:
             async with asyncio.timeout(0.2):
                 is_alive = await engine.probe()
-    episodes = [asyncio.create_task(agent.rollout(None, messages=ASK)) for _ in range(8)]
+    episodes = [asyncio.create_task(play(agent, messages=ASK)) for _ in range(8)]
     if how == "dead":
         await wait_until(lambda: len(memory.trajectories.select()) == 8)
         with contextlib.suppress(ProcessLookupError):  # on a slow machine it was found first
@@ -105,6 +106,6 @@ async def test_a_zombie_is_found_within_ten_seconds(start: Start):
         waits.append(time.monotonic() - began)
         await engine.wait_until_ready(60)
         assert await engine.adapters() == {"pocket-v1", "pocket-v2"}
-        assert (await agent.rollout(None, messages=ASK)).stage is TrajectoryStage.FINISHED
+        assert (await play(agent, messages=ASK)).stage is TrajectoryStage.FINISHED
     print("found after", " ".join(f"{wait:.2f}" for wait in waits), "seconds")
     assert max(waits) <= FOUND_SECONDS

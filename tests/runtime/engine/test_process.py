@@ -25,6 +25,7 @@ from runtime.engine.process import Engine, find_last_words, server_arguments
 from runtime.errors import EngineError, EngineInMaintenance, EngineLost, RequestRefused
 from runtime.serving.hotswap import HotSwap, mean_distance
 from runtime.serving.maintenance import Maintenance
+from tests.rollouts import play
 from tests.runtime.fake_engine import LOOK, FakeEngine
 from tests.runtime.levers import Levers
 
@@ -229,8 +230,8 @@ async def test_a_broken_call_is_seen_as_broken_streamed_or_not(real: Engine, mem
         pass
 
     for on_delta in (None, ignore):
-        trajectory = await agent.rollout(
-            None, messages=[{"role": "user", "content": "bad"}], tools=[LOOK], temperature=0.0, on_delta=on_delta
+        trajectory = await play(
+            agent, messages=[{"role": "user", "content": "bad"}], tools=[LOOK], temperature=0.0, on_delta=on_delta
         )
         assert trajectory.num_invalid_tool_calls == 1
 
@@ -281,7 +282,7 @@ async def test_twenty_swaps_under_eight_streams_fail_nobody(real: Engine, memory
 
     async def stream() -> None:
         while not done.is_set():
-            await agent.rollout(None, messages=[{"role": "user", "content": "hi"}], on_delta=listen)
+            await play(agent, messages=[{"role": "user", "content": "hi"}], on_delta=listen)
 
     streams = [asyncio.create_task(stream()) for _ in range(NUM_STREAMS)]
     for version in range(1, NUM_SWAPS + 1):
@@ -379,9 +380,7 @@ async def test_an_engine_killed_in_mid_episode_fails_who_heard_of_it_and_comes_b
 
     unheard, listening = (
         asyncio.create_task(
-            agent.rollout(
-                None, messages=[{"role": "user", "content": "hi"}], sampling={"min_tokens": 900}, on_delta=who
-            )
+            play(agent, messages=[{"role": "user", "content": "hi"}], sampling={"min_tokens": 900}, on_delta=who)
         )
         for who in (None, on_delta)
     )
@@ -406,14 +405,14 @@ async def test_a_window_stops_the_engine_and_brings_it_back_with_its_adapters(
     agent = Agent(memory, hotswap, {}, AgentConfig(max_output_tokens=24))
     await hotswap.wear(1)
     watching, before, began = asyncio.create_task(real.watch()), real.pid, time.monotonic()
-    async with Maintenance(real, hotswap, agent.book, drain_seconds=60.0).window("training"):
+    async with Maintenance(real, hotswap, agent.open_episodes, drain_seconds=60.0).window("training"):
         down_after = time.monotonic() - began
         assert real.pid is None and not Path(f"/proc/{before}").exists()
         with pytest.raises(EngineInMaintenance):
-            await agent.rollout(None, messages=[{"role": "user", "content": "hi"}])
+            await play(agent, messages=[{"role": "user", "content": "hi"}])
     print(f"down after {down_after:.1f} s, back after {time.monotonic() - began:.1f} s")
     assert real.is_ready and await real.adapters() == {"tiny-v1"}
-    trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}])
+    trajectory = await play(agent, messages=[{"role": "user", "content": "hi"}])
     assert (trajectory.stage, trajectory.policy) == (TrajectoryStage.FINISHED, 1)
     assert real.max_model_len == 1024
     watching.cancel()
