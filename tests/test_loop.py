@@ -214,7 +214,7 @@ async def world(tmp_path: Path, tokenizer: Any) -> AsyncIterator[World]:
             await engine.start()
             await memory.policies.register_base(str(POCKET_MODEL))
             hotswap, kitchen = HotSwap(memory.policies, engine), Kitchen()
-            await hotswap.wear(0)
+            await hotswap.activate(0)
             following = asyncio.create_task(hotswap.follow())
             agent = Agent(memory, hotswap, {"kitchen": kitchen}, AgentConfig(max_steps=4))
             yield World(memory, played, hotswap, agent, kitchen, QuickTrainer(tokenizer))
@@ -451,8 +451,8 @@ async def test_a_trained_adapter_is_on_the_engine_what_it_was_in_the_trainer(rea
     manifest = read_manifest(Path(policy.adapter_path))
     fingerprint = manifest.fingerprint
     async with real.services.hotswap.lease(version) as actor:
-        served = await engine.token_logprobs(actor.served_name, fingerprint.token_ids)
-    bare = await engine.token_logprobs(engine.model, fingerprint.token_ids)
+        served = await engine.client.token_logprobs(actor.served_name, fingerprint.token_ids)
+    bare = await engine.client.token_logprobs(engine.model, fingerprint.token_ids)
 
     assert (manifest.kind, policy.adapter_digest) == (kind, adapters.digest_adapter(Path(policy.adapter_path)))
     assert mean_distance(served, fingerprint.adapter_logprobs) < TOLERANCE_NATS

@@ -197,7 +197,7 @@ async def start(services: Services, settings: RuntimeSettings, phases: Phases) -
         active = memory.policies.active()
         phases.say(f"putting on policy {active.name}")
         try:
-            return await services.hotswap.wear(active.version)
+            return await services.hotswap.activate(active.version)
         except AdapterError as refused:
             before = await memory.policies.rollback()
             phases.say(f"policy {active.name} was refused ({refused}); back to {before.name}")

@@ -99,7 +99,7 @@ class Streams:
         return "Nothing happens."
 
     def _note_what_is_served(self, engine: Engine) -> None:
-        chat_stream = engine.chat_stream
+        chat_stream = engine.client.chat_stream
 
         async def noted(
             model: str, messages: Sequence[Message], tools: Any = None, *, on_delta: OnDelta, **sampling: Any
@@ -115,7 +115,7 @@ class Streams:
             self.served[messages[0]["content"]].add(model)
             return await chat_stream(model, messages, tools, on_delta=timed, **sampling)
 
-        engine.chat_stream = noted  # type: ignore[method-assign]
+        engine.client.chat_stream = noted  # type: ignore[method-assign]
 
     async def play(self) -> None:
         """Play one episode after the other. An episode belongs to the side on which it was opened."""
@@ -146,7 +146,7 @@ async def open_streams(home: Path) -> AsyncIterator[Streams]:
                 await memory.policies.draft(adapter_path=str(path), parent=0)
             hotswap = HotSwap(memory.policies, engine)
             for version in range(1, NUM_ADAPTERS + 1):  # what is compiled or read once is so by now
-                await hotswap.wear(version)
+                await hotswap.activate(version)
             yield Streams(memory, engine, hotswap)
         finally:
             await engine.stop()
@@ -175,7 +175,7 @@ async def measure(
                 version = next(versions)
                 swapping.num_loads += await wait_until_unloaded(streams.hotswap, version)
                 swap_began = time.monotonic()
-                await streams.hotswap.wear(version)
+                await streams.hotswap.activate(version)
                 swapping.swaps.append(time.monotonic() - swap_began)
                 await asyncio.sleep(pause)
             seconds = time.monotonic() - began

@@ -215,9 +215,9 @@ async def end_of(engine: Engine, number: int) -> tuple[str, Ending, Any]:
     try:
         async with asyncio.timeout(30):
             if dice.random() < 0.5:
-                reply = await engine.chat("base", ASK, [LOOK], seed=number)
+                reply = await engine.client.chat("base", ASK, [LOOK], seed=number)
             else:
-                reply = await engine.chat_stream("base", ASK, [LOOK], on_delta=ignore, seed=number)
+                reply = await engine.client.chat_stream("base", ASK, [LOOK], on_delta=ignore, seed=number)
     except PolicyError as error:
         return fault.__name__, type(error), error
     assert len({call["id"] for call in reply.tool_calls}) == len(reply.tool_calls)

@@ -90,7 +90,7 @@ async def playing(tell: Tell, memory: Memory) -> AsyncIterator[Agent]:
         tool = Tool("look", "Look somewhere.", LOOK["function"]["parameters"], look)
         yield Agent(memory, HotSwap(memory.policies, engine), {}, AgentConfig(), tools=[tool])
         await engine.stop()
-        await engine.close()
+        await engine.client.close()
 
 
 async def _live(tell: Tell, memory: Memory, agent: Agent, names: str, numbers: Iterator[int]) -> None:

@@ -321,7 +321,7 @@ async def test_a_policy_that_was_proved_without_memory_is_served_without_it(
     async with hotswap.lease(lean.version):  # as it was measured, before its verdict
         pass
     await memory.policies.move(lean.version, PolicyStage.ACTIVE, use_memory=False)
-    await hotswap.wear(lean.version)
+    await hotswap.activate(lean.version)
 
     assert (await play(agent, levers.task("right"))).memory_text == ""
     fake.script = pulls("right")

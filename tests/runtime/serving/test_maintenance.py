@@ -55,7 +55,7 @@ async def running(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatc
         for version in (1, 2):
             path = write_adapter(tmp_path / f"pocket-v{version}", base_dir, version)
             await memory.policies.draft(adapter_path=str(path), parent=0)
-            await hotswap.wear(version)
+            await hotswap.activate(version)
         agent = Agent(memory, hotswap, {}, AgentConfig(max_seconds=60.0, client_idle_seconds=30.0))
         maintenance = Maintenance(engine, hotswap, agent.open_episodes, drain_seconds=20.0)
         yield Running(engine, hotswap, agent, memory, maintenance, watching)
@@ -82,7 +82,7 @@ async def require_back(running: Running, before: int) -> None:
     """Assert that another engine answers, with the adapters of the one before, as the active policy."""
     await running.engine.wait_until_ready(30)
     assert running.engine.pid not in (None, before)
-    assert await running.engine.adapters() == {"pocket-v1", "pocket-v2"}
+    assert await running.engine.client.adapters() == {"pocket-v1", "pocket-v2"}
     trajectory = await play(running.agent, messages=SAY_HI)
     assert (trajectory.stage, trajectory.policy, trajectory.answer) == (TrajectoryStage.FINISHED, 2, "hello")
     assert running.maintenance.reason is None
