@@ -241,10 +241,10 @@ async def list_input_items(
     if order == "desc":
         items = items[::-1]
     if after is not None:
-        places = [place for place, item in enumerate(items) if item["id"] == after]
-        if not places:
+        positions = [position for position, item in enumerate(items) if item["id"] == after]
+        if not positions:
             raise NotFound(f"response {response_id!r} has no input item {after!r}", param="after", code="not_found")
-        items = items[places[0] + 1 :]
+        items = items[positions[0] + 1 :]
     page = items[:limit]
     return ItemList(
         data=page,

@@ -200,7 +200,7 @@ async def test_an_engine_that_does_not_come_back_in_time_fails_the_episode(
     async def stays_dead(*_) -> bool:
         return False
 
-    monkeypatch.setattr(engine, "probe", stays_dead)
+    monkeypatch.setattr(engine.client, "probe", stays_dead)
     trajectory = await play(agent, messages=[{"role": "user", "content": "hi"}])
     assert (trajectory.stage, trajectory.error) == ("failed", "EngineLost: the engine answered 500: dead")
     assert len(fake.requests) == 1
