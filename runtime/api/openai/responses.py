@@ -59,7 +59,7 @@ EXAMPLES = {
 
 
 class DeletedResponse(BaseModel):
-    """What was forgotten."""
+    """The id of a deleted response."""
 
     id: str
     object: str = "response"
@@ -67,7 +67,7 @@ class DeletedResponse(BaseModel):
 
 
 class ItemList(BaseModel):
-    """Input items of one response."""
+    """A page of the input items of one response."""
 
     object: str = "list"
     data: list[Json]
@@ -228,7 +228,7 @@ async def delete_response(response_id: str, server: Server, caller: Asker) -> De
     return DeletedResponse(id=response_id)
 
 
-@router.get("/{response_id}/input_items", summary="List what a response answered", responses=refusals(NotFound))
+@router.get("/{response_id}/input_items", summary="List the input items of a response", responses=refusals(NotFound))
 async def list_input_items(
     response_id: str,
     server: Server,
