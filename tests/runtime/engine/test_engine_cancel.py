@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import uvloop
 
 from runtime.config import EngineConfig
+from runtime.engine.client import EngineClient
 from runtime.engine.process import Engine
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
@@ -66,15 +67,16 @@ class CancelledAt:
             asyncio.get_running_loop().call_soon(cancel)
 
 
-class PlayedEngine(Engine):
-    """An engine whose children are real processes, and whose tokens are not."""
+class PlayedClient(EngineClient):
+    """Answers for a server that is not there."""
 
-    is_zombie = False
-    """Whether its first child generates none."""
+    def __init__(self, engine: PlayedEngine) -> None:
+        super().__init__()
+        self._engine = engine
 
     async def probe(self, model: str | None = None) -> bool:
         await asyncio.sleep(0)
-        return self.num_restarts > 0 or not self.is_zombie
+        return self._engine.num_restarts > 0 or not self._engine.is_zombie
 
     async def models(self) -> list[dict[str, Any]]:
         await asyncio.sleep(0)
@@ -84,9 +86,20 @@ class PlayedEngine(Engine):
         await asyncio.sleep(0)
         return 7.0
 
-    async def token_logprobs(self, model: str, token_ids: list[int]) -> list[float]:
+    async def token_logprobs(self, model: str, token_ids: Sequence[int]) -> list[float]:
         await asyncio.sleep(0)
         return [0.0]
+
+
+class PlayedEngine(Engine):
+    """An engine whose children are real processes, and whose tokens are not."""
+
+    is_zombie = False
+    """Whether its first child generates none."""
+
+    def __init__(self, config: EngineConfig, data_dir: Path) -> None:
+        super().__init__(config, data_dir)
+        self.client = PlayedClient(self)
 
 
 def living(script: Path) -> list[int]:
