@@ -1,7 +1,7 @@
 """What can be watched: every metric by its name, and the clocks that the agent and the API start.
 
 Refuses to know who reads (`/metrics`, runtime/api/metrics.py) and how spans leave the process (tracing.py). What memory
-counts by itself is only named here, in `STATE`; it is read when somebody asks.
+counts by itself is only named here, in `STATE_METRICS`; it is read when somebody asks.
 
     overhead = the time of a request - the time it waited for the model and for tools
 
@@ -37,7 +37,7 @@ class Family(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
-STATE = {
+STATE_METRICS = {
     "trajectories": Family("ratchet_trajectories", "Trajectories that closed, by how.", ("outcome", "split")),
     "feedback": Family("ratchet_feedback", "Pieces of feedback, by kind; one may be of several.", ("kind",)),
     "queue": Family("ratchet_log_queue_length", "Writes that wait for the disk."),

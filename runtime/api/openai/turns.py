@@ -17,7 +17,7 @@ from fastapi import Request
 from memory.schema import Split, Task, Trajectory, TrajectoryStage
 from memory.store import Memory
 from runtime.api.errors import ApiError, BadRequest, ClientLeft, EpisodeFailed, Overloaded
-from runtime.api.gateway.disconnects import wait_until_left
+from runtime.api.gateway.disconnects import wait_for_disconnect
 from runtime.api.gateway.permissions import Caller
 from runtime.api.openai.chat_request import Extensions
 from runtime.api.openai.models import resolve
@@ -119,7 +119,7 @@ async def finish(request: Request, memory: Memory, play: Play) -> Turn:
     """
     opened = Opened()
     episode = asyncio.ensure_future(play(on_open=opened))
-    left = asyncio.ensure_future(wait_until_left(request))
+    left = asyncio.ensure_future(wait_for_disconnect(request))
     try:
         await asyncio.wait({episode, left}, return_when=asyncio.FIRST_COMPLETED)
         if not episode.done():
@@ -158,7 +158,7 @@ class StreamedTurn:
         Raises:
             ClientLeft, EpisodeFailed, BadRequest, and whatever the rollout raised before it opened a trajectory.
         """
-        left = asyncio.ensure_future(wait_until_left(request))
+        left = asyncio.ensure_future(wait_for_disconnect(request))
         first = asyncio.ensure_future(self._said.get())
         try:
             await asyncio.wait({first, left}, return_when=asyncio.FIRST_COMPLETED)

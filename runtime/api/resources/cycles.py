@@ -16,8 +16,8 @@ from pydantic import BaseModel
 from memory.names import path_below
 from memory.records.cycles import FINAL_STAGES
 from memory.schema import Cycle, CycleStage, Scope
-from runtime.api.errors import ACCEPTED, Conflict, NotFound, NotReady, refusals
-from runtime.api.gateway.permissions import Asker
+from runtime.api.errors import ACCEPTED, Conflict, NotFound, NotReady, error_responses
+from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.health import require_ready
 from runtime.api.services import Server, Services
 from runtime.errors import EngineInMaintenance
@@ -64,11 +64,14 @@ EXAMPLES = {
 
 
 @router.post(
-    "", status_code=ACCEPTED, summary="Turn the loop once, in the background", responses=refusals(Conflict, NotReady)
+    "",
+    status_code=ACCEPTED,
+    summary="Turn the loop once, in the background",
+    responses=error_responses(Conflict, NotReady),
 )
 async def start_cycle(
     server: Server,
-    caller: Asker,
+    caller: RequestCaller,
     response: Response,
     body: Annotated[CycleRequest | None, Body(openapi_examples=EXAMPLES)] = None,
 ) -> CycleDetail:
@@ -139,12 +142,12 @@ async def list_cycles(server: Server, limit: Annotated[int, Query(ge=1, le=500)]
     return CycleList(data=[describe(cycle, server) for cycle in server.memory.cycles.select(limit=limit)])
 
 
-@router.get("/{cycle_id}", summary="See where a cycle is, or how it ended", responses=refusals(NotFound))
+@router.get("/{cycle_id}", summary="See where a cycle is, or how it ended", responses=error_responses(NotFound))
 async def get_cycle(cycle_id: str, server: Server) -> CycleDetail:
     return describe(server.memory.cycles.get(cycle_id), server)
 
 
-@router.post("/{cycle_id}/cancel", summary="Stop a cycle", responses=refusals(NotFound, Conflict))
+@router.post("/{cycle_id}/cancel", summary="Stop a cycle", responses=error_responses(NotFound, Conflict))
 async def cancel_cycle(cycle_id: str, server: Server) -> CycleDetail:
     """What it has recorded stays: trajectories, rewards, insights, drafts."""
     cycle = server.memory.cycles.get(cycle_id)
@@ -159,7 +162,7 @@ async def cancel_cycle(cycle_id: str, server: Server) -> CycleDetail:
     response_class=FileResponse,
     responses={
         200: {"content": {media_type: {} for media_type in REPORT_TYPES.values()}, "description": "The report."},
-        **refusals(NotFound),
+        **error_responses(NotFound),
     },
 )
 async def get_report(

@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field
 
 from memory.schema import Document, Trust
 from memory.search.document_search import search_documents
-from runtime.api.errors import CREATED, BadRequest, NotFound, TooLarge, refusals
-from runtime.api.gateway.permissions import Asker, Caller
+from runtime.api.errors import CREATED, BadRequest, NotFound, TooLarge, error_responses
+from runtime.api.gateway.permissions import Caller, RequestCaller
 from runtime.api.services import Server, Services
 
 router = APIRouter(prefix="/v1/documents", tags=["documents"])
@@ -87,17 +87,19 @@ class Removed(BaseModel):
 EXAMPLE = {"handbook": {"value": {"title": "Refunds", "text": "Refunds above 100 EUR need a second signature."}}}
 
 
-@router.post("", status_code=CREATED, summary="Give the agent a text to read", responses=refusals(TooLarge))
+@router.post("", status_code=CREATED, summary="Give the agent a text to read", responses=error_responses(TooLarge))
 async def add_document(
-    server: Server, caller: Asker, body: Annotated[DocumentRequest, Body(openapi_examples=EXAMPLE)]
+    server: Server, caller: RequestCaller, body: Annotated[DocumentRequest, Body(openapi_examples=EXAMPLE)]
 ) -> DocumentDetail:
     return await _ingest(server, caller, body.title, body.text, is_trusted=body.is_trusted)
 
 
-@router.post("/upload", status_code=CREATED, summary="Give the agent a text file to read", responses=refusals(TooLarge))
+@router.post(
+    "/upload", status_code=CREATED, summary="Give the agent a text file to read", responses=error_responses(TooLarge)
+)
 async def upload_document(
     server: Server,
-    caller: Asker,
+    caller: RequestCaller,
     file: Annotated[UploadFile, File(description="Text in UTF-8.")],
     title: Annotated[str, Form(max_length=500, description="By default the file's name.")] = "",
     is_trusted: Annotated[bool, Form()] = True,
@@ -122,28 +124,28 @@ async def _ingest(server: Services, caller: Caller, title: str, text: str, *, is
 
 
 @router.get("", summary="List what the agent was given to read")
-async def list_documents(server: Server, caller: Asker) -> DocumentList:
+async def list_documents(server: Server, caller: RequestCaller) -> DocumentList:
     rows = server.memory.documents.select(tenant=caller.tenant)
     return DocumentList(data=[describe(row) for row in rows])
 
 
 @router.post("/search", summary="Find passages of documents")
-async def search(server: Server, caller: Asker, body: DocumentQuery) -> DocumentMatches:
+async def search(server: Server, caller: RequestCaller, body: DocumentQuery) -> DocumentMatches:
     memory = server.memory
     found = await search_documents(memory.database, memory.index, body.query, body.limit, tenant=caller.tenant)
     return DocumentMatches(data=[DocumentMatch.model_validate(match, from_attributes=True) for match in found])
 
 
-@router.get("/{document_id}", summary="Read a document", responses=refusals(NotFound))
-async def get_document(document_id: str, server: Server, caller: Asker) -> DocumentText:
+@router.get("/{document_id}", summary="Read a document", responses=error_responses(NotFound))
+async def get_document(document_id: str, server: Server, caller: RequestCaller) -> DocumentText:
     documents = server.memory.documents
     row = documents.get(document_id, tenant=caller.tenant)
     passages = [passage.text for passage in documents.passages(document_id, tenant=caller.tenant)]
     return DocumentText(**describe(row).model_dump(), passages=passages)
 
 
-@router.delete("/{document_id}", summary="Take a text away again", responses=refusals(NotFound))
-async def remove_document(document_id: str, server: Server, caller: Asker) -> Removed:
+@router.delete("/{document_id}", summary="Take a text away again", responses=error_responses(NotFound))
+async def remove_document(document_id: str, server: Server, caller: RequestCaller) -> Removed:
     await server.memory.documents.remove(document_id, tenant=caller.tenant)
     return Removed(id=document_id)
 

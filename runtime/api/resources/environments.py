@@ -11,9 +11,9 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 
 from memory.schema import Split
-from runtime.api.errors import NotFound, TooManyRequests, refusals
-from runtime.api.gateway.disconnects import unless_left
-from runtime.api.gateway.permissions import Asker
+from runtime.api.errors import NotFound, TooManyRequests, error_responses
+from runtime.api.gateway.disconnects import cancel_on_disconnect
+from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.services import Server
 
 MAX_TASKS = 10_000
@@ -72,7 +72,7 @@ async def list_environments(server: Server) -> EnvironmentList:
     )
 
 
-@router.get("/{environment}/tasks", summary="List tasks of a split", responses=refusals(NotFound))
+@router.get("/{environment}/tasks", summary="List tasks of a split", responses=error_responses(NotFound))
 async def list_tasks(
     environment: str,
     server: Server,
@@ -87,14 +87,14 @@ async def list_tasks(
 @router.post(
     "/{environment}/prepare",
     summary="Do ahead of time what starting tasks would wait for",
-    responses=refusals(NotFound, TooManyRequests),
+    responses=error_responses(NotFound, TooManyRequests),
 )
 async def prepare_tasks(
-    environment: str, server: Server, caller: Asker, request: Request, body: PrepareRequest
+    environment: str, server: Server, caller: RequestCaller, request: Request, body: PrepareRequest
 ) -> Prepared:
     """A key may have two calls under way, a tenant four. A client that leaves ends its call."""
     world = server.environment(environment)
     tasks = [world.task(name) for name in body.tasks]
     with server.preparations.admit(caller):
-        await unless_left(request, world.prepare(tasks))
+        await cancel_on_disconnect(request, world.prepare(tasks))
     return Prepared(num_tasks=len(body.tasks))

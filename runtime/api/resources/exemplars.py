@@ -13,8 +13,8 @@ from fastapi import APIRouter, Body, Query
 from pydantic import BaseModel, Field
 
 from memory.records.reviews import ListedExemplar, Status
-from runtime.api.errors import Conflict, NotFound, refusals
-from runtime.api.gateway.permissions import Asker
+from runtime.api.errors import Conflict, NotFound, error_responses
+from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.openai.answer_ids import trajectory_of
 from runtime.api.resources.insights import Approval, ShownTo, name_scope
 from runtime.api.services import Server
@@ -49,7 +49,7 @@ class ExemplarPage(BaseModel):
 @router.get("", summary="List past successes, newest first")
 async def list_exemplars(
     server: Server,
-    caller: Asker,
+    caller: RequestCaller,
     status: Literal["active", "pending", "approved", "retired"] = "active",
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     before: Annotated[str | None, Query(description="`next_before` of the page before.")] = None,
@@ -62,10 +62,12 @@ async def list_exemplars(
 
 
 @router.post(
-    "/{trajectory_id}/approve", summary="Show a success to the whole tenant", responses=refusals(NotFound, Conflict)
+    "/{trajectory_id}/approve",
+    summary="Show a success to the whole tenant",
+    responses=error_responses(NotFound, Conflict),
 )
 async def approve_exemplar(
-    trajectory_id: str, server: Server, caller: Asker, body: Annotated[Approval | None, Body()] = None
+    trajectory_id: str, server: Server, caller: RequestCaller, body: Annotated[Approval | None, Body()] = None
 ) -> ExemplarDetail:
     """With `text`, that is what is shown in its place. Approving again changes the text."""
     row = await server.memory.reviews.approve_exemplar(
@@ -77,8 +79,8 @@ async def approve_exemplar(
     return describe(row)
 
 
-@router.post("/{trajectory_id}/retire", summary="Show a success to nobody again", responses=refusals(NotFound))
-async def retire_exemplar(trajectory_id: str, server: Server, caller: Asker) -> ExemplarDetail:
+@router.post("/{trajectory_id}/retire", summary="Show a success to nobody again", responses=error_responses(NotFound))
+async def retire_exemplar(trajectory_id: str, server: Server, caller: RequestCaller) -> ExemplarDetail:
     """Nor are insights drawn from it any more. Any trajectory can be retired, also before it is a success."""
     row = await server.memory.reviews.retire_exemplar(
         trajectory_of(trajectory_id), tenant=caller.tenant, key_id=caller.key_id

@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from memory.schema import Feedback
 from memory.store import Memory
-from runtime.api.errors import CREATED, OK, Conflict, NotFound, refusals
-from runtime.api.gateway.permissions import Asker
+from runtime.api.errors import CREATED, OK, Conflict, NotFound, error_responses
+from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.openai.answer_ids import start_of, trajectory_of
 from runtime.api.openai.chat_request import check_person
 from runtime.api.resources.feedback_words import read_reward
@@ -118,12 +118,12 @@ EXAMPLES = {
     summary="Say how an episode went",
     responses={
         OK: {"model": FeedbackAnswer, "description": "The same was posted before under this `id`; nothing changed."},
-        **refusals(NotFound, Conflict),
+        **error_responses(NotFound, Conflict),
     },
 )
 async def post_feedback(
     server: Server,
-    caller: Asker,
+    caller: RequestCaller,
     response: Response,
     body: Annotated[FeedbackRequest, Body(openapi_examples=EXAMPLES)],
 ) -> FeedbackAnswer:

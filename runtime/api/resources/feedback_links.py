@@ -19,8 +19,8 @@ from pydantic import BaseModel, Field, model_validator
 
 from memory.errors import FeedbackConflict
 from memory.schema import Feedback, new_id
-from runtime.api.errors import CREATED, OK, BadRequest, Conflict, Gone, NotFound, classify, refusals
-from runtime.api.gateway.permissions import Asker
+from runtime.api.errors import CREATED, OK, BadRequest, Conflict, Gone, NotFound, classify, error_responses
+from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.resources.feedback import Target, find_target
 from runtime.api.resources.feedback_page import HEADERS, MAX_CHARS, render_form, render_said
 from runtime.api.resources.signed_links import Link, LinkSigner, load_secret
@@ -68,11 +68,11 @@ class LinkAnswer(BaseModel):
     "/v1/feedback/links",
     status_code=CREATED,
     summary="Make a link that takes one piece of feedback",
-    responses=refusals(NotFound),
+    responses=error_responses(NotFound),
 )
 async def make_link(
     server: Server,
-    caller: Asker,
+    caller: RequestCaller,
     request: Request,
     body: Annotated[
         LinkRequest, Body(openapi_examples={"thumbs": {"summary": "Good or not", "value": {"target": "trj_0199..."}}})
@@ -114,7 +114,7 @@ async def show_form(token: str, server: Server) -> HTMLResponse:
     "/feedback/{token}",
     summary="Post the piece of feedback that a link allows",
     response_class=HTMLResponse,
-    responses=refusals(NotFound, Conflict, Gone),
+    responses=error_responses(NotFound, Conflict, Gone),
 )
 async def post_form(token: str, server: Server, request: Request) -> HTMLResponse:
     """Keeps it, durably. The same again changes nothing; something else is refused: a link is for one piece."""

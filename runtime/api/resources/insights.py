@@ -14,8 +14,8 @@ from pydantic import BaseModel, Field
 
 from memory.records.reviews import Status
 from memory.schema import Insight, Trust
-from runtime.api.errors import Conflict, NotFound, refusals
-from runtime.api.gateway.permissions import Asker
+from runtime.api.errors import Conflict, NotFound, error_responses
+from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/insights", tags=["insights"])
@@ -66,7 +66,7 @@ class Edit(BaseModel, extra="forbid"):
 @router.get("", summary="List the lessons that count, strongest first")
 async def list_insights(
     server: Server,
-    caller: Asker,
+    caller: RequestCaller,
     environment: str | None = None,
     kind: str | None = None,
     status: Status = Status.ACTIVE,
@@ -79,10 +79,10 @@ async def list_insights(
 
 
 @router.post(
-    "/{insight_id}/approve", summary="Show a lesson to the whole tenant", responses=refusals(NotFound, Conflict)
+    "/{insight_id}/approve", summary="Show a lesson to the whole tenant", responses=error_responses(NotFound, Conflict)
 )
 async def approve_insight(
-    insight_id: str, server: Server, caller: Asker, body: Annotated[Approval | None, Body()] = None
+    insight_id: str, server: Server, caller: RequestCaller, body: Annotated[Approval | None, Body()] = None
 ) -> InsightDetail:
     """Where the tenant's own lessons say the same already, that one is approved and answered."""
     row = await server.memory.reviews.approve_insight(
@@ -91,15 +91,17 @@ async def approve_insight(
     return describe(row, "")
 
 
-@router.post("/{insight_id}/edit", summary="Put a lesson into other words", responses=refusals(NotFound, Conflict))
-async def edit_insight(insight_id: str, server: Server, caller: Asker, body: Edit) -> InsightDetail:
+@router.post(
+    "/{insight_id}/edit", summary="Put a lesson into other words", responses=error_responses(NotFound, Conflict)
+)
+async def edit_insight(insight_id: str, server: Server, caller: RequestCaller, body: Edit) -> InsightDetail:
     """Who is shown it stays the same."""
     row = await server.memory.reviews.edit_insight(insight_id, body.text, tenant=caller.tenant, key_id=caller.key_id)
     return describe(row.insight, row.scope)
 
 
-@router.post("/{insight_id}/retire", summary="Show a lesson to nobody again", responses=refusals(NotFound))
-async def retire_insight(insight_id: str, server: Server, caller: Asker) -> InsightDetail:
+@router.post("/{insight_id}/retire", summary="Show a lesson to nobody again", responses=error_responses(NotFound))
+async def retire_insight(insight_id: str, server: Server, caller: RequestCaller) -> InsightDetail:
     """No evidence brings its words back."""
     row = await server.memory.reviews.retire_insight(insight_id, tenant=caller.tenant, key_id=caller.key_id)
     return describe(row, None)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from memory.records.keys import MAX_LIMIT
 from memory.schema import ApiKey, Scope
-from runtime.api.errors import CREATED, Conflict, NotFound, refusals
+from runtime.api.errors import CREATED, Conflict, NotFound, error_responses
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
@@ -88,7 +88,9 @@ async def list_keys(server: Server) -> KeyList:
     return KeyList(data=[describe(row) for row in server.memory.keys.select()])
 
 
-@router.post("/{key_id}/revoke", summary="Have a key open nothing any more", responses=refusals(NotFound, Conflict))
+@router.post(
+    "/{key_id}/revoke", summary="Have a key open nothing any more", responses=error_responses(NotFound, Conflict)
+)
 async def revoke_key(key_id: str, server: Server) -> KeyDetail:
     """At once, and for good. What is being answered is answered. The last key that manages keys is kept (409)."""
     return describe(await server.memory.keys.revoke(key_id))

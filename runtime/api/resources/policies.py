@@ -14,7 +14,7 @@ from fastapi import APIRouter, Path
 from pydantic import BaseModel
 
 from memory.schema import Policy, PolicyStage
-from runtime.api.errors import Conflict, NotFound, NotReady, refusals
+from runtime.api.errors import Conflict, NotFound, NotReady, error_responses
 from runtime.api.health import require_ready
 from runtime.api.services import Server, Services
 
@@ -75,18 +75,18 @@ async def list_policies(server: Server) -> PolicyList:
     return PolicyList(active=policies.active().name, data=[describe(policy) for policy in policies.select()])
 
 
-@router.get("/{version}", summary="Read one policy", responses=refusals(NotFound))
+@router.get("/{version}", summary="Read one policy", responses=error_responses(NotFound))
 async def get_policy(version: Version, server: Server) -> PolicyWithLineage:
     policy, *ancestors = server.memory.policies.lineage(version_name(version))
     return PolicyWithLineage(**describe(policy).model_dump(), lineage=[ancestor.name for ancestor in ancestors])
 
 
-@router.post("/rollback", summary="Let the policy act that acted before", responses=refusals(Conflict))
+@router.post("/rollback", summary="Let the policy act that acted before", responses=error_responses(Conflict))
 async def rollback(server: Server) -> PolicyDetail:
     return await roll_back(server)
 
 
-@router.post("/{version}/promote", summary="Let a policy act", responses=refusals(NotFound, Conflict, NotReady))
+@router.post("/{version}/promote", summary="Let a policy act", responses=error_responses(NotFound, Conflict, NotReady))
 async def promote(version: Version, server: Server) -> PolicyDetail:
     """Wear it on trial, then let it act. Episodes under way keep the policy they started with."""
     wanted = server.memory.policies.get(version_name(version)).version
@@ -97,7 +97,7 @@ async def promote(version: Version, server: Server) -> PolicyDetail:
     return describe(promoted)
 
 
-@router.post("/{version}/judge", summary="Decide on a candidate", responses=refusals(NotFound, Conflict))
+@router.post("/{version}/judge", summary="Decide on a candidate", responses=error_responses(NotFound, Conflict))
 async def judge(version: Version, server: Server) -> Judgement:
     """Compare a candidate, or one that was rejected, with the active policy on held-out tasks that have not decided on
     it yet, by the gate's own test. Where its cycle learned from an environment, new tasks of it are played here, which
@@ -128,7 +128,7 @@ async def judge(version: Version, server: Server) -> Judgement:
 @router.post(
     "/{version}/rollback",
     summary="Take a policy back, if it is the one that acts",
-    responses=refusals(NotFound, Conflict),
+    responses=error_responses(NotFound, Conflict),
 )
 async def rollback_from(version: Version, server: Server) -> PolicyDetail:
     """Like `/rollback`, but safe to repeat: refused when another policy acts by now."""

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 
 from memory.records.trajectories import TrajectoryView
 from memory.schema import RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage
-from runtime.api.errors import Conflict, NotFound, refusals
-from runtime.api.gateway.permissions import Asker
+from runtime.api.errors import Conflict, NotFound, error_responses
+from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.openai.answer_ids import trajectory_of
 from runtime.api.services import Server
 
@@ -121,7 +121,7 @@ class TrajectoryDetail(TrajectorySummary):
 @router.get("", summary="List trajectories, newest first")
 async def list_trajectories(
     server: Server,
-    caller: Asker,
+    caller: RequestCaller,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     before: Annotated[str | None, Query(description="`next_before` of the page before.")] = None,
     environment: str | None = None,
@@ -147,11 +147,11 @@ async def list_trajectories(
     return TrajectoryPage(data=data, next_before=data[-1].id if len(data) == limit else None)
 
 
-@router.get("/{trajectory_id}", summary="Read one trajectory", responses=refusals(NotFound))
+@router.get("/{trajectory_id}", summary="Read one trajectory", responses=error_responses(NotFound))
 async def get_trajectory(
     trajectory_id: str,
     server: Server,
-    caller: Asker,
+    caller: RequestCaller,
     token_ids: Annotated[bool, Query(description="With the exact token ids of every call.")] = False,
 ) -> TrajectoryDetail:
     memory = server.memory
@@ -172,9 +172,9 @@ async def get_trajectory(
 @router.post(
     "/{trajectory_id}/close",
     summary="Close a trajectory that waits for its client",
-    responses=refusals(NotFound, Conflict),
+    responses=error_responses(NotFound, Conflict),
 )
-async def close_trajectory(trajectory_id: str, server: Server, caller: Asker) -> TrajectorySummary:
+async def close_trajectory(trajectory_id: str, server: Server, caller: RequestCaller) -> TrajectorySummary:
     """For a client that runs tools and is done: what the last tool did was the end. Without this, the trajectory closes
     when nobody has come back for a while. What is closed already is answered as it is."""
     memory = server.memory

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from runtime.api.errors import Overloaded
-from runtime.api.gateway.admission import ASKS_SECONDS, ConcurrencyLimit
+from runtime.api.gateway.admission import ACTIVE_SECONDS, ConcurrencyLimit
 from runtime.api.gateway.request_body import BodyBudget
 
 
@@ -28,7 +28,7 @@ def fill(room: ConcurrencyLimit, tenant: str, held: ExitStack) -> int:
     with contextlib.suppress(Overloaded):
         while True:
             room.require(tenant)
-            held.enter_context(room.take(tenant))
+            held.enter_context(room.occupy(tenant))
             num += 1
     return num
 
@@ -58,7 +58,7 @@ def test_a_tenant_that_asks_no_more_has_no_share() -> None:
     clock = Clock()
     room, held = ConcurrencyLimit(2, clock), ExitStack()
     room.require("b")
-    clock.moment += ASKS_SECONDS + 1
+    clock.moment += ACTIVE_SECONDS + 1
     assert fill(room, "a", held) == 2
     held.close()
 
