@@ -482,7 +482,7 @@ class Learner:
         from runtime.settings import overlay
 
         try:
-            config = overlay(self._config, settings, place="settings")
+            config = overlay(self._config, settings, origin="settings")
             if not may_loosen_bars:
                 require_proof(config, self._config)
             cycle = await open_cycle(self._memory, config, seams=self._seams)
@@ -496,7 +496,7 @@ class Learner:
         from optimizer.cycle.readiness import measure_needs
         from runtime.settings import overlay
 
-        config = overlay(self._config, settings, place="settings")
+        config = overlay(self._config, settings, origin="settings")
         return [need.to_json() for need in await measure_needs(self._memory, config, self._seams)]
 
     async def resume(self) -> None:

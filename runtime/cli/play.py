@@ -8,13 +8,12 @@ Invariant: an episode that failed counts as not successful, and is counted by it
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
+from memory.statistics import wilson_interval
 from runtime.cli.client import Client, Refused
 
 PREPARE_AT_ONCE = 16
@@ -160,15 +159,3 @@ def summarize(order: Order, episodes: Sequence[dict[str, Any]], *, seconds: floa
         "seconds": round(seconds, 3),
         "episodes": list(episodes),
     }
-
-
-def wilson_interval(num_successes: int, num_tries: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval for a share; (0, 1) when nothing was tried."""
-    if num_tries == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = num_successes / num_tries
-    spread = z * math.sqrt(share * (1 - share) / num_tries + z * z / (4 * num_tries**2))
-    scale = 1 + z * z / num_tries
-    centre = share + z * z / (2 * num_tries)
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
