@@ -46,6 +46,14 @@ class CycleRunner(Protocol):
         """
         ...
 
+    async def resume(self) -> None:
+        """Resume the cycle that an earlier process left open, if there is one."""
+        ...
+
+    async def stop(self) -> None:
+        """Interrupt the running cycle; it is resumed at the next start."""
+        ...
+
     async def cancel(self, cycle_id: str) -> Cycle:
         """Stop a running cycle; it closes with the error that it was cancelled."""
         ...
