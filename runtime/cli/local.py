@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from runtime.cli.output import Failure, perform, watching
+from runtime.cli.options import DEFAULT_URL, OPEN_ENDED, Config, Data, Json, Key, Url
+from runtime.cli.output import Failure, progress_console, run_command
 from runtime.cli.server_process import open_memory, prepare_environment
-from runtime.cli.verbs import DEFAULT_URL, OPEN_ENDED, Config, Data, Json, Key, Url
 
 if TYPE_CHECKING:
     from memory.store import Memory
@@ -35,12 +35,12 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
         config: Config = None, data: Data = None, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False
     ) -> None:
         """Rebuild what finds memories from the rows; by the running server, or here if none runs."""
-        from runtime.cli.client import Client, NoServer
+        from runtime.cli.client import Client, ServerUnreachable
 
         settings = read_settings(config, {"data": data}, [])
 
         async def work() -> dict[str, Any]:
-            with contextlib.suppress(NoServer):
+            with contextlib.suppress(ServerUnreachable):
                 async with Client(url, key=key) as client:
                     return await client.post("/v1/index/rebuild")
             prepare_environment(settings)
@@ -50,7 +50,7 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
         def show(rebuilt: dict[str, Any]) -> str:
             return "rebuilt: " + ", ".join(f"{count} {name}" for name, count in rebuilt["counts"].items())
 
-        perform(work, as_json=as_json, show=show)
+        run_command(work, as_json=as_json, render=show)
 
     @app.command("copy-rows")
     def copy_rows(config: Config = None, data: Data = None, as_json: Json = False) -> None:
@@ -69,7 +69,7 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
         def show(copied: dict[str, Any]) -> str:
             return "copied: " + ", ".join(f"{count} {name}" for name, count in copied["counts"].items() if count)
 
-        perform(work, as_json=as_json, show=show)
+        run_command(work, as_json=as_json, render=show)
 
     @app.command(context_settings=OPEN_ENDED)
     def doctor(
@@ -81,23 +81,23 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
         as_json: Json = False,
     ) -> None:
         """Check everything an answer depends on; with no server running, start an engine and ask it for a token."""
-        from runtime.cli import render as show
-        from runtime.cli.client import Client, NoServer
+        from runtime.cli import render
+        from runtime.cli.client import Client, ServerUnreachable
 
         settings = read_settings(config, {"data": data}, context.args)
 
         async def work() -> dict[str, Any]:
-            with contextlib.suppress(NoServer):
+            with contextlib.suppress(ServerUnreachable):
                 async with Client(url, key=key) as client:
                     return await client.get("/v1/doctor")
             prepare_environment(settings)
-            phases = show.Phases(watching(as_json), is_silent=as_json)
+            phases = render.Phases(progress_console(as_json), is_silent=as_json)
             try:
                 return await examine(settings, phases)
             finally:
                 phases.end()
 
-        diagnosis = perform(work, as_json=as_json, show=show.doctor_table)
+        diagnosis = run_command(work, as_json=as_json, render=render.doctor_table)
         if not diagnosis["is_ok"]:
             raise typer.Exit(1)
 
@@ -119,9 +119,9 @@ async def examine(settings: RuntimeSettings, phases: Phases) -> dict[str, Any]:
         lost = checks.Check("storage", False, str(failure), "the message says what can be done")
         return {"is_ok": False, "checks": [asdict(lost)]}
     with memory:
-        phases.say("checking what is kept")
+        phases.begin("checking what is kept")
         found = await asyncio.to_thread(checks.check_at_rest, memory)
-        engine = Engine(settings.engine, memory.data_dir, on_progress=phases.say)
+        engine = Engine(settings.engine, memory.data_dir, on_progress=phases.begin)
         try:
             await engine.start()
             found += await checks.check_engine(engine)

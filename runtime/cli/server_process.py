@@ -18,9 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.cli.banner import render_banner
-from runtime.cli.output import Failure, say
-from runtime.cli.verbs import DEFAULT_URL
+from runtime.cli.options import DEFAULT_URL
+from runtime.cli.output import Failure, print_result
 
 if TYPE_CHECKING:
     from memory.records.keys import Keys
@@ -79,10 +78,10 @@ async def run_server(settings: RuntimeSettings, compose: Compose, phases: Phases
         asyncio.get_running_loop().add_signal_handler(one, stop.set)
     try:
         with listen(settings.server.host, settings.server.port) as listener:
-            phases.say(f"opening memory in {settings.data}")
+            phases.begin(f"opening memory in {settings.data}")
             with open_memory(settings) as memory:
                 require_keys_or_loopback(settings.server.host, memory.keys)
-                phases.say("loading the program")
+                phases.begin("loading the program")
                 await live(compose(memory, phases), listener, settings, stop, phases, as_json=as_json)
     except (StoreError, EngineError, ValueError, OSError) as error:
         raise Failure(str(error)) from error
@@ -154,12 +153,12 @@ async def live(
         await services.cycles.resume()
         room = await services.check_training() if services.check_training is not None else None
         if room is not None and not room.is_ok:
-            phases.say(f"learning is refused: {room.detail}")
+            phases.begin(f"learning is refused: {room.detail}")
         phases.end()
         announce(services, listener, as_json=as_json)
         await wait_for_first(stop, answering, *background)
     finally:
-        phases.say("stopping")
+        phases.begin("stopping")
         server.should_exit = True
         server.force_exit = starting.cancelled() or not starting.done()
         await asyncio.wait({answering})
@@ -189,18 +188,18 @@ async def start(services: Services, settings: RuntimeSettings, phases: Phases) -
 
     memory = services.memory
     await memory.trajectories.close_orphans()
-    phases.say("opening tools")
+    phases.begin("opening tools")
     await services.toolbox.open()
     await services.engine.start()
     await memory.policies.register_base(name_base(services.engine, settings.engine.model))
     while True:
         active = memory.policies.active()
-        phases.say(f"putting on policy {active.name}")
+        phases.begin(f"putting on policy {active.name}")
         try:
             return await services.hotswap.wear(active.version)
         except AdapterError as refused:
             before = await memory.policies.rollback()
-            phases.say(f"policy {active.name} was refused ({refused}); back to {before.name}")
+            phases.begin(f"policy {active.name} was refused ({refused}); back to {before.name}")
 
 
 def name_base(engine: Engine, model: str | None) -> str:
@@ -212,6 +211,8 @@ def name_base(engine: Engine, model: str | None) -> str:
 
 def announce(services: Services, listener: socket.socket, *, as_json: bool) -> None:
     """Say where the agent answers, and three things to try."""
+    from runtime.cli.render import render_banner
+
     url = url_of(listener)
     policy = services.memory.policies.get(services.hotswap.active_version)
     facts = {"url": url, "policy": policy.name, "base_model": policy.base_model, "data": str(services.memory.data_dir)}
@@ -221,7 +222,7 @@ def announce(services: Services, listener: socket.socket, *, as_json: bool) -> N
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
     is_pocket = services.engine.config.model is None and services.engine.config.url is None
     text = render_banner(facts, command=f"{python} serve.py", option=option, is_pocket=is_pocket)
-    say(facts, as_json=as_json, show=lambda _: text)
+    print_result(facts, as_json=as_json, render=lambda _: text)
 
 
 def url_of(listener: socket.socket) -> str:
