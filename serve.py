@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from runtime.cli.commands import add_commands
 from runtime.cli.cycles import add_cycle_commands
 from runtime.cli.documents import add_document_commands
 from runtime.cli.keys import add_key_commands
-from runtime.cli.local import add_local_commands
+from runtime.cli.local import add_local_commands, refuse_written_password
 from runtime.cli.options import OPEN_ENDED, Config, Data, Json
 from runtime.cli.output import Failure, exit_process, progress_console, run, run_command
 from runtime.cli.reviews import add_review_commands
@@ -38,6 +38,7 @@ from runtime.settings import BadSettings, overlay, parse_flags, read_settings
 
 if TYPE_CHECKING:
     from memory.records.keys import Keys
+    from memory.schema import Task
     from memory.store import Memory
     from optimizer.placement import Machine
     from optimizer.seams import Seams
@@ -75,20 +76,6 @@ def read_all_settings(config: Path | None, given: dict[str, str | None], extra: 
         raise Failure(str(bad), exit_code=2) from None
 
 
-def refuse_written_password(database: str | None) -> None:
-    """Raise Failure for a database's password in a file or on the command line, where others may read it."""
-    if database is None:
-        return
-    from memory.storage.dialects import holds_password
-
-    if holds_password(database):
-        raise Failure(
-            "memory.database holds a password: take it out and give it as PGPASSWORD, or give the whole URL as the "
-            "environment variable RATCHET_MEMORY__DATABASE",
-            exit_code=2,
-        )
-
-
 def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     """Make every part of a server and connect them. Nothing runs yet."""
     from optimizer.learner import Learner
@@ -119,8 +106,8 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     drain_seconds = settings.agent.max_seconds + DRAIN_SLACK_SECONDS
     maintenance = Maintenance(engine, hotswap, agent.book, drain_seconds=drain_seconds)
     # The pocket model cannot write prose; insights come from counting then.
-    writer = TextCompletion(hotswap) if settings.engine.model or settings.engine.url else None
-    seams = make_seams(agent, engine, maintenance, writer)
+    critic = Critic(TextCompletion(hotswap)) if settings.engine.model or settings.engine.url else None
+    seams = make_seams(agent, engine, maintenance, critic)
     return Services(
         memory,
         agent,
@@ -136,21 +123,16 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     )
 
 
-def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, writer: TextCompletion | None) -> Seams:
+def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: Critic | None) -> Seams:
     """Return the functions through which the optimizer reaches the runtime, which it may not import."""
-    from optimizer.seams import Seams, Serving
-
-    async def complete(messages: list[dict[str, Any]], *, schema: dict[str, Any], max_tokens: int) -> str:
-        with raising_completion_errors():
-            return await writer.complete(messages, schema=schema, max_tokens=max_tokens)
-
-    async def context_tokens() -> int | None:
-        with raising_completion_errors():
-            return await writer.context_tokens()
+    from optimizer.seams import Seams, Serving, unknown_context
 
     def serving(environment: str) -> Serving:
         temperature = agent.temperature_of(agent.environment(environment) if environment else None)
         return Serving(temperature=temperature, use_memory=agent.serve_with_memory)
+
+    async def prepare(tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
+        await agent.environment(tasks[0].environment or "").prepare(tasks, on_progress)
 
     return Seams(
         rollout=agent.rollout,
@@ -159,9 +141,11 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, writer: T
         tasks=lambda environment, split, num_tasks, offset=0: agent.environment(environment).tasks(
             split, num_tasks, offset=offset
         ),
-        prepare=lambda tasks, on_progress=None: agent.environment(tasks[0].environment).prepare(tasks, on_progress),
-        complete=complete if writer is not None else None,
-        context_tokens=context_tokens,
+        prepare=lambda tasks, on_progress=None: agent.environment(tasks[0].environment or "").prepare(
+            tasks, on_progress
+        ),
+        complete=critic.complete if critic is not None else None,
+        context_tokens=critic.context_tokens if critic is not None else unknown_context,
         inspect_machine=lambda: inspect_machine(engine),
         open_window=maintenance.window,
     )
@@ -198,18 +182,33 @@ async def check_training(memory: Memory, config: OptimizerConfig, seams: Seams) 
     return Check("training", True, str(placement))
 
 
-@contextlib.contextmanager
-def raising_completion_errors() -> Iterator[None]:
-    """Turn what the engine raises into what the optimizer's `Complete` seam may raise."""
-    from optimizer.errors import CompletionError, PromptTooLong
-    from runtime.errors import BudgetExceeded, EngineError, PolicyError
+class Critic:
+    """The base model as the optimizer's critic, whichever policy is active."""
 
-    try:
-        yield
-    except BudgetExceeded as error:
-        raise PromptTooLong(str(error)) from error
-    except (PolicyError, EngineError) as error:
-        raise CompletionError(str(error)) from error
+    def __init__(self, completion: TextCompletion) -> None:
+        self._completion = completion
+
+    async def complete(self, messages: list[dict[str, Any]], *, schema: dict[str, Any], max_tokens: int) -> str:
+        """Return the model's answer, JSON of `schema`. Raises PromptTooLong or CompletionError."""
+        with self._errors_of_the_optimizer():
+            return await self._completion.complete(messages, schema=schema, max_tokens=max_tokens)
+
+    async def context_tokens(self) -> int | None:
+        """Return how many tokens a prompt and its answer may have together; None if the engine does not say."""
+        with self._errors_of_the_optimizer():
+            return await self._completion.context_tokens()
+
+    @contextlib.contextmanager
+    def _errors_of_the_optimizer(self) -> Iterator[None]:
+        from optimizer.errors import CompletionError, PromptTooLong
+        from runtime.errors import BudgetExceeded, EngineError, PolicyError
+
+        try:
+            yield
+        except BudgetExceeded as error:
+            raise PromptTooLong(str(error)) from error
+        except (PolicyError, EngineError) as error:
+            raise CompletionError(str(error)) from error
 
 
 app = typer.Typer(
@@ -281,9 +280,11 @@ def pretrain(
         transcripts = out / "transcripts.json"
         if not transcripts.exists():
             bar = iter(track(range(games), "compiling games", console=progress_console(as_json)))
-            await write_transcripts(
-                TextWorld(out / "games"), transcripts, num_games=games, on_progress=lambda done, total: next(bar, None)
-            )
+
+            def advance(num_done: int, num_games: int) -> None:
+                next(bar, None)
+
+            await write_transcripts(TextWorld(out / "games"), transcripts, num_games=games, on_progress=advance)
         recipe = Recipe(seed=seed) if tokens is None else Recipe(seed=seed, num_tokens=tokens)
         return await asyncio.to_thread(pretrain_in, out, recipe, console=progress_console(as_json))
 

@@ -88,6 +88,7 @@ class Learner:
         from optimizer.cycle.release_gate import judge_again
         from optimizer.evaluation.bars import tightest
 
+        assert policy.cycle_id is not None, "the route admits only what a cycle made"
         context = CycleContext(self._memory, self._seams, policy.cycle_id)
         bars = tightest(context.config.evaluation, self._config.evaluation)
         context.config = context.config.model_copy(update={"evaluation": bars})

@@ -90,7 +90,7 @@ class ApiError(Exception):
     status = 500
     type = "server_error"
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, **extra: object) -> None:
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, **extra: str | None) -> None:
         super().__init__(message)
         self.param = param
         self.code = code
@@ -233,7 +233,7 @@ class Overloaded(ApiError):
     status = 503
     type = "overloaded_error"
 
-    def __init__(self, message: str, *, code: str = "engine_overloaded", **extra: object) -> None:
+    def __init__(self, message: str, *, code: str = "engine_overloaded", **extra: str | None) -> None:
         super().__init__(message, code=code, **extra)
         self.headers = {"Retry-After": "1"}
 

@@ -79,6 +79,7 @@ async def readyz(server: Server) -> Ready:
     """200 only after the engine has generated a real token; 503 with Retry-After while it starts, restarts or is in
     maintenance (`engine_in_maintenance`)."""
     require_ready(server)
+    assert server.hotswap.active_version is not None  # `require_ready` raises otherwise
     policy = server.memory.policies.get(server.hotswap.active_version)
     return Ready(policy=policy.name, base_model=policy.base_model, refusal=server.hotswap.refusal)
 

@@ -140,3 +140,17 @@ def open_memory_here(settings: RuntimeSettings) -> Memory:
         return open_memory(settings)
     except StoreError as error:
         raise Failure(str(error)) from error
+
+
+def refuse_written_password(database: str | None) -> None:
+    """Raise Failure for a database's password in a file or on the command line, where others may read it."""
+    if database is None:
+        return
+    from memory.storage.dialects import holds_password
+
+    if holds_password(database):
+        raise Failure(
+            "memory.database holds a password: take it out and give it as PGPASSWORD, or give the whole URL as the "
+            "environment variable RATCHET_MEMORY__DATABASE",
+            exit_code=2,
+        )

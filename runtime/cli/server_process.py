@@ -139,7 +139,8 @@ async def live(
 
     config = server_config(create_app(services), services.limits, timeout_graceful_shutdown=STOP_SECONDS)
     server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # signals are ours: children must be stopped in order
+    # Uvicorn's own handlers would end the process before its children are stopped in order.
+    server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
     answering = asyncio.ensure_future(server.serve(sockets=[listener]))
     starting = asyncio.ensure_future(start(services, settings, phases))
     settling = asyncio.ensure_future(freeze_startup_heap(services.memory))
@@ -165,7 +166,8 @@ async def live(
         await cancel_and_wait(starting, settling, *background)
         gc.unfreeze()  # some libraries complain of what is still there at the end
         await services.cycles.stop()
-        await services.toolbox.close()
+        if services.toolbox is not None:
+            await services.toolbox.close()
         await services.engine.stop()
         await asyncio.to_thread(services.agent.telemetry.close)
 
@@ -189,7 +191,8 @@ async def start(services: Services, settings: RuntimeSettings, phases: Phases) -
     memory = services.memory
     await memory.trajectories.close_orphans()
     phases.begin("opening tools")
-    await services.toolbox.open()
+    if services.toolbox is not None:
+        await services.toolbox.open()
     await services.engine.start()
     await memory.policies.register_base(name_base(services.engine, settings.engine.model))
     while True:
@@ -214,10 +217,15 @@ def announce(services: Services, listener: socket.socket, *, as_json: bool) -> N
     from runtime.cli.render import render_banner
 
     url = url_of(listener)
-    policy = services.memory.policies.get(services.hotswap.active_version)
-    facts = {"url": url, "policy": policy.name, "base_model": policy.base_model, "data": str(services.memory.data_dir)}
-    facts["requires_key"] = services.memory.keys.is_required
-    facts["share_live"] = services.memory.config.share_live
+    policy = services.memory.policies.active()
+    facts: dict[str, Any] = {
+        "url": url,
+        "policy": policy.name,
+        "base_model": policy.base_model,
+        "data": str(services.memory.data_dir),
+        "requires_key": services.memory.keys.is_required,
+        "share_live": services.memory.config.share_live,
+    }
     option = "" if url == DEFAULT_URL else f" --url {url}"
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
     is_pocket = services.engine.config.model is None and services.engine.config.url is None

@@ -17,6 +17,7 @@ import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 from runtime.errors import GameNotCompiled
 
@@ -112,7 +113,7 @@ def _first_leaf(errors: BaseExceptionGroup[GameNotCompiled]) -> GameNotCompiled:
 class _Child:
     """One compiler process."""
 
-    def __init__(self, process: asyncio.subprocess.Process, errors: tempfile._TemporaryFileWrapper[bytes]) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, errors: IO[bytes]) -> None:
         self._process = process
         self._errors = errors
         self._directories: set[Path] = set()

@@ -13,11 +13,11 @@ import os
 import random
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from memory.schema import Split, Task
 from runtime.environments.base import Environment, Outcome, Playthrough
@@ -190,7 +190,8 @@ def compile_cooking_game(seed: int, game_file: Path) -> None:
     _skip_repeated_work()
     options = textworld.GameOptions()
     options.seeds = seed
-    game = cooking.make(cooking_settings(seed), options)
+    # TextWorld declares its settings as strings but documents and reads these types.
+    game = cooking.make(cast(Mapping[str, str], cooking_settings(seed)), options)
     # Inform leaves a partial file behind when it is interrupted. The .json must exist before the .z8, because the
     # player needs both and the .z8 marks the game as compiled.
     partial = game_file.with_name(f"partial-{os.getpid()}-{game_file.name}")

@@ -50,7 +50,7 @@ class PublicResolver(AbstractResolver):
         results = [
             ResolveResult(
                 hostname=host,
-                host=sockaddr[0],
+                host=str(sockaddr[0]),
                 port=port,
                 family=kind,
                 proto=proto,

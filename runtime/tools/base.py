@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any
 
 import jsonschema
+import jsonschema.exceptions
 import referencing
 from referencing.exceptions import Unresolvable
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from asyncio import BaseTransport, TimerHandle
+from asyncio import TimerHandle, Transport
 from typing import Any
 
 import uvicorn
@@ -56,13 +56,14 @@ class BoundedConnection(HttpToolsProtocol):
         self._head_deadline: TimerHandle | None = None
         self._unread_deadline: TimerHandle | None = None
 
-    def connection_made(self, transport: BaseTransport) -> None:
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # as uvicorn declares it
         super().connection_made(transport)
         self._wait_for_head()
         if len(self.connections) > self.max_connections:
             # Never empty: this new connection is idle itself.
-            idle_times = {it: it.idle_since for it in self.connections if it.idle_since is not None}
-            longest_idle = min(idle_times, key=lambda it: idle_times[it])
+            connections = [it for it in self.connections if isinstance(it, BoundedConnection)]
+            idle_times = [(it.idle_since, it) for it in connections if it.idle_since is not None]
+            _, longest_idle = min(idle_times, key=lambda pair: pair[0])
             longest_idle.close_with(Overloaded("there are too many connections: ask again in a moment"))
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Query, Response
+from fastapi.openapi.models import Example
 from fastapi.responses import FileResponse
 from pydantic import BaseModel
 
@@ -27,6 +28,8 @@ REPORT_TYPES = {"json": "application/json", "markdown": "text/markdown", "plot":
 
 router = APIRouter(prefix="/v1/cycles", tags=["cycles"])
 
+CycleStatus = Literal["running", "completed", "error"]
+
 
 class CycleRequest(BaseModel, extra="forbid"):
     """Settings of the optimizer that replace the server's own for this cycle."""
@@ -38,7 +41,7 @@ class CycleDetail(BaseModel):
     """The state or outcome of a cycle. `progress` belongs to the current stage."""
 
     id: str
-    status: Literal["running", "completed", "error"]
+    status: CycleStatus
     stage: CycleStage
     progress: dict[str, Any]
     settings: dict[str, Any]
@@ -57,7 +60,7 @@ class CycleList(BaseModel):
     data: list[CycleDetail]
 
 
-EXAMPLES = {
+EXAMPLES: dict[str, Example] = {
     "as configured": {"value": {}},
     "a small one": {"value": {"settings": {"practice_episodes": 64, "evaluation": {"num_tasks": 50}}}},
 }
@@ -187,7 +190,7 @@ def report_dir(cycle: Cycle, server: Services) -> FilePath:
 
 
 def describe_cycle(cycle: Cycle, server: Services) -> CycleDetail:
-    final_status = {CycleStage.COMPLETED: "completed", CycleStage.ERROR: "error"}
+    final_status: dict[CycleStage, CycleStatus] = {CycleStage.COMPLETED: "completed", CycleStage.ERROR: "error"}
     has_report = (report_dir(cycle, server) / REPORT_FILES["json"]).exists()
     copied = CycleDetail.model_fields.keys() & Cycle.model_fields.keys()
     return CycleDetail(

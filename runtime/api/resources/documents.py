@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Body, File, Form, UploadFile
+from fastapi.openapi.models import Example
 from pydantic import BaseModel, Field
 
 from memory.schema import Document, Trust
@@ -84,7 +85,9 @@ class DeletedDocument(BaseModel):
     deleted: bool = True
 
 
-EXAMPLE = {"handbook": {"value": {"title": "Refunds", "text": "Refunds above 100 EUR need a second signature."}}}
+EXAMPLE: dict[str, Example] = {
+    "handbook": {"value": {"title": "Refunds", "text": "Refunds above 100 EUR need a second signature."}}
+}
 
 
 @router.post("", status_code=CREATED, summary="Give the agent a text to read", responses=error_responses(TooLarge))

@@ -10,6 +10,7 @@ import math
 from typing import Annotated, Self, TypedDict
 
 from fastapi import APIRouter, Body, Response
+from fastapi.openapi.models import Example
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from memory.schema import Feedback
@@ -105,7 +106,7 @@ class FeedbackAnswer(BaseModel):
     is_new: bool
 
 
-EXAMPLES = {
+EXAMPLES: dict[str, Example] = {
     "thumb": {"summary": "It was good", "value": {"target": "trj_0199...", "value": True}},
     "number": {
         "summary": "Half right, safe to retry",

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Body
+from fastapi.openapi.models import Example
 from pydantic import BaseModel, Field
 
 from memory.records.keys import MAX_LIMIT
@@ -66,7 +67,9 @@ class KeyList(BaseModel):
     data: list[KeyDetail]
 
 
-EXAMPLE = {"a client": {"value": {"name": "shop frontend", "scopes": ["infer", "feedback"], "tenant": "shop"}}}
+EXAMPLE: dict[str, Example] = {
+    "a client": {"value": {"name": "shop frontend", "scopes": ["infer", "feedback"], "tenant": "shop"}}
+}
 
 
 @router.post("", status_code=CREATED, summary="Create a key")
