@@ -38,7 +38,7 @@ from runtime.settings import BadSettings, overlay, parse_flags, read_settings
 
 if TYPE_CHECKING:
     from memory.records.keys import Keys
-    from memory.schema import Task
+    from memory.schema import Task, Trajectory
     from memory.store import Memory
     from optimizer.placement import Machine
     from optimizer.seams import Seams
@@ -104,7 +104,7 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
         serve_with_memory=settings.optimizer.evaluation.serve_with_memory,
     )
     drain_seconds = settings.agent.max_seconds + DRAIN_SLACK_SECONDS
-    maintenance = Maintenance(engine, hotswap, agent.book, drain_seconds=drain_seconds)
+    maintenance = Maintenance(engine, hotswap, agent.open_episodes, drain_seconds=drain_seconds)
     # The pocket model cannot write prose; insights come from counting then.
     critic = Critic(TextCompletion(hotswap)) if settings.engine.model or settings.engine.url else None
     seams = make_seams(agent, engine, maintenance, critic)
@@ -126,6 +126,13 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
 def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: Critic | None) -> Seams:
     """Return the functions through which the optimizer reaches the runtime, which it may not import."""
     from optimizer.seams import Seams, Serving, unknown_context
+    from runtime.agent.turn import TurnRequest
+
+    async def rollout(task: Task, *, policy: int, use_memory: bool, temperature: float, seed: int) -> Trajectory:
+        turn = await agent.rollout(
+            TurnRequest(task=task, policy=policy, use_memory=use_memory, temperature=temperature, seed=seed)
+        )
+        return turn.trajectory
 
     def serving(environment: str) -> Serving:
         temperature = agent.temperature_of(agent.environment(environment) if environment else None)
@@ -135,7 +142,7 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: C
         await agent.environment(tasks[0].environment or "").prepare(tasks, on_progress)
 
     return Seams(
-        rollout=agent.rollout,
+        rollout=rollout,
         sealed_tasks=lambda environment, num_tasks: agent.environment(environment).sealed_tasks(num_tasks),
         serving=serving,
         tasks=lambda environment, split, num_tasks, offset=0: agent.environment(environment).tasks(

@@ -98,12 +98,12 @@ def check_gpu() -> Check:
 async def check_engine(engine: Engine) -> list[Check]:
     """Check that the engine generates a real token, and that adapters can be loaded and unloaded."""
     started = time.monotonic()
-    if not await engine.probe():
+    if not await engine.client.probe():
         return [Check("engine", False, f"{engine.url or 'not started'}: no token", f"read {engine.log_path}")]
     token = Check("engine", True, f"{engine.url}: a real token in {1000 * (time.monotonic() - started):.0f} ms")
     try:
-        loaded = await engine.adapters()
-        await engine.unload_adapter(NO_ADAPTER)
+        loaded = await engine.client.adapters()
+        await engine.client.unload_adapter(NO_ADAPTER)
     except (AdapterError, EngineError, PolicyError) as error:
         mend = "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
         return [token, Check("lora", False, str(error), mend)]

@@ -15,6 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from runtime.serving.hotswap import LEAST_CHANGE_NATS, TOLERANCE_NATS, HotSwap, 
 from runtime.tools.base import Tool
 from tests.memory.episodes import PATIENT, HashingEncoder
 from tests.optimizer.worlds import ACT, say
+from tests.rollouts import play
 from tests.runtime.conftest import write_adapter
 from tests.runtime.fake_engine import FakeEngine, Reply, call
 
@@ -185,7 +187,7 @@ class World:
     trainer: QuickTrainer
 
     async def ask(self, meal: str, **how: Any) -> Trajectory:
-        return await self.agent.rollout(self.kitchen.task(meal), **{"temperature": 0.0, **how})
+        return await play(self.agent, self.kitchen.task(meal), **{"temperature": 0.0, **how})
 
     def num_steps_so_far(self) -> int:
         views = self.memory.trajectories.select(stage=TrajectoryStage.RUNNING)
@@ -193,7 +195,7 @@ class World:
 
     async def turn(self, config: OptimizerConfig) -> dict[str, Any]:
         cycle = await open_cycle(self.memory, config)
-        seams = Seams(rollout=self.agent.rollout, tasks=self.kitchen.tasks, train=self.trainer)
+        seams = Seams(rollout=partial(play, self.agent), tasks=self.kitchen.tasks, train=self.trainer)
         return await run_cycle(self.memory, cycle.id, seams=seams)
 
 
@@ -212,7 +214,7 @@ async def world(tmp_path: Path, tokenizer: Any) -> AsyncIterator[World]:
             await engine.start()
             await memory.policies.register_base(str(POCKET_MODEL))
             hotswap, kitchen = HotSwap(memory.policies, engine), Kitchen()
-            await hotswap.wear(0)
+            await hotswap.activate(0)
             following = asyncio.create_task(hotswap.follow())
             agent = Agent(memory, hotswap, {"kitchen": kitchen}, AgentConfig(max_steps=4))
             yield World(memory, played, hotswap, agent, kitchen, QuickTrainer(tokenizer))
@@ -323,7 +325,7 @@ class Kept:
 
     async def play(self, name: str, tasks: Sequence[Task], *, policy: int = 0, use_memory: bool = False) -> CellResult:
         """Play greedily, as the gate does."""
-        kept, rollout = self.memory.trajectories, self.services.agent.rollout
+        kept, rollout = self.memory.trajectories, partial(play, self.services.agent)
         judging = {"grade": kept.effective_reward, "success_reward": kept.success_reward}
         judging["count_model_calls"] = lambda trajectory_id: kept.measure(trajectory_id).num_model_calls
         return await play_cell(
@@ -382,7 +384,7 @@ async def test_many_seeded_episodes_at_once_kill_nothing(real: Kept):
     pid = real.services.engine.pid
     played = await asyncio.gather(
         *(
-            real.services.agent.rollout(task, policy=0, temperature=1.0, seed=1000 * number)
+            play(real.services.agent, task, policy=0, temperature=1.0, seed=1000 * number)
             for number, task in enumerate(real.practice[:NUM_AT_ONCE])
         )
     )
@@ -437,7 +439,7 @@ async def test_a_cycle_of_real_training_ends_with_a_verdict_and_what_it_says_is_
     assert candidate.stage is stages[decision]
     assert memory.policies.get(0).stage is (PolicyStage.RETIRED if is_promoted else PolicyStage.ACTIVE)
     await until(lambda: services.hotswap.active_version == memory.policies.active().version)
-    again = await services.agent.rollout(real.practice[0], temperature=0.0)
+    again = await play(services.agent, real.practice[0], temperature=0.0)
     assert again.policy == (2 if is_promoted else 0)
 
 
@@ -449,8 +451,8 @@ async def test_a_trained_adapter_is_on_the_engine_what_it_was_in_the_trainer(rea
     manifest = read_manifest(Path(policy.adapter_path))
     fingerprint = manifest.fingerprint
     async with real.services.hotswap.lease(version) as actor:
-        served = await engine.token_logprobs(actor.served_name, fingerprint.token_ids)
-    bare = await engine.token_logprobs(engine.model, fingerprint.token_ids)
+        served = await engine.client.token_logprobs(actor.served_name, fingerprint.token_ids)
+    bare = await engine.client.token_logprobs(engine.model, fingerprint.token_ids)
 
     assert (manifest.kind, policy.adapter_digest) == (kind, adapters.digest_adapter(Path(policy.adapter_path)))
     assert mean_distance(served, fingerprint.adapter_logprobs) < TOLERANCE_NATS

@@ -1,51 +1,50 @@
-"""What a client hears of a reply while it is written: all text, and of the tool calls those it is to run.
+"""The part of a streamed reply that its client sees: all text, and the calls of tools that the client runs.
 
-Refuses to know where the pieces come from and where they go. Invariant: the calls of the server's own tools are nobody
-else's business, and the client's are numbered as if there were no others.
+Invariant: pieces of calls to the server's own tools are never sent, and the client's calls are numbered without gaps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
 
-from runtime.engine.client import Delta, OnDelta
+from runtime.engine.client import Delta, OnDelta, ToolCall
 
 
 class ClientStream:
-    """Stands between the engine and who listens, for one reply."""
+    """Filters the deltas of one reply on their way from the engine to the client."""
 
     def __init__(self, on_delta: OnDelta, client_tools: Collection[str]) -> None:
         self._on_delta = on_delta
         self._client_tools = client_tools
-        self._numbers: dict[int, int] = {}
-        """The engine's number of a call -> the client's."""
-        self._held: dict[int, dict[str, Any]] = {}
-        """The beginnings of calls whose name is not complete, or not a client's tool."""
-        self.has_heard = False
-        """Whether any of it was said: what was said cannot be taken back."""
+        self._client_index: dict[int, int] = {}
+        """The engine's index of a call -> the index that the client sees."""
+        self._beginnings: dict[int, ToolCall] = {}
+        """Joined pieces of calls whose name is incomplete or is not a client tool's."""
+        self.has_sent = False
+        """Whether the client received any of it: a reply that was partly sent cannot be asked for again."""
 
     async def __call__(self, delta: Delta) -> None:
-        heard = replace(delta, calls=[piece for call in delta.calls if (piece := self._let_through(call))])
-        if heard:
-            self.has_heard = True
-            await self._on_delta(heard)
+        """Pass on the visible part of a delta, if there is one."""
+        visible = replace(delta, calls=[piece for call in delta.calls if (piece := self._visible_piece(call))])
+        if visible:
+            self.has_sent = True
+            await self._on_delta(visible)
 
-    def _let_through(self, piece: dict[str, Any]) -> dict[str, Any] | None:
+    def _visible_piece(self, piece: ToolCall) -> ToolCall | None:
         index = piece["index"]
-        if index not in self._numbers:
-            piece = self._held[index] = _join(self._held.get(index), piece)
+        if index not in self._client_index:
+            piece = self._beginnings[index] = _join(self._beginnings.get(index), piece)
             if piece["function"]["name"] not in self._client_tools:
                 return None
-            self._numbers[index] = len(self._numbers)
-            return piece | {"index": self._numbers[index]}
-        # A name is given once: an empty one in later pieces would only puzzle who adds them up.
-        return {"index": self._numbers[index], "function": {"arguments": piece["function"]["arguments"]}}
+            self._client_index[index] = len(self._client_index)
+            return piece | {"index": self._client_index[index]}
+        # Later pieces must not repeat the name, not even empty: clients add up the pieces of each field.
+        return {"index": self._client_index[index], "function": {"arguments": piece["function"]["arguments"]}}
 
 
-def _join(held: dict[str, Any] | None, piece: dict[str, Any]) -> dict[str, Any]:
-    if held is None:
+def _join(beginning: ToolCall | None, piece: ToolCall) -> ToolCall:
+    if beginning is None:
         return piece
-    function = {key: held["function"][key] + piece["function"][key] for key in ("name", "arguments")}
-    return held | {"function": function}
+    function = {key: beginning["function"][key] + piece["function"][key] for key in ("name", "arguments")}
+    return beginning | {"function": function}

@@ -1,19 +1,18 @@
-"""The agent: a graph of three nodes, and `rollout`, which plays one episode through it and records every step.
+"""The agent: a graph of three nodes, and `rollout`, which plays one turn through it and records every step.
 
     retrieve ─┬> act ─> use_tools
       resume ─┘  │ ^       │ │
-                 │ └───────┘ │      until an answer, the environment's last words, a spent budget, or the client's turn
-                 v           v
+                 │ └───────┘ │      until an answer, the end of the environment's task, a spent budget, or a call that
+                 v           v      the client has to run
                 end         end
 
-Refuses to know who asks: a user's request, a practice episode and an evaluation take this same path.
-Flow: find the episode -> lease the policy -> play -> judge (reward) -> close the trajectory -> return it. Where the
-reply calls tools that the client runs, the trajectory stays open, and the client's next request goes on with it.
+A user's request, a practice episode and an evaluation take this same path: find the episode, lease the policy, play,
+reward, close the trajectory. Where a reply calls tools of the client, the trajectory stays open for its next request.
 
-Invariants: the policy is pinned before the trajectory opens and until it is closed; an opened trajectory is closed in
-all cases, or waits for its client; nothing of one tenant or person reaches an episode of another; what goes wrong
-within an episode is data on its trajectory, not an exception, and its message stays out of the log; a rehearsal
-(practice, held out) holds no tool that acts on the outside.
+Invariants: the policy is pinned from before the trajectory opens until it closes. An opened trajectory is closed in all
+cases, or waits for its client. Nothing of one tenant or person reaches an episode of another. A failure within an
+episode is data on its trajectory, not an exception, and its message stays out of the log. A practice or held-out
+episode has no tool with side effects.
 """
 
 from __future__ import annotations
@@ -21,21 +20,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import structlog
 from langgraph.graph import END, START, StateGraph
+from langgraph.graph.state import CompiledStateGraph
 
 from memory.conversation import show_memory
-from memory.schema import RewardSource, Split, Task, Trajectory, TrajectoryStage, new_id
+from memory.records.trajectories import measure
+from memory.schema import RewardSource, Split, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
 from runtime.agent.nodes import act, resume, retrieve, use_tools
-from runtime.agent.open_episodes import Entry, OpenEpisodes
+from runtime.agent.open_episodes import OpenEpisode, OpenEpisodes
 from runtime.agent.resume import restore_messages
-from runtime.agent.state import Budget, Episode, EpisodeState, OnOpen
+from runtime.agent.state import Budget, Episode, EpisodeState
+from runtime.agent.turn import Turn, TurnRequest
 from runtime.config import AgentConfig
 from runtime.engine.cache_salts import CacheSalts
-from runtime.engine.client import Message, OnDelta
+from runtime.engine.client import Message, ToolDefinition
 from runtime.environments.base import Environment, Outcome, Playthrough, find_environment
 from runtime.errors import BudgetExceeded
 from runtime.observability.telemetry import Telemetry
@@ -48,7 +49,7 @@ log = structlog.get_logger()
 
 
 class Agent:
-    """Plays episodes. Holds nothing of any one of them."""
+    """Plays turns. It keeps no state of any one of them; `open_episodes` knows which are under way."""
 
     def __init__(
         self,
@@ -66,11 +67,11 @@ class Agent:
         self._environments = environments
         self._config = config or AgentConfig()
         self.serve_with_memory = serve_with_memory
-        """Whether memory is shown where neither the request nor the policy says."""
+        """Whether memory is shown where neither the request nor the policy decides."""
         self._tools = tools
-        """Run by the server in requests that name no environment; whoever made the list may fill it later."""
+        """The server's tools in requests without an environment; the caller may fill the list later."""
         self.telemetry = telemetry or Telemetry()
-        self.book = OpenEpisodes(memory, idle_seconds=self._config.client_idle_seconds)
+        self.open_episodes = OpenEpisodes(memory, idle_seconds=self._config.client_idle_seconds)
         self._salts = CacheSalts()
         self._graph = build_graph()
 
@@ -79,18 +80,18 @@ class Agent:
         return find_environment(self._environments, name)
 
     def temperature_of(self, environment: Environment | None) -> float:
-        """Return how replies are sampled where the request does not say."""
+        """Return the sampling temperature where the request gives none."""
         declared = environment.temperature if environment is not None else None
         return self._config.temperature if declared is None else declared
 
     def output_tokens_of(self, environment: Environment | None) -> int:
-        """Return how many tokens one model call may write where the request does not say."""
+        """Return the token limit of one model call where the request gives none."""
         config = self._config
         ordinary = config.default_output_tokens if environment is None else environment.max_output_tokens
         return ordinary if config.max_output_tokens is None else min(ordinary, config.max_output_tokens)
 
     def require_allowed(self, max_tokens: int | None) -> None:
-        """Raise ValueError, with the name of the setting, if a request asks for more tokens than may be written."""
+        """Raise ValueError with the setting's name if a request asks for more tokens than the server allows."""
         limits = {name: getattr(self._config, name) for name in ("max_output_tokens", "max_total_tokens")}
         for name, limit in limits.items():
             if max_tokens is not None and limit is not None and max_tokens > limit:
@@ -98,115 +99,105 @@ class Agent:
                     f"{max_tokens} tokens are asked for, and this server allows {limit} (agent.{name}): ask for fewer"
                 )
 
-    async def rollout(
-        self,
-        task: Task | None,
-        *,
-        messages: Sequence[Message] | None = None,
-        policy: int | None = None,
-        use_memory: bool | None = None,
-        temperature: float | None = None,
-        seed: int | None = None,
-        max_tokens: int | None = None,
-        tools: Sequence[dict[str, Any]] = (),
-        sampling: Mapping[str, Any] | None = None,
-        episode_id: str | None = None,
-        tenant: str = "",
-        user_id: str = "",
-        key_id: str | None = None,
-        is_shared: bool = False,
-        on_open: OnOpen | None = None,
-        on_delta: OnDelta | None = None,
-    ) -> Trajectory:
-        """Play one episode and return its closed trajectory; its record and reward are durable by then.
+    async def rollout(self, request: TurnRequest) -> Turn:
+        """Play one turn; its steps, stage and reward are durable when it returns.
 
-        Either a `task` of an environment (which speaks first) or `messages` (a client does; a `task` beside them is its
-        own, and says what the record is about). `tools` are definitions of tools that the client runs: a reply that
-        calls one ends this turn, and the trajectory is returned RUNNING. Messages that begin with all of that and bring
-        the results go on with it: same policy, same memory, same trajectory.
-        `user_id` is the person it is asked for, `key_id` the API key; `is_shared`: no person is behind it.
-        `use_memory` of None is as the policy serves. `sampling` goes to the engine as it is; `max_tokens` bounds one
-        model call; `on_open` is called when the record is open, `on_delta` is awaited with each piece the model writes
-        for the client.
+        If the messages continue an open episode, the turn goes on with its trajectory, policy and memory. A turn that
+        ends in calls of the client's tools leaves the trajectory RUNNING.
 
         Raises:
-            ValueError: nothing was asked, or tools that cannot be.
-            EpisodeBusy: the episode is answering another request.
-            UnknownEnvironment, UnknownPolicy, AdapterError, EngineError: the episode could not even open.
+            ValueError: there is neither a task of an environment nor a message, or two tools have the same name.
+            EpisodeBusy: another request of the episode is being answered.
+            UnknownEnvironment, UnknownPolicy, AdapterError, EngineError: the episode could not be opened.
         """
-        environment = self.environment(task.environment) if task and task.environment is not None else None
-        if environment is not None and tools:
-            raise ValueError(f"a task of {environment.name!r} brings its own tools: send none with it")
-        if environment is None and not messages:
-            raise ValueError("nothing was asked: give a task of an environment, or at least one message")
-        _refuse_namesakes(() if environment is not None else self._tools, tools)
-        config = self._config
-        asked = None if environment is not None else messages
-        whose = {"tenant": tenant, "user_id": user_id, "is_shared": is_shared}
-        # What is remembered of a shared or practised episode is shown to all: nothing of one person's may be in it.
-        reader = "" if is_shared or environment is not None else user_id
-        with self.book.enter(asked, episode_id=episode_id, policy=policy, task=task, **whose) as entry:
-            pinned = entry.resumption.trajectory.policy if entry.resumption is not None else policy
+        environment = self.environment(request.environment) if request.environment is not None else None
+        self._check(request, environment)
+        with self.open_episodes.enter(request) as entered:
+            pinned = entered.resumption.trajectory.policy if entered.resumption is not None else request.policy
             async with self._hotswap.lease(pinned) as actor:
-                playthrough = await environment.start(task) if environment is not None else None
-                split = entry.resumption.trajectory.split if entry.resumption else task.split if task else Split.LIVE
-                episode = Episode(
-                    memory=self._memory,
-                    telemetry=self.telemetry,
-                    actor=actor,
-                    **whose,
-                    key_id=key_id,
-                    reader=reader,
-                    episode_id=entry.episode_id,
-                    task=task,
-                    playthrough=playthrough,
-                    tools={tool.name: tool for tool in self._tools_for(split, playthrough, tenant, reader)},
-                    client_tools=list(tools),
-                    budget=Budget(
-                        max_steps=config.max_steps,
-                        max_total_tokens=config.max_total_tokens,
-                        max_output_tokens=max_tokens or self.output_tokens_of(environment),
-                    ),
-                    use_memory=self._uses_memory(actor) if use_memory is None else use_memory,
-                    temperature=self.temperature_of(environment) if temperature is None else temperature,
-                    seed=seed,
-                    sampling={**(sampling or {}), **self._salts.for_tenant(tenant)},
-                    on_delta=on_delta,
-                    on_open=on_open,
-                    heard=list(messages or ()),
-                    **self._begin(entry, actor, environment, playthrough, messages or ()),
-                )
-                return await self._watch(episode)
+                playthrough = await environment.start(request.task) if environment is not None else None
+                episode = self._make_episode(request, entered, actor, environment, playthrough)
+                try:
+                    trajectory = await self._observe(episode)
+                finally:
+                    if request.on_usage is not None:
+                        request.on_usage(episode.budget.num_tokens)
+                return self._make_turn(episode, trajectory)
 
-    def _uses_memory(self, actor: Actor) -> bool:
-        return self.serve_with_memory if actor.policy.use_memory is None else actor.policy.use_memory
+    def _check(self, request: TurnRequest, environment: Environment | None) -> None:
+        if environment is not None and request.tools:
+            raise ValueError(f"a task of {environment.name!r} brings its own tools: send none with it")
+        if environment is None and not request.messages:
+            raise ValueError("nothing was asked: give a task of an environment, or at least one message")
+        _require_distinct_names(() if environment is not None else self._tools, request.tools)
 
-    def _begin(
+    def _make_episode(
         self,
-        entry: Entry,
+        request: TurnRequest,
+        entered: OpenEpisode,
         actor: Actor,
         environment: Environment | None,
         playthrough: Playthrough | None,
-        messages: Sequence[Message],
-    ) -> dict[str, Any]:
-        """Return where the episode begins: at its opening, or where the client left it."""
-        if entry.resumption is not None:
-            trajectory = entry.resumption.trajectory
-            return {
-                "opening": trajectory.opening,
-                "task_text": trajectory.task_text,
-                "resumption": entry.resumption,
-                "trajectory_id": trajectory.id,
-                "trajectory": trajectory,
-                "num_recorded": len(entry.resumption.steps),
-                "num_invalid_tool_calls": trajectory.num_invalid_tool_calls,
-            }
-        opening = [{"role": "user", "content": playthrough.task_text}] if playthrough else list(messages)
-        return {
-            "opening": self._with_system_prompt(opening, actor, environment),
-            "task_text": _last_user_text(opening),
-            "trajectory_id": new_id("trj"),
-        }
+    ) -> Episode:
+        """Return the episode at its opening, or where its client continues it."""
+        config, task, resumption = self._config, request.task, entered.resumption
+        # Memories of a shared or practised episode are shown to all, so no person's own may enter it.
+        reader = "" if request.is_shared or environment is not None else request.user_id
+        if resumption is not None:
+            split = resumption.trajectory.split
+        else:
+            split = task.split if task is not None else Split.LIVE
+        if resumption is not None:
+            opening, task_text = resumption.trajectory.opening, resumption.trajectory.task_text
+        else:
+            spoken = _first_messages(request, playthrough)
+            opening, task_text = self._with_system_prompt(spoken, actor, environment), _last_user_text(spoken)
+        episode = Episode(
+            request=request,
+            memory=self._memory,
+            telemetry=self.telemetry,
+            actor=actor,
+            reader=reader,
+            episode_id=entered.episode_id,
+            trajectory_id=resumption.trajectory.id if resumption is not None else new_id("trj"),
+            playthrough=playthrough,
+            opening=opening,
+            task_text=task_text,
+            tools={tool.name: tool for tool in self._tools_for(split, playthrough, request.tenant, reader)},
+            budget=Budget(
+                max_steps=config.max_steps,
+                max_total_tokens=config.max_total_tokens,
+                max_output_tokens=request.max_tokens or self.output_tokens_of(environment),
+            ),
+            use_memory=self._uses_memory(actor) if request.use_memory is None else request.use_memory,
+            temperature=self.temperature_of(environment) if request.temperature is None else request.temperature,
+            sampling={**request.sampling, **self._salts.for_tenant(request.tenant)},
+        )
+        if resumption is not None:
+            episode.resumption = resumption
+            episode.trajectory = resumption.trajectory
+            episode.first_position = len(resumption.steps)
+            episode.num_invalid_tool_calls = resumption.trajectory.num_invalid_tool_calls
+        return episode
+
+    def _make_turn(self, episode: Episode, trajectory: Trajectory) -> Turn:
+        """Return the turn that is over."""
+        size = measure(episode.steps)
+        is_first = episode.first_position == 0
+        view = self._memory.trajectories.view(trajectory)
+        return Turn(
+            trajectory=trajectory,
+            first_position=episode.first_position,
+            steps=episode.steps,
+            size=size,
+            episode_size=size if is_first else self._memory.trajectories.measure(trajectory.id),
+            reward=view.reward,
+            is_success=view.is_success,
+            logprobs=episode.reply.logprobs if episode.reply is not None else (),
+        )
+
+    def _uses_memory(self, actor: Actor) -> bool:
+        return self.serve_with_memory if actor.policy.use_memory is None else actor.policy.use_memory
 
     def _tools_for(self, split: Split, playthrough: Playthrough | None, tenant: str, reader: str) -> list[Tool]:
         tools = playthrough.tools if playthrough else self._tools
@@ -223,8 +214,8 @@ class Agent:
             prompt = environment.system_prompt if environment is not None else self._config.system_prompt
         return [{"role": "system", "content": prompt}, *opening] if prompt else opening
 
-    async def _watch(self, episode: Episode) -> Trajectory:
-        """Play, while logs and spans know of what."""
+    async def _observe(self, episode: Episode) -> Trajectory:
+        """Play the turn with its ids bound to logs and spans."""
         names = {"trajectory_id": episode.trajectory_id, "episode_id": episode.episode_id}
         policy = f"v{episode.actor.version}"
         with (
@@ -236,29 +227,30 @@ class Agent:
             return trajectory
 
     async def _play(self, episode: Episode) -> Trajectory:
-        """Run the graph, judge, close the trajectory. The episode's edge: here a failure becomes data."""
+        """Run the graph, reward, close the trajectory. Here, at the episode's edge, a failure becomes data."""
         stage, error = TrajectoryStage.FINISHED, None
         try:
             error = await self._run(episode)
             if error is None and episode.is_handed_over:
                 return await _leave_open(episode)
-            await _judge(episode)
+            await _reward(episode)
         except asyncio.CancelledError:
-            # Shielded: who cancels once may cancel again, and the record must be closed all the same.
+            # Shielded: a second cancellation must not leave the record open.
             await asyncio.shield(_close(episode, TrajectoryStage.CANCELLED, "CancelledError: nobody waits any more"))
             raise
         except Exception as raised:
-            if episode.trajectory is None:  # memory could not even open a record to note this on
+            if episode.trajectory is None:  # no record could be opened, so the error cannot be recorded
                 await _leave(episode)
                 raise
             stage, error = TrajectoryStage.FAILED, _describe(raised)
-            log.warning("episode failed", error=type(raised).__name__)  # the message may hold a person's words
+            # Only the class: the message may contain a person's text.
+            log.warning("episode failed", error=type(raised).__name__)
         return await _close(episode, stage, error)
 
     async def _run(self, episode: Episode) -> str | None:
-        """Run the graph to its end, or to the end of the budget; return what was exceeded, if anything."""
+        """Run the graph to its end or to the end of the budget; return a description of the limit that ended it."""
         limit = asyncio.timeout(self._config.max_seconds)
-        # Two nodes a step, and room for the rest: the budget ends an episode, never the graph.
+        # Two nodes a step and some to spare: the budget has to end an episode, never LangGraph's own limit.
         config = {"recursion_limit": 2 * self._config.max_steps + 10}
         try:
             async with limit:
@@ -268,7 +260,7 @@ class Agent:
         except TimeoutError:
             if not limit.expired():
                 raise
-            if episode.lost is not None:  # not the policy's fault, and nothing to be learned from
+            if episode.lost is not None:  # the engine's failure; as the policy's it would teach something false
                 raise episode.lost from None
             return _describe(BudgetExceeded(f"no answer within {self._config.max_seconds:g} seconds"))
         episode.answer = state["answer"]
@@ -276,8 +268,12 @@ class Agent:
         return None
 
 
-async def _judge(episode: Episode) -> None:
-    """Have the environment, if there is one, say what the episode was worth; durable when it returns."""
+def _first_messages(request: TurnRequest, playthrough: Playthrough | None) -> list[Message]:
+    return [{"role": "user", "content": playthrough.task_text}] if playthrough else list(request.messages)
+
+
+async def _reward(episode: Episode) -> None:
+    """Store the environment's reward, if there is an environment; durable when it returns."""
     outcome = await _leave(episode)
     if outcome is not None:
         await episode.memory.trajectories.reward(
@@ -286,7 +282,7 @@ async def _judge(episode: Episode) -> None:
 
 
 async def _leave_open(episode: Episode) -> Trajectory:
-    """Leave the trajectory to its client. Everything is in the rows already, but for a count that is seldom news."""
+    """Leave the trajectory open for its client. All of it is stored by now but the count of invalid calls."""
     trajectory, num_invalid = episode.trajectory, episode.num_invalid_tool_calls
     if num_invalid != trajectory.num_invalid_tool_calls:
         await episode.memory.trajectories.note_invalid_calls(trajectory.id, num_invalid)
@@ -301,9 +297,9 @@ async def _leave(episode: Episode) -> Outcome | None:
 
 
 async def _close(episode: Episode, stage: TrajectoryStage, error: str | None) -> Trajectory | None:
-    """Leave a playthrough that nobody judged, then close the trajectory, if there is one; durable when it returns."""
+    """Close a playthrough that is still open, then the trajectory, if there is one; durable when it returns."""
     (problem,) = await asyncio.gather(_leave(episode), return_exceptions=True)
-    if isinstance(problem, Exception):  # the episode ended for another reason, which is the one to record
+    if isinstance(problem, Exception):  # the episode ended for another reason, and that one is recorded
         log.warning("environment did not close", error=type(problem).__name__)
     if episode.trajectory is None:
         return None
@@ -313,11 +309,11 @@ async def _close(episode: Episode, stage: TrajectoryStage, error: str | None) ->
         answer=episode.answer,
         error=error,
         num_invalid_tool_calls=episode.num_invalid_tool_calls,
-        reply=episode.words_shown,
+        reply=episode.visible_text,
     )
 
 
-def build_graph():
+def build_graph() -> CompiledStateGraph:
     """Return the compiled graph."""
     graph = StateGraph(EpisodeState, context_schema=Episode)
     graph.add_node("retrieve", retrieve)
@@ -332,12 +328,12 @@ def build_graph():
     return graph.compile()
 
 
-# Asynchronous, though nothing is awaited: LangGraph asks a plain function in a thread, at the price of a model call's
-# whole overhead.
+# These are asynchronous although they await nothing: LangGraph runs a plain function in a thread, which costs as much
+# as all other overhead of a model call.
 
 
 async def _begin(state: EpisodeState) -> str:
-    """What is resumed has been said already; what is retrieved for has not begun."""
+    """Return the first node: a resumed episode begins with messages, a new one without."""
     return "resume" if state["messages"] else "retrieve"
 
 
@@ -349,14 +345,14 @@ def _end_or(node: str) -> Callable[[EpisodeState], Awaitable[str]]:
 
 
 def _begin_state(episode: Episode) -> EpisodeState:
-    """Return what the model was shown before this turn: nothing, where the episode only opens."""
+    """Return the messages that the model was shown before this turn: none where the episode only opens."""
     if episode.resumption is None:
         return {"messages": []}
     opening = show_memory(episode.opening, episode.trajectory.memory_text)
     return {"messages": [*opening, *restore_messages(episode.resumption.steps)]}
 
 
-def _refuse_namesakes(server_tools: Sequence[Tool], definitions: Sequence[dict[str, Any]]) -> None:
+def _require_distinct_names(server_tools: Sequence[Tool], definitions: Sequence[ToolDefinition]) -> None:
     sources: dict[str, str] = {}
     named = [(tool.name, tool.source) for tool in server_tools]
     for name, source in [*named, *((tool["function"]["name"], "the request") for tool in definitions)]:
@@ -366,7 +362,7 @@ def _refuse_namesakes(server_tools: Sequence[Tool], definitions: Sequence[dict[s
 
 
 def _last_user_text(messages: Sequence[Message]) -> str:
-    """Return the text of the last user message: what memory is asked about."""
+    """Return the text of the last user message: the query for memory."""
     for message in reversed(messages):
         if message.get("role") == "user":
             content = message.get("content") or ""

@@ -1,29 +1,29 @@
-"""Which episodes are open: what is being played here, and what waits for a client to come back.
+"""The open episodes of one server: those being played now, and those that wait for their client.
 
-Refuses to know how an episode is played. What waits is nowhere but in the rows: its last reply bears the digest that a
-client's next request begins with (handover.py), so a restarted server takes it up as if nothing had been. In memory
-there is only who is being answered now, which a restart rightly forgets.
+    enter      find the episode that a request continues, or begin one, and lock it until the request is answered
+    sweep      close the episodes whose client did not come back in time
 
-Flow: `enter` finds the episode that a request goes on with, or begins one, and holds it until the request is answered
--> `sweep` closes what nobody came back to.
-Invariants: at most one request of an episode is being answered; a tenant's episodes are its own, whatever their ids.
+An episode that waits exists only in the rows: its last reply holds the digest that the client's next request begins
+with (resume.py), so a restarted server continues it. Only the locks are in memory.
+
+Invariants: at most one request of an episode is being answered; a tenant reaches only its own episodes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
 import structlog
 
 from memory.errors import StoreError
-from memory.schema import Task, Trajectory, TrajectoryStage, new_id, now
+from memory.schema import Trajectory, TrajectoryStage, new_id, now
 from memory.store import Memory
 from runtime.agent.resume import Resumption, digest, last_handover, split_at_answer
-from runtime.engine.client import Message
+from runtime.agent.turn import TurnRequest
 from runtime.errors import EpisodeBusy
 
 SWEEP_SECONDS = 15.0
@@ -31,16 +31,17 @@ SWEEP_SECONDS = 15.0
 log = structlog.get_logger()
 
 
-Place = tuple[str, str]
-"""(tenant, episode): the ids of episodes are the clients' to choose."""
+EpisodeKey = tuple[str, str]
+"""(tenant, episode id): clients choose episode ids, so two tenants may choose the same one."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What a request belongs to: an episode, and where it is one under way, what the client comes back to."""
+class OpenEpisode:
+    """The episode of a request, locked for it."""
 
     episode_id: str
     resumption: Resumption | None = None
+    """None where the episode begins with this request."""
 
 
 class OpenEpisodes:
@@ -49,69 +50,47 @@ class OpenEpisodes:
     def __init__(self, memory: Memory, *, idle_seconds: float) -> None:
         self._memory = memory
         self._idle_seconds = idle_seconds
-        self._under_way: set[Place] = set()
-        self._is_held = False
+        self._locked: set[EpisodeKey] = set()
+        self._is_paused = False
         self._sweeps_from = now()
 
     @contextlib.contextmanager
-    def enter(
-        self,
-        messages: Sequence[Message] | None,
-        *,
-        episode_id: str | None = None,
-        policy: int | None = None,
-        task: Task | None = None,
-        tenant: str = "",
-        user_id: str = "",
-        is_shared: bool = False,
-    ) -> Iterator[Entry]:
-        """Take up the episode that `messages` go on with, or begin one; nobody else has it meanwhile.
+    def enter(self, request: TurnRequest) -> Iterator[OpenEpisode]:
+        """Lock the episode that the request continues, or a new one, for as long as the context is open.
 
-        A request that names another policy than the one that is pinned begins a new trajectory, and so does one that
-        names another task or person: none of them ever changes within one, and the memory shown in it is the person's.
+        A request begins a new trajectory if it names another policy, task or person than the open one: those never
+        change within a trajectory, and the memory shown in it is the person's.
 
         Raises:
-            EpisodeBusy: a request for it is being answered already.
+            EpisodeBusy: another request of the episode is being answered.
         """
-        # No await in here: between looking and taking nobody may come.
-        if (tenant, episode_id) in self._under_way:
-            raise EpisodeBusy(f"episode {episode_id!r} is answering another request: wait for that answer")
-        whose = (tenant, user_id, is_shared)
-        resumption = None if messages is None else self._find(messages, episode_id, policy, task, whose)
+        # No `await` between the look-up and the lock: another request could take the same episode.
+        if (request.tenant, request.episode_id) in self._locked:
+            raise EpisodeBusy(f"episode {request.episode_id!r} is answering another request: wait for that answer")
+        resumption = None if request.environment is not None else self._find(request)
         if resumption is not None:
-            entry = Entry(resumption.trajectory.episode_id, resumption)
+            episode = OpenEpisode(resumption.trajectory.episode_id, resumption)
         else:
-            entry = Entry(episode_id or new_id("eps"))
-        place = (tenant, entry.episode_id)
-        self._under_way.add(place)
+            episode = OpenEpisode(request.episode_id or new_id("eps"))
+        key = (request.tenant, episode.episode_id)
+        self._locked.add(key)
         try:
-            yield entry
+            yield episode
         finally:
-            self._under_way.discard(place)
+            self._locked.discard(key)
 
-    def _find(
-        self,
-        messages: Sequence[Message],
-        episode_id: str | None,
-        policy: int | None,
-        task: Task | None,
-        whose: tuple[str, str, bool],
-    ) -> Resumption | None:
-        """Return what these messages go on with, exactly; of several that look the same, the oldest that is free."""
-        parts = split_at_answer(messages)
+    def _find(self, request: TurnRequest) -> Resumption | None:
+        """Return the trajectory that the messages continue; the oldest free one if several have equal messages."""
+        parts = split_at_answer(request.messages)
         if parts is None:
             return None
-        said, tail = parts
+        head, tail = parts
         is_busy = False
         waiting = self._memory.trajectories.waiting
-        for trajectory in waiting(handover_digest=digest(said), episode_id=episode_id, tenant=whose[0]):
-            if (trajectory.tenant, trajectory.user_id, trajectory.is_shared) != whose:
+        for trajectory in waiting(handover_digest=digest(head), episode_id=request.episode_id, tenant=request.tenant):
+            if not _may_continue(trajectory, request):
                 continue
-            if policy not in (None, trajectory.policy):
-                continue
-            if task is not None and (task.name, task.split) != (trajectory.task, trajectory.split):
-                continue
-            if _place(trajectory) in self._under_way:
+            if _key(trajectory) in self._locked:
                 is_busy = True
                 continue
             steps = self._memory.trajectories.steps(trajectory.id, with_token_ids=False)
@@ -123,17 +102,15 @@ class OpenEpisodes:
         return None
 
     async def close(self, trajectory: Trajectory, note: str | None) -> Trajectory:
-        """Close what waits for a client, noting why if it was cut short.
-
-        It is FINISHED: whatever it was worth, its feedback says.
+        """Close a trajectory that waits for its client as FINISHED; `note` says why it was cut short.
 
         Raises:
             IllegalMove: it is closed already.
-            EpisodeBusy: its client has just come back.
+            EpisodeBusy: a request of its client is being answered.
         """
-        if _place(trajectory) in self._under_way:
+        if _key(trajectory) in self._locked:
             raise EpisodeBusy(f"trajectory {trajectory.id!r} is being played: wait for the answer")
-        self._under_way.add(_place(trajectory))  # nobody takes it up while it closes
+        self._locked.add(_key(trajectory))
         try:
             reply = last_handover(self._memory.trajectories.steps(trajectory.id, with_token_ids=False))
             return await self._memory.trajectories.close(
@@ -144,43 +121,54 @@ class OpenEpisodes:
                 num_invalid_tool_calls=trajectory.num_invalid_tool_calls,
             )
         finally:
-            self._under_way.discard(_place(trajectory))
+            self._locked.discard(_key(trajectory))
 
-    def hold(self) -> None:
-        """Close nothing as idle until `release`: clients cannot come back now."""
-        self._is_held = True
+    def pause_sweeps(self) -> None:
+        """Close nothing as idle until `resume_sweeps`: clients cannot come back while the engine is stopped."""
+        self._is_paused = True
 
-    def release(self, *, within_seconds: float) -> None:
-        """Clients can come back again within so many seconds, and each has the whole time for it from then on."""
-        self._is_held = False
+    def resume_sweeps(self, *, within_seconds: float) -> None:
+        """Clients can come back within so many seconds; from then on each has the whole idle time again."""
+        self._is_paused = False
         self._sweeps_from = now() + timedelta(seconds=within_seconds + self._idle_seconds)
 
     async def sweep(self) -> int:
-        """Close what no client came back to in time; return how many."""
-        if self._is_held or now() < self._sweeps_from:
+        """Close the trajectories whose client did not come back in time; return their number."""
+        if self._is_paused or now() < self._sweeps_from:
             return 0
         before = now() - timedelta(seconds=self._idle_seconds)
         trajectories = self._memory.trajectories
         num_closed = 0
-        # In a thread, because there may be thousands; by the time one is closed its client may be back, or gone again.
+        # In a thread, because there may be thousands. Each is looked up again before it is closed: its client may
+        # have come back, or have left again, in the meantime.
         for idle in await asyncio.to_thread(trajectories.waiting, handed_over_before=before):
             still = trajectories.waiting(episode_id=idle.episode_id, handed_over_before=before, tenant=idle.tenant)
-            if _place(idle) in self._under_way or idle.id not in {trajectory.id for trajectory in still}:
+            if _key(idle) in self._locked or idle.id not in {trajectory.id for trajectory in still}:
                 continue
             await self.close(idle, f"Idle: the client did not come back within {self._idle_seconds:g} seconds")
             num_closed += 1
         return num_closed
 
-    async def tend(self) -> None:
-        """Sweep for as long as this runs. Never returns."""
+    async def sweep_regularly(self) -> None:
+        """Sweep until cancelled."""
         while True:
             try:
                 if num_closed := await self.sweep():
                     log.info("closed idle episodes", num_closed=num_closed)
-            except StoreError as error:  # a full disk must not end the server; what is idle stays so
+            except StoreError as error:  # a full disk must not end the server; the next sweep tries again
                 log.warning("idle episodes were not closed", error=str(error))
             await asyncio.sleep(min(SWEEP_SECONDS, self._idle_seconds / 2))
 
 
-def _place(trajectory: Trajectory) -> Place:
+def _may_continue(trajectory: Trajectory, request: TurnRequest) -> bool:
+    asker = (request.tenant, request.user_id, request.is_shared)
+    if (trajectory.tenant, trajectory.user_id, trajectory.is_shared) != asker:
+        return False
+    if request.policy not in (None, trajectory.policy):
+        return False
+    task = request.task
+    return task is None or (task.name, task.split) == (trajectory.task, trajectory.split)
+
+
+def _key(trajectory: Trajectory) -> EpisodeKey:
     return (trajectory.tenant, trajectory.episode_id)

@@ -1,11 +1,11 @@
-"""How an episode is handed over to a client that runs tools itself, and how one knows that it has come back.
+"""Recognizes the request of a client that continues an episode after running its own tools.
 
-Refuses to know who keeps the rows, and who plays. A reply that calls a client's tools bears a digest of the whole
-conversation as the client has it by then; a request belongs to the episode when it begins with just that. The digest
-is of a canonical form, because clients send a reply back in other words: arguments parsed and dumped again, `null` for
-an empty text, keys of their own.
+A reply that calls a client's tools is stored with a digest of the whole conversation as the client has it by then. A
+later request continues the episode when its messages begin with exactly that conversation. The digest is taken of a
+canonical form, because clients change a reply before they send it back: arguments are parsed and dumped again, `null`
+replaces an empty text, keys are added.
 
-Invariant: what goes on from an episode adds to it results of tools and words of the user, nothing else.
+Invariant: a continuing request adds only tool results and user messages.
 """
 
 from __future__ import annotations
@@ -21,33 +21,36 @@ from memory.schema import Step, StepKind, Trajectory
 from runtime.engine.client import Message
 
 MAX_PARSED_VALUES = 100_000
-"""In the arguments of all calls of a conversation; those beyond are compared as texts. Parsing holds up all others."""
+"""Values in the arguments of all calls of a conversation; arguments beyond it are compared as text, because parsing
+blocks the event loop."""
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """A client that is back: the trajectory it left, the steps so far, and what it brings."""
+    """A client's return to an open trajectory. `OpenEpisodes` makes it; the agent continues from it."""
 
     trajectory: Trajectory
     steps: Sequence[Step]
+    """All steps so far."""
     tail: Sequence[Message]
+    """The messages of the request after the last reply."""
 
     @property
-    def news(self) -> Sequence[Message]:
-        """The messages that are not recorded yet; fewer than it brought where an earlier try was cut off by a crash."""
-        return self.tail[len(self._brought) :]
+    def new_messages(self) -> Sequence[Message]:
+        """The messages of `tail` that are not recorded yet; a crash may have cut off an earlier attempt."""
+        return self.tail[len(self._recorded_tail) :]
 
     @property
     def is_sound(self) -> bool:
-        """Whether what an earlier try recorded of these messages is what they say now."""
-        return len(self._brought) <= len(self.tail) and all(
+        """Whether the messages that an earlier attempt recorded equal the ones of this request."""
+        return len(self._recorded_tail) <= len(self.tail) and all(
             (step.tool_call_id, step.content) == (message.get("tool_call_id"), text_of(message))
-            for step, message in zip(self._brought, self.tail, strict=False)
+            for step, message in zip(self._recorded_tail, self.tail, strict=False)
         )
 
     @property
-    def _brought(self) -> list[Step]:
-        """The steps since the handover that are not results of our own tools."""
+    def _recorded_tail(self) -> list[Step]:
+        """The steps since the handover, without results of the server's own tools."""
         handover = last_handover(self.steps)
         after = [] if handover is None else [step for step in self.steps if step.position > handover.position]
         ids = {message.get("tool_call_id") for message in self.tail}
@@ -55,18 +58,18 @@ class Resumption:
 
 
 def split_at_answer(messages: Sequence[Message]) -> tuple[Sequence[Message], Sequence[Message]] | None:
-    """Return what was said up to the last reply, and what came after it; None where that cannot go on from anything."""
-    places = [place for place, message in enumerate(messages) if message.get("role") == "assistant"]
-    if not places or not messages[places[-1]].get("tool_calls"):
+    """Return the messages up to the last reply and those after it; None if they cannot continue an episode."""
+    replies = [position for position, message in enumerate(messages) if message.get("role") == "assistant"]
+    if not replies or not messages[replies[-1]].get("tool_calls"):
         return None
-    head, tail = messages[: places[-1] + 1], messages[places[-1] + 1 :]
+    head, tail = messages[: replies[-1] + 1], messages[replies[-1] + 1 :]
     if not tail or any(message.get("role") not in ("tool", "user") for message in tail):
         return None
     return head, tail
 
 
 def digest(messages: Sequence[Message]) -> str:
-    """Return a digest that is the same for every honest rendering of the same conversation."""
+    """Return a SHA-256 hex digest that is equal for all equivalent forms of one conversation."""
     canonical, num_values = [], 0
     for message in messages:
         num_values += sum(_count_values(call["function"].get("arguments")) for call in message.get("tool_calls") or ())
@@ -76,13 +79,13 @@ def digest(messages: Sequence[Message]) -> str:
 
 
 def last_handover(steps: Sequence[Step]) -> Step | None:
-    """Return the reply that waits for the client's results, if the last reply does."""
+    """Return the last reply if it waits for results of the client's tools."""
     reply = next((step for step in reversed(steps) if step.kind is StepKind.MODEL), None)
     return reply if reply is not None and reply.handover_digest is not None else None
 
 
 def text_of(message: Message) -> str:
-    """Return what a message says, whether it is one text or several parts."""
+    """Return the text of a message whose content is a string or a list of parts."""
     content = message.get("content")
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content)
@@ -90,13 +93,14 @@ def text_of(message: Message) -> str:
 
 
 def exchanges_of(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """Return what the user said and what was replied, for every reply in a conversation."""
-    exchanges, asked = [], ""
+    """Return (user's text, reply) for every reply in a conversation."""
+    exchanges: list[tuple[str, str]] = []
+    question = ""
     for message in messages:
         if message.get("role") == "user":
-            asked = text_of(message)
+            question = text_of(message)
         elif message.get("role") == "assistant" and (reply := text_of(message)):
-            exchanges.append((asked, reply))
+            exchanges.append((question, reply))
     return exchanges
 
 
@@ -126,12 +130,12 @@ def _canonical(message: Message, *, is_parsed: bool) -> dict[str, Any]:
     return canonical
 
 
-def _count_values(arguments: Any) -> int:
-    """Return how many values a text of JSON holds at most; the same for every rendering of it."""
+def _count_values(arguments: object) -> int:
+    """Return an upper bound of the values in a JSON text, equal for every formatting of it."""
     return sum(map(arguments.count, ",[{")) if isinstance(arguments, str) else 0
 
 
-def _value(arguments: Any, is_parsed: bool) -> Any:
+def _value(arguments: object, is_parsed: bool) -> object:
     if not is_parsed:
         return arguments
     try:

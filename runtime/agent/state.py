@@ -1,20 +1,21 @@
-"""Working memory during one episode: what changes from node to node, and what is fixed when it opens.
+"""The working state of one turn: `EpisodeState` is LangGraph's state, `Episode` its context.
 
-Refuses to know the order of the nodes. `EpisodeState` is LangGraph's state; `Episode` is its context, alive as long as
-the episode and never stored: the record of an episode is its trajectory.
+Invariant: neither is stored; the record of an episode is its trajectory. Hazard: LangGraph merges what a node returns
+into the state, but hands `Episode` to every node as the same object, so nodes change it in place.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypedDict
 
-from memory.schema import Step, Task, Trajectory
+from memory.schema import Step, Trajectory
 from memory.store import Memory
 from runtime.agent.resume import Resumption
-from runtime.engine.client import Completion, Message, OnDelta
+from runtime.agent.turn import TurnRequest, TurnStart
+from runtime.engine.client import Completion, Message, ToolCall, ToolDefinition
 from runtime.environments.base import Playthrough
 from runtime.errors import BudgetExceeded, EngineLost
 from runtime.observability.telemetry import Telemetry
@@ -23,20 +24,21 @@ from runtime.tools.base import Tool
 
 
 class EpisodeState(TypedDict, total=False):
-    """What the nodes hand on."""
+    """The values that nodes pass on."""
 
     messages: Annotated[list[Message], operator.add]
-    calls: list[dict[str, Any]]
-    """Tool calls of the last reply, still to be run here."""
+    """The prompt of the next model call; a node returns only what it adds."""
+    calls: list[ToolCall]
+    """Tool calls of the last reply that the server still has to run."""
     is_handed_over: bool
-    """Calls of the last reply are the client's to run: once ours are run, it is its turn."""
+    """Whether the client has calls of the last reply to run, once the server's own are done."""
     answer: str | None
-    """Set when the episode is over, or the client's turn has come."""
+    """Set when the turn is over."""
 
 
 @dataclass
 class Budget:
-    """What one episode may spend, and what it has spent."""
+    """The limits of one turn and its use of them."""
 
     max_steps: int
     max_total_tokens: int
@@ -48,7 +50,7 @@ class Budget:
         """Return how many tokens the next model call may write.
 
         Raises:
-            BudgetExceeded: there is nothing left for another call.
+            BudgetExceeded: nothing is left for another call.
         """
         if self.num_steps >= self.max_steps:
             raise BudgetExceeded(f"no answer within {self.max_steps} steps")
@@ -57,86 +59,80 @@ class Budget:
         return min(self.max_output_tokens, self.max_total_tokens - self.num_tokens)
 
     def spend(self, completion: Completion) -> None:
+        """Count one model call and its tokens."""
         self.num_steps += 1
         self.num_tokens += completion.num_tokens
 
 
-OnOpen = Callable[["Episode"], None]
-
-
 @dataclass
 class Episode:
-    """One episode under way: who acts, on what, with which tools, and how far it got."""
+    """An episode during one turn. The agent makes it from a `TurnRequest` and ends it as a `Turn`; the nodes read and
+    change it, nothing else does."""
 
+    request: TurnRequest
     memory: Memory
     telemetry: Telemetry
     actor: Actor
-    tenant: str
-    """Whose episode it is: what it may find, and who may ever see it."""
-    user_id: str
-    """The person it is played for; empty: nobody was named."""
-    key_id: str | None
-    is_shared: bool
-    """Whether all of the tenant may be shown what is remembered of it."""
     reader: str
     """The person whose own memories may be shown in it; empty: nobody's."""
     episode_id: str
     trajectory_id: str
-    task: Task | None
     playthrough: Playthrough | None
     opening: list[Message]
+    """The messages before the first reply, system prompt included, without the memory that is shown."""
     task_text: str
     tools: Mapping[str, Tool]
-    """Run here, by name: the environment's or the server's."""
-    client_tools: Sequence[dict[str, Any]]
-    """Definitions of the tools that the client runs."""
+    """The tools that the server runs, by name: the environment's or the server's."""
     budget: Budget
     use_memory: bool
     temperature: float
-    seed: int | None
     sampling: Mapping[str, Any]
-    on_delta: OnDelta | None
-    on_open: OnOpen | None = None
-    heard: Sequence[Message] = ()
-    """The messages of the request as the client sent them."""
     resumption: Resumption | None = None
-    """What the client comes back to; None where the episode opens with this request."""
+    """The state that the client continues from; None where the episode opens with this request."""
     trajectory: Trajectory | None = None
     """None until it is open."""
-    num_recorded: int = 0
+    first_position: int = 0
+    """The position of this turn's first step."""
     steps: list[Step] = field(default_factory=list)
-    """Those of this turn that are durable."""
+    """The steps of this turn that are durable."""
     num_invalid_tool_calls: int = 0
-    said: str = ""
-    """All text written in this turn."""
+    """Of the whole episode."""
+    text: str = ""
+    """All text that the model wrote in this turn."""
     reply: Completion | None = None
-    """The last one."""
+    """The last reply."""
     is_handed_over: bool = False
-    """Whether the client has calls to run: the trajectory stays open for it."""
+    """Whether the trajectory stays open because the client has calls to run."""
     lost: EngineLost | None = None
-    """What took the engine away, while the episode waits for it to come back."""
+    """The engine's failure, while the episode waits for the engine to come back."""
     answer: str | None = None
 
     @property
-    def words_shown(self) -> str:
-        """What the client has read as the answer: who listens hears all words of the turn, not the last reply alone."""
-        return self.said if self.on_delta is not None or self.reply is None else self.reply.content
-
-    def announce(self) -> None:
-        """Tell who asked that the record is open, and where this turn begins in it."""
-        if self.on_open is not None:
-            self.on_open(self)
+    def visible_text(self) -> str:
+        """The text that the client has received: with a stream all text of the turn, without one the last reply's."""
+        return self.text if self.request.on_delta is not None or self.reply is None else self.reply.content
 
     @property
-    def definitions(self) -> list[dict[str, Any]]:
-        """Every tool the model is told of."""
-        return [*(tool.definition() for tool in self.tools.values()), *self.client_tools]
+    def next_position(self) -> int:
+        """The position of the next step in the trajectory."""
+        return self.first_position + len(self.steps)
+
+    @property
+    def definitions(self) -> list[ToolDefinition]:
+        """The definitions of all tools that the model may call."""
+        return [*(tool.definition() for tool in self.tools.values()), *self.request.tools]
 
     @property
     def client_tool_names(self) -> set[str]:
-        return {tool["function"]["name"] for tool in self.client_tools}
+        return {tool["function"]["name"] for tool in self.request.tools}
 
     @property
     def is_played_out(self) -> bool:
-        """Whether the environment has spoken its last words."""
+        """Whether the environment has ended the episode."""
         return self.playthrough is not None and self.playthrough.is_done
+
+    def announce(self) -> None:
+        """Report that the record is open."""
+        assert self.trajectory is not None
+        if self.request.on_start is not None:
+            self.request.on_start(TurnStart(self.trajectory, self.first_position))

@@ -149,7 +149,7 @@ async def live(
     try:
         if await wait_for_first(stop, starting, answering):
             return
-        parts = (services.engine.watch(), services.hotswap.follow(), services.agent.book.tend())
+        parts = (services.engine.watch(), services.hotswap.follow(), services.agent.open_episodes.sweep_regularly())
         background += [asyncio.ensure_future(part) for part in parts]
         await services.cycles.resume()
         room = await services.check_training() if services.check_training is not None else None
@@ -199,7 +199,7 @@ async def start(services: Services, settings: RuntimeSettings, phases: Phases) -
         active = memory.policies.active()
         phases.begin(f"putting on policy {active.name}")
         try:
-            return await services.hotswap.wear(active.version)
+            return await services.hotswap.activate(active.version)
         except AdapterError as refused:
             before = await memory.policies.rollback()
             phases.begin(f"policy {active.name} was refused ({refused}); back to {before.name}")

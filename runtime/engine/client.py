@@ -1,11 +1,10 @@
-"""What one can ask a running vLLM, over HTTP: completions with their token ids, log-probs, adapters.
+"""Client of a running vLLM server over HTTP: completions with their token ids, log-probs, adapters.
 
-Refuses to know how the server came to run, and what the answers are for.
-aiohttp itself rather than the official client: httpx collapses at a few hundred requests/s, and the official client's
-models neither know token ids nor come for free.
+It uses aiohttp directly: httpx collapses at a few hundred requests per second, and the models of OpenAI's client have
+no fields for token ids.
 
-Invariants: every failure is a `PolicyError` with the engine's own words (a full context is a `BudgetExceeded`); a
-caller who is cancelled frees the engine, which drops a request as soon as its connection closes.
+Invariants: every failure is a `PolicyError` with the engine's own message (a full context is a `BudgetExceeded`); a
+cancelled call frees the engine, because vLLM drops a request as soon as its connection closes.
 """
 
 from __future__ import annotations
@@ -33,22 +32,27 @@ from runtime.errors import (
 )
 
 CONNECT_SECONDS = 5.0
-# The engine closes idle connections after 5 seconds; one reused at that moment would be a failed call.
+# vLLM closes idle connections after 5 seconds; a call that reuses one at that moment would fail.
 KEEP_ALIVE_SECONDS = 3.0
 MAX_EVENT_BYTES = 2**25
-"""The longest event of a stream; the first one of a call holds the prompt's token ids."""
+"""Limit of one event of a stream; the first event of a call holds all token ids of the prompt."""
 FIRST_IN_LINE = -1_000
-"""Priority of a probe: ahead of everything that waits."""
+"""Priority of probes: ahead of all waiting calls."""
 
 Message = dict[str, Any]
+"""A message of a chat in OpenAI's form."""
+ToolCall = dict[str, Any]
+"""`{"id", "type", "function": {"name", "arguments"}}`; in a `Delta` a piece of one, with its `index`."""
+ToolDefinition = dict[str, Any]
+"""`{"type": "function", "function": {"name", "description", "parameters"}}`."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of a reply as it is written: text, or pieces of tool calls in OpenAI's form, and their log-probs."""
+    """A piece of a streamed reply: text, pieces of tool calls in OpenAI's form, and log-probs of the tokens."""
 
     text: str = ""
-    calls: Sequence[dict[str, Any]] = ()
+    calls: Sequence[ToolCall] = ()
     logprobs: Sequence[dict[str, Any]] = ()
 
     def __bool__(self) -> bool:
@@ -60,15 +64,15 @@ OnDelta = Callable[[Delta], Awaitable[None]]
 
 @dataclass
 class Completion:
-    """One reply of a model: its text, its tool calls in OpenAI's form, and the exact tokens of both sides."""
+    """One reply of a model: its text, its tool calls in OpenAI's form, and the exact token ids of prompt and output."""
 
     content: str = ""
-    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    tool_calls: list[ToolCall] = field(default_factory=list)
     finish_reason: str = "stop"
     prompt_token_ids: list[int] = field(default_factory=list)
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
-    """Of each output token, in OpenAI's form; empty where nobody asked for them."""
+    """Of each output token, in OpenAI's form; empty unless requested."""
     seconds: float = 0.0
 
     @property
@@ -90,20 +94,21 @@ class EngineClient:
         self.model = model
         self._timeout_seconds = timeout_seconds
         self._api_key = api_key
-        self._has_priorities = False
-        self._enforces_schemas = False
-        """Whether the engine keeps the arguments of forced calls to their schemas by itself."""
+        self.has_priorities = False
+        self.enforces_schemas = False
+        """Whether the engine's own grammars hold the arguments of forced calls to their schemas."""
         self._session: aiohttp.ClientSession | None = None
         self.marks: ChatMarks = ANY_FAMILY
-        """What no text in a prompt may hold: the special tokens of the model's tokenizer, where they are known."""
+        """The special tokens of the model's tokenizer, which are removed from all text of a prompt."""
 
     async def chat(
-        self, model: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None, **sampling: Any
+        self, model: str, messages: Sequence[Message], tools: Sequence[ToolDefinition] | None = None, **sampling: Any
     ) -> Completion:
-        """Return the reply of `model`; `sampling` goes to vLLM as it is.
+        """Return the reply of `model`; `sampling` goes to vLLM unchanged.
 
         Raises:
-            PolicyError: the engine refused or answered nonsense; EngineBusy: it takes no more; EngineLost: it died.
+            PolicyError: the engine rejected the call or its answer is invalid; EngineBusy: it accepts no more calls;
+                EngineLost: it died.
             BudgetExceeded: the messages fill the model's context.
         """
         started = time.monotonic()
@@ -113,7 +118,7 @@ class EngineClient:
             message = choice["message"]
             reply = Completion(
                 content=clean(message.get("content") or ""),
-                tool_calls=_tidy_calls(message.get("tool_calls") or []),
+                tool_calls=_normalize_calls(message.get("tool_calls") or []),
                 finish_reason=choice.get("finish_reason") or "stop",
                 prompt_token_ids=answer.get("prompt_token_ids") or [],
                 output_token_ids=choice.get("token_ids") or [],
@@ -129,15 +134,15 @@ class EngineClient:
         self,
         model: str,
         messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[ToolDefinition] | None = None,
         *,
         on_delta: OnDelta,
         **sampling: Any,
     ) -> Completion:
-        """Return the reply like `chat`, after `on_delta` was awaited with each piece of it."""
+        """Return the reply like `chat`; `on_delta` is awaited with each piece of it. Raises as `chat` does."""
         started = time.monotonic()
         reply = Completion(finish_reason="")
-        calls: dict[int, dict[str, Any]] = {}
+        calls: dict[int, ToolCall] = {}
         body = self._chat_body(model, messages, tools, sampling) | {"stream": True}
         async for chunk in self._stream("/v1/chat/completions", body):
             try:
@@ -150,7 +155,7 @@ class EngineClient:
             raise EngineLost("the engine stopped in the middle of its answer")
         try:
             reply.content = clean(reply.content)
-            reply.tool_calls = _tidy_calls([calls[index] for index in sorted(calls)])
+            reply.tool_calls = _normalize_calls([calls[index] for index in sorted(calls)])
             _require_types(reply)
         except (TypeError, AttributeError) as error:
             raise PolicyError(f"the engine's answer makes no sense: {_shorten(reply)}") from error
@@ -158,9 +163,16 @@ class EngineClient:
         return reply
 
     async def token_logprobs(self, model: str, token_ids: Sequence[int]) -> list[float]:
-        """Return the log-prob of each of `token_ids` given those before it: one fewer, the first has none."""
+        """Return the log-prob, in nats, of each token given those before it.
+
+        Returns:
+            len(token_ids) - 1 values, since the first token has none.
+
+        Raises:
+            PolicyError
+        """
         body = {"model": model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        answer = await self._post("/v1/completions", self._prioritised(body))
+        answer = await self._post("/v1/completions", self._with_priority(body))
         try:
             rows = answer["choices"][0]["prompt_logprobs"][1:]
             return [row[str(token_id)]["logprob"] for token_id, row in zip(token_ids[1:], rows, strict=True)]
@@ -171,31 +183,31 @@ class EngineClient:
         """Return whether `model` (the base by default) generates a real token."""
         body = {"model": model or self.model, "prompt": [1], "max_tokens": 1, "temperature": 0, "ignore_eos": True}
         try:
-            answer = await self._post("/v1/completions", self._prioritised(body))
+            answer = await self._post("/v1/completions", self._with_priority(body))
             return answer["usage"]["completion_tokens"] == 1
         except (PolicyError, BudgetExceeded, KeyError, TypeError):
             return False
 
     async def num_tokens_so_far(self) -> float:
-        """Return a count that grows with every token the engine reads or writes."""
+        """Return a count that grows with every prompt token and every generated token."""
         text = await self._request("GET", "/metrics")
         counters = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(counters))
 
     async def models(self) -> list[dict[str, Any]]:
-        """Return the engine's own list: the base, and every adapter with its `parent`."""
+        """Return the engine's list of models: the base, and every adapter with its `parent`."""
         return json.loads(await self._request("GET", "/v1/models"))["data"]
 
     async def adapters(self) -> set[str]:
-        """Return the names of the adapters that the engine knows now."""
+        """Return the names of the adapters that are loaded now."""
         return {model["id"] for model in await self.models() if model.get("parent")}
 
     async def load_adapter(self, name: str, path: str) -> None:
-        """Load the adapter in the absolute directory `path`; it is in when this returns. Loaded already is no error.
+        """Load the adapter in the absolute directory `path`. An adapter that is loaded already is no error.
 
         Raises:
-            AdapterError: the engine refused it.
-            EngineError: the engine doesn't answer.
+            AdapterError: the engine rejected it.
+            EngineError: the engine does not answer.
         """
         try:
             await self._change_adapters("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
@@ -204,7 +216,10 @@ class EngineClient:
                 raise
 
     async def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; calls under way finish with it. One that isn't there is no error."""
+        """Unload an adapter; calls under way finish with it. An adapter that is not loaded is no error.
+
+        Raises: as `load_adapter`.
+        """
         try:
             await self._change_adapters("/v1/unload_lora_adapter", {"lora_name": name})
         except AdapterError as error:
@@ -229,22 +244,21 @@ class EngineClient:
         self,
         model: str,
         messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]] | None,
+        tools: Sequence[ToolDefinition] | None,
         sampling: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Return what asks for a reply. All text of a prompt passes here, and none of it may steer the chat."""
+        """Return the body of a chat call. All text of a prompt passes here, so special tokens are removed here."""
         body = {"model": model, "messages": self.marks.clean_messages(messages), "return_token_ids": True}
-        if tools:  # the engine refuses an empty list
-            is_asked = not self._enforces_schemas
-            asked = ask_for_schemas(tools, sampling.get("tool_choice")) if is_asked else list(tools)
-            body["tools"] = self.marks.clean(asked)
+        if tools:  # vLLM rejects an empty list
+            tools = tools if self.enforces_schemas else ask_for_schemas(tools, sampling.get("tool_choice"))
+            body["tools"] = self.marks.clean(list(tools))
         body |= {key: value for key, value in sampling.items() if value is not None}
-        if "chat_template_kwargs" in body:  # templates may write them into the prompt
+        if "chat_template_kwargs" in body:  # a template may write them into the prompt
             body["chat_template_kwargs"] = self.marks.clean(body["chat_template_kwargs"])
         return body
 
-    def _prioritised(self, body: dict[str, Any]) -> dict[str, Any]:
-        return body | {"priority": FIRST_IN_LINE} if self._has_priorities else body
+    def _with_priority(self, body: dict[str, Any]) -> dict[str, Any]:
+        return body | {"priority": FIRST_IN_LINE} if self.has_priorities else body
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         text = await self._request("POST", path, body)
@@ -257,17 +271,17 @@ class EngineClient:
         try:
             async with self._open_session().request(method, self.url + path, json=body) as response:
                 text = await response.text()
-                _refuse_error(response.status, text)
+                _raise_error(response.status, text)
                 return text
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _describe_silence(error) from error
+            raise _connection_error(error) from error
 
     async def _stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Yield the server-sent events of a call, decoded."""
         try:
             async with self._open_session().post(self.url + path, json=body) as response:
                 if response.status != 200:
-                    _refuse_error(response.status, await response.text())
+                    _raise_error(response.status, await response.text())
                 async for line in _split_lines(response.content.iter_any()):
                     data = line.removeprefix(b"data:").strip()
                     if data == b"[DONE]":
@@ -275,7 +289,7 @@ class EngineClient:
                     if data and line.startswith(b"data:"):
                         yield _decode_event(data)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _describe_silence(error) from error
+            raise _connection_error(error) from error
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None or self._session.closed:
@@ -286,11 +300,11 @@ class EngineClient:
         return self._session
 
 
-def _add_chunk(reply: Completion, calls: dict[int, dict[str, Any]], chunk: dict[str, Any]) -> Delta:
-    """Add one event of a stream to what came before; return what it brought."""
+def _add_chunk(reply: Completion, calls: dict[int, ToolCall], chunk: dict[str, Any]) -> Delta:
+    """Add one event of a stream to the reply; return its piece of it."""
     if chunk.get("prompt_token_ids"):
         reply.prompt_token_ids = chunk["prompt_token_ids"]
-    if not chunk["choices"]:  # the last event may hold the usage alone
+    if not chunk["choices"]:  # the last event may hold only the usage
         return Delta()
     choice = chunk["choices"][0]
     delta = choice.get("delta") or {}
@@ -304,49 +318,49 @@ def _add_chunk(reply: Completion, calls: dict[int, dict[str, Any]], chunk: dict[
     return Delta(text, pieces, logprobs)
 
 
-def _add_call_piece(calls: dict[int, dict[str, Any]], piece: dict[str, Any]) -> dict[str, Any]:
-    """Add a piece of a tool call to what came before; return it as a client may read it, its id settled."""
+def _add_call_piece(calls: dict[int, ToolCall], piece: ToolCall) -> ToolCall:
+    """Add a piece of a tool call to the call; return it in OpenAI's form, with a unique id."""
     index = piece.get("index", 0)
     function = piece.get("function") or {}
     name, arguments = function.get("name") or "", function.get("arguments") or ""
-    tidy: dict[str, Any] = {"index": index, "function": {"name": name, "arguments": arguments}}
+    normalized: ToolCall = {"index": index, "function": {"name": name, "arguments": arguments}}
     if index not in calls:
         seen = {call["id"] for call in calls.values()}
-        calls[index] = {"id": _settle_id(piece.get("id"), seen, index), "function": {"name": "", "arguments": ""}}
-        tidy |= {"id": calls[index]["id"], "type": "function"}
+        calls[index] = {"id": _unique_id(piece.get("id"), seen, index), "function": {"name": "", "arguments": ""}}
+        normalized |= {"id": calls[index]["id"], "type": "function"}
     calls[index]["function"]["name"] += name
     calls[index]["function"]["arguments"] += arguments
-    return tidy
+    return normalized
 
 
 def _require_types(reply: Completion) -> None:
-    """Raise TypeError for what could not be recorded: the engine's word is not taken for it."""
-    called = [part for call in reply.tool_calls for part in (call["id"], *call["function"].values())]
-    texts = [reply.content, reply.finish_reason, *called]
+    """Raise TypeError unless all fields have the types that the database stores: external engines send anything."""
+    call_texts = [part for call in reply.tool_calls for part in (call["id"], *call["function"].values())]
+    texts = [reply.content, reply.finish_reason, *call_texts]
     lists = [reply.prompt_token_ids, reply.output_token_ids, reply.logprobs]
     is_sound = all(type(text) is str for text in texts) and all(type(each) is list for each in lists)
     if not is_sound or not {*map(type, reply.prompt_token_ids), *map(type, reply.output_token_ids)} <= {int}:
         raise TypeError("a reply of texts and numbers was expected")
 
 
-def _tidy_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the calls in OpenAI's form, each with an id of its own: a repeated id would tie a result to two calls."""
-    tidy: list[dict[str, Any]] = []
+def _normalize_calls(calls: list[ToolCall]) -> list[ToolCall]:
+    """Return the calls in OpenAI's form with unique ids: a repeated id would assign one result to two calls."""
+    normalized: list[ToolCall] = []
     seen: set[str] = set()
     for number, call in enumerate(calls):
-        call_id = _settle_id(call.get("id"), seen, number)
+        call_id = _unique_id(call.get("id"), seen, number)
         seen.add(call_id)
         name, arguments = call["function"]["name"], call["function"].get("arguments")
         function = {"name": clean(name or ""), "arguments": clean(arguments or "")}
-        tidy.append({"id": call_id, "type": "function", "function": function})
-    return tidy
+        normalized.append({"id": call_id, "type": "function", "function": function})
+    return normalized
 
 
-def _settle_id(call_id: str | None, seen: set[str], number: int) -> str:
+def _unique_id(call_id: str | None, seen: set[str], number: int) -> str:
     return call_id if call_id and call_id not in seen else f"{call_id or 'call'}-{number}"
 
 
-def _refuse_error(status: int, text: str) -> None:
+def _raise_error(status: int, text: str) -> None:
     if status < 400:
         return
     try:
@@ -381,7 +395,7 @@ def _decode_event(data: bytes) -> dict[str, Any]:
 
 
 async def _split_lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield lines of almost any length; aiohttp's own reader refuses those beyond its buffer."""
+    """Yield lines of up to MAX_EVENT_BYTES; aiohttp's own reader rejects lines longer than its buffer."""
     rest: list[bytes] = []
     num_bytes = 0
     async for piece in pieces:
@@ -389,7 +403,7 @@ async def _split_lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         for end in ends:
             yield b"".join([*rest, end])
             rest, num_bytes = [], 0
-        rest.append(begun)  # joined once, at its end: a long line comes in hundreds of pieces
+        rest.append(begun)  # joined once, at the line's end: a long line has hundreds of pieces
         num_bytes += len(begun)
         if num_bytes > MAX_EVENT_BYTES:
             raise PolicyError(f"a piece of the engine's answer is longer than {MAX_EVENT_BYTES} bytes")
@@ -397,7 +411,7 @@ async def _split_lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         yield b"".join(rest)
 
 
-def _describe_silence(error: Exception) -> PolicyError:
+def _connection_error(error: Exception) -> PolicyError:
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
         return EngineLost(f"the engine cannot be reached: {error}")
     if isinstance(error, TimeoutError):
@@ -405,6 +419,6 @@ def _describe_silence(error: Exception) -> PolicyError:
     return EngineLost(f"the engine broke off: {type(error).__name__}: {error}")
 
 
-def _shorten(value: Any) -> str:
+def _shorten(value: object) -> str:
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 300 else text[:300] + "..."

@@ -1,23 +1,21 @@
-"""The vLLM server process: started, proved by a real token, watched, started again when it dies.
+"""Supervises the vLLM server process: starts it, proves it by a real token, watches it, and restarts it when it dies.
 
-Refuses to know what is asked of it (completion.py), and which adapters it wears (hotswap.py, by way of `on_restart`).
-Flow: find the model -> start the child -> follow its log until a real token came -> watch: a dead child at once, a
-zombie (alive, but no token moves) within seconds -> end it, start another, let `on_restart` dress it -> ready again.
-Between `suspend` and `resume` there is no child, and its memory is free; `watch` ends it and starts the next, so that
-one task alone decides about children.
+    find the model -> start the child -> follow its log to the first token -> watch -> end it, start another ->
+    on_restart
 
-Invariants: while `is_ready`, a real token was generated since the last start; a zombie is found within the pause
-between two probes and the time of one; the child dies with this process, however that ends; it listens on the loopback
-alone, and answers nobody there who does not know the key it was started with.
+`watch` finds a dead child at once, and a zombie (a child that runs but generates no token) within the pause between two
+probes and the time of one. Between `suspend` and `resume` there is no child and its memory is free; only `watch` ends
+and starts children after the first start, so that one task alone decides about them.
+
+Invariants: while `is_ready`, the server generated a token since its last start; the child dies with this process,
+however that ends; it listens on the loopback only and requires the key it was started with.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import itertools
-import json
 import os
 import re
 import secrets
@@ -35,44 +33,31 @@ from memory.chat_marks import ANY_FAMILY, ChatMarks
 from runtime.config import EngineConfig
 from runtime.engine.activity import ProcessActivity, is_held_up, read_activity
 from runtime.engine.client import EngineClient
-from runtime.engine.cpu_workarounds import idle_wait as engine_idle
 from runtime.engine.model_families import find_model
-from runtime.engine.tool_format import choose_tool_call_parser, read_chat_template, shows_tools
+from runtime.engine.server_command import BASE, KEY_VARIABLE, server_arguments, server_environment
+from runtime.engine.tool_format import read_chat_template, shows_tools
 from runtime.errors import EngineError, PolicyError
 
 log = structlog.get_logger()
 
 OnProgress = Callable[[str], None]
 
-HOME = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("child.py")
 NO_TOOLS = (
     "the model's chat template shows no tools: requests with tools are refused; give a template that does with "
     'engine.extra_args = ["--chat-template", "<file>"]'
 )
-TOOL_CALLS = Path(__file__).with_name("tool_call_grammar.py")
-COMPACT_JSON = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
-"""Small models fill JSON with white space until the length limit. Only these two backends can forbid it, and of them
-only xgrammar knows the grammars of tool calls."""
-CPU_FIX = "runtime.engine.cpu_workarounds.worker.WorkerFixes"
-CPU_BLOCK_TOKENS = 32
-"""What a prompt shares with an earlier one is found again in whole blocks: with vLLM's 128, a turn reads most of the
-last one anew."""
-KEY_VARIABLE = "VLLM_API_KEY"
-"""Whence vLLM takes the key it asks for: unlike an argument, no other user can read it. Guards all routes under /v1."""
-BASE = "base"
-"""The name under which the bare base model is served."""
 STOP_SECONDS = 10.0
 RECOVERY_PAUSE_SECONDS = 0.25
 LONGEST_STALL_SECONDS = 300.0
-"""How long an engine may go without a token while other work keeps it from the processor."""
+"""The longest time without a token that is accepted while other processes keep the engine from the processor."""
 EARLY_SHARE = 0.1
-"""The part of a probe's time after which it is worth looking at what the engine's processes do."""
+"""The part of a probe's time after which the activity of the engine's processes is read."""
 OWN_DELAY_SECONDS = 1.0
-"""A look that ends so much later than it should says more of this process than of the engine."""
+"""A check that ends this much too late was delayed by this process, and proves nothing about the engine."""
 BACKOFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 
-# What the engine's log says as it starts, in this order, and what that means to who waits.
+# Texts in the log of a starting engine, in their order, and the progress that each of them reports.
 PHASES = (
     ("non-default args", "reading the model's configuration"),
     ("Initializing a V1 LLM engine", "starting the engine's core"),
@@ -85,38 +70,53 @@ TROUBLE = re.compile(r"\b\w*(Error|Exception|error|Killed|refused)\b.*")
 NOISE = re.compile(r"^\(\w+[^)]*pid=\d+\)\s*|^(INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^\]]*\]\s*")
 
 
-class Engine(EngineClient):
-    """One vLLM server, ours or one that already runs."""
+class Engine:
+    """Supervises one vLLM server: one that this process starts, or one that already runs at `config.url`."""
 
     def __init__(self, config: EngineConfig, data_dir: Path, *, on_progress: OnProgress | None = None) -> None:
-        # Ours gets a key of its own, so that other users of this machine cannot ask it past us.
-        api_key = os.environ.get(KEY_VARIABLE) if config.url else secrets.token_urlsafe(32)
-        super().__init__(config.url or "", BASE, timeout_seconds=config.call_timeout_seconds, api_key=api_key)
+        # Our own server gets a new key, so that other users of this machine cannot call it directly.
+        self._api_key = os.environ.get(KEY_VARIABLE) if config.url else secrets.token_urlsafe(32)
         self.config = config
+        self.client = EngineClient(
+            config.url or "", BASE, timeout_seconds=config.call_timeout_seconds, api_key=self._api_key
+        )
+        """Calls to the server; its `url` changes when the server is started on another port."""
         self.log_path = data_dir / "logs" / "engine.log"
         self.model_path: Path | None = None
-        """The base model's directory; None when a foreign engine serves one that isn't here."""
+        """The base model's directory; None for an external engine whose model is not on this machine."""
         self.on_restart: Callable[[], Awaitable[None]] | None = None
         """Awaited after each restart, before the engine is ready again."""
         self.max_model_len: int | None = None
-        """The longest prompt and answer together that is served; None until it is up, or if it does not say."""
+        """Limit of prompt and answer together, in tokens; None before the start, or if the engine does not report
+        it."""
         self.takes_tools = True
-        """Whether the model's chat template shows tools to it; an engine elsewhere is assumed to."""
+        """Whether the model's chat template shows tools; assumed of an external engine."""
         self.num_restarts = 0
         self._on_progress = on_progress or (lambda text: None)
         self._process: asyncio.subprocess.Process | None = None
         self._ready = asyncio.Event()
         self._is_stopped = False
         self._stalled_since: float | None = None
-        """Since when no token has moved although the engine may yet be sound; on the monotonic clock."""
+        """Time (monotonic) since which no token was generated although the engine may be sound; None while tokens
+        are."""
         self._suspended = asyncio.Event()
-        """Set by `suspend`, cleared by `watch` alone: it must not miss a suspension that was soon withdrawn."""
+        """Set by `suspend` and cleared only by `watch`, which must not miss a suspension that is withdrawn at once."""
         self._is_down = asyncio.Event()
         self._resumed = asyncio.Event()
         self._resumed.set()
 
     @property
+    def url(self) -> str:
+        return self.client.url
+
+    @property
+    def model(self) -> str:
+        """The name under which the bare base model is served."""
+        return self.client.model
+
+    @property
     def is_ready(self) -> bool:
+        """Whether the server generated a token since its last start and is not known to have failed."""
         return self._ready.is_set()
 
     @property
@@ -129,48 +129,49 @@ class Engine(EngineClient):
         return self._process.pid if self._process is not None else None
 
     async def start(self) -> None:
-        """Start the server, or find the one that runs, and return once it generated a token.
+        """Start the server, or connect to the external one, and return once it generated a token.
 
         Raises:
-            EngineError: it doesn't come up; the message holds its last words and the log's path.
+            EngineError: it does not come up; the message holds the last errors of its log and the log's path.
             ValueError: the settings name no model, or one of an unknown family.
         """
-        async with contextlib.AsyncExitStack() as on_failure:  # Ctrl-C included: no half-started child stays behind
+        # On any failure, Ctrl-C included, no half-started child may stay behind.
+        async with contextlib.AsyncExitStack() as on_failure:
             on_failure.push_async_callback(self.stop)
             if self.is_ours:
                 self._on_progress("finding the model")
                 self.model_path = await asyncio.to_thread(find_model, self.config.model)
-                await self._learn_marks()
+                await self._read_marks()
                 self.takes_tools = shows_tools(read_chat_template(self.model_path, self.config.extra_args))
                 if not self.takes_tools:
                     log.warning(NO_TOOLS)
                 await self._start_child()
                 self.max_model_len = (await self._find_base()).get("max_model_len")
             else:
-                await self._meet_foreign()
+                await self._connect_external()
             on_failure.pop_all()
         self._ready.set()
 
     async def stop(self) -> None:
-        """End the child, if it is ours, and every process it started."""
+        """End the child and every process that it started; an external server goes on."""
         self._is_stopped = True
         self._ready.clear()
         self._is_down.set()
         self._resumed.set()
         await self._end_child()
-        await self.close()
+        await self.client.close()
 
     @property
     def is_suspended(self) -> bool:
-        """Whether it was told to be down, and not yet to come back."""
+        """Whether `suspend` was called and `resume` was not yet."""
         return not self._resumed.is_set()
 
     async def suspend(self) -> None:
-        """End the server; when this returns its memory is free. `watch` must be running, and `resume` must follow,
-        also when this was cancelled.
+        """End the server; its memory is free when this returns. `watch` must be running, and `resume` must follow even
+        if this is cancelled.
 
         Raises:
-            EngineError: the server is not ours to end, or was stopped for good.
+            EngineError: the server is an external one, or was stopped for good.
         """
         if not self.is_ours:
             raise EngineError(f"the engine at {self.config.url!r} was not started here and cannot be stopped from here")
@@ -196,8 +197,8 @@ class Engine(EngineClient):
             raise EngineError(f"the engine is not ready; its log is {self.log_path}") from None
 
     async def recover(self) -> None:
-        """Return when a token comes again, after a call that lost the engine: it may be ready, only stumble, or be dead
-        without anybody having noticed yet. Waits as long as the caller does."""
+        """Wait without a limit until the engine generates a token again. For callers whose call was lost: `is_ready`
+        alone proves nothing, because a dead engine may not have been noticed yet."""
         while True:
             await self._ready.wait()
             if await self._probe_within(self.config.probe_timeout_seconds):
@@ -217,7 +218,7 @@ class Engine(EngineClient):
             elif self.is_ours:
                 await self._restart()
             else:
-                await self._await_foreign()
+                await self._wait_for_external()
             if self._is_stopped:
                 return
             if self._suspended.is_set():
@@ -237,11 +238,11 @@ class Engine(EngineClient):
             suspension.cancel()
 
     async def _stay_down(self) -> None:
-        """End the child in good order, and return when the engine may run again."""
+        """End the child gracefully, and return when the engine may run again."""
         log.info("engine suspended")
         await self._end_child()
         self._is_down.set()
-        while self.is_suspended:  # suspended again before this task came to its turn: still down
+        while self.is_suspended:  # it may be suspended again before this task runs
             await self._resumed.wait()
         self._suspended.clear()
         self._is_down.clear()
@@ -263,31 +264,33 @@ class Engine(EngineClient):
                 exited.cancel()
 
     async def _is_alive(self, exited: asyncio.Future[int] | None) -> bool:
-        """Probe by one token. A probe that waits behind others is no proof of death while their tokens move, nor is a
-        count of them that came only now: the engine's own loop was busy, and is looked at again. An engine that other
-        work keeps from the processor is slow, and gets `LONGEST_STALL_SECONDS`.
+        """Return whether the engine generates tokens, by a probe of one token.
 
-        Takes `probe_timeout_seconds` at most: two thirds for the probe and the first look, one for the last.
+        A late probe is no proof of death while the engine's count of tokens grows, because it may wait behind other
+        calls; nor while a first count arrives only late, because then the engine's own loop was busy. An engine that
+        other work keeps from the processor gets `LONGEST_STALL_SECONDS`.
+
+        Takes at most `probe_timeout_seconds`: two thirds for the probe and the first count, one third for the last.
         """
         look_seconds = self.config.probe_timeout_seconds / 3
         began, patience = time.monotonic(), 2 * look_seconds
-        probe = asyncio.ensure_future(self.probe())
+        probe = asyncio.ensure_future(self.client.probe())
         before = asyncio.ensure_future(self._count_tokens(patience))
         watched = {probe} if exited is None else {probe, exited}
         activity = None
         try:
-            # Most probes are answered at once, and reading about processes has a price.
+            # Most probes are answered at once, and reading /proc costs time.
             await asyncio.wait(watched, timeout=patience * EARLY_SHARE, return_when=asyncio.FIRST_COMPLETED)
             if not any(task.done() for task in watched):
                 activity = await self._read_activity(), time.monotonic()
                 rest_seconds = began + patience - time.monotonic()
                 await asyncio.wait(watched, timeout=max(0.0, rest_seconds), return_when=asyncio.FIRST_COMPLETED)
             if exited is not None and exited.done():
-                return True  # the next look at `exited` tells
+                return True  # the caller notices that the child exited
             if probe.done() and probe.result():
                 self._stalled_since = None
                 return True
-            # A probe that was refused ends at once; only moving tokens speak for the engine then.
+            # A rejected probe ends at once; then only a growing count proves that the engine works.
             rest_seconds = began + patience - time.monotonic()
             await asyncio.sleep(max(0.0, min(look_seconds, rest_seconds)))
             first = before.result() if before.done() else None
@@ -303,12 +306,12 @@ class Engine(EngineClient):
             before.cancel()
 
     async def _read_activity(self) -> dict[int, ProcessActivity]:
-        """Return what the engine's processes have done so far; nothing of an engine that was not started here."""
+        """Return the activity of the engine's processes so far; empty for an external engine."""
         return await asyncio.to_thread(read_activity, self.pid) if self.pid is not None else {}
 
     async def _is_held_up(self, before: dict[int, ProcessActivity], since: float, count: float | None) -> bool:
-        """Return whether the engine waits for the processor. A server that answers with a `count` of tokens does not:
-        then it is the turn of the processes behind it."""
+        """Return whether the engine waits for the processor. A server process that answered with a `count` does not
+        wait, so then only the processes behind it are compared."""
         after = await self._read_activity()
         answered = None if count is None else self.pid
         return is_held_up(before, after, time.monotonic() - since, without=answered)
@@ -323,22 +326,22 @@ class Engine(EngineClient):
     async def _probe_within(self, seconds: float) -> bool:
         try:
             async with asyncio.timeout(seconds):
-                return await self.probe()
+                return await self.client.probe()
         except TimeoutError:
             return False
 
     async def _count_tokens(self, seconds: float) -> float | None:
-        """Return how many tokens the engine has moved so far; None if it doesn't say within `seconds`."""
+        """Return the number of tokens that the engine has processed so far; None if it does not answer in time."""
         try:
             async with asyncio.timeout(seconds):
-                return await self.num_tokens_so_far()
+                return await self.client.num_tokens_so_far()
         except (TimeoutError, PolicyError):
             return None
 
     async def _restart(self, *, is_planned: bool = False) -> None:
-        """End what is left of the child and start another, until one is up and dressed, or none is wanted any more."""
+        """End the rest of the child and start another, until one is up with its adapters or the engine is stopped."""
         for attempt in itertools.count():
-            await self._end_child(signal.SIGKILL)  # nothing dead or stuck ends in good order
+            await self._end_child(signal.SIGKILL)  # a dead or stuck child does not end gracefully
             await asyncio.sleep(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
             if self._is_stopped or self._suspended.is_set():
                 return
@@ -350,34 +353,35 @@ class Engine(EngineClient):
                 if self.on_restart is not None:
                     await self.on_restart()
                 return
-            except (EngineError, PolicyError, OSError) as error:  # OSError: a full disk takes no log
+            except (EngineError, PolicyError, OSError) as error:  # OSError: the log cannot be written on a full disk
                 log.error("engine did not come up", error=str(error))
 
-    async def _await_foreign(self) -> None:
+    async def _wait_for_external(self) -> None:
         while not await self._probe_within(self.config.probe_timeout_seconds):
             await asyncio.sleep(self.config.probe_interval_seconds)
         if self.on_restart is not None:
             await self.on_restart()
 
-    async def _meet_foreign(self) -> None:
-        """Learn what the engine at `config.url` serves."""
+    async def _connect_external(self) -> None:
+        """Read the model's name and limits from the engine at `config.url`."""
         self._on_progress(f"looking for the engine at {self.url}")
         base = await self._find_base()
-        self.model, self.max_model_len = base["id"], base.get("max_model_len")
+        self.client.model, self.max_model_len = base["id"], base.get("max_model_len")
         root = Path(self.config.model or base.get("root") or "")
         self.model_path = root.resolve() if (root / "config.json").is_file() else None
-        await self._learn_marks()
+        await self._read_marks()
         if not await self._probe_within(self.config.startup_seconds):
             raise EngineError(f"the engine at {self.config.url!r} generates no token")
 
-    async def _learn_marks(self) -> None:
-        """Read which special tokens the model's tokenizer has; without its files, all families' are broken."""
-        self.marks = await asyncio.to_thread(ChatMarks.read, self.model_path) or ANY_FAMILY
+    async def _read_marks(self) -> None:
+        """Read the special tokens of the model's tokenizer, which no text in a prompt may contain. Without the
+        tokenizer's files, those of all model families are removed."""
+        self.client.marks = await asyncio.to_thread(ChatMarks.read, self.model_path) or ANY_FAMILY
 
     async def _find_base(self) -> dict[str, Any]:
-        """Return what the engine says of its base model. Raises EngineError: nothing, or it doesn't answer."""
+        """Return the engine's entry of its base model. Raises EngineError: there is none, or it does not answer."""
         try:
-            models = await self.models()
+            models = await self.client.models()
         except PolicyError as error:
             raise EngineError(f"no engine answers at {self.url!r}: {error}") from error
         base = next((model for model in models if not model.get("parent")), None)
@@ -388,14 +392,14 @@ class Engine(EngineClient):
     async def _start_child(self) -> None:
         assert self.model_path is not None
         port = self.config.port or _find_free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        self.client.url = f"http://127.0.0.1:{port}"
         arguments = server_arguments(self.config, self.model_path, port)
-        self._has_priorities = self._enforces_schemas = True
+        self.client.has_priorities = self.client.enforces_schemas = True
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if self.log_path.exists():
             self.log_path.replace(self.log_path.with_suffix(".log.1"))
         with self.log_path.open("wb") as log_file:
-            # A session of its own: Ctrl-C in the terminal reaches us, and we end the child in good order.
+            # In a session of its own: Ctrl-C in the terminal then reaches only this process, which ends the child.
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 str(CHILD),
@@ -411,7 +415,7 @@ class Engine(EngineClient):
         await self._follow_startup()
 
     async def _follow_startup(self) -> None:
-        """Report the phases that the log shows; return at the first real token."""
+        """Report the phases in the log; return at the first generated token."""
         process = self._process
         assert process is not None
         deadline = time.monotonic() + self.config.startup_seconds
@@ -424,8 +428,8 @@ class Engine(EngineClient):
             if process.returncode is not None:
                 raise EngineError(self._describe_failure(f"the engine ended with exit code {process.returncode}"))
             if PHASES[-1][0] in text and await self._probe_within(deadline - time.monotonic()):
-                # The engine's first look at log-probs takes seconds; better now than in the middle of a swap.
-                await self.token_logprobs(self.model, [1, 1])
+                # The engine's first computation of log-probs takes seconds: now, rather than during a swap.
+                await self.client.token_logprobs(self.model, [1, 1])
                 return
             if time.monotonic() > deadline:
                 seconds = self.config.startup_seconds
@@ -437,15 +441,15 @@ class Engine(EngineClient):
         return f"{what}; its last words: {find_last_words(text)}; the whole log: {self.log_path}"
 
     async def _end_child(self, *signals: signal.Signals) -> None:
-        """End the child's whole process group: in good order first, then for certain, or as told.
+        """End the child's process group, by SIGTERM and then SIGKILL, or by the given signals.
 
-        Cancelled in between, it is still ours to end: whoever is told to next waits for it.
+        If this is cancelled the child stays registered, and the next call waits for its end.
         """
         process = self._process
         if process is None:
             return
         for one_signal in signals or (signal.SIGTERM, signal.SIGKILL):
-            # The group outlives its leader when that one crashed, so it is signalled in any case.
+            # Signalled in any case: the group outlives a leader that crashed.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, one_signal)
             with contextlib.suppress(TimeoutError):
@@ -455,67 +459,8 @@ class Engine(EngineClient):
             self._process = None
 
 
-def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[str]:
-    """Return vLLM's command line."""
-    template = read_chat_template(model_path, config.extra_args)
-    parser = config.tool_call_parser or choose_tool_call_parser(model_path, template)
-    arguments = {
-        "model": model_path,
-        "served-model-name": BASE,
-        "max-loras": config.max_loras,
-        "max-cpu-loras": max(config.max_cpu_loras, config.max_loras),
-        "max-lora-rank": config.max_lora_rank,
-        "tool-call-parser": parser,
-        "tool-parser-plugin": TOOL_CALLS,
-        # Grammars for Mistral's own tokenizer need another backend, which only vLLM's automatic choice takes.
-        "structured-outputs-config": None if (model_path / "tekken.json").is_file() else COMPACT_JSON,
-        "scheduling-policy": "priority",
-        "max-num-seqs": config.max_num_seqs,
-        "generation-config": "vllm",  # the model's own sampling defaults would surprise
-        "max-model-len": config.max_model_len,
-    }
-    flags = ["enable-lora", "enable-auto-tool-choice", "disable-uvicorn-access-log"]
-    if is_cpu_build():
-        arguments["dtype"] = "bfloat16"
-        arguments["worker-extension-cls"] = CPU_FIX
-        arguments["block-size"] = CPU_BLOCK_TOKENS
-        flags.append("enforce-eager")
-    else:
-        arguments["gpu-memory-utilization"] = config.gpu_memory_utilization
-    given = [part for key, value in arguments.items() if value is not None for part in (f"--{key}", str(value))]
-    # Last, so that no extra argument moves it: several of vLLM's routes ask nobody for a key.
-    place = ["--host", "127.0.0.1", "--port", str(port)]
-    return [*given, *(f"--{flag}" for flag in flags), *config.extra_args, *place]
-
-
-def server_environment(config: EngineConfig) -> dict[str, str]:
-    """Return what the child's environment has beyond ours."""
-    return {
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
-        "VLLM_LOGGING_LEVEL": "INFO",  # its log is how we follow it; libraries imported here may have turned it down
-        "VLLM_NO_USAGE_STATS": "1",
-        **({engine_idle.MARK: "1"} if is_cpu_build() else {}),
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_OFFLINE": "1",  # the model is a directory by now
-        "PYTHONUNBUFFERED": "1",
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the numbers of nvidia-smi, as the trainer counts them too
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(HOME), os.environ.get("PYTHONPATH")))),  # for CPU_FIX
-    }
-
-
-def is_cpu_build() -> bool:
-    """Return whether the installed vLLM is the one for CPUs."""
-    try:
-        importlib.metadata.version("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def find_last_words(text: str) -> str:
-    """Return what an engine's log says of its trouble: the last lines that speak of errors, or just the last."""
+    """Return the last lines of an engine's log that mention errors, or its last lines."""
     lines = [NOISE.sub("", NOISE.sub("", line)).strip() for line in text.splitlines()]
     lines = [line for line in lines if line]
     troubled = [line for line in lines if TROUBLE.search(line) and not line.startswith(("File ", "raise "))]

@@ -1,7 +1,6 @@
-"""What acts: a base model, an adapter or none, and a prompt, under one version.
+"""A policy that is ready to act: a base model, an adapter or none, and a prompt, under one version.
 
-Refuses to know how the adapter got onto the engine (hotswap.py) and what an episode is.
-Invariant: an actor is the same weights and words for its whole life.
+Invariant: an actor has the same weights and prompt for its whole life.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from memory.schema import Policy
-from runtime.engine.client import Completion, Message, OnDelta
+from runtime.engine.client import Completion, Message, OnDelta, ToolDefinition
 from runtime.engine.process import Engine
 
 
 @dataclass(frozen=True)
 class Actor:
-    """One policy, ready to act: what a lease hands out."""
+    """One loaded policy. A lease of `HotSwap` makes it; the agent calls it."""
 
     policy: Policy
     served_name: str
@@ -31,7 +30,7 @@ class Actor:
     async def complete(
         self,
         messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[ToolDefinition] | None = None,
         *,
         temperature: float = 0.0,
         max_tokens: int = 512,
@@ -39,14 +38,18 @@ class Actor:
         on_delta: OnDelta | None = None,
         **sampling: Any,
     ) -> Completion:
-        """Return the policy's reply, streamed piece by piece when somebody listens.
+        """Return the policy's reply; `on_delta` is awaited with each piece of it.
+
+        Args:
+            max_tokens: limit of the reply, in tokens.
+            sampling: further parameters that vLLM gets unchanged.
 
         Raises:
-            PolicyError: the engine refused; as EngineLost, it died.
+            PolicyError: the engine rejected the call; EngineLost: it died.
             BudgetExceeded: the messages fill the model's context.
         """
         sampling |= {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-        # Listening costs the engine one message a token, so only when somebody does.
+        # A stream costs the engine one message per token, so it is used only on request.
         if on_delta is None:
-            return await self.engine.chat(self.served_name, messages, tools, **sampling)
-        return await self.engine.chat_stream(self.served_name, messages, tools, on_delta=on_delta, **sampling)
+            return await self.engine.client.chat(self.served_name, messages, tools, **sampling)
+        return await self.engine.client.chat_stream(self.served_name, messages, tools, on_delta=on_delta, **sampling)

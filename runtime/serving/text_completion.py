@@ -1,7 +1,6 @@
-"""Plain text from the base model, held to a JSON schema where the engine offers that.
+"""Text from the base model, in JSON of a schema where the engine supports that.
 
-An engine that refuses schemas is asked without one, once and for all: the refusal is remembered, so that it costs one
-call and not one call each time.
+An engine that rejects schemas is called without one from then on, so that a rejection costs one call in all.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ log = structlog.get_logger()
 
 BASE_VERSION = 0
 REFUSALS = {400, 422, 501}
-"""Statuses by which engines and their like say that they do not know a parameter."""
+"""HTTP statuses with which OpenAI-compatible servers reject an unknown parameter."""
 
 
 class TextCompletion:
-    """The base model as a writer, whichever policy acts."""
+    """Writes text with the base model, whichever policy is active."""
 
     def __init__(self, hotswap: HotSwap) -> None:
         self._hotswap = hotswap
         self._takes_schemas = True
 
     async def complete(self, messages: Sequence[Message], *, schema: dict[str, Any], max_tokens: int) -> str:
-        """Return the model's answer: JSON of `schema` where the engine takes one, else whatever it writes.
+        """Return the model's answer: JSON of `schema` where the engine supports schemas, free text elsewhere.
 
         Raises:
             PolicyError, EngineError: there is no answer. BudgetExceeded: the messages fill the model's context.
@@ -45,7 +44,7 @@ class TextCompletion:
                 if refusal.status not in REFUSALS:
                     raise
                 answer = (await base.complete(messages, max_tokens=max_tokens)).content
-                self._takes_schemas = False  # the same messages went through without it: the schema was refused
+                self._takes_schemas = False  # the call without it succeeded: the schema was rejected, not the messages
                 log.warning("the engine takes no JSON schemas", reason=str(refusal))
                 return answer
 
@@ -56,7 +55,7 @@ class TextCompletion:
             PolicyError, EngineError: the engine does not answer.
         """
         async with self._hotswap.lease(BASE_VERSION) as base:
-            models = await base.engine.models()
+            models = await base.engine.client.models()
             found = next((model for model in models if model["id"] == base.served_name), {})
             return found.get("max_model_len")
 

@@ -72,7 +72,7 @@ async def die_and_boot(point: Point, num_passes: int, data_dir: Path, base_dir: 
         await turns.turn()
         assert turns.flaws() == [] and memory.cycles.unfinished() is None
     await turns.engine.stop()
-    await turns.engine.close()
+    await turns.engine.client.close()
 
 
 def test_there_are_forty_points_and_each_is_one_line():

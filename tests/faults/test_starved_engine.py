@@ -94,7 +94,7 @@ async def test_a_starved_engine_is_waited_for_and_answers_when_it_may(
     if not any(looks):
         pytest.skip("the scheduler of this machine let the engine run beside its rivals: nothing was late")
     async with asyncio.timeout(60):
-        while not await engine.probe():
+        while not await engine.client.probe():
             await asyncio.sleep(0.1)
     assert (engine.pid, engine.num_restarts) == (pid, 0)
     print(f"starved for {seconds:g} s: no token in {sum(looks) / len(looks):.0%} of the looks, no restart")

@@ -59,11 +59,11 @@ class Turns:
         policy = await self.learn()
         await self.memory.policies.promote(policy.version)
         self.announce()
-        await self.hotswap.wear(policy.version)
+        await self.hotswap.activate(policy.version)
         if policy.version % 2 == 0:
             back = await self.memory.policies.rollback()
             self.announce()
-            await self.hotswap.wear(back.version)
+            await self.hotswap.activate(back.version)
 
     async def log(self) -> None:
         """Keep an episode of two steps, a success."""

@@ -1,8 +1,9 @@
-"""Ask the agent, or have it play a task, in the words of OpenAI's chat completions.
+"""OpenAI's chat completions: `POST /v1/chat/completions`, answered at once or as server-sent events.
 
-Refuses to know how a turn is played (playing.py) and how its answer is written (chat_answer.py).
-Flow: check the request -> resolve who answers -> play -> answer, at once or as server-sent events.
-Invariant: an answer leaves only when everything in it is durable.
+    ChatRequest -> TurnRequest -> Episode -> Turn -> ChatCompletion
+
+Invariant: an answer leaves only when everything in it is durable. Hazard: once a stream has begun its HTTP status is
+sent, so a later failure can only be an event.
 """
 
 from __future__ import annotations
@@ -28,15 +29,7 @@ from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.health import require_ready
 from runtime.api.openai.chat_answer import DONE, ChatCompletion, ChunkWriter, complete, event
 from runtime.api.openai.chat_request import EXAMPLES, ChatRequest, check_request, read_extensions
-from runtime.api.openai.turns import (
-    StreamedTurn,
-    TurnRequest,
-    finish,
-    headers_for,
-    limit_messages,
-    prepare,
-    refuse_failed,
-)
+from runtime.api.openai.turns import StreamedTurn, finish, headers_for, limit_messages, make_request, raise_failure
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"])
@@ -66,11 +59,12 @@ async def create_completion(
     limit_messages(server, len(body.messages), "messages")
     extensions = read_extensions(body.metadata, safety_identifier=body.safety_identifier, user=body.user)
     check_request(body, extensions)
-    asked = TurnRequest(
+    turn_request = make_request(
+        server,
+        caller,
+        extensions,
         model=body.model,
         messages=[message.plain() for message in body.messages],
-        extensions=extensions,
-        caller=caller,
         temperature=body.temperature,
         seed=body.seed,
         max_tokens=body.max_completion_tokens or body.max_tokens,
@@ -78,33 +72,31 @@ async def create_completion(
         tools=body.tools or (),
         sampling=body.sampling(),
     )
-    play = prepare(server, asked)
     require_ready(server)
     if not body.stream:
-        turn = await finish(request, server.memory, play)
+        turn = await finish(request, server.agent, turn_request)
         answer = complete(turn, with_logprobs=bool(body.logprobs))
         return JSONResponse(answer.model_dump(mode="json"), headers=headers_for(turn.trajectory))
-    listening = StreamedTurn(server.memory, play)
-    await listening.start(request)
-    include_usage = bool(body.stream_options and body.stream_options.include_usage)
-    writer = ChunkWriter(listening.trajectory, listening.first_position, include_usage=include_usage)
+    streamed = StreamedTurn(server.agent, turn_request)
+    start = await streamed.wait_for_start(request)
+    writer = ChunkWriter(start, include_usage=bool(body.stream_options and body.stream_options.include_usage))
     return StreamingResponse(
-        write_events(listening, writer), media_type="text/event-stream", headers=headers_for(listening.trajectory)
+        write_events(streamed, writer), media_type="text/event-stream", headers=headers_for(start.trajectory)
     )
 
 
-async def write_events(listening: StreamedTurn, writer: ChunkWriter) -> AsyncIterator[str]:
-    """Yield the answer as it is made; its last events only when everything is durable."""
+async def write_events(streamed: StreamedTurn, writer: ChunkWriter) -> AsyncIterator[str]:
+    """Yield the answer as it is written; its last events only when everything is durable."""
     try:
         yield writer.begin()
-        async for delta in listening.deltas():
+        async for delta in streamed.deltas():
             yield writer.write(delta)
-        turn = listening.end()
-        refuse_failed(turn)
+        turn = streamed.end()
+        raise_failure(turn)
         for ending in writer.end(turn):
             yield ending
     except (ApiError, *KNOWN_EXCEPTIONS) as error:
         yield event(error_body(classify(error)))
     finally:
-        listening.cancel()
+        streamed.cancel()
     yield DONE

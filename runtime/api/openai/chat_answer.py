@@ -1,7 +1,4 @@
-"""Chat completions as OpenAI writes them: a turn as one answer, or as the chunks of a stream.
-
-Refuses to know how a turn is played and when it is over.
-"""
+"""Chat completions in OpenAI's format: a turn as one answer, or as the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -11,10 +8,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from memory.schema import Trajectory, dump_json
+from memory.schema import dump_json
+from runtime.agent.turn import Turn, TurnStart
 from runtime.api.openai.answer_ids import name_answer
+from runtime.api.openai.episode_summary import EpisodeSummary, summarize
 from runtime.api.openai.models import pin
-from runtime.api.openai.turn import EpisodeSummary, Turn
 from runtime.engine.client import Delta
 
 
@@ -34,7 +32,7 @@ class ToolCall(BaseModel):
 
 
 class Answer(BaseModel):
-    """What the agent said."""
+    """The agent's message."""
 
     role: str = "assistant"
     content: str | None
@@ -67,8 +65,8 @@ class Usage(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """An answer. Its `id` is the target of feedback: the trajectory's, with the step behind it where a client that runs
-    tools came back for more."""
+    """The answer of a turn, made from `Turn` and read by the client. Its `id` is the target of feedback: the
+    trajectory's, followed by the position of the turn's first step in all turns but the first."""
 
     id: str
     object: str = "chat.completion"
@@ -83,29 +81,29 @@ def complete(turn: Turn, *, with_logprobs: bool = False) -> ChatCompletion:
     """Return the whole answer at once."""
     calls = [ToolCall.model_validate(call) for call in turn.open_tool_calls]
     choice = Choice(
-        message=Answer(content=turn.content, tool_calls=calls or None),
+        message=Answer(content=turn.answer, tool_calls=calls or None),
         finish_reason=turn.finish_reason,
         logprobs=Logprobs(content=turn.logprobs) if with_logprobs else None,
     )
     return ChatCompletion(
-        id=turn.answer_id,
+        id=name_answer(turn.trajectory.id, turn.first_position),
         created=int(time.time()),
         model=pin(turn.trajectory.policy),
         choices=[choice],
         usage=_count(turn),
-        ratchet=turn.played(),
+        ratchet=summarize(turn),
     )
 
 
 class ChunkWriter:
-    """Writes one answer as server-sent events, and remembers what it has written."""
+    """Writes one answer as server-sent events."""
 
-    def __init__(self, trajectory: Trajectory, first_position: int, *, include_usage: bool) -> None:
+    def __init__(self, start: TurnStart, *, include_usage: bool) -> None:
         self._head = {
-            "id": name_answer(trajectory.id, first_position),
+            "id": name_answer(start.trajectory.id, start.first_position),
             "object": "chat.completion.chunk",
             "created": int(time.time()),
-            "model": pin(trajectory.policy),
+            "model": pin(start.trajectory.policy),
         }
         self._include_usage = include_usage
         self._text = ""
@@ -124,17 +122,17 @@ class ChunkWriter:
         return self._chunk(change, logprobs={"content": list(delta.logprobs)} if delta.logprobs else None)
 
     def end(self, turn: Turn) -> list[str]:
-        """Return the last events: what was not said yet, how it ended, what it cost."""
+        """Return the last events: the rest of the answer, its end, and its usage."""
         endings = []
-        answer, calls = turn.content or "", turn.open_tool_calls
+        answer, calls = turn.answer or "", turn.open_tool_calls
         if answer and not self._text.endswith(answer):
-            # The environment's last words are nobody's tokens.
+            # An environment's closing text is written by no model call, so no delta held it.
             endings.append(self._chunk({"content": f"\n{answer}" if self._text else answer}))
-        unsaid = [{"index": index, **call} for index, call in enumerate(calls) if index >= self._num_calls]
-        if unsaid:
-            endings.append(self._chunk({"tool_calls": unsaid}))
-        played = turn.played().model_dump(mode="json")
-        endings.append(self._chunk({}, finish=turn.finish_reason, ratchet=played))
+        unsent = [{"index": index, **call} for index, call in enumerate(calls) if index >= self._num_calls]
+        if unsent:
+            endings.append(self._chunk({"tool_calls": unsent}))
+        summary = summarize(turn).model_dump(mode="json")
+        endings.append(self._chunk({}, finish=turn.finish_reason, ratchet=summary))
         if self._include_usage:
             endings.append(event({**self._head, "choices": [], "usage": _count(turn).model_dump()}))
         return endings

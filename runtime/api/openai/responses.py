@@ -1,9 +1,9 @@
-"""Ask the agent in the words of OpenAI's Responses API; read an answer again, go on from it, have it forgotten.
+"""OpenAI's Responses API: create a response, read it again, continue from it, delete it.
 
-Refuses to know how a turn is played (playing.py): a response is the same rollout as a chat completion, told otherwise.
-Flow: check the request -> put what was said before in front of it -> play -> keep the response -> answer.
-Invariants: an answer leaves only when everything in it is durable; deleting a response forgets the copy kept for its
-client, not the trajectory that was lived.
+A response is the same rollout as a chat completion in another format:
+check the request -> prepend the earlier conversation -> play -> store the response -> answer.
+Invariants: an answer leaves only when everything in it is durable; deleting a response deletes the copy stored for its
+client, never the trajectory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from memory.errors import ConversationTooLong, UnknownResponse
 from memory.schema import StoredResponse, dump_json
 from memory.store import Memory
+from runtime.agent.turn import TurnStart
 from runtime.api.errors import (
     KNOWN_EXCEPTIONS,
     ApiError,
@@ -37,15 +38,7 @@ from runtime.api.openai.answer_ids import trajectory_of
 from runtime.api.openai.chat_request import read_extensions
 from runtime.api.openai.responses_answer import EventWriter, begin_response, end_response, fail_response, list_output
 from runtime.api.openai.responses_request import ResponseRequest, as_messages, check_conversation, check_request
-from runtime.api.openai.turns import (
-    StreamedTurn,
-    TurnRequest,
-    finish,
-    headers_for,
-    limit_messages,
-    prepare,
-    refuse_failed,
-)
+from runtime.api.openai.turns import StreamedTurn, finish, headers_for, limit_messages, make_request, raise_failure
 from runtime.api.services import Server, Services
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
@@ -112,40 +105,40 @@ async def create_response(
     check_conversation(messages)
     if instructions:
         messages.insert(0, {"role": "system", "content": instructions})
-    asked = TurnRequest(
+    turn_request = make_request(
+        server,
+        caller,
+        extensions,
         model=body.model,
         messages=messages,
-        extensions=extensions,
-        caller=caller,
         temperature=body.temperature,
         max_tokens=body.max_output_tokens,
         tools=body.chat_tools(),
         sampling=body.sampling(),
         field_of_max_tokens="max_output_tokens",
     )
-    play = prepare(server, asked)
     require_ready(server)
-    keep = ResponseStore(server.memory, body, items, caller.tenant)
+    store = ResponseStore(server.memory, body, items, caller.tenant)
     if not body.stream:
-        turn = await finish(request, server.memory, play)
-        begun = begin_response(body, turn.trajectory, turn.first_position, instructions)
+        turn = await finish(request, server.agent, turn_request)
+        begun = begin_response(body, TurnStart(turn.trajectory, turn.first_position), instructions)
         response = end_response(begun, turn, list_output(turn), server.engine.max_model_len)
-        await keep(response)
+        await store(response)
         return _send(response, headers_for(turn.trajectory))
-    listening = StreamedTurn(server.memory, play)
-    await listening.start(request)
-    begun = begin_response(body, listening.trajectory, listening.first_position, instructions)
+    streamed = StreamedTurn(server.agent, turn_request)
+    start = await streamed.wait_for_start(request)
+    writer = EventWriter(begin_response(body, start, instructions))
     return StreamingResponse(
-        write_events(listening, EventWriter(begun), keep, server.engine.max_model_len),
+        write_events(streamed, writer, store, server.engine.max_model_len),
         media_type="text/event-stream",
-        headers=headers_for(listening.trajectory),
+        headers=headers_for(start.trajectory),
     )
 
 
 def read_history(
     server: Services, response_id: str, tenant: str, instructions: str | None
 ) -> tuple[list[Json], str | None]:
-    """Return the items up to a response, and the instructions that hold for who goes on from it with these.
+    """Return the items up to and with a response, and the instructions for the request that continues from it.
 
     Raises:
         NotFound: a response on the way was never stored, or was deleted.
@@ -161,7 +154,7 @@ def read_history(
         raise NotFound(str(problem), param="previous_response_id", code="previous_response_not_found") from problem
     items = [item for each in chain for item in (*each.input, *each.body["output"])]
     waits = any(item["type"] == "function_call" for item in chain[-1].body["output"])
-    if instructions is None and waits:  # the episode goes on, so what it was told holds
+    if instructions is None and waits:  # the same episode continues, so its instructions do
         return items, chain[-1].body["instructions"]
     return items, instructions
 
@@ -176,7 +169,7 @@ class ResponseStore:
         self._tenant = tenant
 
     async def __call__(self, response: Json) -> None:
-        """Keep it; durable when it returns."""
+        """Store it; durable when it returns."""
         if self._body.store is False:
             return
         row = StoredResponse(
@@ -191,26 +184,26 @@ class ResponseStore:
 
 
 async def write_events(
-    listening: StreamedTurn, writer: EventWriter, keep: ResponseStore, context_tokens: int | None
+    streamed: StreamedTurn, writer: EventWriter, store: ResponseStore, context_tokens: int | None
 ) -> AsyncIterator[str]:
-    """Yield the events of a response as it is made; the last one only when everything is durable."""
+    """Yield the events of a response as it is written; the last one only when everything is durable."""
     try:
         for event in writer.begin():
             yield event
-        async for delta in listening.deltas():
+        async for delta in streamed.deltas():
             for event in writer.write(delta):
                 yield event
-        turn = listening.end()
-        refuse_failed(turn)
+        turn = streamed.end()
+        raise_failure(turn)
         for event in writer.finish_items(turn):
             yield event
         response = end_response(writer.response, turn, writer.output, context_tokens)
-        await keep(response)
+        await store(response)
         yield writer.end(response)
     except (ApiError, *KNOWN_EXCEPTIONS) as error:
         yield writer.end(fail_response(writer.response, classify(error)))
     finally:
-        listening.cancel()
+        streamed.cancel()
 
 
 @router.get("/{response_id}", summary="Read a stored response", responses=error_responses(NotFound))
@@ -226,13 +219,14 @@ async def get_response(
 
 
 def _send(response: Json, headers: Mapping[str, str] | None = None) -> Response:
-    # It repeats what clients wrote, which may be no Unicode at all.
+    # dump_json, because the body repeats text of clients, which may hold lone surrogates
+    # that JSONResponse cannot encode.
     return Response(dump_json(response), media_type="application/json", headers=headers)
 
 
 @router.delete("/{response_id}", summary="Forget a stored response", responses=error_responses(NotFound))
 async def delete_response(response_id: str, server: Server, caller: RequestCaller) -> DeletedResponse:
-    """The copy kept for its client goes; the trajectory, its steps and its rewards stay."""
+    """Delete the copy stored for the client; the trajectory, its steps and its rewards stay."""
     await server.memory.responses.delete(response_id, tenant=caller.tenant)
     return DeletedResponse(id=response_id)
 

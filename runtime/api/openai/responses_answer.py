@@ -7,8 +7,7 @@
       response.output_item.done
     response.completed | response.incomplete | response.failed
 
-Refuses to know how a turn is played and when it is over. Invariant: the events of one response add up to the object
-that is kept of it.
+Invariant: the events of one response add up to the object that is stored of it.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from memory.schema import Trajectory, dump_json, new_id
+from memory.schema import dump_json, new_id
+from runtime.agent.turn import Turn, TurnStart
 from runtime.api.errors import ApiError
 from runtime.api.openai.answer_ids import name_response
+from runtime.api.openai.episode_summary import summarize
 from runtime.api.openai.models import pin
 from runtime.api.openai.responses_request import ResponseRequest
-from runtime.api.openai.turn import Turn
 from runtime.engine.client import Delta
 
 Json = dict[str, Any]
 
 
-def begin_response(
-    request: ResponseRequest, trajectory: Trajectory, first_position: int, instructions: str | None
-) -> Json:
+def begin_response(request: ResponseRequest, start: TurnStart, instructions: str | None) -> Json:
     """Return the object of a response that has just begun."""
+    trajectory = start.trajectory
     return {
-        "id": name_response(trajectory.id, first_position),
+        "id": name_response(trajectory.id, start.first_position),
         "object": "response",
         "created_at": int(time.time()),
         "status": "in_progress",
@@ -61,27 +60,28 @@ def begin_response(
 
 
 def end_response(response: Json, turn: Turn, output: list[Json], context_tokens: int | None) -> Json:
-    """Return the object of a response that is over, with these items. `context_tokens` is what the model can hold."""
+    """Return the object of a response that is over, with these items. `context_tokens`: length of the model's context;
+    None: unknown."""
     is_cut = turn.finish_reason == "length"
     ended: Json = {"status": "incomplete" if is_cut else "completed", "output": output, "usage": _count(turn)}
-    asked, room = response["max_output_tokens"], turn.output_room(context_tokens)
-    if asked is not None and room is not None:
-        ended["max_output_tokens"] = min(asked, room)  # the engine cuts what the context does not leave
+    limit, capacity = response["max_output_tokens"], turn.output_capacity(context_tokens)
+    if limit is not None and capacity is not None:
+        ended["max_output_tokens"] = min(limit, capacity)  # the engine never writes beyond its context
     if is_cut:
         ended["incomplete_details"] = {"reason": "max_output_tokens"}
     else:
         ended["completed_at"] = int(time.time())
-    return {**response, **ended, "ratchet": turn.played().model_dump(mode="json")}
+    return {**response, **ended, "ratchet": summarize(turn).model_dump(mode="json")}
 
 
 def fail_response(response: Json, error: ApiError) -> Json:
-    """Return the object of a response that came to nothing."""
+    """Return the object of a response that failed."""
     return {**response, "status": "failed", "error": {"code": "server_error", "message": str(error)}}
 
 
 def list_output(turn: Turn) -> list[Json]:
-    """Return what was said in a turn, as items."""
-    output = [_message_item(turn.content)] if turn.content or not turn.open_tool_calls else []
+    """Return the text and the open calls of a turn, as items."""
+    output = [_message_item(turn.answer)] if turn.answer or not turn.open_tool_calls else []
     for call in turn.open_tool_calls:
         item = _call_item(call["id"], call["function"]["name"])
         output.append({**item, "status": "completed", "arguments": call["function"]["arguments"]})
@@ -119,7 +119,7 @@ def _count(turn: Turn) -> Json:
 
 
 class EventWriter:
-    """Writes one response as server-sent events, and keeps the items as they were said."""
+    """Writes one response as server-sent events, and collects its items."""
 
     def __init__(self, response: Json) -> None:
         self.response = response
@@ -139,12 +139,12 @@ class EventWriter:
             yield from self._write_call(piece)
 
     def finish_items(self, turn: Turn) -> Iterator[str]:
-        """Yield what was not said yet, and the end of the last item."""
-        said = "".join(item["content"][0]["text"] for item in self.output if item["type"] == "message")
-        answer, calls = turn.content or "", turn.open_tool_calls
-        if answer and not said.endswith(answer):
-            # The environment's last words are nobody's tokens.
-            yield from self._write_text(f"\n{answer}" if said else answer)
+        """Yield the part of the answer that no delta held, and the end of the last item."""
+        sent = "".join(item["content"][0]["text"] for item in self.output if item["type"] == "message")
+        answer, calls = turn.answer or "", turn.open_tool_calls
+        if answer and not sent.endswith(answer):
+            # An environment's closing text is written by no model call, so no delta held it.
+            yield from self._write_text(f"\n{answer}" if sent else answer)
         for index, call in enumerate(calls):
             if index >= self._num_calls:
                 yield from self._write_call({"index": index, **call})

@@ -1,52 +1,37 @@
-"""Playing a turn for whoever waits at the other end of a connection, whichever API it speaks.
+"""Plays a turn for a client that waits on a connection, for all HTTP APIs.
 
-Refuses to know how an episode is played; `Agent.rollout` does. Knows no answer's shape.
-Flow: `prepare` refuses what can be refused -> `finish` plays to the end, or `listen` plays while its pieces are heard.
-Invariants: what is answered is durable; a client that leaves cancels its episode, whose trajectory closes CANCELLED.
+    make_request    check the client's request against this server and make the `TurnRequest`
+    finish          play to the end, or
+    StreamedTurn    play while the client receives the pieces
+
+Invariants: an answer leaves only when it is durable; a client that leaves cancels its episode, whose trajectory closes
+as CANCELLED.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
 
 from memory.schema import Split, Task, Trajectory, TrajectoryStage
-from memory.store import Memory
+from runtime.agent.graph import Agent
+from runtime.agent.turn import Turn, TurnRequest, TurnStart
 from runtime.api.errors import ApiError, BadRequest, ClientLeft, EpisodeFailed, Overloaded
 from runtime.api.gateway.disconnects import wait_for_disconnect
 from runtime.api.gateway.permissions import Caller
 from runtime.api.openai.chat_request import Extensions
 from runtime.api.openai.models import resolve
-from runtime.api.openai.turn import Opened, Turn, read_turn
 from runtime.api.services import Services
-from runtime.engine.client import Delta
+from runtime.engine.client import Delta, Message, ToolDefinition
 from runtime.engine.process import NO_TOOLS
-
-Play = Callable[..., Coroutine[Any, Any, Trajectory]]
-
-
-@dataclass(frozen=True)
-class TurnRequest:
-    """What a client asks of the agent."""
-
-    model: str
-    messages: list[dict[str, Any]]
-    extensions: Extensions
-    caller: Caller
-    temperature: float | None = None
-    seed: int | None = None
-    max_tokens: int | None = None
-    tools: Sequence[dict[str, Any]] = ()
-    sampling: dict[str, Any] = field(default_factory=dict)
-    field_of_max_tokens: str = "max_tokens"
 
 
 def limit_messages(server: Services, num_messages: int, field_of_messages: str) -> None:
-    """Raise BadRequest for a conversation of more messages than are taken; call it before looking at any of them."""
+    """Raise BadRequest for a conversation of too many messages. Call it before the messages are looked at."""
     if num_messages > server.limits.max_messages:
         raise BadRequest(
             f"the conversation has {num_messages} messages, {server.limits.max_messages} are allowed",
@@ -55,49 +40,53 @@ def limit_messages(server: Services, num_messages: int, field_of_messages: str) 
         )
 
 
-def prepare(server: Services, asked: TurnRequest) -> Play:
-    """Return what plays the turn when called; everything that can be refused is refused here.
+def make_request(
+    server: Services,
+    caller: Caller,
+    extensions: Extensions,
+    *,
+    model: str,
+    messages: Sequence[Message],
+    temperature: float | None = None,
+    seed: int | None = None,
+    max_tokens: int | None = None,
+    field_of_max_tokens: str = "max_tokens",
+    tools: Sequence[ToolDefinition] = (),
+    sampling: Mapping[str, Any],
+) -> TurnRequest:
+    """Return the request to the agent; everything that can be rejected before the turn starts is rejected here.
 
     Raises:
-        NotFound, UnknownEnvironment, UnknownTask: the request names something that is not there.
+        NotFound, UnknownEnvironment, UnknownTask: the request names something that does not exist.
         BadRequest: more tokens than are allowed, tools for a model whose template has none, or a task of another split.
     """
     try:
-        server.agent.require_allowed(asked.max_tokens)
+        server.agent.require_allowed(max_tokens)
     except ValueError as problem:
-        raise BadRequest(str(problem), param=asked.field_of_max_tokens, code="too_many_tokens") from None
-    if asked.tools and not server.engine.takes_tools:
+        raise BadRequest(str(problem), param=field_of_max_tokens, code="too_many_tokens") from None
+    if tools and not server.engine.takes_tools:
         raise BadRequest(NO_TOOLS, param="tools", code="unsupported_parameter")
-    version = resolve(asked.model, server.memory.policies)
-    extensions, task = asked.extensions, _task_of(server, asked.extensions)
-
-    async def play(*, on_open: Opened, **more: Any) -> Trajectory:
-        try:
-            return await server.agent.rollout(
-                task,
-                messages=None if extensions.environment else asked.messages,  # an environment speaks first
-                policy=version,
-                use_memory=extensions.use_memory,
-                temperature=asked.temperature,
-                seed=asked.seed if asked.seed is not None else extensions.seed,
-                max_tokens=asked.max_tokens,
-                tools=asked.tools,
-                sampling=asked.sampling,
-                episode_id=extensions.episode_id,
-                tenant=asked.caller.tenant,
-                user_id=extensions.user_id,
-                key_id=asked.caller.key_id,
-                is_shared=extensions.is_shared,
-                on_open=on_open,
-                **more,
-            )
-        finally:  # what was used was used, however it ended
-            asked.caller.quota.spend_tokens(on_open.num_tokens)
-
-    return play
+    version = resolve(model, server.memory.policies)
+    return TurnRequest(
+        task=_find_task(server, extensions),
+        messages=() if extensions.environment else messages,  # the environment opens the episode
+        tools=tools,
+        tenant=caller.tenant,
+        user_id=extensions.user_id,
+        key_id=caller.key_id,
+        is_shared=extensions.is_shared,
+        episode_id=extensions.episode_id,
+        policy=version,
+        use_memory=extensions.use_memory,
+        temperature=temperature,
+        seed=seed if seed is not None else extensions.seed,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        on_usage=caller.quota.spend_tokens,
+    )
 
 
-def _task_of(server: Services, extensions: Extensions) -> Task | None:
+def _find_task(server: Services, extensions: Extensions) -> Task | None:
     if not extensions.task:
         return None
     if extensions.environment is None:
@@ -110,93 +99,90 @@ def _task_of(server: Services, extensions: Extensions) -> Task | None:
     return task
 
 
-async def finish(request: Request, memory: Memory, play: Play) -> Turn:
+async def finish(request: Request, agent: Agent, turn_request: TurnRequest) -> Turn:
     """Play the turn to its end.
 
     Raises:
-        ClientLeft: nobody waits for the answer any more.
-        EpisodeFailed, BadRequest: nothing came of it.
+        ClientLeft: the client left before the answer.
+        EpisodeFailed, BadRequest, Overloaded: the turn failed.
     """
-    opened = Opened()
-    episode = asyncio.ensure_future(play(on_open=opened))
+    playing = asyncio.ensure_future(agent.rollout(turn_request))
     left = asyncio.ensure_future(wait_for_disconnect(request))
     try:
-        await asyncio.wait({episode, left}, return_when=asyncio.FIRST_COMPLETED)
-        if not episode.done():
+        await asyncio.wait({playing, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not playing.done():
             raise ClientLeft("the client left before the answer")
-        turn = read_turn(memory, episode.result(), opened)
+        turn = playing.result()
     finally:
         left.cancel()
-        cancel(episode)
-    refuse_failed(turn)
+        cancel(playing)
+    raise_failure(turn)
     return turn
 
 
 class StreamedTurn:
-    """A turn that is heard while it is played. `trajectory` and `first_position` say where it is recorded."""
+    """A turn whose pieces are read while it is played: `wait_for_start`, then `deltas`, then `end`."""
 
-    def __init__(self, memory: Memory, play: Play) -> None:
-        self._memory = memory
-        self._opened = Opened()
-        self._said: asyncio.Queue[Delta | None] = asyncio.Queue()
+    def __init__(self, agent: Agent, turn_request: TurnRequest) -> None:
+        self._deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
+        """None follows the last delta."""
         self._first: Delta | None = None
-        self._episode = asyncio.ensure_future(play(on_open=self._opened, on_delta=self._said.put))
-        self._episode.add_done_callback(lambda _: self._said.put_nowait(None))
+        self._start: TurnStart | None = None
+        streamed = replace(turn_request, on_start=self._begin, on_delta=self._deltas.put)
+        self._playing = asyncio.ensure_future(agent.rollout(streamed))
+        self._playing.add_done_callback(lambda _: self._deltas.put_nowait(None))
 
-    @property
-    def trajectory(self) -> Trajectory:
-        assert self._opened.trajectory is not None
-        return self._opened.trajectory
+    def _begin(self, start: TurnStart) -> None:
+        self._start = start
 
-    @property
-    def first_position(self) -> int:
-        return self._opened.first_position
-
-    async def start(self, request: Request) -> None:
-        """Wait for the first word, so that what fails before it still gets a status of its own.
+    async def wait_for_start(self, request: Request) -> TurnStart:
+        """Wait for the first piece and return the turn's record. A failure before it still gets an HTTP status.
 
         Raises:
-            ClientLeft, EpisodeFailed, BadRequest, and whatever the rollout raised before it opened a trajectory.
+            ClientLeft, EpisodeFailed, BadRequest, Overloaded, and all that the rollout raises before it opens a
+            trajectory.
         """
         left = asyncio.ensure_future(wait_for_disconnect(request))
-        first = asyncio.ensure_future(self._said.get())
+        first = asyncio.ensure_future(self._deltas.get())
         try:
             await asyncio.wait({first, left}, return_when=asyncio.FIRST_COMPLETED)
             if not first.done():
                 raise ClientLeft("the client left before the answer")
             self._first = first.result()
             if self._first is None:
-                refuse_failed(self.end())
+                raise_failure(self.end())
         except BaseException:
             self.cancel()
             raise
         finally:
             left.cancel()
             first.cancel()
+        assert self._start is not None
+        return self._start
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """Yield the pieces as they are made, until there are no more."""
+        """Yield the pieces as they are written, to the last."""
         delta = self._first
         while delta is not None:
             yield delta
-            delta = await self._said.get()
+            delta = await self._deltas.get()
 
     def end(self) -> Turn:
-        """Return the turn, once its pieces have ended. Raises whatever the rollout raised."""
-        return read_turn(self._memory, self._episode.result(), self._opened)
+        """Return the turn after its last piece. Raises all that the rollout raises."""
+        return self._playing.result()
 
     def cancel(self) -> None:
-        """Stop playing, if it still goes on: nobody hears it."""
-        cancel(self._episode)
+        """Stop playing, if the turn is not over."""
+        cancel(self._playing)
 
 
-def refuse_failed(turn: Turn) -> None:
-    """Raise what a failed turn's own error becomes.
+def raise_failure(turn: Turn) -> None:
+    """Raise the API error that corresponds to a failed turn's recorded error.
 
     Raises:
-        BadRequest: the engine refused what was asked, or there was no room for a single reply.
-        Overloaded: the engine had too much to do.
-        EpisodeFailed: the episode failed.
+        BadRequest: the engine rejected the request, or its context had no capacity for a single reply.
+        Overloaded: the engine was busy.
+        EpisodeFailed: the episode failed otherwise.
     """
     trajectory = turn.trajectory
     kind, _, message = (trajectory.error or trajectory.stage.value).partition(": ")
@@ -208,8 +194,8 @@ def refuse_failed(turn: Turn) -> None:
         elif kind == "EngineBusy":
             refusal = Overloaded(message, **extra)
         else:
-            said = f"the episode failed: {kind}: {message}" if message else f"the episode ended {kind}"
-            refusal = EpisodeFailed(said, code=kind, **extra)
+            text = f"the episode failed: {kind}: {message}" if message else f"the episode ended {kind}"
+            refusal = EpisodeFailed(text, code=kind, **extra)
     elif turn.last_call is None and trajectory.environment is None and "context" in message:
         refusal = BadRequest(message, param="messages", code="context_length_exceeded", **extra)
     if refusal is not None:
@@ -218,6 +204,7 @@ def refuse_failed(turn: Turn) -> None:
 
 
 def headers_for(trajectory: Trajectory) -> dict[str, str]:
+    """Return the response headers that name the record and the policy."""
     return {
         "X-Trajectory-Id": trajectory.id,
         "X-Episode-Id": trajectory.episode_id,
@@ -225,21 +212,22 @@ def headers_for(trajectory: Trajectory) -> dict[str, str]:
     }
 
 
-_leaving: set[asyncio.Future[Any]] = set()
+_cancelled: set[asyncio.Future[Turn]] = set()
+"""Turns that were cancelled and still close their trajectories; the event loop itself holds tasks only weakly."""
 
 
-def cancel(episode: asyncio.Future[Any]) -> None:
-    """Cancel an episode that nobody waits for; it closes its trajectory by itself."""
-    if episode.done():
-        if not episode.cancelled():
-            episode.exception()  # seen, so that asyncio does not complain of it
+def cancel(playing: asyncio.Future[Turn]) -> None:
+    """Cancel a turn whose client has left. It closes its trajectory by itself; a turn that is over stays as it is."""
+    if playing.done():
+        if not playing.cancelled():
+            playing.exception()  # retrieved, or asyncio would log it as never retrieved
         return
-    _leaving.add(episode)  # asyncio itself holds tasks only weakly
-    episode.add_done_callback(_forget)
-    episode.cancel()
+    _cancelled.add(playing)
+    playing.add_done_callback(_forget)
+    playing.cancel()
 
 
-def _forget(episode: asyncio.Future[Any]) -> None:
-    _leaving.discard(episode)
-    if not episode.cancelled():
-        episode.exception()
+def _forget(playing: asyncio.Future[Turn]) -> None:
+    _cancelled.discard(playing)
+    if not playing.cancelled():
+        playing.exception()

@@ -1,8 +1,8 @@
-"""Who acts: every policy with its stage and verdict, the gate's decision on a candidate, and the two that an operator
-can take, promote and roll back.
+"""Routes for policies: list and read them, decide on a candidate, promote and roll back.
 
-Refuses to swap anything itself: a decision is a row, which whoever wears policies notices. A policy is worn once, on
-trial, before it may be promoted, so that an adapter the engine cannot serve never becomes the active one.
+A decision is a row; `HotSwap.follow` activates the policy, and the request waits until this replica has reached it.
+Invariant: a policy is leased, which loads it, before it is promoted, so that an adapter which the engine cannot serve
+never becomes the active one.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ async def rollback(server: Server) -> PolicyDetail:
 
 @router.post("/{version}/promote", summary="Activate a policy", responses=error_responses(NotFound, Conflict, NotReady))
 async def promote(version: Version, server: Server) -> PolicyDetail:
-    """Wear it on trial, then let it act. Episodes under way keep the policy they started with."""
+    """Loads and probes it, then activates it. Episodes under way keep the policy they started with."""
     wanted = server.memory.policies.get(version_name(version)).version
     require_ready(server)
     async with server.hotswap.lease(wanted):
         promoted = await server.memory.policies.promote(wanted)
-        await server.hotswap.wear(wanted)
+        await server.hotswap.wait_for(wanted)
     return describe_policy(promoted)
 
 
@@ -114,7 +114,7 @@ async def judge(version: Version, server: Server) -> Judgement:
     verdict = await server.cycles.judge(wanted)
     active = server.memory.policies.active()
     if active.version == wanted.version and server.engine.is_ready:
-        await server.hotswap.wear(active.version)
+        await server.hotswap.wait_for(active.version)
     return Judgement(
         policy=wanted.name,
         decision=verdict["decision"],
@@ -140,10 +140,10 @@ async def rollback_from(version: Version, server: Server) -> PolicyDetail:
 
 
 async def roll_back(server: Services) -> PolicyDetail:
-    """Write the row; wear it at once if the engine answers, and when it does again if not."""
+    """Write the row; wait until this replica has activated it, if the engine answers now."""
     policy = await server.memory.policies.rollback()
     if server.engine.is_ready:
-        await server.hotswap.wear(policy.version)
+        await server.hotswap.wait_for(policy.version)
     return describe_policy(policy)
 
 

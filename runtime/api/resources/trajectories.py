@@ -190,7 +190,7 @@ async def close_trajectory(trajectory_id: str, server: Server, caller: RequestCa
         waiting = memory.trajectories.waiting(episode_id=trajectory.episode_id, tenant=caller.tenant)
         if trajectory.id not in {each.id for each in waiting}:
             raise Conflict(f"trajectory {trajectory.id!r} is being played: it closes by itself", code="episode_busy")
-        trajectory = await server.agent.book.close(trajectory, None)
+        trajectory = await server.agent.open_episodes.close(trajectory, None)
     return describe_trajectory(memory.trajectories.view(trajectory))
 
 

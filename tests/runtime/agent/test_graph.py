@@ -18,6 +18,7 @@ from runtime.engine.process import Engine
 from runtime.errors import UnknownEnvironment
 from runtime.serving.hotswap import HotSwap
 from runtime.tools.functions import tool_from_function
+from tests.rollouts import play
 from tests.runtime.fake_engine import FakeEngine, Reply, call, ids_of, say
 from tests.runtime.levers import Levers
 
@@ -32,7 +33,7 @@ async def test_a_won_game_is_recorded_step_by_step_with_its_tokens_and_reward(
     agent: Agent, memory: Memory, fake: FakeEngine, levers: Levers
 ):
     fake.script = pulls("left", "right", "left")
-    trajectory = await agent.rollout(levers.task("left-right-left"), temperature=0.0)
+    trajectory = await play(agent, levers.task("left-right-left"), temperature=0.0)
 
     assert (trajectory.stage, trajectory.answer, trajectory.error) == ("finished", "The door opens.", None)
     assert (trajectory.environment, trajectory.kind, trajectory.split) == ("levers", "pulling", Split.PRACTICE)
@@ -48,7 +49,7 @@ async def test_a_won_game_is_recorded_step_by_step_with_its_tokens_and_reward(
 
 async def test_a_finished_episode_ends_without_another_model_call(agent: Agent, fake: FakeEngine, levers: Levers):
     fake.script = pulls("right")
-    trajectory = await agent.rollout(levers.task("left-right-left"))
+    trajectory = await play(agent, levers.task("left-right-left"))
     assert trajectory.answer == "The floor opens."
     assert len(fake.requests) == 1
     assert levers.started[0].num_closed == 1
@@ -65,12 +66,12 @@ async def test_every_step_is_durable_before_the_next_model_call(
         return call("pull", lever=["left", "right", "left"][len(seen) - 1])
 
     fake.script = script
-    await agent.rollout(levers.task("left-right-left"))
+    await play(agent, levers.task("left-right-left"))
     assert seen == [0, 2, 4]
 
 
 async def test_a_plain_question_gets_the_reply_and_its_record(agent: Agent, memory: Memory, fake: FakeEngine):
-    trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}], episode_id="mine")
+    trajectory = await play(agent, messages=[{"role": "user", "content": "hi"}], episode_id="mine")
     assert (trajectory.answer, trajectory.episode_id, trajectory.split) == ("hello", "mine", Split.LIVE)
     assert trajectory.opening == [{"role": "user", "content": "hi"}]
     assert "tools" not in fake.requests[0]
@@ -82,7 +83,7 @@ async def test_deltas_arrive_as_the_model_writes_and_add_up_to_the_answer(agent:
     async def on_delta(delta: Delta) -> None:
         heard.append(delta.text)
 
-    trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}], on_delta=on_delta)
+    trajectory = await play(agent, messages=[{"role": "user", "content": "hi"}], on_delta=on_delta)
     assert heard == list("hello")
     assert memory.trajectories.steps(trajectory.id)[0].output_token_ids == ids_of("hello")
     assert trajectory.answer == "hello"
@@ -93,7 +94,7 @@ async def test_a_streamed_tool_call_is_put_together_from_its_pieces(agent: Agent
         pass
 
     fake.script = pulls("left", "right", "left")
-    trajectory = await agent.rollout(levers.task("left-right-left"), on_delta=ignore)
+    trajectory = await play(agent, levers.task("left-right-left"), on_delta=ignore)
     assert trajectory.answer == "The door opens."
 
 
@@ -109,7 +110,7 @@ async def test_a_broken_call_is_counted_and_told_to_the_model(
         ]
     )
     fake.script = lambda request: next(replies)
-    trajectory = await agent.rollout(levers.task("left-right-left"))
+    trajectory = await play(agent, levers.task("left-right-left"))
 
     errors = [step.error for step in memory.trajectories.steps(trajectory.id) if step.kind is StepKind.TOOL]
     assert errors[0] == "the arguments '{left}' are not valid JSON"
@@ -124,7 +125,7 @@ async def test_spent_steps_close_the_episode_finished_with_the_limit_noted(
     agent: Agent, memory: Memory, fake: FakeEngine, levers: Levers
 ):
     fake.script = lambda request: call("pull", lever="left")
-    trajectory = await agent.rollout(levers.task("-".join(["left"] * 20)))
+    trajectory = await play(agent, levers.task("-".join(["left"] * 20)))
     assert (trajectory.stage, trajectory.error) == ("finished", "BudgetExceeded: no answer within 6 steps")
     assert memory.trajectories.effective_reward(trajectory.id) == 0.0
     assert len(fake.requests) == 6
@@ -136,21 +137,21 @@ async def test_spent_tokens_and_spent_time_close_the_episode_finished(
     fake.script = lambda request: call("pull", lever="left")
     task = levers.task("left-left-left")
     by_tokens = Agent(memory, hotswap, {"levers": levers}, AgentConfig(max_total_tokens=100))
-    assert (await by_tokens.rollout(task)).error == "BudgetExceeded: no answer within 100 tokens"
+    assert (await play(by_tokens, task)).error == "BudgetExceeded: no answer within 100 tokens"
 
     async def never(request):
         await asyncio.sleep(3600)
 
     fake.script = never
     by_time = Agent(memory, hotswap, {"levers": levers}, AgentConfig(max_seconds=0.3))
-    trajectory = await by_time.rollout(task)
+    trajectory = await play(by_time, task)
     assert (trajectory.stage, trajectory.error) == ("finished", "BudgetExceeded: no answer within 0.3 seconds")
     assert [game.num_closed for game in levers.started] == [1, 1]
 
 
 async def test_a_full_context_is_a_spent_budget(agent: Agent, fake: FakeEngine, levers: Levers):
     fake.script = lambda request: Reply(status=400, error="This model's maximum context length is 2048 tokens.")
-    trajectory = await agent.rollout(levers.task("left"))
+    trajectory = await play(agent, levers.task("left"))
     assert trajectory.stage == "finished"
     assert trajectory.error.startswith("BudgetExceeded: the conversation fills the model's context")
 
@@ -159,7 +160,7 @@ async def test_an_engine_that_fails_ends_the_episode_failed_and_unrewarded(
     agent: Agent, memory: Memory, fake: FakeEngine, levers: Levers
 ):
     fake.script = lambda request: Reply(status=500, error="out of luck")
-    trajectory = await agent.rollout(levers.task("left"))
+    trajectory = await play(agent, levers.task("left"))
     assert (trajectory.stage, trajectory.error) == ("failed", "EngineLost: the engine answered 500: out of luck")
     assert memory.trajectories.rewards(trajectory.id) == []
     assert levers.started[0].num_closed == 1
@@ -181,7 +182,7 @@ async def test_a_call_that_lost_the_engine_is_made_once_more_if_nobody_heard_a_w
         return Reply("hello")
 
     fake.script = script
-    trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}], on_delta=on_delta)
+    trajectory = await play(agent, messages=[{"role": "user", "content": "hi"}], on_delta=on_delta)
     if is_heard:
         assert trajectory.stage == "failed" and trajectory.error.startswith("EngineLost: the engine broke off")
         assert len(fake.requests) == 1 and "".join(heard) == "hel"
@@ -200,7 +201,7 @@ async def test_an_engine_that_does_not_come_back_in_time_fails_the_episode(
         return False
 
     monkeypatch.setattr(engine, "probe", stays_dead)
-    trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}])
+    trajectory = await play(agent, messages=[{"role": "user", "content": "hi"}])
     assert (trajectory.stage, trajectory.error) == ("failed", "EngineLost: the engine answered 500: dead")
     assert len(fake.requests) == 1
 
@@ -212,7 +213,7 @@ async def test_who_leaves_frees_the_engine_and_the_record_is_closed_cancelled(
         await asyncio.sleep(3600)
 
     fake.script = never
-    task = asyncio.create_task(agent.rollout(levers.task("left")))
+    task = asyncio.create_task(play(agent, levers.task("left")))
     while not fake.requests:
         await asyncio.sleep(0.01)
     task.cancel()
@@ -234,14 +235,14 @@ async def test_an_environment_that_cannot_close_fails_its_episode(agent: Agent, 
         return Reply("I give up")
 
     fake.script = script
-    trajectory = await agent.rollout(levers.task("left"))
+    trajectory = await play(agent, levers.task("left"))
     assert (trajectory.stage, trajectory.error) == ("failed", "OSError: the levers are stuck")
 
 
 async def test_tools_of_the_client_are_handed_back_as_the_answer(agent: Agent, memory: Memory, fake: FakeEngine):
     weather = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
     fake.script = lambda request: call("weather", city="Oslo")
-    trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "Oslo?"}], tools=[weather])
+    trajectory = await play(agent, messages=[{"role": "user", "content": "Oslo?"}], tools=[weather])
     assert trajectory.stage == "running"
     (step,) = memory.trajectories.steps(trajectory.id)
     assert json.loads(step.tool_calls[0]["function"]["arguments"]) == {"city": "Oslo"}
@@ -259,7 +260,7 @@ async def test_tools_of_the_server_run_in_the_loop(memory: Memory, hotswap: HotS
 
     fake.script = script
     agent = Agent(memory, hotswap, {}, tools=[tool_from_function(add)])
-    trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "2 + 3?"}])
+    trajectory = await play(agent, messages=[{"role": "user", "content": "2 + 3?"}])
     assert trajectory.answer == "It is 5."
 
 
@@ -271,17 +272,17 @@ async def test_a_clients_tool_with_the_name_of_a_servers_is_refused_with_both_so
     theirs = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
     agent = Agent(memory, hotswap, {}, tools=[tool_from_function(weather, source="tools.functions 'sky'")])
     with pytest.raises(ValueError, match=r"'weather': one of tools.functions 'sky', one of the request; rename one"):
-        await agent.rollout(None, messages=[{"role": "user", "content": "Oslo?"}], tools=[theirs])
+        await play(agent, messages=[{"role": "user", "content": "Oslo?"}], tools=[theirs])
 
 
 async def test_memory_is_shown_ahead_of_the_task_and_kept_out_of_the_opening(
     agent: Agent, memory: Memory, fake: FakeEngine, levers: Levers
 ):
     fake.script = pulls("left", "right", "left")
-    await agent.rollout(levers.task("left-right-left"))
+    await play(agent, levers.task("left-right-left"))
     await memory.index.drain()
     fake.script = pulls("right")
-    trajectory = await agent.rollout(levers.task("right"))
+    trajectory = await play(agent, levers.task("right"))
 
     assert "Solved before:" in trajectory.memory_text and trajectory.memory_ids
     shown = fake.requests[-1]["messages"][-1]["content"]
@@ -289,14 +290,14 @@ async def test_memory_is_shown_ahead_of_the_task_and_kept_out_of_the_opening(
     assert trajectory.opening[-1]["content"] == "Three levers are before you."
 
     fake.script = pulls("right")
-    without = await agent.rollout(levers.task("right"), use_memory=False)
+    without = await play(agent, levers.task("right"), use_memory=False)
     assert (without.memory_text, without.memory_ids) == ("", [])
     assert fake.requests[-1]["messages"][-1]["content"] == "Three levers are before you."
 
 
 async def teach(agent: Agent, memory: Memory, fake: FakeEngine, levers: Levers) -> None:
     fake.script = pulls("left", "right", "left")
-    await agent.rollout(levers.task("left-right-left"), use_memory=False)
+    await play(agent, levers.task("left-right-left"), use_memory=False)
     await memory.index.drain()
     fake.script = pulls("right")
 
@@ -307,9 +308,9 @@ async def test_one_switch_turns_memory_off_for_users_too(
     agent = Agent(memory, hotswap, {"levers": levers}, AgentConfig(max_steps=6), serve_with_memory=False)
     await teach(agent, memory, fake, levers)
 
-    assert (await agent.rollout(levers.task("right"))).memory_text == ""
+    assert (await play(agent, levers.task("right"))).memory_text == ""
     fake.script = pulls("right")
-    assert (await agent.rollout(levers.task("right"), use_memory=True)).memory_text != ""
+    assert (await play(agent, levers.task("right"), use_memory=True)).memory_text != ""
 
 
 async def test_a_policy_that_was_proved_without_memory_is_served_without_it(
@@ -320,17 +321,17 @@ async def test_a_policy_that_was_proved_without_memory_is_served_without_it(
     async with hotswap.lease(lean.version):  # as it was measured, before its verdict
         pass
     await memory.policies.move(lean.version, PolicyStage.ACTIVE, use_memory=False)
-    await hotswap.wear(lean.version)
+    await hotswap.activate(lean.version)
 
-    assert (await agent.rollout(levers.task("right"))).memory_text == ""
+    assert (await play(agent, levers.task("right"))).memory_text == ""
     fake.script = pulls("right")
-    assert (await agent.rollout(levers.task("right"), policy=0)).memory_text != ""
+    assert (await play(agent, levers.task("right"), policy=0)).memory_text != ""
 
 
 async def test_an_environment_may_say_how_its_replies_are_sampled(agent: Agent, fake: FakeEngine, levers: Levers):
     async def temperature(**how) -> float:
         fake.script = pulls("right")
-        played = await agent.rollout(levers.task("right"), **how)
+        played = await play(agent, levers.task("right"), **how)
         return played.temperature
 
     assert await temperature() == AgentConfig().temperature
@@ -343,18 +344,18 @@ async def test_the_policys_own_prompt_goes_before_the_environments(
 ):
     policy = await memory.policies.draft(system_prompt="Pull well.", parent=0)
     fake.script = pulls("left")
-    trajectory = await agent.rollout(levers.task("left"), policy=policy.version)
+    trajectory = await play(agent, levers.task("left"), policy=policy.version)
     assert trajectory.opening[0] == {"role": "system", "content": "Pull well."}
     assert trajectory.policy == policy.version
 
 
 async def test_what_cannot_open_is_refused_by_name_and_leaves_no_record(agent: Agent, memory: Memory, levers: Levers):
     with pytest.raises(UnknownPolicy, match="99"):
-        await agent.rollout(levers.task("left"), policy=99)
+        await play(agent, levers.task("left"), policy=99)
     with pytest.raises(UnknownEnvironment, match="'chess'; the environments are: 'levers'"):
         agent.environment("chess")
     with pytest.raises(ValueError, match="nothing was asked"):
-        await agent.rollout(None, messages=[])
+        await play(agent, messages=[])
     assert memory.trajectories.select() == []
 
 
@@ -365,15 +366,13 @@ async def test_many_episodes_at_once_do_not_mix(agent: Agent, memory: Memory, fa
 
     fake.script = script
     asked = [f"question {number}" for number in range(50)]
-    trajectories = await asyncio.gather(
-        *(agent.rollout(None, messages=[{"role": "user", "content": text}]) for text in asked)
-    )
+    trajectories = await asyncio.gather(*(play(agent, messages=[{"role": "user", "content": text}]) for text in asked))
     assert [trajectory.answer for trajectory in trajectories] == [text.upper() for text in asked]
 
 
 async def test_the_same_seed_asks_for_other_luck_at_each_step(agent: Agent, fake: FakeEngine, levers: Levers):
     fake.script = pulls("left", "right")
-    await agent.rollout(levers.task("left-right"), seed=40)
+    await play(agent, levers.task("left-right"), seed=40)
     assert [request["seed"] for request in fake.requests] == [40, 41]
 
 
@@ -405,7 +404,7 @@ async def test_an_episode_is_as_trusted_as_the_tools_it_read(
 ):
     fake.script = reads_the_news
     agent = Agent(memory, hotswap, {}, tools=[replace(tool_from_function(read_news), is_trusted=is_trusted)])
-    trajectory = await agent.rollout(None, messages=ask_of("What is new?"))
+    trajectory = await play(agent, messages=ask_of("What is new?"))
 
     assert trajectory.answer == f"They say: {NEWS}"
     expected = Trust.TRUSTED if is_trusted else Trust.UNTRUSTED
@@ -418,7 +417,7 @@ async def test_a_malformed_call_of_an_untrusted_tool_brings_no_text_of_it(
     rest = iter([call("read_news", page=1), Reply("I give up.")])
     fake.script = lambda request: next(rest)
     agent = Agent(memory, hotswap, {}, tools=[replace(tool_from_function(read_news), is_trusted=False)])
-    trajectory = await agent.rollout(None, messages=ask_of("What is new?"))
+    trajectory = await play(agent, messages=ask_of("What is new?"))
     assert trajectory.trust is Trust.TRUSTED and trajectory.num_invalid_tool_calls == 1
 
 
@@ -433,17 +432,17 @@ async def test_a_conversation_that_goes_on_from_an_untrusted_answer_is_untrusted
 
     agent = Agent(memory, hotswap, {}, tools=[replace(tool_from_function(read_news), is_trusted=False)])
     fake.script = reads_the_news
-    first = await agent.rollout(None, messages=ask_of("What is new?"), on_delta=hear if is_streamed else None)
+    first = await play(agent, messages=ask_of("What is new?"), on_delta=hear if is_streamed else None)
     told = {"role": "assistant", "content": "".join(heard) if is_streamed else first.answer}
 
     fake.script = say("Gold, they say.")
-    second = await agent.rollout(None, messages=[*ask_of("What is new?"), told, *ask_of("In short?")])
-    third = await agent.rollout(None, messages=ask_of("In short?"))
+    second = await play(agent, messages=[*ask_of("What is new?"), told, *ask_of("In short?")])
+    third = await play(agent, messages=ask_of("In short?"))
     assert memory.trajectories.get(second.id).trust is Trust.UNTRUSTED
     assert memory.trajectories.get(third.id).trust is Trust.TRUSTED
 
     await memory.trajectories.approve(first.id)
-    fourth = await agent.rollout(None, messages=[*ask_of("What is new?"), told, *ask_of("In short?")])
+    fourth = await play(agent, messages=[*ask_of("What is new?"), told, *ask_of("In short?")])
     assert fourth.trust is Trust.TRUSTED
 
 
@@ -459,5 +458,5 @@ async def test_untrusted_text_is_never_recorded_in_an_episode_that_is_still_trus
 
     fake.script = script
     agent = Agent(memory, hotswap, {}, tools=[replace(tool_from_function(read_news), is_trusted=False)])
-    await agent.rollout(None, messages=ask_of("What is new?"))
+    await play(agent, messages=ask_of("What is new?"))
     assert seen == [(0, Trust.TRUSTED), (2, Trust.UNTRUSTED)]

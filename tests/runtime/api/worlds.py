@@ -36,6 +36,7 @@ class ScriptedEngine:
     """The fake at the engine's seam: what it says depends on the last user message and the tools alone."""
 
     def __init__(self, log_path: Path) -> None:
+        self.client = self
         self.model = "base"
         self.url = "http://scripted"
         self.model_path = None
@@ -233,18 +234,20 @@ class ServedWorld:
         hotswap = HotSwap(self.memory.policies, engine)
         agent = Agent(self.memory, hotswap, environments, self.config, tools=self.tools)
         self.services = Services(self.memory, agent, engine, hotswap, self.learner, environments)
-        await hotswap.wear(0)
+        await hotswap.activate(0)
         self.change(self.services)
         app = create_app(self.services)
         config = server_config(app, self.services.limits, port=0, timeout_graceful_shutdown=1)
         self.server = uvicorn.Server(config)
         serving = asyncio.ensure_future(self.server.serve())
+        following = asyncio.ensure_future(hotswap.follow())
         while not self.server.started:
             await asyncio.sleep(0.01)
         port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self._started.set()
         await serving
+        following.cancel()
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> bool:

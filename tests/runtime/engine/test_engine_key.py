@@ -13,7 +13,8 @@ import pytest
 from runtime.config import EngineConfig
 from runtime.engine import client as completion
 from runtime.engine.client import EngineClient
-from runtime.engine.process import KEY_VARIABLE, Engine, server_arguments
+from runtime.engine.process import Engine
+from runtime.engine.server_command import KEY_VARIABLE, server_arguments
 from runtime.errors import EngineError, PolicyError
 from tests.runtime.fake_engine import FakeEngine, say
 

@@ -37,10 +37,10 @@ async def test_a_family_is_loaded_parsed_and_dressed(family: str, tmp_path: Path
     engine = Engine(settings, tmp_path)
     await engine.start()
     try:
-        reply = await engine.chat(engine.model, messages, [LOOK], temperature=0.0, max_tokens=120)
-        await engine.load_adapter("worn", str(tmp_path / "adapter"))
-        worn = await engine.token_logprobs("worn", told["token_ids"])
-        bare = await engine.token_logprobs(engine.model, told["token_ids"])
+        reply = await engine.client.chat(engine.model, messages, [LOOK], temperature=0.0, max_tokens=120)
+        await engine.client.load_adapter("worn", str(tmp_path / "adapter"))
+        worn = await engine.client.token_logprobs("worn", told["token_ids"])
+        bare = await engine.client.token_logprobs(engine.model, told["token_ids"])
     finally:
         await engine.stop()
 

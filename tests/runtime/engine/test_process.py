@@ -21,10 +21,12 @@ from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
 from runtime.engine.client import Delta
 from runtime.engine.model_families import find_model, holds_unparsed_call
-from runtime.engine.process import Engine, find_last_words, server_arguments
+from runtime.engine.process import Engine, find_last_words
+from runtime.engine.server_command import server_arguments
 from runtime.errors import EngineError, EngineInMaintenance, EngineLost, RequestRefused
 from runtime.serving.hotswap import HotSwap, mean_distance
 from runtime.serving.maintenance import Maintenance
+from tests.rollouts import play
 from tests.runtime.fake_engine import LOOK, FakeEngine
 from tests.runtime.levers import Levers
 
@@ -127,7 +129,7 @@ async def test_a_slow_probe_is_no_proof_of_death_while_tokens_move(engine: Engin
             await asyncio.sleep(0.05)
 
     ticking = asyncio.create_task(tick())
-    engine.probe = slow_probe
+    engine.client.probe = slow_probe
     watching = asyncio.create_task(engine.watch())
     async with asyncio.timeout(30):
         while len(probes) < 3 and engine.is_ready:
@@ -197,19 +199,19 @@ async def register(memory: Memory, adapters: list[Path]) -> None:
 
 @on_real_engine
 async def test_starting_shows_what_it_is_doing_and_ends_with_a_real_token(real: Engine, phases: list[str]):
-    assert real.is_ready and await real.probe()
+    assert real.is_ready and await real.client.probe()
     assert "loading the weights" in phases and phases[-1] == "generating a first token"
 
 
 @on_real_engine
 async def test_a_tool_call_comes_back_parsed_with_the_exact_tokens(real: Engine):
-    plain = await real.chat("base", [{"role": "user", "content": "go"}], [LOOK], temperature=0, max_tokens=120)
+    plain = await real.client.chat("base", [{"role": "user", "content": "go"}], [LOOK], temperature=0, max_tokens=120)
     heard = []
 
     async def on_delta(delta: Delta) -> None:
         heard.append(delta.text)
 
-    streamed = await real.chat_stream(
+    streamed = await real.client.chat_stream(
         "base", [{"role": "user", "content": "go"}], [LOOK], on_delta=on_delta, temperature=0, max_tokens=120
     )
     for reply in (plain, streamed):
@@ -229,8 +231,8 @@ async def test_a_broken_call_is_seen_as_broken_streamed_or_not(real: Engine, mem
         pass
 
     for on_delta in (None, ignore):
-        trajectory = await agent.rollout(
-            None, messages=[{"role": "user", "content": "bad"}], tools=[LOOK], temperature=0.0, on_delta=on_delta
+        trajectory = await play(
+            agent, messages=[{"role": "user", "content": "bad"}], tools=[LOOK], temperature=0.0, on_delta=on_delta
         )
         assert trajectory.num_invalid_tool_calls == 1
 
@@ -238,34 +240,34 @@ async def test_a_broken_call_is_seen_as_broken_streamed_or_not(real: Engine, mem
 @on_real_engine
 async def test_who_leaves_frees_the_engine_within_half_a_second(real: Engine):
     long = asyncio.create_task(
-        real.chat("base", [{"role": "user", "content": "hi"}], max_tokens=900, min_tokens=900, temperature=1)
+        real.client.chat("base", [{"role": "user", "content": "hi"}], max_tokens=900, min_tokens=900, temperature=1)
     )
     await asyncio.sleep(0.5)
     long.cancel()
     await asyncio.sleep(0.5)
-    before = await real.num_tokens_so_far()
+    before = await real.client.num_tokens_so_far()
     await asyncio.sleep(0.5)
-    assert await real.num_tokens_so_far() == before
+    assert await real.client.num_tokens_so_far() == before
 
 
 @on_real_engine
 async def test_the_base_stays_bare_among_adapters(real: Engine, adapters: list[Path]):
-    alone = await real.token_logprobs("base", PROBE_IDS)
+    alone = await real.client.token_logprobs("base", PROBE_IDS)
     worn = adapters[: real.config.max_loras]  # every slot full
     for path in worn:
-        await real.load_adapter(path.name, str(path))
+        await real.client.load_adapter(path.name, str(path))
     names = [path.name for path in worn]
     streams = [
-        asyncio.create_task(real.chat(name, [{"role": "user", "content": "hi"}], min_tokens=200, max_tokens=200))
+        asyncio.create_task(real.client.chat(name, [{"role": "user", "content": "hi"}], min_tokens=200, max_tokens=200))
         for name in names
     ]
     for _ in range(5):
-        among = await real.token_logprobs("base", PROBE_IDS)
+        among = await real.client.token_logprobs("base", PROBE_IDS)
         assert mean_distance(among, alone) < 0.01
     assert not all(stream.done() for stream in streams)
     await asyncio.gather(*streams)
     for name in names:
-        await real.unload_adapter(name)
+        await real.client.unload_adapter(name)
 
 
 @on_real_engine
@@ -273,7 +275,7 @@ async def test_twenty_swaps_under_eight_streams_fail_nobody(real: Engine, memory
     await register(memory, adapters)
     hotswap = HotSwap(memory.policies, real)
     agent = Agent(memory, hotswap, {}, AgentConfig(max_output_tokens=24))
-    await hotswap.wear(0)
+    await hotswap.activate(0)
     done = asyncio.Event()
 
     async def listen(delta: Delta) -> None:
@@ -281,11 +283,11 @@ async def test_twenty_swaps_under_eight_streams_fail_nobody(real: Engine, memory
 
     async def stream() -> None:
         while not done.is_set():
-            await agent.rollout(None, messages=[{"role": "user", "content": "hi"}], on_delta=listen)
+            await play(agent, messages=[{"role": "user", "content": "hi"}], on_delta=listen)
 
     streams = [asyncio.create_task(stream()) for _ in range(NUM_STREAMS)]
     for version in range(1, NUM_SWAPS + 1):
-        await hotswap.wear(version)
+        await hotswap.activate(version)
         await asyncio.sleep(0.2)
     done.set()
     await asyncio.gather(*streams)
@@ -310,15 +312,15 @@ async def test_a_schema_is_enforced_and_a_call_is_streamed_in_pieces(real: Engin
     said = [{"role": "user", "content": "hi"}]
     asked = {"response_format": wanted, "temperature": 0, "max_tokens": 900}
     for reply in (
-        await real.chat("base", said, **asked),
-        await real.chat_stream("base", said, on_delta=on_delta, cache_salt="5a" * 32, **asked),
+        await real.client.chat("base", said, **asked),
+        await real.client.chat_stream("base", said, on_delta=on_delta, cache_salt="5a" * 32, **asked),
     ):
         assert json.loads(reply.content)["city"] in ("Oslo", "Rome")
     with pytest.raises(RequestRefused):
-        await real.chat("base", said, **asked | {"response_format": {"type": "json_schema"}})
+        await real.client.chat("base", said, **asked | {"response_format": {"type": "json_schema"}})
 
     go = [{"role": "user", "content": "go"}]
-    reply = await real.chat_stream("base", go, [LOOK], on_delta=on_delta, temperature=0, max_tokens=120)
+    reply = await real.client.chat_stream("base", go, [LOOK], on_delta=on_delta, temperature=0, max_tokens=120)
     (call,) = reply.tool_calls
     assert len(pieces) > 1 and (pieces[0]["id"], pieces[0]["type"]) == (call["id"], "function")
     names, arguments = ("".join(piece["function"][part] for piece in pieces) for part in ("name", "arguments"))
@@ -340,8 +342,11 @@ async def test_a_forced_call_has_an_object_of_the_schema_for_arguments(real: Eng
     for choice in ("required", named):
         asked = {"tool_choice": choice, "temperature": 1.0, "max_tokens": 400}
         replies = [
-            *(real.chat("base", said, [city, ping], seed=seed, **asked) for seed in range(6)),
-            *(real.chat_stream("base", said, [city, ping], on_delta=ignore, seed=seed, **asked) for seed in range(2)),
+            *(real.client.chat("base", said, [city, ping], seed=seed, **asked) for seed in range(6)),
+            *(
+                real.client.chat_stream("base", said, [city, ping], on_delta=ignore, seed=seed, **asked)
+                for seed in range(2)
+            ),
         ]
         for reply in await asyncio.gather(*replies):
             assert reply.tool_calls, (choice, reply.content)
@@ -357,7 +362,7 @@ async def test_json_holds_no_white_space_to_run_into(real: Engine):
     wanted = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
     asked = {"response_format": wanted, "temperature": 1.0, "max_tokens": 60}
     said = [{"role": "user", "content": "hi"}]
-    replies = await asyncio.gather(*(real.chat("base", said, seed=seed, **asked) for seed in range(8)))
+    replies = await asyncio.gather(*(real.client.chat("base", said, seed=seed, **asked) for seed in range(8)))
     assert [(reply.finish_reason, json.loads(reply.content)) for reply in replies] == [("stop", {"city": "Oslo"})] * 8
     assert {"".join(reply.content.split()) for reply in replies} == {'{"city":"Oslo"}'}
     assert all("\n" not in reply.content and len(reply.content) <= len('{"city": "Oslo"}') for reply in replies)
@@ -370,7 +375,7 @@ async def test_an_engine_killed_in_mid_episode_fails_who_heard_of_it_and_comes_b
     await register(memory, adapters[:1])
     hotswap = HotSwap(memory.policies, real)
     agent = Agent(memory, hotswap, {"levers": Levers()}, AgentConfig(max_output_tokens=900, max_seconds=900))
-    await hotswap.wear(1)
+    await hotswap.activate(1)
     watching = asyncio.create_task(real.watch())
     heard = asyncio.Event()
 
@@ -379,9 +384,7 @@ async def test_an_engine_killed_in_mid_episode_fails_who_heard_of_it_and_comes_b
 
     unheard, listening = (
         asyncio.create_task(
-            agent.rollout(
-                None, messages=[{"role": "user", "content": "hi"}], sampling={"min_tokens": 900}, on_delta=who
-            )
+            play(agent, messages=[{"role": "user", "content": "hi"}], sampling={"min_tokens": 900}, on_delta=who)
         )
         for who in (None, on_delta)
     )
@@ -393,7 +396,7 @@ async def test_an_engine_killed_in_mid_episode_fails_who_heard_of_it_and_comes_b
     assert failed.error.startswith("EngineLost: the engine ")
     retried = await unheard
     assert (retried.stage, retried.policy, retried.num_steps) == (TrajectoryStage.FINISHED, 1, 1)
-    assert real.num_restarts == 1 and await real.adapters() == {"tiny-v1"}
+    assert real.num_restarts == 1 and await real.client.adapters() == {"tiny-v1"}
     watching.cancel()
 
 
@@ -404,16 +407,16 @@ async def test_a_window_stops_the_engine_and_brings_it_back_with_its_adapters(
     await register(memory, adapters[:1])
     hotswap = HotSwap(memory.policies, real)
     agent = Agent(memory, hotswap, {}, AgentConfig(max_output_tokens=24))
-    await hotswap.wear(1)
+    await hotswap.activate(1)
     watching, before, began = asyncio.create_task(real.watch()), real.pid, time.monotonic()
-    async with Maintenance(real, hotswap, agent.book, drain_seconds=60.0).window("training"):
+    async with Maintenance(real, hotswap, agent.open_episodes, drain_seconds=60.0).window("training"):
         down_after = time.monotonic() - began
         assert real.pid is None and not Path(f"/proc/{before}").exists()
         with pytest.raises(EngineInMaintenance):
-            await agent.rollout(None, messages=[{"role": "user", "content": "hi"}])
+            await play(agent, messages=[{"role": "user", "content": "hi"}])
     print(f"down after {down_after:.1f} s, back after {time.monotonic() - began:.1f} s")
-    assert real.is_ready and await real.adapters() == {"tiny-v1"}
-    trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}])
+    assert real.is_ready and await real.client.adapters() == {"tiny-v1"}
+    trajectory = await play(agent, messages=[{"role": "user", "content": "hi"}])
     assert (trajectory.stage, trajectory.policy) == (TrajectoryStage.FINISHED, 1)
     assert real.max_model_len == 1024
     watching.cancel()
@@ -433,7 +436,9 @@ def find_core(pid: int) -> int:
 async def test_a_core_that_stands_still_is_found_within_ten_seconds(real: Engine):
     watching = asyncio.create_task(real.watch())
     await asyncio.sleep(1.0)
-    call = asyncio.create_task(real.chat("base", [{"role": "user", "content": "hi"}], min_tokens=900, max_tokens=900))
+    call = asyncio.create_task(
+        real.client.chat("base", [{"role": "user", "content": "hi"}], min_tokens=900, max_tokens=900)
+    )
     await asyncio.sleep(0.5)
     os.kill(find_core(real.pid), signal.SIGSTOP)
     began = time.monotonic()

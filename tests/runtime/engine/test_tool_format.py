@@ -10,7 +10,7 @@ import pytest
 import structlog
 
 from runtime.config import EngineConfig
-from runtime.engine.process import server_arguments
+from runtime.engine.server_command import server_arguments
 from runtime.engine.tool_format import choose_tool_call_parser, read_chat_template, shows_tools
 from tests.optimizer.families import read_template
 

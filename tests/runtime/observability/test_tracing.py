@@ -22,6 +22,7 @@ from runtime.config import AgentConfig
 from runtime.observability.telemetry import Telemetry
 from runtime.observability.tracing import Tracing, open_tracing
 from runtime.serving.hotswap import HotSwap
+from tests.rollouts import play
 from tests.runtime.fake_engine import FakeEngine, Reply, call
 from tests.runtime.levers import Levers
 
@@ -59,7 +60,7 @@ def pulls(*levers: str):
 
 async def test_an_episode_is_one_tree_of_genai_spans(traced: Traced, fake: FakeEngine, levers: Levers):
     fake.script = pulls("left", "right", "left")
-    trajectory = await traced.agent.rollout(levers.task("left-right-left"), seed=5)
+    trajectory = await play(traced.agent, levers.task("left-right-left"), seed=5)
 
     (root,) = traced.spans["invoke_agent ratchet"]
     chats, tools = traced.spans[f"chat {fake.requests[0]['model']}"], traced.spans["execute_tool pull"]
@@ -77,16 +78,16 @@ async def test_an_episode_is_one_tree_of_genai_spans(traced: Traced, fake: FakeE
 
 async def test_nothing_that_was_said_is_in_a_span(traced: Traced, fake: FakeEngine):
     fake.script = lambda request: Reply("a private word")
-    await traced.agent.rollout(None, messages=[{"role": "user", "content": "a private question"}])
+    await play(traced.agent, messages=[{"role": "user", "content": "a private question"}])
     fake.script = lambda request: Reply(status=500, error="a private trouble")
-    await traced.agent.rollout(None, messages=[{"role": "user", "content": "a private question"}])
+    await play(traced.agent, messages=[{"role": "user", "content": "a private question"}])
     everything = " ".join(span.to_json() for span in traced.exporter.get_finished_spans())
     assert "chat" in everything and "private" not in everything
 
 
 async def test_a_failure_is_named_by_its_class(traced: Traced, fake: FakeEngine):
     fake.script = lambda request: Reply(status=422, error="broken")
-    trajectory = await traced.agent.rollout(None, messages=[{"role": "user", "content": "hi"}])
+    trajectory = await play(traced.agent, messages=[{"role": "user", "content": "hi"}])
     assert trajectory.stage is TrajectoryStage.FAILED
     for spans in traced.spans.values():
         assert [span.attributes["error.type"] for span in spans] == ["PolicyError"]
@@ -96,7 +97,7 @@ async def test_a_failure_is_named_by_its_class(traced: Traced, fake: FakeEngine)
 async def test_content_is_there_when_asked_for(memory: Memory, hotswap: HotSwap, levers: Levers, fake: FakeEngine):
     traced = Traced(memory, hotswap, levers, with_content=True)
     fake.script = pulls("left", "right", "left")
-    await traced.agent.rollout(levers.task("left-right-left"))
+    await play(traced.agent, levers.task("left-right-left"))
     traced.provider.shutdown()
     (last,) = traced.spans[f"chat {fake.requests[0]['model']}"][2:]
     heard = json.loads(last.attributes["gen_ai.input.messages"])
@@ -124,7 +125,7 @@ async def test_an_exporter_that_hangs_holds_up_nobody(memory: Memory, hotswap: H
     agent = Agent(memory, hotswap, {"levers": levers}, AgentConfig(max_seconds=20.0), telemetry=Telemetry(tracing))
     try:
         for _ in range(5):
-            trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}])
+            trajectory = await play(agent, messages=[{"role": "user", "content": "hi"}])
             assert trajectory.stage is TrajectoryStage.FINISHED
         deadline = time.monotonic() + 10
         while not exporter.threads and time.monotonic() < deadline:
@@ -202,7 +203,7 @@ def test_an_exporter_that_is_not_here_is_refused_by_name(environ: dict[str, str]
 async def test_logs_of_an_episode_carry_its_trajectory(agent: Agent, fake: FakeEngine):
     fake.script = lambda request: Reply(status=500, error="broken")
     with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as logs:
-        trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "hi"}])
+        trajectory = await play(agent, messages=[{"role": "user", "content": "hi"}])
     (line,) = [line for line in logs if line["event"] == "episode failed"]
     assert (line["trajectory_id"], line["episode_id"]) == (trajectory.id, trajectory.episode_id)
     assert structlog.contextvars.get_contextvars() == {}

@@ -1,4 +1,4 @@
-"""The swap: proved before it is pointed at, unnoticed by who is under way, refused without harm."""
+"""The swap: probed before it is activated, unnoticed by running leases, refused without harm."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ async def test_boot_is_the_first_swap(hotswap: HotSwap):
 async def test_an_episode_keeps_its_policy_while_another_takes_over(hotswap: HotSwap, make_policy: MakePolicy):
     policy = await make_policy()
     async with hotswap.lease() as before:
-        await hotswap.wear(policy.version)
+        await hotswap.activate(policy.version)
         async with hotswap.lease() as after:
             assert (before.version, after.version) == (0, 1)
             assert after.served_name == "pocket-v1"
 
 
-async def test_a_promoted_row_is_noticed_and_worn(hotswap: HotSwap, memory: Memory, make_policy: MakePolicy):
+async def test_a_promoted_row_is_followed(hotswap: HotSwap, memory: Memory, make_policy: MakePolicy):
     following = asyncio.create_task(hotswap.follow())
     await wait_until(lambda: hotswap.active_version == 0)
     policy = await make_policy()
@@ -45,12 +45,36 @@ async def test_a_promoted_row_is_noticed_and_worn(hotswap: HotSwap, memory: Memo
     following.cancel()
 
 
+async def test_a_waiting_request_returns_once_the_follower_has_reached_its_version(
+    hotswap: HotSwap, memory: Memory, make_policy: MakePolicy
+):
+    following = asyncio.create_task(hotswap.follow())
+    policy = await make_policy()
+    await memory.policies.promote(policy.version)
+    await hotswap.wait_for(policy.version)
+    assert hotswap.active_version == policy.version
+    await hotswap.wait_for(0)  # no longer the active row: nothing to wait for
+    following.cancel()
+
+
+async def test_a_waiting_request_gets_the_followers_refusal(
+    hotswap: HotSwap, memory: Memory, make_policy: MakePolicy, fake: FakeEngine
+):
+    policy = await make_policy()
+    fake.ignores_adapters = True
+    following = asyncio.create_task(hotswap.follow())
+    await memory.policies.promote(policy.version)
+    with pytest.raises(AdapterError, match="served as the bare base"):
+        await hotswap.wait_for(policy.version)
+    following.cancel()
+
+
 async def test_the_retired_policy_stays_loaded_and_the_one_before_it_goes(
     hotswap: HotSwap, make_policy: MakePolicy, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("runtime.serving.hotswap.NUM_IDLE_KEPT", 0)
     for _ in range(3):
-        await hotswap.wear((await make_policy()).version)
+        await hotswap.activate((await make_policy()).version)
     assert fake.adapters.keys() == {"pocket-v2", "pocket-v3"}
 
 
@@ -59,10 +83,10 @@ async def test_the_old_policy_is_drained_before_it_is_unloaded(
 ):
     monkeypatch.setattr("runtime.serving.hotswap.NUM_IDLE_KEPT", 0)
     policies = [await make_policy() for _ in range(3)]
-    await hotswap.wear(policies[0].version)
+    await hotswap.activate(policies[0].version)
     async with hotswap.lease() as actor:
-        await hotswap.wear(policies[1].version)
-        await hotswap.wear(policies[2].version)
+        await hotswap.activate(policies[1].version)
+        await hotswap.activate(policies[2].version)
         assert actor.served_name in fake.adapters
     await wait_until(lambda: actor.served_name not in fake.adapters)
 
@@ -72,9 +96,9 @@ async def test_an_adapter_served_as_the_bare_base_is_refused(
 ):
     policy = await make_policy()
     fake.ignores_adapters = True
-    await hotswap.wear(0)
+    await hotswap.activate(0)
     with pytest.raises(AdapterError, match="served as the bare base"):
-        await hotswap.wear(policy.version)
+        await hotswap.activate(policy.version)
     assert (hotswap.active_version, fake.adapters) == (0, {})
 
 
@@ -85,7 +109,7 @@ async def test_an_adapter_that_differs_from_what_was_trained_is_refused(
     monkeypatch.setattr("tests.runtime.fake_engine.base_logprobs", lambda ids: [-9.0] * (len(ids) - 1))
     monkeypatch.setattr("runtime.serving.hotswap.TOLERANCE_NATS", -1.0)
     with pytest.raises(AdapterError, match="not served as it was trained"):
-        await hotswap.wear(policy.version)
+        await hotswap.activate(policy.version)
 
 
 async def test_a_damaged_adapter_never_reaches_the_engine_and_leaves_the_old_one_on(
@@ -115,13 +139,13 @@ async def test_an_adapter_for_another_base_is_refused(hotswap: HotSwap, make_pol
             pass
 
 
-async def test_a_restarted_engine_wears_what_is_active_and_what_is_leased(
+async def test_a_restarted_engine_loads_the_active_and_the_leased_policies(
     hotswap: HotSwap, make_policy: MakePolicy, fake: FakeEngine
 ):
     active, leased, idle = [await make_policy() for _ in range(3)]
     async with hotswap.lease(idle.version):
         pass
-    await hotswap.wear(active.version)
+    await hotswap.activate(active.version)
     async with hotswap.lease(leased.version):
         fake.forget_adapters()
         await hotswap.reload_adapters()
@@ -160,7 +184,7 @@ async def test_many_swaps_under_many_leases_never_serve_an_unloaded_adapter(
 
     streams = [asyncio.create_task(stream()) for _ in range(8)]
     for turn in range(20):
-        await hotswap.wear(policies[turn % 5].version)
+        await hotswap.activate(policies[turn % 5].version)
     done.set()
     assert all(num_calls > 0 for num_calls in await asyncio.gather(*streams))
     assert hotswap.num_swaps >= 20

@@ -35,7 +35,7 @@ async def test_the_schema_reaches_the_engine_and_the_base_answers(
     fake: FakeEngine, hotswap: HotSwap, make_policy: MakePolicy
 ):
     policy = await make_policy()
-    await hotswap.wear(policy.version)
+    await hotswap.activate(policy.version)
     fake.script = lambda request: Reply('{"a": 1}')
     assert await ask(TextCompletion(hotswap)) == '{"a": 1}'
     (request,) = fake.requests

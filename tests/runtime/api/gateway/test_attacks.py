@@ -46,7 +46,7 @@ async def opened(data_dir: Path) -> AsyncIterator[tuple[ASGIApp, Memory]]:
         engine = BriefEngine(data_dir / "engine.log")
         hotswap = HotSwap(memory.policies, engine)
         agent = Agent(memory, hotswap, {}, AgentConfig())
-        await hotswap.wear(0)
+        await hotswap.activate(0)
         app = create_app(Services(memory, agent, engine, hotswap, QuickLearner(memory)))
         gc.collect()
         gc.freeze()  # as the server does once all is loaded

@@ -282,7 +282,7 @@ def test_in_maintenance_turns_are_refused_before_they_are_read_and_all_else_answ
     world: ServedWorld, http: httpx.Client
 ) -> None:
     services = world.services
-    services.maintenance = Maintenance(world.engine, services.hotswap, services.agent.book, drain_seconds=1.0)
+    services.maintenance = Maintenance(world.engine, services.hotswap, services.agent.open_episodes, drain_seconds=1.0)
     before = ask(http)
     services.maintenance.reason = "training ratchet-v1 (sft)"
     for path in ("/v1/chat/completions", "/v1/responses"):

@@ -276,7 +276,7 @@ async def test_the_document_tool_searches_the_tenants_documents(keyed: Keyed) ->
         completion.tool_calls = [{"id": "call-1", "type": "function", "function": function}]
         return completion
 
-    engine.chat = chat
+    engine.client.chat = chat
     try:
         for name, owner in (("acme", "acme"), ("operator", "default")):
             with keyed.http(name) as http:
@@ -285,7 +285,7 @@ async def test_the_document_tool_searches_the_tenants_documents(keyed: Keyed) ->
             content = answer.json()["choices"][0]["message"]["content"]
             assert f"A zebra of {owner} has stripes." in content and content.count("zebra") == 1
     finally:
-        del engine.chat
+        del engine.client.chat
 
 
 # quotas
