@@ -103,6 +103,7 @@ async def check_engine(engine: Engine) -> list[Check]:
     token = Check("engine", True, f"{engine.url}: a real token in {1000 * (time.monotonic() - started):.0f} ms")
     try:
         loaded = await engine.client.adapters()
+        # Unloading an unknown adapter succeeds only if vLLM allows updates at runtime.
         await engine.client.unload_adapter(NO_ADAPTER)
     except (AdapterError, EngineError, PolicyError) as error:
         mend = "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"

@@ -133,6 +133,7 @@ def _flatten(
 
 def _from_environ(environ: Mapping[str, str]) -> Iterator[GivenValue]:
     for name, value in environ.items():
+        # Two underscores separate sections, because keys contain single ones: RATCHET_SERVER__ALLOWED_HOSTS.
         if name.startswith(ENV_PREFIX) and name not in ENV_OF_CLIENTS:
             key = name.removeprefix(ENV_PREFIX).lower().replace("__", ".")
             yield GivenValue(key, value, f"environment variable {name}")
@@ -146,6 +147,7 @@ def _from_flags(flags: Mapping[str, str]) -> Iterator[GivenValue]:
 def _require_known(given: GivenValue, known: Mapping[str, object]) -> None:
     if given.key in known:
         return
+    # cutoff=0 always finds a nearest key; an empty list cannot happen.
     nearest = difflib.get_close_matches(given.key, known, n=1, cutoff=0.0)
     raise BadSettings(f"unknown setting {given.key!r} ({given.origin}); the nearest is {nearest[0]!r}")
 

@@ -87,6 +87,7 @@ async def readyz(server: Server) -> Ready:
 @router.get("/v1/doctor", summary="Check everything")
 async def diagnose(server: Server) -> Diagnosis:
     """Checks the rows, the index, the encoder, the engine with a real token, LoRA, disk and GPU."""
+    # In a thread: these checks read the whole database and may load an encoder.
     at_rest = await asyncio.to_thread(doctor.check_at_rest, server.memory)
     checks = [*at_rest, *await doctor.check_engine(server.engine)]
     if server.check_training is not None:

@@ -60,7 +60,7 @@ class StateCollector(Collector):
         yield counter("feedback", (((kind,), n) for kind, n in list(memory.feedback.num_posted.items())))
         yield gauge("queue", [((), memory.database.num_queued)])
         yield histogram("acknowledgement", {(): memory.database.acknowledgements})
-        yield histogram("retrieval", {(stage,): tally for stage, tally in memory.retrieval.seconds.items()})
+        yield histogram("retrieval", {(stage,): seconds for stage, seconds in memory.retrieval.seconds.items()})
         yield counter("by_word_alone", [((), memory.index.num_without_meanings)])
 
     def _collect_policies(self) -> Iterator[Metric]:
@@ -115,15 +115,15 @@ def gauge(key: str, values: LabelledValues) -> Metric:
     return _with_values(GaugeMetricFamily(name, documentation, labels=labels), values)
 
 
-def histogram(key: str, tallies: dict[tuple[str, ...], Tally]) -> Metric:
+def histogram(key: str, histograms: dict[tuple[str, ...], Tally]) -> Metric:
     """Return a histogram of seconds; `key` is one of `STATE_METRICS`."""
     name, documentation, labels = STATE_METRICS[key]
     family = HistogramMetricFamily(name, documentation, labels=labels)
-    for values, tally in tallies.items():
+    for values, measured in histograms.items():
         # Prometheus' buckets are cumulative, ours are not.
-        cumulative = itertools.accumulate(list(tally.counts))
+        cumulative = itertools.accumulate(list(measured.counts))
         buckets = list(zip((*map(str, BOUNDS), "+Inf"), cumulative, strict=True))
-        family.add_metric(values, buckets, tally.total_seconds)
+        family.add_metric(values, buckets, measured.total_seconds)
     return family
 
 

@@ -114,7 +114,7 @@ def _converse(conversation: Conversation, url: str, key: str | None) -> None:
     # not be interrupted.
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() edits lines with it)
-    system = list(conversation.messages)
+    system = list(conversation.messages)  # a copy: /new starts again from the system message
     print("Type a message; /help lists the commands, Ctrl-D quits.")
     with asyncio.Runner() as runner:
         client = connect(url, key)

@@ -93,6 +93,7 @@ class Client:
         try:
             async for line in response.aiter_lines():
                 data = line.removeprefix("data: ")
+                # Lines without the prefix are empty separators or comments.
                 if data == line or data == "[DONE]":
                     continue
                 event = json.loads(data)
@@ -119,12 +120,14 @@ class Client:
             try:
                 request = self._http.build_request(method, quote(path), params=params, json=body)
                 response = await self._http.send(request, stream=is_streamed)
+                # A streamed response has no body until it is read.
                 if is_streamed and not response.is_success:
                     await response.aread()
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failure: Exception = ServerUnreachable(
                     f"no server answers at {self.url}: start one with `serve.py serve` ({error})"
                 )
+                # Nothing was sent, so that every method may be repeated; a wrong address should fail fast.
                 patience = self._patience_seconds if self._has_answered else FIRST_CONTACT_SECONDS
             except httpx.TransportError as error:
                 failure = ServerUnreachable(f"the server at {self.url} broke off: {type(error).__name__} {error}")

@@ -93,7 +93,7 @@ def learn(
 
     try:
         run_command(work, as_json=as_json, render=render.cycle_outcome)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # the cycle itself runs in the server and continues
         if cycle_id is None:
             raise
         message = f"no longer watching; the cycle goes on: watch it with `learn --cycle {cycle_id}`"

@@ -119,6 +119,7 @@ def _run(
         from memory.errors import DataDirectoryInUse, StoreError
 
         try:
+            # Opening takes the directory's lock, so that no server can start meanwhile.
             with open_keys() as keys:
                 return await in_directory(keys)
         except DataDirectoryInUse as error:

@@ -34,7 +34,7 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
     def rebuild_index(
         config: Config = None, data: Data = None, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False
     ) -> None:
-        """Rebuild what finds memories from the rows; by the running server, or here if none runs."""
+        """Rebuild the search index from the rows, in the running server, or here if none runs."""
         from runtime.cli.client import Client, ServerUnreachable
 
         settings = read_settings(config, {"data": data}, [])
@@ -80,7 +80,7 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
         key: Key = None,
         as_json: Json = False,
     ) -> None:
-        """Check everything an answer depends on; with no server running, start an engine and ask it for a token."""
+        """Check everything that answers depend on; without a running server, this starts an engine for one token."""
         from runtime.cli import render
         from runtime.cli.client import Client, ServerUnreachable
 
@@ -119,17 +119,17 @@ async def examine(settings: RuntimeSettings, phases: Phases) -> dict[str, Any]:
         lost = checks.Check("storage", False, str(failure), "the message says what can be done")
         return {"is_ok": False, "checks": [asdict(lost)]}
     with memory:
-        phases.begin("checking what is kept")
-        found = await asyncio.to_thread(checks.check_at_rest, memory)
+        phases.begin("checking memory")
+        results = await asyncio.to_thread(checks.check_at_rest, memory)
         engine = Engine(settings.engine, memory.data_dir, on_progress=phases.begin)
         try:
             await engine.start()
-            found += await checks.check_engine(engine)
+            results += await checks.check_engine(engine)
         except (EngineError, ValueError, OSError) as error:
-            found.append(checks.Check("engine", False, str(error), f"read {engine.log_path}"))
+            results.append(checks.Check("engine", False, str(error), f"read {engine.log_path}"))
         finally:
             await engine.stop()
-    return {"is_ok": all(check.is_ok for check in found), "checks": [asdict(check) for check in found]}
+    return {"is_ok": all(check.is_ok for check in results), "checks": [asdict(check) for check in results]}
 
 
 def open_memory_here(settings: RuntimeSettings) -> Memory:

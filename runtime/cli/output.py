@@ -85,6 +85,7 @@ async def _raising_failures(work: Coroutine[Any, Any, dict[str, Any]]) -> dict[s
 
 def run(app: typer.Typer, arguments: list[str]) -> int:
     """Run the command line and return its exit code; an error is printed as one line or one JSON object."""
+    # Read from the raw arguments: a usage error has to be JSON too, and is raised before typer parses the option.
     as_json = "--json" in arguments
     try:
         code = app(args=arguments, standalone_mode=False)
@@ -110,7 +111,7 @@ def exit_process(exit_code: int) -> NoReturn:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(exit_code)
+        os._exit(exit_code)  # skips atexit handlers and buffers, which are flushed above
     sys.exit(exit_code)
 
 

@@ -64,7 +64,7 @@ def open_memory(settings: RuntimeSettings) -> Memory:
 
 
 async def run_server(settings: RuntimeSettings, compose: Compose, phases: Phases, *, as_json: bool) -> None:
-    """Open, start, announce, answer, and stop every child when told to.
+    """Open memory, start the engine, answer requests, and stop everything on SIGINT or SIGTERM.
 
     Raises:
         Failure: the data directory is in use, the port is taken, the engine does not start, the address is open to
@@ -74,8 +74,8 @@ async def run_server(settings: RuntimeSettings, compose: Compose, phases: Phases
     from runtime.errors import EngineError
 
     stop = asyncio.Event()
-    for one in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(one, stop.set)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
         with listen(settings.server.host, settings.server.port) as listener:
             phases.begin(f"opening memory in {settings.data}")
@@ -116,10 +116,10 @@ def is_loopback(host: str) -> bool:
     if not host:  # every address of the machine
         return False
     try:
-        found = {each[4][0] for each in socket.getaddrinfo(host, None)}
+        addresses = {each[4][0] for each in socket.getaddrinfo(host, None)}
     except OSError:
         return False
-    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
+    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in addresses)
 
 
 async def live(
@@ -131,7 +131,7 @@ async def live(
     *,
     as_json: bool,
 ) -> None:
-    """Answer from the first moment (503 while the engine starts) until told to stop; leave no child behind."""
+    """Answer from the beginning (503 while the engine starts) until `stop` is set; every child has ended on return."""
     import uvicorn
 
     from runtime.api.app import create_app
@@ -152,9 +152,9 @@ async def live(
         parts = (services.engine.watch(), services.hotswap.follow(), services.agent.open_episodes.sweep_regularly())
         background += [asyncio.ensure_future(part) for part in parts]
         await services.cycles.resume()
-        room = await services.check_training() if services.check_training is not None else None
-        if room is not None and not room.is_ok:
-            phases.begin(f"learning is refused: {room.detail}")
+        training = await services.check_training() if services.check_training is not None else None
+        if training is not None and not training.is_ok:
+            phases.begin(f"learning is refused: {training.detail}")
         phases.end()
         announce(services, listener, as_json=as_json)
         await wait_for_first(stop, answering, *background)
@@ -173,11 +173,11 @@ async def live(
 
 
 async def freeze_startup_heap(memory: Memory) -> None:
-    """Once all is loaded, take it out of the garbage collector's sight.
+    """Exclude all objects from garbage collection once the libraries are loaded.
 
-    Torch and its kin leave a million objects that live as long as the process; looking through them again and again
-    stopped every answer, on a busy machine for a second. What is garbage among them stays: to look for it would be such
-    a stop, and frees nothing to speak of.
+    Torch and similar libraries create a million permanent objects; each full collection traverses them and paused every
+    answer, on a busy machine for a second. No collection precedes the freeze: it would be such a pause, and frees
+    little.
     """
     while not memory.index.has_meanings:
         await asyncio.sleep(1.0)
@@ -185,7 +185,7 @@ async def freeze_startup_heap(memory: Memory) -> None:
 
 
 async def start(services: Services, settings: RuntimeSettings, phases: Phases) -> None:
-    """Bring the engine up and put on the active policy: boot is the first swap."""
+    """Start the tools and the engine, then activate the active policy: boot is the first activation."""
     from runtime.errors import AdapterError
 
     memory = services.memory
@@ -206,14 +206,14 @@ async def start(services: Services, settings: RuntimeSettings, phases: Phases) -
 
 
 def name_base(engine: Engine, model: str | None) -> str:
-    """Return what the policies stand on: the hub's id as given, or the directory."""
+    """Return the base model of new policies: the hub's id as configured, or a directory."""
     if model is not None and not Path(model).expanduser().is_dir():
         return model
     return str(engine.model_path) if engine.model_path is not None else engine.model
 
 
 def announce(services: Services, listener: socket.socket, *, as_json: bool) -> None:
-    """Say where the agent answers, and three things to try."""
+    """Print the server's address and commands to try."""
     from runtime.cli.render import render_banner
 
     url = url_of(listener)

@@ -155,7 +155,7 @@ async def _open_child(command: Sequence[str]) -> AsyncIterator[_Child]:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
-            start_new_session=True,
+            start_new_session=True,  # a process group of its own, which `kill` and the child itself end
         )
         child = _Child(process, errors)
         try:

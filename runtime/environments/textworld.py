@@ -166,6 +166,7 @@ def readable(text: str) -> str:
 
 def cooking_settings(seed: int) -> dict[str, int | bool | None]:
     """Return the difficulty of a seed's game: one room, 1 to 3 ingredients, most to be cut, some already cooked."""
+    # The order of the draws defines every game: changing it changes all tasks.
     rng = random.Random(seed)
     num_ingredients = rng.choice([1, 2, 2, 3, 3])
     return {

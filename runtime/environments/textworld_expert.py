@@ -146,6 +146,7 @@ async def write_transcripts(
     transcripts: list[dict[str, Any]] = []
     for task, is_careful, idle_rate in product(tasks, (True, False), (0.0, 0.1)):
         game = await environment.start(task)
+        # Seeded by a string, so that runs are reproducible in any order.
         rng = random.Random(f"{task.name}-{is_careful}-{idle_rate}")
         transcript = play_as_expert(game, rng, is_careful=is_careful, idle_rate=idle_rate)
         tool = game.tools[0].definition()

@@ -57,7 +57,7 @@ STATE_METRICS = {
     "engine_ready": StateMetric("ratchet_engine_ready", "1 while the engine answers."),
     "engine_restarts": StateMetric("ratchet_engine_restarts", "How often the engine had to be started again."),
     "maintenance": StateMetric("ratchet_engine_in_maintenance", "1 while the engine is stopped on purpose."),
-    "decisions": StateMetric("ratchet_gate_decisions", "Verdicts of the gate, ever.", ("decision",)),
+    "decisions": StateMetric("ratchet_gate_decisions", "Verdicts of the release gate, ever.", ("decision",)),
     "cycles": StateMetric("ratchet_cycles", "Cycles that ended, ever.", ("outcome",)),
     "cycle_stage": StateMetric("ratchet_cycle_stage", "1 at the stage of the cycle under way.", ("stage",)),
     "cycle_progress": StateMetric("ratchet_cycle_progress_ratio", "How far that stage is, from 0 to 1."),
@@ -74,6 +74,7 @@ class TimeSpent:
     num_calls: int = 0
 
 
+# A context variable, because calls are measured deep inside of the request; tasks inherit it from the request's task.
 _spent: ContextVar[TimeSpent | None] = ContextVar("spent", default=None)
 
 
@@ -140,6 +141,7 @@ class Telemetry:
             self._in_progress.dec()
             self._requests.labels(route, method, str(status)).inc()
             self._request_seconds.labels(route).observe(seconds)
+            # Only requests that called the model: others have no waiting time to subtract.
             if spent.num_calls:
                 self._overhead.observe(max(0.0, seconds - spent.model_seconds - spent.tool_seconds))
 
@@ -171,6 +173,7 @@ class Telemetry:
     @contextlib.contextmanager
     def tool_call(self, call: dict[str, Any], *, is_known: bool) -> Iterator[Callable[[ToolResult], None]]:
         """Measure one tool call; the yielded function takes its result."""
+        # Unknown names are invented by models and unbounded; they must not become labels.
         name = call["function"]["name"] if is_known else UNKNOWN
         started = time.perf_counter()
         try:

@@ -61,6 +61,7 @@ class Tracing:
         if not carrier:
             yield
             return
+        # Detached in the same context, or OpenTelemetry logs an error.
         token = otel_context.attach(self._propagator.extract(carrier))
         try:
             yield

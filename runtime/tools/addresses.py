@@ -32,6 +32,7 @@ def is_public(address: Address) -> bool:
 
 def require_public(address: str, is_allowed: IsAllowed = is_public) -> None:
     """Raise ToolError unless connections to this numeric address are allowed."""
+    # An IPv6 address may have a zone, `fe80::1%eth0`.
     if not is_allowed(ipaddress.ip_address(address.partition("%")[0])):
         raise ToolError(f"{address} is not an address of the public internet: only such are fetched")
 
@@ -58,6 +59,7 @@ class PublicResolver(AbstractResolver):
             )
             for kind, _, proto, _, sockaddr in address_infos
         ]
+        # All of them: aiohttp may connect to any.
         for result in results:
             require_public(result["host"], self._is_allowed)
         return results

@@ -54,4 +54,5 @@ def document_search(find_passages: FindPassages) -> Tool:
         return await search(arguments["query"], int(arguments.get("num_passages", 3)), tenant)
 
     tool = tool_from_function(search_documents, source=SOURCE, max_concurrency=16)
+    # `search_documents` itself only provides the schema; every call goes through `search_for` with its tenant.
     return replace(tool, call_for=search_for)

@@ -80,6 +80,7 @@ class McpServer:
                 f"the MCP server {self.name!r} ({self._address}) is not available: {error or 'it does not answer'}; "
                 f"check tools.mcp.{self.name} in the configuration{self._log_tail()}"
             ) from error
+        # A missing name is an error, because a misspelt one would silently offer nothing.
         only = self._config.only
         if only is not None and (missing := set(only) - {tool.name for tool in listed}):
             raise ToolRefused(
@@ -240,6 +241,7 @@ async def _open_client(config: McpServerConfig, log_path: Path) -> AsyncIterator
     """Open a client over the configured transport."""
     async with AsyncExitStack() as stack:
         if config.url is not None:
+            # Values come from environment variables, so that secrets are not in the configuration file.
             headers = {header: _from_environment(name) for header, name in config.headers.items()}
             timeout = httpx2.Timeout(30.0, read=300.0)
             http = await stack.enter_async_context(httpx2.AsyncClient(headers=headers, timeout=timeout))

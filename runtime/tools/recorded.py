@@ -31,6 +31,7 @@ def recorded_tool(tool: Tool, find_result: FindResult) -> Tool:
     """Return a tool with the definition of `tool` that returns recorded results only."""
 
     async def call(arguments: dict[str, Any]) -> str:
+        # In a thread: it reads the database.
         result = await asyncio.to_thread(find_result, tool.name, arguments)
         if result is None:
             raise ToolError(

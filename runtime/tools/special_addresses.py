@@ -76,6 +76,7 @@ def is_special(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 def find_embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     """Return the IPv4 address that packets to this IPv6 address reach; None if it embeds none."""
+    # `::1` and `::` match `::/96` too; they become 0.0.0.1 and 0.0.0.0, which are special as well.
     for network, shift in _EMBEDDING:
         if address in network:
             return ipaddress.IPv4Address(int(address) >> shift & 0xFFFFFFFF)

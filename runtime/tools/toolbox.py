@@ -57,7 +57,7 @@ class Toolbox:
             for tool in self.tools:
                 if tool.source == PYTHON_SOURCE:
                     await check_sandbox(tool)
-        except BaseException:
+        except BaseException:  # also cancellation: MCP servers that were started must not outlive it
             await self.close()
             raise
         with_side_effects = [tool.name for tool in self.tools if tool.has_side_effects]

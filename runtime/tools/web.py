@@ -119,7 +119,7 @@ async def _read_text(response: aiohttp.ClientResponse) -> str:
     body = bytearray()
     async for chunk in response.content.iter_any():
         body += chunk
-        if len(body) > MAX_BYTES:
+        if len(body) > MAX_BYTES:  # a declared length is not trusted
             break
     is_html = response.content_type in ("text/html", "application/xhtml+xml")
     text = await asyncio.to_thread(_to_text, bytes(body[:MAX_BYTES]), response.charset, is_html)

@@ -46,6 +46,7 @@ class ConcurrencyLimit:
         recent = itertools.takewhile(
             lambda it: now - self._last_request_at[it] <= ACTIVE_SECONDS, reversed(self._last_request_at)
         )
+        # Tenants with slots are active too, however long ago they occupied them.
         active = set(self._num_occupied).union(recent)
         has_share = num_own < math.ceil(self._max_turns / len(active))
         num_reserved = self._max_turns // RESERVED_FRACTION if len(self._last_request_at) > 1 else 0
@@ -72,6 +73,7 @@ class ConcurrencyLimit:
     def _remember(self, tenant: str, now: float) -> None:
         self._last_request_at.pop(tenant, None)
         self._last_request_at[tenant] = now
+        # One entry a request is enough: the dictionary grows by at most one.
         oldest = next(iter(self._last_request_at))
         is_stale = now - self._last_request_at[oldest] > REMEMBERED_SECONDS
         if is_stale or len(self._last_request_at) > MAX_TENANTS_REMEMBERED:

@@ -74,6 +74,7 @@ class BoundedConnection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        # Before the parser runs: its callbacks reset the count.
         self._num_unparsed_bytes += len(data)
         super().data_received(data)
         if self._num_unparsed_bytes > MAX_HEAD_BYTES:
@@ -107,6 +108,7 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        # Read before uvicorn's own handler, which takes the next pipelined request from the queue.
         is_last = not self.pipeline
         super().on_response_complete()
         if is_last and not self.transport.is_closing():
@@ -127,6 +129,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._error = error
         # `close` takes effect later; until then the same connection must not be chosen again.
         self.connections.discard(self)
+        # Abort, not close: `close` would first flush data that the client does not read.
         if self.idle_since is None:
             self.transport.abort()
         elif self._is_in_head or self.cycle is None:

@@ -25,7 +25,7 @@ async def cancel_on_disconnect(request: Request, work: Awaitable[None]) -> None:
     finally:
         work_task.cancel()
         disconnect.cancel()
-        await asyncio.wait({work_task, disconnect})
+        await asyncio.wait({work_task, disconnect})  # until the cancelled work has released its resources
 
 
 async def wait_for_disconnect(request: Request) -> None:

@@ -59,6 +59,7 @@ ASSET_PATHS = "/docs/assets/"
 LINKED_PATHS = "/feedback/"
 """Answered without a key: the token in the path is signed and states what it permits."""
 
+# Keys are (method, path template). A new route must be added here, or only administrators can use it.
 ROUTE_PERMISSIONS: dict[tuple[str, str], RoutePermission] = {
     ("POST", "/v1/chat/completions"): INFER,
     ("POST", "/v1/responses"): INFER,
@@ -121,6 +122,7 @@ def require_permission(caller: Caller, method: str, path: str) -> None:
         granted = ", ".join(sorted(caller.scopes)) or "none"
         needed = " or ".join(scope.value for scope in Scope if scope in permission.scopes)
         raise Forbidden(f"{method} {path} needs the scope {needed}; this key has: {granted}", code="insufficient_scope")
+    # The default tenant's name is empty.
     if permission.is_shared and caller.tenant:
         raise Forbidden(
             f"{method} {path} acts on what all tenants share: use a key of the default tenant, not of "

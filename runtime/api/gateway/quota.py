@@ -54,6 +54,7 @@ class Quota:
 
     def admit(self) -> None:
         """Count a request. Raises TooManyRequests, in which case the request is not counted."""
+        # Both buckets are checked before either is charged, so that a rejected request costs nothing.
         for kind in ("tokens", "requests"):
             if kind in self._buckets and (seconds := self._buckets[kind].seconds_until(1)) > 0:
                 wait = max(1, math.ceil(seconds))

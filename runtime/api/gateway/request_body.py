@@ -93,6 +93,7 @@ async def read_body(
                 piece = message.get("body", b"")
                 if len(body) + len(piece) > max_bytes:
                     raise _too_large(len(body) + len(piece), max_bytes)
+                # Before the piece is kept, so that a rejected body releases everything it has reserved.
                 reserved.add(len(piece))
                 if shape is not None:
                     await _check_in_steps(shape, piece)
@@ -110,7 +111,7 @@ async def _check_in_steps(shape: JsonShapeCheck, piece: bytes) -> None:
     """Check a piece in steps, so that a large one does not block the event loop."""
     for start in range(0, len(piece), STEP_BYTES):
         shape.check(piece[start : start + STEP_BYTES])
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # lets other tasks run
 
 
 def _too_large(num_bytes: int, max_bytes: int) -> TooLarge:

@@ -21,7 +21,7 @@ class RequestMetrics:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500
+        status = 500  # if the application raises before it answers
 
         async def send_and_keep_status(message: Message) -> None:
             nonlocal status
@@ -34,5 +34,6 @@ class RequestMetrics:
             try:
                 await self._app(scope, receive, send_and_keep_status)
             finally:
+                # Set by Starlette's router; absent when other middleware rejected the request.
                 route = scope.get("route")
                 set_result(getattr(route, "path", UNKNOWN), status)

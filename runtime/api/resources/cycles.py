@@ -174,6 +174,7 @@ async def get_report(
     """Episodes, policies, success rates and the verdict: as JSON, Markdown or a plot."""
     cycle = server.memory.cycles.get(cycle_id)
     name = REPORT_FILES[format]
+    # The id was found in the database, and `path_below` rejects paths outside of the directory.
     path = report_dir(cycle, server) / name
     if not path.exists():
         state = f"it is at {cycle.stage.value!r}" if cycle.stage not in FINAL_STAGES else f"it ended: {cycle.error}"

@@ -29,7 +29,7 @@ from runtime.errors import LinkRefused
 router = APIRouter(tags=["feedback"])
 
 MAX_SECONDS = 90 * 24 * 3600
-MAX_FORM_BYTES = 16 * MAX_CHARS
+MAX_FORM_BYTES = 16 * MAX_CHARS  # two texts of MAX_CHARS, percent-encoded
 Choice = Annotated[str, Field(min_length=1, max_length=60)]
 
 

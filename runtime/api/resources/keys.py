@@ -72,6 +72,7 @@ EXAMPLE: dict[str, Example] = {
 }
 
 
+# Two keys in one transaction: between them the server would already require a key that nobody has.
 @router.post("", status_code=CREATED, summary="Create a key")
 async def create_key(server: Server, body: Annotated[KeyRequest, Body(openapi_examples=EXAMPLE)]) -> NewKey:
     """From the first key on, the server requires a key for every request. Therefore, if no key of the default tenant

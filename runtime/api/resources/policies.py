@@ -91,6 +91,7 @@ async def promote(version: Version, server: Server) -> PolicyDetail:
     """Loads and probes it, then activates it. Episodes under way keep the policy they started with."""
     wanted = server.memory.policies.get(version_name(version)).version
     require_ready(server)
+    # The lease keeps the adapter loaded until it is active; without it another activation could unload it meanwhile.
     async with server.hotswap.lease(wanted):
         promoted = await server.memory.policies.promote(wanted)
         await server.hotswap.wait_for(wanted)

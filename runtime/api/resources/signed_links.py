@@ -73,10 +73,12 @@ class LinkSigner:
         Raises:
             LinkRefused: this secret did not sign the token. LinkExpired: it did, but the link has expired.
         """
+        # The length is limited before anything is computed: the token comes from strangers.
         body, _, signature = token[:MAX_TOKEN_CHARS].partition(".")
         # In constant time: otherwise the signature could be guessed byte by byte.
         if not hmac.compare_digest(signature.encode(), self._signature(body).encode()):
             raise LinkRefused("this link was not made here, or is not whole: copy all of it, or ask for another")
+        # Only after the signature is verified: nothing else in the token is trusted.
         fields = json.loads(_decode(body))
         link = Link(**fields | {"choices": tuple(fields.get("choices", ()))})
         if (time.time() if now is None else now) >= link.expires_at:

@@ -188,6 +188,7 @@ async def close_trajectory(trajectory_id: str, server: Server, caller: RequestCa
     trajectory = memory.trajectories.get(trajectory_of(trajectory_id), tenant=caller.tenant)
     if trajectory.stage is TrajectoryStage.RUNNING:
         waiting = memory.trajectories.waiting(episode_id=trajectory.episode_id, tenant=caller.tenant)
+        # RUNNING also covers a turn that is being played; closing it would lose its last steps.
         if trajectory.id not in {each.id for each in waiting}:
             raise Conflict(f"trajectory {trajectory.id!r} is being played: it closes by itself", code="episode_busy")
         trajectory = await server.agent.open_episodes.close(trajectory, None)
@@ -212,6 +213,7 @@ def _describe_step(step: Step, with_token_ids: bool) -> StepDetail:
         num_prompt_tokens=len(step.prompt_token_ids or ()),
         num_output_tokens=len(step.output_token_ids or ()),
     )
+    # Excluded by default: they are most of the answer's size.
     if not with_token_ids:
         detail.prompt_token_ids = detail.output_token_ids = None
     return detail
