@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +47,7 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
             with open_memory_here(settings) as memory:
                 return {"counts": await memory.index.rebuild()}
 
-        def show(rebuilt: dict[str, Any]) -> str:
-            return "rebuilt: " + ", ".join(f"{count} {name}" for name, count in rebuilt["counts"].items())
-
-        run_command(work, as_json=as_json, render=show)
+        run_command(work, as_json=as_json, render=lambda rebuilt: f"rebuilt: {_list_counts(rebuilt['counts'])}")
 
     @app.command("copy-rows")
     def copy_rows(config: Config = None, data: Data = None, as_json: Json = False) -> None:
@@ -66,10 +63,10 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
             except (StoreError, ValueError) as error:
                 raise Failure(str(error)) from error
 
-        def show(copied: dict[str, Any]) -> str:
-            return "copied: " + ", ".join(f"{count} {name}" for name, count in copied["counts"].items() if count)
+        def render(copied: dict[str, Any]) -> str:
+            return f"copied: {_list_counts({name: count for name, count in copied['counts'].items() if count})}"
 
-        run_command(work, as_json=as_json, render=show)
+        run_command(work, as_json=as_json, render=render)
 
     @app.command(context_settings=OPEN_ENDED)
     def doctor(
@@ -100,6 +97,10 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
         diagnosis = run_command(work, as_json=as_json, render=render.doctor_table)
         if not diagnosis["is_ok"]:
             raise typer.Exit(1)
+
+
+def _list_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 async def examine(settings: RuntimeSettings, phases: Phases) -> dict[str, Any]:
