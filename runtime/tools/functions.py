@@ -15,7 +15,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from pydantic import BaseModel, create_model
 from pydantic import Field as ModelField
@@ -43,7 +43,7 @@ def tool_from_function(
     name = name or function.__name__
     try:
         arguments_model = _model_arguments(function, name)
-        schema = _without_titles(arguments_model.model_json_schema())
+        schema = cast(dict[str, Any], _without_titles(arguments_model.model_json_schema()))
     except (NameError, PydanticUserError) as error:
         raise ValueError(f"tool {name!r}: its type hints make no JSON schema: {error}") from error
     description, _ = _split_docstring(inspect.getdoc(function) or "")
@@ -193,7 +193,7 @@ def _split_docstring(text: str) -> tuple[str, dict[str, str]]:
     return description.strip(), notes
 
 
-def _without_titles(schema: Any) -> Any:
+def _without_titles(schema: object) -> object:
     """Remove the titles that pydantic adds: they repeat the names and cost tokens in every prompt."""
     if isinstance(schema, list):
         return [_without_titles(part) for part in schema]
