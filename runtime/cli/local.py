@@ -63,10 +63,7 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
             except (StoreError, ValueError) as error:
                 raise Failure(str(error)) from error
 
-        def render(copied: dict[str, Any]) -> str:
-            return f"copied: {_list_counts({name: count for name, count in copied['counts'].items() if count})}"
-
-        run_command(work, as_json=as_json, render=render)
+        run_command(work, as_json=as_json, render=lambda copied: f"copied: {_list_nonzero(copied['counts'])}")
 
     @app.command(context_settings=OPEN_ENDED)
     def doctor(
@@ -101,6 +98,10 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
 
 def _list_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _list_nonzero(counts: Mapping[str, int]) -> str:
+    return _list_counts({name: count for name, count in counts.items() if count})
 
 
 async def examine(settings: RuntimeSettings, phases: Phases) -> dict[str, Any]:
