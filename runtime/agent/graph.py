@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 import structlog
+from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
@@ -115,7 +116,9 @@ class Agent:
         with self.open_episodes.enter(request) as entered:
             pinned = entered.resumption.trajectory.policy if entered.resumption is not None else request.policy
             async with self._hotswap.lease(pinned) as actor:
-                playthrough = await environment.start(request.task) if environment is not None else None
+                playthrough = None
+                if environment is not None and request.task is not None:
+                    playthrough = await environment.start(request.task)
                 episode = self._make_episode(request, entered, actor, environment, playthrough)
                 try:
                     trajectory = await self._observe(episode)
@@ -193,7 +196,7 @@ class Agent:
             episode_size=size if is_first else self._memory.trajectories.measure(trajectory.id),
             reward=view.reward,
             is_success=view.is_success,
-            logprobs=episode.reply.logprobs if episode.reply is not None else (),
+            logprobs=episode.reply.logprobs if episode.reply is not None else [],
         )
 
     def _uses_memory(self, actor: Actor) -> bool:
@@ -245,13 +248,15 @@ class Agent:
             stage, error = TrajectoryStage.FAILED, _describe(raised)
             # Only the class: the message may contain a person's text.
             log.warning("episode failed", error=type(raised).__name__)
-        return await _close(episode, stage, error)
+        closed = await _close(episode, stage, error)
+        assert closed is not None
+        return closed
 
     async def _run(self, episode: Episode) -> str | None:
         """Run the graph to its end or to the end of the budget; return a description of the limit that ended it."""
         limit = asyncio.timeout(self._config.max_seconds)
         # Two nodes a step and some to spare: the budget has to end an episode, never LangGraph's own limit.
-        config = {"recursion_limit": 2 * self._config.max_steps + 10}
+        config: RunnableConfig = {"recursion_limit": 2 * self._config.max_steps + 10}
         try:
             async with limit:
                 state = await self._graph.ainvoke(_begin_state(episode), context=episode, config=config)
@@ -277,13 +282,13 @@ async def _reward(episode: Episode) -> None:
     outcome = await _leave(episode)
     if outcome is not None:
         await episode.memory.trajectories.reward(
-            episode.trajectory.id, outcome.value, RewardSource.ENVIRONMENT, outcome.reason
+            episode.record.id, outcome.value, RewardSource.ENVIRONMENT, outcome.reason
         )
 
 
 async def _leave_open(episode: Episode) -> Trajectory:
     """Leave the trajectory open for its client. All of it is stored by now but the count of invalid calls."""
-    trajectory, num_invalid = episode.trajectory, episode.num_invalid_tool_calls
+    trajectory, num_invalid = episode.record, episode.num_invalid_tool_calls
     if num_invalid != trajectory.num_invalid_tool_calls:
         await episode.memory.trajectories.note_invalid_calls(trajectory.id, num_invalid)
         trajectory.num_invalid_tool_calls = num_invalid
@@ -313,7 +318,7 @@ async def _close(episode: Episode, stage: TrajectoryStage, error: str | None) ->
     )
 
 
-def build_graph() -> CompiledStateGraph:
+def build_graph() -> CompiledStateGraph[EpisodeState, Episode, EpisodeState, EpisodeState]:
     """Return the compiled graph."""
     graph = StateGraph(EpisodeState, context_schema=Episode)
     graph.add_node("retrieve", retrieve)
@@ -334,7 +339,7 @@ def build_graph() -> CompiledStateGraph:
 
 async def _begin(state: EpisodeState) -> str:
     """Return the first node: a resumed episode begins with messages, a new one without."""
-    return "resume" if state["messages"] else "retrieve"
+    return "resume" if state.get("messages") else "retrieve"
 
 
 def _end_or(node: str) -> Callable[[EpisodeState], Awaitable[str]]:
@@ -348,7 +353,7 @@ def _begin_state(episode: Episode) -> EpisodeState:
     """Return the messages that the model was shown before this turn: none where the episode only opens."""
     if episode.resumption is None:
         return {"messages": []}
-    opening = show_memory(episode.opening, episode.trajectory.memory_text)
+    opening = show_memory(episode.opening, episode.record.memory_text)
     return {"messages": [*opening, *restore_messages(episode.resumption.steps)]}
 
 

@@ -80,11 +80,13 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
 async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     """Continue the trajectory: record the tool results and user messages that the client sent."""
     episode = runtime.context
-    handover = last_handover(episode.resumption.steps)
+    resumption = episode.resumption
+    assert resumption is not None
+    handover = last_handover(resumption.steps)
     assert handover is not None
     names = {call["id"]: call["function"]["name"] for call in handover.tool_calls}
     episode.announce()
-    for message in episode.resumption.new_messages:
+    for message in resumption.new_messages:
         if message["role"] == "user":
             await _record(episode, StepKind.USER, content=text_of(message))
             continue
@@ -96,14 +98,14 @@ async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState
             tool_call_id=message.get("tool_call_id"),
             seconds=(now() - handover.created_at).total_seconds(),
         )
-    return {"messages": list(episode.resumption.new_messages)}
+    return {"messages": list(resumption.new_messages)}
 
 
 async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     """Call the model; its reply ends the turn, calls the server's tools, or hands the episode over to the client."""
     episode = runtime.context
     client_tools = episode.client_tool_names
-    completion = await _ask_policy(episode, state["messages"])
+    completion = await _ask_policy(episode, state.get("messages", []))
     episode.budget.spend(completion)
     episode.reply, episode.text = completion, episode.text + completion.content
     client_calls = [call for call in completion.tool_calls if call["function"]["name"] in client_tools]
@@ -177,7 +179,7 @@ async def use_tools(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSt
     """Run the server's calls of the last reply one after the other, because they act on one environment."""
     episode = runtime.context
     messages: list[Message] = []
-    for call in state["calls"]:
+    for call in state.get("calls", []):
         result, seconds = await _run_call(episode, call)
         episode.num_invalid_tool_calls += result.is_invalid
         if not result.is_trusted:
@@ -192,7 +194,7 @@ async def use_tools(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSt
             seconds=seconds,
         )
         messages.append({"role": "tool", "tool_call_id": call["id"], "content": result.content})
-        if episode.is_played_out:
+        if episode.playthrough is not None and episode.playthrough.is_done:
             return {"messages": messages, "calls": [], "answer": episode.playthrough.closing_text}
     if state.get("is_handed_over"):
         return {"messages": messages, "calls": [], "answer": episode.answer}
@@ -235,15 +237,15 @@ def _trust_of_opening(episode: Episode, memory_ids: Sequence[str]) -> Trust:
 
 async def _distrust(episode: Episode) -> None:
     """Mark the trajectory as untrusted; before the text is recorded, or a crash in between would leave it trusted."""
-    if episode.trajectory.trust is Trust.TRUSTED:
-        await episode.memory.trajectories.distrust(episode.trajectory.id)
-        episode.trajectory.trust = Trust.UNTRUSTED
+    if episode.record.trust is Trust.TRUSTED:
+        await episode.memory.trajectories.distrust(episode.record.id)
+        episode.record.trust = Trust.UNTRUSTED
 
 
 async def _record(episode: Episode, kind: StepKind, *, tool_calls: Sequence[ToolCall] = (), **values: Any) -> None:
     """Append a step to the trajectory; durable when it returns."""
     step = Step(
-        trajectory_id=episode.trajectory.id,
+        trajectory_id=episode.record.id,
         position=episode.next_position,
         kind=kind,
         # Given explicitly: SQLModel inspects the signature of each default's factory for every row, which took a tenth
@@ -252,5 +254,5 @@ async def _record(episode: Episode, kind: StepKind, *, tool_calls: Sequence[Tool
         created_at=now(),
         **values,
     )
-    await episode.memory.trajectories.append(step, trajectory=episode.trajectory)
+    await episode.memory.trajectories.append(step, trajectory=episode.record)
     episode.steps.append(step)

@@ -113,6 +113,12 @@ class Episode:
         return self.text if self.request.on_delta is not None or self.reply is None else self.reply.content
 
     @property
+    def record(self) -> Trajectory:
+        """The trajectory, once it is open."""
+        assert self.trajectory is not None
+        return self.trajectory
+
+    @property
     def next_position(self) -> int:
         """The position of the next step in the trajectory."""
         return self.first_position + len(self.steps)
@@ -126,13 +132,7 @@ class Episode:
     def client_tool_names(self) -> set[str]:
         return {tool["function"]["name"] for tool in self.request.tools}
 
-    @property
-    def is_played_out(self) -> bool:
-        """Whether the environment has ended the episode."""
-        return self.playthrough is not None and self.playthrough.is_done
-
     def announce(self) -> None:
         """Report that the record is open."""
-        assert self.trajectory is not None
         if self.request.on_start is not None:
-            self.request.on_start(TurnStart(self.trajectory, self.first_position))
+            self.request.on_start(TurnStart(self.record, self.first_position))

@@ -96,7 +96,7 @@ class Turn:
     """Steps and tokens of the whole episode so far."""
     reward: float | None
     is_success: bool | None
-    logprobs: Sequence[dict[str, Any]]
+    logprobs: list[dict[str, Any]]
     """Log-probs of the last reply's tokens. They are not stored, so they exist only here."""
 
     @property
@@ -131,4 +131,4 @@ class Turn:
         """Return how many tokens the context left for the last reply; None: unknown."""
         if context_tokens is None or self.last_call is None:
             return None
-        return context_tokens - len(self.last_call.prompt_token_ids)
+        return context_tokens - len(self.last_call.prompt_token_ids or ())

@@ -1,1 +1,1 @@
-"""The vLLM server process, the client that talks to it, and what differs between model families."""
+"""The vLLM server process, its HTTP client, and the differences between model families."""

@@ -1,8 +1,8 @@
-"""How much processor time the engine's processes used and waited for, read from Linux's /proc.
+"""Processor time that the engine's processes used and waited for, read from Linux's /proc.
 
-An engine that other work keeps from the processor is slow: its threads are ready to run and wait in the scheduler's
-queue. A stuck engine does not wait there: it sleeps, is stopped, or runs in circles. Without Linux's figures nothing is
-known, and no process counts as held up.
+An engine that other work keeps from the processor is slow: its threads are runnable and wait in the scheduler's queue.
+A stuck engine does not wait there: it sleeps, is stopped, or loops. Hazard: on systems without Linux's figures no
+process counts as held up.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from pathlib import Path
 PROC = Path("/proc")
 NANOSECONDS = 1e9
 HELD_UP_SHARE = 0.2
-"""A thread is held up that spends this share of the time it is ready to run waiting for the processor ..."""
+"""A thread is held up if it waits for the processor during this share of its runnable time ..."""
 BUSY_SHARE = 0.1
-"""... and is ready to run for this share of the time: idle threads that look around a few hundred times a second wait
-too, but not for long."""
+"""... and is runnable during this share of the time: idle threads that poll a few hundred times a second wait too, but
+briefly."""
 STOPPED, DISK = "Tt", "D"
 
 
 @dataclass(frozen=True)
 class ProcessActivity:
-    """One process: the state of its main thread, and of each thread the seconds it ran and waited to run."""
+    """One process: the state of its main thread, and for each thread id the seconds it ran and waited to run."""
 
     state: str
     threads: dict[int, tuple[float, float]] = field(default_factory=dict)
 
 
 def read_activity(leader: int) -> dict[int, ProcessActivity]:
-    """Return what the processes of a session have done so far, by process id; `leader` started the session."""
-    found = {}
+    """Return the activity so far of all processes of a session, by process id; `leader` started the session."""
+    activity = {}
     for name in os.listdir(PROC):
         if name.isdigit() and (fields := _read_stat(name)) is not None and int(fields[3]) == leader:
-            found[int(name)] = ProcessActivity(fields[0], _read_threads(name))
-    return found
+            activity[int(name)] = ProcessActivity(fields[0], _read_threads(name))
+    return activity
 
 
 def is_held_up(
@@ -43,8 +43,8 @@ def is_held_up(
 ) -> bool:
     """Return whether other work kept a process from the processor or the disk during these seconds.
 
-    `without` is a process that is known to have answered, so that what the others wait for is not its turn. A process
-    that is stopped outweighs all: as long as it is, no other can make progress for it.
+    `without` is a process that is known to have answered, so it is not compared. If any process is stopped the answer
+    is False, because no other process can make progress then.
     """
     both = before.keys() & after.keys()
     if any(_is_stopped(before[pid], after[pid]) for pid in both):
@@ -54,7 +54,7 @@ def is_held_up(
 
 
 def _is_stopped(before: ProcessActivity, after: ProcessActivity) -> bool:
-    """Return whether it was stopped at both looks and nothing of it ran between them, as under a throttle it would."""
+    """Return whether it was stopped both times and no thread ran between them; a throttled process does run."""
     return before.state in STOPPED and after.state in STOPPED and before.threads == after.threads
 
 
@@ -81,5 +81,5 @@ def _read_threads(name: str) -> dict[int, tuple[float, float]]:
             ran, waited, _ = (PROC / name / "task" / thread / "schedstat").read_text().split()
             threads[int(thread)] = (int(ran) / NANOSECONDS, int(waited) / NANOSECONDS)
     except OSError:
-        pass  # it ends meanwhile, or this kernel keeps no such figures
+        pass  # the process has ended, or this kernel has no such figures
     return threads

@@ -1,7 +1,7 @@
-"""What keeps one tenant from learning, by the time an answer takes, that another asked the same before.
+"""Salts that separate the tenants' parts of the engine's prefix cache.
 
-The engine finds the beginnings of prompts again in a cache, and a hit is quick. A salt in the request makes that
-tenant's part of the cache its own. Refuses to know the engine.
+vLLM answers faster when the beginning of a prompt is in its cache. Without salts, the response time would tell one
+tenant whether another has sent the same prompt.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import secrets
 
 
 class CacheSalts:
-    """One salt a tenant, unknown to all outside, the same for the life of this object: the cache lives no longer."""
+    """One secret salt per tenant, fixed for the life of this object; the cache lives no longer than that."""
 
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(32)
 
     def for_tenant(self, tenant: str) -> dict[str, str]:
-        """Return what a model call of this tenant says beside its sampling. The default tenant's calls say nothing."""
+        """Return the parameters to add to a tenant's model calls; none for the default tenant."""
         if not tenant:
             return {}
         return {"cache_salt": hmac.new(self._secret, tenant.encode(), hashlib.sha256).hexdigest()}

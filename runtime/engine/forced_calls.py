@@ -1,7 +1,7 @@
-"""Which calls are forced, and the schema that the arguments of a forced call satisfy.
+"""Forced tool calls and the schema that their arguments satisfy.
 
-The engine that this project starts enforces it in its grammars (engine_tool_calls.py). An engine elsewhere is asked
-to, by `strict`.
+The engine that this project starts enforces the schema in its grammars (tool_call_grammar.py). An external engine is
+asked for it by `strict`.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-# A schema with none of these says nothing about the kind of value.
-SAYS_THE_KIND = frozenset({"type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"})
+# A schema without any of these keys allows every type of value.
+TYPE_KEYS = frozenset({"type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"})
 
 
-def is_forced(tool_choice: Any) -> bool:
-    """Return whether the model must call a tool."""
+def is_forced(tool_choice: object) -> bool:
+    """Return whether the model has to call a tool."""
     return tool_choice not in (None, "auto", "none")
 
 
-def as_object_schema(schema: Any) -> dict[str, Any]:
-    """Return a schema of arguments that only an object satisfies; none at all becomes the empty object."""
+def as_object_schema(schema: object) -> dict[str, Any]:
+    """Return the schema of arguments such that only an object satisfies it; no schema becomes the empty object's."""
     if not isinstance(schema, dict):
         return {"type": "object", "properties": {}}
-    return schema if SAYS_THE_KIND & schema.keys() else {"type": "object", **schema}
+    return schema if TYPE_KEYS & schema.keys() else {"type": "object", **schema}
 
 
-def ask_for_schemas(tools: Sequence[dict[str, Any]], tool_choice: Any) -> list[dict[str, Any]]:
-    """Return the tools as an engine elsewhere must get them for a forced call: strict, with a schema each."""
+def ask_for_schemas(tools: Sequence[dict[str, Any]], tool_choice: object) -> list[dict[str, Any]]:
+    """Return the tools for an external engine; strict and each with a schema if a call is forced."""
     if not is_forced(tool_choice):
         return list(tools)
     return [{**tool, "function": _as_strict(tool["function"])} for tool in tools]

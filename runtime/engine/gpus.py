@@ -1,4 +1,5 @@
-"""Lists the GPUs of this machine by `nvidia-smi`: PyTorch would take memory on each for asking."""
+"""The GPUs of this machine, listed by `nvidia-smi`. Hazard: asking PyTorch instead would allocate memory on each
+GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ QUERY_SECONDS = 20
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU and what is free on it now. `index` is nvidia-smi's, which is CUDA's by PCI_BUS_ID."""
+    """One GPU. `index` is nvidia-smi's, which equals CUDA's only if CUDA_DEVICE_ORDER is PCI_BUS_ID."""
 
     index: str
     uuid: str
@@ -30,22 +31,25 @@ class Gpu:
 
 
 def list_gpus() -> list[Gpu]:
-    """Return the GPUs that PyTorch can use; none without a driver, or where PyTorch is the build for CPUs. Blocks."""
+    """Return the GPUs that PyTorch can use; none without a driver or with PyTorch's CPU build. Blocks: call it in a
+    thread."""
     tool = shutil.which("nvidia-smi")
     if tool is None or importlib.metadata.version("torch").endswith("+cpu"):
         return []
     try:
-        said = subprocess.run([tool, *QUERY], capture_output=True, text=True, timeout=QUERY_SECONDS, check=True).stdout
+        output = subprocess.run(
+            [tool, *QUERY], capture_output=True, text=True, timeout=QUERY_SECONDS, check=True
+        ).stdout
     except (subprocess.SubprocessError, OSError) as error:
         log.warning("nvidia-smi fails: no GPU is known", error=str(error))
         return []
-    return parse_gpus(said)
+    return parse_gpus(output)
 
 
-def parse_gpus(said: str) -> list[Gpu]:
-    """Return what nvidia-smi printed for `QUERY`; a GPU that does not say its memory is left out."""
+def parse_gpus(output: str) -> list[Gpu]:
+    """Return the GPUs in nvidia-smi's output for `QUERY`, without those that report no memory."""
     gpus = []
-    for line in said.splitlines():
+    for line in output.splitlines():
         parts = [part.strip() for part in line.split(",", 4)]
         if len(parts) == 5 and parts[2].isdecimal() and parts[3].isdecimal():
             gpus.append(Gpu(parts[0], parts[1], parts[4], int(parts[2]) * MIB, int(parts[3]) * MIB))
@@ -53,8 +57,8 @@ def parse_gpus(said: str) -> list[Gpu]:
 
 
 def find_engine_device(gpus: list[Gpu], environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the GPU that an engine started here takes (its first): an index, or as CUDA_VISIBLE_DEVICES has it where
-    that names a part of one; None without a GPU."""
+    """Return the first GPU that a child process sees: its index, or the entry of CUDA_VISIBLE_DEVICES if that names a
+    part of a GPU (MIG); None without a GPU."""
     if not gpus:
         return None
     first = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()

@@ -1,6 +1,6 @@
-"""Which model a name means, and how its family writes tool calls.
+"""Model names and families: the directory of a model, and vLLM's parser for the family's tool calls.
 
-Refuses to know about servers and requests. A name is a directory, or a Hugging Face id that is fetched once.
+A name is a directory, or a Hugging Face id, which is downloaded once.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ PARSERS_BY_MODEL_TYPE = {
 }
 PARSERS_BY_ARCHITECTURE = {"Qwen": "hermes", "Llama": "llama3_json", "Mistral": "mistral", "Ministral": "mistral"}
 
-# How a call begins in each form. Seen in a reply's text, it is a call that the parser gave up on.
+# Beginnings of a tool call. In the text of a reply they mark a call that vLLM's parser could not read.
 CALL_BEGINNINGS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 
 NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def find_model(name: str | None) -> Path:
-    """Return the directory of model `name`; fetch it first if it is a Hugging Face id that isn't here yet.
+    """Return the directory of model `name`; download a Hugging Face id that is not cached yet.
 
     Raises:
-        ValueError: neither a directory with a model in it nor the shape of a Hugging Face id.
-        OSError: the id is unknown to the hub, or the hub cannot be reached.
+        ValueError: it is neither a model directory nor of the form of a Hugging Face id.
+        OSError: the hub does not know the id or cannot be reached.
     """
     if name is None:
         return POCKET_MODEL
@@ -46,7 +46,9 @@ def find_model(name: str | None) -> Path:
         return directory.resolve()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(f"no model at {name!r}: give a directory, or an id such as Qwen/Qwen2.5-0.5B-Instruct")
-    from huggingface_hub import snapshot_download  # here: half a second that the pocket model need not pay
+    from huggingface_hub import (
+        snapshot_download,
+    )  # imported here: it takes half a second, which the pocket model does not need
 
     return Path(snapshot_download(name, allow_patterns=NEEDED_FILES))
 
@@ -57,7 +59,7 @@ def read_model_config(directory: Path) -> dict[str, Any]:
 
 
 def parser_of_family(config: dict[str, Any]) -> str | None:
-    """Return vLLM's name of the parser for the family that `config` (a config.json) describes; None: not known here."""
+    """Return vLLM's name of the parser for the family in `config` (a config.json); None: unknown family."""
     model_type = config.get("model_type", "")
     if model_type in PARSERS_BY_MODEL_TYPE:
         return PARSERS_BY_MODEL_TYPE[model_type]
@@ -69,5 +71,5 @@ def parser_of_family(config: dict[str, Any]) -> str | None:
 
 
 def holds_unparsed_call(text: str) -> bool:
-    """Return whether a reply's text holds a tool call that no parser could read."""
+    """Return whether a reply's text contains a tool call that vLLM's parser could not read."""
     return any(beginning in text for beginning in CALL_BEGINNINGS)

@@ -75,7 +75,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, data_dir: Path, *, on_progress: OnProgress | None = None) -> None:
         # Our own server gets a new key, so that other users of this machine cannot call it directly.
-        self._api_key = os.environ.get(KEY_VARIABLE) if config.url else secrets.token_urlsafe(32)
+        self._api_key = os.environ.get(KEY_VARIABLE, "") if config.url else secrets.token_urlsafe(32)
         self.config = config
         self.client = EngineClient(
             config.url or "", BASE, timeout_seconds=config.call_timeout_seconds, api_key=self._api_key
@@ -206,7 +206,7 @@ class Engine:
             await asyncio.sleep(RECOVERY_PAUSE_SECONDS)
 
     async def watch(self) -> None:
-        """Probe until the engine is stopped; restart a server of ours that is dead or a zombie."""
+        """Probe until the engine is stopped; restart our own server when it is dead or a zombie."""
         while True:
             await self._wait_for_trouble_or_suspension()
             if self._is_stopped:

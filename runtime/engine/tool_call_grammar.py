@@ -1,23 +1,21 @@
-"""A correction to vLLM 0.32's grammars of tool calls, loaded into its API server by `--tool-parser-plugin`.
+"""Corrects vLLM 0.32's grammars of tool calls; vLLM's API server loads it by `--tool-parser-plugin`.
 
-A forced call satisfies its schema. vLLM holds the arguments of a forced call to the tool's schema only where the tool
-says `strict`; for all others any JSON value passes, and small models return `"weather"` or `false`. The correction is
-made in the grammar and not in the request, because `strict` is part of the prompt that the model reads.
+1. vLLM holds the arguments of a forced call to the tool's schema only if the tool says `strict`. Otherwise any JSON
+   value passes, and small models return `"weather"` or `false`. The grammar is corrected rather than the request,
+   because `strict` is part of the prompt that the model reads.
+2. `disable_any_whitespace` does not reach these grammars (vllm/v1/structured_output/backend_xgrammar.py), so that small
+   models write newlines between two fields until the length limit.
+3. If the length limit cuts the last of several forced calls, vLLM's hermes parser returns all of them as text; here the
+   complete ones are returned as calls.
 
-A call comes to its end. `disable_any_whitespace` does not reach these grammars (vllm/v1/structured_output/
-backend_xgrammar.py), and small models then write newlines between two fields until the length limit.
-
-The answer's length may cut the last of several calls. vLLM's hermes parser then returns all of them as a text; of a
-forced call, those that came to their end are returned as calls.
-
-Calls that a model makes of its own accord keep their freedom, unless the client asks for `strict`: a policy must be
-able to make its own mistakes, or it cannot learn from them. Remove this when the pinned version does both.
+Calls that the model makes by its own choice stay unconstrained unless the client sets `strict`: a policy that cannot
+make mistakes cannot learn from them. Delete this module when the pinned vLLM does all three; tests/runtime/engine/
+test_forced_calls.py and the tests marked `engine` show it.
 """
 
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any
 
 from pydantic import BaseModel
 from vllm.tool_parsers.abstract_tool_parser import ToolParser, ToolParserManager
@@ -30,7 +28,7 @@ MAX_WHITESPACE = 1
 
 
 def constrain(get_structural_tag):
-    """Wrap a parser's making of the grammar."""
+    """Wrap the method of a parser that makes its grammar."""
 
     @wraps(get_structural_tag)
     def get_constrained_tag(self, request, *, reasoning=False, strict_level=ToolStrictLevel.AUTO):
@@ -44,8 +42,8 @@ def constrain(get_structural_tag):
     return get_constrained_tag
 
 
-def _bound(node: Any, forced: bool) -> None:
-    """Limit the white space in every schema of a grammar; where the call is forced, demand an object."""
+def _bound(node: object, forced: bool) -> None:
+    """Limit the white space in every schema of a grammar; for a forced call, require an object."""
     if isinstance(node, JSONSchemaFormat):
         node.max_whitespace_cnt = MAX_WHITESPACE
         if forced:
@@ -59,16 +57,16 @@ def _bound(node: Any, forced: bool) -> None:
 
 
 def keep_finished_calls(extract_tool_calls):
-    """Wrap the hermes parser's reading of a whole answer."""
+    """Wrap the hermes parser's method that reads a whole answer."""
 
     @wraps(extract_tool_calls)
     def extract_finished_calls(self, model_output, request):
-        found = extract_tool_calls(self, model_output, request)
+        parsed = extract_tool_calls(self, model_output, request)
         finished, end, _ = model_output.rpartition(self.tool_call_end_token)
-        if found.tools_called or not end or not is_forced(request.tool_choice):
-            return found
+        if parsed.tools_called or not end or not is_forced(request.tool_choice):
+            return parsed
         without_the_last = extract_tool_calls(self, finished + end, request)
-        return without_the_last if without_the_last.tools_called else found
+        return without_the_last if without_the_last.tools_called else parsed
 
     return extract_finished_calls
 

@@ -1,8 +1,8 @@
-"""How a model reads tools and writes calls, told by its own files: the chat template and the tokenizer.
+"""How a model reads tools and writes calls, derived from its chat template and its tokenizer.
 
-The name of the architecture says little: SmolLM2 is a Llama that writes calls like Qwen, and starting it with the
-parser of Llama 3, which needs a token of Llama 3's, fails. The template that shows tools to the model says most.
-"""
+The architecture alone is misleading: SmolLM2 is a Llama that writes calls like Qwen, and vLLM's parser for Llama 3
+fails to start with it because a token is missing. So the chat template decides first, then the tokenizer, then the
+family."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import structlog
 
 from runtime.engine.model_families import parser_of_family, read_model_config
 
-# What stands in a template, and the parser that reads the calls which it asks for. The first that fits counts.
+# A text in a chat template, and the parser of the calls that the template demands. The first match counts.
 PARSERS_BY_TEMPLATE = (
     ("<function=", "qwen3_coder"),
     ("<arg_key>", "glm45"),
     ("<tool_call>", "hermes"),
     ("[TOOL_CALLS]", "mistral"),
 )
-# Parsers that look for a token of their own, and do not start without it.
+# Parsers that need a special token and do not start without it.
 PARSERS_BY_TOKEN = (("<|python_tag|>", "llama3_json"), ("[TOOL_CALLS]", "mistral"))
 FALLBACK = "hermes"
-"""Needs no token of its own, and its form is plain JSON between two marks."""
+"""It needs no special token, and its calls are plain JSON between two marks."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "tekken.json")
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
@@ -34,7 +34,7 @@ log = structlog.get_logger()
 
 
 def choose_tool_call_parser(directory: Path, template: str | None) -> str:
-    """Return vLLM's name of the parser for the model in `directory`, which is served with this chat template."""
+    """Return vLLM's name of the tool call parser for the model in `directory`, served with this chat template."""
     for mark, parser in PARSERS_BY_TEMPLATE:
         if mark in (template or ""):
             return parser
@@ -45,7 +45,7 @@ def choose_tool_call_parser(directory: Path, template: str | None) -> str:
     family = parser_of_family(read_model_config(directory))
     if family is not None and family not in {parser for _, parser in PARSERS_BY_TOKEN}:
         return family
-    if family == "mistral" and not tokens:  # its tokenizer is in a form that is not read here
+    if family == "mistral" and not tokens:  # its tokenizer has a format that is not read here
         return family
     log.warning(
         f"nothing in the model says how it writes tool calls: reading them with {FALLBACK!r}; "
@@ -56,9 +56,10 @@ def choose_tool_call_parser(directory: Path, template: str | None) -> str:
 
 
 def read_chat_template(directory: Path, extra_args: Sequence[str] = ()) -> str | None:
-    """Return the chat template that the engine will use where a request brings tools; None where there is none.
+    """Return the chat template that vLLM uses for requests with tools; None if there is none.
 
-    Raises: OSError: `extra_args` names a file that cannot be read.
+    Raises:
+        OSError: `extra_args` names a file that cannot be read.
     """
     given = _option(extra_args, "--chat-template")
     if given is not None:
@@ -75,15 +76,15 @@ def read_chat_template(directory: Path, extra_args: Sequence[str] = ()) -> str |
 
 
 def shows_tools(template: str | None) -> bool:
-    """Return whether a chat template mentions tools at all; one that does not drops them in silence."""
+    """Return whether a chat template mentions tools; one that does not would drop them silently."""
     return template is None or re.search(r"\btools\b", COMMENT.sub("", template)) is not None
 
 
 def _option(arguments: Sequence[str], name: str) -> str | None:
     value = None
-    for place, argument in enumerate(arguments):
-        if argument == name and place + 1 < len(arguments):
-            value = arguments[place + 1]
+    for position, argument in enumerate(arguments):
+        if argument == name and position + 1 < len(arguments):
+            value = arguments[position + 1]
         elif argument.startswith(f"{name}="):
             value = argument.partition("=")[2]
     return value

@@ -1,1 +1,1 @@
-"""Which policy serves: activation, draining, and pauses of the engine."""
+"""Serving of policies: leases, hot swap, and maintenance windows of the engine."""

@@ -56,8 +56,8 @@ class TextCompletion:
         """
         async with self._hotswap.lease(BASE_VERSION) as base:
             models = await base.engine.client.models()
-            found = next((model for model in models if model["id"] == base.served_name), {})
-            return found.get("max_model_len")
+            base_model = next((model for model in models if model["id"] == base.served_name), {})
+            return base_model.get("max_model_len")
 
 
 async def _complete_in_json(base: Actor, messages: Sequence[Message], schema: dict[str, Any], max_tokens: int) -> str:

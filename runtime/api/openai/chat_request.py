@@ -1,7 +1,6 @@
-"""Chat completions as clients ask for them, checked field by field, with this server's extensions in `metadata`.
+"""Requests of OpenAI's chat completions, checked field by field, with this server's extensions in `metadata`.
 
-Refuses to know how an answer is made.
-Invariant: what OpenAI's API has and this server does not is refused by its name, never ignored.
+Invariant: a parameter of OpenAI's API that this server does not support is rejected by its name, never ignored.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
@@ -17,20 +16,20 @@ from memory.schema import Split, clean
 from runtime.api.errors import BadRequest
 from runtime.api.openai.engine_options import Effort, EngineOptions
 
-# Parameters without meaning here that clients send all the same.
+# Parameters that have no effect here, which clients send anyway.
 HARMLESS = frozenset({"store", "prompt_cache_key", "prompt_cache_retention", "service_tier", "verbosity"})
 MAX_PERSON_CHARS = 512
 MAX_EPISODE_ID_CHARS = 512
-# Values that ask for nothing, under names that are refused otherwise.
+# Values that request nothing, of parameters that are rejected with any other value.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {"n": (1,), "modalities": (["text"],)}
-# Handed to the engine as they are.
+# Passed to the engine unchanged.
 SAMPLING = (
     *("top_p", "stop", "frequency_penalty", "presence_penalty", "response_format", "logprobs", "top_logprobs"),
     "reasoning_effort",
 )
-# The same, but only beside tools: the engine refuses them alone.
-ABOUT_TOOLS = ("tool_choice", "parallel_tool_calls")
-MENDS = {
+# Passed on only with tools: vLLM rejects them without.
+TOOL_OPTIONS = ("tool_choice", "parallel_tool_calls")
+REPLACEMENTS = {
     "functions": "; send tools instead",
     "function_call": "; send tool_choice instead",
 }
@@ -49,7 +48,7 @@ class Message(BaseModel):
 
     @field_validator("content")
     @classmethod
-    def _join_text_parts(cls, content: Any) -> Any:
+    def _join_text_parts(cls, content: str | list[dict[str, Any]] | None) -> str | None:
         if not isinstance(content, list):
             return content
         for part in content:
@@ -58,7 +57,7 @@ class Message(BaseModel):
         return "".join(part["text"] for part in content)
 
     @model_validator(mode="after")
-    def _holds_nothing_unheard(self) -> Self:
+    def _require_supported(self) -> Self:
         for name in ("function_call", "audio"):
             if (self.model_extra or {}).get(name) is not None:
                 raise ValueError(f"{name} is not supported in a message")
@@ -72,7 +71,7 @@ class Message(BaseModel):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """Return the message as the model's template wants it."""
+        """Return the message in the form that chat templates read."""
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
         message["content"] = self.content if self.content is not None else ""
         for name in ("tool_calls", "tool_call_id", "name"):
@@ -90,34 +89,36 @@ class StreamOptions(BaseModel, extra="forbid"):
 
 
 def check_format(response_format: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the format if it asks for anything. Raises: ValueError for one that cannot be."""
+    """Return the format, or None if it is plain text. Raises ValueError for an invalid one."""
     if response_format is None:
         return None
     kind = response_format.get("type")
     if kind not in ("text", "json_object", "json_schema"):
         raise ValueError(f"type is 'text', 'json_object' or 'json_schema', not {kind!r}")
     if kind == "json_schema":
-        asked = response_format.get("json_schema")
-        if not isinstance(asked, dict) or not asked.get("name") or not isinstance(asked.get("schema"), dict):
+        schema = response_format.get("json_schema")
+        if not isinstance(schema, dict) or not schema.get("name") or not isinstance(schema.get("schema"), dict):
             raise ValueError('a json_schema is {"name", "schema", "strict"}')
     return None if kind == "text" else response_format
 
 
 class ChatRequest(EngineOptions):
-    """A chat completion request, with the agent's extensions in `metadata` (all values are strings):
+    """A chat completion request. FastAPI makes it from the body, and the route makes a `TurnRequest` of it.
+
+    The agent's extensions are in `metadata` (all values are strings):
 
     * `environment`, `task`: play that task on the server; `messages` may be empty then.
     * `use_memory`: `on` or `off`; by default as the policy serves.
-    * `task` without an environment: what this conversation is a try at, where its text does not say. It is the
-      client's own name for it: tries at one task are compared with each other.
+    * `task` without an environment: the client's own name of the task that this conversation attempts. Attempts at one
+      task are compared with each other.
     * `split`: whether the task may teach (`live`, `practice`) or only measures (`held-out`). A task of an environment
       has one already; then this must be the same.
     * `seed`: like `seed`, for clients that cannot send that.
     * `episode_id`: names the episode, at most one request of which is answered at a time.
-    * `user`: the person this is asked for, where neither `safety_identifier` nor `user` say so. Memory of what is asked
-      is shown to that person alone, and to nobody where none is named.
-    * `share`: `true` for a client without persons behind it: memory of this is shown to all of the tenant, and nothing
-      of any person's is shown here. `false` is the default.
+    * `user`: the person whom the request is made for, if neither `safety_identifier` nor `user` is given. Memories of
+      the conversation are shown only to that person, and to nobody if no person is named.
+    * `share`: `true` for a client that serves no persons: memories of the conversation are shown to the whole tenant,
+      and no person's memories are shown in it. The default is `false`.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -142,12 +143,12 @@ class ChatRequest(EngineOptions):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     metadata: dict[str, str] | None = None
-    safety_identifier: str | None = Field(default=None, description="The person this is asked for.")
+    safety_identifier: str | None = Field(default=None, description="The person whom the request is made for.")
     user: str | None = Field(default=None, description="The same, under OpenAI's older name.")
 
     @field_validator("tools")
     @classmethod
-    def _are_functions(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    def _check_functions(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
         for tool in tools or []:
             function = tool.get("function")
             if tool.get("type", "function") != "function":
@@ -157,14 +158,14 @@ class ChatRequest(EngineOptions):
         return tools or None
 
     def sampling(self) -> dict[str, Any]:
-        """Return what the engine is told beyond temperature, seed and length."""
-        names = SAMPLING + ABOUT_TOOLS if self.tools else SAMPLING
+        """Return the engine's parameters other than temperature, seed and length."""
+        names = SAMPLING + TOOL_OPTIONS if self.tools else SAMPLING
         given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None} | self.engine_options()
 
     @field_validator("response_format")
     @classmethod
-    def _is_a_format(cls, response_format: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _check_format(cls, response_format: dict[str, Any] | None) -> dict[str, Any] | None:
         return check_format(response_format)
 
 
@@ -184,12 +185,15 @@ EXAMPLES = {
 }
 
 
+Choice = TypeVar("Choice")
+
 MEMORY_SWITCH = {"on": True, "off": False}
 
 
 @dataclass(frozen=True)
 class Extensions:
-    """What `metadata` asks of this server. Keys it doesn't know belong to the client."""
+    """The keys of `metadata` that this server reads. `read_extensions` makes it; all other keys are the client's
+    own."""
 
     environment: str | None = None
     task: str | None = None
@@ -199,17 +203,17 @@ class Extensions:
     seed: int | None = None
     episode_id: str | None = None
     user_id: str = ""
-    """The person it is asked for; empty: nobody was named."""
+    """The person whom the request is made for; empty: not named."""
     is_shared: bool = False
 
 
 def read_extensions(
     metadata: Mapping[str, str] | None, *, safety_identifier: str | None = None, user: str | None = None
 ) -> Extensions:
-    """Return what `metadata` asks for, and for whom.
+    """Return the extensions in `metadata`, and the person.
 
     Raises:
-        BadRequest: a value that cannot be, or an environment or a split without a task.
+        BadRequest: an invalid value, or an environment or a split without a task.
     """
     given = dict(metadata or {})
     named = {"safety_identifier": safety_identifier, "user": user, "metadata.user": given.get("user")}
@@ -236,8 +240,8 @@ def read_extensions(
 
 
 def check_episode_id(episode_id: str) -> None:
-    """Raise BadRequest for an id that the header `X-Episode-Id` could not repeat: an episode must not fail after it
-    was played."""
+    """Raise BadRequest for an id that the header `X-Episode-Id` cannot hold: an episode must not fail after it was
+    played."""
     is_latin = episode_id.isprintable() and max(episode_id, default="") <= "\xff"
     if not is_latin or episode_id.strip() != episode_id or len(episode_id) > MAX_EPISODE_ID_CHARS:
         raise BadRequest(
@@ -249,7 +253,8 @@ def check_episode_id(episode_id: str) -> None:
 
 
 def check_person(name: str, value: str) -> str:
-    """Return a person's name. Raises BadRequest for one that could not be told from another once it is stored."""
+    """Return a person's name. Raises BadRequest for one that the database could store only shortened or cleaned,
+    because two such names could become equal."""
     if len(value) > MAX_PERSON_CHARS or clean(value) != value:
         raise BadRequest(
             f"{name} must be at most {MAX_PERSON_CHARS} characters of well-formed text, not {value[:80]!r}",
@@ -259,7 +264,7 @@ def check_person(name: str, value: str) -> str:
     return value
 
 
-def _one_of(name: str, value: str, choices: Mapping[str, Any]) -> Any:
+def _one_of(name: str, value: str, choices: Mapping[str, Choice]) -> Choice:
     if value not in choices:
         known = " or ".join(repr(choice) for choice in choices)
         raise BadRequest(f"metadata.{name} must be {known}, not {value!r}", param=f"metadata.{name}")
@@ -267,10 +272,10 @@ def _one_of(name: str, value: str, choices: Mapping[str, Any]) -> Any:
 
 
 def check_request(request: ChatRequest, extensions: Extensions) -> None:
-    """Refuse by name what cannot be done.
+    """Check what no single field shows.
 
     Raises:
-        BadRequest: no messages outside an environment, or a parameter that isn't supported.
+        BadRequest: there are no messages and no environment, or a parameter is not supported.
     """
     if not request.messages and extensions.environment is None:
         raise BadRequest("messages is empty: send at least one message", param="messages", code="empty_messages")
@@ -288,29 +293,32 @@ def check_request(request: ChatRequest, extensions: Extensions) -> None:
 def refuse_unsupported(
     extra: Mapping[str, Any], harmless: Collection[str], neutral: Mapping[str, tuple[Any, ...]]
 ) -> None:
-    """Raise BadRequest for the first parameter that is not known here and asks for something."""
+    """Raise BadRequest for the first unknown parameter whose value requests something."""
     for name, value in extra.items():
-        asks_nothing = value is None or value is False or value in neutral.get(name, ())
-        if name not in harmless and not asks_nothing and not _is_empty(value):
-            mend = MENDS.get(name, "")
-            said = f"{name[:80]}={repr(value)[:200]}"
-            raise BadRequest(f"{said} is not supported here{mend}", param=name[:80], code="unsupported_parameter")
+        is_neutral = value is None or value is False or value in neutral.get(name, ())
+        if name not in harmless and not is_neutral and not _is_empty(value):
+            replacement = REPLACEMENTS.get(name, "")
+            given = f"{name[:80]}={repr(value)[:200]}"
+            raise BadRequest(
+                f"{given} is not supported here{replacement}", param=name[:80], code="unsupported_parameter"
+            )
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
     return isinstance(value, dict) and all(inside is None for inside in value.values())
 
 
-def check_tool_choice(tool_choice: Any, tools: Sequence[Mapping[str, Any]]) -> None:
-    """Raise BadRequest for a choice that is none, or names a tool that was not sent."""
+def check_tool_choice(tool_choice: object, tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raise BadRequest for an invalid choice, or one of a tool that the request does not contain."""
     if tool_choice in (None, "auto", "none"):
         return
     if not tools:
         raise BadRequest("tool_choice needs tools in the request", param="tool_choice", code="unsupported_parameter")
     if tool_choice == "required":
         return
-    function = tool_choice.get("function") if isinstance(tool_choice, dict) else None
-    if not isinstance(function, dict) or tool_choice.get("type") != "function":
+    choice = tool_choice if isinstance(tool_choice, dict) else {}
+    function = choice.get("function")
+    if not isinstance(function, dict) or choice.get("type") != "function":
         raise BadRequest(
             f"tool_choice={tool_choice!r} is not supported: it is 'none', 'auto', 'required' or names one function",
             param="tool_choice",
@@ -327,29 +335,29 @@ def check_tool_choice(tool_choice: Any, tools: Sequence[Mapping[str, Any]]) -> N
 
 
 def check_tool_results(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Raise BadRequest unless each tool call is answered right behind it, and each result answers a call."""
-    missing: Counter[str] = Counter()  # a list would take quadratic time over many results
-    for place, message in enumerate(messages):
+    """Raise BadRequest unless results follow each reply with tool calls, exactly one for each call."""
+    missing: Counter[str] = Counter()  # a list would take quadratic time for many results
+    for position, message in enumerate(messages):
         if message["role"] == "tool":
             if not missing[message["tool_call_id"]]:
                 raise BadRequest(
                     f"the result of {message['tool_call_id']!r} answers no open tool call: send the reply that made it "
                     "right before",
-                    param=f"messages[{place}].tool_call_id",
+                    param=f"messages[{position}].tool_call_id",
                     code="invalid_value",
                 )
             missing[message["tool_call_id"]] -= 1
             continue
-        _refuse_missing(missing, place)
+        _require_no_missing(missing, position)
         missing = Counter(call["id"] for call in message.get("tool_calls") or ())
-    _refuse_missing(missing, len(messages))
+    _require_no_missing(missing, len(messages))
 
 
-def _refuse_missing(missing: Counter[str], place: int) -> None:
+def _require_no_missing(missing: Counter[str], position: int) -> None:
     unanswered = next((call_id for call_id, num_open in missing.items() if num_open), None)
     if unanswered is not None:
         raise BadRequest(
             f"the tool call {unanswered!r} has no result: send a tool message with that tool_call_id",
-            param=f"messages[{place}]",
+            param=f"messages[{position}]",
             code="invalid_value",
         )

@@ -1,4 +1,4 @@
-"""Fields beyond OpenAI's that vLLM understands, and that go to it as they are, in either API."""
+"""Parameters of vLLM that OpenAI's APIs do not have; both APIs pass them to the engine unchanged."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-"""How much a reasoning model thinks, as vLLM takes it; a model that does not reason is asked as it is."""
+"""vLLM's levels of reasoning effort; a model that does not reason ignores it."""
 
 
 class EngineOptions(BaseModel):
-    """Sampling that OpenAI's API does not have."""
+    """Sampling parameters that OpenAI's API does not have."""
 
     top_k: int | None = Field(default=None, ge=-1, description="0 and -1: all tokens.")
     min_p: float | None = Field(default=None, ge=0, le=1)
@@ -21,5 +21,5 @@ class EngineOptions(BaseModel):
     )
 
     def engine_options(self) -> dict[str, Any]:
-        """Return those that were given."""
+        """Return the parameters that the request sets."""
         return {name: value for name in EngineOptions.model_fields if (value := getattr(self, name)) is not None}

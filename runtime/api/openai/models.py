@@ -1,7 +1,4 @@
-"""The names under which the agent answers: `agent` for whoever is active, `agent@v3` for one policy.
-
-Refuses to know adapters and engines: a model, to a client, is a name.
-"""
+"""The model names of the agent: `agent` for the active policy, `agent@v3` for a fixed one."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 class Model(BaseModel):
-    """One name, as OpenAI lists models; `root` is the base model, `stage` the policy's."""
+    """One name in OpenAI's format of models; `root` is the base model, `stage` the policy's."""
 
     id: str
     object: str = "model"
@@ -47,7 +44,7 @@ def resolve(name: str, policies: Policies) -> int | None:
     """Return the version that `name` pins; None for the alias, which is resolved when the episode opens.
 
     Raises:
-        NotFound: no policy answers to that name; the message lists those that do.
+        NotFound: no policy has that name; the message lists the existing names.
     """
     if name == ALIAS:
         return None

@@ -1,7 +1,6 @@
-"""Requests of the Responses API, checked field by field and put into the messages and tools of a chat.
+"""Requests of the Responses API, checked field by field and converted to the messages and tools of a chat.
 
-Refuses to know how an answer is made, and where earlier responses are kept.
-Invariant: what OpenAI's API has and this server does not is refused by its name, never ignored.
+Invariant: a parameter of OpenAI's API that this server does not support is rejected by its name, never ignored.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from runtime.api.openai.chat_request import (
 )
 from runtime.api.openai.engine_options import Effort, EngineOptions
 
-# Values that ask for nothing, under names that are refused otherwise.
+# Values that request nothing, of parameters that are rejected with any other value.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "truncation": ("disabled",),
     "top_logprobs": (0,),
 }
-# What these include is never there: encrypted reasoning, and the results of tools that are not offered here.
+# Accepted because there is never anything to include: encrypted reasoning, and results of tools that are not offered.
 NEUTRAL_INCLUDES = ("reasoning.encrypted_content",)
 NEUTRAL_SUFFIXES = (".results", ".outputs", ".sources", ".image_url")
 TEXT_PARTS = ("input_text", "output_text", "text")
 
 
 class TextOptions(BaseModel):
-    """`format`: plain text, or JSON by a schema. `verbosity` asks for nothing here."""
+    """`format`: plain text, or JSON by a schema. `verbosity` has no effect here."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -52,7 +51,7 @@ class ReasoningOptions(BaseModel, extra="forbid"):
 
 
 class StreamOptions(BaseModel, extra="forbid"):
-    """Nothing that could be asked for is supported."""
+    """None of OpenAI's options is supported."""
 
     include_obfuscation: Literal[False] | None = None
 
@@ -79,27 +78,27 @@ class ResponseRequest(EngineOptions):
     reasoning: ReasoningOptions | None = None
     include: list[str] | None = None
     metadata: dict[str, str] | None = None
-    safety_identifier: str | None = Field(default=None, description="The person this is asked for.")
+    safety_identifier: str | None = Field(default=None, description="The person whom the request is made for.")
     user: str | None = Field(default=None, description="The same, under OpenAI's older name.")
 
     def items(self) -> list[dict[str, Any]]:
-        """Return the input as items, each with an id, as they are kept."""
+        """Return the input as complete items with ids, as they are stored."""
         given = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
-        return [_complete_item(item, place) for place, item in enumerate(given)]
+        return [_complete_item(item, position) for position, item in enumerate(given)]
 
     def chat_tools(self) -> list[dict[str, Any]]:
-        """Return the tools in the form that chat completions have.
+        """Return the tools in the form of chat completions.
 
         Raises:
             BadRequest: a built-in tool, or a function without a name.
         """
-        return [_as_chat_tool(tool, place) for place, tool in enumerate(self.tools or ())]
+        return [_as_chat_tool(tool, position) for position, tool in enumerate(self.tools or ())]
 
     def sampling(self) -> dict[str, Any]:
-        """Return what the engine is told beyond temperature and length.
+        """Return the engine's parameters other than temperature and length.
 
         Raises:
-            BadRequest: a format that cannot be.
+            BadRequest: an invalid format.
         """
         sampling: dict[str, Any] = {"top_p": self.top_p, "response_format": self._response_format()}
         if self.tools:
@@ -121,10 +120,10 @@ class ResponseRequest(EngineOptions):
 
 
 def check_request(request: ResponseRequest, extensions: Extensions) -> None:
-    """Refuse by name what cannot be done.
+    """Check what no single field shows.
 
     Raises:
-        BadRequest: nothing was asked, or a parameter that isn't supported.
+        BadRequest: the input is empty, or a parameter is not supported.
     """
     if not request.input and extensions.environment is None:
         raise BadRequest("input is empty: send a text, or at least one item", param="input", code="empty_input")
@@ -148,15 +147,16 @@ def check_conversation(messages: list[dict[str, Any]]) -> None:
         raise BadRequest(str(problem), param="input", code=problem.code) from None
 
 
-def as_chat_choice(tool_choice: Any) -> Any:
-    """Return a tool choice as chat completions have it; what is none of theirs as it is, to be refused by name."""
+def as_chat_choice(tool_choice: object) -> object:
+    """Return a tool choice in the form of chat completions; any other value unchanged, so that `check_tool_choice`
+    names it."""
     if isinstance(tool_choice, dict) and tool_choice.get("type") == "function" and "name" in tool_choice:
         return {"type": "function", "function": {"name": tool_choice["name"]}}
     return tool_choice
 
 
 def as_messages(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return items as the messages of a chat; an answer's text and the function calls behind it are one message."""
+    """Return items as messages of a chat; an answer's text and the function calls after it become one message."""
     messages: list[dict[str, Any]] = []
     for item in items:
         if item["type"] == "message":
@@ -173,44 +173,44 @@ def as_messages(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return messages
 
 
-def _complete_item(item: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """Return an item with everything that those who left parts out meant."""
+def _complete_item(item: Mapping[str, Any], position: int) -> dict[str, Any]:
+    """Return an item with the defaults of all optional parts."""
     kind = item.get("type", "message" if "role" in item else None)
     if kind == "message":
-        return _complete_message(item, place)
+        return _complete_message(item, position)
     if kind == "function_call":
-        _require_texts(item, ("call_id", "name", "arguments"), place)
-        kept = {name: item[name] for name in ("call_id", "name", "arguments")}
-        return {"id": item.get("id") or new_id("fc"), "type": kind, "status": "completed", **kept}
+        _require_texts(item, ("call_id", "name", "arguments"), position)
+        fields = {name: item[name] for name in ("call_id", "name", "arguments")}
+        return {"id": item.get("id") or new_id("fc"), "type": kind, "status": "completed", **fields}
     if kind == "function_call_output":
         output = item.get("output")
         if isinstance(output, list):
-            output = "".join(_text_of(part, place) for part in output)
-        _require_texts({**item, "output": output}, ("call_id", "output"), place)
-        kept = {"call_id": item["call_id"], "output": output}
-        return {"id": item.get("id") or new_id("fco"), "type": kind, "status": "completed", **kept}
+            output = "".join(_text_of(part, position) for part in output)
+        _require_texts({**item, "output": output}, ("call_id", "output"), position)
+        fields = {"call_id": item["call_id"], "output": output}
+        return {"id": item.get("id") or new_id("fco"), "type": kind, "status": "completed", **fields}
     raise BadRequest(
         f"items of type {kind!r} are not supported; there is: message, function_call, function_call_output",
-        param=f"input[{place}].type",
+        param=f"input[{position}].type",
         code="unsupported_parameter",
     )
 
 
-def _complete_message(item: Mapping[str, Any], place: int) -> dict[str, Any]:
+def _complete_message(item: Mapping[str, Any], position: int) -> dict[str, Any]:
     role, content = item.get("role"), item.get("content")
     if role not in ("system", "developer", "user", "assistant"):
         raise BadRequest(
             f"a message is of system, developer, user or assistant, not of {role!r}",
-            param=f"input[{place}].role",
+            param=f"input[{position}].role",
             code="invalid_value",
         )
     if not isinstance(content, str | list):
         raise BadRequest(
             f"content is a text or a list of parts, not {content!r}",
-            param=f"input[{place}].content",
+            param=f"input[{position}].content",
             code="invalid_value",
         )
-    parts = [content] if isinstance(content, str) else [_text_of(part, place) for part in content]
+    parts = [content] if isinstance(content, str) else [_text_of(part, position) for part in content]
     kind = "output_text" if role == "assistant" else "input_text"
     extra = {"annotations": []} if role == "assistant" else {}
     return {
@@ -222,34 +222,36 @@ def _complete_message(item: Mapping[str, Any], place: int) -> dict[str, Any]:
     }
 
 
-def _text_of(part: Any, place: int) -> str:
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+def _text_of(part: object, position: int) -> str:
+    kind, text = type(part).__name__, None
+    if isinstance(part, dict):
+        kind, text = part.get("type"), part.get("text")
+    if kind not in TEXT_PARTS or not isinstance(text, str):
         raise BadRequest(
-            f"only text is understood, not {kind!r}", param=f"input[{place}].content", code="unsupported_parameter"
+            f"only text is understood, not {kind!r}", param=f"input[{position}].content", code="unsupported_parameter"
         )
-    return part["text"]
+    return text
 
 
-def _require_texts(item: Mapping[str, Any], names: Iterable[str], place: int) -> None:
+def _require_texts(item: Mapping[str, Any], names: Iterable[str], position: int) -> None:
     for name in names:
         if not isinstance(item.get(name), str):
             raise BadRequest(
-                f"a {item.get('type')} needs {name!r}, a text", param=f"input[{place}].{name}", code="invalid_value"
+                f"a {item.get('type')} needs {name!r}, a text", param=f"input[{position}].{name}", code="invalid_value"
             )
 
 
-def _as_chat_tool(tool: Mapping[str, Any], place: int) -> dict[str, Any]:
+def _as_chat_tool(tool: Mapping[str, Any], position: int) -> dict[str, Any]:
     if tool.get("type") != "function":
         raise BadRequest(
             f"tools of type {tool.get('type')!r} are not supported, functions are",
-            param=f"tools[{place}].type",
+            param=f"tools[{position}].type",
             code="unsupported_tool",
         )
     if not isinstance(tool.get("name"), str) or not tool["name"]:
         raise BadRequest(
             'a tool is {"type": "function", "name", "description", "parameters"}',
-            param=f"tools[{place}].name",
+            param=f"tools[{position}].name",
             code="invalid_value",
         )
     known = ("name", "description", "parameters", "strict")

@@ -1,13 +1,13 @@
-"""A correction to vLLM 0.32 on CPUs, carried into all of its processes by its plugin entry point (pyproject.toml).
+"""Corrects how vLLM 0.32's processes wait on CPUs; vLLM loads it into all of them as a plugin (pyproject.toml).
 
-Who waits sleeps. vLLM's processes talk through shared memory, and spin for a second after each message before they wait
-in earnest: the core while a worker computes, the worker while nothing is asked. On machines with two cores that is a
-quarter of them, taken from whoever has work.
+1. vLLM's processes spin for a second after each message in shared memory before they block: the core while a worker
+   computes, the worker while there is no request. With two cores that takes a quarter of the machine.
+2. vLLM loses notifications that follow each other closely, and a blocked reader then checks again only after five
+   seconds, in which no token is generated. Here it checks again after milliseconds.
 
-Who sleeps looks again soon. A wait is ended by a notice beside the shared memory, and vLLM loses notices that follow
-one another closely; it then looks again after five seconds, in which nobody gets a token.
-
-Refuses to touch a vLLM that this project did not start. Remove it when the pinned version waits by itself.
+Both are in vllm/distributed/device_communicators/shm_broadcast.py (`SpinCondition`). Delete this module, and its entry
+point, when the pinned vLLM blocks at once and loses no notification. Invariant: a vLLM that this project did not start
+is not changed.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ LONGEST_SLEEP_MS = 5
 
 
 def sleep_while_waiting() -> None:
-    """Have this process's waits begin at once and end soon."""
+    """Make waits in this process block at once and check again soon."""
     if MARK not in os.environ:
         return
     from vllm.distributed.device_communicators import shm_broadcast
 
     shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = LONGEST_SLEEP_MS
     if not hasattr(shm_broadcast.SpinCondition.wait, "__wrapped__"):
-        shm_broadcast.SpinCondition.wait = _without_spin(shm_broadcast.SpinCondition.wait)
+        shm_broadcast.SpinCondition.wait = _block_at_once(shm_broadcast.SpinCondition.wait)
 
 
-def _without_spin(wait):
+def _block_at_once(wait):
     @wraps(wait)
-    def wait_at_once(self, timeout_ms=None):
+    def wait_without_spin(self, timeout_ms=None):
         self.busy_loop_s = 0.0
         wait(self, timeout_ms)
 
-    return wait_at_once
+    return wait_without_spin

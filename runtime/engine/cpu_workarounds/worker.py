@@ -1,17 +1,15 @@
-"""Three corrections to vLLM 0.32 on CPUs, carried into its workers by `--worker-extension-cls`.
+"""Three corrections to vLLM 0.32 on CPUs, loaded into its workers by `--worker-extension-cls`.
 
-The bare base stays bare. vLLM marks the rows of a batch that wear no adapter with the index -1. Its GPU kernels skip
-them; its CPU code looks up slot -1, the last one: whoever asks for the base in one batch with others gets the adapter
-in that slot, silently (vLLM#48421, open). Evaluations of two policies side by side would compare the wrong things.
+1. Rows without an adapter have the index -1 in a batch. vLLM's GPU kernels skip them; its CPU code uses slot -1, which
+   is the last one. A call of the base in one batch with others then gets another adapter, without an error (vLLM#48421,
+   open), and an evaluation of two policies side by side compares the wrong ones.
+2. vLLM's CPU operations copy the adapter's matrices for every token, hundreds of megabytes for one prompt. Here the
+   rows of each adapter are multiplied at once.
+3. A prompt that is read in several pieces samples a token after each piece, and vLLM then turns a seeded request's
+   generator back by an offset, which generators on CPUs do not support: the engine dies.
 
-An adapter costs what its few numbers cost. vLLM's CPU operations gather a copy of the adapter's matrices for every
-token, hundreds of megabytes for a prompt; here each adapter's rows are multiplied at once.
-
-A seeded request does not kill the engine. A prompt that is read in several pieces samples a token after each and
-drops all but the last; vLLM then turns the request's generator back by an offset, which generators on CPUs do not
-have.
-
-Refuses to know anything else of vLLM. Remove what the pinned version has mended; tests on the real engine tell.
+Delete each of them when the pinned vLLM has corrected it; tests/runtime/engine/test_cpu_workarounds.py and the tests
+marked `engine` show that.
 """
 
 from __future__ import annotations
@@ -25,11 +23,11 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
 class WorkerFixes:
-    """Mixed into vLLM's worker for the sake of this module's import; adds nothing to it."""
+    """Makes vLLM's workers import this module; adds nothing to them."""
 
 
 def shrink(inputs, weights, output, indices, scaling=1.0):
-    """Take rows (num_rows, width) down to the rank of the adapter that each wears; bare rows become zero."""
+    """Multiply rows (num_rows, width) by the A matrix of each row's adapter; rows without an adapter become zero."""
     rank = weights.shape[-2]
     output[:, :rank] = 0
     for rows, matrix in _rows_by_adapter(weights, indices):
@@ -37,7 +35,7 @@ def shrink(inputs, weights, output, indices, scaling=1.0):
 
 
 def expand(inputs, weights, output, indices, add_inputs=True):
-    """Take rows (num_rows, rank) up to the width of the output, and add them to it."""
+    """Multiply rows (num_rows, rank) by the B matrix of each row's adapter, and add them to the output."""
     expand_slice(inputs, weights, output, indices, 0, min(weights.shape[-2], output.shape[1]), add_inputs)
 
 
@@ -51,34 +49,35 @@ def expand_slice(inputs, weights, output, indices, slice_offset, slice_size, add
 
 
 def _rows_by_adapter(weights, indices):
-    """Yield (which rows, their matrix) for every adapter that is worn in this batch."""
+    """Yield (row indices, matrix) for every adapter in this batch."""
     for slot in indices.unique().tolist():
         if slot >= 0:
             rows = (indices == slot).nonzero().squeeze(1)
             yield rows, weights[slot].reshape(weights.shape[-2:])
 
 
-# The operations for segments, which prefill uses, find these three in their own module.
-for home in (lora_ops, torch_ops, punica_cpu):
-    home.bgmv_shrink, home.bgmv_expand, home.bgmv_expand_slice = shrink, expand, expand_slice
+# In every module that holds them: vLLM's segment operations, used for prefill, call those of their own module.
+for module in (lora_ops, torch_ops, punica_cpu):
+    for name, operation in (("shrink", shrink), ("expand", expand), ("expand_slice", expand_slice)):
+        setattr(module, f"bgmv_{name}", operation)
 
 
-def _turn_generators_back(book):
-    """Wrap the bookkeeping after sampling: what was drawn for a half-read prompt is drawn again, from the seed."""
+def _reseed_dropped_rows(bookkeeping):
+    """Wrap the bookkeeping after sampling: a partly read prompt restarts its generator from the seed."""
 
-    @wraps(book)
-    def book_without_offsets(self, *arguments, **options):
+    @wraps(bookkeeping)
+    def bookkeeping_without_offsets(self, *arguments, **options):
         generators = self.input_batch.generators
         is_dropped = self.discard_request_mask.np
         dropped = {row: generators.pop(row) for row in list(generators) if is_dropped[row]}
         for generator in dropped.values():
             generator.manual_seed(generator.initial_seed())
         try:
-            return book(self, *arguments, **options)
+            return bookkeeping(self, *arguments, **options)
         finally:
             generators.update(dropped)
 
-    return book_without_offsets
+    return bookkeeping_without_offsets
 
 
-GPUModelRunner._bookkeeping_sync = _turn_generators_back(GPUModelRunner._bookkeeping_sync)
+GPUModelRunner._bookkeeping_sync = _reseed_dropped_rows(GPUModelRunner._bookkeeping_sync)
