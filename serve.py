@@ -24,13 +24,15 @@ import typer
 from rich.console import Console
 
 from optimizer.config import OptimizerConfig
-from runtime.cli.everyday import add_everyday_verbs
-from runtime.cli.keys import add_key_verbs
+from runtime.cli.commands import add_commands
+from runtime.cli.cycles import add_cycle_commands
+from runtime.cli.documents import add_document_commands
+from runtime.cli.keys import add_key_commands
 from runtime.cli.local import add_local_commands, refuse_written_password
-from runtime.cli.output import Failure, leave, perform, run, watching
-from runtime.cli.reviews import add_review_verbs
+from runtime.cli.options import OPEN_ENDED, Config, Data, Json
+from runtime.cli.output import Failure, exit_process, progress_console, run, run_command
+from runtime.cli.reviews import add_review_commands
 from runtime.cli.server_process import prepare_environment, run_server
-from runtime.cli.verbs import OPEN_ENDED, Config, Data, Json, add_verbs
 from runtime.config import RuntimeSettings
 from runtime.settings import BadSettings, overlay, parse_flags, read_settings
 
@@ -88,7 +90,7 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     from runtime.serving.text_completion import TextCompletion
     from runtime.tools.toolbox import Toolbox
 
-    engine = Engine(settings.engine, memory.data_dir, on_progress=phases.say)
+    engine = Engine(settings.engine, memory.data_dir, on_progress=phases.begin)
     hotswap = HotSwap(memory.policies, engine, max_lora_rank=settings.engine.max_lora_rank)
     environments = {"textworld": TextWorld(memory.data_dir / "environments")}
     toolbox = Toolbox(settings.tools, memory.retrieval.find_passages, memory.data_dir / "logs")
@@ -111,7 +113,7 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
         agent,
         engine,
         hotswap,
-        Learner(memory, settings.optimizer, seams, overlay=partial(overlay, place="settings")),
+        Learner(memory, settings.optimizer, seams, overlay=partial(overlay, origin="settings")),
         environments,
         toolbox,
         settings.server.limits,
@@ -222,9 +224,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-add_verbs(app)
-add_review_verbs(app)
-add_everyday_verbs(app)
+add_commands(app)
+add_cycle_commands(app)
+add_document_commands(app)
+add_review_commands(app)
 add_local_commands(app, read_all_settings)
 
 
@@ -262,7 +265,7 @@ def open_keys_of(config: Path | None, data: str | None) -> AbstractContextManage
     return open_keys(settings.data, settings.memory)
 
 
-add_key_verbs(app, open_keys_of)
+add_key_commands(app, open_keys_of)
 
 
 @app.command()
@@ -283,20 +286,20 @@ def pretrain(
 
         transcripts = out / "transcripts.json"
         if not transcripts.exists():
-            bar = iter(track(range(games), "compiling games", console=watching(as_json)))
+            bar = iter(track(range(games), "compiling games", console=progress_console(as_json)))
 
             def advance(num_done: int, num_games: int) -> None:
                 next(bar, None)
 
             await write_transcripts(TextWorld(out / "games"), transcripts, num_games=games, on_progress=advance)
         recipe = Recipe(seed=seed) if tokens is None else Recipe(seed=seed, num_tokens=tokens)
-        return await asyncio.to_thread(pretrain_in, out, recipe, console=watching(as_json))
+        return await asyncio.to_thread(pretrain_in, out, recipe, console=progress_console(as_json))
 
-    perform(work, as_json=as_json, show=lambda made: f"{made['num_parameters']} parameters in {made['model']}")
+    run_command(work, as_json=as_json, render=lambda made: f"{made['num_parameters']} parameters in {made['model']}")
 
 
 def main() -> None:
-    leave(run(app, sys.argv[1:]))
+    exit_process(run(app, sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -12,4 +12,4 @@ from runtime.settings import overlay
 
 
 def make_learner(memory: Memory, config: OptimizerConfig, seams: Seams) -> Learner:
-    return Learner(memory, config, seams, overlay=partial(overlay, place="settings"))
+    return Learner(memory, config, seams, overlay=partial(overlay, origin="settings"))

@@ -17,9 +17,9 @@ import pytest
 import serve
 from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import PolicyStage
-from optimizer.evaluation.intervals import wilson
+from memory.statistics import wilson_interval
 from runtime.cli.output import run
-from runtime.cli.play import parse_seeds, wilson_interval
+from runtime.cli.play import parse_seeds
 from tests.runtime.api.worlds import ServedWorld
 
 ROOT = Path(serve.__file__).parent
@@ -58,7 +58,7 @@ def test_play_sums_up_what_it_played(as_json: AsJson) -> None:
     code, played = as_json("play", "--environment", "doors", "--tasks", "8")
     assert code == 0
     assert (played["num_tasks"], played["num_successes"], played["success"]) == (8, 4, 0.5)
-    assert (played["low"], played["high"]) == pytest.approx(wilson(4, 8))
+    assert (played["low"], played["high"]) == pytest.approx(wilson_interval(4, 8))
     assert (played["num_steps"], played["prompt_tokens"], played["output_tokens"]) == (16, 80, 24)
     assert (played["policy"], played["num_failed"], played["split"]) == ("v0", 0, "held-out")
 
@@ -257,8 +257,8 @@ def test_without_a_server_the_verb_says_how_to_start_one(capsys: pytest.CaptureF
 
 def test_client_verbs_import_nothing_heavy() -> None:
     code = (
-        "import sys, serve, runtime.cli.client, runtime.cli.play, runtime.cli.learn, runtime.cli.render;"
-        "import runtime.cli.chat, runtime.cli.everyday;"
+        "import sys, serve, runtime.cli.client, runtime.cli.play, runtime.cli.cycles, runtime.cli.render;"
+        "import runtime.cli.chat, runtime.cli.documents;"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -270,8 +270,3 @@ def test_seeds_are_read_as_python_reads_ranges() -> None:
     assert parse_seeds("7") == ["7"]
     with pytest.raises(ValueError, match="not as '7:x'"):
         parse_seeds("7:x")
-
-
-@pytest.mark.parametrize(("num_successes", "num_tries"), [(0, 10), (5, 10), (10, 10), (71, 200), (0, 0)])
-def test_the_interval_is_the_optimizer_s(num_successes: int, num_tries: int) -> None:
-    assert wilson_interval(num_successes, num_tries) == pytest.approx(wilson(num_successes, num_tries))

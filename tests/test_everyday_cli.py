@@ -16,9 +16,9 @@ from typer.main import get_command
 
 import serve
 from runtime.cli import render as show
-from runtime.cli.banner import render_banner
 from runtime.cli.output import run
 from runtime.cli.printable import printable, printable_json
+from runtime.cli.render import render_banner
 from tests.runtime.api.worlds import ServedWorld
 
 ESCAPES = "\x1b]0;pwned\x07\x1b[2J\x9b31m\u202e[red]late[/red]\r\x08"

@@ -24,7 +24,7 @@ from langchain_openai import ChatOpenAI
 from memory.schema import PolicyStage, Split
 from optimizer.config import OptimizerConfig
 from optimizer.seams import Seams
-from runtime.cli.verbs import PLAY_NOTHING
+from runtime.cli.cycles import PLAY_NOTHING
 from runtime.engine.model_families import POCKET_MODEL
 from runtime.environments.textworld import TextWorld
 from tests.bench.log_only import load_app

@@ -15,21 +15,11 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student
 
+from memory.statistics import wilson_interval as wilson  # noqa: F401  (part of this module's interface)
+
 CONFIDENCE = 0.95
 MAX_TRIES = 1000  # shares of successful tries are fractions with at most this denominator
 NUM_RESAMPLES = 10_000
-
-
-def wilson(num_successes: int, num_tries: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return Wilson's score interval for a share; (0, 1) when nothing was tried."""
-    if num_tries == 0:
-        return 0.0, 1.0
-    z = norm.ppf((1 + confidence) / 2)
-    share = num_successes / num_tries
-    centre = share + z * z / (2 * num_tries)
-    spread = z * math.sqrt(share * (1 - share) / num_tries + z * z / (4 * num_tries**2))
-    scale = 1 + z * z / num_tries
-    return max(0.0, float((centre - spread) / scale)), min(1.0, float((centre + spread) / scale))
 
 
 @dataclass(frozen=True)

@@ -168,9 +168,9 @@ def find_answers(episodes: Iterable[GradedTrajectory]) -> list[Answer]:
     return answers
 
 
-def tally(answers: Iterable[Answer]) -> dict[Words, dict[Words, Tally]]:
+def tally(answers: Iterable[Answer]) -> dict[Words, dict[Words, Histogram]]:
     """Count, per cue and action, the episodes they were seen in."""
-    tallies: dict[Words, dict[Words, Tally]] = defaultdict(lambda: defaultdict(Tally))
+    tallies: dict[Words, dict[Words, Histogram]] = defaultdict(lambda: defaultdict(Tally))
     for answer in answers:
         counts = tallies[answer.occurrence.cue][answer.occurrence.action]
         counts.num_tries += 1
@@ -294,7 +294,7 @@ def are_rivals(one: Words, other: Words) -> bool:
 
 
 def find_best_actions(
-    tallies: dict[Words, dict[Words, Tally]], *, significance: float = SIGNIFICANCE
+    tallies: dict[Words, dict[Words, Histogram]], *, significance: float = SIGNIFICANCE
 ) -> list[Contrast]:
     """Return, per cue, the action that beats its rivals beyond chance, the surest first.
 
@@ -316,7 +316,7 @@ def _is_surer(contrast: Contrast, other: Contrast | None) -> bool:
     return other is None or (contrast.p_value, -contrast.tally.wins) < (other.p_value, -other.tally.wins)
 
 
-def _contrast_cue(cue: Words, actions: dict[Words, Tally]) -> list[Contrast]:
+def _contrast_cue(cue: Words, actions: dict[Words, Histogram]) -> list[Contrast]:
     found = []
     for action, tally in actions.items():
         rivals = [other for name, other in actions.items() if are_rivals(action, name)]
@@ -335,8 +335,8 @@ def _test(tally: Tally, otherwise: Tally, *, is_better: bool = True) -> float:
 
 
 def find_refuted(
-    tallies: dict[Words, dict[Words, Tally]],
-    unexplained: dict[Words, dict[Words, Tally]],
+    tallies: dict[Words, dict[Words, Histogram]],
+    unexplained: dict[Words, dict[Words, Histogram]],
     texts: Iterable[str],
 ) -> list[Contrast]:
     """Return those of the believed `texts` that the counts speak against.

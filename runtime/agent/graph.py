@@ -38,8 +38,8 @@ from runtime.agent.turn import Turn, TurnRequest
 from runtime.config import AgentConfig
 from runtime.engine.cache_salts import CacheSalts
 from runtime.engine.client import Message, ToolDefinition
-from runtime.environments.base import Environment, Outcome, Playthrough
-from runtime.errors import BudgetExceeded, UnknownEnvironment
+from runtime.environments.base import Environment, Outcome, Playthrough, find_environment
+from runtime.errors import BudgetExceeded
 from runtime.observability.telemetry import Telemetry
 from runtime.serving.hotswap import HotSwap
 from runtime.serving.policy import Actor
@@ -77,11 +77,8 @@ class Agent:
         self._graph = build_graph()
 
     def environment(self, name: str) -> Environment:
-        """Return the environment called `name`. Raises UnknownEnvironment."""
-        if name not in self._environments:
-            known = ", ".join(map(repr, self._environments)) or "none"
-            raise UnknownEnvironment(f"there is no environment {name!r}; the environments are: {known}")
-        return self._environments[name]
+        """Return the environment called `name`. Raises: UnknownEnvironment."""
+        return find_environment(self._environments, name)
 
     def temperature_of(self, environment: Environment | None) -> float:
         """Return the sampling temperature where the request gives none."""

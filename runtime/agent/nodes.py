@@ -22,7 +22,7 @@ from runtime.agent.state import Episode, EpisodeState
 from runtime.engine.client import Completion, Message, ToolCall
 from runtime.engine.model_families import holds_unparsed_call
 from runtime.errors import EngineLost
-from runtime.tools.base import ToolResult, invalid, parse_arguments, run_tool
+from runtime.tools.base import ToolResult, invalid_call, parse_arguments, run_tool
 
 log = structlog.get_logger()
 
@@ -216,7 +216,7 @@ async def _run_call(episode: Episode, call: ToolCall) -> tuple[ToolResult, float
     with episode.telemetry.tool_call(call, is_known=tool is not None) as ended:
         if tool is None:
             known = ", ".join(repr(definition["function"]["name"]) for definition in episode.definitions) or "none"
-            result = invalid(f"there is no tool {name!r}; the tools are: {known}")
+            result = invalid_call(f"there is no tool {name!r}; the tools are: {known}")
         else:
             result = await run_tool(tool, call["function"]["arguments"], tenant=episode.request.tenant)
         ended(result)

@@ -1,1 +1,1 @@
-"""What people type and see: the verbs that talk to a running server, and how their answers look in a terminal."""
+"""The command line: the server's process, the commands that talk to a running server, and their output."""

@@ -1,7 +1,7 @@
-"""The verb `chat`: a conversation with the running server, streamed, or one question and its answer.
+"""The command `chat`: a streamed conversation with the running server, or one question.
 
-Each answer is a trajectory like any client's; in a conversation, a line that begins with `/` is a command. Only the
-messages that were answered stay in the conversation, so that an answer that broke off can be asked for again.
+In a conversation, a line that begins with `/` is a command. Invariant: only answered messages stay in the conversation,
+so that the question can be repeated after an answer broke off.
 """
 
 from __future__ import annotations
@@ -10,25 +10,28 @@ import asyncio
 import contextlib
 import getpass
 import sys
-from collections.abc import Callable
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runtime.cli.output import BAD_USAGE, Failure, perform
+from runtime.cli.options import DEFAULT_URL, Json, Key, Url, connect, is_on
+from runtime.cli.output import BAD_USAGE, Failure, run_command
 from runtime.cli.printable import printable
-from runtime.cli.verbs import DEFAULT_URL, Json, Key, Url, connect
 
-HELP = """/good, /bad [COMMENT]   what you think of the last answer: it becomes a reward
-/correct TEXT           what the last answer should have been
-/new                    begin another conversation
+if TYPE_CHECKING:
+    from runtime.cli.client import Client
+
+HELP = """/good, /bad [COMMENT]   rate the last answer: it becomes a reward
+/correct TEXT           give a better version of the last answer
+/new                    start another conversation
 /quit                   leave (or Ctrl-D)"""
 
 
 @dataclass
 class Conversation:
-    """What was said so far, and how the server is asked."""
+    """The answered messages so far, and the parameters of requests."""
 
     model: str
     user: str
@@ -36,7 +39,8 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
     last_answer_id: str | None = None
 
-    def request(self, text: str) -> dict[str, Any]:
+    def request_body(self, text: str) -> dict[str, Any]:
+        """Return the body of a chat completion that continues the conversation."""
         return {
             "model": self.model,
             "messages": [*self.messages, {"role": "user", "content": text}],
@@ -44,30 +48,32 @@ class Conversation:
             "metadata": {"use_memory": "on" if self.use_memory else "off"},
         }
 
-    def note(self, text: str, answer: str, answer_id: str) -> None:
+    def append(self, text: str, answer: str, answer_id: str) -> None:
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         self.last_answer_id = answer_id
 
 
 def chat(
     text: Annotated[
-        str | None, typer.Argument(help="One question; without it, a conversation, or what is piped in.")
+        str | None, typer.Argument(help="One question; without it, a conversation, or standard input.")
     ] = None,
-    user: Annotated[str | None, typer.Option(help="Who asks: memory of you is shown to you. Your login name.")] = None,
+    user: Annotated[
+        str | None, typer.Option(help="Your id, which selects your memories; by default your login name.")
+    ] = None,
     memory: Annotated[str, typer.Option(help="on or off.")] = "on",
-    policy: Annotated[str | None, typer.Option(help="Who answers, e.g. v3; the active policy if not given.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="The policy that answers, e.g. v3; by default the active one.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Talk to the agent: a conversation, or one question given as TEXT or on standard input."""
-    if memory not in ("on", "off"):
-        raise Failure(f"--memory is on or off, not {memory!r}", exit_code=BAD_USAGE)
     conversation = Conversation(
         model="agent" if policy is None else f"agent@v{policy.removeprefix('v')}",
         user=user or _login_name(),
-        use_memory=memory == "on",
+        use_memory=is_on("--memory", memory),
         messages=[{"role": "system", "content": system}] if system else [],
     )
     if text is None and not sys.stdin.isatty():
@@ -81,7 +87,7 @@ def chat(
 
 
 def _login_name() -> str:
-    with contextlib.suppress(KeyError, OSError):  # a container may run as a number without a name
+    with contextlib.suppress(KeyError, OSError):  # in a container the user id may have no name
         return getpass.getuser()
     return ""
 
@@ -95,20 +101,21 @@ def _ask_once(conversation: Conversation, text: str, url: str, key: str | None, 
             if not as_json:
                 await _stream(client, conversation, text)
                 return {}
-            answer = await client.post("/v1/chat/completions", conversation.request(text))
+            answer = await client.post("/v1/chat/completions", conversation.request_body(text))
             content = answer["choices"][0]["message"]["content"]
             return {"id": answer["id"], "answer": content, "usage": answer["usage"], **answer["ratchet"]}
 
-    perform(work, as_json=as_json, show=lambda _: "")  # the answer is on the screen already
+    run_command(work, as_json=as_json, render=lambda _: "")  # `_stream` has printed the answer
 
 
 def _converse(conversation: Conversation, url: str, key: str | None) -> None:
-    """Read lines until the end of input. The loop is synchronous, so that Ctrl-C ends an answer or the waiting for a
-    line, whichever is under way: input read in a thread could not be interrupted."""
+    """Read lines until the end of input."""
+    # The loop is synchronous, so that Ctrl-C ends either an answer or the wait for a line: input read in a thread could
+    # not be interrupted.
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() edits lines with it)
-    system = list(conversation.messages)
-    print("Say something; /help lists the commands, Ctrl-D ends it.")
+    system = list(conversation.messages)  # a copy: /new starts again from the system message
+    print("Type a message; /help lists the commands, Ctrl-D quits.")
     with asyncio.Runner() as runner:
         client = connect(url, key)
         try:
@@ -121,11 +128,11 @@ def _converse(conversation: Conversation, url: str, key: str | None) -> None:
                 elif command == "/help":
                     print(HELP)
                 elif command in ("/good", "/bad", "/correct"):
-                    _try(runner, lambda command=command, rest=rest: _comment(client, conversation, command, rest))
+                    _run_interruptible(runner, _give_feedback(client, conversation, command, rest))
                 elif command.startswith("/"):
                     print(f"there is no command {printable(command)!r}\n{HELP}")
                 elif line.strip():
-                    _try(runner, lambda line=line: _stream(client, conversation, line))
+                    _run_interruptible(runner, _stream(client, conversation, line))
         finally:
             runner.run(client.close())
 
@@ -138,22 +145,22 @@ def _read_line() -> str | None:
         return None
 
 
-def _try(runner: asyncio.Runner, work: Callable[[], Any]) -> None:
-    """Do one thing; print what goes wrong, and go on with the conversation."""
-    from runtime.cli.client import NoServer, Refused
+def _run_interruptible(runner: asyncio.Runner, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`; print its error, or an interruption, and continue the conversation."""
+    from runtime.cli.client import ErrorReply, ServerUnreachable
 
     try:
-        runner.run(work())
+        runner.run(work)
     except KeyboardInterrupt:
         print("\n(interrupted)")
-    except (Refused, NoServer) as problem:
-        print(f"\nerror: {printable(str(problem))}", file=sys.stderr)
+    except (ErrorReply, ServerUnreachable) as error:
+        print(f"\nerror: {printable(str(error))}", file=sys.stderr)
 
 
-async def _stream(client: Any, conversation: Conversation, text: str) -> None:
-    """Print an answer as it comes, and take it into the conversation."""
+async def _stream(client: Client, conversation: Conversation, text: str) -> None:
+    """Print an answer while it arrives, then append it to the conversation."""
     answer, answer_id = "", ""
-    async for chunk in client.stream("/v1/chat/completions", {**conversation.request(text), "stream": True}):
+    async for chunk in client.stream("/v1/chat/completions", {**conversation.request_body(text), "stream": True}):
         answer_id = chunk.get("id") or answer_id
         for choice in chunk.get("choices", []):
             piece = choice["delta"].get("content") or ""
@@ -161,21 +168,21 @@ async def _stream(client: Any, conversation: Conversation, text: str) -> None:
             sys.stdout.write(printable(piece))
             sys.stdout.flush()
     print()
-    conversation.note(text, answer, answer_id)
+    conversation.append(text, answer, answer_id)
 
 
-async def _comment(client: Any, conversation: Conversation, command: str, rest: str) -> None:
-    """Post what a person thinks of the last answer."""
+async def _give_feedback(client: Client, conversation: Conversation, command: str, rest: str) -> None:
+    """Post feedback on the last answer."""
     if conversation.last_answer_id is None:
         print("there is no answer yet")
         return
-    said: dict[str, Any] = {"target": conversation.last_answer_id}
+    feedback: dict[str, Any] = {"target": conversation.last_answer_id}
     if command == "/correct":
         if not rest.strip():
-            print("/correct wants the better answer behind it")
+            print("/correct needs the better answer: /correct TEXT")
             return
-        said |= {"value": False, "correction": rest}
+        feedback |= {"value": False, "correction": rest}
     else:
-        said |= {"value": command == "/good", "comment": rest or None}
-    await client.post("/v1/feedback", said)
+        feedback |= {"value": command == "/good", "comment": rest or None}
+    await client.post("/v1/feedback", feedback)
     print("noted")

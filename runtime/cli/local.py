@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from runtime.cli.output import Failure, perform, watching
+from runtime.cli.options import DEFAULT_URL, OPEN_ENDED, Config, Data, Json, Key, Url
+from runtime.cli.output import Failure, progress_console, run_command
 from runtime.cli.server_process import open_memory, prepare_environment
-from runtime.cli.verbs import DEFAULT_URL, OPEN_ENDED, Config, Data, Json, Key, Url
 
 if TYPE_CHECKING:
     from memory.store import Memory
@@ -34,23 +34,20 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
     def rebuild_index(
         config: Config = None, data: Data = None, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False
     ) -> None:
-        """Rebuild what finds memories from the rows; by the running server, or here if none runs."""
-        from runtime.cli.client import Client, NoServer
+        """Rebuild the search index from the rows, in the running server, or here if none runs."""
+        from runtime.cli.client import Client, ServerUnreachable
 
         settings = read_settings(config, {"data": data}, [])
 
         async def work() -> dict[str, Any]:
-            with contextlib.suppress(NoServer):
+            with contextlib.suppress(ServerUnreachable):
                 async with Client(url, key=key) as client:
                     return await client.post("/v1/index/rebuild")
             prepare_environment(settings)
             with open_memory_here(settings) as memory:
                 return {"counts": await memory.index.rebuild()}
 
-        def show(rebuilt: dict[str, Any]) -> str:
-            return "rebuilt: " + ", ".join(f"{count} {name}" for name, count in rebuilt["counts"].items())
-
-        perform(work, as_json=as_json, show=show)
+        run_command(work, as_json=as_json, render=lambda rebuilt: f"rebuilt: {_list_counts(rebuilt['counts'])}")
 
     @app.command("copy-rows")
     def copy_rows(config: Config = None, data: Data = None, as_json: Json = False) -> None:
@@ -66,10 +63,7 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
             except (StoreError, ValueError) as error:
                 raise Failure(str(error)) from error
 
-        def show(copied: dict[str, Any]) -> str:
-            return "copied: " + ", ".join(f"{count} {name}" for name, count in copied["counts"].items() if count)
-
-        perform(work, as_json=as_json, show=show)
+        run_command(work, as_json=as_json, render=lambda copied: f"copied: {_list_nonzero(copied['counts'])}")
 
     @app.command(context_settings=OPEN_ENDED)
     def doctor(
@@ -80,26 +74,34 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
         key: Key = None,
         as_json: Json = False,
     ) -> None:
-        """Check everything an answer depends on; with no server running, start an engine and ask it for a token."""
-        from runtime.cli import render as show
-        from runtime.cli.client import Client, NoServer
+        """Check everything that answers depend on; without a running server, this starts an engine for one token."""
+        from runtime.cli import render
+        from runtime.cli.client import Client, ServerUnreachable
 
         settings = read_settings(config, {"data": data}, context.args)
 
         async def work() -> dict[str, Any]:
-            with contextlib.suppress(NoServer):
+            with contextlib.suppress(ServerUnreachable):
                 async with Client(url, key=key) as client:
                     return await client.get("/v1/doctor")
             prepare_environment(settings)
-            phases = show.Phases(watching(as_json), is_silent=as_json)
+            phases = render.Phases(progress_console(as_json), is_silent=as_json)
             try:
                 return await examine(settings, phases)
             finally:
                 phases.end()
 
-        diagnosis = perform(work, as_json=as_json, show=show.doctor_table)
+        diagnosis = run_command(work, as_json=as_json, render=render.doctor_table)
         if not diagnosis["is_ok"]:
             raise typer.Exit(1)
+
+
+def _list_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _list_nonzero(counts: Mapping[str, int]) -> str:
+    return _list_counts({name: count for name, count in counts.items() if count})
 
 
 async def examine(settings: RuntimeSettings, phases: Phases) -> dict[str, Any]:
@@ -119,17 +121,17 @@ async def examine(settings: RuntimeSettings, phases: Phases) -> dict[str, Any]:
         lost = checks.Check("storage", False, str(failure), "the message says what can be done")
         return {"is_ok": False, "checks": [asdict(lost)]}
     with memory:
-        phases.say("checking what is kept")
-        found = await asyncio.to_thread(checks.check_at_rest, memory)
-        engine = Engine(settings.engine, memory.data_dir, on_progress=phases.say)
+        phases.begin("checking memory")
+        results = await asyncio.to_thread(checks.check_at_rest, memory)
+        engine = Engine(settings.engine, memory.data_dir, on_progress=phases.begin)
         try:
             await engine.start()
-            found += await checks.check_engine(engine)
+            results += await checks.check_engine(engine)
         except (EngineError, ValueError, OSError) as error:
-            found.append(checks.Check("engine", False, str(error), f"read {engine.log_path}"))
+            results.append(checks.Check("engine", False, str(error), f"read {engine.log_path}"))
         finally:
             await engine.stop()
-    return {"is_ok": all(check.is_ok for check in found), "checks": [asdict(check) for check in found]}
+    return {"is_ok": all(check.is_ok for check in results), "checks": [asdict(check) for check in results]}
 
 
 def open_memory_here(settings: RuntimeSettings) -> Memory:

@@ -1,9 +1,7 @@
-"""How a verb ends: with something to read, or with one JSON object and nothing else, also when it fails.
+"""Runs commands and prints their results or errors, for people or as JSON.
 
-Refuses to know what verbs do.
-Invariants: with `--json`, standard output holds exactly one JSON object; what moves on the screen goes to
-standard error, and only where somebody is there to watch. No control character of any data reaches the terminal, and
-no text of it is read as markup.
+Invariants: with `--json`, standard output contains exactly one JSON object, also after an error. Progress goes to
+standard error. No control character of any data reaches the terminal, and no data is interpreted as markup.
 """
 
 from __future__ import annotations
@@ -27,95 +25,97 @@ BAD_USAGE = 2
 INTERRUPTED = 130
 
 
-class Failure(Exception):
-    """A verb that cannot go on, in one line; `body` is what `--json` prints beyond the message."""
+Renderer = Callable[[dict[str, Any]], RenderableType | str]
+"""Makes something readable of a result's JSON. An empty string prints nothing."""
 
-    def __init__(self, message: str, /, *, exit_code: int = FAILED, **body: Any) -> None:
+
+class Failure(Exception):
+    """The one-line error of a command; `body` holds further fields for `--json`."""
+
+    def __init__(self, message: str, /, *, exit_code: int = FAILED, **body: object) -> None:
         super().__init__(message)
         self.exit_code = exit_code
         self.body = body
 
 
-def watching(as_json: bool) -> Console:
-    """Return the console for progress: standard error, silent with `--json`."""
+def progress_console(as_json: bool) -> Console:
+    """Return the console for progress messages: standard error, silent with `--json`."""
     return Console(stderr=True, quiet=as_json, highlight=False)
 
 
-def perform(
-    work: Callable[[], Coroutine[Any, Any, dict[str, Any]]],
-    *,
-    as_json: bool,
-    show: Callable[[dict[str, Any]], RenderableType | str],
+def run_command(
+    work: Callable[[], Coroutine[Any, Any, dict[str, Any]]], *, as_json: bool, render: Renderer
 ) -> dict[str, Any]:
-    """Do a verb's work and say what came of it.
+    """Run a command's work on a new event loop, print its result and return it.
 
     Raises:
-        Failure: the work could not be done, in words.
+        Failure: the work failed with an error that the user can understand.
     """
-    result = asyncio.run(_in_words(work()))
-    say(result, as_json=as_json, show=show)
+    result = asyncio.run(_raising_failures(work()))
+    print_result(result, as_json=as_json, render=render)
     return result
 
 
-def say(result: Mapping[str, Any], *, as_json: bool, show: Callable[[Any], RenderableType | str]) -> None:
-    """Print a result, as JSON or to be read."""
+def print_result(result: dict[str, Any], *, as_json: bool, render: Renderer) -> None:
+    """Print a result as JSON or rendered."""
     if as_json:
         print(printable_json(json.dumps(result, ensure_ascii=False)), flush=True)
     else:
-        shown = show(printable(result))
-        if shown == "":
+        rendered = render(printable(result))
+        if rendered == "":
             return
-        Console(highlight=False, markup=False).print(shown, soft_wrap=isinstance(shown, str))
+        Console(highlight=False, markup=False).print(rendered, soft_wrap=isinstance(rendered, str))
 
 
-async def _in_words(work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
-    from runtime.cli.client import NoServer, Refused
-    from runtime.cli.learn import CycleFailed
+async def _raising_failures(work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    from runtime.cli.client import ErrorReply, ServerUnreachable
+    from runtime.cli.cycles import CycleFailed
 
     try:
         return await work
-    except Refused as refused:
-        raise Failure(str(refused), **refused.body) from None
-    except CycleFailed as failed:
-        raise Failure(str(failed), cycle=failed.cycle["id"], stage=failed.cycle["stage"]) from None
-    except NoServer as nobody:
-        raise Failure(str(nobody), code="no_server") from None
-    except ValueError as bad:
-        raise Failure(str(bad), exit_code=BAD_USAGE) from None
+    except ErrorReply as error:
+        raise Failure(str(error), **error.body) from None
+    except CycleFailed as error:
+        raise Failure(str(error), cycle=error.cycle["id"], stage=error.cycle["stage"]) from None
+    except ServerUnreachable as error:
+        raise Failure(str(error), code="no_server") from None
+    except ValueError as error:
+        raise Failure(str(error), exit_code=BAD_USAGE) from None
 
 
 def run(app: typer.Typer, arguments: list[str]) -> int:
-    """Run the command line and return its exit code; every failure is one line, or one JSON object."""
+    """Run the command line and return its exit code; an error is printed as one line or one JSON object."""
+    # Read from the raw arguments: a usage error has to be JSON too, and is raised before typer parses the option.
     as_json = "--json" in arguments
     try:
         code = app(args=arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except Failure as failure:
-        return _fail(str(failure), failure.exit_code, as_json, failure.body)
-    except typer.TyperException as misuse:
-        if type(misuse).__name__ == "NoArgsIsHelpError":
-            print(misuse.format_message())
+        return _print_error(str(failure), failure.exit_code, as_json, failure.body)
+    except typer.TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
             return 0
-        return _fail(misuse.format_message(), BAD_USAGE, as_json, {})
+        return _print_error(error.format_message(), BAD_USAGE, as_json, {})
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", INTERRUPTED, as_json, {})
+        return _print_error("interrupted", INTERRUPTED, as_json, {})
 
 
-def leave(exit_code: int) -> NoReturn:
-    """End the process with this exit code, whatever its threads are doing.
+def exit_process(exit_code: int) -> NoReturn:
+    """End the process with this exit code, even while daemon threads run.
 
-    A daemon thread that is still inside a library's C++ code (torch takes seconds to load) would be unwound through it
-    by Python's own exit, and the process would abort with signal 6 in place of its exit code.
+    Python's own exit unwinds daemon threads; one that is inside C++ code of a library (torch takes seconds to load)
+    would abort the process with signal 6 instead of the exit code.
     """
     if any(thread.daemon and thread is not threading.current_thread() for thread in threading.enumerate()):
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(exit_code)
+        os._exit(exit_code)  # skips atexit handlers and buffers, which are flushed above
     sys.exit(exit_code)
 
 
-def _fail(message: str, exit_code: int, as_json: bool, body: Mapping[str, Any]) -> int:
+def _print_error(message: str, exit_code: int, as_json: bool, body: Mapping[str, object]) -> int:
     if as_json:
         print(printable_json(json.dumps({"error": {**body, "message": message}}, ensure_ascii=False)), flush=True)
     else:

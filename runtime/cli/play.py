@@ -1,39 +1,37 @@
-"""Plays many tasks through a running server and adds up what became of them.
+"""Plays many tasks through a running server and summarizes the episodes.
 
-Refuses to know how an episode is played: each is one chat completion.
-Flow: name the tasks -> have them prepared -> play, a bounded number at a time -> sum up.
-Invariant: an episode that failed counts as not successful, and is counted by itself too.
+Steps: list the tasks, have the server prepare them, play each with one chat completion, a bounded number concurrently.
+Invariant: a failed episode counts as not successful, and is also counted separately.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
-from runtime.cli.client import Client, Refused
+from memory.statistics import wilson_interval
+from runtime.cli.client import Client, ErrorReply
 
-PREPARE_AT_ONCE = 16
-"""Tasks in one request to prepare: progress is seen, and a pool of compilers has enough to do."""
-FAILED_EPISODE = 502
+PREPARED_TOGETHER = 16
+"""Tasks in one request for preparation: few enough to show progress, enough to keep all compilers busy."""
+FAILED_EPISODE_STATUS = 502
 
 OnPlayed = Callable[[int, int, int], None]
 """`on_played(num_done, num_successes, num_tasks)`."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """What to play and how."""
+class PlayRequest:
+    """The tasks to play, the policy that plays them, and the sampling."""
 
     environment: str = "textworld"
     num_tasks: int = 64
     split: str = "held-out"
     seeds: str | None = None
-    """`900000:900200`: these instead of the split's first; the end is left out, as in Python."""
+    """`900000:900200` instead of the split's first tasks; the end is exclusive."""
     policy: str | None = None
     use_memory: bool = True
     temperature: float = 0.0
@@ -42,7 +40,7 @@ class Order:
 
     @property
     def model(self) -> str:
-        if self.policy in (None, "active"):
+        if self.policy is None or self.policy == "active":
             return "agent"
         return f"agent@v{self.policy.removeprefix('v')}"
 
@@ -62,76 +60,80 @@ def parse_seeds(text: str) -> list[str]:
     return names
 
 
-async def play(client: Client, order: Order, *, on_phase: Callable[[str], None], on_played: OnPlayed) -> dict[str, Any]:
-    """Play what was ordered and return the summary.
+async def play_tasks(
+    client: Client, request: PlayRequest, *, on_phase: Callable[[str], None], on_played: OnPlayed
+) -> dict[str, Any]:
+    """Play the tasks and return the summary.
 
     Raises:
-        Refused, NoServer, ValueError.
+        ErrorReply, ServerUnreachable; ValueError for invalid seeds.
     """
-    names = await name_tasks(client, order)
+    names = await list_tasks(client, request)
     on_phase(f"preparing {len(names)} tasks")
-    for start in range(0, len(names), PREPARE_AT_ONCE):
-        batch = {"tasks": names[start : start + PREPARE_AT_ONCE]}
-        await client.post(f"/v1/environments/{order.environment}/prepare", batch, is_repeatable=True)
-        on_phase(f"preparing tasks: {min(start + PREPARE_AT_ONCE, len(names))} of {len(names)}")
+    for start in range(0, len(names), PREPARED_TOGETHER):
+        batch = {"tasks": names[start : start + PREPARED_TOGETHER]}
+        await client.post(f"/v1/environments/{request.environment}/prepare", batch, is_repeatable=True)
+        on_phase(f"preparing tasks: {min(start + PREPARED_TOGETHER, len(names))} of {len(names)}")
     started = time.monotonic()
-    episodes = await _play_all(client, order, names, on_played)
-    return summarize(order, episodes, seconds=time.monotonic() - started)
+    episodes = await _play_all(client, request, names, on_played)
+    return summarize(request, episodes, seconds=time.monotonic() - started)
 
 
-async def name_tasks(client: Client, order: Order) -> list[str]:
+async def list_tasks(client: Client, request: PlayRequest) -> list[str]:
     """Return the names of the tasks to play."""
-    if order.seeds is not None:
-        return parse_seeds(order.seeds)
-    path = f"/v1/environments/{order.environment}/tasks"
-    listed = await client.get(path, split=order.split, num_tasks=order.num_tasks)
+    if request.seeds is not None:
+        return parse_seeds(request.seeds)
+    path = f"/v1/environments/{request.environment}/tasks"
+    listed = await client.get(path, split=request.split, num_tasks=request.num_tasks)
     return [task["name"] for task in listed["data"]]
 
 
-async def _play_all(client: Client, order: Order, names: Sequence[str], on_played: OnPlayed) -> list[dict[str, Any]]:
-    gate = asyncio.Semaphore(order.concurrency)
+async def _play_all(
+    client: Client, request: PlayRequest, names: Sequence[str], on_played: OnPlayed
+) -> list[dict[str, Any]]:
+    semaphore = asyncio.Semaphore(request.concurrency)
     finished: list[dict[str, Any]] = []
 
     async def play_one(name: str) -> dict[str, Any]:
-        async with gate:
-            episode = await _play_one(client, order, name)
+        async with semaphore:
+            episode = await _play_one(client, request, name)
         finished.append(episode)
-        on_played(len(finished), sum(bool(one["success"]) for one in finished), len(names))
+        on_played(len(finished), sum(bool(it["success"]) for it in finished), len(names))
         return episode
 
-    under_way = [asyncio.ensure_future(play_one(name)) for name in names]
+    tasks = [asyncio.ensure_future(play_one(name)) for name in names]
     try:
-        return await asyncio.gather(*under_way)
+        return await asyncio.gather(*tasks)
     finally:
-        for one in under_way:  # the first refusal, or Ctrl-C, ends them all
-            one.cancel()
+        for task in tasks:  # after the first error, or Ctrl-C, `gather` leaves the others running
+            task.cancel()
 
 
-async def _play_one(client: Client, order: Order, name: str) -> dict[str, Any]:
-    request = {
-        "model": order.model,
+async def _play_one(client: Client, request: PlayRequest, name: str) -> dict[str, Any]:
+    body = {
+        "model": request.model,
         "messages": [],
-        "temperature": order.temperature,
-        "seed": order.seed,
+        "temperature": request.temperature,
+        "seed": request.seed,
         "metadata": {
-            "environment": order.environment,
+            "environment": request.environment,
             "task": name,
-            "use_memory": "on" if order.use_memory else "off",
+            "use_memory": "on" if request.use_memory else "off",
         },
     }
     try:
-        # A broken-off episode is closed by the server; another try is another episode.
-        answer = await client.post("/v1/chat/completions", request, is_repeatable=True)
-    except Refused as refused:
-        if refused.body.get("status") != FAILED_EPISODE:
+        # Repeatable: the server closes an episode whose client broke off, and a retry opens another one.
+        answer = await client.post("/v1/chat/completions", body, is_repeatable=True)
+    except ErrorReply as error:
+        if error.body.get("status") != FAILED_EPISODE_STATUS:
             raise
-        failed = {"trajectory_id": refused.body.get("trajectory_id"), "error": str(refused), "stage": "failed"}
+        failed = {"trajectory_id": error.body.get("trajectory_id"), "error": str(error), "stage": "failed"}
         return {"task": name, "success": False, "reward": None, **failed}
     return {"task": name, **answer["ratchet"]}
 
 
-def summarize(order: Order, episodes: Sequence[dict[str, Any]], *, seconds: float) -> dict[str, Any]:
-    """Return what all episodes came to, and each of them."""
+def summarize(request: PlayRequest, episodes: Sequence[dict[str, Any]], *, seconds: float) -> dict[str, Any]:
+    """Return the totals over all episodes, and the episodes."""
 
     def total(name: str) -> int:
         return sum(episode.get(name, 0) for episode in episodes)
@@ -140,12 +142,12 @@ def summarize(order: Order, episodes: Sequence[dict[str, Any]], *, seconds: floa
     low, high = wilson_interval(num_successes, len(episodes))
     policies = sorted({episode["policy"] for episode in episodes if "policy" in episode})
     return {
-        "environment": order.environment,
-        "split": None if order.seeds else order.split,
-        "seeds": order.seeds,
+        "environment": request.environment,
+        "split": None if request.seeds else request.split,
+        "seeds": request.seeds,
         "policy": policies[0] if len(policies) == 1 else policies,
-        "use_memory": order.use_memory,
-        "temperature": order.temperature,
+        "use_memory": request.use_memory,
+        "temperature": request.temperature,
         "success": num_successes / len(episodes) if episodes else 0.0,
         "low": low,
         "high": high,
@@ -160,15 +162,3 @@ def summarize(order: Order, episodes: Sequence[dict[str, Any]], *, seconds: floa
         "seconds": round(seconds, 3),
         "episodes": list(episodes),
     }
-
-
-def wilson_interval(num_successes: int, num_tries: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval for a share; (0, 1) when nothing was tried."""
-    if num_tries == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = num_successes / num_tries
-    spread = z * math.sqrt(share * (1 - share) / num_tries + z * z / (4 * num_tries**2))
-    scale = 1 + z * z / num_tries
-    centre = share + z * z / (2 * num_tries)
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

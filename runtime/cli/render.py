@@ -1,6 +1,7 @@
-"""How answers look in a terminal: tables, progress, an episode to be read like a play.
+"""Renders the JSON of answers for a terminal: tables, progress, a readable episode.
 
-Refuses to ask for anything: everything here is given the JSON of an answer. Text from data is never read as markup.
+Invariant: text from data is never interpreted as markup.
+Hazard: this module imports rich's larger parts, so that commands import it inside functions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rich.text import Text
 
 from runtime.cli.printable import printable
 
-STAGE_COLOURS = {
+STAGE_COLORS = {
     "active": "bold green",
     "candidate": "yellow",
     "canary": "yellow",
@@ -31,7 +32,7 @@ STAGE_COLOURS = {
 }
 
 
-def table_of(*columns: str, title: str | None = None) -> Table:
+def make_table(*columns: str, title: str | None = None) -> Table:
     """Return an empty table; a column that starts with `#` is right-aligned."""
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for column in columns:
@@ -39,16 +40,16 @@ def table_of(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def share(value: float | None) -> str:
+def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def coloured(stage: str) -> Text:
-    return Text(stage, style=STAGE_COLOURS.get(stage, ""))
+def colored_stage(stage: str) -> Text:
+    return Text(stage, style=STAGE_COLORS.get(stage, ""))
 
 
 def first_line(text: str | None, *, limit: int = 200) -> Text:
-    """Return the beginning of a text on one line, to be cut where its column ends."""
+    """Return the beginning of a text on one line, truncated to the width of its column."""
     return Text(" ".join((text or "").split())[:limit], no_wrap=True, overflow="ellipsis")
 
 
@@ -66,16 +67,16 @@ def play_progress(console: Console) -> Progress:
 
 
 def play_summary(played: dict[str, Any]) -> RenderableType:
-    """Return the small table at the end of `play`."""
+    """Return the table at the end of `play`."""
     num_tasks, num_turns = max(1, played["num_tasks"]), max(1, played["num_turns"])
-    table = table_of(
+    table = make_table(
         "policy", "memory", "#tasks", "#success", "#95 % interval", "#turns", "#prompt tokens", "#output tokens"
     )
     table.add_row(
         str(played["policy"]),
         "on" if played["use_memory"] else "off",
         str(played["num_tasks"]),
-        Text(share(played["success"]), style="bold"),
+        Text(percent(played["success"]), style="bold"),
         f"{100 * played['low']:.1f} .. {100 * played['high']:.1f} %",
         f"{played['num_turns'] / num_tasks:.1f}",
         f"{played['prompt_tokens'] / num_turns:.0f} a turn",
@@ -88,12 +89,12 @@ def play_summary(played: dict[str, Any]) -> RenderableType:
 
 
 class CycleLines:
-    """One line per stage of a cycle: live where there is a terminal, printed as they end where there is none."""
+    """Prints one line per stage of a cycle: live in a terminal, otherwise when the stage ends."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._stage: str | None = None
-        self._began = time.monotonic()
+        self._started = time.monotonic()
         self._message = ""
         self._status = console.status("waiting for the cycle") if console.is_terminal else None
 
@@ -107,29 +108,29 @@ class CycleLines:
             self._status.stop()
 
     def update(self, cycle: dict[str, Any]) -> None:
-        """Show where the cycle is."""
+        """Show the current state of the cycle."""
         cycle = printable(cycle)
         stage, progress = cycle["stage"], cycle["progress"] or {}
         if stage != self._stage:
             self._end_stage(stage)
         done, total = progress.get("done"), progress.get("total")
-        counted = f"{done}/{total} " if total else ""
-        self._message = escape(f"{counted}{progress.get('message', '')}".strip())
+        counts = f"{done}/{total} " if total else ""
+        self._message = escape(f"{counts}{progress.get('message', '')}".strip())
         if self._status and stage not in ("completed", "error"):
             self._status.update(f"[bold]{stage:12}[/] {self._message}")
 
     def _end_stage(self, stage: str) -> None:
         if self._stage is not None:
-            seconds = time.monotonic() - self._began
+            seconds = time.monotonic() - self._started
             self._console.print(f"  [bold]{self._stage:12}[/] {seconds:6.0f} s  {self._message}", highlight=False)
         elif not self._status:
             self._console.print(f"  {stage} ...")
-        self._stage, self._began, self._message = stage, time.monotonic(), ""
+        self._stage, self._started, self._message = stage, time.monotonic(), ""
 
 
 def needs_table(needs: dict[str, Any]) -> RenderableType:
-    """Return what a cycle needs, what is there, and how to mend what is missing."""
-    table = table_of("", "what the cycle needs", "#needed", "#there", "#by playing, at most")
+    """Return a table of a cycle's needs, with the remedy for each missing amount."""
+    table = make_table("", "what the cycle needs", "#needed", "#there", "#by playing, at most")
     notes: list[RenderableType] = []
     for need in needs["data"]:
         mark = Text("ok", style="green")
@@ -142,7 +143,7 @@ def needs_table(needs: dict[str, Any]) -> RenderableType:
 
 
 def cycle_outcome(outcome: dict[str, Any]) -> RenderableType:
-    """Return the report and the verdict, the verdict alone where there is no report, nothing where there is neither."""
+    """Return the report and the verdict, as far as they exist."""
     if outcome["verdict"] is None and not outcome["markdown"]:
         return ""
     line = Text(f"verdict: {outcome['verdict']}", style="bold")
@@ -155,12 +156,12 @@ def report_page(outcome: dict[str, Any]) -> RenderableType:
 
 
 def policies_table(listed: dict[str, Any]) -> Table:
-    table = table_of("policy", "stage", "parent", "adapter", "verdict", "made", "note")
+    table = make_table("policy", "stage", "parent", "adapter", "verdict", "made", "note")
     for policy in listed["data"]:
         verdict = policy["verdict"] or {}
         table.add_row(
             policy["name"],
-            coloured(policy["stage"]),
+            colored_stage(policy["stage"]),
             policy["parent"] or "-",
             (policy["adapter_path"] or "none").rsplit("/", 1)[-1],
             str(verdict.get("decision", "-")),
@@ -171,7 +172,7 @@ def policies_table(listed: dict[str, Any]) -> Table:
 
 
 def keys_table(listed: dict[str, Any]) -> Table:
-    table = table_of("id", "name", "tenant", "scopes", "#req/min", "#tok/min", "last used")
+    table = make_table("id", "name", "tenant", "scopes", "#req/min", "#tok/min", "last used")
     table.columns[0].no_wrap, table.columns[0].min_width = True, 32  # ids are there to be copied
     for row in listed["data"]:
         limits = [str(row[name] or "-") for name in ("requests_per_minute", "tokens_per_minute")]
@@ -181,24 +182,24 @@ def keys_table(listed: dict[str, Any]) -> Table:
 
 
 def insights_table(listed: dict[str, Any]) -> Table:
-    table = table_of("id", "environment", "kind", "#strength", "#won", "#lost", "shown to", "insight")
+    table = make_table("id", "environment", "kind", "#strength", "#won", "#lost", "shown to", "insight")
     table.columns[0].no_wrap, table.columns[0].min_width = True, 28
     for row in listed["data"]:
         counts = str(row["strength"]), str(row["wins"]), str(row["losses"])
-        table.add_row(row["id"], row["environment"], row["kind"], *counts, _whom(row), Text(row["text"]))
+        table.add_row(row["id"], row["environment"], row["kind"], *counts, _audience(row), Text(row["text"]))
     return table
 
 
 def exemplars_table(listed: dict[str, Any]) -> Table:
-    table = table_of("id", "environment", "kind", "#steps", "shown to", "as it is shown")
+    table = make_table("id", "environment", "kind", "#steps", "shown to", "as it is shown")
     table.columns[0].no_wrap, table.columns[0].min_width = True, 28
     for row in listed["data"]:
         text = Text(row["text"])
-        table.add_row(row["id"], row["environment"] or "-", row["kind"], str(row["num_steps"]), _whom(row), text)
+        table.add_row(row["id"], row["environment"] or "-", row["kind"], str(row["num_steps"]), _audience(row), text)
     return table
 
 
-def _whom(row: dict[str, Any]) -> Text:
+def _audience(row: dict[str, Any]) -> Text:
     return Text(row["user_id"] if row["shown_to"] == "user" else row["shown_to"])
 
 
@@ -209,40 +210,40 @@ def is_wide() -> bool:
     return shutil.get_terminal_size().columns >= WIDE_COLUMNS
 
 
-def one_line_each(*columns: str, flexible: str) -> Table:
-    """Return an empty table whose rows keep to one line; where that is too long, the `flexible` column gives way."""
-    table = table_of(*columns)
+def make_single_line_table(*columns: str, flexible: str) -> Table:
+    """Return an empty table with rows of one line; the `flexible` column is truncated to fit."""
+    table = make_table(*columns)
     for column in table.columns:
         column.no_wrap = column.header != flexible
-    table.columns[0].min_width = 32  # ids are there to be copied
+    table.columns[0].min_width = 32  # ids must be complete, for copying
     return table
 
 
 def trajectories_table(listed: dict[str, Any]) -> Table:
     columns = ["id", "policy", "asked", "stage", "#reward", *(("split", "#steps", "#tokens") if is_wide() else ())]
-    table = one_line_each(*columns, flexible="asked")
+    table = make_single_line_table(*columns, flexible="asked")
     for row in listed["data"]:
         question = f"{row['environment']} {row['task']}" if row["environment"] else row["question"]
-        more = (row["split"], str(row["num_steps"]), str(row["prompt_tokens"] + row["output_tokens"]))
+        wide_cells = (row["split"], str(row["num_steps"]), str(row["prompt_tokens"] + row["output_tokens"]))
         table.add_row(
             row["id"],
             row["policy"],
             first_line(question),
-            coloured(row["stage"]),
+            colored_stage(row["stage"]),
             "-" if row["reward"] is None else f"{row['reward']:.2f}",
-            *(more if is_wide() else ()),
+            *(wide_cells if is_wide() else ()),
         )
     return table
 
 
 def cycles_table(listed: dict[str, Any]) -> Table:
     columns = ["id", "stage", "verdict", "policy", *(("begun",) if is_wide() else ()), "reason"]
-    table = one_line_each(*columns, flexible="reason")
+    table = make_single_line_table(*columns, flexible="reason")
     for row in listed["data"]:
         verdict, candidate = row["verdict"] or {}, row["artifacts"].get("candidate")
         table.add_row(
             row["id"],
-            coloured(row["stage"]),
+            colored_stage(row["stage"]),
             verdict.get("decision", "-"),
             "-" if candidate is None else f"v{candidate}",
             *((row["created_at"][:16].replace("T", " "),) if is_wide() else ()),
@@ -252,14 +253,14 @@ def cycles_table(listed: dict[str, Any]) -> Table:
 
 
 def documents_table(listed: dict[str, Any]) -> Table:
-    table = table_of("id", "added", "title")
+    table = make_table("id", "added", "title")
     table.columns[0].no_wrap, table.columns[0].min_width = True, 32
     for row in listed["data"]:
         table.add_row(row["id"], row["created_at"][:10], Text(row["title"]))
     return table
 
 
-def passages_found(listed: dict[str, Any]) -> RenderableType:
+def passages(listed: dict[str, Any]) -> RenderableType:
     if not listed["data"]:
         return Text("no passage of a document answers this")
     parts: list[RenderableType] = []
@@ -269,32 +270,34 @@ def passages_found(listed: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def trajectory_story(one: dict[str, Any]) -> RenderableType:
-    """Return an episode as something to read: what was asked, what memory was shown, each step, what it was worth."""
-    what = f"{one['environment']} {one['task']} ({one['split']})" if one["environment"] else "asked by a client"
+def trajectory_story(trajectory: dict[str, Any]) -> RenderableType:
+    """Return a readable episode: its messages, the memory shown, each step, rewards and feedback."""
+    task = f"{trajectory['environment']} {trajectory['task']} ({trajectory['split']})"
+    origin = task if trajectory["environment"] else "asked by a client"
+    stage = colored_stage(trajectory["stage"])
     parts: list[RenderableType] = [
-        Text.assemble((one["id"], "bold"), f"  {what}, policy {one['policy']}, ", coloured(one["stage"])),
+        Text.assemble((trajectory["id"], "bold"), f"  {origin}, policy {trajectory['policy']}, ", stage),
     ]
-    if one["memory_text"]:
-        parts.append(Panel(Text(one["memory_text"]), title="memory shown", title_align="left", border_style="magenta"))
-    parts += [_message(message["role"], message.get("content") or "") for message in one["opening"]]
-    parts += [_step(step) for step in one["steps"]]
-    if one["answer"]:
-        parts.append(_message("answer", one["answer"]))
-    if one["error"]:
-        parts.append(Text(f"ended by {one['error']}", style="red"))
-    for reward in one["rewards"]:
-        parts.append(Text(f"reward {reward['value']:.2f} by {reward['source']}: {reward['reason']}", style="bold"))
-    for said in one["feedback"]:
-        words = ", ".join(str(said[name]) for name in ("value", "comment", "correction") if said[name] is not None)
-        parts.append(Text(f"feedback {said['name']}: {words}"))
-    parts.append(
-        Text(
-            f"{one['num_steps']} steps, {one['prompt_tokens']} prompt tokens, {one['output_tokens']} output tokens, "
-            f"{one['num_invalid_tool_calls']} invalid tool calls",
-            style="dim",
+    if trajectory["memory_text"]:
+        parts.append(
+            Panel(Text(trajectory["memory_text"]), title="memory shown", title_align="left", border_style="magenta")
         )
+    parts += [_message(message["role"], message.get("content") or "") for message in trajectory["opening"]]
+    parts += [_step(step) for step in trajectory["steps"]]
+    if trajectory["answer"]:
+        parts.append(_message("answer", trajectory["answer"]))
+    if trajectory["error"]:
+        parts.append(Text(f"ended by {trajectory['error']}", style="red"))
+    for reward in trajectory["rewards"]:
+        parts.append(Text(f"reward {reward['value']:.2f} by {reward['source']}: {reward['reason']}", style="bold"))
+    for row in trajectory["feedback"]:
+        content = ", ".join(str(row[name]) for name in ("value", "comment", "correction") if row[name] is not None)
+        parts.append(Text(f"feedback {row['name']}: {content}"))
+    totals = (
+        f"{trajectory['num_steps']} steps, {trajectory['prompt_tokens']} prompt tokens, "
+        f"{trajectory['output_tokens']} output tokens, {trajectory['num_invalid_tool_calls']} invalid tool calls"
     )
+    parts.append(Text(totals, style="dim"))
     return Group(*parts)
 
 
@@ -321,7 +324,7 @@ def _step(step: dict[str, Any]) -> RenderableType:
 
 
 def doctor_table(diagnosis: dict[str, Any]) -> Table:
-    table = table_of("", "what", "how it is")
+    table = make_table("", "what", "how it is")
     for check in diagnosis["checks"]:
         mark = Text("ok", style="green") if check["is_ok"] else Text("!!", style="bold red")
         detail = check["detail"] + (f"\n-> {check['mend']}" if check["mend"] and not check["is_ok"] else "")
@@ -330,21 +333,21 @@ def doctor_table(diagnosis: dict[str, Any]) -> Table:
 
 
 class Phases:
-    """What a starting server is doing: a spinner where there is a terminal, lines where there is none."""
+    """Prints the phases of a starting server: a spinner in a terminal, otherwise lines."""
 
     def __init__(self, console: Console, *, is_silent: bool = False) -> None:
         self._console = console
         self._is_silent = is_silent
         self._phase: str | None = None
-        self._began = time.monotonic()
+        self._started = time.monotonic()
         self._status = console.status("") if console.is_terminal and not is_silent else None
 
-    def say(self, phase: str) -> None:
-        """Name the phase that begins; the one before has ended."""
+    def begin(self, phase: str) -> None:
+        """Print the phase that begins, and end the one before."""
         if self._is_silent:
             return
         self.end()
-        self._phase, self._began = phase, time.monotonic()
+        self._phase, self._started = phase, time.monotonic()
         if self._status:
             self._status.update(f"{escape(phase)} ...")
             self._status.start()
@@ -352,9 +355,38 @@ class Phases:
             self._console.print(f"  {phase} ...", markup=False, highlight=False)
 
     def end(self) -> None:
-        """The phase has ended, and none follows for now."""
+        """End the current phase, if there is one."""
         if self._phase is not None and self._status:
             self._status.stop()
-            seconds = time.monotonic() - self._began
+            seconds = time.monotonic() - self._started
             self._console.print(f"  [green]ok[/] {escape(self._phase)} [dim]{seconds:.1f} s[/]", highlight=False)
         self._phase = None
+
+
+SHARING = {
+    "user": "Memory of a live request is shown to its own user alone; practice, to the whole tenant (docs/keys.md).",
+    "tenant": "Memory is shown to the whole tenant, live requests included (memory.share_live).",
+}
+POCKET_COMMANDS = ("play --tasks 32", "learn", "trajectories list")
+"""The embedded model plays games but cannot converse."""
+OTHER_COMMANDS = ("chat", "documents add README.md", "trajectories list")
+
+
+def render_banner(facts: dict[str, Any], *, command: str, option: str, is_pocket: bool) -> str:
+    """Return the text that a server prints once it answers. `command` starts the program, `option` selects the
+    server."""
+    if facts["requires_key"]:
+        access = "Every request needs a key: give it to the commands below as RATCHET_KEY."
+    else:
+        access = "There are no keys: it listens on the loopback only."
+    model = "the embedded pocket model" if is_pocket else facts["base_model"]
+    tries = "\n".join(f"  {command} {name}{option}" for name in (POCKET_COMMANDS if is_pocket else OTHER_COMMANDS))
+    return f"""
+Ratchet answers at {facts["url"]} with {model} as policy {facts["policy"]}; its API is described at {facts["url"]}/docs
+{access}
+{SHARING[facts["share_live"]]}
+Three things to try, in another terminal:
+
+{tries}
+
+Ctrl-C stops it."""

@@ -1,7 +1,4 @@
-"""The verbs about single memories: list, approve, edit and retire insights and exemplars.
-
-They ask the running server, as the other client verbs do.
-"""
+"""The commands about insights and exemplars: list, approve, edit, retire."""
 
 from __future__ import annotations
 
@@ -9,20 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from runtime.cli.verbs import DEFAULT_URL, Json, Key, Url, get, post
+from runtime.cli.options import DEFAULT_URL, Json, Key, Url, get_and_print, post_and_print
 
-insights = typer.Typer(help="Lessons in words: list, approve, edit, retire.", invoke_without_command=True)
-exemplars = typer.Typer(help="Past successes that are shown again: list, approve, retire.", no_args_is_help=True)
+insights = typer.Typer(help="Lessons as text: list, approve, edit, retire.", invoke_without_command=True)
+exemplars = typer.Typer(help="Past successes that prompts show: list, approve, retire.", no_args_is_help=True)
 
-Id = Annotated[str, typer.Argument(metavar="ID", help="As the list names it.")]
-Text = Annotated[str | None, typer.Option(help="Approve these words in place of the recorded ones.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="An id from the list.")]
+Text = Annotated[str | None, typer.Option(help="A text that replaces the recorded one.")]
 Status = Annotated[
     str | None, typer.Option(help="active (the default), pending (not shown to all yet), approved or retired.")
 ]
 
 
-def add_review_verbs(app: typer.Typer) -> None:
-    """Put the verbs on the command line."""
+def add_review_commands(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
     app.add_typer(insights, name="insights")
     app.add_typer(exemplars, name="exemplars")
 
@@ -37,12 +34,13 @@ def list_insights(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """List the lessons in words, strongest first; or approve, edit or retire one."""
+    """List lessons, strongest first; or approve, edit or retire one."""
     if context.invoked_subcommand is not None:
         return
-    from runtime.cli import render as show
+    from runtime.cli import render
 
-    get("/v1/insights", url, key, as_json, show.insights_table, environment=environment, kind=kind, status=status)
+    table = render.insights_table
+    get_and_print("/v1/insights", url, key, as_json, table, environment=environment, kind=kind, status=status)
 
 
 @insights.command("approve")
@@ -51,25 +49,25 @@ def approve_insight(
 ) -> None:
     """Show a lesson to the whole tenant."""
     body = {"text": text} if text is not None else None
-    post(f"/v1/insights/{insight_id}/approve", url, key, as_json, _say_who_sees, body)
+    post_and_print(f"/v1/insights/{insight_id}/approve", url, key, as_json, _render_audience, body)
 
 
 @insights.command("edit")
 def edit_insight(
     insight_id: Id,
-    text: Annotated[str, typer.Argument(help="The better words.")],
+    text: Annotated[str, typer.Argument(help="The new text.")],
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Put a lesson into other words; who is shown it stays the same."""
-    post(f"/v1/insights/{insight_id}/edit", url, key, as_json, _say_who_sees, {"text": text})
+    """Edit the text of a lesson; its audience stays the same."""
+    post_and_print(f"/v1/insights/{insight_id}/edit", url, key, as_json, _render_audience, {"text": text})
 
 
 @insights.command("retire")
 def retire_insight(insight_id: Id, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
-    """Show a lesson to nobody again."""
-    post(f"/v1/insights/{insight_id}/retire", url, key, as_json, _say_who_sees)
+    """Stop showing a lesson."""
+    post_and_print(f"/v1/insights/{insight_id}/retire", url, key, as_json, _render_audience)
 
 
 @exemplars.command("list")
@@ -80,10 +78,10 @@ def list_exemplars(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """List past successes, newest first, as they are shown."""
-    from runtime.cli import render as show
+    """List past successes, newest first, with the text that prompts show."""
+    from runtime.cli import render
 
-    get("/v1/exemplars", url, key, as_json, show.exemplars_table, status=status, limit=limit)
+    get_and_print("/v1/exemplars", url, key, as_json, render.exemplars_table, status=status, limit=limit)
 
 
 @exemplars.command("approve")
@@ -92,15 +90,15 @@ def approve_exemplar(
 ) -> None:
     """Show a past success to the whole tenant."""
     body = {"text": text} if text is not None else None
-    post(f"/v1/exemplars/{exemplar_id}/approve", url, key, as_json, _say_who_sees, body)
+    post_and_print(f"/v1/exemplars/{exemplar_id}/approve", url, key, as_json, _render_audience, body)
 
 
 @exemplars.command("retire")
 def retire_exemplar(exemplar_id: Id, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
-    """Show a past success to nobody again."""
-    post(f"/v1/exemplars/{exemplar_id}/retire", url, key, as_json, _say_who_sees)
+    """Stop showing a past success."""
+    post_and_print(f"/v1/exemplars/{exemplar_id}/retire", url, key, as_json, _render_audience)
 
 
-def _say_who_sees(row: dict[str, Any]) -> str:
-    whom = {"tenant": "the whole tenant", "user": f"{row['user_id']!r} alone", "nobody": "nobody"}[row["shown_to"]]
-    return f"{row['id']} is shown to {whom}: {row['text']}"
+def _render_audience(row: dict[str, Any]) -> str:
+    audience = {"tenant": "the whole tenant", "user": f"{row['user_id']!r} alone", "nobody": "nobody"}[row["shown_to"]]
+    return f"{row['id']} is shown to {audience}: {row['text']}"

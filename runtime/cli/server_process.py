@@ -18,9 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.cli.banner import render_banner
-from runtime.cli.output import Failure, say
-from runtime.cli.verbs import DEFAULT_URL
+from runtime.cli.options import DEFAULT_URL
+from runtime.cli.output import Failure, print_result
 
 if TYPE_CHECKING:
     from memory.records.keys import Keys
@@ -65,7 +64,7 @@ def open_memory(settings: RuntimeSettings) -> Memory:
 
 
 async def run_server(settings: RuntimeSettings, compose: Compose, phases: Phases, *, as_json: bool) -> None:
-    """Open, start, announce, answer, and stop every child when told to.
+    """Open memory, start the engine, answer requests, and stop everything on SIGINT or SIGTERM.
 
     Raises:
         Failure: the data directory is in use, the port is taken, the engine does not start, the address is open to
@@ -75,14 +74,14 @@ async def run_server(settings: RuntimeSettings, compose: Compose, phases: Phases
     from runtime.errors import EngineError
 
     stop = asyncio.Event()
-    for one in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(one, stop.set)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
         with listen(settings.server.host, settings.server.port) as listener:
-            phases.say(f"opening memory in {settings.data}")
+            phases.begin(f"opening memory in {settings.data}")
             with open_memory(settings) as memory:
                 require_keys_or_loopback(settings.server.host, memory.keys)
-                phases.say("loading the program")
+                phases.begin("loading the program")
                 await live(compose(memory, phases), listener, settings, stop, phases, as_json=as_json)
     except (StoreError, EngineError, ValueError, OSError) as error:
         raise Failure(str(error)) from error
@@ -117,10 +116,10 @@ def is_loopback(host: str) -> bool:
     if not host:  # every address of the machine
         return False
     try:
-        found = {each[4][0] for each in socket.getaddrinfo(host, None)}
+        addresses = {each[4][0] for each in socket.getaddrinfo(host, None)}
     except OSError:
         return False
-    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
+    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in addresses)
 
 
 async def live(
@@ -132,7 +131,7 @@ async def live(
     *,
     as_json: bool,
 ) -> None:
-    """Answer from the first moment (503 while the engine starts) until told to stop; leave no child behind."""
+    """Answer from the beginning (503 while the engine starts) until `stop` is set; every child has ended on return."""
     import uvicorn
 
     from runtime.api.app import create_app
@@ -153,14 +152,14 @@ async def live(
         parts = (services.engine.watch(), services.hotswap.follow(), services.agent.open_episodes.sweep_regularly())
         background += [asyncio.ensure_future(part) for part in parts]
         await services.cycles.resume()
-        room = await services.check_training() if services.check_training is not None else None
-        if room is not None and not room.is_ok:
-            phases.say(f"learning is refused: {room.detail}")
+        training = await services.check_training() if services.check_training is not None else None
+        if training is not None and not training.is_ok:
+            phases.begin(f"learning is refused: {training.detail}")
         phases.end()
         announce(services, listener, as_json=as_json)
         await wait_for_first(stop, answering, *background)
     finally:
-        phases.say("stopping")
+        phases.begin("stopping")
         server.should_exit = True
         server.force_exit = starting.cancelled() or not starting.done()
         await asyncio.wait({answering})
@@ -174,11 +173,11 @@ async def live(
 
 
 async def freeze_startup_heap(memory: Memory) -> None:
-    """Once all is loaded, take it out of the garbage collector's sight.
+    """Exclude all objects from garbage collection once the libraries are loaded.
 
-    Torch and its kin leave a million objects that live as long as the process; looking through them again and again
-    stopped every answer, on a busy machine for a second. What is garbage among them stays: to look for it would be such
-    a stop, and frees nothing to speak of.
+    Torch and similar libraries create a million permanent objects; each full collection traverses them and paused every
+    answer, on a busy machine for a second. No collection precedes the freeze: it would be such a pause, and frees
+    little.
     """
     while not memory.index.has_vectors:
         await asyncio.sleep(1.0)
@@ -186,35 +185,37 @@ async def freeze_startup_heap(memory: Memory) -> None:
 
 
 async def start(services: Services, settings: RuntimeSettings, phases: Phases) -> None:
-    """Bring the engine up and put on the active policy: boot is the first swap."""
+    """Start the tools and the engine, then activate the active policy: boot is the first activation."""
     from runtime.errors import AdapterError
 
     memory = services.memory
     await memory.trajectories.close_orphans()
-    phases.say("opening tools")
+    phases.begin("opening tools")
     if services.toolbox is not None:
         await services.toolbox.open()
     await services.engine.start()
     await memory.policies.register_base(name_base(services.engine, settings.engine.model))
     while True:
         active = memory.policies.active()
-        phases.say(f"putting on policy {active.name}")
+        phases.begin(f"putting on policy {active.name}")
         try:
             return await services.hotswap.activate(active.version)
         except AdapterError as refused:
             before = await memory.policies.rollback()
-            phases.say(f"policy {active.name} was refused ({refused}); back to {before.name}")
+            phases.begin(f"policy {active.name} was refused ({refused}); back to {before.name}")
 
 
 def name_base(engine: Engine, model: str | None) -> str:
-    """Return what the policies stand on: the hub's id as given, or the directory."""
+    """Return the base model of new policies: the hub's id as configured, or a directory."""
     if model is not None and not Path(model).expanduser().is_dir():
         return model
     return str(engine.model_path) if engine.model_path is not None else engine.model
 
 
 def announce(services: Services, listener: socket.socket, *, as_json: bool) -> None:
-    """Say where the agent answers, and three things to try."""
+    """Print the server's address and commands to try."""
+    from runtime.cli.render import render_banner
+
     url = url_of(listener)
     policy = services.memory.policies.active()
     facts: dict[str, Any] = {
@@ -229,7 +230,7 @@ def announce(services: Services, listener: socket.socket, *, as_json: bool) -> N
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
     is_pocket = services.engine.config.model is None and services.engine.config.url is None
     text = render_banner(facts, command=f"{python} serve.py", option=option, is_pocket=is_pocket)
-    say(facts, as_json=as_json, show=lambda _: text)
+    print_result(facts, as_json=as_json, render=lambda _: text)
 
 
 def url_of(listener: socket.socket) -> str:

@@ -1,6 +1,6 @@
-"""Where logs go: one JSON object a line into a file that is turned over, so that the terminal stays for people.
+"""Configures logging: one JSON object per line in a rotating file, so that the terminal stays free for people.
 
-Refuses to know what is logged. Libraries that use the standard library's logging end up in the same file.
+Libraries that use the standard library's logging write to the same file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def send_logs_to(path: Path) -> None:
         )
     )
     root = logging.getLogger()
-    root.handlers = [handler]
+    root.handlers = [handler]  # replaces handlers that libraries have added, which would print to the terminal
     root.setLevel(logging.INFO)
     for name in ("httpx", "aiosqlite", "alembic", "chromadb", "sentence_transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)

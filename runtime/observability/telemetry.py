@@ -1,11 +1,10 @@
-"""What can be watched: every metric by its name, and the clocks that the agent and the API start.
+"""All metrics by name, and the context managers with which the agent and the API measure.
 
-Refuses to know who reads (`/metrics`, runtime/api/metrics.py) and how spans leave the process (tracing.py). What memory
-counts by itself is only named here, in `STATE`; it is read when somebody asks.
+Metrics in `STATE_METRICS` are only named here; `runtime/api/metrics.py` reads their values from memory at each scrape.
 
-    overhead = the time of a request - the time it waited for the model and for tools
+    overhead = duration of a request - time it waited for the model and for tools
 
-Invariants: nothing here does I/O or waits; no label's values can grow without bound, whatever clients send.
+Invariants: nothing here does I/O or waits; the values of every label are bounded, whatever clients send.
 """
 
 from __future__ import annotations
@@ -26,51 +25,56 @@ from runtime.tools.base import ToolResult
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 OVERHEAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 UNKNOWN = "unknown"
-"""The label of whatever a client or a model made up."""
+"""The label for names that a client or a model made up."""
 
 
-class Family(NamedTuple):
-    """A metric that is read from where it is counted already."""
+class StateMetric(NamedTuple):
+    """A metric whose value another component already counts."""
 
     name: str
-    help: str
+    documentation: str
     labels: tuple[str, ...] = ()
 
 
-STATE = {
-    "trajectories": Family("ratchet_trajectories", "Trajectories that closed, by how.", ("outcome", "split")),
-    "feedback": Family("ratchet_feedback", "Pieces of feedback, by kind; one may be of several.", ("kind",)),
-    "queue": Family("ratchet_log_queue_length", "Writes that wait for the disk."),
-    "acknowledgement": Family("ratchet_log_acknowledgement_seconds", "From a write's queueing to its being durable."),
-    "retrieval": Family("ratchet_retrieval_seconds", "Finding memories, by stage; `all` is one question.", ("stage",)),
-    "by_word_alone": Family("ratchet_retrieval_without_meanings", "Questions that the index of meanings missed."),
-    "policy": Family(
+STATE_METRICS = {
+    "trajectories": StateMetric("ratchet_trajectories", "Trajectories that closed, by how.", ("outcome", "split")),
+    "feedback": StateMetric("ratchet_feedback", "Pieces of feedback, by kind; one may be of several.", ("kind",)),
+    "queue": StateMetric("ratchet_log_queue_length", "Writes that wait for the disk."),
+    "acknowledgement": StateMetric(
+        "ratchet_log_acknowledgement_seconds", "From a write's queueing to its being durable."
+    ),
+    "retrieval": StateMetric(
+        "ratchet_retrieval_seconds", "Finding memories, by stage; `all` is one question.", ("stage",)
+    ),
+    "by_word_alone": StateMetric("ratchet_retrieval_without_meanings", "Questions that the index of meanings missed."),
+    "policy": StateMetric(
         "ratchet_policy_info",
         "1 for each policy that acts, may act soon, or is loaded.",
         ("policy", "stage", "base_model", "adapter", "worn"),
     ),
-    "loaded": Family("ratchet_policies_loaded", "Policies that the engine serves now."),
-    "swaps": Family("ratchet_swaps", "How often another policy was put on."),
-    "engine_ready": Family("ratchet_engine_ready", "1 while the engine answers."),
-    "engine_restarts": Family("ratchet_engine_restarts", "How often the engine had to be started again."),
-    "maintenance": Family("ratchet_engine_in_maintenance", "1 while the engine is stopped on purpose."),
-    "decisions": Family("ratchet_gate_decisions", "Verdicts of the gate, ever.", ("decision",)),
-    "cycles": Family("ratchet_cycles", "Cycles that ended, ever.", ("outcome",)),
-    "cycle_stage": Family("ratchet_cycle_stage", "1 at the stage of the cycle under way.", ("stage",)),
-    "cycle_progress": Family("ratchet_cycle_progress_ratio", "How far that stage is, from 0 to 1."),
-    "stage_seconds": Family("ratchet_cycle_stage_seconds", "Time spent in each stage.", ("stage",)),
+    "loaded": StateMetric("ratchet_policies_loaded", "Policies that the engine serves now."),
+    "swaps": StateMetric("ratchet_swaps", "How often another policy was put on."),
+    "engine_ready": StateMetric("ratchet_engine_ready", "1 while the engine answers."),
+    "engine_restarts": StateMetric("ratchet_engine_restarts", "How often the engine had to be started again."),
+    "maintenance": StateMetric("ratchet_engine_in_maintenance", "1 while the engine is stopped on purpose."),
+    "decisions": StateMetric("ratchet_gate_decisions", "Verdicts of the release gate, ever.", ("decision",)),
+    "cycles": StateMetric("ratchet_cycles", "Cycles that ended, ever.", ("outcome",)),
+    "cycle_stage": StateMetric("ratchet_cycle_stage", "1 at the stage of the cycle under way.", ("stage",)),
+    "cycle_progress": StateMetric("ratchet_cycle_progress_ratio", "How far that stage is, from 0 to 1."),
+    "stage_seconds": StateMetric("ratchet_cycle_stage_seconds", "Time spent in each stage.", ("stage",)),
 }
 
 
 @dataclass
 class TimeSpent:
-    """What one request waited for so far."""
+    """The time that one request has waited for the model and for tools."""
 
     model_seconds: float = 0.0
     tool_seconds: float = 0.0
     num_calls: int = 0
 
 
+# A context variable, because calls are measured deep inside of the request; tasks inherit it from the request's task.
 _spent: ContextVar[TimeSpent | None] = ContextVar("spent", default=None)
 
 
@@ -117,26 +121,27 @@ class Telemetry:
 
     @contextlib.contextmanager
     def request(self, method: str) -> Iterator[Callable[[str, int], None]]:
-        """Measure one request; call what is given with its route and status before the end."""
+        """Measure one request; the yielded function takes its route and status and must be called before the end."""
         spent = TimeSpent()
         token = _spent.set(spent)
         self._in_progress.inc()
-        answered: tuple[str, int] = (UNKNOWN, 500)
+        result: tuple[str, int] = (UNKNOWN, 500)
 
-        def answer(route: str, status: int) -> None:
-            nonlocal answered
-            answered = (route, status)
+        def set_result(route: str, status: int) -> None:
+            nonlocal result
+            result = (route, status)
 
         started = time.perf_counter()
         try:
-            yield answer
+            yield set_result
         finally:
             seconds = time.perf_counter() - started
             _spent.reset(token)
-            route, status = answered
+            route, status = result
             self._in_progress.dec()
             self._requests.labels(route, method, str(status)).inc()
             self._request_seconds.labels(route).observe(seconds)
+            # Only requests that called the model: others have no waiting time to subtract.
             if spent.num_calls:
                 self._overhead.observe(max(0.0, seconds - spent.model_seconds - spent.tool_seconds))
 
@@ -144,17 +149,17 @@ class Telemetry:
     def model_call(
         self, policy: str, episode_id: str, messages: Sequence[Message], request: dict[str, Any]
     ) -> Iterator[Callable[[Completion], None]]:
-        """Measure one model call; call what is given with the reply. `request` is what was asked for besides."""
+        """Measure one model call; the yielded function takes the reply. `request` holds the sampling parameters."""
         started = time.perf_counter()
         try:
-            with self.tracing.chat(episode_id, messages, request) as note:
+            with self.tracing.chat(episode_id, messages, request) as trace_reply:
 
-                def replied(completion: Completion) -> None:
+                def record_reply(completion: Completion) -> None:
                     self._prompt_tokens.inc(len(completion.prompt_token_ids))
                     self._output_tokens.inc(len(completion.output_token_ids))
-                    note(completion)
+                    trace_reply(completion)
 
-                yield replied
+                yield record_reply
         except Exception as error:
             self._model_failures.labels(type(error).__name__).inc()
             raise
@@ -167,18 +172,19 @@ class Telemetry:
 
     @contextlib.contextmanager
     def tool_call(self, call: dict[str, Any], *, is_known: bool) -> Iterator[Callable[[ToolResult], None]]:
-        """Measure one tool call; call what is given with its result."""
+        """Measure one tool call; the yielded function takes its result."""
+        # Unknown names are invented by models and unbounded; they must not become labels.
         name = call["function"]["name"] if is_known else UNKNOWN
         started = time.perf_counter()
         try:
-            with self.tracing.execute_tool(call) as note:
+            with self.tracing.execute_tool(call) as trace_result:
 
-                def ended(result: ToolResult) -> None:
+                def record_result(result: ToolResult) -> None:
                     if result.error is not None:
                         self._tool_failures.labels(name).inc()
-                    note(result)
+                    trace_result(result)
 
-                yield ended
+                yield record_result
         finally:
             seconds = time.perf_counter() - started
             self._tool_seconds.labels(name).observe(seconds)
@@ -186,9 +192,9 @@ class Telemetry:
                 spent.tool_seconds += seconds
 
     def shed(self, reason: str) -> None:
-        """Count a request that was turned away. `reason` is an error's code: one of few."""
+        """Count a request that was rejected because of load. `reason` is an error's code: one of few."""
         self._shed.labels(reason).inc()
 
     def close(self) -> None:
-        """Let what was traced leave, for a few seconds at most. Blocks: for a thread."""
+        """Export the remaining spans, for a few seconds at most. Blocks: call it in a thread."""
         self.tracing.close()

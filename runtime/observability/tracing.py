@@ -1,11 +1,10 @@
-"""Spans of OpenTelemetry's GenAI conventions: `invoke_agent`, `chat`, `execute_tool`, and where they go.
+"""Spans by OpenTelemetry's GenAI conventions: `invoke_agent`, `chat`, `execute_tool`.
 
-Refuses to know what is measured besides (telemetry.py). Without a tracer every span is a no-op.
-Flow: `open_tracing` reads the standard OTEL_* variables -> a tracer of our own, not the process's -> spans are queued
--> a thread of the SDK's exports them.
-Invariants: no exporter is ever called on the event loop; nothing that was said is in a span, unless
-OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT is true; an exception's message may say something too, so only its
-class is.
+`open_tracing` configures a tracer of its own, not the process's, from the standard OTEL_* variables; a thread of the
+SDK exports the queued spans. Without a tracer every span is a no-op.
+Invariants: no exporter runs on the event loop. Spans contain no message content unless
+OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT is true; of exceptions only the class, because a message may quote
+content.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ Attributes = dict[str, Any]
 
 
 class Tracing:
-    """Makes the spans of one server; of none, without a tracer."""
+    """Creates the spans of one server; without a tracer, none."""
 
     def __init__(
         self, tracer: Tracer | None = None, *, provider: TracerProvider | None = None, with_content: bool = False
@@ -50,7 +49,7 @@ class Tracing:
 
     @contextlib.contextmanager
     def continue_from(self, headers: Sequence[tuple[bytes, bytes]]) -> Iterator[None]:
-        """Hang the spans of a request under the caller's own, where its `traceparent` names one."""
+        """Make the spans of a request children of the client's span, if its `traceparent` header names one."""
         if self._tracer is None:
             yield
             return
@@ -62,6 +61,7 @@ class Tracing:
         if not carrier:
             yield
             return
+        # Detached in the same context, or OpenTelemetry logs an error.
         token = otel_context.attach(self._propagator.extract(carrier))
         try:
             yield
@@ -72,7 +72,7 @@ class Tracing:
     def invoke_agent(
         self, episode_id: str, trajectory_id: str, policy: str
     ) -> Iterator[Callable[[Trajectory | None], None]]:
-        """Span one turn of an episode; call what is given with what became of it."""
+        """Span one turn; the yielded function takes its trajectory, or None if it has none."""
         attributes = {
             "gen_ai.operation.name": "invoke_agent",
             "gen_ai.provider.name": PROVIDER,
@@ -93,7 +93,7 @@ class Tracing:
     def chat(
         self, episode_id: str, messages: Sequence[Message], request: Mapping[str, Any]
     ) -> Iterator[Callable[[Completion], None]]:
-        """Span one model call; call what is given with the reply."""
+        """Span one model call; the yielded function takes the reply."""
         model = request["model"]
         attributes = {
             "gen_ai.operation.name": "chat",
@@ -103,7 +103,7 @@ class Tracing:
         }
         with self._span(f"chat {model}", SpanKind.CLIENT, attributes) as span:
             if span is not None and self._with_content:
-                span.set_attribute("gen_ai.input.messages", _dump([_as_parts(message) for message in messages]))
+                span.set_attribute("gen_ai.input.messages", json.dumps([_as_parts(message) for message in messages]))
 
             def note(reply: Completion) -> None:
                 if span is not None:
@@ -113,7 +113,7 @@ class Tracing:
 
     @contextlib.contextmanager
     def execute_tool(self, call: Mapping[str, Any]) -> Iterator[Callable[[ToolResult], None]]:
-        """Span one tool call; call what is given with its result."""
+        """Span one tool call; the yielded function takes its result."""
         name = call["function"]["name"]
         attributes = {
             "gen_ai.operation.name": "execute_tool",
@@ -136,7 +136,7 @@ class Tracing:
             yield note
 
     def close(self) -> None:
-        """Export what is queued, for `CLOSE_MILLIS` at most. Blocks: for a thread."""
+        """Export the queued spans, for `CLOSE_MILLIS` at most. Blocks: call it in a thread."""
         if self._provider is not None:
             self._provider.force_flush(CLOSE_MILLIS)
             self._provider.shutdown()
@@ -151,8 +151,8 @@ class Tracing:
             }
         )
         if self._with_content:
-            said = {**_as_parts(reply.as_message()), "finish_reason": reply.finish_reason}
-            span.set_attribute("gen_ai.output.messages", _dump([said]))
+            message = {**_as_parts(reply.as_message()), "finish_reason": reply.finish_reason}
+            span.set_attribute("gen_ai.output.messages", json.dumps([message]))
 
     @contextlib.contextmanager
     def _span(self, name: str, kind: SpanKind, attributes: Attributes) -> Iterator[Span | None]:
@@ -170,10 +170,10 @@ class Tracing:
 
 
 def open_tracing(environ: Mapping[str, str]) -> Tracing:
-    """Return the tracing that the standard variables ask for: none where they name no exporter and no endpoint.
+    """Return the tracing that the standard variables configure; without an exporter and an endpoint, none.
 
     Raises:
-        ValueError: an exporter or a protocol that is not here.
+        ValueError: an exporter or a protocol that is not supported.
     """
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return Tracing()
@@ -182,7 +182,7 @@ def open_tracing(environ: Mapping[str, str]) -> Tracing:
     names = [name.strip() for name in wanted.split(",") if name.strip() not in ("", "none")]
     if not names:
         return Tracing()
-    # Here, because the SDK and its exporters take half a second to load.
+    # Imported here, because the SDK and its exporters take half a second to load.
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -215,7 +215,7 @@ def _make_exporter(name: str, environ: Mapping[str, str]) -> SpanExporter:
 
 def _note_trajectory(span: Span, trajectory: Trajectory) -> None:
     span.set_attribute("ratchet.trajectory.stage", trajectory.stage.value)
-    if trajectory.closed_at is not None:  # summed up only then
+    if trajectory.closed_at is not None:  # the sums are zero until then
         span.set_attributes(
             {
                 "gen_ai.usage.input_tokens": trajectory.prompt_tokens,
@@ -232,7 +232,7 @@ def _fail(span: Span, kind: str) -> None:
 
 
 def _as_parts(message: Message) -> Attributes:
-    """Return a message in the conventions' form: a role, and parts."""
+    """Return a message in the format of the conventions: a role and parts."""
     content = message.get("content") or ""
     if message["role"] == "tool":
         part = {"type": "tool_call_response", "id": message.get("tool_call_id"), "response": content}
@@ -245,7 +245,3 @@ def _as_parts(message: Message) -> Attributes:
             {"type": "tool_call", "id": call["id"], "name": function["name"], "arguments": function["arguments"]}
         )
     return {"role": message["role"], "parts": parts}
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value)

@@ -1,1 +1,1 @@
-"""What every request passes before its route: limits, authentication, permissions, quotas, metrics."""
+"""The middleware in front of every route: connection limits, origins, authentication, permissions, quotas, metrics."""

@@ -1,15 +1,16 @@
-"""One connection of a client, within limits that hold before anybody knows who it is.
+"""Limits each HTTP connection before its client is authenticated: size of the head, idle time, number.
 
-uvicorn bounds neither the length of a request's head nor how long it takes to arrive, and keeps what came of it in
-memory. Invariants: a connection that no request is being answered on ends in time; there are only so many of them, and
-one that waits makes room for a new one.
+uvicorn bounds neither the length of a request's head nor the time it takes to arrive, and buffers it in memory.
+Invariants: an idle connection is closed in time; the number of connections is bounded, and the connection that has been
+idle longest is closed in favour of a new one.
+Hazard: the class overrides uvicorn's protocol, whose attributes (`cycle`, `pipeline`) are not a public interface.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from asyncio import BaseTransport, TimerHandle
+from asyncio import TimerHandle, Transport
 from typing import Any
 
 import uvicorn
@@ -20,25 +21,24 @@ from runtime.api.errors import ApiError, BadRequest, HeadTooLarge, Overloaded, R
 from runtime.config import LimitsConfig
 
 MAX_HEAD_BYTES = 64 * 1024
-"""The longest request line and headers."""
+"""Maximum size of the request line and headers together."""
 HEAD_SECONDS = 15.0
-"""The longest time from a connection, or from the last answer on it, to the end of the next head."""
+"""Maximum time from the opening of a connection, or from the last answer on it, to the end of the next head."""
 UNREAD_SECONDS = 60.0
-"""How long a client may leave what was sent to it unread."""
+"""Maximum time for which a client may leave sent data unread."""
 
 
-def server_config(app: ASGIApp, limits: LimitsConfig, **more: Any) -> uvicorn.Config:
-    """Return uvicorn's configuration of a server whose connections keep the limits."""
+def server_config(app: ASGIApp, limits: LimitsConfig, **options: Any) -> uvicorn.Config:
+    """Return uvicorn's configuration for connections within `limits`; `options` go to `uvicorn.Config`."""
 
-    class Bounded(BoundedConnection):
+    class ConfiguredConnection(BoundedConnection):
         max_connections = limits.max_connections
 
-    # Nothing here speaks WebSocket.
-    return uvicorn.Config(app, http=Bounded, ws="none", log_config=None, access_log=False, **more)
+    return uvicorn.Config(app, http=ConfiguredConnection, ws="none", log_config=None, access_log=False, **options)
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """uvicorn's connection, with bounds."""
+    """uvicorn's HTTP/1.1 connection with the limits of this module."""
 
     max_connections = 1024
     head_seconds = HEAD_SECONDS
@@ -46,23 +46,25 @@ class BoundedConnection(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.waits_since: float | None = None
-        """Since when nothing is being answered on it."""
-        self._refusal: ApiError | None = None
+        self.idle_since: float | None = None
+        """Monotonic time since which no request is being answered; None while one is."""
+        self._error: ApiError | None = None
         self._is_in_head = False
         self._num_head_bytes = 0
         self._num_unparsed_bytes = 0
-        """That came since the parser told of anything: they are in its memory, or nobody's."""
+        """Bytes received since the parser's last callback: it may be buffering all of them."""
         self._head_deadline: TimerHandle | None = None
         self._unread_deadline: TimerHandle | None = None
 
-    def connection_made(self, transport: BaseTransport) -> None:
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # as uvicorn declares it
         super().connection_made(transport)
         self._wait_for_head()
         if len(self.connections) > self.max_connections:
-            waiting = [it for it in self.connections if it.waits_since is not None]
-            longest = min(waiting, key=lambda it: it.waits_since)  # at least this one waits
-            longest.refuse(Overloaded("there are too many connections: ask again in a moment"))
+            # Never empty: this new connection is idle itself.
+            connections = [it for it in self.connections if isinstance(it, BoundedConnection)]
+            idle_times = [(it.idle_since, it) for it in connections if it.idle_since is not None]
+            _, longest_idle = min(idle_times, key=lambda pair: pair[0])
+            longest_idle.close_with(Overloaded("there are too many connections: ask again in a moment"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -72,10 +74,11 @@ class BoundedConnection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        # Before the parser runs: its callbacks reset the count.
         self._num_unparsed_bytes += len(data)
         super().data_received(data)
         if self._num_unparsed_bytes > MAX_HEAD_BYTES:
-            self.refuse(_head_too_large())
+            self.close_with(_head_too_large())
 
     def on_message_begin(self) -> None:
         self._num_head_bytes = 0
@@ -86,7 +89,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._count(len(url))
         super().on_url(url)
 
-    def on_header(self, name: bytes, value: bytes) -> None:  # the headers behind a body in chunks, too
+    def on_header(self, name: bytes, value: bytes) -> None:  # also for the trailers of a chunked body
         self._count(len(name) + len(value))
         super().on_header(name, value)
 
@@ -105,6 +108,7 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        # Read before uvicorn's own handler, which takes the next pipelined request from the queue.
         is_last = not self.pipeline
         super().on_response_complete()
         if is_last and not self.transport.is_closing():
@@ -120,23 +124,25 @@ class BoundedConnection(HttpToolsProtocol):
             self._unread_deadline = None
         super().resume_writing()
 
-    def refuse(self, refusal: ApiError) -> None:
-        """Say why, if an answer is due, and end the connection."""
-        self._refusal = refusal
-        self.connections.discard(self)  # it ends in a moment; until then it must not be chosen again
-        if self.waits_since is None:
+    def close_with(self, error: ApiError) -> None:
+        """Close the connection, with `error` as the answer where the client waits for one."""
+        self._error = error
+        # `close` takes effect later; until then the same connection must not be chosen again.
+        self.connections.discard(self)
+        # Abort, not close: `close` would first flush data that the client does not read.
+        if self.idle_since is None:
             self.transport.abort()
         elif self._is_in_head or self.cycle is None:
-            self.send_400_response(str(refusal))
-        else:  # between two requests, or behind an answer that did not wait for the body
+            self.send_400_response(str(error))
+        else:  # between two requests, or after an answer that did not wait for the body
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Send the refusal; by this name uvicorn calls it for what is no HTTP."""
-        refusal = self._refusal or BadRequest(msg, code="invalid_http")
-        body = json.dumps(error_body(refusal)).encode()
+        """Send the error and close. uvicorn calls this method, by this name, for data that is not HTTP."""
+        error = self._error or BadRequest(msg, code="invalid_http")
+        body = json.dumps(error_body(error)).encode()
         head = [
-            STATUS_LINE[refusal.status],
+            STATUS_LINE[error.status],
             b"content-type: application/json\r\n",
             b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body),
         ]
@@ -145,25 +151,26 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.close()
 
     def _count(self, num_bytes: int) -> None:
-        """Count bytes of a head. What is raised here, uvicorn turns into a call of `send_400_response`."""
+        """Count bytes of a head. uvicorn catches any exception from here and calls `send_400_response`."""
         self._num_head_bytes += num_bytes
         if self._num_head_bytes > MAX_HEAD_BYTES:
-            self._refusal = _head_too_large()
-            raise self._refusal
+            self._error = _head_too_large()
+            raise self._error
 
     def _wait_for_head(self) -> None:
         self._stop_waiting()
-        self.waits_since = time.monotonic()
-        self._head_deadline = self.loop.call_later(self.head_seconds, self._end_waiting)
+        self.idle_since = time.monotonic()
+        self._head_deadline = self.loop.call_later(self.head_seconds, self._close_late)
 
     def _stop_waiting(self) -> None:
-        self.waits_since = None
+        self.idle_since = None
         if self._head_deadline is not None:
             self._head_deadline.cancel()
             self._head_deadline = None
 
-    def _end_waiting(self) -> None:
-        self.refuse(RequestTimeout(f"the request was not here within {self.head_seconds:g} seconds: send it faster"))
+    def _close_late(self) -> None:
+        message = f"the request did not arrive within {self.head_seconds:g} seconds: send it faster"
+        self.close_with(RequestTimeout(message))
 
 
 def _head_too_large() -> HeadTooLarge:

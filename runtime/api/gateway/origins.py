@@ -1,9 +1,9 @@
-"""Which web pages may use the server: a browser sends what a foreign page tells it to.
+"""ASGI middleware that protects the server from requests which foreign web pages send through a visitor's browser.
 
-A page of another site can reach a server on the loopback through its visitor's browser: by name, when it has its own
-name resolve to 127.0.0.1, or by a form, whose request needs no permission. So a request must name a host of ours; one
-that changes something must not come from a foreign page, and what it holds must be JSON, which no form sends.
-Invariant: a request that is refused here has reached nothing, not even who checks keys.
+A page of another site can reach a server on the loopback in two ways: by DNS rebinding, where the page's own name
+resolves to 127.0.0.1, or by a cross-site form, which needs no preflight. Therefore a request must name an allowed host;
+a request that changes something must not come from a foreign origin, and its body must be JSON, which no form sends.
+Invariant: a request rejected here has reached nothing else, not even authentication.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from runtime.api.errors import ApiError, BadRequest, Forbidden, Misdirected, UnsupportedMediaType, respond
+from runtime.api.errors import ApiError, BadRequest, Forbidden, Misdirected, UnsupportedMediaType, error_response
 from runtime.api.gateway.permissions import LINKED_PATHS
 from runtime.config import ServerConfig
 
@@ -22,12 +22,12 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 EVERY_ADDRESS = frozenset({"", "0.0.0.0", "::"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 UPLOADS = "/v1/documents"
-"""Below this path, a file may come as a form does."""
+"""Below this path, a file may be uploaded as multipart/form-data."""
 JSON_TYPE = re.compile(r"application/(?:[a-z0-9.+-]+\+)?json", re.IGNORECASE)
 
 
 class OriginCheck:
-    """ASGI middleware in front of everything else."""
+    """ASGI middleware outside authentication."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app = app
@@ -38,29 +38,29 @@ class OriginCheck:
         if scope["type"] == "http":
             try:
                 self._check(scope["method"], scope["path"], Headers(scope=scope))
-            except ApiError as refusal:
-                await respond(refusal)(scope, receive, send)
+            except ApiError as error:
+                await error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
     def _check(self, method: str, path: str, headers: Headers) -> None:
         host = self._require_host(headers)
-        # A link is itself the permission, for whoever holds it, and its page sends a form.
+        # A feedback link is itself the permission, and its page sends a form.
         if method in SAFE_METHODS or path.startswith(LINKED_PATHS):
             return
         self._require_origin(host, headers)
         require_json(path, headers)
 
     def _require_host(self, headers: Headers) -> str:
-        """Return the host that the request names, with its port; empty where it names none, as no browser does.
+        """Return the Host header, port included; empty if it is absent, which no browser does.
 
-        Raises: BadRequest for several; Misdirected for one that is not ours.
+        Raises: BadRequest for several hosts; Misdirected for one that is not allowed.
         """
         named = headers.getlist("host")
         if len(named) > 1:
             raise BadRequest("the request names more than one host: send one Host header", code="invalid_host")
         host = named[0].lower() if named else ""
-        name = name_of(host)
+        name = strip_port(host)
         if host and name not in self._hosts and not (self._config.host in EVERY_ADDRESS and is_address(name)):
             raise Misdirected(
                 f"this server does not answer as {host[:200]!r}: use an address it listens on, or put that name into "
@@ -70,7 +70,7 @@ class OriginCheck:
         return host
 
     def _require_origin(self, host: str, headers: Headers) -> None:
-        """Raise Forbidden for a request that a foreign page had a browser send."""
+        """Raise Forbidden for a request of a foreign page."""
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         if origin is not None and origin in self._config.cors_origins:
             return
@@ -84,28 +84,29 @@ class OriginCheck:
 
 
 def require_json(path: str, headers: Headers) -> None:
-    """Raise UnsupportedMediaType for a body that is not JSON. Clients name all kinds of types for no body at all."""
-    kind = headers.get("content-type", "").partition(";")[0].strip()
+    """Raise UnsupportedMediaType for a body that is not JSON."""
+    # The type of an empty body is ignored: clients send arbitrary ones.
+    content_type = headers.get("content-type", "").partition(";")[0].strip()
     has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-    if JSON_TYPE.fullmatch(kind) or not has_body:
+    if JSON_TYPE.fullmatch(content_type) or not has_body:
         return
-    if path.startswith(UPLOADS) and kind.lower() == "multipart/form-data":
+    if path.startswith(UPLOADS) and content_type.lower() == "multipart/form-data":
         return
     raise UnsupportedMediaType(
-        f"the body is {kind[:80]!r}, not JSON: send it with `Content-Type: application/json`",
+        f"the body is {content_type[:80]!r}, not JSON: send it with `Content-Type: application/json`",
         code="unsupported_media_type",
     )
 
 
-def name_of(host: str) -> str:
-    """Return a Host header without its port, and an address of IPv6 without its brackets."""
+def strip_port(host: str) -> str:
+    """Return a Host header without its port; an IPv6 address also without its brackets."""
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.rpartition(":")[0] if ":" in host else host
 
 
 def is_address(name: str) -> bool:
-    """Return whether a host is named by its address. No page can make its own name one."""
+    """Return whether a host is an IP address. DNS rebinding needs a name, so that addresses are safe."""
     try:
         ipaddress.ip_address(name)
     except ValueError:

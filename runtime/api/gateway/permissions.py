@@ -1,9 +1,8 @@
-"""Who asks, and which door that opens: one table for all routes.
+"""The table of all routes and the scopes that each needs, and the caller of a request.
 
-Refuses to know how a key is presented (gate.py) and kept (memory). `admin` opens every door; a door marked `is_shared`
-leads to what all tenants share (policies, cycles, keys, the index), and opens only to keys of the default tenant.
-
-Invariant: a route that is not in the table opens to no key but an administrator's.
+The scope `admin` permits every route. A route marked `is_shared` acts on data that all tenants share (policies, cycles,
+keys, the index) and permits only keys of the default tenant.
+Invariant: a route that is missing in the table permits only administrators of the default tenant.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from runtime.api.gateway.quota import Quota
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever asks: on whose behalf, with which scopes, within which limits."""
+    """The tenant, scopes and quota of a request. Made by `AuthMiddleware`, read by the routes."""
 
     tenant: str = ""
     scopes: frozenset[str] = frozenset({Scope.ADMIN})
@@ -33,33 +32,34 @@ class Caller:
 
 
 OPERATOR = Caller()
-"""Who asks a server without keys: whoever sits at this machine."""
+"""The caller of every request to a server without keys, which listens on the loopback only."""
 
 
 @dataclass(frozen=True)
 class RoutePermission:
-    """Which scopes open a route; one of them is enough."""
+    """The scopes that permit a route; one of them is enough."""
 
     scopes: frozenset[str]
     is_shared: bool = False
 
 
-def _door(*scopes: Scope, is_shared: bool = False) -> RoutePermission:
+def _permit(*scopes: Scope, is_shared: bool = False) -> RoutePermission:
     return RoutePermission(frozenset({*scopes, Scope.ADMIN}), is_shared)
 
 
-INFER, FEEDBACK, LEARN = _door(Scope.INFER), _door(Scope.FEEDBACK), _door(Scope.LEARN)
-READ = _door(Scope.INFER, Scope.LEARN)
-SHARED_LEARN = _door(Scope.LEARN, is_shared=True)
-OPERATE = _door(is_shared=True)
+INFER, FEEDBACK, LEARN = _permit(Scope.INFER), _permit(Scope.FEEDBACK), _permit(Scope.LEARN)
+READ = _permit(Scope.INFER, Scope.LEARN)
+SHARED_LEARN = _permit(Scope.LEARN, is_shared=True)
+OPERATE = _permit(is_shared=True)
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/redoc", "/openapi.json"})
-"""For anybody: whether the server is well, and the description of its API."""
+"""Answered without a key: the health of the server and the description of its API."""
 ASSET_PATHS = "/docs/assets/"
-"""For anybody too: the scripts and styles of that description."""
+"""Answered without a key: scripts and styles of the API's description."""
 LINKED_PATHS = "/feedback/"
-"""For whoever holds a link: what follows is signed, and says what it allows."""
+"""Answered without a key: the token in the path is signed and states what it permits."""
 
+# Keys are (method, path template). A new route must be added here, or only administrators can use it.
 ROUTE_PERMISSIONS: dict[tuple[str, str], RoutePermission] = {
     ("POST", "/v1/chat/completions"): INFER,
     ("POST", "/v1/responses"): INFER,
@@ -115,14 +115,15 @@ def is_open(path: str) -> bool:
     return path in OPEN_PATHS or path.startswith((ASSET_PATHS, LINKED_PATHS))
 
 
-def require_open(caller: Caller, method: str, path: str) -> None:
-    """Raise Forbidden unless this route, by its path's template, is open to the caller."""
-    door = ROUTE_PERMISSIONS.get((method, path), OPERATE)
-    if not door.scopes & caller.scopes:
-        held = ", ".join(sorted(caller.scopes)) or "none"
-        needed = " or ".join(scope.value for scope in Scope if scope in door.scopes)
-        raise Forbidden(f"{method} {path} needs the scope {needed}; this key has: {held}", code="insufficient_scope")
-    if door.is_shared and caller.tenant:
+def require_permission(caller: Caller, method: str, path: str) -> None:
+    """Raise Forbidden unless the caller may use the route; `path` is the route's template."""
+    permission = ROUTE_PERMISSIONS.get((method, path), OPERATE)
+    if not permission.scopes & caller.scopes:
+        granted = ", ".join(sorted(caller.scopes)) or "none"
+        needed = " or ".join(scope.value for scope in Scope if scope in permission.scopes)
+        raise Forbidden(f"{method} {path} needs the scope {needed}; this key has: {granted}", code="insufficient_scope")
+    # The default tenant's name is empty.
+    if permission.is_shared and caller.tenant:
         raise Forbidden(
             f"{method} {path} acts on what all tenants share: use a key of the default tenant, not of "
             f"{caller.tenant!r}",
@@ -130,9 +131,9 @@ def require_open(caller: Caller, method: str, path: str) -> None:
         )
 
 
-async def caller_of(request: Request) -> Caller:  # asynchronous, or FastAPI would ask it in a thread
+async def get_caller(request: Request) -> Caller:  # asynchronous, because FastAPI runs plain functions in a thread
     return request.state.caller
 
 
-Asker = Annotated[Caller, Depends(caller_of)]
-"""Ask who asks: `async def route(caller: Asker)`."""
+RequestCaller = Annotated[Caller, Depends(get_caller)]
+"""Injects the caller: `async def route(caller: RequestCaller)`."""

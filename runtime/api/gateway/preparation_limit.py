@@ -1,6 +1,6 @@
-"""How many calls that prepare tasks may be under way: a few for a key, a few more for a tenant.
+"""Limits the concurrent requests that prepare tasks, for each key and each tenant.
 
-Preparing costs processor time that answering needs, and nothing of it is counted as requests or tokens.
+Compiling games takes processor time from answering, and neither the request quota nor the token quota measures it.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ from collections.abc import Iterator
 from runtime.api.errors import TooManyRequests
 from runtime.api.gateway.permissions import Caller
 
-MAX_OF_A_KEY = 2
-MAX_OF_A_TENANT = 4
+MAX_PER_KEY = 2
+MAX_PER_TENANT = 4
 RETRY_AFTER_SECONDS = 5
 
 
 class PreparationLimit:
-    """Counts the calls under way of each key and tenant."""
+    """Counts the requests under way of each key and tenant."""
 
     def __init__(self) -> None:
-        self._under_way: Counter[tuple[str, str | None]] = Counter()
+        self._num_under_way: Counter[tuple[str, str | None]] = Counter()
 
     @contextlib.contextmanager
     def admit(self, caller: Caller) -> Iterator[None]:
-        """Count a call while it is under way. Raises: TooManyRequests."""
-        whose = {("tenant", caller.tenant): MAX_OF_A_TENANT, ("key", caller.key_id): MAX_OF_A_KEY}
-        for (kind, name), most in whose.items():
-            if self._under_way[kind, name] >= most:
+        """Count a request while it is under way. Raises: TooManyRequests."""
+        limits = {("tenant", caller.tenant): MAX_PER_TENANT, ("key", caller.key_id): MAX_PER_KEY}
+        for (kind, name), limit in limits.items():
+            if self._num_under_way[kind, name] >= limit:
                 raise TooManyRequests(
-                    f"{most} calls of this {kind} prepare tasks already: wait until one has ended",
+                    f"{limit} calls of this {kind} prepare tasks already: wait until one has ended",
                     limited="requests",
                     retry_after_seconds=RETRY_AFTER_SECONDS,
                 )
-        self._under_way.update(whose.keys())
+        self._num_under_way.update(limits.keys())
         try:
             yield
         finally:
-            for one in whose:
-                self._under_way[one] -= 1
-                if not self._under_way[one]:
-                    del self._under_way[one]
+            for counted in limits:
+                self._num_under_way[counted] -= 1
+                if not self._num_under_way[counted]:
+                    del self._num_under_way[counted]

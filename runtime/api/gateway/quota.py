@@ -1,7 +1,7 @@
-"""How much a key may ask in a minute: requests, counted as they come, and tokens, counted when they are known.
+"""Token buckets that limit the requests and model tokens of one API key per minute.
 
-Refuses to know whose quota it is. Two buckets that fill steadily and hold a minute's worth. Tokens are known only after
-the fact, so their bucket may be overdrawn: the next request waits until it is filled again.
+Hazard: the model tokens of a request are known only after it, so that their bucket may be overdrawn; the next request
+is rejected until the bucket has refilled.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ Clock = Callable[[], float]
 
 
 class Bucket:
-    """`per_minute` drops a minute, at most as many at once."""
+    """A token bucket: refills with `per_minute` units a minute and holds at most as many."""
 
     def __init__(self, per_minute: int, clock: Clock = time.monotonic) -> None:
         self._per_minute = per_minute
         self._clock = clock
         self._level = float(per_minute)
-        self._seen_at = clock()
+        self._refilled_at = clock()
 
     def spend(self, num: int) -> None:
-        """Take `num` drops, more than there are if need be."""
-        self._fill()
+        """Take `num` units; the level may become negative."""
+        self._refill()
         self._level -= num
 
     def seconds_until(self, num: int) -> float:
-        """Return how long it takes until `num` drops are there; 0 when they are."""
-        self._fill()
+        """Return the seconds until the level reaches `num`; 0 if it has."""
+        self._refill()
         return max(0.0, (num - self._level) * 60.0 / self._per_minute)
 
-    def _fill(self) -> None:
-        moment = self._clock()
-        self._level = min(self._per_minute, self._level + (moment - self._seen_at) * self._per_minute / 60.0)
-        self._seen_at = moment
+    def _refill(self) -> None:
+        now = self._clock()
+        self._level = min(self._per_minute, self._level + (now - self._refilled_at) * self._per_minute / 60.0)
+        self._refilled_at = now
 
 
 class Quota:
-    """What one key may ask. Without limits, everything."""
+    """The limits of one key; None means unlimited."""
 
     def __init__(
         self,
@@ -53,7 +53,8 @@ class Quota:
         self._buckets = {kind: Bucket(limit, clock) for kind, limit in self._limits.items() if limit is not None}
 
     def admit(self) -> None:
-        """Count a request. Raises TooManyRequests, which counts as none."""
+        """Count a request. Raises TooManyRequests, in which case the request is not counted."""
+        # Both buckets are checked before either is charged, so that a rejected request costs nothing.
         for kind in ("tokens", "requests"):
             if kind in self._buckets and (seconds := self._buckets[kind].seconds_until(1)) > 0:
                 wait = max(1, math.ceil(seconds))
@@ -65,12 +66,12 @@ class Quota:
         if "requests" in self._buckets:
             self._buckets["requests"].spend(1)
 
-    def give_back(self) -> None:
-        """Count a request as none after all."""
+    def refund_request(self) -> None:
+        """Undo the count of a request that was rejected after `admit`."""
         if "requests" in self._buckets:
             self._buckets["requests"].spend(-1)
 
     def spend_tokens(self, num_tokens: int) -> None:
-        """Count tokens that were used."""
+        """Count tokens that a request has used."""
         if "tokens" in self._buckets:
             self._buckets["tokens"].spend(num_tokens)

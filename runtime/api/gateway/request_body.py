@@ -1,59 +1,58 @@
-"""Reading the body of a request, within limits of size, time and memory.
+"""Reads request bodies within limits of size, time and memory.
 
-A body is read whole before the request takes part in anything: a client that sends slowly holds nothing but its own
-connection. Invariant: the bodies held in memory at once, of all clients together, stay within a budget, and no tenant
-uses more than half of it.
+A body is read completely before the request occupies a slot: a slow client blocks nothing but its own connection.
+Invariant: all bodies in memory together stay within a budget, and no tenant uses more than half of it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from starlette.types import Message, Receive, Scope
 
 from runtime.api.errors import Overloaded, RequestTimeout, TooLarge
-from runtime.api.gateway.request_limits import JsonShape
+from runtime.api.gateway.request_limits import JsonShapeCheck
 from runtime.config import LimitsConfig
 
 BODIES_AT_ONCE = 8
-"""Bodies of the largest size that are held in memory at the same time."""
+"""The budget in bodies of the maximum size."""
 OPEN_BODY_BYTES = 256 * 1024
-"""The longest body of a request that nobody answers for: a form with one piece of feedback."""
+"""Maximum body of a request without a key: a form with one piece of feedback."""
 STEP_BYTES = 64 * 1024
-"""How much of a body is looked at before the others have their turn."""
+"""Bytes checked before the event loop runs other tasks."""
 
 
 class BodyBudget:
-    """Bytes of bodies in memory: of all clients, and of each tenant."""
+    """Counts the bytes of bodies in memory: in total and for each tenant."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._held: Counter[str] = Counter()
+        self._num_bytes: Counter[str] = Counter()
 
     @contextlib.contextmanager
     def open(self, tenant: str) -> Iterator[ReservedBytes]:
-        """Give what counts the bytes of one body, until its request is answered."""
-        held = ReservedBytes(self, tenant)
+        """Yield the counter of one body; its bytes are released at the end of the `with` block."""
+        reserved = ReservedBytes(self, tenant)
         try:
-            yield held
+            yield reserved
         finally:
-            self._held[tenant] -= held.num_bytes
-            if not self._held[tenant]:
-                del self._held[tenant]
+            self._num_bytes[tenant] -= reserved.num_bytes
+            if not self._num_bytes[tenant]:
+                del self._num_bytes[tenant]
 
-    def take(self, tenant: str, num_bytes: int) -> None:
-        """Raise Overloaded unless there is room for so many bytes more."""
-        if self._held[tenant] + num_bytes > self._max_bytes // 2 or self._held.total() + num_bytes > self._max_bytes:
+    def reserve(self, tenant: str, num_bytes: int) -> None:
+        """Count more bytes of a tenant. Raises Overloaded when they exceed the budget or the tenant's half of it."""
+        num_own, num_total = self._num_bytes[tenant] + num_bytes, self._num_bytes.total() + num_bytes
+        if num_own > self._max_bytes // 2 or num_total > self._max_bytes:
             raise Overloaded("the requests under way hold as much memory as they may: ask again in a moment")
-        self._held[tenant] += num_bytes
+        self._num_bytes[tenant] += num_bytes
 
 
 class ReservedBytes:
-    """The bytes of one body."""
+    """The counted bytes of one body."""
 
     def __init__(self, budget: BodyBudget, tenant: str) -> None:
         self._budget = budget
@@ -62,56 +61,57 @@ class ReservedBytes:
 
     def add(self, num_bytes: int) -> None:
         """Count more bytes. Raises: Overloaded."""
-        self._budget.take(self._tenant, num_bytes)
+        self._budget.reserve(self._tenant, num_bytes)
         self.num_bytes += num_bytes
 
 
 async def read_body(
-    scope: Scope, receive: Receive, limits: LimitsConfig, held: ReservedBytes, *, max_bytes: int, is_json: bool
+    scope: Scope, receive: Receive, limits: LimitsConfig, reserved: ReservedBytes, *, max_bytes: int, is_json: bool
 ) -> Receive:
-    """Return what gives the same body in one piece, once it is here and has been seen to keep the limits.
+    """Read the body within the limits; return a `receive` that replays it in one piece.
 
     Raises:
-        TooLarge: it is longer than it may be, as it says or as it turns out, or holds too many values.
-        BadRequest: it is nested deeper than it may be, or is no UTF-8.
-        RequestTimeout: it was not here in time.
-        Overloaded: the bodies of others take all the memory there is for them.
+        TooLarge: the declared or actual length exceeds `max_bytes`, or the JSON has too many values.
+        BadRequest: the JSON is nested too deeply or is not UTF-8.
+        RequestTimeout: the body did not arrive in time.
+        Overloaded: the budget for bodies in memory is exhausted.
     """
     headers = {name: value for name, value in scope["headers"] if name in (b"content-length", b"transfer-encoding")}
-    declared = int(headers.get(b"content-length", b"0"))  # uvicorn has refused what is no number
+    declared = int(headers.get(b"content-length", b"0"))  # never raises: uvicorn has rejected malformed numbers
     if not declared and b"transfer-encoding" not in headers:
         return receive
     if declared > max_bytes:
         raise _too_large(declared, max_bytes)
-    shape = JsonShape(limits) if is_json else None
+    shape = JsonShapeCheck(limits) if is_json else None
     body = bytearray()
     try:
         async with asyncio.timeout(limits.body_seconds):
             while True:
                 message = await receive()
-                if message["type"] != "http.request":  # the client left in the middle
+                if message["type"] != "http.request":  # the client disconnected
                     return _replay([message], receive)
                 piece = message.get("body", b"")
                 if len(body) + len(piece) > max_bytes:
                     raise _too_large(len(body) + len(piece), max_bytes)
-                held.add(len(piece))
+                # Before the piece is kept, so that a rejected body releases everything it has reserved.
+                reserved.add(len(piece))
                 if shape is not None:
-                    await _look_at(shape, piece)
+                    await _check_in_steps(shape, piece)
                 body += piece
                 if not message.get("more_body", False):
                     break
     except TimeoutError as error:
         raise RequestTimeout(
-            f"the body was not here within {limits.body_seconds:g} seconds: send it faster, or less of it"
+            f"the body did not arrive within {limits.body_seconds:g} seconds: send it faster, or less of it"
         ) from error
     return _replay([{"type": "http.request", "body": bytes(body), "more_body": False}], receive)
 
 
-async def _look_at(shape: JsonShape, piece: bytes) -> None:
-    """Look at a piece in steps, with the others having their turn between them."""
+async def _check_in_steps(shape: JsonShapeCheck, piece: bytes) -> None:
+    """Check a piece in steps, so that a large one does not block the event loop."""
     for start in range(0, len(piece), STEP_BYTES):
-        shape.feed(piece[start : start + STEP_BYTES])
-        await asyncio.sleep(0)
+        shape.check(piece[start : start + STEP_BYTES])
+        await asyncio.sleep(0)  # lets other tasks run
 
 
 def _too_large(num_bytes: int, max_bytes: int) -> TooLarge:
@@ -121,9 +121,9 @@ def _too_large(num_bytes: int, max_bytes: int) -> TooLarge:
 
 
 def _replay(messages: Iterable[Message], receive: Receive) -> Receive:
-    waiting: list[Any] = list(messages)
+    unread = deque(messages)
 
-    async def replayed() -> Message:
-        return waiting.pop(0) if waiting else await receive()
+    async def replay() -> Message:
+        return unread.popleft() if unread else await receive()
 
-    return replayed
+    return replay

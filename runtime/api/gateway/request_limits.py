@@ -1,7 +1,7 @@
-"""How much a JSON body may hold, found out piece by piece while it arrives, before anything of it is parsed.
+"""Checks the depth and the number of values of a JSON body piece by piece while it arrives, before it is parsed.
 
-A parser keeps the interpreter to itself until it is done: what it is given must be small enough for that to be short.
-Invariant: what comes through is no deeper and holds no more values than it may.
+A JSON parser holds the interpreter's lock until it is done; bounded input bounds the pause of all other requests.
+Invariant: a body that passes has no more levels and no more values than the limits allow.
 """
 
 from __future__ import annotations
@@ -13,33 +13,35 @@ from runtime.api.errors import BadRequest, TooLarge
 from runtime.config import LimitsConfig
 
 END = b"\x00"
-"""Put behind each piece. JSON never holds it, and in UTF-16 and UTF-32, which could hide a bracket, every body does."""
-# Possessive: linear also on what is made to be slow. A string that goes on in the next piece leaves END a second time.
-A_STRING = re.compile(rb'"[^"\\\x00]*+(?:\\[^\x00][^"\\\x00]*+)*+(?:"|(\\?+\x00))', re.DOTALL)
+"""Appended to each piece. No JSON in UTF-8 contains it; every JSON in UTF-16 or UTF-32 does, and those could hide a
+bracket inside of a wide character."""
+# Possessive quantifiers keep the match linear on hostile input. A string that continues in the next piece matches with
+# END as its last byte, which the substitution doubles: that is how `check` recognizes it.
+STRING = re.compile(rb'"[^"\\\x00]*+(?:\\[^\x00][^"\\\x00]*+)*+(?:"|(\\?+\x00))', re.DOTALL)
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
-class JsonShape:
-    """What has been seen of a body: how deep it is nested by now, and how many values it holds."""
+class JsonShapeCheck:
+    """The nesting depth and the number of values of the pieces checked so far."""
 
     def __init__(self, limits: LimitsConfig) -> None:
         self._limits = limits
         self._depth = 0
         self._num_values = 1
         self._open_string = b""
-        """What to put before the next piece, so that it begins inside of a string again."""
+        """Prefix for the next piece: a quote if the last piece ended in a string, with a backslash that ended it."""
 
-    def feed(self, piece: bytes) -> None:
-        """Take the next piece.
+    def check(self, piece: bytes) -> None:
+        """Check the next piece.
 
         Raises:
-            BadRequest: the body is deeper than it may be, or is no UTF-8.
-            TooLarge: it holds more values.
+            BadRequest: the body is nested too deeply, or is not UTF-8.
+            TooLarge: it has too many values.
         """
         if END in piece:
             raise BadRequest("the body is not JSON in UTF-8: it holds a zero byte", code="malformed_json")
-        outside = A_STRING.sub(rb"\1\1", self._open_string + piece + END)
+        outside = STRING.sub(rb"\1\1", self._open_string + piece + END)
         is_cut = outside.endswith((b"\x00\x00", b"\x00\\\x00"))
         self._open_string = b'"' + outside[-2:-1].replace(END, b"") if is_cut else b""
         self._num_values += outside.count(b",") + outside.count(b"[") + outside.count(b"{")

@@ -1,6 +1,6 @@
-"""Every request measured on its way through, whatever answers it.
+"""ASGI middleware that measures every request: duration, route, status, and the trace it belongs to.
 
-Refuses to know what a request is about. A route is named by its template: what clients put into a path is no label.
+Invariant: a route is labelled by its template, never by the path of the request, whose values are unbounded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from runtime.observability.telemetry import UNKNOWN, Telemetry
 
 
 class RequestMetrics:
-    """ASGI middleware around the routes."""
+    """The outermost ASGI middleware: requests that other middleware rejects are measured too."""
 
     def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
         self._app = app
@@ -21,18 +21,19 @@ class RequestMetrics:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500
+        status = 500  # if the application raises before it answers
 
-        async def send_and_note(message: Message) -> None:
+        async def send_and_keep_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE", "PUT", "PATCH", "HEAD") else UNKNOWN
-        with self._telemetry.request(method) as answer, self._telemetry.tracing.continue_from(scope["headers"]):
+        with self._telemetry.request(method) as set_result, self._telemetry.tracing.continue_from(scope["headers"]):
             try:
-                await self._app(scope, receive, send_and_note)
+                await self._app(scope, receive, send_and_keep_status)
             finally:
+                # Set by Starlette's router; absent when other middleware rejected the request.
                 route = scope.get("route")
-                answer(getattr(route, "path", UNKNOWN), status)
+                set_result(getattr(route, "path", UNKNOWN), status)

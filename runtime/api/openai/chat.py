@@ -23,9 +23,9 @@ from runtime.api.errors import (
     NotReady,
     classify,
     error_body,
-    refusals,
+    error_responses,
 )
-from runtime.api.gateway.permissions import Asker
+from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.health import require_ready
 from runtime.api.openai.chat_answer import DONE, ChatCompletion, ChunkWriter, complete, event
 from runtime.api.openai.chat_request import EXAMPLES, ChatRequest, check_request, read_extensions
@@ -39,10 +39,13 @@ router = APIRouter(prefix="/v1/chat", tags=["chat"])
     "/completions",
     summary="Ask the agent, or have it play a task",
     response_model=ChatCompletion,
-    responses=refusals(NotFound, Conflict, EpisodeFailed, NotReady),
+    responses=error_responses(NotFound, Conflict, EpisodeFailed, NotReady),
 )
 async def create_completion(
-    server: Server, caller: Asker, request: Request, body: Annotated[ChatRequest, Body(openapi_examples=EXAMPLES)]
+    server: Server,
+    caller: RequestCaller,
+    request: Request,
+    body: Annotated[ChatRequest, Body(openapi_examples=EXAMPLES)],
 ) -> Response:
     """OpenAI's chat completions, with the agent behind the model's name. The answer's `id` is the target for feedback,
     and leads to the trajectory that the header `X-Trajectory-Id` names; `X-Policy` says who acted; the object

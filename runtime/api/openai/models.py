@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from memory.errors import UnknownPolicy
 from memory.records.policies import Policies
 from memory.schema import Policy
-from runtime.api.errors import NotFound, refusals
+from runtime.api.errors import NotFound, error_responses
 from runtime.api.services import Server
 
 ALIAS = "agent"
@@ -70,7 +70,7 @@ async def list_models(server: Server) -> ModelList:
     return ModelList(data=listed + [_describe(pin(policy), policy) for policy in policies.select()])
 
 
-@router.get("/{model}", summary="Look one name up", responses=refusals(NotFound))
+@router.get("/{model}", summary="Look one name up", responses=error_responses(NotFound))
 async def get_model(model: str, server: Server) -> Model:
     policies = server.memory.policies
     version = resolve(model, policies)

@@ -30,9 +30,9 @@ from runtime.api.errors import (
     NotReady,
     TooLarge,
     classify,
-    refusals,
+    error_responses,
 )
-from runtime.api.gateway.permissions import Asker
+from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.health import require_ready
 from runtime.api.openai.answer_ids import trajectory_of
 from runtime.api.openai.chat_request import read_extensions
@@ -79,10 +79,13 @@ class ItemList(BaseModel):
 @router.post(
     "",
     summary="Ask the agent, in the words of the Responses API",
-    responses=refusals(NotFound, Conflict, EpisodeFailed, NotReady),
+    responses=error_responses(NotFound, Conflict, EpisodeFailed, NotReady),
 )
 async def create_response(
-    server: Server, caller: Asker, request: Request, body: Annotated[ResponseRequest, Body(openapi_examples=EXAMPLES)]
+    server: Server,
+    caller: RequestCaller,
+    request: Request,
+    body: Annotated[ResponseRequest, Body(openapi_examples=EXAMPLES)],
 ) -> Response:
     """OpenAI's responses: text and function tools, at once or as events, stored unless `store` is false. The `id` is a
     target for feedback. `previous_response_id` goes on from a stored response; where that one called functions, the
@@ -203,11 +206,11 @@ async def write_events(
         streamed.cancel()
 
 
-@router.get("/{response_id}", summary="Read a stored response", responses=refusals(NotFound))
+@router.get("/{response_id}", summary="Read a stored response", responses=error_responses(NotFound))
 async def get_response(
     response_id: str,
     server: Server,
-    caller: Asker,
+    caller: RequestCaller,
     stream: Annotated[bool, Query(description="Not supported: a stored response is read at once.")] = False,
 ) -> Response:
     if stream:
@@ -221,18 +224,18 @@ def _send(response: Json, headers: Mapping[str, str] | None = None) -> Response:
     return Response(dump_json(response), media_type="application/json", headers=headers)
 
 
-@router.delete("/{response_id}", summary="Forget a stored response", responses=refusals(NotFound))
-async def delete_response(response_id: str, server: Server, caller: Asker) -> DeletedResponse:
+@router.delete("/{response_id}", summary="Forget a stored response", responses=error_responses(NotFound))
+async def delete_response(response_id: str, server: Server, caller: RequestCaller) -> DeletedResponse:
     """Delete the copy stored for the client; the trajectory, its steps and its rewards stay."""
     await server.memory.responses.delete(response_id, tenant=caller.tenant)
     return DeletedResponse(id=response_id)
 
 
-@router.get("/{response_id}/input_items", summary="List the input items of a response", responses=refusals(NotFound))
+@router.get("/{response_id}/input_items", summary="List the input items of a response", responses=error_responses(NotFound))
 async def list_input_items(
     response_id: str,
     server: Server,
-    caller: Asker,
+    caller: RequestCaller,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
     after: Annotated[str | None, Query(description="`last_id` of the page before.")] = None,

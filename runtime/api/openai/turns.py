@@ -21,7 +21,7 @@ from memory.schema import Split, Task, Trajectory, TrajectoryStage
 from runtime.agent.graph import Agent
 from runtime.agent.turn import Turn, TurnRequest, TurnStart
 from runtime.api.errors import ApiError, BadRequest, ClientLeft, EpisodeFailed, Overloaded
-from runtime.api.gateway.disconnects import wait_until_left
+from runtime.api.gateway.disconnects import wait_for_disconnect
 from runtime.api.gateway.permissions import Caller
 from runtime.api.openai.chat_request import Extensions
 from runtime.api.openai.models import resolve
@@ -107,7 +107,7 @@ async def finish(request: Request, agent: Agent, turn_request: TurnRequest) -> T
         EpisodeFailed, BadRequest, Overloaded: the turn failed.
     """
     playing = asyncio.ensure_future(agent.rollout(turn_request))
-    left = asyncio.ensure_future(wait_until_left(request))
+    left = asyncio.ensure_future(wait_for_disconnect(request))
     try:
         await asyncio.wait({playing, left}, return_when=asyncio.FIRST_COMPLETED)
         if not playing.done():
@@ -142,7 +142,7 @@ class StreamedTurn:
             ClientLeft, EpisodeFailed, BadRequest, Overloaded, and all that the rollout raises before it opens a
             trajectory.
         """
-        left = asyncio.ensure_future(wait_until_left(request))
+        left = asyncio.ensure_future(wait_for_disconnect(request))
         first = asyncio.ensure_future(self._deltas.get())
         try:
             await asyncio.wait({first, left}, return_when=asyncio.FIRST_COMPLETED)

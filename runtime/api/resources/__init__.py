@@ -1,1 +1,1 @@
-"""The project's own resources over HTTP, one module each."""
+"""The routes of the project's own resources, one module each."""

@@ -1,6 +1,6 @@
-"""Where tasks can be played again, and which tasks there are.
+"""Routes for environments: list them and their tasks, and prepare tasks ahead of time.
 
-Refuses to play: that is a chat completion with `metadata={"environment": ..., "task": ...}`.
+Playing a task is a chat completion with `metadata={"environment": ..., "task": ...}`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 
 from memory.schema import Split
-from runtime.api.errors import NotFound, TooManyRequests, refusals
-from runtime.api.gateway.disconnects import unless_left
-from runtime.api.gateway.permissions import Asker
+from runtime.api.errors import NotFound, TooManyRequests, error_responses
+from runtime.api.gateway.disconnects import cancel_on_disconnect
+from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.services import Server
 
 MAX_TASKS = 10_000
 MAX_PREPARED = 1_000
-"""Games of one call that prepares; a game takes about a second to compile."""
+"""Tasks of one request that prepares them; a game takes about a second to compile."""
 
 router = APIRouter(prefix="/v1/environments", tags=["environments"])
 
 
 class EnvironmentDetail(BaseModel):
-    """An environment and what the model is told in it."""
+    """An environment with its system prompt."""
 
     name: str
     system_prompt: str
@@ -38,7 +38,7 @@ class EnvironmentList(BaseModel):
 
 
 class TaskDetail(BaseModel):
-    """Something to play. Held-out tasks measure: nothing is ever learned from them."""
+    """One task. Held-out tasks only measure: no cycle learns from them."""
 
     environment: str
     name: str
@@ -47,20 +47,20 @@ class TaskDetail(BaseModel):
 
 
 class TaskList(BaseModel):
-    """The same tasks for the same question, always."""
+    """Tasks; the same query always returns the same ones."""
 
     object: str = "list"
     data: list[TaskDetail]
 
 
 class PrepareRequest(BaseModel, extra="forbid"):
-    """Which tasks are about to be played."""
+    """The tasks to prepare."""
 
     tasks: list[str] = Field(min_length=1, max_length=MAX_PREPARED)
 
 
-class Prepared(BaseModel):
-    """How many tasks start without delay now."""
+class PreparedTasks(BaseModel):
+    """The number of tasks that now start without delay."""
 
     num_tasks: int
 
@@ -68,11 +68,11 @@ class Prepared(BaseModel):
 @router.get("", summary="List the environments")
 async def list_environments(server: Server) -> EnvironmentList:
     return EnvironmentList(
-        data=[EnvironmentDetail(name=one.name, system_prompt=one.system_prompt) for one in server.environments.values()]
+        data=[EnvironmentDetail(name=it.name, system_prompt=it.system_prompt) for it in server.environments.values()]
     )
 
 
-@router.get("/{environment}/tasks", summary="List tasks of a split", responses=refusals(NotFound))
+@router.get("/{environment}/tasks", summary="List tasks of a split", responses=error_responses(NotFound))
 async def list_tasks(
     environment: str,
     server: Server,
@@ -86,15 +86,16 @@ async def list_tasks(
 
 @router.post(
     "/{environment}/prepare",
-    summary="Do ahead of time what starting tasks would wait for",
-    responses=refusals(NotFound, TooManyRequests),
+    summary="Prepare tasks, so that they start without delay",
+    responses=error_responses(NotFound, TooManyRequests),
 )
 async def prepare_tasks(
-    environment: str, server: Server, caller: Asker, request: Request, body: PrepareRequest
-) -> Prepared:
-    """A key may have two calls under way, a tenant four. A client that leaves ends its call."""
-    world = server.environment(environment)
-    tasks = [world.task(name) for name in body.tasks]
+    environment: str, server: Server, caller: RequestCaller, request: Request, body: PrepareRequest
+) -> PreparedTasks:
+    """A key may have two such requests under way, a tenant four. Disconnecting cancels the preparation."""
+    played = server.environment(environment)
+    # Before admission: unknown names must not occupy the limit.
+    tasks = [played.task(name) for name in body.tasks]
     with server.preparations.admit(caller):
-        await unless_left(request, world.prepare(tasks))
-    return Prepared(num_tasks=len(body.tasks))
+        await cancel_on_disconnect(request, played.prepare(tasks))
+    return PreparedTasks(num_tasks=len(body.tasks))

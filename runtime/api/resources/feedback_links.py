@@ -1,16 +1,15 @@
-"""Feedback from a browser, without a key: make a signed link, open it, post one piece.
+"""Routes for feedback without an API key: create a signed link, open its page, post the page's form.
 
-How links are signed stands in `signed_links.py`. The routes under `/feedback/` are for whoever holds a
-link; making one is for those who may post feedback.
-Invariants: GET changes nothing, because previews of a link follow it; one link keeps one piece, and posting the same
-again is answered the same.
+Creating a link needs the scope `feedback`; the routes under `/feedback/` need only the link (see `signed_links.py`).
+Invariants: GET changes nothing, because chat and mail programs follow links for previews. A link stores one piece of
+feedback; posting the same form again gives the same answer.
 """
 
 from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Body, Request
@@ -19,10 +18,10 @@ from pydantic import BaseModel, Field, model_validator
 
 from memory.errors import FeedbackConflict
 from memory.schema import Feedback, new_id
-from runtime.api.errors import CREATED, OK, BadRequest, Conflict, Gone, NotFound, classify, refusals
-from runtime.api.gateway.permissions import Asker
+from runtime.api.errors import CREATED, OK, BadRequest, Conflict, Gone, NotFound, classify, error_responses
+from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.resources.feedback import Target, find_target
-from runtime.api.resources.feedback_page import HEADERS, MAX_CHARS, render_form, render_said
+from runtime.api.resources.feedback_page import HEADERS, MAX_CHARS, render_form, render_message
 from runtime.api.resources.signed_links import Link, LinkSigner, load_secret
 from runtime.api.services import Server, Services
 from runtime.errors import LinkRefused
@@ -30,22 +29,24 @@ from runtime.errors import LinkRefused
 router = APIRouter(tags=["feedback"])
 
 MAX_SECONDS = 90 * 24 * 3600
-MAX_FORM_BYTES = 16 * MAX_CHARS
+MAX_FORM_BYTES = 16 * MAX_CHARS  # two texts of MAX_CHARS, percent-encoded
 Choice = Annotated[str, Field(min_length=1, max_length=60)]
 
 
 class LinkRequest(Target):
-    """One link for one piece of feedback. Name what it is about as in `POST /v1/feedback`."""
+    """A link for one piece of feedback, with a target as in `POST /v1/feedback`."""
 
-    name: str = Field(default="reward", min_length=1, max_length=100, description="What is judged; shown on the page.")
+    name: str = Field(
+        default="reward", min_length=1, max_length=100, description="The rated property; shown on the page."
+    )
     choices: list[Choice] = Field(
-        default=[], max_length=10, description="Categories to choose among; without any, good or not good."
+        default=[], max_length=10, description="Categories to choose from; without any, good or not good."
     )
     may_correct: bool = Field(
         default=False,
-        description="Also ask what the answer should have been; learned if your key has the scope `teach`.",
+        description="Also ask for the better answer; it is learned if your key has the scope `teach`.",
     )
-    user: str = Field(default="", max_length=200, description="Your name for the person whom the link is for.")
+    user: str = Field(default="", max_length=200, description="Your id of the person who gets the link.")
     expires_in_seconds: int = Field(default=7 * 24 * 3600, ge=1, le=MAX_SECONDS)
 
     @model_validator(mode="after")
@@ -56,30 +57,29 @@ class LinkRequest(Target):
 
 
 class LinkAnswer(BaseModel):
-    """The link. Whoever has it can post, so hand it to one person."""
+    """The link. Everybody who has it can post, so send it to one person only."""
 
-    url: str = Field(description="As this server was addressed; behind a proxy, put `path` behind your own host.")
+    url: str = Field(description="With the host of this request; behind a proxy, append `path` to your own host.")
     path: str
-    feedback_id: str = Field(description="Under which the piece will be kept.")
+    feedback_id: str = Field(description="The id under which the feedback will be stored.")
     expires_at: datetime
 
 
 @router.post(
     "/v1/feedback/links",
     status_code=CREATED,
-    summary="Make a link that takes one piece of feedback",
-    responses=refusals(NotFound),
+    summary="Create a link for one piece of feedback",
+    responses=error_responses(NotFound),
 )
 async def make_link(
     server: Server,
-    caller: Asker,
+    caller: RequestCaller,
     request: Request,
     body: Annotated[
         LinkRequest, Body(openapi_examples={"thumbs": {"summary": "Good or not", "value": {"target": "trj_0199..."}}})
     ],
 ) -> LinkAnswer:
-    """For a mail or a chat: it opens a page with buttons, no key asked. Links can't be taken back; they end by
-    themselves."""
+    """For mail or chat: the link opens a page with buttons and needs no key. A link cannot be revoked; it expires."""
     link = Link(
         feedback_id=new_id("link"),
         expires_at=int(time.time()) + body.expires_in_seconds,
@@ -91,7 +91,7 @@ async def make_link(
         user_id=body.user,
         **find_target(body, server.memory, caller.tenant),
     )
-    path = f"/feedback/{signer_of(server).sign(link)}"
+    path = f"/feedback/{load_signer(server).sign(link)}"
     return LinkAnswer(
         url=str(request.base_url).rstrip("/") + path,
         path=path,
@@ -102,50 +102,47 @@ async def make_link(
 
 @router.get("/feedback/{token}", summary="The page of a link", response_class=HTMLResponse)
 async def show_form(token: str, server: Server) -> HTMLResponse:
-    """Shows the form. Changes nothing, however often it is opened."""
+    """Shows the form. Opening it changes nothing."""
     try:
-        link = signer_of(server).read(token)
-    except LinkRefused as refused:
-        return _refuse(refused)
+        link = load_signer(server).verify(token)
+    except LinkRefused as error:
+        return _error_page(error)
     return HTMLResponse(render_form(link), headers=HEADERS)
 
 
 @router.post(
     "/feedback/{token}",
-    summary="Post the piece of feedback that a link allows",
+    summary="Post the form of a link",
     response_class=HTMLResponse,
-    responses=refusals(NotFound, Conflict, Gone),
+    responses=error_responses(NotFound, Conflict, Gone),
 )
 async def post_form(token: str, server: Server, request: Request) -> HTMLResponse:
-    """Keeps it, durably. The same again changes nothing; something else is refused: a link is for one piece."""
+    """Stores the feedback durably. The same form again changes nothing, another one is a conflict: a link is for one
+    piece."""
     try:
-        link = signer_of(server).read(token)
-        said = read_form(link, await _read_body(request))
-        await server.memory.feedback.post(said)
+        link = load_signer(server).verify(token)
+        feedback = parse_form(link, await _read_fields(request))
+        await server.memory.feedback.post(feedback)
     except FeedbackConflict:
-        return _say("Already given", "This link has been used: each is for one piece of feedback.", Conflict.status)
-    except (LinkRefused, BadRequest) as refused:
-        return _refuse(refused)
-    return _say("Thank you", "Your feedback was kept. You can close this page.", OK)
+        message = "This link has been used: each is for one piece of feedback."
+        return _message_page("Already given", message, Conflict.status)
+    except (LinkRefused, BadRequest) as error:
+        return _error_page(error)
+    return _message_page("Thank you", "Your feedback was kept. You can close this page.", OK)
 
 
-def read_form(link: Link, form: dict[str, str]) -> Feedback:
-    """Return the feedback in a posted form.
+def parse_form(link: Link, fields: dict[str, str]) -> Feedback:
+    """Return the feedback row of a posted form.
 
     Raises:
-        BadRequest: it says nothing, or what the link does not allow.
+        BadRequest: the form is empty, or has a value that the link does not permit.
     """
-    value: Any = form.get("value")
-    allowed = set(link.choices) or {"true", "false"}
-    if value is not None and value not in allowed:
-        raise BadRequest(f"the value {value!r} is none of {sorted(allowed)!r}: use the buttons of the page")
-    if value is not None and not link.choices:
-        value = value == "true"
-    comment, correction = (form.get(name, "").strip() or None for name in ("comment", "correction"))
+    value = _parse_value(link, fields.get("value"))
+    comment, correction = (fields.get(name, "").strip() or None for name in ("comment", "correction"))
     if correction is not None and not link.may_correct:
         raise BadRequest("this link does not ask for a correction: leave it out")
     if value is None and comment is None and correction is None:
-        raise BadRequest("nothing was said: go back and press one of the buttons")
+        raise BadRequest("the form is empty: go back and press one of the buttons")
     if any(len(text or "") > MAX_CHARS for text in (comment, correction)):
         raise BadRequest(f"a text is longer than {MAX_CHARS} characters: shorten it")
     return Feedback(
@@ -165,12 +162,22 @@ def read_form(link: Link, form: dict[str, str]) -> Feedback:
     )
 
 
-def signer_of(server: Services) -> LinkSigner:
+def _parse_value(link: Link, text: str | None) -> bool | str | None:
+    if text is None:
+        return None
+    allowed = set(link.choices) or {"true", "false"}
+    if text not in allowed:
+        raise BadRequest(f"the value {text!r} is none of {sorted(allowed)!r}: use the buttons of the page")
+    return text if link.choices else text == "true"
+
+
+def load_signer(server: Services) -> LinkSigner:
+    """Return the signer for this data directory; the first call creates its secret. Raises: StorageError."""
     return LinkSigner(load_secret(server.memory.data_dir))
 
 
-async def _read_body(request: Request) -> dict[str, str]:
-    """Return the fields of a form. Of a field that is given twice, the last."""
+async def _read_fields(request: Request) -> dict[str, str]:
+    """Return the fields of a posted form; the last value wins. Raises: BadRequest."""
     body = b""
     async for piece in request.stream():
         body += piece
@@ -183,10 +190,10 @@ async def _read_body(request: Request) -> dict[str, str]:
     return {name: values[-1] for name, values in fields.items()}
 
 
-def _refuse(problem: Exception) -> HTMLResponse:
-    refusal = classify(problem)
-    return _say("Not this time", str(refusal), refusal.status)
+def _error_page(error: Exception) -> HTMLResponse:
+    api_error = classify(error)
+    return _message_page("Not this time", str(api_error), api_error.status)
 
 
-def _say(title: str, text: str, status: int) -> HTMLResponse:
-    return HTMLResponse(render_said(title, text), status_code=status, headers=HEADERS)
+def _message_page(title: str, text: str, status: int) -> HTMLResponse:
+    return HTMLResponse(render_message(title, text), status_code=status, headers=HEADERS)

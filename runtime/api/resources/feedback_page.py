@@ -1,7 +1,7 @@
-"""The pages behind a signed link: a form without a script, and a word of thanks or of refusal.
+"""HTML pages behind a signed link: a form without scripts, and a page with a message.
 
-Refuses to show anything of the episode: a link travels by mail and chat, and opens for whoever has it.
-Invariant: what is put into a page is escaped, and the page may load nothing.
+Invariants: the pages show nothing of the episode, because a link may be forwarded; every inserted text is escaped; the
+pages load no resources.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from html import escape
 from runtime.api.resources.signed_links import Link
 
 HEADERS = {
-    # form-action: the page posts to itself alone. The token is in the URL, so no address is told of it.
+    # The URL contains the token: the page may post to its own origin only, and sends no referrer.
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
     ),
@@ -29,31 +29,31 @@ button { font: inherit; padding: .5rem 1.2rem; margin: 0 .5rem .5rem 0; cursor: 
 
 
 def render_form(link: Link) -> str:
-    """Return the page that asks. Its buttons post; opening it changes nothing."""
-    answers = [(choice, choice) for choice in link.choices] or [("true", "Good"), ("false", "Not good")]
+    """Return the page with the form."""
+    options = [(choice, choice) for choice in link.choices] or [("true", "Good"), ("false", "Not good")]
     buttons = "".join(
-        f'<button name="value" value="{escape(value)}">{escape(said)}</button>' for value, said in answers
+        f'<button name="value" value="{escape(value)}">{escape(label)}</button>' for value, label in options
     )
-    fields = _ask("comment", "Anything to add?")
+    fields = _text_field("comment", "Anything to add?")
     if link.may_correct:
-        fields += _ask("correction", "What should the answer have been?")
-    asked = "How was the answer?" if link.name == "reward" else f"How was the answer: {link.name}?"
-    return _page(asked, f'<form method="post">{fields}{buttons}</form>')
+        fields += _text_field("correction", "What should the answer have been?")
+    title = "How was the answer?" if link.name == "reward" else f"How was the answer: {link.name}?"
+    return _page(title, f'<form method="post">{fields}{buttons}</form>')
 
 
-def render_said(title: str, text: str) -> str:
-    """Return a page that only says something."""
+def render_message(title: str, text: str) -> str:
+    """Return a page with a title and a text."""
     return _page(title, f"<p>{escape(text)}</p>")
 
 
-def _ask(name: str, label: str) -> str:
+def _text_field(name: str, label: str) -> str:
     return f'<label>{label}<textarea name="{name}" maxlength="{MAX_CHARS}"></textarea></label>'
 
 
-def _page(title: str, inside: str) -> str:
+def _page(title: str, content: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
-        f"<body><h1>{escape(title)}</h1>{inside}</body></html>"
+        f"<body><h1>{escape(title)}</h1>{content}</body></html>"
     )

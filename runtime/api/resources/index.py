@@ -1,4 +1,4 @@
-"""What finds memories by meaning and by word: rebuilt here from the rows, after damage or for peace of mind."""
+"""The route that rebuilds the search index from the rows, for instance after damage to its files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from runtime.api.services import Server
 router = APIRouter(prefix="/v1/index", tags=["index"])
 
 
-class Rebuilt(BaseModel):
-    """How many entries each collection holds now."""
+class RebuiltIndex(BaseModel):
+    """The number of entries in each collection."""
 
     counts: dict[str, int]
 
 
 @router.post("/rebuild", summary="Rebuild the index from the rows")
-async def rebuild_index(server: Server) -> Rebuilt:
-    """Answers go on meanwhile: words find what meanings cannot yet."""
-    return Rebuilt(counts=await server.memory.index.rebuild())
+async def rebuild_index(server: Server) -> RebuiltIndex:
+    """Requests are answered meanwhile; the text index finds rows whose vectors are not rebuilt yet."""
+    return RebuiltIndex(counts=await server.memory.index.rebuild())

@@ -1,7 +1,7 @@
-"""Lessons in words, with the counts that speak for them, and what an operator decides about them.
+"""Routes for insights, lessons that a cycle derives from graded episodes: list, approve, edit and retire them.
 
-They come from graded episodes, in a cycle. An operator approves one for the whole tenant, puts it into other words, or
-retires it; each decision is recorded with the key that made it.
+An operator approves an insight for the whole tenant, edits its text or retires it; the decision is recorded with the
+API key of the request.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from pydantic import BaseModel, Field
 
 from memory.records.reviews import Status
 from memory.schema import Insight, Trust
-from runtime.api.errors import Conflict, NotFound, refusals
-from runtime.api.gateway.permissions import Asker
+from runtime.api.errors import Conflict, NotFound, error_responses
+from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/insights", tags=["insights"])
 
 ShownTo = Literal["tenant", "user", "nobody"]
-Words = Annotated[str, Field(min_length=1, max_length=10_000)]
+InsightText = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
 class InsightDetail(BaseModel):
-    """A lesson for one kind of task; `wins` and `losses` count the episodes that did what it says."""
+    """A lesson for one kind of task; `wins` and `losses` count the episodes that followed it."""
 
     id: str
     environment: str
     kind: str
     text: str
     shown_to: ShownTo
-    user_id: str = Field(description="The person whose words it was made of; empty for one of the whole tenant.")
+    user_id: str = Field(description="The user from whose episodes it was derived; empty for the whole tenant.")
     trust: Trust
     strength: int
     wins: int
@@ -52,63 +52,64 @@ class InsightList(BaseModel):
 
 
 class Approval(BaseModel, extra="forbid"):
-    """What is approved: the memory as it is, or in these words."""
+    """Approves a memory as it is, or with another text."""
 
-    text: Words | None = None
+    text: InsightText | None = None
 
 
 class Edit(BaseModel, extra="forbid"):
-    """The better words."""
+    """The new text."""
 
-    text: Words
+    text: InsightText
 
 
-@router.get("", summary="List the lessons that count, strongest first")
+@router.get("", summary="List insights, strongest first")
 async def list_insights(
     server: Server,
-    caller: Asker,
+    caller: RequestCaller,
     environment: str | None = None,
     kind: str | None = None,
     status: Status = Status.ACTIVE,
 ) -> InsightList:
-    """`active`: in force. `pending`: of these, those that one person is shown, or nobody, and that approval would show
-    to the whole tenant. `approved`, `retired`: by an operator. `removed`: by evidence."""
+    """`active`: all in use. `pending`: the active ones that are shown to one user or nobody; approval would show them
+    to the whole tenant. `approved`, `retired`: by an operator. `removed`: because of evidence."""
     rows = server.memory.reviews.insights(tenant=caller.tenant, status=status, environment=environment, kind=kind)
     ranked = sorted(rows, key=lambda row: (-row.insight.strength, row.insight.losses - row.insight.wins))
-    return InsightList(data=[describe(row.insight, row.scope) for row in ranked])
+    return InsightList(data=[describe_insight(row.insight, row.scope) for row in ranked])
 
 
 @router.post(
-    "/{insight_id}/approve", summary="Show a lesson to the whole tenant", responses=refusals(NotFound, Conflict)
+    "/{insight_id}/approve", summary="Show a lesson to the whole tenant", responses=error_responses(NotFound, Conflict)
 )
 async def approve_insight(
-    insight_id: str, server: Server, caller: Asker, body: Annotated[Approval | None, Body()] = None
+    insight_id: str, server: Server, caller: RequestCaller, body: Annotated[Approval | None, Body()] = None
 ) -> InsightDetail:
-    """Where the tenant's own lessons say the same already, that one is approved and answered."""
+    """If the tenant already has an insight with the same text, that one is approved and returned."""
     row = await server.memory.reviews.approve_insight(
         insight_id, tenant=caller.tenant, key_id=caller.key_id, text=body.text if body is not None else None
     )
-    return describe(row, "")
+    return describe_insight(row, "")
 
 
-@router.post("/{insight_id}/edit", summary="Put a lesson into other words", responses=refusals(NotFound, Conflict))
-async def edit_insight(insight_id: str, server: Server, caller: Asker, body: Edit) -> InsightDetail:
-    """Who is shown it stays the same."""
+@router.post("/{insight_id}/edit", summary="Edit the text of a lesson", responses=error_responses(NotFound, Conflict))
+async def edit_insight(insight_id: str, server: Server, caller: RequestCaller, body: Edit) -> InsightDetail:
+    """Its audience stays the same."""
     row = await server.memory.reviews.edit_insight(insight_id, body.text, tenant=caller.tenant, key_id=caller.key_id)
-    return describe(row.insight, row.scope)
+    return describe_insight(row.insight, row.scope)
 
 
-@router.post("/{insight_id}/retire", summary="Show a lesson to nobody again", responses=refusals(NotFound))
-async def retire_insight(insight_id: str, server: Server, caller: Asker) -> InsightDetail:
-    """No evidence brings its words back."""
+@router.post("/{insight_id}/retire", summary="Stop showing a lesson", responses=error_responses(NotFound))
+async def retire_insight(insight_id: str, server: Server, caller: RequestCaller) -> InsightDetail:
+    """No later evidence restores it."""
     row = await server.memory.reviews.retire_insight(insight_id, tenant=caller.tenant, key_id=caller.key_id)
-    return describe(row, None)
+    return describe_insight(row, None)
 
 
-def describe(insight: Insight, scope: str | None) -> InsightDetail:
-    as_they_are = InsightDetail.model_fields.keys() - {"shown_to"}
+def describe_insight(insight: Insight, scope: str | None) -> InsightDetail:
+    """Return the detail of an insight; `scope` is a user's id, empty for the tenant, None for nobody."""
+    copied = InsightDetail.model_fields.keys() - {"shown_to"}
     scope = None if insight.removed_at is not None else scope
-    return InsightDetail(**{name: getattr(insight, name) for name in as_they_are}, shown_to=name_scope(scope))
+    return InsightDetail(**{name: getattr(insight, name) for name in copied}, shown_to=name_scope(scope))
 
 
 def name_scope(scope: str | None) -> ShownTo:

@@ -1,8 +1,8 @@
-"""Who acts: every policy with its stage and verdict, the gate's decision on a candidate, and the two that an operator
-can take, promote and roll back.
+"""Routes for policies: list and read them, decide on a candidate, promote and roll back.
 
-A decision is a row; `HotSwap.follow` activates the policy, and the request waits until this replica has reached it. A
-policy is leased before it is promoted, so that an adapter which the engine cannot serve never becomes the active one.
+A decision is a row; `HotSwap.follow` activates the policy, and the request waits until this replica has reached it.
+Invariant: a policy is leased, which loads it, before it is promoted, so that an adapter which the engine cannot serve
+never becomes the active one.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from fastapi import APIRouter, Path
 from pydantic import BaseModel
 
 from memory.schema import Policy, PolicyStage
-from runtime.api.errors import Conflict, NotFound, NotReady, refusals
+from runtime.api.errors import Conflict, NotFound, NotReady, error_responses
 from runtime.api.health import require_ready
 from runtime.api.services import Server, Services
 
 router = APIRouter(prefix="/v1/policies", tags=["policies"])
 
-JUDGED_STAGES = frozenset({PolicyStage.CANDIDATE, PolicyStage.REJECTED})
+DECIDABLE_STAGES = frozenset({PolicyStage.CANDIDATE, PolicyStage.REJECTED})
 
 Version = Annotated[str, Path(description="`v3` or `3`.", examples=["v3"])]
 
@@ -40,7 +40,7 @@ class PolicyDetail(BaseModel):
     note: str
     verdict: dict[str, Any] | None
     use_memory: bool | None
-    """Whether it serves with memory where a request does not say; null: the server's setting."""
+    """Whether it uses memory unless the request says otherwise; null: the server's setting."""
     created_at: datetime
 
 
@@ -53,13 +53,13 @@ class PolicyList(BaseModel):
 
 
 class PolicyWithLineage(PolicyDetail):
-    """A policy and the names of those it grew from, nearest first."""
+    """A policy with the names of its ancestors, nearest first."""
 
     lineage: list[str]
 
 
 class Judgement(BaseModel):
-    """What the gate said, and who acts now. The report is the cycle's."""
+    """The release gate's decision on a candidate, and the policy that is active after it."""
 
     policy: str
     decision: Literal["promote", "reject", "uninformative"]
@@ -72,41 +72,42 @@ class Judgement(BaseModel):
 @router.get("", summary="List all policies")
 async def list_policies(server: Server) -> PolicyList:
     policies = server.memory.policies
-    return PolicyList(active=policies.active().name, data=[describe(policy) for policy in policies.select()])
+    return PolicyList(active=policies.active().name, data=[describe_policy(policy) for policy in policies.select()])
 
 
-@router.get("/{version}", summary="Read one policy", responses=refusals(NotFound))
+@router.get("/{version}", summary="Read one policy", responses=error_responses(NotFound))
 async def get_policy(version: Version, server: Server) -> PolicyWithLineage:
     policy, *ancestors = server.memory.policies.lineage(version_name(version))
-    return PolicyWithLineage(**describe(policy).model_dump(), lineage=[ancestor.name for ancestor in ancestors])
+    return PolicyWithLineage(**describe_policy(policy).model_dump(), lineage=[ancestor.name for ancestor in ancestors])
 
 
-@router.post("/rollback", summary="Let the policy act that acted before", responses=refusals(Conflict))
+@router.post("/rollback", summary="Reactivate the previous policy", responses=error_responses(Conflict))
 async def rollback(server: Server) -> PolicyDetail:
     return await roll_back(server)
 
 
-@router.post("/{version}/promote", summary="Let a policy act", responses=refusals(NotFound, Conflict, NotReady))
+@router.post("/{version}/promote", summary="Activate a policy", responses=error_responses(NotFound, Conflict, NotReady))
 async def promote(version: Version, server: Server) -> PolicyDetail:
-    """Load and probe it, then let it act. Episodes under way keep the policy they started with."""
+    """Loads and probes it, then activates it. Episodes under way keep the policy they started with."""
     wanted = server.memory.policies.get(version_name(version)).version
     require_ready(server)
+    # The lease keeps the adapter loaded until it is active; without it another activation could unload it meanwhile.
     async with server.hotswap.lease(wanted):
         promoted = await server.memory.policies.promote(wanted)
         await server.hotswap.wait_for(wanted)
-    return describe(promoted)
+    return describe_policy(promoted)
 
 
-@router.post("/{version}/judge", summary="Decide on a candidate", responses=refusals(NotFound, Conflict))
+@router.post("/{version}/judge", summary="Decide on a candidate", responses=error_responses(NotFound, Conflict))
 async def judge(version: Version, server: Server) -> Judgement:
-    """Compare a candidate, or one that was rejected, with the active policy on held-out tasks that have not decided on
-    it yet, by the gate's own test. Where its cycle learned from an environment, new tasks of it are played here, which
-    takes minutes; else the tasks count that clients had both play (`model="agent@v3"`, `metadata` with `task` and
-    `split`) and gave feedback on, the first try of each. Better: it acts from now on. Worse: it is rejected. Too little
-    to tell: it stays a candidate, and `reason` says what is missing. Each comparison spends some of the active policy's
-    error budget."""
+    """Compares a candidate or a rejected policy with the active one by the release gate's test, on held-out tasks that
+    no earlier decision on it used. If its cycle learned from an environment, new tasks of it are played, which takes
+    minutes. Otherwise the tasks count that clients let both policies play (`model="agent@v3"`, `metadata` with `task`
+    and `split`) and gave feedback on; only the first try of each. A better policy is activated, a worse one rejected.
+    Without enough evidence it stays a candidate, and `reason` names what is missing. Each comparison spends some of the
+    active policy's error budget."""
     wanted = server.memory.policies.get(version_name(version))
-    if wanted.stage not in JUDGED_STAGES or wanted.cycle_id is None:
+    if wanted.stage not in DECIDABLE_STAGES or wanted.cycle_id is None:
         raise Conflict(
             f"policy {wanted.name} is {wanted.stage.value!r}: only a cycle's candidate can be judged",
             code="no_candidate",
@@ -127,11 +128,11 @@ async def judge(version: Version, server: Server) -> Judgement:
 
 @router.post(
     "/{version}/rollback",
-    summary="Take a policy back, if it is the one that acts",
-    responses=refusals(NotFound, Conflict),
+    summary="Roll back from a policy, if it is active",
+    responses=error_responses(NotFound, Conflict),
 )
 async def rollback_from(version: Version, server: Server) -> PolicyDetail:
-    """Like `/rollback`, but safe to repeat: refused when another policy acts by now."""
+    """Like `/rollback`, but safe to retry: rejected if another policy is active by now."""
     policies = server.memory.policies
     wanted, active = policies.get(version_name(version)), policies.active()
     if wanted.version != active.version:
@@ -144,18 +145,18 @@ async def roll_back(server: Services) -> PolicyDetail:
     policy = await server.memory.policies.rollback()
     if server.engine.is_ready:
         await server.hotswap.wait_for(policy.version)
-    return describe(policy)
+    return describe_policy(policy)
 
 
 def version_name(text: str) -> str:
-    """Return `v3` for `3` and for `v3`; anything else as it is, to be refused by its name."""
+    """Return `v3` for `3` and for `v3`; anything else unchanged, so that the error quotes it."""
     return f"v{text}" if text.isdecimal() else text
 
 
-def describe(policy: Policy) -> PolicyDetail:
-    as_they_are = PolicyDetail.model_fields.keys() - {"name", "parent"}
+def describe_policy(policy: Policy) -> PolicyDetail:
+    copied = PolicyDetail.model_fields.keys() - {"name", "parent"}
     return PolicyDetail(
-        **{name: getattr(policy, name) for name in as_they_are},
+        **{name: getattr(policy, name) for name in copied},
         name=policy.name,
         parent=None if policy.parent is None else f"v{policy.parent}",
     )

@@ -1,8 +1,8 @@
-"""Links that let whoever holds one post one piece of feedback, without a key: signed, and over at a set time.
+"""Signs and verifies feedback links: tokens with an HMAC and an expiry time that permit one piece of feedback.
 
-Refuses to know HTTP, and keeps no list of links: everything a link allows is in it, under an HMAC. That each is good
-for one piece follows from its `feedback_id`, which it posts under: one id, one body.
-Invariant: the secret is in the data directory, readable by its owner alone; who has it can make links.
+The server stores no links: a token contains everything it permits. Each is good for one piece of feedback, because it
+posts under its own `feedback_id`, and an id stands for one body.
+Invariant: the secret is in the data directory, readable by its owner alone; anyone who has it can create links.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from runtime.errors import LinkExpired, LinkRefused
 SECRET_NAME = "links.secret"
 SECRET_BYTES = 32
 PURPOSE = b"ratchet feedback link 1\n"
-"""Signed along, so that a signature for anything else is never one for a link."""
+"""Prefix of the signed bytes: a signature for another purpose with the same secret is never valid for a link."""
 MAX_TOKEN_CHARS = 8_192
 
 
 @dataclass(frozen=True)
 class Link:
-    """What one link allows: one piece of feedback on one thing."""
+    """The content of a token: permits one piece of feedback on one target."""
 
     feedback_id: str
     trajectory_id: str
@@ -38,56 +38,59 @@ class Link:
     expires_at: int
     """Seconds since 1970, UTC."""
     tenant: str = ""
-    """Of whoever made it."""
+    """The tenant of the key it was created with."""
     key_id: str | None = None
-    """The API key it was made with: feedback through it counts for as much as feedback with that key."""
+    """The API key it was created with: feedback through the link is trusted as much as feedback with that key."""
     user_id: str = ""
-    """The person it was made for."""
+    """The person it is meant for."""
     answer_start: int | None = None
     step: int | None = None
     name: str = "reward"
     choices: tuple[str, ...] = ()
-    """Categories to choose among; empty: good or not good."""
+    """Categories to choose from; empty: good or not good."""
     may_correct: bool = False
-    """Whether its holder may write what the answer should have been, which the agent then learns."""
+    """Whether the form asks for the better answer, which the agent then learns."""
 
 
 class LinkSigner:
-    """Makes links and reads them, by one secret."""
+    """Signs and verifies links with one secret of `SECRET_BYTES` bytes."""
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
 
     def sign(self, link: Link) -> str:
-        """Return the link as a token for a URL. Raises ValueError for one that no URL should hold."""
-        given = {key: value for key, value in asdict(link).items() if value not in (None, (), False, "")}
-        body = _encode(json.dumps(given, separators=(",", ":"), ensure_ascii=False).encode())
-        token = f"{body}.{self._seal(body)}"
+        """Return the link as a token for a URL. Raises: ValueError if it is longer than `MAX_TOKEN_CHARS`."""
+        fields = {key: value for key, value in asdict(link).items() if value not in (None, (), False, "")}
+        body = _encode(json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode())
+        token = f"{body}.{self._signature(body)}"
         if len(token) > MAX_TOKEN_CHARS:
             raise ValueError(f"a link on {link.target[:80]!r} would have {len(token)} characters: shorten its texts")
         return token
 
-    def read(self, token: str, *, now: float | None = None) -> Link:
-        """Return what the token allows.
+    def verify(self, token: str, *, now: float | None = None) -> Link:
+        """Return the link of a token. `now` is in seconds since 1970, UTC.
 
         Raises:
-            LinkRefused: it was not made by this secret. LinkExpired: it was, and its time is over.
+            LinkRefused: this secret did not sign the token. LinkExpired: it did, but the link has expired.
         """
-        body, _, seal = token[:MAX_TOKEN_CHARS].partition(".")
-        if not hmac.compare_digest(seal.encode(), self._seal(body).encode()):
+        # The length is limited before anything is computed: the token comes from strangers.
+        body, _, signature = token[:MAX_TOKEN_CHARS].partition(".")
+        # In constant time: otherwise the signature could be guessed byte by byte.
+        if not hmac.compare_digest(signature.encode(), self._signature(body).encode()):
             raise LinkRefused("this link was not made here, or is not whole: copy all of it, or ask for another")
+        # Only after the signature is verified: nothing else in the token is trusted.
         fields = json.loads(_decode(body))
         link = Link(**fields | {"choices": tuple(fields.get("choices", ()))})
         if (time.time() if now is None else now) >= link.expires_at:
             raise LinkExpired("the time of this link is over: ask for another")
         return link
 
-    def _seal(self, body: str) -> str:
+    def _signature(self, body: str) -> str:
         return _encode(hmac.digest(self._secret, PURPOSE + body.encode(), hashlib.sha256))
 
 
 def load_secret(directory: Path) -> bytes:
-    """Return the secret of a data directory, made at the first call.
+    """Return the secret of a data directory; the first call creates it.
 
     Raises:
         StorageError: it cannot be read or written.
@@ -96,7 +99,7 @@ def load_secret(directory: Path) -> bytes:
     try:
         if not path.exists():
             _write_secret(path)
-        path.chmod(0o600)  # also after a restored backup
+        path.chmod(0o600)  # a restored backup may have other permissions
         secret = path.read_bytes()
     except OSError as error:
         raise StorageError(f"cannot use the links' secret {str(path)!r}: {error.strerror}; check the disk") from error
@@ -106,14 +109,15 @@ def load_secret(directory: Path) -> bytes:
 
 
 def _write_secret(path: Path) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.unlink(missing_ok=True)
-    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    # Renaming makes the file appear complete or not at all, also after a crash.
+    partial = path.with_suffix(".unfinished")
+    partial.unlink(missing_ok=True)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(secrets.token_bytes(SECRET_BYTES))
         file.flush()
         os.fsync(file.fileno())
-    unfinished.replace(path)
+    partial.replace(path)
 
 
 def _encode(data: bytes) -> str:

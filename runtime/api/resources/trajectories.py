@@ -1,29 +1,30 @@
-"""What was lived, step by step, for whoever wants to read it.
+"""Routes for trajectories, the records of episodes: list, read and close them.
 
-Refuses to change what was lived: trajectories are written by the agent, judged by feedback. One that waits for its
-client can be closed, by a client that knows it will not come back.
+Invariant: no route changes recorded steps. A client that will not continue its episode can close the trajectory.
 """
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
 
 from memory.records.trajectories import TrajectoryWithReward
 from memory.schema import RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage
-from runtime.api.errors import Conflict, NotFound, refusals
-from runtime.api.gateway.permissions import Asker
+from runtime.api.errors import Conflict, NotFound, error_responses
+from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.openai.answer_ids import trajectory_of
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/trajectories", tags=["trajectories"])
 
+JsonObject = dict[str, object]
+
 
 class TrajectorySummary(BaseModel):
-    """One line of the list."""
+    """A trajectory without its steps."""
 
     id: str
     episode_id: str
@@ -32,7 +33,7 @@ class TrajectorySummary(BaseModel):
     environment: str | None
     task: str | None
     question: str
-    """The beginning of what was asked."""
+    """The first characters of the task's text."""
     kind: str
     split: Split
     policy: str
@@ -59,12 +60,12 @@ class TrajectoryPage(BaseModel):
 
 
 class StepDetail(BaseModel):
-    """One model call or one tool result. Token ids only where asked for."""
+    """One model call or one tool result. Token ids are included on request only."""
 
     position: int
     kind: StepKind
     content: str
-    tool_calls: list[dict[str, Any]]
+    tool_calls: list[JsonObject]
     tool_name: str | None
     tool_call_id: str | None
     error: str | None
@@ -78,7 +79,7 @@ class StepDetail(BaseModel):
 
 
 class RewardDetail(BaseModel):
-    """A number in [0, 1], who gave it and why."""
+    """A number in [0, 1] with its source and reason."""
 
     value: float
     source: RewardSource
@@ -87,7 +88,7 @@ class RewardDetail(BaseModel):
 
 
 class FeedbackDetail(BaseModel):
-    """What was said of the episode."""
+    """A piece of feedback on the episode."""
 
     id: str
     user_id: str
@@ -95,7 +96,7 @@ class FeedbackDetail(BaseModel):
     target: str
     step: int | None
     name: str
-    value: Any
+    value: object
     comment: str | None
     correction: str | None
     source: str
@@ -104,13 +105,13 @@ class FeedbackDetail(BaseModel):
 
 
 class TrajectoryDetail(TrajectorySummary):
-    """Everything recorded of one episode."""
+    """A trajectory with its steps, rewards and feedback."""
 
     key_id: str | None
     task_text: str
     temperature: float | None
-    opening: list[dict[str, Any]]
-    tools: list[dict[str, Any]]
+    opening: list[JsonObject]
+    tools: list[JsonObject]
     memory_text: str
     memory_ids: list[str]
     steps: list[StepDetail]
@@ -118,18 +119,24 @@ class TrajectoryDetail(TrajectorySummary):
     feedback: list[FeedbackDetail]
 
 
+DETAIL_FIELDS = ("key_id", "task_text", "temperature", "opening", "tools", "memory_text", "memory_ids")
+COPIED_FIELDS = set(TrajectorySummary.model_fields) - {"policy", "reward", "success", "used_memory", "question"}
+"""Fields of the summary that are columns of the row."""
+QUESTION_CHARS = 200
+
+
 @router.get("", summary="List trajectories, newest first")
 async def list_trajectories(
     server: Server,
-    caller: Asker,
+    caller: RequestCaller,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
-    before: Annotated[str | None, Query(description="`next_before` of the page before.")] = None,
+    before: Annotated[str | None, Query(description="`next_before` of the previous page.")] = None,
     environment: str | None = None,
     split: Split | None = None,
     policy: Annotated[str | None, Query(examples=["v3"])] = None,
     stage: TrajectoryStage | None = None,
     success: bool | None = None,
-    user: Annotated[str | None, Query(description="Only what was asked for this person.")] = None,
+    user: Annotated[str | None, Query(description="Only episodes of this person.")] = None,
 ) -> TrajectoryPage:
     memory = server.memory
     views = memory.trajectories.select(
@@ -143,24 +150,24 @@ async def list_trajectories(
         tenant=caller.tenant,
         user_id=user,
     )
-    data = [TrajectorySummary(**summarize(view)) for view in views]
+    data = [describe_trajectory(view) for view in views]
     return TrajectoryPage(data=data, next_before=data[-1].id if len(data) == limit else None)
 
 
-@router.get("/{trajectory_id}", summary="Read one trajectory", responses=refusals(NotFound))
+@router.get("/{trajectory_id}", summary="Read one trajectory", responses=error_responses(NotFound))
 async def get_trajectory(
     trajectory_id: str,
     server: Server,
-    caller: Asker,
-    token_ids: Annotated[bool, Query(description="With the exact token ids of every call.")] = False,
+    caller: RequestCaller,
+    token_ids: Annotated[bool, Query(description="Include the exact token ids of every call.")] = False,
 ) -> TrajectoryDetail:
     memory = server.memory
     trajectory_id = trajectory_of(trajectory_id)
     trajectory = memory.trajectories.get(trajectory_id, tenant=caller.tenant)
     rewards = memory.trajectories.rewards(trajectory_id)
     return TrajectoryDetail(
-        **summarize(memory.trajectories.with_reward(trajectory)),
-        **{name: getattr(trajectory, name) for name in _ONLY_IN_DETAIL},
+        **dict(describe_trajectory(memory.trajectories.with_reward(trajectory))),
+        **{name: getattr(trajectory, name) for name in DETAIL_FIELDS},
         steps=[_describe_step(step, token_ids) for step in memory.trajectories.steps(trajectory_id)],
         rewards=[RewardDetail.model_validate(row, from_attributes=True) for row in rewards],
         feedback=[
@@ -172,36 +179,32 @@ async def get_trajectory(
 @router.post(
     "/{trajectory_id}/close",
     summary="Close a trajectory that waits for its client",
-    responses=refusals(NotFound, Conflict),
+    responses=error_responses(NotFound, Conflict),
 )
-async def close_trajectory(trajectory_id: str, server: Server, caller: Asker) -> TrajectorySummary:
-    """For a client that runs tools and is done: what the last tool did was the end. Without this, the trajectory closes
-    when nobody has come back for a while. What is closed already is answered as it is."""
+async def close_trajectory(trajectory_id: str, server: Server, caller: RequestCaller) -> TrajectorySummary:
+    """For a client that runs tools itself and will not continue after the last one. Without this, the trajectory closes
+    after the client has been away for some time. A closed trajectory is returned unchanged."""
     memory = server.memory
     trajectory = memory.trajectories.get(trajectory_of(trajectory_id), tenant=caller.tenant)
     if trajectory.stage is TrajectoryStage.RUNNING:
         waiting = memory.trajectories.waiting(episode_id=trajectory.episode_id, tenant=caller.tenant)
+        # RUNNING also covers a turn that is being played; closing it would lose its last steps.
         if trajectory.id not in {each.id for each in waiting}:
             raise Conflict(f"trajectory {trajectory.id!r} is being played: it closes by itself", code="episode_busy")
         trajectory = await server.agent.open_episodes.close(trajectory, None)
-    return TrajectorySummary(**summarize(memory.trajectories.with_reward(trajectory)))
+    return describe_trajectory(memory.trajectories.with_reward(trajectory))
 
 
-_ONLY_IN_DETAIL = ("key_id", "task_text", "temperature", "opening", "tools", "memory_text", "memory_ids")
-_AS_THEY_ARE = set(TrajectorySummary.model_fields) - {"policy", "reward", "success", "used_memory", "question"}
-QUESTION_CHARS = 200
-
-
-def summarize(view: TrajectoryWithReward) -> dict[str, Any]:
-    """Return the fields of a `TrajectorySummary`."""
+def describe_trajectory(view: TrajectoryWithReward) -> TrajectorySummary:
     trajectory: Trajectory = view.trajectory
-    return {name: getattr(trajectory, name) for name in _AS_THEY_ARE} | {
-        "policy": f"v{trajectory.policy}",
-        "question": trajectory.task_text[:QUESTION_CHARS],
-        "reward": view.reward,
-        "success": view.is_success,
-        "used_memory": bool(trajectory.memory_text),
-    }
+    return TrajectorySummary(
+        **{name: getattr(trajectory, name) for name in COPIED_FIELDS},
+        policy=f"v{trajectory.policy}",
+        question=trajectory.task_text[:QUESTION_CHARS],
+        reward=view.reward,
+        success=view.is_success,
+        used_memory=bool(trajectory.memory_text),
+    )
 
 
 def _describe_step(step: Step, with_token_ids: bool) -> StepDetail:
@@ -210,6 +213,7 @@ def _describe_step(step: Step, with_token_ids: bool) -> StepDetail:
         num_prompt_tokens=len(step.prompt_token_ids or ()),
         num_output_tokens=len(step.output_token_ids or ()),
     )
+    # Excluded by default: they are most of the answer's size.
     if not with_token_ids:
         detail.prompt_token_ids = detail.output_token_ids = None
     return detail

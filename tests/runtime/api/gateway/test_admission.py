@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from runtime.api.errors import Overloaded
-from runtime.api.gateway.admission import ASKS_SECONDS, ConcurrencyLimit
+from runtime.api.gateway.admission import ACTIVE_SECONDS, ConcurrencyLimit
 from runtime.api.gateway.request_body import BodyBudget
 
 
@@ -22,44 +22,44 @@ class Clock:
         return self.moment
 
 
-def fill(room: ConcurrencyLimit, tenant: str, held: ExitStack) -> int:
-    """Take places until there are no more for this tenant; return how many."""
+def fill(limit: ConcurrencyLimit, tenant: str, held: ExitStack) -> int:
+    """Occupy slots until there are no more for this tenant; return how many."""
     num = 0
     with contextlib.suppress(Overloaded):
         while True:
-            room.require(tenant)
-            held.enter_context(room.take(tenant))
+            limit.require(tenant)
+            held.enter_context(limit.occupy(tenant))
             num += 1
     return num
 
 
-def test_a_tenant_alone_has_every_place() -> None:
+def test_a_tenant_alone_has_every_slot() -> None:
     with ExitStack() as held:
         assert fill(ConcurrencyLimit(16), "a", held) == 16
 
 
-def test_a_tenant_that_takes_all_it_gets_leaves_room_for_the_others() -> None:
-    room = ConcurrencyLimit(16)
-    room.require("b")  # which comes again later
+def test_a_tenant_that_takes_all_it_gets_leaves_slots_for_the_others() -> None:
+    limit = ConcurrencyLimit(16)
+    limit.require("b")  # which comes again later
     with ExitStack() as held:
-        assert (fill(room, "a", held), fill(room, "b", held)) == (14, 2)
+        assert (fill(limit, "a", held), fill(limit, "b", held)) == (14, 2)
 
 
-def test_places_that_become_free_go_to_a_tenant_that_has_less_than_its_share() -> None:
-    room = ConcurrencyLimit(16)
+def test_slots_that_become_free_go_to_a_tenant_that_has_less_than_its_share() -> None:
+    limit = ConcurrencyLimit(16)
     with ExitStack() as first, ExitStack() as later:
-        assert fill(room, "a", first) == 16
-        assert fill(room, "b", later) == 0  # it was turned away, and so waits
+        assert fill(limit, "a", first) == 16
+        assert fill(limit, "b", later) == 0  # it was turned away, and so waits
         first.close()
-        assert (fill(room, "b", later), fill(room, "a", later)) == (14, 2)
+        assert (fill(limit, "b", later), fill(limit, "a", later)) == (14, 2)
 
 
 def test_a_tenant_that_asks_no_more_has_no_share() -> None:
     clock = Clock()
-    room, held = ConcurrencyLimit(2, clock), ExitStack()
-    room.require("b")
-    clock.moment += ASKS_SECONDS + 1
-    assert fill(room, "a", held) == 2
+    limit, held = ConcurrencyLimit(2, clock), ExitStack()
+    limit.require("b")
+    clock.moment += ACTIVE_SECONDS + 1
+    assert fill(limit, "a", held) == 2
     held.close()
 
 

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from runtime.api.errors import BadRequest, Misdirected
-from runtime.api.gateway.origins import OriginCheck, name_of
+from runtime.api.gateway.origins import OriginCheck, strip_port
 from runtime.api.services import Services
 from runtime.config import ServerConfig
 from tests.runtime.api.worlds import ServedWorld
@@ -132,4 +132,4 @@ def test_two_hosts_are_one_too_many() -> None:
     [("a.b", "a.b"), ("a.b:80", "a.b"), ("[::1]:80", "::1"), ("[::1]", "::1"), ("127.0.0.1:80", "127.0.0.1"), ("", "")],
 )
 def test_a_name_is_what_is_before_the_port(host: str, name: str) -> None:
-    assert name_of(host) == name
+    assert strip_port(host) == name

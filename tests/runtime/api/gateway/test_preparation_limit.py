@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from runtime.api.gateway.preparation_limit import MAX_OF_A_KEY, MAX_OF_A_TENANT
+from runtime.api.gateway.preparation_limit import MAX_PER_KEY, MAX_PER_TENANT
 from tests.runtime.api.worlds import Doors, ServedWorld, eventually
 
 
@@ -63,22 +63,22 @@ def test_a_key_has_few_calls_under_way_and_a_tenant_a_few_more(world: ServedWorl
     with ThreadPoolExecutor(16) as pool:
         held = []
         for key in keys[:2]:
-            held += [pool.submit(prepare, world, key) for _ in range(MAX_OF_A_KEY)]
+            held += [pool.submit(prepare, world, key) for _ in range(MAX_PER_KEY)]
             assert eventually(partial(doors.has_under_way, len(held)))
             refused = prepare(world, key)
             assert refused.status_code == 429 and int(refused.headers["Retry-After"]) > 0
             assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-        assert len(held) == MAX_OF_A_TENANT
+        assert len(held) == MAX_PER_TENANT
         assert prepare(world, keys[2]).status_code == 429  # the tenant's are used up
         theirs = pool.submit(prepare, world, other)
-        assert eventually(lambda: doors.num_under_way == MAX_OF_A_TENANT + 1)
+        assert eventually(lambda: doors.num_under_way == MAX_PER_TENANT + 1)
         doors.is_ready.set()
-        assert [each.result().status_code for each in [*held, theirs]] == [200] * (MAX_OF_A_TENANT + 1)
+        assert [each.result().status_code for each in [*held, theirs]] == [200] * (MAX_PER_TENANT + 1)
     assert prepare(world, keys[2]).json() == {"num_tasks": 2}
 
 
 def test_a_client_that_leaves_ends_its_call_and_frees_its_place(world: ServedWorld, doors: SlowDoors):
-    for number in range(2 * MAX_OF_A_KEY):
+    for number in range(2 * MAX_PER_KEY):
         with pytest.raises(httpx.ReadTimeout):
             prepare(world, timeout=0.5)
         assert eventually(lambda number=number: doors.num_cancelled == number + 1)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.api.errors import ApiError
-from runtime.api.gateway.request_limits import JsonShape
+from runtime.api.gateway.request_limits import JsonShapeCheck
 from runtime.config import LimitsConfig
 from tests.runtime.api.worlds import ServedWorld
 
@@ -84,10 +84,10 @@ def count_of(value: object) -> int:
 
 def refusal_of(pieces: Iterable[bytes], **limits: int) -> str | None:
     """Return the code of the refusal that a body in these pieces meets."""
-    shape = JsonShape(LimitsConfig(**{"max_json_depth": 1000, "max_json_values": 10**9, **limits}))
+    shape = JsonShapeCheck(LimitsConfig(**{"max_json_depth": 1000, "max_json_values": 10**9, **limits}))
     try:
         for piece in pieces:
-            shape.feed(piece)
+            shape.check(piece)
     except ApiError as refusal:
         return refusal.code
     return None

@@ -64,7 +64,7 @@ def test_feedback_for_an_unknown_id_is_not_found(http: httpx.Client, by: str) ->
     ("more", "said"),
     [
         ({"value": 7}, "from 0 to 1, not 7"),
-        ({}, "it says nothing"),
+        ({}, "the feedback is empty"),
         ({"value": 1, "episode_id": "too"}, "exactly one of"),
         ({"value": 1, "colour": "red"}, "colour"),
     ],

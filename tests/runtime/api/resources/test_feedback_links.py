@@ -59,22 +59,22 @@ def said_of(memory: Memory, trajectory_id: str) -> list[tuple]:
 
 def test_a_link_reads_as_it_was_signed():
     signer = LinkSigner(b"1" * 32)
-    assert signer.read(signer.sign(LINK), now=1_999_999_999) == LINK
+    assert signer.verify(signer.sign(LINK), now=1_999_999_999) == LINK
     with pytest.raises(LinkExpired):
-        signer.read(signer.sign(LINK), now=2_000_000_000)
+        signer.verify(signer.sign(LINK), now=2_000_000_000)
 
 
 def test_no_changed_link_is_read():
     signer, token = LinkSigner(b"1" * 32), LinkSigner(b"1" * 32).sign(LINK)
     with pytest.raises(LinkRefused):
-        LinkSigner(b"2" * 32).read(token)
+        LinkSigner(b"2" * 32).verify(token)
     for place in range(0, len(token), 7):
         changed = token[:place] + ("A" if token[place] != "A" else "B") + token[place + 1 :]
         with pytest.raises(LinkRefused):
-            signer.read(changed)
+            signer.verify(changed)
     for nonsense in ("", ".", "a.b", token[:-1], f"{token}=", "é.é", "x" * 100_000):
         with pytest.raises(LinkRefused):
-            signer.read(nonsense)
+            signer.verify(nonsense)
 
 
 def test_the_secret_is_kept_for_its_owner_alone(tmp_path):
@@ -168,7 +168,7 @@ def test_many_long_choices_fit_and_what_does_not_fit_is_refused(http: httpx.Clie
 
 def test_links_outlive_a_restart(world: ServedWorld, http: httpx.Client):
     token = make(http, target=ask(http))["path"].rpartition("/")[2]
-    assert LinkSigner(load_secret(world.memory.data_dir)).read(token).feedback_id.startswith("link_")
+    assert LinkSigner(load_secret(world.memory.data_dir)).verify(token).feedback_id.startswith("link_")
 
 
 def test_feedback_on_one_step_is_kept_and_shown(world: ServedWorld, http: httpx.Client):

@@ -14,7 +14,7 @@ from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import Scope
 from memory.store import Memory
 from runtime.api.errors import Forbidden
-from runtime.api.gateway.permissions import OPEN_PATHS, ROUTE_PERMISSIONS, Caller, is_open, require_open
+from runtime.api.gateway.permissions import OPEN_PATHS, ROUTE_PERMISSIONS, Caller, is_open, require_permission
 from runtime.tools.documents import document_search
 from tests.runtime.api.playing import WEATHER
 from tests.runtime.api.worlds import ServedWorld, eventually
@@ -90,8 +90,8 @@ def test_every_route_has_a_door_and_no_door_leads_nowhere(keyed: Keyed) -> None:
 
 def test_a_route_without_a_door_opens_to_administrators_alone() -> None:
     with pytest.raises(Forbidden, match="needs the scope admin"):
-        require_open(Caller(scopes=frozenset(ALL_BUT_ADMIN)), "GET", "/v1/new")
-    require_open(Caller(scopes=frozenset({Scope.ADMIN})), "GET", "/v1/new")
+        require_permission(Caller(scopes=frozenset(ALL_BUT_ADMIN)), "GET", "/v1/new")
+    require_permission(Caller(scopes=frozenset({Scope.ADMIN})), "GET", "/v1/new")
 
 
 def test_without_a_key_that_is_in_force_every_route_answers_the_same(keyed: Keyed) -> None:
