@@ -522,7 +522,7 @@ class Learner:
         """
         from memory.errors import CycleInProgress
         from optimizer.cycle.context import CycleContext
-        from optimizer.cycle.release_gate import judge_again
+        from optimizer.cycle.release_gate import decide_again
         from optimizer.evaluation.bars import tightest
 
         shop = CycleContext(self._memory, self._seams, policy.cycle_id)
@@ -530,11 +530,9 @@ class Learner:
         shop.config = shop.config.model_copy(update={"evaluation": bars})
         under_way = self._memory.cycles.unfinished()
         if shop.config.environment and under_way is not None:
-            raise CycleInProgress(
-                f"cycle {under_way.id!r} is at {under_way.stage.value!r}: judge again when it has ended"
-            )
+            raise CycleInProgress(f"cycle {under_way.id!r} is at {under_way.stage!r}: judge again when it has ended")
         async with self._judging:
-            return await judge_again(shop)
+            return await decide_again(shop)
 
     async def stop(self) -> None:
         """Interrupt what runs; its row stays open."""

@@ -130,6 +130,12 @@ def plan_steps(num_rows: int, *, batch_size: int, epochs: float, min_steps: int)
     return batch_size, epochs
 
 
+def plan_rounds(num_episodes: int, num_tasks: int) -> list[int]:
+    """Return how many tasks each round of practice plays; only the last round may be shorter."""
+    num_rounds = math.ceil(num_episodes / num_tasks)
+    return [min(num_tasks, num_episodes - number * num_tasks) for number in range(num_rounds)]
+
+
 class DemonstrationConfig(BaseModel, extra="forbid"):
     """Which successes are imitated."""
 
@@ -213,6 +219,11 @@ class EvaluationConfig(BaseModel, extra="forbid"):
     max_tokens_ratio: float = 1.5
     """Output tokens, and prompt tokens, per model call, candidate against incumbent."""
 
+    def count_tasks(self, serving_temperature: float) -> int:
+        """Return how many tasks the gate plays: half as many where the contestants try each several times."""
+        temperature = serving_temperature if self.temperature is None else self.temperature
+        return max(self.num_tasks // 2, 1) if temperature > 0 and self.num_tries > 1 else self.num_tasks
+
 
 class OptimizerConfig(BaseModel, extra="forbid"):
     """One turn of the loop."""
@@ -272,6 +283,16 @@ class OptimizerConfig(BaseModel, extra="forbid"):
                 "is proved on live tasks, by a cycle of its own (`learn --logged`)"
             )
         return self
+
+    @property
+    def practice_rounds(self) -> list[int]:
+        """Number of tasks that each round of practice plays."""
+        return plan_rounds(self.practice_episodes, self.num_practice_tasks)
+
+    @property
+    def explore_rounds(self) -> list[int]:
+        """Number of tasks that each round of exploration plays."""
+        return plan_rounds(self.explore_episodes, self.num_practice_tasks)
 
     @property
     def pool_environments(self) -> tuple[str, ...]:

@@ -24,8 +24,8 @@ class Cycles:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._entered: tuple[CycleStage, float] | None = None
-        self.stage_seconds: Counter[CycleStage] = Counter()
+        self._entered: tuple[str, float] | None = None
+        self.stage_seconds: Counter[str] = Counter()
         """How long each stage took since the start, all cycles together."""
 
     async def open(self, settings: dict[str, Any]) -> Cycle:
@@ -34,9 +34,7 @@ class Cycles:
         def write(session: Session) -> Cycle:
             other = _unfinished(session)
             if other is not None:
-                raise CycleInProgress(
-                    f"cycle {other.id!r} is at {other.stage.value!r}: wait until it ends, or resume it"
-                )
+                raise CycleInProgress(f"cycle {other.id!r} is at {other.stage!r}: wait until it ends, or resume it")
             cycle = Cycle(id=new_id("cyc"), settings=settings)
             session.add(cycle)
             return cycle
@@ -55,9 +53,12 @@ class Cycles:
         def write(session: Session) -> Cycle:
             cycle = _require(session, cycle_id)
             if cycle.stage in FINAL_STAGES:
-                raise IllegalMove(f"cycle {cycle_id!r} ended as {cycle.stage.value!r}: open another")
+                raise IllegalMove(f"cycle {cycle_id!r} ended as {cycle.stage!r}: open another")
             for name, value in fields.items():
                 setattr(cycle, name, cycle.artifacts | value if name == "artifacts" else value)
+            cycle.stage = str(
+                cycle.stage
+            )  # a member of CycleStage would be stored as its value, but stay a member here
             if cycle.stage in FINAL_STAGES:
                 cycle.closed_at = now()
             session.add(cycle)
@@ -68,13 +69,13 @@ class Cycles:
             self._clock(cycle.stage)
         return cycle
 
-    def _clock(self, stage: CycleStage) -> None:
+    def _clock(self, stage: str) -> None:
         now = time.monotonic()
         if self._entered is not None:
             self.stage_seconds[self._entered[0]] += now - self._entered[1]
         self._entered = None if stage in FINAL_STAGES else (stage, now)
 
-    def outcomes(self) -> list[tuple[CycleStage, dict[str, Any] | None]]:
+    def outcomes(self) -> list[tuple[str, dict[str, Any] | None]]:
         """Return (final stage, verdict) of every cycle that ended."""
         with self._database.read() as session:
             query = select(Cycle.stage, Cycle.verdict).where(col(Cycle.closed_at).is_not(None))

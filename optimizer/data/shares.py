@@ -44,7 +44,7 @@ GROUPS: tuple[tuple[str, Callable[[Teacher], Hashable | None]], ...] = (
 
 
 def choose_rows(
-    teachers: Sequence[Teachers], config: TeachingConfig, *, floor: int, seed: int, tally: Counter[str]
+    teachers: Sequence[Teachers], config: TeachingConfig, *, floor: int, seed: int, counts: Counter[str]
 ) -> list[int]:
     """Return the positions of the rows to keep, in order; what is left out is counted by its reason."""
     dice = random.Random(seed)
@@ -52,7 +52,7 @@ def choose_rows(
     for name, group_of in GROUPS:
         most = getattr(config, f"max_rows_per_{name}")
         for rows in _rows_by_group(teachers, kept, group_of).values():
-            kept = _leave_out(kept, rows, most, f"over_{name}_cap", dice, tally)
+            kept = _leave_out(kept, rows, most, f"over_{name}_cap", dice, counts)
     if config.max_share == 1:
         return kept
     num_before = None
@@ -64,7 +64,7 @@ def choose_rows(
                 num_others = len(kept) - len(rows)
                 if num_others:
                     most = max(least, int(num_others * config.max_share / (1 - config.max_share)))
-                    kept = _leave_out(kept, rows, most, f"over_{name}_share", dice, tally)
+                    kept = _leave_out(kept, rows, most, f"over_{name}_share", dice, counts)
     return kept
 
 
@@ -79,20 +79,20 @@ def _rows_by_group(
 
 
 def _leave_out(
-    kept: list[int], rows: Sequence[int], most: int, reason: str, dice: random.Random, tally: Counter[str]
+    kept: list[int], rows: Sequence[int], most: int, reason: str, dice: random.Random, counts: Counter[str]
 ) -> list[int]:
     """Return `kept` with at most `most` of a group's `rows`, chosen by chance."""
     still = [position for position in rows if position in set(kept)]
     if len(still) <= most:
         return kept
     dropped = set(dice.sample(still, len(still) - most))
-    tally[reason] += len(dropped)
+    counts[reason] += len(dropped)
     return [position for position in kept if position not in dropped]
 
 
 def count_rows(teachers: Sequence[Teachers], key_names: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return how many rows each teacher gave, the most first. A person is shown as a short hash."""
-    counts = Counter(teacher for of_row in teachers for teacher in set(of_row))
+    num_rows_by = Counter(teacher for of_row in teachers for teacher in set(of_row))
     return [
         {
             "tenant": teacher.tenant,
@@ -102,7 +102,7 @@ def count_rows(teachers: Sequence[Teachers], key_names: Mapping[str, str]) -> li
             "user": hash_user(teacher.tenant, teacher.user_id),
             "num_rows": num_rows,
         }
-        for teacher, num_rows in sorted(counts.items(), key=lambda item: (-item[1], _order(item[0])))
+        for teacher, num_rows in sorted(num_rows_by.items(), key=lambda item: (-item[1], _order(item[0])))
     ]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from memory.records.trajectories import TrajectoryView
 from memory.schema import Policy, Split
-from optimizer.evaluation.comparison import Cell, CellResult, describe
+from optimizer.evaluation.cells import Cell, CellResult, describe
 
 PAGE = 1000
 

@@ -90,14 +90,15 @@ class State:
         decisions = Counter(verdict["decision"] for verdict in verdicts)
         yield counter("decisions", (((decision,), n) for decision, n in decisions.items()))
         outcomes = Counter(stage for stage, _ in ended)
-        yield counter("cycles", (((stage.value,), n) for stage, n in outcomes.items()))
+        yield counter("cycles", (((stage,), n) for stage, n in outcomes.items()))
         open_one = cycles.unfinished()
-        stages = [stage for stage in CycleStage if stage not in FINAL_STAGES]
         at = None if open_one is None else open_one.stage
-        yield gauge("cycle_stage", (((stage.value,), float(stage is at)) for stage in stages))
+        stages = dict.fromkeys([stage.value for stage in CycleStage if stage not in FINAL_STAGES])
+        stages |= {} if at is None else {at: None}
+        yield gauge("cycle_stage", (((stage,), float(stage == at)) for stage in stages))
         progress = {} if open_one is None else open_one.progress
         yield gauge("cycle_progress", [((), progress.get("done", 0) / max(1, progress.get("total", 0)))])
-        yield counter("stage_seconds", (((stage.value,), n) for stage, n in list(cycles.stage_seconds.items())))
+        yield counter("stage_seconds", (((stage,), n) for stage, n in list(cycles.stage_seconds.items())))
 
 
 def counter(key: str, samples: Samples) -> Metric:

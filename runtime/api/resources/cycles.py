@@ -39,7 +39,7 @@ class CycleDetail(BaseModel):
 
     id: str
     status: Literal["running", "completed", "error"]
-    stage: CycleStage
+    stage: str
     progress: dict[str, Any]
     settings: dict[str, Any]
     artifacts: dict[str, Any]
@@ -149,7 +149,7 @@ async def cancel_cycle(cycle_id: str, server: Server) -> CycleDetail:
     """What it has recorded stays: trajectories, rewards, insights, drafts."""
     cycle = server.memory.cycles.get(cycle_id)
     if cycle.stage in FINAL_STAGES:
-        raise Conflict(f"cycle {cycle_id!r} has ended: {cycle.stage.value}", code="cycle_ended")
+        raise Conflict(f"cycle {cycle_id!r} has ended: {cycle.stage}", code="cycle_ended")
     return describe(await server.cycles.cancel(cycle_id), server)
 
 
@@ -170,7 +170,7 @@ async def get_report(
     name = REPORT_FILES[format]
     path = reports_of(cycle, server) / name
     if not path.exists():
-        state = f"it is at {cycle.stage.value!r}" if cycle.stage not in FINAL_STAGES else f"it ended: {cycle.error}"
+        state = f"it is at {cycle.stage!r}" if cycle.stage not in FINAL_STAGES else f"it ended: {cycle.error}"
         what = (
             "plot, because nothing was played" if format == "plot" and cycle.verdict is not None else f"report: {state}"
         )
@@ -183,7 +183,7 @@ def reports_of(cycle: Cycle, server: Services) -> FilePath:
 
 
 def describe(cycle: Cycle, server: Services) -> CycleDetail:
-    ends = {CycleStage.COMPLETED: "completed", CycleStage.ERROR: "error"}
+    ends: dict[str, Literal["completed", "error"]] = {CycleStage.COMPLETED: "completed", CycleStage.ERROR: "error"}
     has_report = (reports_of(cycle, server) / REPORT_FILES["json"]).exists()
     as_they_are = CycleDetail.model_fields.keys() & Cycle.model_fields.keys()
     return CycleDetail(

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from optimizer.cycle.report import render_markdown
+from optimizer.cycle.methods import METHODS
+from optimizer.cycle.report_page import render_markdown
 
 CELL = {
     "policy": 1,
@@ -69,7 +70,7 @@ def a_report(num_tasks: int) -> dict[str, Any]:
 
 
 def test_sections_about_nothing_are_left_out():
-    page = render_markdown(a_report(0))
+    page = render_markdown(a_report(0), METHODS)
     titles = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
     assert titles == ["The gate", "Data", "Lineage"]
     for empty in ("None.", "none", "Not measured", "| ", "success.png", "0 preferences", "\n\n\n"):
@@ -79,5 +80,5 @@ def test_sections_about_nothing_are_left_out():
 
 @pytest.mark.parametrize("title", ["Success by stage", "On the same tasks", "Guards", "Tasks that changed"])
 def test_what_was_played_is_on_the_page(title: str):
-    page = render_markdown(a_report(2))
+    page = render_markdown(a_report(2), METHODS)
     assert f"## {title}\n" in page and "Won now (2): task-0, task-1" in page and "Lost now" not in page
