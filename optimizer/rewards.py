@@ -1,6 +1,6 @@
-"""Grades: brings each rewarded trajectory together with its steps, and splits successes from failures.
+"""Graded trajectories: each rewarded trajectory with its steps, and the split into successes and failures.
 
-Refuses to judge by itself: rewards are rows (environment, code, user, judge), and memory says which of them counts.
+Nothing is scored here. Rewards are rows, and memory decides which of several counts.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from memory.records.feedback import Correction
 from memory.records.trajectories import Graded
 from memory.schema import Split, Step, StepKind, Trajectory
+from memory.store import Memory
 from memory.teaching import OPERATOR, Teacher
 
 
 @dataclass(frozen=True)
 class GradedTrajectory:
-    """One closed trajectory, whole, with the reward that counts."""
+    """One closed trajectory with its steps and the reward that counts."""
 
     trajectory: Trajectory
     steps: list[Step]
     reward: float
     is_success: bool
     teacher: Teacher = OPERATOR
-    """Who gave the reward."""
+    """The giver of the reward."""
 
     @property
     def model_steps(self) -> list[Step]:
@@ -34,7 +34,7 @@ class GradedTrajectory:
 
 
 def grade(
-    memory: Any,
+    memory: Memory,
     *,
     since: datetime | None = None,
     environment: str | None = None,
@@ -69,14 +69,14 @@ def grade(
 
 def choose_newest(learnable: list[Graded], limit: int) -> list[Graded]:
     """Return `limit` of these, oldest first: the newest, from each teacher in turn. One who rewards thousands must not
-    push out what the others taught."""
+    push out the episodes that others rewarded."""
     num_newer: Counter[Teacher] = Counter()
     ranked = []
     for age, each in enumerate(reversed(learnable)):
         ranked.append((num_newer[each.teacher], age, each))
         num_newer[each.teacher] += 1
-    ranked.sort(key=lambda found: found[:2])
-    return [each for _, _, each in sorted(ranked[:limit], key=lambda found: -found[1])]
+    ranked.sort(key=lambda entry: entry[:2])
+    return [each for _, _, each in sorted(ranked[:limit], key=lambda entry: -entry[1])]
 
 
 def split(graded: Iterable[GradedTrajectory]) -> tuple[list[GradedTrajectory], list[GradedTrajectory]]:
@@ -86,7 +86,7 @@ def split(graded: Iterable[GradedTrajectory]) -> tuple[list[GradedTrajectory], l
 
 
 def refuse_held_out(graded: Iterable[GradedTrajectory | Correction]) -> None:
-    """Stop everything when a held-out episode is about to be learned from: the gate would measure its own teacher."""
+    """Raise AssertionError for a held-out episode: a gate that measures on training data measures nothing."""
     for each in graded:
         if each.trajectory.split is Split.HELD_OUT:
             raise AssertionError(

@@ -128,8 +128,6 @@ class CycleArtifacts(BaseModel):
         return self.candidate
 
 
-def to_json(artifact: object) -> object:
+def to_json(artifact: object) -> Any:
     """Return an artefact as it is stored."""
-    if isinstance(artifact, BaseModel):
-        return artifact.model_dump(mode="json", by_alias=True)
-    return artifact
+    return artifact.model_dump(mode="json", by_alias=True) if isinstance(artifact, BaseModel) else artifact

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ class MethodStage:
     is_needed: Callable[[OptimizerConfig], bool] = lambda config: True
 
     def bind(self, method: Method) -> Stage:
-        return Stage(self.name, partial(self.run, method=method), self.is_needed)
+        return Stage(self.name, lambda context: self.run(context, method), self.is_needed)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from memory.records.feedback import Correction
 from optimizer.config import DemonstrationConfig, TeachingConfig
 from optimizer.data.corrections import stitch_correction
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_imitable, require_trusted
-from optimizer.data.stitching import Unstitchable, plan_memory_removal, remove_memory, stitch
+from optimizer.data.stitching import Tokenizer, Unstitchable, plan_memory_removal, remove_memory, stitch
 from optimizer.errors import TemplateMismatch
 from optimizer.rewards import GradedTrajectory, refuse_held_out
 
@@ -126,7 +126,7 @@ def describe(summary: dict[str, Any]) -> list[str]:
 
 def build_demonstrations(
     graded: Iterable[GradedTrajectory],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     config: DemonstrationConfig,
     max_length_tokens: int,
@@ -189,7 +189,7 @@ class _Episode:
 
 def _take_corrections(
     corrections: Sequence[Correction],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     config: DemonstrationConfig,
     max_length_tokens: int,
     seed: int,
@@ -238,7 +238,7 @@ def _keeps_memory(each: GradedTrajectory | Correction, config: DemonstrationConf
 
 
 def _demonstrate(
-    each: GradedTrajectory, tokenizer: Any, keeps_memory: bool, max_length_tokens: int, built: DemonstrationRows
+    each: GradedTrajectory, tokenizer: Tokenizer, keeps_memory: bool, max_length_tokens: int, built: DemonstrationRows
 ) -> _Episode:
     """Return the rows of one success. A row whose prompt cannot be rid of the memory segment is left out alone, since
     the other calls stand in contexts of their own; a row that is too long leaves out the whole episode."""

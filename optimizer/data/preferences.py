@@ -15,7 +15,15 @@ from typing import Any
 from memory.records.feedback import Correction
 from optimizer.config import PreferenceConfig, TeachingConfig
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_imitable, require_trusted
-from optimizer.data.stitching import Row, SegmentEdit, Unstitchable, plan_memory_removal, remove_memory, stitch
+from optimizer.data.stitching import (
+    Row,
+    SegmentEdit,
+    Tokenizer,
+    Unstitchable,
+    plan_memory_removal,
+    remove_memory,
+    stitch,
+)
 from optimizer.insights.contrast import BLAME_DISCOUNT
 from optimizer.rewards import GradedTrajectory, refuse_held_out
 
@@ -70,7 +78,7 @@ def describe(summary: dict[str, Any]) -> list[str]:
 
 def build_preferences(
     graded: Iterable[GradedTrajectory],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     config: PreferenceConfig,
     max_length_tokens: int,
@@ -112,7 +120,7 @@ def build_preferences(
 
 def _weigh_task(
     tries: Sequence[GradedTrajectory],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     config: PreferenceConfig,
     max_length_tokens: int,
     counts: Counter[str],
@@ -167,7 +175,7 @@ class _Side:
         return row.start_of(step) + len(self.graded.model_steps[step].output_token_ids or ())
 
 
-def _stitch_side(each: GradedTrajectory, tokenizer: Any, counts: Counter[str]) -> _Side:
+def _stitch_side(each: GradedTrajectory, tokenizer: Tokenizer, counts: Counter[str]) -> _Side:
     require_trusted(each)  # a page that makes the agent fail must not choose what is unlearned either
     if each.is_success:
         require_imitable(each)

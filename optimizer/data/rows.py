@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from memory.records.feedback import Correction
 from optimizer.config import DemonstrationConfig, OptimizerConfig, PreferenceConfig, TeachingConfig
 from optimizer.data.shares import Teachers, choose_rows
-from optimizer.data.stitching import Unstitchable
+from optimizer.data.stitching import Tokenizer, Unstitchable
 from optimizer.rewards import GradedTrajectory
 
 RowT = TypeVar("RowT")
@@ -32,7 +32,7 @@ class Material:
 
     trajectories: Sequence[GradedTrajectory]
     corrections: Sequence[Correction]
-    tokenizer: Any
+    tokenizer: Tokenizer
     config: OptimizerConfig
     max_length_tokens: int
     """Longer rows are left out."""

@@ -184,10 +184,11 @@ def describe(
     # a clock says more about the machine than about the policy; steps and tokens are the policy's own
     is_out_of_time = is_cut and "second" in error
     is_broken = not is_finished or is_out_of_time or reward is None
+    is_success = not is_broken and reward is not None and reward >= success_reward
     return EpisodeSummary(
         task=task,
         trajectory_id=trajectory.id,
-        is_success=not is_broken and reward >= success_reward,
+        is_success=is_success,
         is_broken=is_broken,
         is_truncated=is_cut and not is_out_of_time,
         num_calls=num_model_calls,

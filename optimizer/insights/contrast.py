@@ -29,6 +29,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from scipy.stats import false_discovery_control, fisher_exact
 
@@ -331,7 +332,7 @@ def _test(tally: Tally, otherwise: Tally, *, is_better: bool = True) -> float:
     """Return the p-value of one-sided exact tests (Fisher) by outcome and by survival, the smaller one doubled."""
     alternative = "greater" if is_better else "less"
     tables = [(tally.by_outcome, otherwise.by_outcome), (tally.by_survival, otherwise.by_survival)]
-    return min(1.0, 2 * min(float(fisher_exact(table, alternative=alternative).pvalue) for table in tables))
+    return min(1.0, 2 * min(_p_value(table, alternative) for table in tables))
 
 
 def find_refuted(
@@ -356,3 +357,8 @@ def find_refuted(
         if p_value < SIGNIFICANCE or own.num_tries < MIN_TRIES <= mine.num_tries:
             refuted.append(Contrast(cue, action, mine, otherwise, p_value))
     return refuted
+
+
+def _p_value(table: tuple[tuple[float, float], tuple[float, float]], alternative: str) -> float:
+    # scipy's own type says tuple; the result has a name for each value
+    return float(cast(Any, fisher_exact(table, alternative=alternative)).pvalue)

@@ -71,8 +71,8 @@ def choose_readings(
 ) -> list[Reading]:
     """Return at most `max_critiques` readings of episodes that were not read so before; a third of them are groups."""
 
-    def unread(episodes: Iterable[GradedTrajectory], kind: str) -> dict[tuple[str, str], GradedTrajectory]:
-        """The newest of each task: the pool comes oldest first."""
+    def unread(episodes: Iterable[GradedTrajectory], kind: str) -> dict[tuple[str, str, str], GradedTrajectory]:
+        """Return the newest of each task: the pool is sorted oldest first."""
         return {e.trajectory.task_key: e for e in episodes if (e.trajectory.id, kind) not in already_read}
 
     won, lost = unread(successes, "compared"), unread(failures, "compared")

@@ -205,7 +205,7 @@ def _find_values(text: str) -> Iterator[Any]:
             yield value
 
 
-def _walk(value: Any) -> Iterator[ParsedOperation]:
+def _walk(value: object) -> Iterator[ParsedOperation]:
     if isinstance(value, list):
         for each in value:
             yield from _walk(each)
@@ -249,7 +249,7 @@ def _first_text(fields: dict[str, Any], keys: Sequence[str]) -> str:
     return next((value for key in keys if isinstance(value := fields.get(key), str) and value.strip()), "")
 
 
-def _walk_named(kind: OperationKind, value: Any) -> Iterator[ParsedOperation]:
+def _walk_named(kind: OperationKind, value: object) -> Iterator[ParsedOperation]:
     """Read `{"ADD": ["..."], "AGREE": [1], "EDIT": {"2": "..."}}`."""
     if isinstance(value, dict):
         pairs = value.items()
@@ -352,8 +352,11 @@ def _read_body(header: ParsedOperation, lines: Sequence[str]) -> Iterator[Parsed
         yield _continue(header, lines)
         return
     body = [line for line in lines if not _FENCE.match(line)]
-    while body and (not body[0].strip() or (number := _NUMBER_FIELD.match(body[0]))):
-        if body[0].strip() and number[1].isdecimal():
+    while body:
+        number = _NUMBER_FIELD.match(body[0])
+        if body[0].strip() and number is None:
+            break
+        if number is not None and number[1].isdecimal():
             header = replace(header, number=int(number[1]))
         body = body[1:]
     if not body or _REASON_FIELD.match(body[0]):

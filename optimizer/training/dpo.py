@@ -1,8 +1,8 @@
 """Trains an adapter on preferences, from an SFT adapter: `python -m optimizer.training.dpo spec.json`.
 
-Refuses to see text, as the SFT trainer does. TRL 1.16's DPO trainer counts every token after the prompt, tool output
-included, and tokenizes by itself; `MaskedDPOTrainer` and its collator replace exactly that, so that masked tokens count
-for nothing.
+Rows are token ids with masks, never text. TRL 1.16's DPO trainer counts every token after the prompt, tool output
+included, and tokenizes by itself; `MaskedDPOTrainer` and its collator replace exactly that, so that masked tokens have
+no loss.
 
 The reference is the adapter as it was when training began: TRL keeps a frozen copy of it, "ref", beside "default".
 """
@@ -17,7 +17,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers.data.data_collator import DataCollatorMixin
-from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from optimizer.data.rows import read_rows
 from optimizer.training import child
@@ -55,7 +56,7 @@ def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
 class MaskedDPOTrainer(child.WarmStart, DPOTrainer):
     """DPO over pre-tokenized rows with masks on both sides."""
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -1,7 +1,7 @@
-"""Runs a trainer as a child process and brings its adapter home.
+"""Runs a trainer as a child process and returns the manifest of its adapter.
 
-Refuses to import PyTorch: training may crash, run out of memory or be killed without costing an answer, and its
-memory is really returned. A trainer that died is started again from its last checkpoint.
+PyTorch is not imported here: a training may crash, run out of memory or be killed without costing an answer, and its
+memory is returned to the system. A trainer that died is started again from its last checkpoint.
 
 Flow: spec -> spec file -> child process -> progress lines -> adapter directory with its manifest.
 Invariant: when `train` returns, the adapter directory is whole and was made from this very spec.
@@ -54,6 +54,7 @@ async def train(spec: TrainingSpec, *, on_step: OnStep | None = None, num_attemp
     _forget_other_training(spec)
     spec_path = spec.work_dir / "spec.json"
     spec_path.write_text(spec.model_dump_json(indent=1), encoding="utf-8")
+    exit_code, last_step = 0, {}
     for _ in range(num_attempts):
         exit_code, last_step = await _run_child(spec, spec_path, on_step)
         made = read_finished(spec)
@@ -85,7 +86,7 @@ def _forget_other_training(spec: TrainingSpec) -> None:
 
 
 async def _run_child(spec: TrainingSpec, spec_path: Path, on_step: OnStep | None) -> tuple[int, dict[str, Any]]:
-    """Run the trainer once; return its exit code and the last step it told of."""
+    """Run the trainer once; return its exit code and the last step it reported."""
     last_step: dict[str, Any] = {}
     with log_path(spec).open("ab") as log:
         child = await asyncio.create_subprocess_exec(
@@ -103,11 +104,11 @@ async def _run_child(spec: TrainingSpec, spec_path: Path, on_step: OnStep | None
     try:
         assert child.stdout is not None
         async for line in child.stdout:
-            told = _parse(line)
-            if told.get("event") == "step":
-                last_step = told
+            event = _parse(line)
+            if event.get("event") == "step":
+                last_step = event
                 if on_step is not None:
-                    await on_step(told)
+                    await on_step(event)
         return await child.wait(), last_step
     finally:
         if child.returncode is None:  # we were cancelled, or `on_step` raised
@@ -117,7 +118,7 @@ async def _run_child(spec: TrainingSpec, spec_path: Path, on_step: OnStep | None
 
 
 def child_environment(spec: TrainingSpec) -> dict[str, str]:
-    """Return the environment of a trainer: ours, silent towards the network, able to import us from anywhere."""
+    """Return the environment of a trainer: that of this process, without telemetry, this project on its import path."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # One GPU, or TRL would wrap the model in DataParallel, which it refuses.
     device = {} if spec.visible_device is None else {"CUDA_VISIBLE_DEVICES": spec.visible_device}
@@ -137,10 +138,10 @@ def log_path(spec: TrainingSpec) -> Path:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        told = json.loads(line)
+        event = json.loads(line)
     except ValueError:
         return {}
-    return told if isinstance(told, dict) else {}
+    return event if isinstance(event, dict) else {}
 
 
 def _explain(spec: TrainingSpec, exit_code: int, last_step: dict[str, Any], num_attempts: int) -> str:
