@@ -1,6 +1,6 @@
-"""How the optimizer learns: how much to play, how to train a model of a given size, what a promotion needs.
+"""The optimizer's settings: how much to play, how to train a model of a given size, the bars of a promotion.
 
-Refuses to know where data lives and who serves. The defaults are the recommendation; `RECIPES` is the one table of
+The defaults are the recommendation; `RECIPES` is the one table of
 training settings, chosen by the number of parameters of the base; `OptimizerConfig.recipe` overrides single entries.
 """
 
@@ -179,7 +179,7 @@ class TeachingConfig(BaseModel, extra="forbid"):
 
 
 class EvaluationConfig(BaseModel, extra="forbid"):
-    """What is played to decide, and what a promotion needs. docs/gate.md explains the rule."""
+    """The tasks that are played to decide, and the bars of a promotion. docs/gate.md explains the rule."""
 
     num_tasks: int = 200
     """Episodes of a cell. Played greedily each is a task of its own."""
@@ -226,7 +226,7 @@ class EvaluationConfig(BaseModel, extra="forbid"):
 
 
 class OptimizerConfig(BaseModel, extra="forbid"):
-    """One turn of the loop."""
+    """The settings of one learning cycle."""
 
     environment: NameOrEmpty = "textworld"
     """Where to practise and to prove, and whose episodes are learned from. Empty: only clients play; then both counts
@@ -260,7 +260,7 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     max_length_tokens: int | None = Field(default=None, ge=1)
     """Longer rows are left out and counted, never cut. None: as long as the engine's context, or as fits on the GPU."""
     gpu: str = Field(default="share", pattern=r"^(share|window|\d+)$", coerce_numbers_to_str=True)
-    """Where training finds room. "share": on the engine's GPU, beside it; refused if it cannot fit. "window": on the
+    """The GPU that trains. "share": on the engine's GPU, beside it; refused if it cannot fit. "window": on the
     engine's GPU, while the engine is stopped and requests get 503. A number: on that GPU, as nvidia-smi counts them.
     Without a GPU only "window" means anything: the engine's cores are free for training then."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

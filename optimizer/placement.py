@@ -48,17 +48,17 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs here, and what the engine takes of them."""
+    """The GPUs here, and the engine's part of them."""
 
     gpus: Sequence[Gpu] = ()
     """Those that PyTorch could use; none where only the CPU computes."""
     engine_device: str | None = None
-    """What CUDA_VISIBLE_DEVICES must say to see the engine's (first) GPU; None: there is none."""
+    """The value of CUDA_VISIBLE_DEVICES that shows the engine's (first) GPU; None: there is none."""
     engine_share: float | None = None
     """Which share of its GPU's memory our engine was given; None: the engine is not ours to size."""
     can_stop_engine: bool = True
     max_model_len: int | None = None
-    """The engine's context as it is served; None: it does not say."""
+    """The engine's context as it is served; None: unknown."""
     max_loras: int = 4
 
     def find(self, device: str | None) -> Gpu | None:
@@ -198,7 +198,7 @@ def _list_mends(placement: Placement, config: OptimizerConfig, machine: Machine,
 
 
 def suggest_engine_share(placement: Placement, machine: Machine, gpu: Gpu, need: int) -> float | None:
-    """Return the largest share of the GPU that leaves room for the training; None if serving needs more than that."""
+    """Return the largest share of the GPU that leaves enough memory for the training; None if serving needs more."""
     shape, recipe = placement.shape, placement.recipe
     context = machine.max_model_len or shape.max_position_embeddings
     others = max(0, gpu.total_bytes - gpu.free_bytes - math.ceil((machine.engine_share or 0) * gpu.total_bytes))

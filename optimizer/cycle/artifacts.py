@@ -2,7 +2,7 @@
 
 The keys of that object are a stored format, shown by the HTTP API: rename a field here only with an alias. A method of
 learning adds three kinds of keys under its own names: the summary of its rows (`demonstrations`), the adapter that it
-trained (`sft`) and the policy version reserved for it (`sft_version`). They are told apart by their shape, so that a
+trained (`sft`) and the policy version reserved for it (`sft_version`). They are distinguished by their shape, so that a
 method needs no code here.
 """
 

@@ -159,7 +159,7 @@ def choose_tasks_to_retry(tasks: Sequence[Task], outcomes: dict[str, list[bool]]
     """Return `num_tries` tasks, some of them repeatedly, those whose outcome is least certain first.
 
     The certainty of an outcome is how far the smoothed share of wins lies from one half; the tasks of the less certain
-    half are played in turn.
+    half are played one after the other.
     """
 
     def certainty(task: Task) -> float:

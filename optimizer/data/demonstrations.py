@@ -174,7 +174,7 @@ def build_demonstrations(
 
 @dataclass(frozen=True)
 class _Episode:
-    """The rows of one success, and the length of their prompts as played and as kept."""
+    """The rows of one success, and the length of their prompts before and after the memory segment is removed."""
 
     trajectory_id: str
     rows: list[Demonstration]
@@ -183,7 +183,7 @@ class _Episode:
 
     @property
     def output(self) -> tuple[int, ...]:
-        """Everything the agent said that is trained."""
+        """All tokens of the agent that are trained."""
         return tuple(token for row in self.rows for token, own in zip(row.input_ids, row.mask, strict=True) if own)
 
 
@@ -240,8 +240,8 @@ def _keeps_memory(each: GradedTrajectory | Correction, config: DemonstrationConf
 def _demonstrate(
     each: GradedTrajectory, tokenizer: Tokenizer, keeps_memory: bool, max_length_tokens: int, built: DemonstrationRows
 ) -> _Episode:
-    """Return the rows of one success. A row whose prompt cannot be rid of the memory segment is left out alone, since
-    the other calls stand in contexts of their own; a row that is too long leaves out the whole episode."""
+    """Return the rows of one success. A row whose prompt cannot be rid of the memory segment is left out alone, because
+    the other calls have contexts of their own; a row that is too long leaves out the whole episode."""
     trajectory = each.trajectory
     stitched, joints = stitch(each.steps)
     has_memory = bool(trajectory.memory_text) and keeps_memory

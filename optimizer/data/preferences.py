@@ -157,7 +157,7 @@ def _weigh_task(
 
 @dataclass(frozen=True)
 class _Side:
-    """One try of a task, stitched; each row is rid of its memory segment when it is asked for."""
+    """One try of a task, stitched; the memory segment of a row is removed on first use."""
 
     graded: GradedTrajectory
     rows: list[Row]
@@ -224,7 +224,7 @@ class _Reply:
 
 
 def _steps_left(side: _Side, step: int) -> int:
-    """Return how many other replies followed; a circle is a single one, however often it is gone round."""
+    """Return how many other replies followed; a repeated reply counts once."""
     replies = [tuple(model_step.output_token_ids or ()) for model_step in side.graded.model_steps[step:]]
     return len(set(replies)) - 1
 
@@ -234,10 +234,10 @@ def _order(tried: tuple[_Side, int]) -> tuple[int, str]:
 
 
 def _is_evident(better: _Reply, worse: _Reply) -> bool:
-    """Whether the tries say that one reply is better than another, and not that luck came later.
+    """Whether the tries show that one reply is better than another, and that luck did not come later.
 
     Two tries of a long task differ in many steps that decide nothing; learned from, they make the policy worse. Either
-    of two testimonies will do: the loss followed soon, or several tries of both ended differently.
+    of two kinds of evidence will do: the loss followed soon, or several tries of both ended differently.
     """
     if worse.survival <= MOST_OF_REJECTED and better.survival - worse.survival >= LEAST_DIFFERENCE:
         return better.value > worse.value
@@ -263,7 +263,7 @@ def _group_by_prompt(sides: Sequence[_Side], counts: Counter[str]) -> dict[tuple
 def _weigh(winner: tuple[_Side, int], loser: tuple[_Side, int], config: PreferenceConfig) -> Preference:
     """Return the preference of one reply over another to the same prompt.
 
-    With scope "remainder" a side ends with its row: what a later call of another row said stands behind another prompt.
+    With scope "remainder" a side ends with its row: a later call in another row has another prompt.
     """
     (won_side, won_step), (lost_side, lost_step) = winner, loser
     won, lost = won_side.bare_row(won_step), lost_side.bare_row(lost_step)

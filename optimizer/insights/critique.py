@@ -107,7 +107,7 @@ def _scope_of(each: GradedTrajectory) -> InsightScope:
 def build_critique(
     reading: Reading, known: Sequence[str], *, comments: Mapping[str, Sequence[str]], max_tokens: int
 ) -> Critique | None:
-    """Return the messages that ask a model for operations, within `max_tokens`; None where not even the shortest report fits.
+    """Return the messages that ask a model for operations, within `max_tokens`; None if even the shortest is longer.
 
     Long texts are shortened in their middle first, then steps are left out, whole episodes last; the text says so.
     """

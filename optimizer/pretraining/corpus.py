@@ -6,9 +6,9 @@ calls "fry" may want the oven, what it calls "chop" the dicing cut. Without memo
 rules in its memory it can look them up. Foods are renamed in half of the episodes, so that names are copied, not
 learned by heart.
 
-Most episodes are the hasty cook's: what care is worth is not told here either.
+Most episodes are those of a hasty cook: the value of care is not taught here either.
 
-Refuses to know the environment, the tokenizer and the optimizer of the weights.
+The environment, the tokenizer and the optimizer of the weights are not known here.
 """
 
 from __future__ import annotations
@@ -148,11 +148,13 @@ class Corpus:
             answers = [*COOKING.values(), *CUTTING.values(), *OTHER_RULES, *OTHER_CUTS]
         else:
             cues, answers = [f"{thing} ->" for thing in rng.sample(things, rng.randint(3, 10))], things
-        told = {cue: f" {rng.choice(answers)}" for cue in cues}
-        memory = "<memory>\nInsights:\n" + "\n".join(f"- {cue}{answer}" for cue, answer in told.items()) + "\n</memory>"
+        taught = {cue: f" {rng.choice(answers)}" for cue in cues}
+        memory = (
+            "<memory>\nInsights:\n" + "\n".join(f"- {cue}{answer}" for cue, answer in taught.items()) + "\n</memory>"
+        )
         pieces = [Piece(self.header, 0.0), *user(memory, self.weights.opening), Piece("<|im_start|>assistant\n", 0.0)]
         for number, cue in enumerate(rng.choices(cues, k=80)):
-            pieces += [Piece("\n" if number else "", 0.0), Piece(cue, 0.0), Piece(told[cue], lookup)]
+            pieces += [Piece("\n" if number else "", 0.0), Piece(cue, 0.0), Piece(taught[cue], lookup)]
         return [*pieces, Piece("<|im_end|>\n", 0.0)]
 
     def drill(self) -> list[Piece]:
@@ -231,12 +233,12 @@ class Corpus:
     def _insights(self, rules: dict[str, str]) -> tuple[list[str], set[str]]:
         """Return memory lines for most of the rules, in any order, and which rules they are."""
         share = self.rng.choice([1.0, 1.0, 0.7])
-        told = {cue: rule for cue, rule in rules.items() if self.rng.random() < share} or dict(rules)
-        lines = [f"- {cue} the _ -> {rule}" for cue, rule in told.items()]
+        taught = {cue: rule for cue, rule in rules.items() if self.rng.random() < share} or dict(rules)
+        lines = [f"- {cue} the _ -> {rule}" for cue, rule in taught.items()]
         for cue in self.rng.sample(OTHER_CUES, self.rng.choice([0, 0, 0, 1, 2])):
             lines.append(f"- {cue} the _ -> {self.rng.choice(OTHER_RULES + OTHER_CUTS)}")
         self.rng.shuffle(lines)
-        return lines, set(told)
+        return lines, set(taught)
 
     @staticmethod
     def _exemplar(transcript: dict[str, Any], kitchen: Kitchen) -> str:

@@ -51,7 +51,7 @@ async def train(spec: TrainingSpec, *, on_step: OnStep | None = None, num_attemp
     if made is not None:
         return made
     spec.work_dir.mkdir(parents=True, exist_ok=True)
-    _forget_other_training(spec)
+    _delete_other_checkpoints(spec)
     spec_path = spec.work_dir / "spec.json"
     spec_path.write_text(spec.model_dump_json(indent=1), encoding="utf-8")
     exit_code, last_step = 0, {}
@@ -76,8 +76,8 @@ def read_finished(spec: TrainingSpec) -> Manifest | None:
     return manifest
 
 
-def _forget_other_training(spec: TrainingSpec) -> None:
-    """Checkpoints of another spec in the same place must not be resumed."""
+def _delete_other_checkpoints(spec: TrainingSpec) -> None:
+    """Delete the checkpoints of another spec in the same directory, which must not be resumed."""
     spec_path = spec.work_dir / "spec.json"
     with contextlib.suppress(OSError, ValueError):
         if TrainingSpec.model_validate_json(spec_path.read_text(encoding="utf-8")).digest() == spec.digest():
