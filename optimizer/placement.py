@@ -143,6 +143,7 @@ def choose_placement(config: OptimizerConfig, machine: Machine, shape: ModelShap
     if gpu is None and config.gpu.isdecimal():
         there = ", ".join(f"{it.index} ({it.name})" for it in machine.gpus)
         raise TrainingDoesNotFit(f"optimizer.gpu = {config.gpu!r} names no GPU of this machine; there is: {there}")
+    # set before the size is known: the trainer must see one GPU in any case
     placement = replace(placement, visible_device=device)
     if gpu is None:  # a MIG slice, or an engine elsewhere: its size is not known
         return placement
@@ -160,6 +161,7 @@ def _budget(gpu: Gpu, machine: Machine, *, in_window: bool) -> int:
     engine = math.ceil(machine.engine_share * gpu.total_bytes)
     if in_window:
         return min(gpu.total_bytes, gpu.free_bytes + engine)
+    # a restarting engine holds little now and all its share later
     return min(gpu.free_bytes, gpu.total_bytes - engine)
 
 

@@ -70,6 +70,7 @@ def grade(
 def choose_newest(learnable: list[Graded], limit: int) -> list[Graded]:
     """Return `limit` of these, oldest first: the newest, from each teacher in turn. One who rewards thousands must not
     push out the episodes that others rewarded."""
+    # round robin over teachers: rank within a teacher first, age second
     num_newer: Counter[Teacher] = Counter()
     ranked = []
     for age, each in enumerate(reversed(learnable)):

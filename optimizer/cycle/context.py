@@ -47,6 +47,7 @@ class CycleContext:
 
     def __post_init__(self) -> None:
         row = self.memory.cycles.get(self.cycle_id)
+        # the settings of the row, not those of the server: a cycle keeps its own across a restart
         self.config = OptimizerConfig.model_validate(row.settings)
         self.artifacts = CycleArtifacts.read(row.artifacts)
         self.stage, self.settings, self.opened_at = row.stage, row.settings, row.created_at
@@ -67,18 +68,21 @@ class CycleContext:
     async def save_artifacts(self, **artifacts: object) -> None:
         """Add artefacts to the row, under their stored names; a repeated stage reads them there."""
         stored = {name: to_json(artifact) for name, artifact in artifacts.items()}
+        # the row first: a failed write must not leave an artefact that only this process knows
         row = await self.memory.cycles.save(self.cycle_id, artifacts=stored)
         self.artifacts = CycleArtifacts.read(row.artifacts)
 
     async def enter(self, stage: str) -> None:
         """Move the cycle to a stage. A process that dies after this resumes there."""
         progress = {"stage": stage, "done": 0, "total": 0, "message": ""}
+        # one write for both, so that people never see the progress of another stage
         await self.memory.cycles.save(self.cycle_id, stage=stage, progress=progress)
         self.stage = stage
 
     async def report_progress(self, done: int, total: int, message: str) -> None:
         """Show how far the stage is; calls in quick succession are dropped, but never the last of a count."""
         now = time.monotonic()
+        # each report is a transaction; hundreds of episodes may end within a second
         if done < total and now - self._progress_saved_at < PROGRESS_INTERVAL_SECONDS:
             return
         self._progress_saved_at = now
@@ -87,6 +91,7 @@ class CycleContext:
 
     def seed(self, *names: object) -> int:
         """Return a seed that depends only on the configured seed, the cycle and `names`."""
+        # a string seeds Random by its digest; hash() would change with every process
         return random.Random(f"{self.config.seed}/{self.cycle_id}/{names}").getrandbits(31)
 
     async def read_pool(
@@ -127,6 +132,7 @@ class CycleContext:
 
     async def _drop_held_out(self, candidates: list[WithTrajectory]) -> list[WithTrajectory]:
         """Leave out tries of tasks that measure, also those that were played without being marked as held out."""
+        # by name: a client may have played a held-out task without marking it
         held_out = {(task.environment, task.name) for task in self._measuring_tasks()}
         held_out_by_clients = await asyncio.to_thread(self.memory.trajectories.kept_back)
 
@@ -181,6 +187,7 @@ class CycleContext:
         """Return every held-out task that a gate has played or will play in this cycle, and the sealed ones."""
         tasks: list[Task] = []
         for environment in filter(None, self.config.pool_environments):
+            # from 0: the blocks of earlier gates may be played again, once the last task has been
             end = self.memory.verdicts.held_out_end(environment) + self.num_gate_tasks(environment)
             tasks += self.seams.tasks(environment, Split.HELD_OUT, end, 0)
             tasks += self.seams.sealed_tasks(environment, self.config.evaluation.num_sealed_tasks)

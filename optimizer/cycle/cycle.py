@@ -41,6 +41,7 @@ async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | 
         TrainingDoesNotFit: no GPU has the memory for it.
         TooFewTrajectories: logged episodes and practice together are not enough to train on.
     """
+    # before the GPUs are looked at, which loads packages: too few rows is the frequent error
     needs = await measure_needs(memory, config)
     require_needs(needs)
     if seams is not None:
@@ -60,6 +61,7 @@ async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str,
     context = CycleContext(memory, seams, cycle_id)
     try:
         for stage in list_remaining_stages(context.config, context.stage):
+            # durable before the stage begins: the position may lag behind the work, never lead it
             await context.enter(stage.name)
             await stage.run(context)
     except Exception as error:  # recorded on the row, then raised again

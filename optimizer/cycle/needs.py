@@ -143,6 +143,7 @@ def _count_playable(logged: Logged, rounds: Sequence[int]) -> tuple[int, str]:
     if not tries or num_won:
         return most, ""
     likely = math.ceil(wilson(0, len(tries))[1] * sum(rounds))
+    # the upper end of the interval, not the mean: a cycle is rejected only if it cannot work
     return min(most, likely), f"; v{active} won none of {len(tries)} episodes of {config.environment!r}"
 
 
@@ -151,6 +152,7 @@ def need_preferences(logged: Logged, rounds: Sequence[int]) -> Need:
     learnable, config = logged.learnable, logged.config
     wanted = config.preferences
     num_explored = min(config.explore_episodes // 2, config.num_practice_tasks)
+    # on the same task: different tasks give no pair
     won, lost = (
         Counter(each.trajectory.task_key for each in learnable if each.is_success is outcome)
         for outcome in (True, False)

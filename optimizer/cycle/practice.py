@@ -49,6 +49,7 @@ async def practice(context: CycleContext) -> None:
             label=f"practice round {number + 1} of {len(rounds)}",
         )
         await learn_insights(context)
+        # after the insights: a round without its insights is played again
         await context.save_artifacts(num_practice_rounds=number + 1)
         if rounds_left := rounds[number + 1 :]:
             await asyncio.to_thread(require_reachable, context.memory, config, rounds_left)
@@ -136,6 +137,7 @@ async def explore(context: CycleContext, policy: int) -> None:
     await context.prepare(tasks)
     for number in range(context.artifacts.num_explore_rounds, len(rounds)):
         chosen = tasks[: rounds[number]]
+        # outcomes of the first half decide where the second half goes
         if number >= len(rounds) / 2:
             chosen = choose_tasks_to_retry(tasks, await _outcomes(context), rounds[number])
         await context.play(

@@ -89,6 +89,7 @@ async def evaluate(context: CycleContext) -> dict[str, CellResult]:
     await context.save_artifacts(held_out_offset=comparison.held_out_offset, look=comparison.entry.look)
     tasks = context.held_out_tasks()
     await comparison.prepare(tasks)
+    # a contestant may also be one of the other cells: it is played once, with all its tries
     contestants = {cell.name for cell in list_contestants(context)}
     return {
         cell.name: await _play(comparison, cell, tasks, is_contestant=cell.name in contestants)
@@ -191,11 +192,13 @@ async def _conclude(
     look = comparison.entry.look or 1
     verdict = decision.decide(ours, theirs, context.config.evaluation, look=look, without_memory=without_memory)
     active = context.memory.policies.active().version
+    # the candidate itself is active when the stage is repeated after a crash
     if active not in (verdict.incumbent.policy, verdict.candidate.policy):
         reason = f"policy v{active} became active meanwhile; the candidate was measured against "
         reason += f"v{verdict.incumbent.policy}"
         verdict = replace(verdict, decision=Decision.UNINFORMATIVE, reason=reason, was_tested=False)
     if verdict.decision is Decision.PROMOTE:
+        # order: other environments may still veto, the sealed block decides nothing and comes last
         verdict = await _play_regressions(comparison, verdict)
     if verdict.decision is Decision.PROMOTE and comparison.environment:
         await _play_sealed(comparison, verdict.candidate)
@@ -263,6 +266,7 @@ async def _act_on(
         tasks=verdict.tasks,
         sealed=(sealed.num_successes, len(sealed.played)) if sealed is not None else (0, 0),
     )
+    # the ledger is closed before the policy moves: a crash in between repeats the stage, and spends nothing again
     summary = {**verdict.to_json(), "policy": verdict.candidate.policy, "report": str(report)}
     candidate = policies.get(verdict.candidate.policy)
     stage = _stage_after(verdict, candidate)

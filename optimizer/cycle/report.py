@@ -55,6 +55,7 @@ def write_report(context: CycleContext, evaluation: Evaluation, *, keep_earlier:
     report = build_report(context, evaluation)
     directory = context.reports
     directory.mkdir(parents=True, exist_ok=True)
+    # a decision after the cycle had closed: the report of the cycle stays readable
     if keep_earlier:
         _set_aside(directory)
     (directory / "report.json").write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
@@ -128,6 +129,7 @@ def list_comparisons(policies: Sequence[PlayedPolicy]) -> Iterator[tuple[str, st
         yield f"{after.name}-off", f"{before.name}-off", f"{after.title} against {before.title}, memory off"
         if before is not base:
             yield f"{after.name}-on", f"{before.name}-on", f"{after.title} against {before.title}, memory on"
+    # the first training is compared with the base above, as its predecessor
     for policy in trained[1:]:
         yield f"{policy.name}-off", f"{base.name}-off", f"{policy.title} against {base.title}, memory off"
     for policy in trained:
@@ -197,6 +199,7 @@ def plot_success(cells: dict[str, dict[str, Any]], titles: Mapping[str, str], pa
 
     `titles`: names of policies -> titles; a policy without one is labelled by its name.
     """
+    # imported late: matplotlib takes a second, and most processes draw nothing
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

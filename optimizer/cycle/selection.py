@@ -29,6 +29,7 @@ async def choose_policy(context: CycleContext, versions: Sequence[int]) -> int:
     before = context.artifacts.selection
     won = dict(before.num_won) if before is not None else {}
     for version in versions:
+        # JSON keys are strings
         if str(version) in won:
             continue
         played = await context.play(
@@ -50,11 +51,13 @@ async def selection_tasks(context: CycleContext) -> list[Task]:
     config = context.config
     if not config.environment or not config.num_selection_tasks:
         return []
+    # behind the practice tasks of this cycle, so that neither rows nor insights come from them
     start = context.artifacts.practice_end or config.num_practice_tasks
     tasks = context.seams.tasks(config.environment, Split.PRACTICE, OVERSAMPLING * config.num_selection_tasks, start)
     names = context.artifacts.selection_tasks
     if names is None:
         learned_from = {each.trajectory.task for each in await context.read_pool()}
+        # saved, because the pool that excludes tasks grows between two tries of the stage
         names = [task.name for task in tasks if task.name not in learned_from][: config.num_selection_tasks]
         await context.save_artifacts(selection_tasks=names)
     return [task for task in tasks if task.name in set(names)]

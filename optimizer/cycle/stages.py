@@ -107,6 +107,7 @@ async def collect(context: CycleContext) -> None:
     for environment in context.config.learn_from:
         context.take_held_out(environment, 0)  # an unknown name fails here, not after an hour of training
     if context.artifacts.practice_offset is None:
+        # select() returns the newest 50 cycles; offsets only grow, so older ones do not matter
         earlier = [cycle for cycle in context.memory.cycles.select() if cycle.id != context.cycle_id]
         offset = max((cycle.artifacts.get("practice_end", 0) for cycle in earlier), default=0)
         await context.save_artifacts(practice_offset=offset, practice_end=offset + context.config.num_practice_tasks)
@@ -132,6 +133,7 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
         num_not_by_a_teacher=await asyncio.to_thread(_count_not_by_a_teacher, context),
     )
     built = await asyncio.to_thread(method.build, material)
+    # a method that continues another one may have too few rows: it is skipped in `train`
     if method.starts_from is None:
         _require_enough(method, built, config, len(material.trajectories))
     if built.rows:
@@ -147,6 +149,7 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
             "trajectory_ids": built.trajectory_ids,
         }
     )
+    # after the file: the summary says that the rows can be read
     await context.save_artifacts(**{method.rows: summary})
     return summary
 
@@ -190,11 +193,13 @@ async def train(context: CycleContext, method: Method) -> TrainedAdapter | None:
     summary = artifacts.rows[method.rows]
     if method.starts_from is not None and summary.num_rows < method.min_rows(config):
         return None
+    # free memory is measured anew: exploration may have taken an hour since the rows were built
     placement = await place_training(context.memory, config, context.seams)
     spec = await _specify(context, method, placement)
     if method.chooses_epoch:
         spec = await _add_early_adapters(context, spec)
     trained = await _train_and_register(context, spec, note=method.note)
+    # after the last adapter: versions are drafted in order, and the final adapter reserved the lowest
     for early in spec.early_adapters:
         await _register(context, spec.at(early), note=f"{method.note}, after {early.share:.0%} of the steps")
     if method.chooses_epoch:
@@ -224,6 +229,7 @@ async def nominate(context: CycleContext) -> int:
         version = artifacts.selection.chosen
     if version is None:
         version = max(trained.policy for trained in artifacts.trained.values())
+    # a repeated stage finds the policy moved already
     if context.memory.policies.get(version).stage is PolicyStage.DRAFT:
         await context.memory.policies.move(version, PolicyStage.CANDIDATE)
     await context.save_artifacts(candidate=version)
@@ -235,6 +241,7 @@ async def _specify(context: CycleContext, method: Method, placement: Placement) 
     config, recipe, artifacts = context.config, placement.recipe, context.artifacts
     wanted = method.hyperparameters(recipe)
     rows_path = _rows_path(context, method)
+    # of the rows on disk, which are the ones the trainer will read
     lengths = await asyncio.to_thread(lambda: [count_tokens(row) for row in read_rows(rows_path)])
     batch_size, epochs = plan_steps(
         len(lengths), batch_size=wanted.batch_size, epochs=wanted.epochs, min_steps=recipe.min_steps
@@ -251,6 +258,7 @@ async def _specify(context: CycleContext, method: Method, placement: Placement) 
         output_dir=context.adapter_directory(version),
         work_dir=context.directory / "training" / method.name,
         rows_path=rows_path,
+        # the bare base is a policy too, version 0
         parent=0 if start is None else start.policy,
         parent_adapter=None if start is None else Path(start.adapter),
         trajectory_ids=sorted({*inherited, *artifacts.rows[method.rows].trajectory_ids}),
@@ -323,6 +331,7 @@ async def _train_and_register(context: CycleContext, spec: TrainingSpec, *, note
         message = f"loss {step['loss']:.3f}, accuracy {accuracy:.2f}"
         await context.report_progress(step["step"], step["total"], message)
 
+    # the engine is back before the policy is drafted
     async with _make_room(context, spec):
         manifest = await context.seams.train(spec, on_step=on_step, num_attempts=context.config.training_attempts)
     policy = await _register(context, spec, note=note)
@@ -349,6 +358,7 @@ async def _register(context: CycleContext, spec: TrainingSpec, *, note: str) -> 
             cycle_id=context.cycle_id,
             note=note,
         )
+    # the adapter directory is named after the reserved version, and adapters are immutable
     if policy.version != spec.version:
         raise OptimizerError(
             f"policy v{spec.version} was drafted by someone else while it was trained; start another cycle"

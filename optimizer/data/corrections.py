@@ -43,7 +43,9 @@ def render_reply(tokenizer: Tokenizer, text: str) -> list[int]:
     ids = list(tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"])
     if tokenizer.eos_token_id not in ids:
         raise Unstitchable("correction_not_rendered")
+    # up to and with the last end token; templates add a newline behind it
     reply = ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]
+    # the end token itself is the last one
     if set(reply[:-1]) & set(tokenizer.added_tokens_encoder.values()):
         raise Unstitchable("correction_with_marks")
     return reply

@@ -142,9 +142,11 @@ def build_demonstrations(
     refuse_held_out(corrections)
     built = DemonstrationRows()
     teaching = teaching or TeachingConfig()
+    # corrections first: they take precedence over the episode they correct
     newest, older = _newest_per_task(corrections, teaching.corrections_per_task)
     with_correction = _take_corrections(newest, tokenizer, config, max_length_tokens, seed, built)
     built.num_corrections = len(built.rows)
+    # a corrected success must not be imitated: a person has said that it is none
     corrected = {each.trajectory.id for each in corrections}
     teachers = {each.trajectory.id: (each.teacher,) for each in graded}
     by_task: dict[tuple[str, ...], list[_Episode]] = defaultdict(list)
@@ -162,6 +164,7 @@ def build_demonstrations(
     for _, episodes in sorted(by_task.items()):
         _take_shortest(episodes, config.per_task, built)
     built.teachers += [teachers[row.trajectory_id] for row in built.rows[built.num_corrections :]]
+    # older corrections only fill up to the minimum
     num_missing = max(0, config.min_rows - built.num_examples)
     with_correction |= _take_corrections(
         older[::-1], tokenizer, config, max_length_tokens, seed, built, most=num_missing
@@ -262,6 +265,7 @@ def _demonstrate(
         tokens_kept += kept.num_prompt_tokens
     built.counts.update(joints)
     built.own_tokens += sum(len(step.output_token_ids or ()) for step in each.model_steps)
+    # counted before the caps, so that the share measures the template and not the caps
     built.trained_tokens += sum(sum(row.mask) for row in rows)
     built.untrained.update(untrained)
     return _Episode(trajectory.id, rows, tokens_shown, tokens_kept)
@@ -275,6 +279,7 @@ def _take_shortest(episodes: Sequence[_Episode], per_task: int, built: Demonstra
         elif len(outputs) >= per_task:
             built.counts["over_task_cap"] += 1
         else:
+            # two episodes with equal output teach the same; their prompts may differ in memory
             outputs.add(episode.output)
             built.rows += episode.rows
             built.tokens_shown += episode.tokens_shown

@@ -99,6 +99,7 @@ def build_preferences(
     refuse_held_out(graded)
     built = PreferenceRows()
     corrected = {each.trajectory.id for each in corrections}
+    # a corrected failure stays: it is a loss either way
     kept = [each for each in graded if not (each.is_success and each.trajectory.id in corrected)]
     if len(kept) < len(graded):
         built.counts["corrected"] += len(graded) - len(kept)
@@ -106,6 +107,7 @@ def build_preferences(
     for each in kept:
         by_task[each.trajectory.task_key].append(each)
     for _, tries in sorted(by_task.items()):
+        # a task needs both a win and a loss
         if len({each.is_success for each in tries}) == 2:
             found = _weigh_task(tries, tokenizer, config, max_length_tokens, built.counts)
             built.rows += found
@@ -145,6 +147,7 @@ def _weigh_task(
                 continue
             preference = _weigh(better.best, worse.worst, config)
             length = max(len(preference.chosen_ids), len(preference.rejected_ids))
+            # both sides are padded to the longer one
             if len(preference.prompt_ids) + length > max_length_tokens:
                 counts["too_long"] += 1
                 continue
@@ -255,6 +258,7 @@ def _group_by_prompt(sides: Sequence[_Side], counts: Counter[str]) -> dict[tuple
             except Unstitchable as reason:
                 counts[str(reason)] += 1
                 continue
+            # tokens, not text: two texts with equal tokens are one prompt, and only equal tokens train
             prompt = tuple(row.input_ids[: row.start_of(step)])
             nodes[prompt][tuple(model_step.output_token_ids or ())].tries.append((side, step))
     return nodes
@@ -267,6 +271,7 @@ def _weigh(winner: tuple[_Side, int], loser: tuple[_Side, int], config: Preferen
     """
     (won_side, won_step), (lost_side, lost_step) = winner, loser
     won, lost = won_side.bare_row(won_step), lost_side.bare_row(lost_step)
+    # both rows have the same prompt tokens up to here, which is how they were grouped
     start = won.start_of(won_step)
     last_chosen, last_rejected = won_step, lost_step
     if config.scope == "remainder":

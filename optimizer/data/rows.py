@@ -94,6 +94,7 @@ def bound_rows(
     kept = choose_rows(built.teachers, teaching, floor=config.min_rows, seed=seed, counts=built.counts)
     if len(kept) > config.max_rows:
         built.counts["over_total_cap"] += len(kept) - config.max_rows
+        # seeded: a repeated stage must write the same file, or the digest of its training changes
         kept = sorted(random.Random(seed).sample(kept, config.max_rows))
     built.rows = [built.rows[position] for position in kept]
     built.teachers = [built.teachers[position] for position in kept]
@@ -103,6 +104,7 @@ def bound_rows(
 def write_rows(rows: Sequence[Any], path: Path) -> None:
     """Write each row, a dataclass, as one line of JSON; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # renamed at the end: a torn file would be trained on after a crash
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("w", encoding="utf-8") as lines:
         for row in rows:

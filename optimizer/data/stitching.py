@@ -92,6 +92,7 @@ def stitch(steps: Sequence[Step]) -> tuple[list[Row], Counter[str]]:
         if not prompt or not output:
             raise Unstitchable("no_token_ids")
         row_so_far = rows[-1].input_ids if rows else []
+        # token by token: equal text may be tokenized differently
         is_clean = bool(rows) and prompt[: len(row_so_far)] == row_so_far
         if rows:
             joints["clean" if is_clean else "fork"] += 1
@@ -133,6 +134,7 @@ def plan_memory_removal(trajectory: Trajectory, tokenizer: Tokenizer) -> list[Se
         except TypeError:  # a template that adds texts together takes no parts
             continue
         edit = _find_edit(with_segment, without)
+        # a template may drop the message that holds the segment
         if edit not in edits and with_segment != without:
             edits.append(edit)
     return edits
@@ -172,6 +174,7 @@ def remove_memory(row: Row, edits: Sequence[SegmentEdit]) -> Row:
         return row
     prompt = row.input_ids[: row.num_prompt_tokens]
     matches = [(edit, start) for edit in edits for start in _find_all(prompt, edit.shown)]
+    # twice means that a user quoted the segment: removing one of them is a guess
     if len(matches) != 1:
         raise Unstitchable("rerender_mismatch")
     ((edit, first),) = matches

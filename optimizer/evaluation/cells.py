@@ -99,6 +99,7 @@ class CellResult:
         """Return the 95 % interval of pass@1; tries of one task resemble each other, so it is over tasks."""
         if self.num_tries <= 1:
             return wilson(self.num_successes, len(self.played))
+        # over tasks: Wilson's interval over tries would be too narrow
         _, low, high = mean_interval([share_won(tries) for tries in self.by_task.values()])
         return max(0.0, low), min(1.0, high)
 
@@ -160,6 +161,7 @@ async def play_cell(
                 policy=cell.policy,
                 use_memory=cell.use_memory,
                 temperature=temperature,
+                # the same seeds for every cell: a difference is the policy's
                 seed=seed + SEED_STRIDE * number,
             )
         num_done += 1
@@ -240,6 +242,7 @@ def read_cell(path: Path, cell: Cell) -> CellResult:
 
 def _to_json(episode: EpisodeSummary) -> dict[str, object]:
     stored = dict(vars(episode))
+    # files of open cycles have the old name
     stored[STORED_CALLS] = stored.pop("num_calls")
     return stored
 

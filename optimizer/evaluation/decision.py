@@ -214,6 +214,7 @@ def _measure_guards(pairs: Sequence[Pair], config: EvaluationConfig) -> list[Gua
         for pair in pairs
         if share_won(pair.ours) and share_won(pair.theirs)
     ]
+    # a policy that survives longer makes more calls, so only tasks that both won are compared
     if len(both_won) >= MIN_TASKS_FOR_CALLS:
         means = [[_mean(side, "num_calls") for side in sides] for sides in _sides(both_won)]
         ones = [1.0] * len(both_won)
@@ -283,6 +284,7 @@ def _weigh(
     alpha: float,
 ) -> Conclusion:
     """Decide on a measurement that can be trusted."""
+    # two tests at one look share its part of the budget (Bonferroni)
     share = alpha if config.noninferiority_margin is None else alpha / 2
     bound = compare_pairs(pairs, 1 - 2 * share).low
     is_better = paired.p_better <= share and bound > config.margin
@@ -301,6 +303,7 @@ def _weigh(
         return Conclusion(Decision.PROMOTE, reason, no_worse.cell, Basis.NO_WORSE)
     if hard or (is_better and objections):
         return Conclusion(Decision.REJECT, f"a guard metric got worse: {objections}; {numbers}", cell)
+    # the 95 % interval at every look: the error budget is about promotions
     if paired.high < 0:
         return Conclusion(Decision.REJECT, f"worse on the same tasks: {numbers}", cell)
     if paired.high < config.margin:

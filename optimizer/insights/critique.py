@@ -75,6 +75,7 @@ def choose_readings(
         """Return the newest of each task: the pool is sorted oldest first."""
         return {e.trajectory.task_key: e for e in episodes if (e.trajectory.id, kind) not in already_read}
 
+    # by kind: an episode may be read once in a comparison and once in a group
     won, lost = unread(successes, "compared"), unread(failures, "compared")
     compared = [Reading("compared", _scope_of(won[key]), (lost[key], won[key])) for key in won if key in lost]
     random.Random(seed).shuffle(compared)

@@ -76,6 +76,7 @@ async def extract_insights(
     readings = choose_readings(successes, failures, already_read=already_read, max_critiques=max_critiques, seed=seed)
     critic = _Critic(complete, context_tokens or DEFAULT_CONTEXT_TOKENS, comments or {})
     extraction = Extraction()
+    # a critic that is down must not delay the cycle by a timeout per reading
     num_failures_in_a_row = 0
     for reading in readings:
         if num_failures_in_a_row == MAX_FAILURES_IN_A_ROW:

@@ -88,6 +88,7 @@ def _die_with_parent() -> None:
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # the parent may have died before prctl: then no signal ever comes
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher is not None and os.getppid() != int(launcher):
         raise SystemExit("the process that started this trainer is gone")
@@ -120,6 +121,7 @@ def load_base(spec: TrainingSpec) -> tuple[Any, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=choose_dtype(spec))
+    # the KV cache is of no use in training, and incompatible with gradient checkpointing
     model.config.use_cache = False
     return model, tokenizer
 
@@ -156,6 +158,7 @@ def trainer_arguments(spec: TrainingSpec, num_rows: int) -> dict[str, Any]:
         "save_steps": max(1, num_steps // spec.num_checkpoints),
         "save_total_limit": 2,  # a kill while the newest is written leaves the one before
         "seed": spec.seed,
+        # together with the seed: a resumed training sees the same order of rows
         "data_seed": spec.seed,
         "use_cpu": not uses_gpu(spec),
         "bf16": multiplies_in_bfloat16(spec),
@@ -257,6 +260,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def _summarize(state: TrainerState, num_rows: int, seconds: float) -> dict[str, float]:
     steps = [entry for entry in state.log_history if "loss" in entry]
+    # single steps are noisy: a fifth of the training on either side
     window = max(1, len(steps) // 5)
     summary: dict[str, float] = {"num_rows": num_rows, "num_steps": state.global_step, "seconds": round(seconds, 1)}
     for key in (

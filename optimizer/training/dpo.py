@@ -35,6 +35,7 @@ class MaskedPreferenceCollator(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        # TRL splits the batch in the middle: all chosen sides first, then all rejected ones
         sides = [(row, side) for side in ("chosen", "rejected") for row in examples]
         ids = [torch.tensor(row["prompt_ids"] + row[f"{side}_ids"]) for row, side in sides]
         masks = [torch.tensor([0] * len(row["prompt_ids"]) + row[f"{side}_mask"]) for row, side in sides]
@@ -69,6 +70,7 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> MaskedDPOTr
     model, tokenizer = child.load_base(spec)
     if spec.parent_adapter is not None:
         model = PeftModel.from_pretrained(model, str(spec.parent_adapter), is_trainable=True)
+    # the likelihood term keeps the chosen side from losing probability along with the rejected one
     losses = {"sigmoid": 1.0, "sft": spec.sft_weight} if spec.sft_weight else {"sigmoid": 1.0}
     return MaskedDPOTrainer(
         model=model,

@@ -149,6 +149,7 @@ class Training:
         num_trained = self.lora_rank * self.shape.linear_width
         reference = FLOAT32 if self.loss.has_reference else 0
         head = min(tokens, TILE_TOKENS) * min(self.shape.vocab_size, TILE_VOCABULARY) * BYTES_PER_LOGIT
+        # the attention mask is materialised for padded batches: quadratic in the length
         mask = sequences * length_tokens**2 * BFLOAT16
         sizes = {
             "weights": self.shape.num_parameters * self.bytes_per_weight,

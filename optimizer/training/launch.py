@@ -51,6 +51,7 @@ async def train(spec: TrainingSpec, *, on_step: OnStep | None = None, num_attemp
     if made is not None:
         return made
     spec.work_dir.mkdir(parents=True, exist_ok=True)
+    # before the new spec is written, which is compared with the old one
     _delete_other_checkpoints(spec)
     spec_path = spec.work_dir / "spec.json"
     spec_path.write_text(spec.model_dump_json(indent=1), encoding="utf-8")
@@ -58,6 +59,7 @@ async def train(spec: TrainingSpec, *, on_step: OnStep | None = None, num_attemp
     for _ in range(num_attempts):
         exit_code, last_step = await _run_child(spec, spec_path, on_step)
         made = read_finished(spec)
+        # an exit code of 0 proves nothing by itself: a whole adapter directory with this spec's digest does
         if exit_code == 0 and made is not None:
             shutil.rmtree(spec.work_dir / "checkpoints", ignore_errors=True)
             return made
@@ -98,6 +100,7 @@ async def _run_child(spec: TrainingSpec, spec_path: Path, on_step: OnStep | None
             stderr=log,
             stdin=asyncio.subprocess.DEVNULL,
             env=child_environment(spec),
+            # its own process group, so that everything it starts is killed with it
             start_new_session=True,
             limit=LINE_LIMIT_BYTES,
         )

@@ -96,6 +96,7 @@ class TrainingSpec(BaseModel, extra="forbid"):
 
     def at(self, early: EarlyAdapter) -> TrainingSpec:
         """Return the spec of the policy that serves an early adapter."""
+        # the digest includes the version: each early adapter has a digest of its own
         return self.model_copy(update={"version": early.version, "output_dir": early.output_dir})
 
     def settings(self) -> dict[str, Any]:
@@ -104,5 +105,6 @@ class TrainingSpec(BaseModel, extra="forbid"):
 
     def digest(self) -> str:
         """Return the digest that identifies this training: the spec and its rows, without device and directories."""
+        # rows by content: the file of a repeated stage has the same path
         spec = self.model_dump_json(exclude=set(NOT_DIGESTED))
         return hashlib.sha256(spec.encode() + self.rows_path.read_bytes()).hexdigest()
