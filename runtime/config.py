@@ -5,10 +5,12 @@ Refuses to know how settings are read from files or flags. The defaults are the 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, Field, StringConstraints, model_validator
 
+from memory.config import MemoryConfig
 from memory.names import Name
 
 
@@ -174,3 +176,14 @@ class ServerConfig(BaseModel, extra="forbid"):
     cors_origins: tuple[str, ...] = ()
     """Web pages that may use the server from a browser, by origin: `https://app.example.com`."""
     limits: LimitsConfig = LimitsConfig()
+
+
+class RuntimeSettings(BaseModel, extra="forbid"):
+    """All settings but the optimizer's: what a server needs to answer."""
+
+    data: Path = Path(".ratchet")
+    memory: MemoryConfig = MemoryConfig()
+    engine: EngineConfig = EngineConfig()
+    agent: AgentConfig = AgentConfig()
+    tools: ToolsConfig = ToolsConfig()
+    server: ServerConfig = ServerConfig()

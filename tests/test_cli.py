@@ -257,8 +257,8 @@ def test_without_a_server_the_verb_says_how_to_start_one(capsys: pytest.CaptureF
 
 def test_client_verbs_import_nothing_heavy() -> None:
     code = (
-        "import sys, serve, runtime.console.client, runtime.console.play, runtime.console.learn, runtime.console.show;"
-        "import runtime.console.chat, runtime.console.everyday;"
+        "import sys, serve, runtime.cli.client, runtime.cli.play, runtime.cli.learn, runtime.cli.render;"
+        "import runtime.cli.chat, runtime.cli.everyday;"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -77,15 +77,21 @@ def test_every_verb_and_file_that_the_readme_names_exists():
     verbs = set(get_command(serve.app).commands)
     assert set(re.findall(r"serve\.py ([a-z][a-z-]+)", README)) <= verbs
     tree = re.search(r"^```\n(memory/.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
-    room = ""
+    above: list[tuple[int, str]] = []
+    named = set()
     for line in tree.splitlines():
-        is_inside = line.startswith("  ")
-        names = re.match(r"\s*([^\s,]+(?:, [^\s,]+)*)", line)[1]
-        if not is_inside:
-            room = names
-        for name in names.split(", "):
-            path = ROOT / (room if is_inside else "") / name
-            assert path.exists(), path
+        depth = len(line) - len(line.lstrip())
+        above = [(other, name) for other, name in above if other < depth]
+        for name in re.match(r"\s*([^\s,]+(?:, [^\s,]+)*)", line)[1].split(", "):
+            path = "".join(folder for _, folder in above) + name
+            assert (ROOT / path).exists(), path
+            named.add(path.rstrip("/"))
+        if name.endswith("/"):
+            above.append((depth, name))
+    folders = {
+        file.parent for room in ("memory", "runtime", "optimizer") for file in (ROOT / room).rglob("__init__.py")
+    }
+    assert {folder.relative_to(ROOT).as_posix() for folder in folders} <= named
 
 
 def test_the_page_on_keys_makes_keys_that_answer(tmp_path: Path, monkeypatch, capsys):

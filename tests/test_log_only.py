@@ -21,7 +21,6 @@ from langchain.agents.middleware import before_model
 from langchain_core.tools import StructuredTool
 from langchain_openai import ChatOpenAI
 
-import serve
 from memory.schema import PolicyStage, Split
 from optimizer.config import OptimizerConfig
 from optimizer.seams import Seams
@@ -29,6 +28,7 @@ from runtime.cli.verbs import PLAY_NOTHING
 from runtime.engine.model_families import POCKET_MODEL
 from runtime.environments.textworld import TextWorld
 from tests.bench.log_only import load_app
+from tests.learners import make_learner
 from tests.optimizer.worlds import ACT
 from tests.runtime.api.playing import PlayedWorld
 from tests.runtime.fake_engine import call
@@ -138,7 +138,7 @@ def world(tmp_path: Path) -> Iterator[PlayedWorld]:
     world = PlayedWorld(tmp_path / "data", base_model=str(POCKET_MODEL))
     world.fake = Cook(tokenizer)
     seams = Seams(rollout=cannot_play, tasks=cannot_play, prepare=cannot_play, train=QuickTrainer(tokenizer))
-    world.learner = serve.Learner(world.memory, SETTINGS, seams)
+    world.learner = make_learner(world.memory, SETTINGS, seams)
     with world:
         yield world
 

@@ -42,6 +42,7 @@ from optimizer.seams import Seams
 from optimizer.training.launch import read_finished
 from runtime.agent.graph import Agent
 from runtime.api.services import Services
+from runtime.cli import server_process
 from runtime.cli.render import Phases
 from runtime.config import AgentConfig, EngineConfig
 from runtime.engine.model_families import POCKET_MODEL
@@ -217,7 +218,7 @@ async def world(tmp_path: Path, tokenizer: Any) -> AsyncIterator[World]:
             following = asyncio.create_task(hotswap.follow())
             agent = Agent(memory, hotswap, {"kitchen": kitchen}, AgentConfig(max_steps=4))
             yield World(memory, played, hotswap, agent, kitchen, QuickTrainer(tokenizer))
-            await serve.cancel_and_wait(following)
+            await server_process.cancel_and_wait(following)
             await engine.stop()
 
 
@@ -345,11 +346,11 @@ async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Kept]:
     phases = Phases(Console(), is_silent=True)
     async with contextlib.AsyncExitStack() as stack:
         memory = stack.enter_context(Memory.open(settings.data, PATIENT, encoder=HashingEncoder()))
-        services = serve.compose(memory, settings, phases)
+        services = serve.compose(settings, memory, phases)
         stack.push_async_callback(services.engine.stop)
-        await serve.start(services, settings, phases)
+        await server_process.start(services, settings, phases)
         watching = [asyncio.create_task(part) for part in (services.engine.watch(), services.hotswap.follow())]
-        stack.push_async_callback(serve.cancel_and_wait, *watching)
+        stack.push_async_callback(server_process.cancel_and_wait, *watching)
         stack.push_async_callback(services.cycles.stop)
         textworld = services.environments["textworld"]
         practice = textworld.tasks(Split.PRACTICE, NUM_PRACTICE)

@@ -192,7 +192,7 @@ def test_a_library_that_is_still_at_work_does_not_spoil_the_exit_code():
     """On Python's own exit its thread would be unwound through C++, and the process would abort: -6."""
     code = """
 import threading, torch
-from runtime.console.speak import leave
+from runtime.cli.output import leave
 is_at_work = threading.Event()
 def work():
     matrix = torch.randn(1000, 1000)

@@ -178,10 +178,10 @@ class Corpus:
             directions.sort(key=lambda direction: foods.index(direction[1]))
         done_share = rng.choice([0.0, 0.3, 0.5])
         done = {direction for direction in directions if rng.random() < done_share}
-        book = [*(f"{cue} the {food}" for cue, food in directions), LAST_DIRECTION]
-        plan = "\n".join(f"{number}. {line}" for number, line in enumerate(book, start=1))
+        cookbook = [*(f"{cue} the {food}" for cue, food in directions), LAST_DIRECTION]
+        plan = "\n".join(f"{number}. {line}" for number, line in enumerate(cookbook, start=1))
         pieces = [Piece(self.header, 0.0), *self._opening(memory, "You are hungry! Follow the cookbook.")]
-        pieces += [*action("examine cookbook", agent), *observation("Directions:\n" + "\n".join(book), 0.0)]
+        pieces += [*action("examine cookbook", agent), *observation("Directions:\n" + "\n".join(cookbook), 0.0)]
         pieces += [*action("inventory", agent, says=plan), *observation(self._holding(foods, done), 0.0)]
         says = ""
         for number, (cue, food) in enumerate(directions, start=1):
@@ -199,7 +199,7 @@ class Corpus:
             )
             pieces += observation(f"You {cue} the {food}.", 0.0)
             says = ""
-        says += f"Now {len(book)}. {LAST_DIRECTION}"
+        says += f"Now {len(cookbook)}. {LAST_DIRECTION}"
         return [*pieces, *action(LAST_DIRECTION, agent, says=says), *observation("*** The End ***", 0.0)]
 
     def _holding(self, foods: Sequence[str], done: set[tuple[str, str]]) -> str:

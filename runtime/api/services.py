@@ -47,6 +47,14 @@ class CycleStarter(Protocol):
         """
         ...
 
+    async def resume(self) -> None:
+        """Resume the cycle that an earlier process left open, if there is one."""
+        ...
+
+    async def stop(self) -> None:
+        """Interrupt the running cycle; it is resumed at the next start."""
+        ...
+
     async def cancel(self, cycle_id: str) -> Cycle:
         """Stop a cycle that is under way; it closes with an error that says so."""
         ...

@@ -28,6 +28,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Config = Annotated[Path | None, typer.Option("-c", "--config", help="A TOML file; ./ratchet.toml if it is there.")]
 Data = Annotated[str | None, typer.Option("--data", help="The data directory (.ratchet).")]
 
+OPEN_ENDED = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""For commands that take any setting as --section.key value."""
+
 PLAY_NOTHING = {"environment": "", "practice_episodes": 0, "explore_episodes": 0}
 
 trajectories = typer.Typer(help="What was lived, step by step.", no_args_is_help=True)

@@ -202,7 +202,7 @@ async def test_a_server_stopped_meanwhile_starts_no_engine(running: Running):
 
     working = asyncio.create_task(work())
     await opened.wait()
-    running.watching.cancel()  # in the order of `serve.live`
+    running.watching.cancel()  # in the order of `server_process.live`
     working.cancel()
     await asyncio.wait({running.watching, working})
     await running.engine.stop()
