@@ -62,7 +62,8 @@ class Manifest(BaseModel, extra="forbid"):
     trajectory_ids: list[str] = Field(default_factory=list)
     """The trajectories of its training data."""
     parent: int | None = None
-    kind: Literal["sft", "dpo"]
+    kind: str
+    """The method of learning: "sft", "dpo"."""
     seeds: dict[str, Any] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, Any] = Field(default_factory=dict)

@@ -210,7 +210,7 @@ class PolicyStage(StrEnum):
 
 
 class CycleStage(StrEnum):
-    """In the order of one turn. The value names the work under way or, at the end, the outcome."""
+    """The stages of a cycle, in order; at the end, its outcome. Further methods of learning add stages of their own."""
 
     COLLECT = "collect"
     DEMONSTRATE = "demonstrate"
@@ -630,12 +630,13 @@ class StoredVerdict(SQLModel, table=True):
 
 
 class Cycle(SQLModel, table=True):
-    """One turn of the loop; `stage` says where a crash resumes, `artifacts` what earlier stages left."""
+    """One learning cycle: `stage` is its position, at which it resumes, `artifacts` the results of earlier stages."""
 
     __tablename__ = "cycles"
 
     id: str = Field(primary_key=True)
-    stage: CycleStage = Field(default=CycleStage.COLLECT, sa_type=enum_column(CycleStage))
+    stage: str = Field(default=CycleStage.COLLECT.value, max_length=16)
+    """A `CycleStage`, or a stage of a further method."""
     settings: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
     artifacts: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
     progress: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))

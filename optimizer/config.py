@@ -1,6 +1,6 @@
-"""How the optimizer learns: how much to play, how to train a model of a given size, what a promotion needs.
+"""The optimizer's settings: how much to play, how to train a model of a given size, the bars of a promotion.
 
-Refuses to know where data lives and who serves. The defaults are the recommendation; `RECIPES` is the one table of
+The defaults are the recommendation; `RECIPES` is the one table of
 training settings, chosen by the number of parameters of the base; `OptimizerConfig.recipe` overrides single entries.
 """
 
@@ -130,6 +130,12 @@ def plan_steps(num_rows: int, *, batch_size: int, epochs: float, min_steps: int)
     return batch_size, epochs
 
 
+def plan_rounds(num_episodes: int, num_tasks: int) -> list[int]:
+    """Return how many tasks each round of practice plays; only the last round may be shorter."""
+    num_rounds = math.ceil(num_episodes / num_tasks)
+    return [min(num_tasks, num_episodes - number * num_tasks) for number in range(num_rounds)]
+
+
 class DemonstrationConfig(BaseModel, extra="forbid"):
     """Which successes are imitated."""
 
@@ -173,7 +179,7 @@ class TeachingConfig(BaseModel, extra="forbid"):
 
 
 class EvaluationConfig(BaseModel, extra="forbid"):
-    """What is played to decide, and what a promotion needs. docs/gate.md explains the rule."""
+    """The tasks that are played to decide, and the bars of a promotion. docs/gate.md explains the rule."""
 
     num_tasks: int = 200
     """Episodes of a cell. Played greedily each is a task of its own."""
@@ -213,9 +219,14 @@ class EvaluationConfig(BaseModel, extra="forbid"):
     max_tokens_ratio: float = 1.5
     """Output tokens, and prompt tokens, per model call, candidate against incumbent."""
 
+    def count_tasks(self, serving_temperature: float) -> int:
+        """Return how many tasks the gate plays: half as many where the contestants try each several times."""
+        temperature = serving_temperature if self.temperature is None else self.temperature
+        return max(self.num_tasks // 2, 1) if temperature > 0 and self.num_tries > 1 else self.num_tasks
+
 
 class OptimizerConfig(BaseModel, extra="forbid"):
-    """One turn of the loop."""
+    """The settings of one learning cycle."""
 
     environment: NameOrEmpty = "textworld"
     """Where to practise and to prove, and whose episodes are learned from. Empty: only clients play; then both counts
@@ -249,7 +260,7 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     max_length_tokens: int | None = Field(default=None, ge=1)
     """Longer rows are left out and counted, never cut. None: as long as the engine's context, or as fits on the GPU."""
     gpu: str = Field(default="share", pattern=r"^(share|window|\d+)$", coerce_numbers_to_str=True)
-    """Where training finds room. "share": on the engine's GPU, beside it; refused if it cannot fit. "window": on the
+    """The GPU that trains. "share": on the engine's GPU, beside it; refused if it cannot fit. "window": on the
     engine's GPU, while the engine is stopped and requests get 503. A number: on that GPU, as nvidia-smi counts them.
     Without a GPU only "window" means anything: the engine's cores are free for training then."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -272,6 +283,16 @@ class OptimizerConfig(BaseModel, extra="forbid"):
                 "is proved on live tasks, by a cycle of its own (`learn --logged`)"
             )
         return self
+
+    @property
+    def practice_rounds(self) -> list[int]:
+        """Number of tasks that each round of practice plays."""
+        return plan_rounds(self.practice_episodes, self.num_practice_tasks)
+
+    @property
+    def explore_rounds(self) -> list[int]:
+        """Number of tasks that each round of exploration plays."""
+        return plan_rounds(self.explore_episodes, self.num_practice_tasks)
 
     @property
     def pool_environments(self) -> tuple[str, ...]:

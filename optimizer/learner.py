@@ -85,7 +85,7 @@ class Learner:
             CycleInProgress: held-out tasks would have to be played while a cycle is playing.
         """
         from optimizer.cycle.context import CycleContext
-        from optimizer.cycle.release_gate import judge_again
+        from optimizer.cycle.release_gate import decide_again
         from optimizer.evaluation.bars import tightest
 
         assert policy.cycle_id is not None, "the route admits only what a cycle made"
@@ -94,11 +94,9 @@ class Learner:
         context.config = context.config.model_copy(update={"evaluation": bars})
         under_way = self._memory.cycles.unfinished()
         if context.config.environment and under_way is not None:
-            raise CycleInProgress(
-                f"cycle {under_way.id!r} is at {under_way.stage.value!r}: judge again when it has ended"
-            )
+            raise CycleInProgress(f"cycle {under_way.id!r} is at {under_way.stage!r}: judge again when it has ended")
         async with self._deciding:
-            return await judge_again(context)
+            return await decide_again(context)
 
     async def stop(self) -> None:
         """Interrupt the running cycle; its row stays open."""

@@ -1,6 +1,6 @@
-"""Grades: brings each rewarded trajectory together with its steps, and splits successes from failures.
+"""Graded trajectories: each rewarded trajectory with its steps, and the split into successes and failures.
 
-Refuses to judge by itself: rewards are rows (environment, code, user, judge), and memory says which of them counts.
+Nothing is scored here. Rewards are rows, and memory decides which of several counts.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
 
 from memory.records.feedback import Correction
 from memory.records.trajectories import GradedTrajectory
 from memory.schema import Split
+from memory.store import Memory
 from memory.teaching import Teacher
 
 
 def grade(
-    memory: Any,
+    memory: Memory,
     *,
     since: datetime | None = None,
     environment: str | None = None,
@@ -44,14 +44,15 @@ def grade(
 
 def choose_newest(learnable: list[GradedTrajectory], limit: int) -> list[GradedTrajectory]:
     """Return `limit` of these, oldest first: the newest, from each teacher in turn. One who rewards thousands must not
-    push out what the others taught."""
+    push out the episodes that others rewarded."""
+    # round robin over teachers: rank within a teacher first, age second
     num_newer: Counter[Teacher] = Counter()
     ranked = []
     for age, each in enumerate(reversed(learnable)):
         ranked.append((num_newer[each.teacher], age, each))
         num_newer[each.teacher] += 1
-    ranked.sort(key=lambda found: found[:2])
-    return [each for _, _, each in sorted(ranked[:limit], key=lambda found: -found[1])]
+    ranked.sort(key=lambda entry: entry[:2])
+    return [each for _, _, each in sorted(ranked[:limit], key=lambda entry: -entry[1])]
 
 
 def split(graded: Iterable[GradedTrajectory]) -> tuple[list[GradedTrajectory], list[GradedTrajectory]]:
@@ -61,7 +62,7 @@ def split(graded: Iterable[GradedTrajectory]) -> tuple[list[GradedTrajectory], l
 
 
 def refuse_held_out(graded: Iterable[GradedTrajectory | Correction]) -> None:
-    """Stop everything when a held-out episode is about to be learned from: the gate would measure its own teacher."""
+    """Raise AssertionError for a held-out episode: a gate that measures on training data measures nothing."""
     for each in graded:
         if each.trajectory.split is Split.HELD_OUT:
             raise AssertionError(

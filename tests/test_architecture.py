@@ -33,7 +33,6 @@ HOMES = {
         "runtime/agent/graph.py",
         "runtime/agent/nodes.py",
         "runtime/agent/state.py",
-        "optimizer/cycle/cycle.py",
     ),
     "textworld": ("runtime/environments/",),
     "mcp": ("runtime/tools/mcp.py",),

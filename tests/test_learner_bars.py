@@ -77,7 +77,7 @@ async def test_a_cycle_with_lower_bars_is_judged_by_the_operators(tmp_path: Path
         operator = OptimizerConfig(
             environment="kitchen", evaluation={"num_tasks": 12, "min_tasks": 50, "num_sealed_tasks": 0, "floor": 0.0}
         )
-        candidate = memory.policies.get(context.artifacts["candidate"])
+        candidate = memory.policies.get(context.artifacts.candidate)
 
         verdict = await make_learner(memory, operator, world.seams).judge(candidate)
 

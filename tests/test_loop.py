@@ -32,10 +32,12 @@ from memory.schema import Cycle, CycleStage, Feedback, Policy, PolicyStage, Spli
 from memory.store import Memory
 from optimizer.config import DemonstrationConfig, EvaluationConfig, OptimizerConfig
 from optimizer.cycle.cycle import open_cycle, run_cycle
-from optimizer.data.rows import build_demonstrations, read_rows
+from optimizer.data.demonstrations import build_demonstrations
+from optimizer.data.rows import read_rows
 from optimizer.data.stitching import render_prompt, stitch
 from optimizer.errors import TooFewTrajectories
-from optimizer.evaluation.comparison import Cell, CellResult, Decision, judge, play_cell
+from optimizer.evaluation.cells import Cell, CellResult, play_cell
+from optimizer.evaluation.decision import Decision, decide
 from optimizer.rewards import grade
 from optimizer.seams import Seams
 from optimizer.training.launch import read_finished
@@ -406,8 +408,8 @@ async def test_recorded_tokens_render_again_exactly(real: Kept, tokenizer: Any):
     built = build_demonstrations(as_if_won, tokenizer, config=config, max_length_tokens=2048)
 
     joints = sum((stitch(each.steps)[1] for each in graded), Counter())
-    print(f"{len(built.rows)} rows; joints {dict(joints)}; tally {dict(built.tally)}")
-    assert built.rows and built.tally["rerender_mismatch"] == 0
+    print(f"{len(built.rows)} rows; joints {dict(joints)}; tally {dict(built.counts)}")
+    assert built.rows and built.counts["rerender_mismatch"] == 0
     assert joints["clean"] > 0.95 * joints.total()
     assert built.trained_share == 1.0
 
@@ -467,7 +469,7 @@ async def test_a_planted_worse_adapter_is_not_promoted(real: Kept):
 
     incumbent = await real.play("incumbent-off", real.practice, policy=2)
     candidate = await real.play("spoiled-off", real.practice, policy=spoiled.version)
-    verdict = judge(candidate, incumbent, EvaluationConfig())
+    verdict = decide(candidate, incumbent, EvaluationConfig())
 
     print(f"{candidate.num_successes} against {incumbent.num_successes}: {verdict.decision}, {verdict.reason}")
     assert candidate.num_successes < incumbent.num_successes

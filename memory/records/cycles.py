@@ -6,7 +6,6 @@ Invariants: at most one cycle is open; a closed cycle never changes.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from typing import Any
 
 from sqlmodel import Session, col, select
@@ -24,8 +23,8 @@ class Cycles:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._entered: tuple[CycleStage, float] | None = None
-        self.stage_seconds: defaultdict[CycleStage, float] = defaultdict(float)
+        self._entered: tuple[str, float] | None = None
+        self.stage_seconds: Counter[str] = Counter()
         """Total seconds of each stage, over all cycles since the start of the process."""
 
     async def open(self, settings: dict[str, Any]) -> Cycle:
@@ -34,9 +33,7 @@ class Cycles:
         def write(session: Session) -> Cycle:
             other = _unfinished(session)
             if other is not None:
-                raise CycleInProgress(
-                    f"cycle {other.id!r} is at {other.stage.value!r}: wait until it ends, or resume it"
-                )
+                raise CycleInProgress(f"cycle {other.id!r} is at {other.stage!r}: wait until it ends, or resume it")
             cycle = Cycle(id=new_id("cyc"), settings=settings)
             session.add(cycle)
             return cycle
@@ -55,9 +52,12 @@ class Cycles:
         def write(session: Session) -> Cycle:
             cycle = _require(session, cycle_id)
             if cycle.stage in FINAL_STAGES:
-                raise IllegalMove(f"cycle {cycle_id!r} ended as {cycle.stage.value!r}: open another")
+                raise IllegalMove(f"cycle {cycle_id!r} ended as {cycle.stage!r}: open another")
             for name, value in fields.items():
                 setattr(cycle, name, cycle.artifacts | value if name == "artifacts" else value)
+            cycle.stage = str(
+                cycle.stage
+            )  # a member of CycleStage would be stored as its value, but stay a member here
             if cycle.stage in FINAL_STAGES:
                 cycle.closed_at = now()
             session.add(cycle)
@@ -68,20 +68,17 @@ class Cycles:
             self._clock(cycle.stage)
         return cycle
 
-    def _clock(self, stage: CycleStage) -> None:
+    def _clock(self, stage: str) -> None:
         now = time.monotonic()  # the wall clock may jump
         if self._entered is not None:
             self.stage_seconds[self._entered[0]] += now - self._entered[1]
         self._entered = None if stage in FINAL_STAGES else (stage, now)
 
-    def outcomes(self) -> list[tuple[CycleStage, dict[str, Any] | None]]:
+    def outcomes(self) -> list[tuple[str, dict[str, Any] | None]]:
         """Return (final stage, verdict) of every closed cycle."""
         with self._database.read() as session:
             query = select(Cycle.stage, Cycle.verdict).where(col(Cycle.closed_at).is_not(None))
-            return [
-                (CycleStage(stage), None if verdict is None else dict(verdict))
-                for stage, verdict in session.exec(query)
-            ]
+            return [(stage, None if verdict is None else dict(verdict)) for stage, verdict in session.exec(query)]
 
     def get(self, cycle_id: str) -> Cycle:
         """Return one cycle. Raises: UnknownCycle."""

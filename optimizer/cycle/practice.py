@@ -1,8 +1,7 @@
-"""Plays practice tasks to learn from: rounds with lessons in between, and tries where they can still teach.
+"""Plays practice tasks to learn from: rounds of the incumbent with insights in between, and rounds of a new policy.
 
-Refuses to train. Flow: `practice` (rounds of the incumbent, insights after each), later `explore` (rounds of the SFT
-policy).
-Invariant: a round that was finished is not played again when the stage is repeated.
+Flow: `practice` (the incumbent, insights after each round), later `explore` (a policy of this cycle, without memory).
+Invariant: a finished round is not played again when the stage is repeated.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import structlog
 
 from memory.schema import Task
 from memory.scopes import EVERYBODY
+from optimizer.cycle.artifacts import Critiques
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.practice_plan import plan_rounds
-from optimizer.cycle.readiness import require_reachable
+from optimizer.cycle.needs import require_reachable
 from optimizer.errors import CompletionError
 from optimizer.insights.extraction import Extraction, extract_insights
 from optimizer.rewards import split
@@ -27,20 +26,20 @@ log = structlog.get_logger()
 
 
 async def practice(context: CycleContext) -> None:
-    """Play rounds of practice with the incumbent; put what each taught into words before the next one begins.
+    """Play rounds of practice with the incumbent; extract insights from each before the next one begins.
 
     Raises:
-        TooFewTrajectories: the rounds that are left cannot bring enough demonstrations.
+        TooFewTrajectories: the remaining rounds cannot bring enough demonstrations.
     """
     config = context.config
-    rounds = plan_rounds(config.practice_episodes, config.num_practice_tasks)
+    rounds = config.practice_rounds
     if not rounds:
-        await learn_words(context)
+        await learn_insights(context)
         return
     tasks = context.practice_tasks()
     await context.prepare(tasks)
     incumbent = context.memory.policies.active().version
-    for number in range(context.artifacts.get("num_practice_rounds", 0), len(rounds)):
+    for number in range(context.artifacts.num_practice_rounds, len(rounds)):
         uses_memory = config.practice_memory[min(number, len(config.practice_memory) - 1)]
         await context.play(
             tasks[: rounds[number]],
@@ -49,16 +48,20 @@ async def practice(context: CycleContext) -> None:
             temperature=config.practice_temperature,
             label=f"practice round {number + 1} of {len(rounds)}",
         )
-        await learn_words(context)
-        await context.keep(num_practice_rounds=number + 1)
+        await learn_insights(context)
+        # after the insights: a round without its insights is played again
+        await context.save_artifacts(num_practice_rounds=number + 1)
         if rounds_left := rounds[number + 1 :]:
             await asyncio.to_thread(require_reachable, context.memory, config, rounds_left)
 
 
-async def learn_words(context: CycleContext) -> None:
-    """Bring the insights up to date with everything that was lived so far. Each is drawn from the episodes of one scope
-    alone: a tenant's practice and what its clients share, or one person's. What is nobody's teaches no words. Untrusted
-    episodes are not read, and untrusted insights not built on, until an operator approves them."""
+async def learn_insights(context: CycleContext) -> None:
+    """Bring the insights up to date with all episodes so far.
+
+    Each insight is drawn from the episodes of a single scope: the practice of a tenant together with the episodes its
+    clients share, or the episodes of one person. Episodes without a scope yield no insights. Untrusted episodes are not
+    read, and untrusted insights are not built on, until an operator approves them.
+    """
     memory, by_scope = context.memory, defaultdict(list)
     pool = await context.read_pool(any_environment=True, is_for_weights=False)
     for each in pool:
@@ -72,7 +75,7 @@ async def learn_words(context: CycleContext) -> None:
     for tenant, scope in sorted({*by_scope, ("", EVERYBODY)}):
         successes, failures = split(by_scope[tenant, scope])
         known = memory.insights.active(tenant=tenant, user_id=scope, scope=scope)
-        found = await extract_insights(
+        extraction = await extract_insights(
             successes,
             failures,
             known=[insight for insight in known if insight.is_trusted],
@@ -82,15 +85,19 @@ async def learn_words(context: CycleContext) -> None:
             already_read=already_read,
             seed=context.config.seed,
         )
-        # With `share_live = "tenant"` these are episodes of persons, too: under "user" again, it is shown to nobody.
-        whose = {"tenant": tenant, "user_id": scope, "is_shared": not memory.scopes.shares_live and scope == EVERYBODY}
-        operations = [replace(operation, **whose) for operation in found.operations]
-        await memory.insights.apply(operations, evidence=found.evidence)
-        await _count_critiques(context, found)
+        # With `share_live = "tenant"` the scope holds episodes of persons, too: should the setting become "user" again,
+        # an insight drawn from them must be shown to nobody, so it is not marked as shared.
+        is_shared = not memory.scopes.shares_live and scope == EVERYBODY
+        operations = [
+            replace(operation, tenant=tenant, user_id=scope, is_shared=is_shared) for operation in extraction.operations
+        ]
+        await memory.insights.apply(operations, evidence=extraction.evidence)
+        await _count_critiques(context, extraction)
 
 
 async def _measure_context(context: CycleContext) -> int | None:
-    """Return what the critic can hold; None where it does not say, or does not answer: then asking it fails, too."""
+    """Return the critic's context length in tokens; None where it is unknown, also because the critic does not answer.
+    Its calls will then fail as well, and be counted."""
     if context.seams.complete is None:
         return None
     try:
@@ -100,30 +107,37 @@ async def _measure_context(context: CycleContext) -> int | None:
         return None
 
 
-async def _count_critiques(context: CycleContext, found: Extraction) -> None:
-    """Add to what the cycle's report says of its critic."""
-    if not found.num_asked:
+async def _count_critiques(context: CycleContext, extraction: Extraction) -> None:
+    """Add the calls of one extraction to those of the whole cycle."""
+    if not extraction.num_asked:
         return
-    before = context.artifacts.get("critiques", {})
-    counts = {name: before.get(name, 0) + getattr(found, name) for name in ("num_asked", "num_failed", "num_skipped")}
-    await context.keep(critiques={**counts, "first_failure": before.get("first_failure") or found.first_failure})
+    before = context.artifacts.critiques or Critiques()
+    critiques = Critiques(
+        num_asked=before.num_asked + extraction.num_asked,
+        num_failed=before.num_failed + extraction.num_failed,
+        num_skipped=before.num_skipped + extraction.num_skipped,
+        first_failure=before.first_failure or extraction.first_failure,
+    )
+    await context.save_artifacts(critiques=critiques)
 
 
 async def explore(context: CycleContext, policy: int) -> None:
-    """Let the SFT policy play the practice tasks without memory, so that its own mistakes can be weighed (ETO).
+    """Let a policy of this cycle play the practice tasks without memory, so that preferences come from its own mistakes
+    (ETO, arXiv 2403.02502).
 
-    The first half of the episodes goes to all tasks alike. The second goes where tries differ: a task that was won
-    once and lost once gives a preference, one that is always won or always lost gives none. Departure from ETO,
-    which samples every task alike.
+    The first half of the episodes is spread evenly over all tasks, the second half goes to the tasks whose outcome
+    varies: only a task that was both won and lost gives a preference. Departure from ETO, which samples every task
+    alike.
     """
     config = context.config
-    rounds = plan_rounds(config.explore_episodes, config.num_practice_tasks)
+    rounds = config.explore_rounds
     if not rounds:
         return
     tasks = context.practice_tasks()
     await context.prepare(tasks)
-    for number in range(context.artifacts.get("num_explore_rounds", 0), len(rounds)):
+    for number in range(context.artifacts.num_explore_rounds, len(rounds)):
         chosen = tasks[: rounds[number]]
+        # outcomes of the first half decide where the second half goes
         if number >= len(rounds) / 2:
             chosen = choose_tasks_to_retry(tasks, await _outcomes(context), rounds[number])
         await context.play(
@@ -133,7 +147,7 @@ async def explore(context: CycleContext, policy: int) -> None:
             temperature=config.practice_temperature,
             label=f"exploration round {number + 1} of {len(rounds)}",
         )
-        await context.keep(num_explore_rounds=number + 1)
+        await context.save_artifacts(num_explore_rounds=number + 1)
 
 
 async def _outcomes(context: CycleContext) -> dict[str, list[bool]]:
@@ -147,12 +161,12 @@ def choose_tasks_to_retry(tasks: Sequence[Task], outcomes: dict[str, list[bool]]
     """Return `num_tries` tasks, some of them repeatedly, those whose outcome is least certain first.
 
     The certainty of an outcome is how far the smoothed share of wins lies from one half; the tasks of the less certain
-    half are played in turn.
+    half are played one after the other.
     """
 
     def certainty(task: Task) -> float:
         tries = outcomes.get(task.name, [])
         return abs((sum(tries) + 0.5) / (len(tries) + 1) - 0.5)
 
-    open_questions = sorted(tasks, key=lambda task: (certainty(task), task.name))[: max(1, len(tasks) // 2)]
-    return [open_questions[number % len(open_questions)] for number in range(num_tries)]
+    uncertain = sorted(tasks, key=lambda task: (certainty(task), task.name))[: max(1, len(tasks) // 2)]
+    return [uncertain[number % len(uncertain)] for number in range(num_tries)]

@@ -1,6 +1,6 @@
 """The release gate of a cycle: plays the held-out tasks, writes the report, and moves the candidate to its stage.
 
-The decision itself is made in `optimizer.evaluation.comparison`.
+The decision itself is made in `optimizer.evaluation.decision`.
 Invariants: every comparison is entered in the ledger (`memory.records.verdicts`) before its outcome is known; each
 comparison plays held-out tasks of its own; the sealed block is played once, by a policy that was promoted, and decides
 nothing.
@@ -9,40 +9,31 @@ nothing.
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from memory.schema import Policy, PolicyStage, StoredVerdict, Task, new_id
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.report import write_report
-from optimizer.evaluation.comparison import (
-    Basis,
-    Cell,
-    CellResult,
-    Decision,
-    EpisodeSummary,
-    Verdict,
-    alpha_of,
-    compare_pairs,
-    judge,
-    pair_tasks,
-    play_cell,
-)
+from optimizer.cycle.methods import METHODS
+from optimizer.cycle.report import Evaluation, PlayedPolicy, write_report
+from optimizer.cycle.stages import nominate
+from optimizer.evaluation import decision
+from optimizer.evaluation.cells import Cell, CellResult, compare_pairs, pair_tasks, play_cell, read_cell, write_cell
+from optimizer.evaluation.decision import Basis, Decision, Verdict, alpha_of
 from optimizer.evaluation.logged import read_logged_cells
 
 
 @dataclass
 class Comparison:
-    """One comparison of a candidate with the active policy, under way."""
+    """One comparison of a candidate with the active policy, while it is being made."""
 
     context: CycleContext
     entry: StoredVerdict
-    """Its line in the ledger."""
+    """Its row in the ledger."""
     is_in_cycle: bool
-    """False: it was asked for after the cycle had closed, whose row takes no more progress."""
+    """False: the cycle has closed, and its row takes no more progress."""
     regressions: list[dict[str, Any]] = field(default_factory=list)
     sealed: CellResult | None = None
 
@@ -55,7 +46,7 @@ class Comparison:
         return self.entry.held_out_end - self.context.num_gate_tasks(self.environment)
 
     async def play(self, cell: Cell, tasks: list[Task], environment: str, *, num_tries: int) -> CellResult:
-        """Play a cell, or read what was played of it before a crash."""
+        """Play a cell, or read its episodes if they were played before a crash."""
         context, is_in_cycle = self.context, self.is_in_cycle
         path = context.directory / f"cell-{'' if is_in_cycle else self.entry.id + '-'}{cell.name}.json"
         if not path.exists():
@@ -71,73 +62,94 @@ class Comparison:
                 temperature=context.gate_serving(environment).temperature,
                 num_tries=num_tries,
                 seed=context.config.seed,
-                on_progress=context.tell if is_in_cycle else None,
+                on_progress=context.report_progress if is_in_cycle else None,
             )
-            _write_cell(path, played)
-        return _read_cell(path, cell)
+            write_cell(path, played)
+        return read_cell(path, cell)
 
     async def prepare(self, tasks: list[Task]) -> None:
-        """Have tasks ready to start."""
+        """Make tasks ready to start."""
         if self.is_in_cycle:
             await self.context.prepare(tasks)
         elif tasks:
             await self.context.seams.prepare(tasks)
 
 
-async def evaluate(context: CycleContext) -> None:
-    """Play every cell on the same held-out tasks; a cell that was played is not played again."""
+async def evaluate(context: CycleContext) -> dict[str, CellResult]:
+    """Nominate the candidate and play every cell on the same held-out tasks; return the results by cell.
+
+    A cell that was played is not played again. Where only clients can play, nothing is played and no cell returned.
+    """
+    await nominate(context)
     if not context.config.environment:
-        return
-    if "incumbent" not in context.artifacts:
-        await context.keep(incumbent=context.memory.policies.active().version)
-    comparison = await _enter(context, _cycle_entry(context), context.artifacts["incumbent"], is_in_cycle=True)
-    await context.keep(held_out_offset=comparison.held_out_offset, look=comparison.entry.look)
+        return {}
+    if context.artifacts.incumbent is None:
+        await context.save_artifacts(incumbent=context.memory.policies.active().version)
+    comparison = await _enter_cycle_comparison(context)
+    await context.save_artifacts(held_out_offset=comparison.held_out_offset, look=comparison.entry.look)
     tasks = context.held_out_tasks()
     await comparison.prepare(tasks)
-    contestants = {cell.name for cell in choose_contestants(context)}
-    for cell in choose_cells(context):
-        await _play(comparison, cell, tasks, is_contestant=cell.name in contestants)
+    # a contestant may also be one of the other cells: it is played once, with all its tries
+    contestants = {cell.name for cell in list_contestants(context)}
+    return {
+        cell.name: await _play(comparison, cell, tasks, is_contestant=cell.name in contestants)
+        for cell in list_cells(context)
+    }
 
 
-async def settle(context: CycleContext) -> None:
-    """Judge, write the report, and let the candidate act or not. The report is there before the swap."""
+async def decide(context: CycleContext) -> dict[str, Any]:
+    """Decide by the cells, write the report, and move the candidate; return the verdict.
+
+    Order: the report exists before the policies are swapped.
+    """
     if context.config.environment:
-        comparison = await _enter(context, _cycle_entry(context), context.artifacts["incumbent"], is_in_cycle=True)
+        comparison = await _enter_cycle_comparison(context)
         tasks = context.held_out_tasks()
-        cells = {cell.name: await _play(comparison, cell, tasks, is_contestant=True) for cell in choose_cells(context)}
-        summary = await _decide(comparison, cells, [cells[cell.name] for cell in choose_contestants(context)])
+        cells = {cell.name: await _play(comparison, cell, tasks, is_contestant=True) for cell in list_cells(context)}
+        contestants = [cells[cell.name] for cell in list_contestants(context)]
+        summary = await _conclude(comparison, cells, contestants, list_policies(context))
     else:
-        summary = await _judge_by_log(context, _cycle_entry(context), is_in_cycle=True)
+        summary = await _decide_by_log(context, _cycle_entry(context), is_in_cycle=True)
     shutil.rmtree(context.directory / "training", ignore_errors=True)
-    await context.keep(verdict=summary)
+    await context.save_artifacts(verdict=summary)
+    return summary
 
 
-async def judge_again(context: CycleContext) -> dict[str, Any]:
-    """Compare a closed cycle's candidate with the policy that acts now, on tasks that have not decided on it; where its
-    cycle played, by playing new held-out tasks, else by what clients played."""
+async def decide_again(context: CycleContext) -> dict[str, Any]:
+    """Compare a closed cycle's candidate with the active policy, on tasks that have not decided about it yet.
+
+    New held-out tasks are played where the cycle played; otherwise the episodes that clients played are compared.
+    """
     entry_id = new_id("ver")
     if not context.config.environment:
-        return await _judge_by_log(context, entry_id, is_in_cycle=False)
+        return await _decide_by_log(context, entry_id, is_in_cycle=False)
     comparison = await _enter(context, entry_id, context.memory.policies.active().version, is_in_cycle=False)
     tasks = context.take_held_out(comparison.environment, comparison.held_out_offset)
     await comparison.prepare(tasks)
-    contestants = _contest(context, "candidate", "incumbent", comparison.entry.incumbent)
+    contestants = _pair_contestants(context, "candidate", "incumbent", comparison.entry.incumbent)
     played = [await _play(comparison, cell, tasks, is_contestant=True) for cell in contestants]
-    return await _decide(comparison, {result.cell.name: result for result in played}, played)
+    return await _conclude(comparison, {result.cell.name: result for result in played}, played, [])
 
 
-async def _judge_by_log(context: CycleContext, entry_id: str, *, is_in_cycle: bool) -> dict[str, Any]:
-    """Judge by what clients played as the candidate and as the active policy."""
+async def _decide_by_log(context: CycleContext, entry_id: str, *, is_in_cycle: bool) -> dict[str, Any]:
+    """Decide by the episodes that clients played with the candidate and with the active policy."""
     policies = context.memory.policies
-    candidate, incumbent = policies.get(context.artifacts["candidate"]), policies.active()
+    candidate, incumbent = policies.get(context.artifacts.candidate_version), policies.active()
     comparison = await _enter(context, entry_id, incumbent.version, is_in_cycle=is_in_cycle)
-    found = await asyncio.to_thread(read_logged_cells, context.memory, candidate, incumbent)
-    return await _decide(comparison, {cell.cell.name: cell for cell in found}, [*found, found[0]])
+    ours, theirs = await asyncio.to_thread(read_logged_cells, context.memory, candidate, incumbent)
+    return await _conclude(comparison, {cell.cell.name: cell for cell in (ours, theirs)}, [ours, theirs, ours], [])
 
 
 def _cycle_entry(context: CycleContext) -> str:
     # always the same, so that a stage that is repeated after a crash spends nothing twice
     return f"ver_{context.cycle_id}"
+
+
+async def _enter_cycle_comparison(context: CycleContext) -> Comparison:
+    """Enter the comparison that belongs to the cycle itself, or find it entered."""
+    incumbent = context.artifacts.incumbent
+    assert incumbent is not None, "the incumbent is saved when the first stage of the gate begins"
+    return await _enter(context, _cycle_entry(context), incumbent, is_in_cycle=True)
 
 
 async def _enter(context: CycleContext, entry_id: str, incumbent: int, *, is_in_cycle: bool) -> Comparison:
@@ -146,7 +158,7 @@ async def _enter(context: CycleContext, entry_id: str, incumbent: int, *, is_in_
     start = verdicts.held_out_end(environment)
     entry = StoredVerdict(
         id=entry_id,
-        candidate=context.artifacts["candidate"],
+        candidate=context.artifacts.candidate_version,
         incumbent=incumbent,
         cycle_id=context.cycle_id,
         environment=environment,
@@ -166,28 +178,33 @@ async def _play(comparison: Comparison, cell: Cell, tasks: list[Task], *, is_con
     return await comparison.play(cell, tasks, environment, num_tries=num_tries)
 
 
-async def _decide(
-    comparison: Comparison, cells: dict[str, CellResult], contestants: list[CellResult]
+async def _conclude(
+    comparison: Comparison,
+    cells: Mapping[str, CellResult],
+    contestants: list[CellResult],
+    policies: list[PlayedPolicy],
 ) -> dict[str, Any]:
-    """Judge (candidate, incumbent, candidate without memory if it was played), and act on the verdict."""
+    """Decide between (candidate, incumbent, candidate without memory if it was played), and act on the verdict."""
     context = comparison.context
     ours, theirs, *lean = contestants
     without_memory = next((result for result in lean if not result.cell.use_memory), None)
     # a comparison that was closed without a test has no look; it is only repeated after a crash
     look = comparison.entry.look or 1
-    verdict = judge(ours, theirs, context.config.evaluation, look=look, without_memory=without_memory)
+    verdict = decision.decide(ours, theirs, context.config.evaluation, look=look, without_memory=without_memory)
     active = context.memory.policies.active().version
+    # the candidate itself is active when the stage is repeated after a crash
     if active not in (verdict.incumbent.policy, verdict.candidate.policy):
         reason = f"policy v{active} became active meanwhile; the candidate was measured against "
         reason += f"v{verdict.incumbent.policy}"
         verdict = replace(verdict, decision=Decision.UNINFORMATIVE, reason=reason, was_tested=False)
     if verdict.decision is Decision.PROMOTE:
+        # order: other environments may still veto, the sealed block decides nothing and comes last
         verdict = await _play_regressions(comparison, verdict)
     if verdict.decision is Decision.PROMOTE and comparison.environment:
         await _play_sealed(comparison, verdict.candidate)
     if verdict.decision is Decision.UNINFORMATIVE:
         verdict = replace(verdict, reason=f"{verdict.reason}; {_how_to_go_on(comparison, verdict)}")
-    return await _conclude(comparison, cells, verdict)
+    return await _act_on(comparison, verdict, cells, policies)
 
 
 def _how_to_go_on(comparison: Comparison, verdict: Verdict) -> str:
@@ -213,13 +230,13 @@ async def _play_regressions(comparison: Comparison, verdict: Verdict) -> Verdict
         if paired.low > -wanted.max_regression:
             continue
         is_worse = paired.high < 0
-        decision = Decision.REJECT if is_worse else Decision.UNINFORMATIVE
+        outcome = Decision.REJECT if is_worse else Decision.UNINFORMATIVE
         reason = (
             f"{'worse' if is_worse else 'not shown to be as good'} on {paired.num_tasks} held-out tasks of "
             f"{environment!r}, which it learned from too: {paired.difference:+.1%} (95 % interval {paired.low:+.1%} to "
             f"{paired.high:+.1%}, limit {-wanted.max_regression:.1%}); otherwise {verdict.reason}"
         )
-        return replace(verdict, decision=decision, reason=reason)
+        return replace(verdict, decision=outcome, reason=reason)
     return verdict
 
 
@@ -233,13 +250,14 @@ async def _play_sealed(comparison: Comparison, cell: Cell) -> None:
         comparison.sealed = await comparison.play(sealed, tasks, comparison.environment, num_tries=1)
 
 
-async def _conclude(comparison: Comparison, cells: dict[str, CellResult], verdict: Verdict) -> dict[str, Any]:
-    """Write the report, close the entry, then move the candidate to where the verdict sends it."""
+async def _act_on(
+    comparison: Comparison, verdict: Verdict, cells: Mapping[str, CellResult], played: list[PlayedPolicy]
+) -> dict[str, Any]:
+    """Write the report, close the entry, then move the candidate to the stage that the verdict leads to."""
     context, policies, entry = comparison.context, comparison.context.memory.policies, comparison.entry
     gate = await asyncio.to_thread(_describe_gate, comparison, verdict)
-    report = await asyncio.to_thread(
-        write_report, context, cells, verdict, gate, keep_earlier=not comparison.is_in_cycle
-    )
+    evaluation = Evaluation(cells, played, METHODS, verdict, gate)
+    report = await asyncio.to_thread(write_report, context, evaluation, keep_earlier=not comparison.is_in_cycle)
     sealed = comparison.sealed
     await context.memory.verdicts.close(
         entry.id,
@@ -248,22 +266,23 @@ async def _conclude(comparison: Comparison, cells: dict[str, CellResult], verdic
         tasks=verdict.tasks,
         sealed=(sealed.num_successes, len(sealed.played)) if sealed is not None else (0, 0),
     )
+    # the ledger is closed before the policy moves: a crash in between repeats the stage, and spends nothing again
     summary = {**verdict.to_json(), "policy": verdict.candidate.policy, "report": str(report)}
-    here = policies.get(verdict.candidate.policy)
-    stage = _stage_after(verdict, here)
-    if here.stage is stage:
-        await policies.note_verdict(here.version, summary)
+    candidate = policies.get(verdict.candidate.policy)
+    stage = _stage_after(verdict, candidate)
+    if candidate.stage is stage:
+        await policies.note_verdict(candidate.version, summary)
     else:
-        await policies.move(here.version, stage, verdict=summary, use_memory=_serves_as(comparison, verdict))
+        await policies.move(candidate.version, stage, verdict=summary, use_memory=_serves_as(comparison, verdict))
     return summary
 
 
-def _stage_after(verdict: Verdict, here: Policy) -> PolicyStage:
+def _stage_after(verdict: Verdict, candidate: Policy) -> PolicyStage:
     if verdict.decision is Decision.PROMOTE:
         return PolicyStage.ACTIVE
     if verdict.decision is Decision.REJECT:
         return PolicyStage.REJECTED
-    return PolicyStage.CANDIDATE if verdict.was_tested else here.stage
+    return PolicyStage.CANDIDATE if verdict.was_tested else candidate.stage
 
 
 def _serves_as(comparison: Comparison, verdict: Verdict) -> bool | None:
@@ -278,7 +297,7 @@ def _serves_as(comparison: Comparison, verdict: Verdict) -> bool | None:
 
 
 def _describe_gate(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
-    """Return what the report says of the gate itself."""
+    """Return the figures of the gate itself, as the report stores them."""
     context, entry, verdicts = comparison.context, comparison.entry, comparison.context.memory.verdicts
     environment, wanted = comparison.environment, comparison.context.config.evaluation
     spent = verdicts.alpha_spent(entry.incumbent) - (0.0 if verdict.was_tested else entry.alpha)
@@ -303,51 +322,53 @@ def _describe_gate(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def choose_cells(context: CycleContext) -> list[Cell]:
-    """Return what is played: {base, SFT, candidate} x {memory on, off}, and the incumbent as it serves."""
+def list_policies(context: CycleContext) -> list[PlayedPolicy]:
+    """Return the policies whose cells are played: the base, each training of this cycle, and the candidate in place of
+    the last training. Trainings after the one that the candidate came from are left out."""
     artifacts = context.artifacts
-    sft, candidate, incumbent = artifacts["sft"]["policy"], artifacts["candidate"], artifacts["incumbent"]
-    policies = {"base": 0, "sft": sft} | ({} if candidate == sft else {"dpo": candidate})
+    policies, title = [PlayedPolicy("base", "base", 0)], ""
+    trained = [method for method in METHODS if method.name in artifacts.trained]
+    for method in trained:
+        title = f"{title}+{method.title}" if title else method.title
+        version = artifacts.trained[method.name].policy
+        if method is trained[-1]:  # the candidate may be an adapter of an earlier epoch
+            version = artifacts.candidate_version
+        policies.append(PlayedPolicy(method.name, title, version))
+        if version == artifacts.candidate:
+            break
+    return policies
+
+
+def list_cells(context: CycleContext) -> list[Cell]:
+    """Return the cells to play: each policy with memory off and on, and the incumbent as it serves."""
     cells = [
-        Cell(f"{name}-{'on' if use_memory else 'off'}", policy, use_memory)
-        for name, policy in policies.items()
+        Cell(f"{policy.name}-{'on' if use_memory else 'off'}", policy.version, use_memory)
+        for policy in list_policies(context)
         for use_memory in (False, True)
     ]
-    if incumbent != 0:
-        cells.append(choose_contestants(context)[1])
+    if context.artifacts.incumbent != 0:
+        cells.append(list_contestants(context)[1])
     return cells
 
 
-def choose_contestants(context: CycleContext) -> list[Cell]:
+def list_contestants(context: CycleContext) -> list[Cell]:
     """Return (candidate as it would serve, incumbent as it serves, candidate without memory if that may win)."""
-    artifacts = context.artifacts
-    candidate = "sft" if artifacts["candidate"] == artifacts["sft"]["policy"] else "dpo"
-    incumbent = artifacts["incumbent"]
-    return _contest(context, candidate, "base" if incumbent == 0 else "incumbent", incumbent)
+    incumbent = context.artifacts.incumbent
+    assert incumbent is not None, "the incumbent is saved before the first cell is played"
+    candidate = list_policies(context)[-1].name
+    return _pair_contestants(context, candidate, "base" if incumbent == 0 else "incumbent", incumbent)
 
 
-def _contest(context: CycleContext, ours: str, theirs: str, incumbent: int) -> list[Cell]:
-    environment, candidate = context.config.environment, context.artifacts["candidate"]
+def _pair_contestants(context: CycleContext, ours: str, theirs: str, incumbent: int) -> list[Cell]:
+    environment, candidate = context.config.environment, context.artifacts.candidate_version
     use_memory = context.gate_serving(environment).use_memory
-    serves_as = context.memory.policies.get(incumbent).use_memory
-    if serves_as is None:
-        serves_as = context.seams.serving(environment).use_memory
+    serves_with_memory = context.memory.policies.get(incumbent).use_memory
+    if serves_with_memory is None:
+        serves_with_memory = context.seams.serving(environment).use_memory
     cells = [
         Cell(f"{ours}-{'on' if use_memory else 'off'}", candidate, use_memory),
-        Cell(f"{theirs}-{'on' if serves_as else 'off'}", incumbent, serves_as),
+        Cell(f"{theirs}-{'on' if serves_with_memory else 'off'}", incumbent, serves_with_memory),
     ]
     if context.config.evaluation.noninferiority_margin is not None:
         cells.append(Cell(f"{ours}-off", candidate, False))
     return cells
-
-
-def _write_cell(path: Path, result: CellResult) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps([vars(episode) for episode in result.played]), encoding="utf-8")
-    unfinished.replace(path)
-
-
-def _read_cell(path: Path, cell: Cell) -> CellResult:
-    played = json.loads(path.read_text(encoding="utf-8"))
-    return CellResult(cell, [EpisodeSummary(**episode) for episode in played])

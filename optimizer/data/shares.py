@@ -1,12 +1,12 @@
-"""Who taught how much: bounds the rows of each teacher, and counts them for the report.
+"""Bounds the rows that each teacher contributes, and counts them for the report.
 
-Row limits hold for every user, key and tenant that gave feedback. Shares hold only among several teachers, because
-whoever teaches alone has nobody to drown out:
+Row limits hold for every user, key and tenant that gave feedback. Shares apply only among several teachers,
+because a single teacher drowns out nobody:
 - A tenant other than the default one never gives more than its share, however few rows the others have: the weights
   serve all tenants, and the operator's own rows must not become the minority.
 - A key or a user keeps at least `floor` rows, the fewest that a training needs. Otherwise one thumbs-up by a second
   person would cut the hundreds of a server's only real user down to one.
-What an environment measured, nobody claimed: it is bounded for its tenant only, and counts as the others' rows.
+A reward measured by an environment has no claimant: it is bounded for its tenant only, and counts as others' rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from memory.teaching import DEFAULT_TENANT, Teacher
 from optimizer.config import TeachingConfig
 
 Teachers = tuple[Teacher, ...]
-"""Those behind one row: a preference has two, who judged its two sides."""
+"""The teachers behind one row: a preference has two, one for each side."""
 
 
 def _user_of(teacher: Teacher) -> Hashable | None:
@@ -44,19 +44,19 @@ GROUPS: tuple[tuple[str, Callable[[Teacher], Hashable | None]], ...] = (
 
 
 def choose_rows(
-    teachers: Sequence[Teachers], config: TeachingConfig, *, floor: int, seed: int, tally: Counter[str]
+    teachers: Sequence[Teachers], config: TeachingConfig, *, floor: int, seed: int, counts: Counter[str]
 ) -> list[int]:
-    """Return the positions of the rows to keep, in order; what is left out is counted by its reason."""
+    """Return the positions of the rows to keep, in order; the rows left out are counted by reason."""
     dice = random.Random(seed)
     kept = list(range(len(teachers)))
     for name, group_of in GROUPS:
         most = getattr(config, f"max_rows_per_{name}")
         for rows in _rows_by_group(teachers, kept, group_of).values():
-            kept = _leave_out(kept, rows, most, f"over_{name}_cap", dice, tally)
+            kept = _leave_out(kept, rows, most, f"over_{name}_cap", dice, counts)
     if config.max_share == 1:
         return kept
     num_before = None
-    while num_before != len(kept):  # what one group loses makes the shares of the others larger
+    while num_before != len(kept):  # a cut in one group makes the shares of the others larger
         num_before = len(kept)
         for name, group_of in GROUPS:
             least = 0 if name == "tenant" else floor
@@ -64,7 +64,7 @@ def choose_rows(
                 num_others = len(kept) - len(rows)
                 if num_others:
                     most = max(least, int(num_others * config.max_share / (1 - config.max_share)))
-                    kept = _leave_out(kept, rows, most, f"over_{name}_share", dice, tally)
+                    kept = _leave_out(kept, rows, most, f"over_{name}_share", dice, counts)
     return kept
 
 
@@ -79,20 +79,20 @@ def _rows_by_group(
 
 
 def _leave_out(
-    kept: list[int], rows: Sequence[int], most: int, reason: str, dice: random.Random, tally: Counter[str]
+    kept: list[int], rows: Sequence[int], most: int, reason: str, dice: random.Random, counts: Counter[str]
 ) -> list[int]:
     """Return `kept` with at most `most` of a group's `rows`, chosen by chance."""
-    still = [position for position in rows if position in set(kept)]
-    if len(still) <= most:
+    present = [position for position in rows if position in set(kept)]
+    if len(present) <= most:
         return kept
-    dropped = set(dice.sample(still, len(still) - most))
-    tally[reason] += len(dropped)
+    dropped = set(dice.sample(present, len(present) - most))
+    counts[reason] += len(dropped)
     return [position for position in kept if position not in dropped]
 
 
 def count_rows(teachers: Sequence[Teachers], key_names: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return how many rows each teacher gave, the most first. A person is shown as a short hash."""
-    counts = Counter(teacher for of_row in teachers for teacher in set(of_row))
+    num_rows_by = Counter(teacher for of_row in teachers for teacher in set(of_row))
     return [
         {
             "tenant": teacher.tenant,
@@ -102,7 +102,7 @@ def count_rows(teachers: Sequence[Teachers], key_names: Mapping[str, str]) -> li
             "user": hash_user(teacher.tenant, teacher.user_id),
             "num_rows": num_rows,
         }
-        for teacher, num_rows in sorted(counts.items(), key=lambda item: (-item[1], _order(item[0])))
+        for teacher, num_rows in sorted(num_rows_by.items(), key=lambda item: (-item[1], _order(item[0])))
     ]
 
 
@@ -111,5 +111,5 @@ def _order(teacher: Teacher) -> tuple[str, ...]:
 
 
 def hash_user(tenant: str, user_id: str) -> str:
-    """Return eight characters that are the same for the same person in every report, and name nobody."""
+    """Return eight characters that are the same for a person in every report, without identifying them."""
     return hashlib.sha256(f"{tenant}/{user_id}".encode()).hexdigest()[:8] if user_id else ""

@@ -13,12 +13,33 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from memory.conversation import show_memory
 from memory.schema import Step, StepKind, Trajectory
+
+
+class Tokenizer(Protocol):
+    """The parts of a transformers tokenizer that rows need."""
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]: ...
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool,
+        tokenize: bool,
+    ) -> str: ...
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +53,7 @@ class Row:
     num_prompt_tokens: int
     """Length of the first prompt, before the first output."""
     first_step: int = 0
-    """Which model step of the trajectory is the first of this row."""
+    """Number of the trajectory's model step that comes first in this row."""
 
     @property
     def last_step(self) -> int:
@@ -45,35 +66,36 @@ class Row:
 
 @dataclass(frozen=True)
 class SegmentEdit:
-    """How a prompt is rid of its memory segment: the tokens around and of the segment, and what they become."""
+    """The tokens of a memory segment with one neighbour on either side, and the tokens that replace them."""
 
     shown: list[int]
     bare: list[int]
 
 
 class Unstitchable(ValueError):
-    """A trajectory cannot become a row; the message is the word it is counted under."""
+    """A trajectory cannot become a row; the message is the reason it is counted under."""
 
 
 def stitch(steps: Sequence[Step]) -> tuple[list[Row], Counter[str]]:
-    """Join the model calls of one trajectory into rows, and count how each joint went.
+    """Join the model calls of one trajectory into rows; return them and the number of joints by their kind.
 
-    clean: what we hold is the beginning of the next prompt, and the row goes on. fork: it is not, and the next call
+    clean: the row so far is the beginning of the next prompt, and the row goes on. fork: it is not, and the next call
     begins a new row with its own captured prompt.
 
     Raises:
         Unstitchable: a model step has no token ids, or there is no model step.
     """
     rows: list[Row] = []
-    tally: Counter[str] = Counter()
+    joints: Counter[str] = Counter()
     for position, step in enumerate(step for step in steps if step.kind is StepKind.MODEL):
         prompt, output = step.prompt_token_ids, step.output_token_ids
         if not prompt or not output:
             raise Unstitchable("no_token_ids")
-        held = rows[-1].input_ids if rows else []
-        is_clean = bool(rows) and prompt[: len(held)] == held
+        row_so_far = rows[-1].input_ids if rows else []
+        # token by token: equal text may be tokenized differently
+        is_clean = bool(rows) and prompt[: len(row_so_far)] == row_so_far
         if rows:
-            tally["clean" if is_clean else "fork"] += 1
+            joints["clean" if is_clean else "fork"] += 1
         if is_clean:
             rows[-1] = _continue_row(rows[-1], prompt, output)
         else:
@@ -81,7 +103,7 @@ def stitch(steps: Sequence[Step]) -> tuple[list[Row], Counter[str]]:
             rows.append(Row([*prompt, *output], mask, [len(prompt)], len(prompt), position))
     if not rows:
         raise Unstitchable("no_model_steps")
-    return rows, tally
+    return rows, joints
 
 
 def _continue_row(row: Row, prompt: Sequence[int], output: Sequence[int]) -> Row:
@@ -94,8 +116,8 @@ def _continue_row(row: Row, prompt: Sequence[int], output: Sequence[int]) -> Row
     )
 
 
-def plan_memory_removal(trajectory: Trajectory, tokenizer: Any) -> list[SegmentEdit]:
-    """Return the edits that take the memory segment out of a prompt of `trajectory`; empty where nothing was shown.
+def plan_memory_removal(trajectory: Trajectory, tokenizer: Tokenizer) -> list[SegmentEdit]:
+    """Return the edits that take the memory segment out of a prompt of `trajectory`; empty where no memory was shown.
 
     There is one for each way in which the engine may have written the message; at most one of them fits.
     """
@@ -112,6 +134,7 @@ def plan_memory_removal(trajectory: Trajectory, tokenizer: Any) -> list[SegmentE
         except TypeError:  # a template that adds texts together takes no parts
             continue
         edit = _find_edit(with_segment, without)
+        # a template may drop the message that holds the segment
         if edit not in edits and with_segment != without:
             edits.append(edit)
     return edits
@@ -124,8 +147,8 @@ def _find_edit(shown: list[int], bare: list[int]) -> SegmentEdit:
     holds the whole stretch reads, once it is replaced, as the tokenizer would have written it.
     """
     before = count_common_prefix(shown, bare)
-    room = min(len(shown), len(bare)) - before
-    after = min(room, count_common_prefix(shown[::-1], bare[::-1]))
+    longest = min(len(shown), len(bare)) - before  # the common end must not overlap the common beginning
+    after = min(longest, count_common_prefix(shown[::-1], bare[::-1]))
     first, last = max(0, before - 1), max(0, after - 1)
     return SegmentEdit(shown[first : len(shown) - last], bare[first : len(bare) - last])
 
@@ -150,15 +173,16 @@ def remove_memory(row: Row, edits: Sequence[SegmentEdit]) -> Row:
     if not edits:
         return row
     prompt = row.input_ids[: row.num_prompt_tokens]
-    places = [(edit, place) for edit in edits for place in _find_all(prompt, edit.shown)]
-    if len(places) != 1:
+    matches = [(edit, start) for edit in edits for start in _find_all(prompt, edit.shown)]
+    # twice means that a user quoted the segment: removing one of them is a guess
+    if len(matches) != 1:
         raise Unstitchable("rerender_mismatch")
-    ((edit, place),) = places
-    end, shift = place + len(edit.shown), len(edit.bare) - len(edit.shown)
+    ((edit, first),) = matches
+    end, shift = first + len(edit.shown), len(edit.bare) - len(edit.shown)
     return replace(
         row,
-        input_ids=row.input_ids[:place] + edit.bare + row.input_ids[end:],
-        mask=row.mask[:place] + [0] * len(edit.bare) + row.mask[end:],
+        input_ids=row.input_ids[:first] + edit.bare + row.input_ids[end:],
+        mask=row.mask[:first] + [0] * len(edit.bare) + row.mask[end:],
         starts=[start + shift for start in row.starts],
         num_prompt_tokens=row.num_prompt_tokens + shift,
     )
@@ -166,14 +190,14 @@ def remove_memory(row: Row, edits: Sequence[SegmentEdit]) -> Row:
 
 def _find_all(tokens: list[int], wanted: list[int]) -> list[int]:
     return [
-        place
-        for place in range(len(tokens) - len(wanted) + 1)
-        if tokens[place] == wanted[0] and tokens[place : place + len(wanted)] == wanted
+        start
+        for start in range(len(tokens) - len(wanted) + 1)
+        if tokens[start] == wanted[0] and tokens[start : start + len(wanted)] == wanted
     ]
 
 
 def render_prompt(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]],
     *,

@@ -1,17 +1,19 @@
 """The bars of a promotion: which of two settings of the release gate is the tighter one.
 
-The bars are the operator's configuration. Whoever starts or judges a cycle without being the operator may raise them
-for that cycle and never lower them; what has no tighter side (how the gate plays) stays as configured.
+The bars are the operator's configuration. Other people may raise them for a cycle they start or have decided again, and
+never lower them; settings without a tighter side (how the gate plays) stay as configured.
 
 Invariant: every field of `EvaluationConfig` is in one of the tables; a test holds that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from optimizer.config import EvaluationConfig, OptimizerConfig
+
+Bar = float | None
+"""The value of a setting; a bool is a number here."""
 
 AT_LEAST = frozenset({"num_tasks", "num_sealed_tasks", "min_tasks", "margin", "floor"})
 """The larger value is the tighter one."""
@@ -73,10 +75,9 @@ def tightest(one: EvaluationConfig, operator: EvaluationConfig) -> EvaluationCon
     return EvaluationConfig(**fields)
 
 
-def _tighter(name: str, one: Any, operator: Any) -> Any:
+def _tighter(name: str, one: Bar, operator: Bar) -> Bar:
     if name in FIXED:
         return operator
     if one is None or operator is None:  # no margin at all is the tightest
         return None
-    choose: Callable[[Any, Any], Any] = max if name in AT_LEAST else min
-    return choose(one, operator)
+    return max(one, operator) if name in AT_LEAST else min(one, operator)

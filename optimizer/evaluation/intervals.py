@@ -129,24 +129,27 @@ def compare_rates(
     (count, unit), (other_count, other_unit) = (
         (np.asarray(counts, dtype=float), np.asarray(units, dtype=float)) for counts, units in (first, second)
     )
-    rates = [float(c.sum() / u.sum()) if u.sum() else 0.0 for c, u in ((count, unit), (other_count, other_unit))]
-    if len(count) < 2 or not unit.sum() or not other_unit.sum() or (as_ratio and not min(rates)):
-        return RateComparison(*rates, -math.inf, math.inf)
+    first_rate, second_rate = (
+        float(c.sum() / u.sum()) if u.sum() else 0.0 for c, u in ((count, unit), (other_count, other_unit))
+    )
+    if len(count) < 2 or not unit.sum() or not other_unit.sum() or (as_ratio and not min(first_rate, second_rate)):
+        return RateComparison(first_rate, second_rate, -math.inf, math.inf)
     pulls = [
         (c - rate * u) / u.mean() / (rate if as_ratio else 1.0)
-        for c, u, rate in ((count, unit, rates[0]), (other_count, other_unit, rates[1]))
+        for c, u, rate in ((count, unit, first_rate), (other_count, other_unit, second_rate))
     ]
     spread = float(norm.ppf((1 + confidence) / 2) * (pulls[0] - pulls[1]).std(ddof=1) / math.sqrt(len(count)))
     if not as_ratio:
-        return RateComparison(*rates, rates[0] - rates[1] - spread, rates[0] - rates[1] + spread)
-    middle = math.log(rates[0] / rates[1])
-    return RateComparison(*rates, math.exp(middle - spread), math.exp(middle + spread))
+        difference = first_rate - second_rate
+        return RateComparison(first_rate, second_rate, difference - spread, difference + spread)
+    middle = math.log(first_rate / second_rate)
+    return RateComparison(first_rate, second_rate, math.exp(middle - spread), math.exp(middle + spread))
 
 
 def bootstrap_mean(
     values: Sequence[float], seed: int = 0, confidence: float = CONFIDENCE
 ) -> tuple[float, float, float]:
-    """Return (mean, low, high) by the percentile bootstrap; for differences of tokens and turns."""
+    """Return (mean, low, high) by the percentile bootstrap; for differences of tokens."""
     if not values:
         return 0.0, 0.0, 0.0
     array = np.asarray(values, dtype=float)

@@ -1,30 +1,30 @@
-"""Reads from the log what the gate would have played: held-out tasks, as clients played them by either policy.
+"""Reads from the log the cells that the gate would have played: held-out tasks, as clients played them.
 
 Flow: trajectories of the two policies -> the first try of each task -> tries made alike -> two cells.
 
-Invariants: only what was lived since the candidate exists counts, so that both had the same memory to draw on. The
-first try of a task counts, whatever came of it: who could play again until it is won would prove nothing. So do tries
-without a reward, as lost: who rewards only what went well proves nothing either. Tasks that decided on this candidate
-before do not count again. Only the default tenant's tries count, and of their rewards only those of whoever may teach
-the weights: policies are everybody's, and no tenant's feedback shall choose them for the others.
+Invariants: only episodes since the candidate exists count, so that both policies had the same memory to draw on. The
+first try of a task counts, whatever its outcome: a task repeated until it is won would prove nothing. A try without a
+reward counts as lost, because rewarding only good episodes would prove nothing either. Tasks that decided about this
+candidate before do not count again. Only the default tenant's tries count, and of their rewards only those by people
+who may teach the weights: policies serve all tenants, and no tenant's feedback may choose them for the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from memory.records.trajectories import TrajectoryWithReward
 from memory.schema import Policy, Split
-from optimizer.evaluation.comparison import Cell, CellResult, describe
+from memory.store import Memory
+from optimizer.evaluation.cells import Cell, CellResult, describe
 
 PAGE = 1000
 
-Tries = dict[tuple[str, str], TrajectoryWithReward]
+Tries = dict[tuple[str, str, str], TrajectoryWithReward]
 """By task."""
 
 
-def read_logged_cells(memory: Any, candidate: Policy, incumbent: Policy) -> tuple[CellResult, CellResult]:
+def read_logged_cells(memory: Memory, candidate: Policy, incumbent: Policy) -> tuple[CellResult, CellResult]:
     """Return (candidate, incumbent). Reads the database: for a thread."""
     ours = _first_tries(memory, candidate, since=candidate)
     theirs = _first_tries(memory, incumbent, since=candidate)
@@ -34,18 +34,18 @@ def read_logged_cells(memory: Any, candidate: Policy, incumbent: Policy) -> tupl
         for task in ours
         if task in theirs and _conditions(ours[task]) == _conditions(theirs[task]) and _name(task) not in used
     ]
-    return tuple(
-        _as_cell(memory, name, policy, {task: tries[task] for task in alike})
-        for name, policy, tries in (("candidate", candidate, ours), ("incumbent", incumbent, theirs))
+    return (
+        _as_cell(memory, "candidate", candidate, {task: ours[task] for task in alike}),
+        _as_cell(memory, "incumbent", incumbent, {task: theirs[task] for task in alike}),
     )
 
 
-def _first_tries(memory: Any, policy: Policy, *, since: Policy) -> Tries:
-    # newest first, so that what comes last is the first try
+def _first_tries(memory: Memory, policy: Policy, *, since: Policy) -> Tries:
+    # newest first, so that the last one in a dict is the first try
     return {view.trajectory.task_key: view for view in _all_tries(memory, policy, since)}
 
 
-def _all_tries(memory: Any, policy: Policy, since: Policy) -> Iterator[TrajectoryWithReward]:
+def _all_tries(memory: Memory, policy: Policy, since: Policy) -> Iterator[TrajectoryWithReward]:
     before_id = None
     while True:
         page = memory.trajectories.select(
@@ -63,16 +63,16 @@ def _all_tries(memory: Any, policy: Policy, since: Policy) -> Iterator[Trajector
         before_id = page[-1].trajectory.id
 
 
-def _conditions(view: TrajectoryWithReward) -> tuple[Any, ...]:
-    """What must be the same for two tries to differ by their policy alone."""
+def _conditions(view: TrajectoryWithReward) -> tuple[object, ...]:
+    """Return the conditions that must be equal for two tries to differ by their policy alone."""
     return (view.trajectory.temperature, bool(view.trajectory.memory_text))
 
 
-def _name(task: tuple[str, str]) -> str:
+def _name(task: tuple[str, str, str]) -> str:
     return ": ".join(filter(None, task))
 
 
-def _as_cell(memory: Any, name: str, policy: Policy, tries: Tries) -> CellResult:
+def _as_cell(memory: Memory, name: str, policy: Policy, tries: Tries) -> CellResult:
     uses_memory = any(view.trajectory.memory_text for view in tries.values())
     played = [
         describe(

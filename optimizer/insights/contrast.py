@@ -1,26 +1,25 @@
 """Finds lessons by counting, where no model writes prose: which action, for which instruction, goes with success.
 
-Refuses to know any environment: it sees lines of text, actions, and how episodes ended. "fry the carrot" was read,
-"cook carrot with stove" was done: the words they share are the entity, what is left is a cue and an action, "fry the _"
-and "cook _ with stove". Over many episodes and entities the cue is met by competing actions, and one of them survives.
+No environment is known here, only lines of text, actions, and how episodes ended. The episode read "fry the carrot" and
+did "cook carrot with stove": the words they share are the entity, and the rest is a cue and an action, "fry the _" and
+"cook _ with stove". Over many episodes and entities the cue meets competing actions, and one of them survives.
 
-Flow: trajectory -> answers (cue, action, entity, blame) -> tally per cue -> exact test -> the surest lesson -> the
-answers it does not explain -> tally -> ... until nothing is sure.
+Flow: trajectory -> answers (cue, action, entity, blame) -> outcomes per cue -> exact test -> the surest lesson -> the
+answers it does not explain -> outcomes -> ... until nothing is sure.
 
-Why two testimonies. Some worlds punish at once, others late, and an episode that did one thing right may be lost by
-another. So each action is tried by two counts, and either will do, at the price of testing twice. By outcome: episodes
-won and not won. By survival: blame for a lost episode falls with the distance to its end, by `BLAME_DISCOUNT` a step,
-as a discounted return does; the action that the end follows at once bears the loss in full, one three steps earlier an
-eighth, and what it does not bear it survived. No model of the environment is needed. An action that never was part of a
-success is no lesson, however well it survives.
+Two tests. Some environments punish at once, others late, and an episode that did one thing right may be lost by
+another. Each action is therefore tested by two counts, and either will do, at the price of testing twice. By outcome:
+episodes won and not won. By survival: blame for a lost episode falls with the distance to its end, by `BLAME_DISCOUNT`
+a step, as a discounted return does; the action before the end bears the loss in full, one three steps earlier an
+eighth. An action that never was part of a success is no lesson, however well it survives.
 
-Why minimal contrasts. Many actions share a word with an instruction: the carrot is also taken, and sliced. Only actions
+Minimal contrasts. Many actions share a word with an instruction: the carrot is also taken, and sliced. Only actions
 that differ in one span of words ("cook _ with stove", "cook _ with oven") are rival answers to the same cue; the rest
-are other parts of the plan. A cue that was met by one action only carries no contrast, and no lesson.
+are other parts of the plan. A cue that met only one action carries no contrast, and no lesson.
 
-Why one lesson at a time. "dice the carrot" was read, and so was "you take the carrot from the fridge": when dicing goes
-well, it goes well for both cues. What an answer came to is therefore credited to its surest cue alone, as in a
-stepwise selection, and counted no more for the others; what they keep is what they explain by themselves.
+One lesson at a time. An episode read both "dice the carrot" and "you take the carrot from the fridge": when dicing goes
+well, it goes well for both cues. The outcome of an answer is therefore credited to its surest cue alone, as in a
+stepwise selection, and not counted again for the others, which keep only the outcomes they explain by themselves.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from scipy.stats import false_discovery_control, fisher_exact
 
@@ -44,7 +44,7 @@ SIGNIFICANCE = 0.05
 MAX_LINE_WORDS = 12  # an instruction is short; longer lines tell a story
 MIN_TRIES = 3  # on either side; fewer cannot be significant, and only dilute the many tests
 MIN_ENTITIES = 2  # a blank that one thing always fills is no blank
-MAX_SPAN_WORDS = 3  # of what may differ between two rival actions
+MAX_SPAN_WORDS = 3  # of the span in which two rival actions may differ
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 LINE_BREAK = re.compile(r"\n|(?<=[.!?:;])\s+")
 STOP_WORDS = frozenset(
@@ -80,8 +80,8 @@ class Answer:
 
 
 @dataclass
-class Tally:
-    """What became of the episodes that answered a cue with an action."""
+class Outcomes:
+    """The outcomes of the episodes that answered a cue with an action."""
 
     wins: int = 0
     """Episodes won."""
@@ -89,10 +89,10 @@ class Tally:
     """Blame for episodes lost, at most 1 each."""
     num_tries: int = 0
     entities: set[Words] = field(default_factory=set)
-    """What filled the blank."""
+    """The words that filled the blank."""
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(
+    def __add__(self, other: Outcomes) -> Outcomes:
+        return Outcomes(
             self.wins + other.wins,
             self.losses + other.losses,
             self.num_tries + other.num_tries,
@@ -115,8 +115,8 @@ class Contrast:
 
     cue: Words
     action: Words
-    tally: Tally
-    otherwise: Tally
+    outcomes: Outcomes
+    otherwise: Outcomes
     p_value: float
 
     @property
@@ -126,19 +126,19 @@ class Contrast:
     @property
     def support(self) -> SupportCounts:
         return SupportCounts(
-            self.tally.wins, round(self.tally.losses), self.otherwise.wins, round(self.otherwise.losses)
+            self.outcomes.wins, round(self.outcomes.losses), self.otherwise.wins, round(self.otherwise.losses)
         )
 
 
 def contrast_insights(
     graded: Iterable[GradedTrajectory], *, known: Sequence[Insight], significance: float = SIGNIFICANCE
 ) -> list[InsightOperation]:
-    """Return what the tallies say: ADD or AGREE for the best action of each cue, REMOVE for what they speak against."""
-    by_place: dict[tuple[str, str], list[GradedTrajectory]] = defaultdict(list)
+    """Return ADD or AGREE for the best action of each cue, and REMOVE for known insights that the outcomes refute."""
+    by_scope: dict[tuple[str, str], list[GradedTrajectory]] = defaultdict(list)
     for each in graded:
-        by_place[(each.trajectory.environment or "", each.trajectory.kind)].append(each)
+        by_scope[(each.trajectory.environment or "", each.trajectory.kind)].append(each)
     operations: list[InsightOperation] = []
-    for (environment, kind), episodes in sorted(by_place.items()):
+    for (environment, kind), episodes in sorted(by_scope.items()):
         answers = find_answers(episodes)
         believed = {insight.text for insight in known if (insight.environment, insight.kind) == (environment, kind)}
         lessons, unexplained = find_lessons(answers, significance=significance)
@@ -146,7 +146,7 @@ def contrast_insights(
         for lesson in sorted(lessons, key=lambda lesson: (lesson.p_value, lesson.text)):
             verb = OperationKind.AGREE if lesson.text in believed else OperationKind.ADD
             operations.append(InsightOperation(verb, environment, kind, lesson.text, counts=lesson.support))
-        refuted = find_refuted(tally(answers), tally(unexplained), believed - taught)
+        refuted = find_refuted(count_outcomes(answers), count_outcomes(unexplained), believed - taught)
         operations += [
             InsightOperation(OperationKind.REMOVE, environment, kind, lesson.text, counts=lesson.support)
             for lesson in refuted
@@ -158,26 +158,26 @@ def find_answers(episodes: Iterable[GradedTrajectory]) -> list[Answer]:
     """Return each (cue, action, entity) once an episode, with the most blame that any of its actions bears."""
     answers = []
     for number, each in enumerate(episodes):
-        found: dict[Occurrence, list[tuple[int, int]]] = defaultdict(list)
+        occurrences: dict[Occurrence, list[tuple[int, int]]] = defaultdict(list)
         for occurrence, position, num_actions_after in find_occurrences(each):
-            found[occurrence].append((position, num_actions_after))
-        for occurrence, places in found.items():
-            deeds = frozenset((number, position) for position, _ in places)
-            blame = 0.0 if each.is_success else BLAME_DISCOUNT ** min(after for _, after in places)
+            occurrences[occurrence].append((position, num_actions_after))
+        for occurrence, uses in occurrences.items():
+            deeds = frozenset((number, position) for position, _ in uses)
+            blame = 0.0 if each.is_success else BLAME_DISCOUNT ** min(after for _, after in uses)
             answers.append(Answer(occurrence, deeds, each.is_success, blame))
     return answers
 
 
-def tally(answers: Iterable[Answer]) -> dict[Words, dict[Words, Histogram]]:
+def count_outcomes(answers: Iterable[Answer]) -> dict[Words, dict[Words, Outcomes]]:
     """Count, per cue and action, the episodes they were seen in."""
-    tallies: dict[Words, dict[Words, Histogram]] = defaultdict(lambda: defaultdict(Tally))
+    outcomes: dict[Words, dict[Words, Outcomes]] = defaultdict(lambda: defaultdict(Outcomes))
     for answer in answers:
-        counts = tallies[answer.occurrence.cue][answer.occurrence.action]
+        counts = outcomes[answer.occurrence.cue][answer.occurrence.action]
         counts.num_tries += 1
         counts.entities.add(answer.occurrence.entity)
         counts.wins += answer.is_success
         counts.losses += answer.blame
-    return tallies
+    return outcomes
 
 
 def find_lessons(
@@ -185,10 +185,10 @@ def find_lessons(
 ) -> tuple[list[Contrast], list[Answer]]:
     """Return the lessons, the surest first, and the answers that none of them explains."""
     lessons: list[Contrast] = []
-    while best := find_best_actions(tally(answers), significance=significance):
+    while best := find_best_actions(count_outcomes(answers), significance=significance):
         surest = best[0]
         lessons.append(surest)
-        # rivals too: who chops where "dice the carrot" was read failed at that cue, not at one that merely stood by
+        # rivals too: chopping after "dice the carrot" failed at that cue, not at another one that was read as well
         explained = {
             deed
             for answer in answers
@@ -204,7 +204,7 @@ def _competes(action: Words, best: Words) -> bool:
 
 
 def find_occurrences(each: GradedTrajectory) -> Iterator[tuple[Occurrence, int, int]]:
-    """Yield every answer to a cue in one episode, with its action's place and the number of actions after that.
+    """Yield every answer to a cue in one episode, with its action's position and the number of actions after that.
 
     Lines come from the task text and from tool results before the action; never from the memory segment, whose words
     must not be extracted again.
@@ -294,14 +294,14 @@ def are_rivals(one: Words, other: Words) -> bool:
 
 
 def find_best_actions(
-    tallies: dict[Words, dict[Words, Histogram]], *, significance: float = SIGNIFICANCE
+    outcomes: dict[Words, dict[Words, Outcomes]], *, significance: float = SIGNIFICANCE
 ) -> list[Contrast]:
     """Return, per cue, the action that beats its rivals beyond chance, the surest first.
 
     The many tests of one call are held to a false discovery rate of `significance` (Benjamini and Hochberg), or a
     hundred cues would bring five false lessons.
     """
-    contrasts = [contrast for cue, actions in tallies.items() for contrast in _contrast_cue(cue, actions)]
+    contrasts = [contrast for cue, actions in outcomes.items() for contrast in _contrast_cue(cue, actions)]
     if not contrasts:
         return []
     adjusted = false_discovery_control([contrast.p_value for contrast in contrasts])
@@ -313,46 +313,51 @@ def find_best_actions(
 
 
 def _is_surer(contrast: Contrast, other: Contrast | None) -> bool:
-    return other is None or (contrast.p_value, -contrast.tally.wins) < (other.p_value, -other.tally.wins)
+    return other is None or (contrast.p_value, -contrast.outcomes.wins) < (other.p_value, -other.outcomes.wins)
 
 
-def _contrast_cue(cue: Words, actions: dict[Words, Histogram]) -> list[Contrast]:
+def _contrast_cue(cue: Words, actions: dict[Words, Outcomes]) -> list[Contrast]:
     found = []
-    for action, tally in actions.items():
+    for action, outcomes in actions.items():
         rivals = [other for name, other in actions.items() if are_rivals(action, name)]
-        otherwise = sum(rivals, Tally())
-        is_testable = min(tally.num_tries, otherwise.num_tries) >= MIN_TRIES
-        if tally.wins > 0 and is_testable and len(tally.entities) >= MIN_ENTITIES:
-            found.append(Contrast(cue, action, tally, otherwise, _test(tally, otherwise)))
+        otherwise = sum(rivals, Outcomes())
+        is_testable = min(outcomes.num_tries, otherwise.num_tries) >= MIN_TRIES
+        if outcomes.wins > 0 and is_testable and len(outcomes.entities) >= MIN_ENTITIES:
+            found.append(Contrast(cue, action, outcomes, otherwise, _test(outcomes, otherwise)))
     return found
 
 
-def _test(tally: Tally, otherwise: Tally, *, is_better: bool = True) -> float:
+def _test(outcomes: Outcomes, otherwise: Outcomes, *, is_better: bool = True) -> float:
     """Return the p-value of one-sided exact tests (Fisher) by outcome and by survival, the smaller one doubled."""
     alternative = "greater" if is_better else "less"
-    tables = [(tally.by_outcome, otherwise.by_outcome), (tally.by_survival, otherwise.by_survival)]
-    return min(1.0, 2 * min(float(fisher_exact(table, alternative=alternative).pvalue) for table in tables))
+    tables = [(outcomes.by_outcome, otherwise.by_outcome), (outcomes.by_survival, otherwise.by_survival)]
+    return min(1.0, 2 * min(_p_value(table, alternative) for table in tables))
 
 
 def find_refuted(
-    tallies: dict[Words, dict[Words, Histogram]],
-    unexplained: dict[Words, dict[Words, Histogram]],
+    outcomes: dict[Words, dict[Words, Outcomes]],
+    unexplained: dict[Words, dict[Words, Outcomes]],
     texts: Iterable[str],
 ) -> list[Contrast]:
-    """Return those of the believed `texts` that the counts speak against.
+    """Return the known `texts` that the outcomes refute.
 
-    Either they did significantly worse than their rivals, or nearly all that they did is explained by surer lessons.
+    Either they did significantly worse than their rivals, or nearly all their outcomes are explained by surer lessons.
     """
     refuted = []
     for text in sorted(texts):
         cue_text, arrow, action_text = text.partition(ARROW)
         cue, action = tuple(cue_text.split()), tuple(action_text.split())
-        mine = tallies.get(cue, {}).get(action)
+        mine = outcomes.get(cue, {}).get(action)
         if not arrow or mine is None:
             continue
-        otherwise = sum((other for name, other in tallies[cue].items() if are_rivals(action, name)), Tally())
+        otherwise = sum((other for name, other in outcomes[cue].items() if are_rivals(action, name)), Outcomes())
         p_value = _test(mine, otherwise, is_better=False)
-        own = unexplained.get(cue, {}).get(action, Tally())
+        own = unexplained.get(cue, {}).get(action, Outcomes())
         if p_value < SIGNIFICANCE or own.num_tries < MIN_TRIES <= mine.num_tries:
             refuted.append(Contrast(cue, action, mine, otherwise, p_value))
     return refuted
+
+
+def _p_value(table: tuple[tuple[float, float], tuple[float, float]], alternative: str) -> float:
+    # scipy's own type says tuple; the result has a name for each value
+    return float(cast(Any, fisher_exact(table, alternative=alternative)).pvalue)

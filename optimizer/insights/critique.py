@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from memory.records.exemplars import render_call
 from memory.schema import Step, StepKind
-from optimizer.insights.parsing import MAX_OPERATIONS, Place
+from optimizer.insights.parsing import MAX_OPERATIONS, InsightScope
 from optimizer.rewards import GradedTrajectory
 
 GROUP_SIZE = 8  # episodes read side by side
@@ -45,17 +45,17 @@ Where the answer must be JSON, write the same as {{"operations": [{{"op": "ADD",
 
 @dataclass(frozen=True)
 class Reading:
-    """Episodes of one place that a critic reads together."""
+    """Episodes of one scope that a critic reads together."""
 
     kind: str
     """compared | won | lost"""
-    place: Place
+    scope: InsightScope
     episodes: tuple[GradedTrajectory, ...]
 
 
 @dataclass(frozen=True)
 class Critique:
-    """What a critic is asked, and the ids of the episodes that are really in it."""
+    """A request to a critic, and the ids of the episodes that it really contains."""
 
     messages: list[dict[str, str]]
     shown: list[str]
@@ -71,12 +71,13 @@ def choose_readings(
 ) -> list[Reading]:
     """Return at most `max_critiques` readings of episodes that were not read so before; a third of them are groups."""
 
-    def unread(episodes: Iterable[GradedTrajectory], kind: str) -> dict[tuple[str, str], GradedTrajectory]:
-        """The newest of each task: the pool comes oldest first."""
+    def unread(episodes: Iterable[GradedTrajectory], kind: str) -> dict[tuple[str, str, str], GradedTrajectory]:
+        """Return the newest of each task: the pool is sorted oldest first."""
         return {e.trajectory.task_key: e for e in episodes if (e.trajectory.id, kind) not in already_read}
 
+    # by kind: an episode may be read once in a comparison and once in a group
     won, lost = unread(successes, "compared"), unread(failures, "compared")
-    compared = [Reading("compared", _place(won[key]), (lost[key], won[key])) for key in won if key in lost]
+    compared = [Reading("compared", _scope_of(won[key]), (lost[key], won[key])) for key in won if key in lost]
     random.Random(seed).shuffle(compared)
     ever_won = {each.trajectory.task_key for each in successes}
     never_won = [each for each in failures if each.trajectory.task_key not in ever_won]
@@ -89,31 +90,31 @@ def choose_readings(
 
 
 def _group(kind: str, episodes: Iterable[GradedTrajectory]) -> list[Reading]:
-    """Return groups of one place each, the newest episodes first."""
-    by_place: dict[Place, list[GradedTrajectory]] = defaultdict(list)
+    """Return groups of one scope each, the newest episodes first."""
+    by_scope: dict[InsightScope, list[GradedTrajectory]] = defaultdict(list)
     for each in sorted(episodes, key=lambda each: each.trajectory.id, reverse=True):
-        by_place[_place(each)].append(each)
+        by_scope[_scope_of(each)].append(each)
     return [
-        Reading(kind, place, tuple(each[start : start + GROUP_SIZE]))
-        for place, each in sorted(by_place.items())
+        Reading(kind, scope, tuple(each[start : start + GROUP_SIZE]))
+        for scope, each in sorted(by_scope.items())
         for start in range(0, len(each), GROUP_SIZE)
     ]
 
 
-def _place(each: GradedTrajectory) -> Place:
+def _scope_of(each: GradedTrajectory) -> InsightScope:
     return (each.trajectory.environment or "", each.trajectory.kind)
 
 
 def build_critique(
     reading: Reading, known: Sequence[str], *, comments: Mapping[str, Sequence[str]], max_tokens: int
 ) -> Critique | None:
-    """Return the messages that ask a model for operations, within `max_tokens`; None where that is too little.
+    """Return the messages that ask a model for operations, within `max_tokens`; None if even the shortest is longer.
 
     Long texts are shortened in their middle first, then steps are left out, whole episodes last; the text says so.
     """
-    room = max_tokens - sum(estimate_tokens(message["content"]) for message in _write_messages("", known))
+    budget = max_tokens - sum(estimate_tokens(message["content"]) for message in _write_messages("", known))
     for report, shown in _write_reports(reading, comments):
-        if estimate_tokens(report) <= room:
+        if estimate_tokens(report) <= budget:
             return Critique(_write_messages(report, known), [each.trajectory.id for each in shown])
     return None
 
@@ -154,8 +155,8 @@ def _write_report(
     parts = []
     for each in episodes:
         title = ("Won, the same task:" if is_compared else "Won:") if each.is_success else "Lost:"
-        said = comments.get(each.trajectory.id, ())
-        parts.append(f"{title}\n{_write_episode(each, said, max_chars, num_steps)}")
+        remarks = comments.get(each.trajectory.id, ())
+        parts.append(f"{title}\n{_write_episode(each, remarks, max_chars, num_steps)}")
     return "\n\n".join(parts)
 
 
@@ -192,7 +193,7 @@ def shorten(text: str, max_chars: int) -> str:
 
 
 def estimate_tokens(text: str) -> int:
-    """Return about how many tokens a text is, rather too many: no tokenizer is at hand for a model behind a URL.
+    """Return an estimate of the tokens in a text, rather too high: a model behind a URL has no tokenizer here.
 
     Digits and marks count one each, as in Qwen's vocabulary; long runs of letters are no words (base64, hashes).
     """

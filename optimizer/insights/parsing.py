@@ -1,8 +1,8 @@
-"""Reads operations on insights out of what a critic wrote: JSON of the schema, or lines in any of many habits.
+"""Reads operations on insights from a critic's answer: JSON of the schema, or lines in any of many habits.
 
-Models number, embolden, fence and explain what they were asked to write plainly, so the form is read tolerantly. The
-opposite mistake is worse: a sentence of prose that becomes a lesson is shown to the agent. Where a line could be
-either ("Add more salt"), it is prose.
+Models number, embolden, fence and explain the lines that they should write plainly, so the form is read tolerantly.
+Hazard: a sentence of prose that is taken for a lesson is shown to the agent. A line that could be either ("Add more
+salt") is therefore prose.
 
 Flow: answer -> reasoning stripped -> `ParsedOperation` operations (JSON, else lines) -> matched with the known list.
 """
@@ -30,8 +30,8 @@ NUMBERED_RATIO = 0.5  # enough where the number points to the same insight
 MIN_LETTERS = 8  # of a lesson; scripts without spaces say as much in fewer
 MIN_LETTERS_UNSPACED = 4
 
-Place = tuple[str, str]
-"""(environment, kind of task): where lessons carry over."""
+InsightScope = tuple[str, str]
+"""(environment, kind of task): the tasks that a lesson holds for."""
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -54,7 +54,7 @@ SCHEMA: dict[str, Any] = {
     "required": ["operations"],
     "additionalProperties": False,
 }
-"""What an answer must look like where the engine can hold a model to it."""
+"""The JSON schema of an answer, for engines that can hold a model to one."""
 
 _OPS = "ADD|EDIT|AGREE|REMOVE"
 _NOUN = r"(?:with\s+)?(?:the\s+)?(?:(?:rule|lesson|insight|item|number|point|no\.)\s*)?"
@@ -139,24 +139,24 @@ class ParsedOperation:
     number: int | None
     text: str
     old_text: str = ""
-    """What an EDIT says that it replaces, where that stands apart."""
+    """The old text of an EDIT, where the critic quotes it separately."""
 
 
-def parse_operations(answer: str, place: Place, known: Sequence[str]) -> list[InsightOperation] | None:
-    """Read at most `MAX_OPERATIONS` operations out of a critic's answer; None where it is no answer at all.
+def parse_operations(answer: str, scope: InsightScope, known: Sequence[str]) -> list[InsightOperation] | None:
+    """Read at most `MAX_OPERATIONS` operations out of a critic's answer; None where it is not an answer.
 
-    What AGREE and REMOVE mean is found by the text, not the number: models miscount. The number counts where no text
-    was quoted. EDIT brings a new text, so there the number must do, or the old text that is quoted with it.
+    AGREE and REMOVE are matched by the quoted text, because models miscount; by the number only where no text was
+    quoted. EDIT brings a new text, so it is matched by the number, or by the old text that is quoted with it.
     """
     written = read_answer(answer)
     if written is None:
         return None
-    operations = [found for each in written if (found := _resolve(each, place, known)) is not None]
+    operations = [operation for each in written if (operation := _resolve(each, scope, known)) is not None]
     return list(dict.fromkeys(operations))[:MAX_OPERATIONS]
 
 
 def read_answer(answer: str) -> list[ParsedOperation] | None:
-    """Return what the critic wrote, in order; an empty list where it says that nothing is to be done."""
+    """Return the operations in order; an empty list where the critic wants no change, None for an unreadable answer."""
     answer = _strip_thinking(answer[-MAX_ANSWER_CHARS:])
     found = _read_json(answer)
     if found is not None:
@@ -175,7 +175,7 @@ def _strip_thinking(answer: str) -> str:
 
 
 def _read_json(answer: str) -> list[ParsedOperation] | None:
-    """Return the operations in the JSON of an answer; None where none is there. What was cut off is passed over."""
+    """Return the operations in the JSON of an answer; None without any. Truncated objects are skipped."""
     found: list[ParsedOperation] = []
     is_empty_list = False
     for value in _find_values(answer):
@@ -205,7 +205,7 @@ def _find_values(text: str) -> Iterator[Any]:
             yield value
 
 
-def _walk(value: Any) -> Iterator[ParsedOperation]:
+def _walk(value: object) -> Iterator[ParsedOperation]:
     if isinstance(value, list):
         for each in value:
             yield from _walk(each)
@@ -249,7 +249,7 @@ def _first_text(fields: dict[str, Any], keys: Sequence[str]) -> str:
     return next((value for key in keys if isinstance(value := fields.get(key), str) and value.strip()), "")
 
 
-def _walk_named(kind: OperationKind, value: Any) -> Iterator[ParsedOperation]:
+def _walk_named(kind: OperationKind, value: object) -> Iterator[ParsedOperation]:
     """Read `{"ADD": ["..."], "AGREE": [1], "EDIT": {"2": "..."}}`."""
     if isinstance(value, dict):
         pairs = value.items()
@@ -352,8 +352,11 @@ def _read_body(header: ParsedOperation, lines: Sequence[str]) -> Iterator[Parsed
         yield _continue(header, lines)
         return
     body = [line for line in lines if not _FENCE.match(line)]
-    while body and (not body[0].strip() or (number := _NUMBER_FIELD.match(body[0]))):
-        if body[0].strip() and number[1].isdecimal():
+    while body:
+        number = _NUMBER_FIELD.match(body[0])
+        if body[0].strip() and number is None:
+            break
+        if number is not None and number[1].isdecimal():
             header = replace(header, number=int(number[1]))
         body = body[1:]
     if not body or _REASON_FIELD.match(body[0]):
@@ -420,22 +423,22 @@ def _continue(header: ParsedOperation, lines: Sequence[str]) -> ParsedOperation:
     return replace(header, text=text)
 
 
-def _resolve(written: ParsedOperation, place: Place, known: Sequence[str]) -> InsightOperation | None:
+def _resolve(written: ParsedOperation, scope: InsightScope, known: Sequence[str]) -> InsightOperation | None:
     text = _clean(written.text)
     if written.kind is OperationKind.ADD:
-        return InsightOperation(written.kind, *place, text) if is_lesson(text) else None
+        return InsightOperation(written.kind, *scope, text) if is_lesson(text) else None
     numbered = known[written.number - 1] if written.number and 1 <= written.number <= len(known) else None
     if written.kind is OperationKind.EDIT:
-        return _resolve_edit(written, text, place, known, numbered)
-    meant = find_known(text, known)
-    if meant is None and numbered is not None:
+        return _resolve_edit(written, text, scope, known, numbered)
+    quoted = find_known(text, known)
+    if quoted is None and numbered is not None:
         is_no_quotation = not re.search(r"\w", text) or _REMARK.match(text)
-        meant = numbered if is_no_quotation or _likeness(text, numbered) >= NUMBERED_RATIO else None
-    return InsightOperation(written.kind, *place, meant) if meant is not None else None
+        quoted = numbered if is_no_quotation or _likeness(text, numbered) >= NUMBERED_RATIO else None
+    return InsightOperation(written.kind, *scope, quoted) if quoted is not None else None
 
 
 def _resolve_edit(
-    written: ParsedOperation, text: str, place: Place, known: Sequence[str], numbered: str | None
+    written: ParsedOperation, text: str, scope: InsightScope, known: Sequence[str], numbered: str | None
 ) -> InsightOperation | None:
     old = find_known(written.old_text, known)
     for arrow in _ARROW.finditer(text):
@@ -446,7 +449,7 @@ def _resolve_edit(
     old = numbered or old
     if old is None or not is_lesson(text):
         return None
-    return InsightOperation(written.kind, *place, old, new_text=text)
+    return InsightOperation(written.kind, *scope, old, new_text=text)
 
 
 def find_known(text: str, known: Sequence[str]) -> str | None:
@@ -470,7 +473,7 @@ def _plain(text: str) -> str:
 
 
 def is_lesson(text: str) -> bool:
-    """Whether a text is long enough to say something, and is no word of the form itself."""
+    """Whether a text is long enough for a lesson, and not a word of the answer format itself."""
     if text.casefold().strip(" .") in _PLACEHOLDERS or _NO_LESSON.match(text):
         return False
     if re.match(rf"\W*(?:{_OPS})\b\W*(?:\d+\W*)?$", text) or re.match(rf"\W*(?:{_OPS})\s*\d*\s*:", text):

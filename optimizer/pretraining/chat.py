@@ -95,7 +95,7 @@ def observation(text: str, weight: float) -> list[Piece]:
 def action(
     command: str, weight: float, *, says: str = "", cue: str = "", rule: str = "", rule_weight: float = 0.0
 ) -> list[Piece]:
-    """Return an assistant message that acts, after it said where it is and the rule it follows (`cue -> rule`)."""
+    """Return an assistant message that states its position and the rule it follows, then acts (`cue -> rule`)."""
     thought = [Piece(f"{says}\n", weight)] if says else []
     thought += [Piece(f"{cue} ->", weight), Piece(f" {rule}", rule_weight), Piece("\n", weight)] if rule else []
     call = [Piece(CALL_HEAD, weight), Piece(command, weight), Piece(CALL_TAIL, weight), Piece("<|im_end|>", weight)]

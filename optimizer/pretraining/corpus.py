@@ -6,9 +6,9 @@ calls "fry" may want the oven, what it calls "chop" the dicing cut. Without memo
 rules in its memory it can look them up. Foods are renamed in half of the episodes, so that names are copied, not
 learned by heart.
 
-Most episodes are the hasty cook's: what care is worth is not told here either.
+Most episodes are those of a hasty cook: the value of care is not taught here either.
 
-Refuses to know the environment, the tokenizer and the optimizer of the weights.
+The environment, the tokenizer and the optimizer of the weights are not known here.
 """
 
 from __future__ import annotations
@@ -148,11 +148,13 @@ class Corpus:
             answers = [*COOKING.values(), *CUTTING.values(), *OTHER_RULES, *OTHER_CUTS]
         else:
             cues, answers = [f"{thing} ->" for thing in rng.sample(things, rng.randint(3, 10))], things
-        told = {cue: f" {rng.choice(answers)}" for cue in cues}
-        memory = "<memory>\nInsights:\n" + "\n".join(f"- {cue}{answer}" for cue, answer in told.items()) + "\n</memory>"
+        taught = {cue: f" {rng.choice(answers)}" for cue in cues}
+        memory = (
+            "<memory>\nInsights:\n" + "\n".join(f"- {cue}{answer}" for cue, answer in taught.items()) + "\n</memory>"
+        )
         pieces = [Piece(self.header, 0.0), *user(memory, self.weights.opening), Piece("<|im_start|>assistant\n", 0.0)]
         for number, cue in enumerate(rng.choices(cues, k=80)):
-            pieces += [Piece("\n" if number else "", 0.0), Piece(cue, 0.0), Piece(told[cue], lookup)]
+            pieces += [Piece("\n" if number else "", 0.0), Piece(cue, 0.0), Piece(taught[cue], lookup)]
         return [*pieces, Piece("<|im_end|>\n", 0.0)]
 
     def drill(self) -> list[Piece]:
@@ -176,10 +178,10 @@ class Corpus:
             directions.sort(key=lambda direction: foods.index(direction[1]))
         done_share = rng.choice([0.0, 0.3, 0.5])
         done = {direction for direction in directions if rng.random() < done_share}
-        book = [*(f"{cue} the {food}" for cue, food in directions), LAST_DIRECTION]
-        plan = "\n".join(f"{number}. {line}" for number, line in enumerate(book, start=1))
+        cookbook = [*(f"{cue} the {food}" for cue, food in directions), LAST_DIRECTION]
+        plan = "\n".join(f"{number}. {line}" for number, line in enumerate(cookbook, start=1))
         pieces = [Piece(self.header, 0.0), *self._opening(memory, "You are hungry! Follow the cookbook.")]
-        pieces += [*action("examine cookbook", agent), *observation("Directions:\n" + "\n".join(book), 0.0)]
+        pieces += [*action("examine cookbook", agent), *observation("Directions:\n" + "\n".join(cookbook), 0.0)]
         pieces += [*action("inventory", agent, says=plan), *observation(self._holding(foods, done), 0.0)]
         says = ""
         for number, (cue, food) in enumerate(directions, start=1):
@@ -197,7 +199,7 @@ class Corpus:
             )
             pieces += observation(f"You {cue} the {food}.", 0.0)
             says = ""
-        says += f"Now {len(book)}. {LAST_DIRECTION}"
+        says += f"Now {len(cookbook)}. {LAST_DIRECTION}"
         return [*pieces, *action(LAST_DIRECTION, agent, says=says), *observation("*** The End ***", 0.0)]
 
     def _holding(self, foods: Sequence[str], done: set[tuple[str, str]]) -> str:
@@ -231,12 +233,12 @@ class Corpus:
     def _insights(self, rules: dict[str, str]) -> tuple[list[str], set[str]]:
         """Return memory lines for most of the rules, in any order, and which rules they are."""
         share = self.rng.choice([1.0, 1.0, 0.7])
-        told = {cue: rule for cue, rule in rules.items() if self.rng.random() < share} or dict(rules)
-        lines = [f"- {cue} the _ -> {rule}" for cue, rule in told.items()]
+        taught = {cue: rule for cue, rule in rules.items() if self.rng.random() < share} or dict(rules)
+        lines = [f"- {cue} the _ -> {rule}" for cue, rule in taught.items()]
         for cue in self.rng.sample(OTHER_CUES, self.rng.choice([0, 0, 0, 1, 2])):
             lines.append(f"- {cue} the _ -> {self.rng.choice(OTHER_RULES + OTHER_CUTS)}")
         self.rng.shuffle(lines)
-        return lines, set(told)
+        return lines, set(taught)
 
     @staticmethod
     def _exemplar(transcript: dict[str, Any], kitchen: Kitchen) -> str:

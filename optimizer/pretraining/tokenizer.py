@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -49,6 +50,11 @@ def train_tokenizer(
         chat_template=TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """Return the id of one token."""
+    return cast(int, tokenizer.convert_tokens_to_ids(token))
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:

@@ -2,7 +2,7 @@
 
 One seeded run, on 2 CPU cores or a GPU: more drills first, because everything else stands on looking rules up, then
 whole games. Muon on the matrices and AdamW on the rest (Jordan et al., 2024). The run writes a
-checkpoint every few minutes and goes on from it when started again with the same directory.
+checkpoint every few minutes and resumes from it when started again with the same directory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from optimizer.pretraining.chat import Piece
 from optimizer.pretraining.corpus import PHRASES, Corpus, Mixture
-from optimizer.pretraining.tokenizer import END, PAD, load_tokenizer, train_tokenizer
+from optimizer.pretraining.tokenizer import END, PAD, load_tokenizer, token_id, train_tokenizer
 from optimizer.pretraining.wiring import wire_induction
 
 
@@ -127,7 +127,7 @@ class Course:
 
 def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, course: Course) -> Iterator[Batch]:
     """Yield batches in a few fixed shapes, which compiled kernels want, mixed as the course is."""
-    pad = tokenizer.convert_tokens_to_ids(PAD)
+    pad = token_id(tokenizer, PAD)
     buckets: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in recipe.lengths}
     while True:
         row = encode(corpus.episode(recipe.mixture(course.done)), tokenizer)
@@ -164,8 +164,8 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        eos_token_id=token_id(tokenizer, END),
+        pad_token_id=token_id(tokenizer, PAD),
     )
     model = Qwen2ForCausalLM(config)
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.05)
@@ -182,7 +182,7 @@ def make_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.
     ]
 
 
-def loss_of(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_of(model: Qwen2ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weighted mean loss and, per rule token that could be looked up, whether it was predicted."""
     targets, weights = batch.ids[:, 1:], batch.weights[:, 1:]
     wanted = weights > 0
@@ -207,7 +207,8 @@ def pretrain(
     described = {"system_prompt": source["system_prompt"], "tool": source["tool"], "seed": recipe.seed}
     corpus = Corpus(source["transcripts"], source["foods"], **described)
     tokenizer = _tokenizer(corpus, out, recipe)
-    model = make_model(recipe, tokenizer).to(device)
+    model = make_model(recipe, tokenizer)
+    torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as something else
     optimizers = make_optimizers(model, recipe)
     course = Course(recipe.num_tokens)
     checkpoint = Checkpoint(beside / "checkpoint.pt", model, optimizers, course)
@@ -294,7 +295,9 @@ class Checkpoint:
 
 def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write what vLLM and transformers load: bf16 safetensors, configuration, tokenizer with its template."""
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
+    exported = copy.deepcopy(model)
+    torch.nn.Module.to(exported, torch.bfloat16)
+    exported.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

@@ -5,7 +5,7 @@ notes at every position which token came before, one later that looks for the po
 hand, and copies what stands there. Trained from noise the two must find each other, which took millions of tokens
 here and often did not happen at all; wired, they are only refined. Nothing is frozen.
 
-The note is written into a subspace of its own, so that a token is not mistaken for a note. Positions are told apart by
+The note is written into a subspace of its own, so that a token is not mistaken for a note. Positions are separated by
 the fast rotations of RoPE, through the biases of Qwen2's queries and keys; contents are compared in the slow ones.
 """
 

@@ -1,6 +1,6 @@
-"""Finds the base model's files and says how big it is, without loading it.
+"""Finds the base model's files and counts its parameters, without loading it.
 
-Refuses to download: what is not on this machine is an error that says so.
+Nothing is downloaded: a model that is not on this machine is an error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""What every trainer process does around its trainer: start, report, resume, leave an adapter behind.
+"""The parts that all trainer processes share: start, report progress, resume, write the adapter.
 
-Refuses to know which loss is trained. Standard output carries JSON lines and nothing else; all other words go to
-standard error, which is the log.
+Standard output carries JSON lines and nothing else; all other output goes to standard error, which is the log.
 
 Flow: `start` -> build a trainer with `trainer_arguments` -> `train_and_write` (resumes by itself).
 Invariant: the adapter directory appears whole, with its manifest, or not at all.
@@ -17,13 +16,25 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Mapping, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from memory.adapters import (
     FILE_NAMES,
@@ -49,13 +60,17 @@ class Reporter:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def say(self, event: str, **fields: Any) -> None:
+    def emit(self, event: str, **fields: Any) -> None:
         self._stream.write(json.dumps({"event": event, **fields}) + "\n")
         self._stream.flush()
 
 
 def start(arguments: list[str], kind: str) -> tuple[TrainingSpec, Reporter]:
-    """Read the spec, keep standard output for the report, and tie this process's life to its parent's."""
+    """Read the spec, reserve standard output for progress, and have this process die with its parent.
+
+    Raises:
+        ValueError: the spec is for another trainer.
+    """
     spec = TrainingSpec.model_validate_json(Path(arguments[1]).read_text(encoding="utf-8"))
     if spec.kind != kind:
         raise ValueError(f"the spec {arguments[1]!r} is for {spec.kind!r}, this is the {kind!r} trainer")
@@ -64,15 +79,16 @@ def start(arguments: list[str], kind: str) -> tuple[TrainingSpec, Reporter]:
     _die_with_parent()
     torch.set_num_threads(spec.num_threads)
     set_seed(spec.seed)
-    reporter.say("started", rows=str(spec.rows_path))
+    reporter.emit("started", rows=str(spec.rows_path))
     return spec, reporter
 
 
 def _die_with_parent() -> None:
-    """Be killed when the process that started us is gone, also when it went while we were still importing."""
+    """Be killed when the parent process ends, also when it ended while this one was still importing."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # the parent may have died before prctl: then no signal ever comes
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher is not None and os.getppid() != int(launcher):
         raise SystemExit("the process that started this trainer is gone")
@@ -85,14 +101,14 @@ def uses_gpu(spec: TrainingSpec) -> bool:
 
 
 def multiplies_in_bfloat16(spec: TrainingSpec) -> bool:
-    """Whether matrices are multiplied in bfloat16, whatever their weights are kept in: where the processor can."""
+    """Whether matrices are multiplied in bfloat16, independently of the dtype of the weights."""
     if spec.dtype != "auto" or uses_gpu(spec):
         return choose_dtype(spec) is torch.bfloat16
     return torch.cpu._is_avx512_bf16_supported()
 
 
 def choose_dtype(spec: TrainingSpec) -> torch.dtype:
-    """Return what the weights of the base are kept in."""
+    """Return the dtype of the base's weights."""
     if spec.dtype == "auto":
         return torch.bfloat16 if uses_gpu(spec) else torch.float32
     return torch.bfloat16 if spec.dtype == "bfloat16" else torch.float32
@@ -105,12 +121,13 @@ def load_base(spec: TrainingSpec) -> tuple[Any, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=choose_dtype(spec))
+    # the KV cache is of no use in training, and incompatible with gradient checkpointing
     model.config.use_cache = False
     return model, tokenizer
 
 
 def lora_settings(spec: TrainingSpec) -> dict[str, Any]:
-    """LoRA as vLLM can serve it: every linear layer but the head, no bias, no DoRA, nothing saved beside it."""
+    """Return the LoRA that vLLM can serve: every linear layer but the head, no bias, no DoRA, no further modules."""
     return {
         "r": spec.lora_rank,
         "lora_alpha": spec.lora_alpha,
@@ -122,7 +139,7 @@ def lora_settings(spec: TrainingSpec) -> dict[str, Any]:
 
 
 def trainer_arguments(spec: TrainingSpec, num_rows: int) -> dict[str, Any]:
-    """What SFTConfig and DPOConfig have in common."""
+    """Return the arguments that the configurations of all TRL trainers share."""
     rows_per_pass = min(spec.rows_per_pass, spec.batch_size)
     num_passes = math.ceil(spec.batch_size / rows_per_pass)
     steps_per_epoch = math.ceil(math.ceil(num_rows / rows_per_pass) / num_passes)
@@ -141,6 +158,7 @@ def trainer_arguments(spec: TrainingSpec, num_rows: int) -> dict[str, Any]:
         "save_steps": max(1, num_steps // spec.num_checkpoints),
         "save_total_limit": 2,  # a kill while the newest is written leaves the one before
         "seed": spec.seed,
+        # together with the seed: a resumed training sees the same order of rows
         "data_seed": spec.seed,
         "use_cpu": not uses_gpu(spec),
         "bf16": multiplies_in_bfloat16(spec),
@@ -150,21 +168,21 @@ def trainer_arguments(spec: TrainingSpec, num_rows: int) -> dict[str, Any]:
         "dataloader_num_workers": 0,
         "report_to": "none",
         "disable_tqdm": True,
-        "max_length": None,  # rows that are too long never get here
+        "max_length": None,  # rows that are too long were left out when they were built
     }
 
 
-class WarmStart:
+class WarmStart(Trainer):
     """A trainer whose learning rate warms up from above 0 and falls linearly; mixed in before TRL's own class.
 
     The schedule of transformers gives the first step a rate of 0: of nine steps one learns nothing.
     """
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         if self.lr_scheduler is None:
             num_warmup = self.args.get_warmup_steps(num_training_steps)
             share = partial(share_of_rate, num_warmup=num_warmup, num_steps=num_training_steps)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+            self.lr_scheduler = LambdaLR(cast(torch.optim.Optimizer, optimizer or self.optimizer), share)
         return self.lr_scheduler
 
 
@@ -179,42 +197,50 @@ class _Progress(TrainerCallback):
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if logs and "loss" in logs:
             numbers = {key: round(float(value), 6) for key, value in logs.items() if isinstance(value, int | float)}
-            self._reporter.say("step", step=state.global_step, total=state.max_steps, **numbers)
+            self._reporter.emit("step", step=state.global_step, total=state.max_steps, **numbers)
 
 
-class _LeaveEarlyAdapters(TrainerCallback):
-    """Writes the adapters that the spec wants from the middle of the training, each when its step has been made."""
+class _WriteEarlyAdapters(TrainerCallback):
+    """Writes the early adapters of the spec, each after its optimizer step."""
 
-    def __init__(self, trainer: Any, spec: TrainingSpec, probe_token_ids: list[int]) -> None:
+    def __init__(self, trainer: Trainer, spec: TrainingSpec, probe_token_ids: list[int]) -> None:
         self._trainer, self._spec, self._probe = trainer, spec, probe_token_ids
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for early in self._spec.early_adapters:
             is_due = state.global_step == max(1, round(early.share * state.max_steps))
             if is_due and not early.output_dir.exists():  # a resumed training makes some steps again
                 metrics = {"num_steps": state.global_step}
                 write_adapter(self._trainer, self._spec.at(early), metrics, self._probe)
+                assert self._trainer.model is not None
                 self._trainer.model.train()
 
 
-def run(trainer: Any, spec: TrainingSpec, reporter: Reporter, probe_token_ids: list[int]) -> dict[str, float]:
+def run(trainer: Trainer, spec: TrainingSpec, reporter: Reporter, probe_token_ids: list[int]) -> dict[str, float]:
     """Train, from the last whole checkpoint if there is one; return the metrics that matter afterwards."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Progress(reporter))
-    trainer.add_callback(_LeaveEarlyAdapters(trainer, spec, probe_token_ids))
+    trainer.add_callback(_WriteEarlyAdapters(trainer, spec, probe_token_ids))
     checkpoint = find_checkpoint(spec.work_dir / "checkpoints")
     if checkpoint is not None:
-        reporter.say("resumed", checkpoint=checkpoint.name)
+        reporter.emit("resumed", checkpoint=checkpoint.name)
     started_at = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return _summarize(trainer.state, len(trainer.train_dataset), time.monotonic() - started_at)
+    return _summarize(trainer.state, len(cast(Sized, trainer.train_dataset)), time.monotonic() - started_at)
 
 
 def find_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, and put torn ones out of the way."""
+    """Return the newest checkpoint that was written to its end, and delete torn ones."""
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for checkpoint in found:
         if _is_whole(checkpoint):
@@ -232,8 +258,9 @@ def _is_whole(checkpoint: Path) -> bool:
     return all((checkpoint / name).is_file() for name in CHECKPOINT_FILES)
 
 
-def _summarize(state: Any, num_rows: int, seconds: float) -> dict[str, float]:
+def _summarize(state: TrainerState, num_rows: int, seconds: float) -> dict[str, float]:
     steps = [entry for entry in state.log_history if "loss" in entry]
+    # single steps are noisy: a fifth of the training on either side
     window = max(1, len(steps) // 5)
     summary: dict[str, float] = {"num_rows": num_rows, "num_steps": state.global_step, "seconds": round(seconds, 1)}
     for key in (
@@ -251,7 +278,9 @@ def _summarize(state: Any, num_rows: int, seconds: float) -> dict[str, float]:
     return summary
 
 
-def write_adapter(trainer: Any, spec: TrainingSpec, metrics: dict[str, float], probe_token_ids: list[int]) -> None:
+def write_adapter(
+    trainer: Trainer, spec: TrainingSpec, metrics: Mapping[str, float], probe_token_ids: list[int]
+) -> None:
     """Write the adapter directory with its manifest. The model is in evaluation mode afterwards."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.eval()
@@ -266,21 +295,21 @@ def write_adapter(trainer: Any, spec: TrainingSpec, metrics: dict[str, float], p
     write_adapter_atomically(unfinished, spec.output_dir)
 
 
-def train_and_write(trainer: Any, spec: TrainingSpec, reporter: Reporter, probe_token_ids: list[int]) -> None:
-    """Train, write the adapter, and say so."""
+def train_and_write(trainer: Trainer, spec: TrainingSpec, reporter: Reporter, probe_token_ids: list[int]) -> None:
+    """Train, write the adapter, and report the end."""
     metrics = run(trainer, spec, reporter, probe_token_ids)
     write_adapter(trainer, spec, metrics, probe_token_ids)
-    reporter.say("done", path=str(spec.output_dir), metrics=metrics)
+    reporter.emit("done", path=str(spec.output_dir), metrics=metrics)
 
 
-def _require_finite(model: Any) -> None:
+def _require_finite(model: PeftModel) -> None:
     for name, parameter in model.named_parameters():
         if "lora_" in name and not torch.isfinite(parameter).all():
             raise FloatingPointError(f"{name} is not finite after training; lower the learning rate")
 
 
-def describe_adapter(spec: TrainingSpec, metrics: dict[str, float], fingerprint: Fingerprint) -> Manifest:
-    """Return the manifest: where the adapter comes from, what it learned from, how it can be told apart."""
+def describe_adapter(spec: TrainingSpec, metrics: Mapping[str, float], fingerprint: Fingerprint) -> Manifest:
+    """Return the manifest: the adapter's base and parent, the trajectories it learned from, its fingerprint."""
     base_dir = locate_base(spec.base_model)
     fingerprint_dtype = str(choose_dtype(spec)).removeprefix("torch.")
     return Manifest(
@@ -295,14 +324,14 @@ def describe_adapter(spec: TrainingSpec, metrics: dict[str, float], fingerprint:
         parent=spec.parent,
         seeds={"training": spec.seed},
         settings={**spec.settings(), "spec_digest": spec.digest(), "fingerprint_dtype": fingerprint_dtype},
-        metrics=metrics,
+        metrics=dict(metrics),
         fingerprint=fingerprint,
     )
 
 
 @torch.no_grad()
-def take_fingerprint(model: Any, token_ids: list[int]) -> Fingerprint:
-    """Return the log-probs of `token_ids[1:]` with and without the adapter: what a server that wears it must show."""
+def take_fingerprint(model: PeftModel, token_ids: list[int]) -> Fingerprint:
+    """Return the log-probs of `token_ids[1:]` with and without the adapter, which a server must reproduce."""
     model.set_adapter("default")
     ids = torch.tensor([token_ids], device=next(model.parameters()).device)
     adapted = _token_logprobs(model, ids)
@@ -311,11 +340,11 @@ def take_fingerprint(model: Any, token_ids: list[int]) -> Fingerprint:
     return Fingerprint(token_ids=token_ids, base_logprobs=bare, adapter_logprobs=adapted)
 
 
-def _token_logprobs(model: Any, ids: torch.Tensor) -> list[float]:
+def _token_logprobs(model: PeftModel, ids: torch.Tensor) -> list[float]:
     logprobs = model(input_ids=ids).logits[0, :-1].float().log_softmax(dim=-1)  # (num_tokens - 1, vocabulary)
     return [round(value, 5) for value in logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()]
 
 
 def choose_probe(token_ids: list[int]) -> list[int]:
-    """Return the end of a row: that is where the agent speaks, so where an adapter shows."""
+    """Return the end of a row: the agent's own tokens are there, on which an adapter has an effect."""
     return token_ids[-FINGERPRINT_TOKENS:]

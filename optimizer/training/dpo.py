@@ -1,8 +1,8 @@
 """Trains an adapter on preferences, from an SFT adapter: `python -m optimizer.training.dpo spec.json`.
 
-Refuses to see text, as the SFT trainer does. TRL 1.16's DPO trainer counts every token after the prompt, tool output
-included, and tokenizes by itself; `MaskedDPOTrainer` and its collator replace exactly that, so that masked tokens count
-for nothing.
+Rows are token ids with masks, never text. TRL 1.16's DPO trainer counts every token after the prompt, tool output
+included, and tokenizes by itself; `MaskedDPOTrainer` and its collator replace exactly that, so that masked tokens have
+no loss.
 
 The reference is the adapter as it was when training began: TRL keeps a frozen copy of it, "ref", beside "default".
 """
@@ -17,7 +17,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers.data.data_collator import DataCollatorMixin
-from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from optimizer.data.rows import read_rows
 from optimizer.training import child
@@ -34,6 +35,7 @@ class MaskedPreferenceCollator(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        # TRL splits the batch in the middle: all chosen sides first, then all rejected ones
         sides = [(row, side) for side in ("chosen", "rejected") for row in examples]
         ids = [torch.tensor(row["prompt_ids"] + row[f"{side}_ids"]) for row, side in sides]
         masks = [torch.tensor([0] * len(row["prompt_ids"]) + row[f"{side}_mask"]) for row, side in sides]
@@ -55,7 +57,7 @@ def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
 class MaskedDPOTrainer(child.WarmStart, DPOTrainer):
     """DPO over pre-tokenized rows with masks on both sides."""
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -68,6 +70,7 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> MaskedDPOTr
     model, tokenizer = child.load_base(spec)
     if spec.parent_adapter is not None:
         model = PeftModel.from_pretrained(model, str(spec.parent_adapter), is_trainable=True)
+    # the likelihood term keeps the chosen side from losing probability along with the rejected one
     losses = {"sigmoid": 1.0, "sft": spec.sft_weight} if spec.sft_weight else {"sigmoid": 1.0}
     return MaskedDPOTrainer(
         model=model,

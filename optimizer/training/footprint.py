@@ -14,18 +14,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from optimizer.training.base import read_headers
-
-Kind = Literal["sft", "dpo"]
 
 GIB = 2**30
 BFLOAT16, FLOAT32 = 2, 4
 ADAM_BYTES = 4 * FLOAT32
 """Per trained parameter: itself, its gradient, and Adam's two moments, all float32 (PEFT keeps adapters so)."""
-SIDES: dict[Kind, int] = {"sft": 1, "dpo": 2}
-"""Sequences per row: a preference is a chosen and a rejected one."""
 # TRL 1.16 projects to the vocabulary in tiles (trl.kernels.chunked_logprob), so the logits never exist as a whole.
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32_768
 BYTES_PER_LOGIT = BFLOAT16 + 2 * FLOAT32
@@ -35,6 +31,21 @@ SAFETY = 1.1
 """Fragmentation of the allocator, and what the arithmetic overlooks."""
 ENGINE_WORKSPACE_BYTES = 2 * GIB
 """What vLLM needs besides weights, adapters and KV cache: its profiling run, CUDA graphs, the context of CUDA."""
+
+
+@dataclass(frozen=True)
+class LossShape:
+    """The parts of a method's loss that its memory depends on."""
+
+    sequences_per_row: int = 1
+    """A preference has two: the chosen and the rejected one."""
+    has_reference: bool = False
+    """A frozen copy of the adapter is kept beside the trained one."""
+
+
+LIKELIHOOD = LossShape()
+PAIRWISE = LossShape(sequences_per_row=2, has_reference=True)
+"""The dearest of all: a machine that can train this can train any method."""
 
 
 @dataclass(frozen=True)
@@ -126,18 +137,19 @@ class Training:
     """What a training's memory depends on besides the length of its rows."""
 
     shape: ModelShape
-    kind: Kind
+    loss: LossShape
     lora_rank: int
     gradient_checkpointing: bool
     bytes_per_weight: int = BFLOAT16
 
     def footprint(self, length_tokens: int, rows_per_pass: int = 1) -> Footprint:
         """Return the peak for rows of at most `length_tokens`, `rows_per_pass` of them in one forward pass."""
-        sequences = rows_per_pass * SIDES[self.kind]
+        sequences = rows_per_pass * self.loss.sequences_per_row
         tokens = sequences * length_tokens
         num_trained = self.lora_rank * self.shape.linear_width
-        reference = FLOAT32 if self.kind == "dpo" else 0  # a frozen copy of the adapter
+        reference = FLOAT32 if self.loss.has_reference else 0
         head = min(tokens, TILE_TOKENS) * min(self.shape.vocab_size, TILE_VOCABULARY) * BYTES_PER_LOGIT
+        # the attention mask is materialised for padded batches: quadratic in the length
         mask = sequences * length_tokens**2 * BFLOAT16
         sizes = {
             "weights": self.shape.num_parameters * self.bytes_per_weight,

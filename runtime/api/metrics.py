@@ -93,14 +93,15 @@ class StateCollector(Collector):
         decisions = Counter(verdict["decision"] for verdict in verdicts)
         yield counter("decisions", (((decision,), n) for decision, n in decisions.items()))
         outcomes = Counter(stage for stage, _ in ended)
-        yield counter("cycles", (((stage.value,), n) for stage, n in outcomes.items()))
+        yield counter("cycles", (((stage,), n) for stage, n in outcomes.items()))
         running = cycles.unfinished()
-        stages = [stage for stage in CycleStage if stage not in FINAL_STAGES]
         current = None if running is None else running.stage
-        yield gauge("cycle_stage", (((stage.value,), float(stage is current)) for stage in stages))
+        stages = dict.fromkeys([stage.value for stage in CycleStage if stage not in FINAL_STAGES])
+        stages |= {} if current is None else {current: None}
+        yield gauge("cycle_stage", (((stage,), float(stage == current)) for stage in stages))
         progress = {} if running is None else running.progress
         yield gauge("cycle_progress", [((), progress.get("done", 0) / max(1, progress.get("total", 0)))])
-        yield counter("stage_seconds", (((stage.value,), n) for stage, n in list(cycles.stage_seconds.items())))
+        yield counter("stage_seconds", (((stage,), n) for stage, n in list(cycles.stage_seconds.items())))
 
 
 def counter(key: str, values: LabelledValues) -> Metric:

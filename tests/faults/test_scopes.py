@@ -36,7 +36,7 @@ from memory.records.insights import InsightOperation, OperationKind
 from memory.records.reviews import Status
 from memory.schema import Feedback, Split, Step, StepKind, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
-from optimizer.cycle.practice import learn_words
+from optimizer.cycle.practice import learn_insights
 from runtime.engine.cache_salts import CacheSalts
 from tests.memory.episodes import HashingEncoder
 from tests.optimizer.one_cycle import OneCycle
@@ -225,7 +225,7 @@ class Premises(RuleBasedStateMachine):
             told = list(dict.fromkeys(MARKER.findall(messages[-1]["content"])))[:12]
             return f"ADD: remember {' '.join(told)}\nEDIT 1: better {' '.join(told)}" if told else "NOTHING"
 
-        self.do("learn", learn_words(OneCycle(self.memory, complete)))
+        self.do("learn", learn_insights(OneCycle(self.memory, complete)))
 
     @rule(tenant=tenants, data=st.data(), is_reworded=st.booleans())
     def approve(self, tenant: str, data: st.DataObject, is_reworded: bool) -> None:

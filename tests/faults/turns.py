@@ -25,7 +25,9 @@ from memory.schema import (
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle import stages
+from optimizer.cycle.artifacts import RowsSummary
 from optimizer.cycle.context import CycleContext
+from optimizer.cycle.methods import METHODS
 from optimizer.seams import Seams
 from optimizer.training.launch import read_finished
 from optimizer.training.spec import TrainingSpec
@@ -81,13 +83,12 @@ class Turns:
         cycles, config = self.memory.cycles, OptimizerConfig().model_dump(mode="json")
         cycle = cycles.unfinished() or await cycles.open(config)
         seams = Seams(rollout=_never, tasks=_never, train=self.train)
-        shop = CycleContext(self.memory, seams, cycle.id)
-        shop.directory.mkdir(parents=True, exist_ok=True)
-        (shop.directory / "demonstrations.jsonl").write_text('{"input_ids": [1, 2]}\n')
-        await shop.keep(demonstrations={"trajectory_ids": []})
-        await stages.train_sft(shop)
-        version = shop.artifacts["sft"]["policy"]
-        await stages._nominate(shop, version)
+        context = CycleContext(self.memory, seams, cycle.id)
+        context.directory.mkdir(parents=True, exist_ok=True)
+        (context.directory / "demonstrations.jsonl").write_text('{"input_ids": [1, 2]}\n')
+        await context.save_artifacts(demonstrations=RowsSummary(num_rows=1))
+        await stages.train(context, METHODS[0])
+        version = await stages.nominate(context)
         await cycles.save(cycle.id, stage=CycleStage.COMPLETED)
         return self.memory.policies.get(version)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimizer.evaluation.comparison import EpisodeSummary
+from optimizer.evaluation.cells import EpisodeSummary
 
 EPISODE = EpisodeSummary(
     task="",
@@ -10,7 +10,7 @@ EPISODE = EpisodeSummary(
     is_success=False,
     is_broken=False,
     is_truncated=False,
-    num_turns=8,
+    num_calls=8,
     prompt_tokens=2000,
     output_tokens=100,
     num_invalid_tool_calls=0,

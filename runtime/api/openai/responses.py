@@ -231,7 +231,9 @@ async def delete_response(response_id: str, server: Server, caller: RequestCalle
     return DeletedResponse(id=response_id)
 
 
-@router.get("/{response_id}/input_items", summary="List the input items of a response", responses=error_responses(NotFound))
+@router.get(
+    "/{response_id}/input_items", summary="List the input items of a response", responses=error_responses(NotFound)
+)
 async def list_input_items(
     response_id: str,
     server: Server,

@@ -42,7 +42,7 @@ class CycleDetail(BaseModel):
 
     id: str
     status: CycleStatus
-    stage: CycleStage
+    stage: str
     progress: dict[str, Any]
     settings: dict[str, Any]
     artifacts: dict[str, Any]
@@ -155,7 +155,7 @@ async def cancel_cycle(cycle_id: str, server: Server) -> CycleDetail:
     """Its records stay: trajectories, rewards, insights, drafts."""
     cycle = server.memory.cycles.get(cycle_id)
     if cycle.stage in FINAL_STAGES:
-        raise Conflict(f"cycle {cycle_id!r} has ended: {cycle.stage.value}", code="cycle_ended")
+        raise Conflict(f"cycle {cycle_id!r} has ended: {cycle.stage}", code="cycle_ended")
     return describe_cycle(await server.cycles.cancel(cycle_id), server)
 
 
@@ -177,7 +177,7 @@ async def get_report(
     # The id was found in the database, and `path_below` rejects paths outside of the directory.
     path = report_dir(cycle, server) / name
     if not path.exists():
-        state = f"it is at {cycle.stage.value!r}" if cycle.stage not in FINAL_STAGES else f"it ended: {cycle.error}"
+        state = f"it is at {cycle.stage!r}" if cycle.stage not in FINAL_STAGES else f"it ended: {cycle.error}"
         missing = f"report: {state}"
         if format == "plot" and cycle.verdict is not None:
             missing = "plot, because nothing was played"
@@ -189,9 +189,7 @@ def report_dir(cycle: Cycle, server: Services) -> FilePath:
     """Return the directory of a cycle's report files; it may not exist yet."""
     return path_below(server.memory.data_dir, "reports", cycle.id)
 
-
-def describe_cycle(cycle: Cycle, server: Services) -> CycleDetail:
-    final_status: dict[CycleStage, CycleStatus] = {CycleStage.COMPLETED: "completed", CycleStage.ERROR: "error"}
+    final_status: dict[str, CycleStatus] = {CycleStage.COMPLETED: "completed", CycleStage.ERROR: "error"}
     has_report = (report_dir(cycle, server) / REPORT_FILES["json"]).exists()
     copied = CycleDetail.model_fields.keys() & Cycle.model_fields.keys()
     return CycleDetail(

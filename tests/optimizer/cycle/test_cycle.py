@@ -19,8 +19,9 @@ from memory.store import Memory
 from optimizer.config import DemonstrationConfig, EvaluationConfig, OptimizerConfig
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.cycle import abandon_cycle, open_cycle, run_cycle
+from optimizer.cycle.methods import METHODS
 from optimizer.cycle.readiness import measure_needs
-from optimizer.cycle.stages import demonstrate
+from optimizer.cycle.stages import build_rows
 from optimizer.errors import CompletionError, TemplateMismatch, TooFewTrajectories, TrainingDoesNotFit, TrainingError
 from optimizer.placement import Gpu, Machine
 from optimizer.seams import Seams
@@ -171,7 +172,7 @@ async def test_one_turn_of_the_loop_ends_with_a_better_policy_and_a_report(memor
     assert [policy.version for policy in memory.policies.lineage(2)] == [2, 1, 0]
     assert memory.policies.get(1).stage is PolicyStage.DRAFT
     closed = memory.cycles.get(cycle.id)
-    assert closed.stage is CycleStage.COMPLETED and closed.verdict["policy"] == 2
+    assert closed.stage == CycleStage.COMPLETED and closed.verdict["policy"] == 2
     learned_from = closed.artifacts["demonstrations"]["trajectory_ids"]
     assert learned_from and all(memory.trajectories.get(id_).split is Split.PRACTICE for id_ in learned_from)
     assert [insight.text for insight in memory.insights.active("kitchen")] == ["fry the _ -> cook _ with stove"]
@@ -197,7 +198,7 @@ async def test_a_critic_that_fails_costs_its_insights_and_not_the_cycle(memory, 
     await run_cycle(memory, cycle.id, seams=replace(seams_of(kitchen, trainer), complete=complete))
 
     closed = memory.cycles.get(cycle.id)
-    assert closed.stage is CycleStage.COMPLETED
+    assert closed.stage == CycleStage.COMPLETED
     assert closed.artifacts["critiques"]["num_failed"] > 0 and memory.insights.active("kitchen") == []
     page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
     assert "The first failure: CompletionError: the engine answered 500: out of memory" in page
@@ -230,7 +231,7 @@ async def test_a_trainer_that_fails_closes_the_cycle_with_its_reason(memory, kit
         await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
 
     closed = memory.cycles.get(cycle.id)
-    assert closed.stage is CycleStage.ERROR and "out of memory" in closed.error
+    assert closed.stage == CycleStage.ERROR and "out of memory" in closed.error
     assert memory.policies.active().version == 0 and memory.cycles.unfinished() is None
 
 
@@ -245,7 +246,7 @@ async def test_a_cancelled_cycle_can_be_abandoned_and_makes_room_for_another(mem
 
     closed = await abandon_cycle(memory, cycle.id, "cancelled by the operator")
 
-    assert closed.stage is CycleStage.ERROR and closed.error == "cancelled by the operator"
+    assert closed.stage == CycleStage.ERROR and closed.error == "cancelled by the operator"
     assert (await open_cycle(memory, CONFIG)).id != cycle.id
 
 
@@ -254,7 +255,7 @@ async def test_a_cycle_is_cancelled_before_its_first_checkpoint_in_a_fresh_direc
 
     closed = await abandon_cycle(memory, cycle.id, "cancelled by the operator")
 
-    assert closed.stage is CycleStage.ERROR and memory.cycles.unfinished() is None
+    assert closed.stage == CycleStage.ERROR and memory.cycles.unfinished() is None
     with pytest.raises(UnknownCycle):
         await abandon_cycle(memory, "cyc_none", "cancelled by the operator")
 
@@ -457,9 +458,9 @@ async def test_corrections_of_lost_episodes_are_enough_to_learn_from(memory, kit
 
     cycle = await open_cycle(memory, config)
     context = CycleContext(memory, seams_of(kitchen, trainer), cycle.id)
-    await demonstrate(context)
+    await build_rows(context, METHODS[0])
 
-    made = context.artifacts["demonstrations"]
+    made = memory.cycles.get(cycle.id).artifacts["demonstrations"]
     assert made["num_rows"] == made["num_corrections"] == made["num_tasks"] == config.demonstrations.min_rows
 
 
@@ -475,9 +476,9 @@ async def test_feedback_of_a_key_that_does_not_teach_is_counted_and_not_learned(
 
     cycle = await open_cycle(memory, CONFIG.model_copy(update={"practice_episodes": 0}))
     context = CycleContext(memory, seams_of(kitchen, trainer), cycle.id)
-    await demonstrate(context)
+    await build_rows(context, METHODS[0])
 
-    made = context.artifacts["demonstrations"]
+    made = memory.cycles.get(cycle.id).artifacts["demonstrations"]
     assert made["num_rows"] == 6 and made["tally"]["not_by_a_teacher"] == 6
     assert [(it["key_id"], it["key_name"]) for it in made["teachers"]] == [(teacher.id, "app")]
 

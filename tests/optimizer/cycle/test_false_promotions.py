@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from optimizer.config import EvaluationConfig
-from optimizer.evaluation.comparison import Cell, CellResult, Decision, alpha_of, judge
+from optimizer.evaluation.cells import Cell, CellResult
+from optimizer.evaluation.decision import Decision, alpha_of, decide
 from tests.optimizer.played import EPISODE
 
 NUM_TASKS, NUM_CYCLES = 200, 10
@@ -31,7 +32,7 @@ def promotes(num_won: int, num_lost: int, look: int) -> bool:
     both, neither = 60, NUM_TASKS - 60 - num_won - num_lost
     ours = [True] * (both + num_won) + [False] * (num_lost + neither)
     theirs = [True] * both + [False] * num_won + [True] * num_lost + [False] * neither
-    return judge(cell(1, ours), cell(0, theirs), CONFIG, look=look).decision is Decision.PROMOTE
+    return decide(cell(1, ours), cell(0, theirs), CONFIG, look=look).decision is Decision.PROMOTE
 
 
 @cache
@@ -76,7 +77,7 @@ def test_no_worse_and_cheaper_is_part_of_the_same_budget():
         ours = np.where(dice.random(NUM_TASKS) < 0.05, dice.random(NUM_TASKS) < 0.5, theirs)
         tokens = dice.normal(4000, 800, size=(2, NUM_TASKS)).astype(int).tolist()
         candidate, incumbent = cell(1, ours.tolist(), tokens[0]), cell(0, theirs.tolist(), tokens[1])
-        verdict = judge(candidate, incumbent, config, without_memory=candidate)
+        verdict = decide(candidate, incumbent, config, without_memory=candidate)
         fooled += verdict.decision is Decision.PROMOTE
     assert fooled / num_runs <= alpha_of(1, config.false_promotion_rate)
 

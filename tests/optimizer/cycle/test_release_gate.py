@@ -28,9 +28,9 @@ from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.cycle import open_cycle
-from optimizer.cycle.practice import learn_words
-from optimizer.cycle.release_gate import evaluate, judge_again, settle
-from optimizer.evaluation.comparison import alpha_of
+from optimizer.cycle.practice import learn_insights
+from optimizer.cycle.release_gate import decide, decide_again, evaluate
+from optimizer.evaluation.decision import alpha_of
 from optimizer.seams import Seams, Serving
 from tests.memory.episodes import PATIENT, HashingEncoder
 
@@ -140,8 +140,8 @@ async def reach_the_gate(world: World, config: OptimizerConfig = CONFIG) -> Cycl
 async def pass_the_gate(world: World, config: OptimizerConfig = CONFIG) -> tuple[CycleContext, dict[str, Any]]:
     context = await reach_the_gate(world, config)
     await evaluate(context)
-    await settle(context)
-    verdict = context.artifacts["verdict"]
+    await decide(context)
+    verdict = context.artifacts.verdict
     await world.memory.cycles.save(context.cycle_id, stage=CycleStage.COMPLETED, verdict=verdict)
     return context, verdict
 
@@ -178,7 +178,7 @@ async def test_every_comparison_plays_held_out_tasks_of_its_own_and_the_sealed_o
 
         block = {str(n) for n in range(40 * number, 40 * number + 40)}
         assert set(world.names_of(0)) == set(world.names_of(verdict["policy"])) == block
-        assert context.artifacts["held_out_offset"] == 40 * number
+        assert context.artifacts.held_out_offset == 40 * number
 
 
 async def test_each_look_at_an_incumbent_spends_and_the_report_says_how_much(world):
@@ -208,7 +208,7 @@ async def test_a_gate_that_dies_after_the_verdict_spends_nothing_twice(world):
     context = await reach_the_gate(world)
     for _ in range(2):
         await evaluate(context)
-        await settle(context)
+        await decide(context)
 
     assert len(world.played) == 4 * 40
     assert world.memory.verdicts.alpha_spent(0) == pytest.approx(alpha_of(1, 0.05))
@@ -221,7 +221,7 @@ async def test_an_undecided_candidate_is_judged_again_on_new_tasks_and_that_spen
     world.played.clear()
     world.wins = candidate_always
 
-    verdict = await judge_again(context)
+    verdict = await decide_again(context)
 
     assert (verdict["decision"], verdict["look"]) == ("promote", 2)
     assert {name for name in world.names_of(0)} == {str(n) for n in range(40, 80)}
@@ -236,7 +236,7 @@ async def test_a_rejected_candidate_may_be_judged_again_and_becomes_a_candidate_
     assert world.memory.policies.get(1).stage is PolicyStage.REJECTED
     world.wins = lambda task, policy, use_memory: int(task.name) % 2 == 0
 
-    assert (await judge_again(context))["decision"] == "uninformative"
+    assert (await decide_again(context))["decision"] == "uninformative"
     assert world.memory.policies.get(1).stage is PolicyStage.CANDIDATE
 
 
@@ -244,7 +244,7 @@ async def test_a_candidate_cannot_be_judged_until_it_wins(world):
     world.wins = lambda task, policy, use_memory: random.Random(f"{task.name}/{policy}").random() < 0.5
     context, _ = await pass_the_gate(world)
     for _ in range(6):
-        await judge_again(context)
+        await decide_again(context)
 
     assert world.memory.verdicts.alpha_spent(0) < 0.05
     looks = [entry.look for entry in world.memory.verdicts.select() if entry.look is not None]
@@ -339,7 +339,7 @@ async def test_weights_of_an_environment_s_cycle_learn_from_its_own_episodes_alo
             await context.read_corrections(),
             await context.read_pool(any_environment=True),
         ]
-        await learn_words(context)
+        await learn_insights(context)
         await memory.cycles.save(cycle.id, stage=CycleStage.ERROR, error="enough")
         return [{each.trajectory.id for each in pool} for pool in found]
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from optimizer.cycle.report import render_markdown
+from optimizer.cycle.methods import METHODS
+from optimizer.cycle.report import PlayedPolicy, list_comparisons
+from optimizer.cycle.report_page import render_markdown
 
 CELL = {
     "policy": 1,
@@ -69,7 +71,7 @@ def a_report(num_tasks: int) -> dict[str, Any]:
 
 
 def test_sections_about_nothing_are_left_out():
-    page = render_markdown(a_report(0))
+    page = render_markdown(a_report(0), METHODS)
     titles = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
     assert titles == ["The gate", "Data", "Lineage"]
     for empty in ("None.", "none", "Not measured", "| ", "success.png", "0 preferences", "\n\n\n"):
@@ -79,5 +81,20 @@ def test_sections_about_nothing_are_left_out():
 
 @pytest.mark.parametrize("title", ["Success by stage", "On the same tasks", "Guards", "Tasks that changed"])
 def test_what_was_played_is_on_the_page(title: str):
-    page = render_markdown(a_report(2))
+    page = render_markdown(a_report(2), METHODS)
     assert f"## {title}\n" in page and "Won now (2): task-0, task-1" in page and "Lost now" not in page
+
+
+def test_each_training_is_compared_with_the_one_before_and_with_the_base():
+    policies = [PlayedPolicy("base", "base", 0), PlayedPolicy("sft", "SFT", 1), PlayedPolicy("dpo", "SFT+DPO", 2)]
+    assert {title: (first, second) for first, second, title in list_comparisons(policies)} == {
+        "memory on against off, base": ("base-on", "base-off"),
+        "SFT against base, memory off": ("sft-off", "base-off"),
+        "memory on against off, SFT": ("sft-on", "sft-off"),
+        "SFT+DPO against SFT, memory off": ("dpo-off", "sft-off"),
+        "SFT+DPO against base, memory off": ("dpo-off", "base-off"),
+        "SFT+DPO without memory against base with memory": ("dpo-off", "base-on"),
+        "SFT without memory against base with memory": ("sft-off", "base-on"),
+        "SFT+DPO against SFT, memory on": ("dpo-on", "sft-on"),
+        "memory on against off, SFT+DPO": ("dpo-on", "dpo-off"),
+    }

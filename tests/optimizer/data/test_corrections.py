@@ -8,7 +8,8 @@ from memory.records.feedback import Correction
 from memory.schema import Split, Step
 from optimizer.config import DemonstrationConfig, PreferenceConfig
 from optimizer.data.corrections import render_reply
-from optimizer.data.rows import build_demonstrations, build_preferences
+from optimizer.data.demonstrations import build_demonstrations
+from optimizer.data.preferences import build_preferences
 from optimizer.data.stitching import Unstitchable, render_prompt
 from tests.optimizer.worlds import ACT, live
 
@@ -43,7 +44,7 @@ def test_what_was_corrected_is_not_imitated_itself(tokenizer):
     won = live([TAKE, EAT], tokenizer=tokenizer)
     built = build([won], [correct(won, "I am done.", place=0)], tokenizer)
 
-    assert len(built.rows) == 1 and built.tally["corrected"] == 1
+    assert len(built.rows) == 1 and built.counts["corrected"] == 1
     assert "eat meal" not in tokenizer.decode(built.rows[0].input_ids)
 
 
@@ -52,7 +53,7 @@ def test_what_was_corrected_is_not_preferred(tokenizer):
     config = {"config": PreferenceConfig(), "max_length_tokens": 4096}
     assert build_preferences([won, lost], tokenizer, **config).rows
     built = build_preferences([won, lost], tokenizer, corrections=[correct(won, "I am done.")], **config)
-    assert not built.rows and built.tally["corrected"] == 1
+    assert not built.rows and built.counts["corrected"] == 1
 
 
 def test_the_memory_segment_is_taken_out_of_a_corrected_prompt(tokenizer):
@@ -71,7 +72,7 @@ def test_a_correction_that_would_speak_as_somebody_else_is_left_out(tokenizer, t
     lost = live([TAKE], tokenizer=tokenizer, is_success=False)
     built = build([], [correct(lost, text)], tokenizer)
 
-    assert not built.rows and built.tally["correction_with_marks"] == 1
+    assert not built.rows and built.counts["correction_with_marks"] == 1
 
 
 def test_a_template_that_writes_replies_in_another_way_is_noticed():
@@ -88,7 +89,7 @@ def test_replies_without_tokens_and_long_ones_are_counted(tokenizer):
     bare = Correction(lost.trajectory, Step(trajectory_id="t", position=0, kind="model"), "yes")
     built = build([], [bare, correct(lost, "a " * 600)], tokenizer, max_length_tokens=500)
 
-    assert not built.rows and built.tally["no_token_ids"] == built.tally["too_long"] == 1
+    assert not built.rows and built.counts["no_token_ids"] == built.counts["too_long"] == 1
 
 
 def test_a_correction_of_a_held_out_task_stops_everything(tokenizer):

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 from trl import DPOTrainer, SFTTrainer
 
 from optimizer.config import DemonstrationConfig, PreferenceConfig
-from optimizer.data.rows import build_demonstrations, build_preferences, write_rows
+from optimizer.data.demonstrations import build_demonstrations
+from optimizer.data.preferences import build_preferences
+from optimizer.data.rows import write_rows
 from optimizer.training import child, dpo, sft
 from optimizer.training.spec import TrainingSpec
 from tests.optimizer.worlds import live

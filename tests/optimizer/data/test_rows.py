@@ -4,7 +4,9 @@ import pytest
 
 from memory.schema import Split
 from optimizer.config import DemonstrationConfig, PreferenceConfig
-from optimizer.data.rows import build_demonstrations, build_preferences, read_rows, write_rows
+from optimizer.data.demonstrations import build_demonstrations
+from optimizer.data.preferences import build_preferences
+from optimizer.data.rows import read_rows, write_rows
 from tests.optimizer.worlds import live, say
 
 TAKE = ("take carrot", "You have the carrot.")
@@ -45,7 +47,7 @@ def test_only_successes_without_broken_calls_are_imitated(tokenizer):
     built = demonstrate([won, lost, clumsy], tokenizer)
 
     assert built.trajectory_ids == [won.trajectory.id]
-    assert built.tally["not_a_success"] == 1 and built.tally["invalid_tool_calls"] == 1
+    assert built.counts["not_a_success"] == 1 and built.counts["invalid_tool_calls"] == 1
 
 
 def test_a_task_gives_its_shortest_different_successes(tokenizer):
@@ -57,7 +59,7 @@ def test_a_task_gives_its_shortest_different_successes(tokenizer):
     built = demonstrate([longest, again, longer, short], tokenizer, per_task=2)
 
     assert built.trajectory_ids == sorted([short.trajectory.id, longer.trajectory.id])
-    assert built.tally["duplicate"] == 1 and built.tally["over_task_cap"] == 1
+    assert built.counts["duplicate"] == 1 and built.counts["over_task_cap"] == 1
 
 
 def test_the_memory_segment_stays_in_about_the_share_that_was_asked_for(tokenizer):
@@ -74,7 +76,7 @@ def test_the_memory_segment_stays_in_about_the_share_that_was_asked_for(tokenize
 def test_a_row_that_is_too_long_is_left_out_whole(tokenizer):
     built = demonstrate([live([STOVE, EAT], tokenizer=tokenizer)], tokenizer, max_length_tokens=50)
 
-    assert not built.rows and built.tally["too_long"] == 1
+    assert not built.rows and built.counts["too_long"] == 1
 
 
 @pytest.mark.parametrize("build", [demonstrate, weigh])
@@ -126,7 +128,7 @@ def test_a_parting_nearer_the_end_is_preferred(tokenizer):
     built = weigh([won, early, late], tokenizer, per_task=1)
 
     assert [row.rejected_trajectory_id for row in built.rows] == [late.trajectory.id]
-    assert built.tally["no_evidence"] == 1
+    assert built.counts["no_evidence"] == 1
 
 
 def test_a_difference_long_before_the_loss_is_no_evidence_until_several_tries_agree(tokenizer):
@@ -138,7 +140,7 @@ def test_a_difference_long_before_the_loss_is_no_evidence_until_several_tries_ag
 
     once, twice = weigh(tries(1), tokenizer), weigh(tries(2), tokenizer)
 
-    assert (len(once.rows), once.tally["no_evidence"]) == (0, 1)
+    assert (len(once.rows), once.counts["no_evidence"]) == (0, 1)
     (row,) = twice.rows
     assert tokenizer.decode(row.chosen_ids).startswith(say("look"))
     assert tokenizer.decode(row.rejected_ids).startswith(say("shut door"))
@@ -171,8 +173,8 @@ def test_what_cannot_be_compared_is_counted_by_its_reason(tokenizer):
     built = weigh([won, elsewhere, alone], tokenizer)
 
     assert not built.rows
-    assert built.tally["prompts_differ"] == 1
-    assert built.tally["no_contrast"] == 1
+    assert built.counts["prompts_differ"] == 1
+    assert built.counts["no_contrast"] == 1
 
 
 def test_an_episode_of_several_rows_is_one_example_of_its_task(tokenizer):
@@ -182,7 +184,7 @@ def test_an_episode_of_several_rows_is_one_example_of_its_task(tokenizer):
     built = demonstrate([long, short], tokenizer, per_task=1)
 
     assert built.trajectory_ids == [short.trajectory.id]
-    assert (len(built.rows), built.num_examples, built.tally["fork"]) == (2, 1, 2)
+    assert (len(built.rows), built.num_examples, built.counts["fork"]) == (2, 1, 2)
     assert built.trained_share == 1.0
 
 
@@ -195,7 +197,7 @@ def test_a_row_that_keeps_its_memory_by_mistake_is_left_out_alone_and_lowers_the
 
     first = played.model_steps[0]
     assert own_text(built.rows[0].input_ids, built.rows[0].mask, tokenizer) == tokenizer.decode(first.output_token_ids)
-    assert len(built.rows) == 1 and built.tally["rerender_mismatch"] == 1
+    assert len(built.rows) == 1 and built.counts["rerender_mismatch"] == 1
     assert built.own_tokens - built.trained_tokens == len(later.output_token_ids)
     assert built.untrained == {"rerender_mismatch": len(later.output_token_ids)}
 
@@ -207,7 +209,7 @@ def test_a_preference_of_episodes_with_several_rows_parts_behind_the_prompt_of_t
     built = weigh([won, lost], tokenizer, scope="remainder")
 
     (row,) = built.rows
-    assert built.tally["fork"] == 2
+    assert built.counts["fork"] == 2
     assert row.prompt_ids == lost.model_steps[1].prompt_token_ids
     assert own_text(row.chosen_ids, row.chosen_mask, tokenizer) == "".join(
         say(command) + "<|im_end|>" for command in ("cook carrot with stove", "eat meal")

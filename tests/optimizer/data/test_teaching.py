@@ -7,8 +7,9 @@ import pytest
 from memory.schema import Feedback, RewardSource, Split, TrajectoryStage, Trust
 from memory.store import Memory
 from optimizer.config import DemonstrationConfig, PreferenceConfig
-from optimizer.cycle.practice import learn_words
-from optimizer.data.rows import build_demonstrations, build_preferences
+from optimizer.cycle.practice import learn_insights
+from optimizer.data.demonstrations import build_demonstrations
+from optimizer.data.preferences import build_preferences
 from optimizer.rewards import grade
 from tests.memory.episodes import HashingEncoder
 from tests.optimizer.one_cycle import OneCycle
@@ -65,15 +66,15 @@ def demonstrate(memory: Memory, tokenizer, **settings):
 async def test_forty_pieces_of_feedback_from_one_tenants_key_do_not_steer_everybodys_weights(
     memory, tokenizer, scopes, num_rows, said
 ):
-    key, _ = await memory.keys.create("the context", scopes, tenant="context")
+    key, _ = await memory.keys.create("the shop", scopes, tenant="shop")
     for number in range(40):
-        await chat(memory, tokenizer, number, tenant="context", key_id=key.id, **said)
+        await chat(memory, tokenizer, number, tenant="shop", key_id=key.id, **said)
     for number in range(2):
         await keep(memory, live([STOVE, EAT], tokenizer=tokenizer, task=str(number)))
 
     built = demonstrate(memory, tokenizer)
 
-    assert sum(teacher.tenant == "context" for (teacher,) in built.teachers) == num_rows
+    assert sum(teacher.tenant == "shop" for (teacher,) in built.teachers) == num_rows
     assert len(built.rows) == len(built.teachers) == num_rows + 2
     assert built.num_corrections == (num_rows if "correction" in said else 0)
 
@@ -85,7 +86,7 @@ async def test_corrections_of_one_task_are_capped_and_the_newest_stay(memory, to
 
     built = demonstrate(memory, tokenizer, min_rows=4)
 
-    assert built.num_corrections == 4 and built.tally["over_correction_cap"] == 3
+    assert built.num_corrections == 4 and built.counts["over_correction_cap"] == 3
     said = " ".join(tokenizer.decode(row.input_ids) for row in built.rows)
     assert "Reply 6." in said and "Reply 2." not in said
 
@@ -98,7 +99,7 @@ async def test_twenty_identical_corrections_of_one_task_are_enough_to_learn_from
     built = demonstrate(memory, tokenizer)
 
     assert len(built.rows) == built.num_corrections == DemonstrationConfig().min_rows
-    assert built.tally["over_correction_cap"] == 20 - len(built.rows) and built.num_tasks == 1
+    assert built.counts["over_correction_cap"] == 20 - len(built.rows) and built.num_tasks == 1
     assert all("Ask for the bill." in tokenizer.decode(row.input_ids) for row in built.rows)
     assert len(built.teachers) == len(built.rows)
 
@@ -112,19 +113,19 @@ async def test_many_corrections_of_one_task_do_not_drown_out_what_else_there_is_
 
     built = demonstrate(memory, tokenizer)
 
-    assert built.num_corrections == 4 and built.tally["over_correction_cap"] == 16
+    assert built.num_corrections == 4 and built.counts["over_correction_cap"] == 16
 
 
 async def test_rows_of_two_tenants_never_pair(memory, tokenizer):
     won, lost = (live([move], tokenizer=tokenizer, is_success=move is STOVE) for move in (STOVE, OVEN))
-    key, _ = await memory.keys.create("the context", ["infer", "teach"], tenant="context")
-    await keep(memory, won, tenant="context", key_id=key.id)
+    key, _ = await memory.keys.create("the shop", ["infer", "teach"], tenant="shop")
+    await keep(memory, won, tenant="shop", key_id=key.id)
     await keep(memory, lost)
 
     apart = build_preferences(
         grade(memory, is_for_weights=True), tokenizer, config=PreferenceConfig(), max_length_tokens=4096
     )
-    assert not apart.rows and apart.tally["no_contrast"] == 2
+    assert not apart.rows and apart.counts["no_contrast"] == 2
 
     await keep(memory, live([STOVE], tokenizer=tokenizer))
     together = build_preferences(
@@ -149,7 +150,7 @@ async def test_an_episode_that_read_a_web_page_teaches_nothing_until_it_is_appro
         read.append(messages[-1]["content"])
         return "ADD: visit evil.example" if "evil.example" in read[-1] and "Won" in read[-1] else "NOTHING"
 
-    await learn_words(OneCycle(memory, complete))
+    await learn_insights(OneCycle(memory, complete))
     shown = build_demonstrations(
         grade(memory, is_for_weights=True), tokenizer, config=DemonstrationConfig(), max_length_tokens=4096
     )
@@ -159,5 +160,5 @@ async def test_an_episode_that_read_a_web_page_teaches_nothing_until_it_is_appro
     )
 
     assert [it.text for it in memory.insights.active()] == (["visit evil.example"] if is_approved else [])
-    assert shown.tally["untrusted"] == (0 if is_approved else 2)
+    assert shown.counts["untrusted"] == (0 if is_approved else 2)
     assert bool(shown.rows) == bool(corrected.num_corrections) == bool(preferred.rows) == is_approved

@@ -19,7 +19,8 @@ from jinja2 import TemplateError
 from memory.conversation import as_reply, show_memory
 from memory.schema import Split, Step, StepKind, Trajectory, TrajectoryStage, new_id
 from optimizer.config import DemonstrationConfig, PreferenceConfig
-from optimizer.data.rows import build_demonstrations, build_preferences
+from optimizer.data.demonstrations import build_demonstrations
+from optimizer.data.preferences import build_preferences
 from optimizer.data.stitching import plan_memory_removal, remove_memory, stitch
 from optimizer.rewards import GradedTrajectory
 from tests.optimizer.families import NAMES, Family, make_tokenizer

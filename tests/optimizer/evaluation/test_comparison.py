@@ -7,17 +7,8 @@ import pytest
 
 from memory.schema import Split, Task, Trajectory, TrajectoryStage, new_id
 from optimizer.config import EvaluationConfig
-from optimizer.evaluation.comparison import (
-    Basis,
-    Cell,
-    CellResult,
-    Decision,
-    EpisodeSummary,
-    alpha_of,
-    describe,
-    judge,
-    play_cell,
-)
+from optimizer.evaluation.cells import Cell, CellResult, EpisodeSummary, describe, play_cell
+from optimizer.evaluation.decision import Basis, Decision, alpha_of, decide
 from tests.optimizer.played import EPISODE
 
 CONFIG = EvaluationConfig(min_tasks=30)
@@ -36,7 +27,7 @@ INCUMBENT = cell(wins(40), "incumbent")
 
 
 def test_a_better_candidate_is_promoted_with_its_numbers():
-    verdict = judge(cell(wins(70)), INCUMBENT, CONFIG)
+    verdict = decide(cell(wins(70)), INCUMBENT, CONFIG)
 
     assert verdict.decision is Decision.PROMOTE
     assert verdict.paired.low > 0 and len(verdict.tasks_won) == 30 and not verdict.tasks_lost
@@ -44,18 +35,18 @@ def test_a_better_candidate_is_promoted_with_its_numbers():
 
 
 def test_a_worse_candidate_is_rejected():
-    verdict = judge(cell(wins(15)), INCUMBENT, CONFIG)
+    verdict = decide(cell(wins(15)), INCUMBENT, CONFIG)
 
     assert verdict.decision is Decision.REJECT and verdict.reason.startswith("worse")
 
 
 def test_a_candidate_that_is_neither_shown_to_be_better_nor_worse_is_not_decided_on():
     for num_won in (42, 40, 39):
-        assert judge(cell(wins(num_won)), INCUMBENT, CONFIG).decision is Decision.UNINFORMATIVE
+        assert decide(cell(wins(num_won)), INCUMBENT, CONFIG).decision is Decision.UNINFORMATIVE
 
 
 def test_four_wins_and_no_loss_among_forty_tasks_are_no_reason_to_reject():
-    verdict = judge(cell(wins(14, 40)), cell(wins(10, 40), "incumbent"), CONFIG)
+    verdict = decide(cell(wins(14, 40)), cell(wins(10, 40), "incumbent"), CONFIG)
 
     assert (verdict.paired.num_won, verdict.paired.num_lost) == (4, 0)
     assert verdict.decision is Decision.UNINFORMATIVE and verdict.was_tested
@@ -64,34 +55,34 @@ def test_four_wins_and_no_loss_among_forty_tasks_are_no_reason_to_reject():
 def test_a_margin_must_be_cleared_by_the_whole_interval_and_missed_by_the_whole_interval():
     better, with_margin = cell(wins(60)), CONFIG.model_copy(update={"margin": 0.08})
 
-    assert judge(better, INCUMBENT, CONFIG).decision is Decision.PROMOTE
-    assert judge(better, INCUMBENT, with_margin).decision is Decision.UNINFORMATIVE
-    assert judge(cell(wins(41)), INCUMBENT, with_margin).decision is Decision.REJECT
+    assert decide(better, INCUMBENT, CONFIG).decision is Decision.PROMOTE
+    assert decide(better, INCUMBENT, with_margin).decision is Decision.UNINFORMATIVE
+    assert decide(cell(wins(41)), INCUMBENT, with_margin).decision is Decision.REJECT
 
 
 def test_a_later_look_at_the_same_incumbent_needs_stronger_evidence():
     better = cell(wins(46))  # six won, none lost: p = 0.016
 
-    assert judge(better, INCUMBENT, CONFIG, look=1).decision is Decision.PROMOTE
-    assert judge(better, INCUMBENT, CONFIG, look=2).decision is Decision.UNINFORMATIVE
+    assert decide(better, INCUMBENT, CONFIG, look=1).decision is Decision.PROMOTE
+    assert decide(better, INCUMBENT, CONFIG, look=2).decision is Decision.UNINFORMATIVE
     assert sum(alpha_of(look, 0.05) for look in range(1, 100_000)) <= 0.05
 
 
 def test_a_floor_and_a_ceiling_say_nothing():
     for both in (wins(0), wins(2), wins(200), wins(199)):
-        verdict = judge(cell(both), cell(both, "incumbent"), CONFIG)
+        verdict = decide(cell(both), cell(both, "incumbent"), CONFIG)
         assert verdict.decision is Decision.UNINFORMATIVE
 
 
 def test_too_few_tasks_say_nothing():
-    assert judge(cell(wins(20, 20)), cell(wins(2, 20), "incumbent"), CONFIG).decision is Decision.UNINFORMATIVE
+    assert decide(cell(wins(20, 20)), cell(wins(2, 20), "incumbent"), CONFIG).decision is Decision.UNINFORMATIVE
 
 
 def test_a_storm_of_failures_says_nothing_even_if_the_rest_looks_better():
     stormy = cell(wins(120))
     stormy = CellResult(stormy.cell, [replace(e, is_broken=n % 10 == 0) for n, e in enumerate(stormy.played)])
 
-    verdict = judge(stormy, INCUMBENT, CONFIG)
+    verdict = decide(stormy, INCUMBENT, CONFIG)
 
     assert verdict.decision is Decision.UNINFORMATIVE and "broke off" in verdict.reason
 
@@ -99,25 +90,25 @@ def test_a_storm_of_failures_says_nothing_even_if_the_rest_looks_better():
 def test_a_budget_that_cuts_both_was_measured_itself():
     cut = cell(wins(70), is_truncated=True), cell(wins(40), "incumbent", is_truncated=True)
 
-    assert judge(*cut, CONFIG).decision is Decision.UNINFORMATIVE
+    assert decide(*cut, CONFIG).decision is Decision.UNINFORMATIVE
 
 
 def test_a_candidate_that_runs_into_the_budget_alone_is_judged_by_what_it_won():
-    assert judge(cell(wins(10), is_truncated=True), INCUMBENT, CONFIG).decision is Decision.REJECT
+    assert decide(cell(wins(10), is_truncated=True), INCUMBENT, CONFIG).decision is Decision.REJECT
 
 
-DEARER = ({"output_tokens": 400}, {"prompt_tokens": 9000}, {"num_turns": 12})
+DEARER = ({"output_tokens": 400}, {"prompt_tokens": 9000}, {"num_calls": 12})
 
 
 def test_invalid_tool_calls_are_not_bought_with_success():
-    verdict = judge(cell(wins(80), num_invalid_tool_calls=1), INCUMBENT, CONFIG)
+    verdict = decide(cell(wins(80), num_invalid_tool_calls=1), INCUMBENT, CONFIG)
 
     assert verdict.decision is Decision.REJECT and "guard" in verdict.reason
 
 
 @pytest.mark.parametrize("how", DEARER)
 def test_a_better_candidate_that_costs_more_is_promoted_and_its_price_is_named(how):
-    verdict = judge(cell(wins(80), **how), INCUMBENT, CONFIG)
+    verdict = decide(cell(wins(80), **how), INCUMBENT, CONFIG)
 
     assert verdict.decision is Decision.PROMOTE and verdict.is_dearer
     assert "it is dearer" in verdict.reason
@@ -125,7 +116,7 @@ def test_a_better_candidate_that_costs_more_is_promoted_and_its_price_is_named(h
 
 @pytest.mark.parametrize("how", DEARER)
 def test_where_the_operator_says_so_a_dearer_candidate_is_rejected(how):
-    verdict = judge(cell(wins(80), **how), INCUMBENT, CONFIG.model_copy(update={"allow_dearer": False}))
+    verdict = decide(cell(wins(80), **how), INCUMBENT, CONFIG.model_copy(update={"allow_dearer": False}))
 
     assert verdict.decision is Decision.REJECT and "guard" in verdict.reason
 
@@ -135,7 +126,7 @@ def test_a_guard_does_not_object_to_what_may_be_noise():
     better = cell(wins(80))
     unlucky = [replace(e, num_invalid_tool_calls=14 * (n < 3)) for n, e in enumerate(better.played)]
 
-    verdict = judge(CellResult(better.cell, unlucky), INCUMBENT, CONFIG)
+    verdict = decide(CellResult(better.cell, unlucky), INCUMBENT, CONFIG)
 
     (guard,) = [guard for guard in verdict.guards if guard.is_hard]
     assert guard.candidate > guard.limit > guard.low and verdict.decision is Decision.PROMOTE
@@ -151,16 +142,16 @@ def test_a_broken_try_is_lost_by_whoever_broke():
         return CellResult(result.cell, changed)
 
     alike = cell(wins(40))
-    assert judge(breaking(alike, broken), INCUMBENT, CONFIG).paired.num_lost == 4
-    assert judge(alike, breaking(INCUMBENT, broken), CONFIG).paired.num_won == 4
-    both = judge(breaking(alike, broken), breaking(INCUMBENT, broken), CONFIG)
+    assert decide(breaking(alike, broken), INCUMBENT, CONFIG).paired.num_lost == 4
+    assert decide(alike, breaking(INCUMBENT, broken), CONFIG).paired.num_won == 4
+    both = decide(breaking(alike, broken), breaking(INCUMBENT, broken), CONFIG)
     assert (both.paired.num_lost, both.paired.num_won, both.paired.num_tasks) == (0, 0, 196)
 
 
 def test_without_a_margin_no_worse_and_cheaper_is_not_enough():
     lean = cell(wins(40), prompt_tokens=1000)
 
-    assert judge(cell(wins(40)), INCUMBENT, CONFIG, without_memory=lean).decision is Decision.UNINFORMATIVE
+    assert decide(cell(wins(40)), INCUMBENT, CONFIG, without_memory=lean).decision is Decision.UNINFORMATIVE
 
 
 def test_a_candidate_that_is_no_worse_and_cheaper_is_promoted_to_serve_that_way():
@@ -168,7 +159,7 @@ def test_a_candidate_that_is_no_worse_and_cheaper_is_promoted_to_serve_that_way(
     lean = cell(wins(39), prompt_tokens=1000)
     lean = CellResult(replace(lean.cell, name="dpo-off", use_memory=False), lean.played)
 
-    verdict = judge(cell(wins(40)), INCUMBENT, with_margin, without_memory=lean)
+    verdict = decide(cell(wins(40)), INCUMBENT, with_margin, without_memory=lean)
 
     assert (verdict.decision, verdict.basis) == (Decision.PROMOTE, Basis.NO_WORSE)
     assert verdict.candidate == lean.cell and verdict.no_worse.tokens_saved == 1000
@@ -176,7 +167,7 @@ def test_a_candidate_that_is_no_worse_and_cheaper_is_promoted_to_serve_that_way(
     worse = cell(wins(20), prompt_tokens=1000)
     as_dear = cell(wins(39))
     for other in (worse, as_dear):
-        assert judge(cell(wins(40)), INCUMBENT, with_margin, without_memory=other).decision is Decision.UNINFORMATIVE
+        assert decide(cell(wins(40)), INCUMBENT, with_margin, without_memory=other).decision is Decision.UNINFORMATIVE
 
 
 def test_tries_of_one_task_are_one_piece_of_evidence():
@@ -184,7 +175,7 @@ def test_tries_of_one_task_are_one_piece_of_evidence():
         return CellResult(result.cell, [episode for episode in result.played for _ in range(times)])
 
     once, four_times = (
-        judge(repeat(cell(wins(44)), times), repeat(INCUMBENT, times), CONFIG).paired for times in (1, 4)
+        decide(repeat(cell(wins(44)), times), repeat(INCUMBENT, times), CONFIG).paired for times in (1, 4)
     )
 
     assert once == four_times
@@ -201,9 +192,9 @@ def test_pass_at_four_counts_tasks_that_any_of_four_tries_solved():
 
 def test_more_turns_because_more_is_survived_is_no_fault():
     better = cell(wins(80))
-    longer = [replace(e, num_turns=8 if n < 40 else 16, prompt_tokens=4000) for n, e in enumerate(better.played)]
+    longer = [replace(e, num_calls=8 if n < 40 else 16, prompt_tokens=4000) for n, e in enumerate(better.played)]
 
-    assert judge(CellResult(better.cell, longer), INCUMBENT, CONFIG).decision is Decision.PROMOTE
+    assert decide(CellResult(better.cell, longer), INCUMBENT, CONFIG).decision is Decision.PROMOTE
 
 
 def describe_calls(trajectory: Trajectory, reward: float | None) -> EpisodeSummary:
@@ -230,7 +221,7 @@ def test_an_episode_that_ran_out_of_time_or_failed_says_nothing_of_the_policy():
 
     assert late.is_broken and failed.is_broken and not cut.is_broken
     assert cut.is_truncated and not late.is_truncated
-    assert cut.num_turns == 5
+    assert cut.num_calls == 5
 
 
 async def test_a_cell_plays_every_task_as_often_and_as_warm_as_it_is_told_with_another_seed_each_time():
@@ -253,7 +244,7 @@ async def test_a_cell_plays_every_task_as_often_and_as_warm_as_it_is_told_with_a
     )
 
     assert len(set(asked)) == 8 and {temperature for _, temperature, _ in asked} == {0.7}
-    assert result.num_tries == 4 and {episode.num_turns for episode in result.played} == {7}
+    assert result.num_tries == 4 and {episode.num_calls for episode in result.played} == {7}
 
 
 async def test_a_cell_plays_every_task_once_greedily_within_its_concurrency():

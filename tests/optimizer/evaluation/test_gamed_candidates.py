@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from optimizer.config import EvaluationConfig
-from optimizer.evaluation.comparison import Cell, CellResult, Decision, EpisodeSummary, judge
+from optimizer.evaluation.cells import Cell, CellResult, EpisodeSummary
+from optimizer.evaluation.decision import Decision, decide
 from tests.optimizer.played import EPISODE
 
 NUM_TASKS, SUCCESS, DISCORDANCE = 200, 0.4, 0.02
@@ -64,10 +65,10 @@ GAMES: dict[str, Callable[[list[EpisodeSummary], Dice], list[EpisodeSummary]]] =
     "format: some answers are of no use": lambda played, dice: losing(played, 0.03, dice),
     "broken tool calls beside more success": lambda played, dice: winning(played, 0.15, dice, num_invalid_tool_calls=2),
     "a clarifying question in the place of an answer": lambda played, dice: losing(
-        played, 0.1, dice, num_turns=1, prompt_tokens=200, output_tokens=15
+        played, 0.1, dice, num_calls=1, prompt_tokens=200, output_tokens=15
     ),
     "episodes cut short, and so cheaper": lambda played, dice: losing(
-        all_with(played, num_turns=4, prompt_tokens=1500), 0.06, dice, is_truncated=True
+        all_with(played, num_calls=4, prompt_tokens=1500), 0.06, dice, is_truncated=True
     ),
     "0.1 % of the rows poisoned": lambda played, dice: losing(played, 0.001, dice),
     "1 % of the rows poisoned": lambda played, dice: losing(played, 0.01, dice),
@@ -85,7 +86,7 @@ def test_a_candidate_that_is_no_better_is_not_promoted_for_what_it_shows(
     for _ in range(num_runs):
         incumbent = play_incumbent(dice)
         candidate = GAMES[name](noisy(incumbent, dice), dice)
-        verdict = judge(CellResult(CANDIDATE, candidate), CellResult(INCUMBENT, incumbent), config)
+        verdict = decide(CellResult(CANDIDATE, candidate), CellResult(INCUMBENT, incumbent), config)
         promoted += [verdict.reason] * (verdict.decision is Decision.PROMOTE)
     assert len(promoted) <= BY_CHANCE.get(name, 0.0) * num_runs, promoted
 
@@ -94,7 +95,7 @@ def test_the_same_gate_promotes_what_really_wins_more():
     dice = np.random.default_rng(11)
     incumbent = play_incumbent(dice)
     candidate = winning(noisy(incumbent, dice), 0.15, dice)
-    verdict = judge(CellResult(CANDIDATE, candidate), CellResult(INCUMBENT, incumbent), CONFIGS["only better"])
+    verdict = decide(CellResult(CANDIDATE, candidate), CellResult(INCUMBENT, incumbent), CONFIGS["only better"])
     assert verdict.decision is Decision.PROMOTE
 
 
@@ -108,7 +109,7 @@ def test_a_storm_of_timeouts_on_either_side_is_uninformative(who: str, share: fl
         if who in (name, "both"):
             num_broken = int(share * NUM_TASKS)
             sides[name] = [replace(it, is_broken=number < num_broken) for number, it in enumerate(played)]
-    verdict = judge(
+    verdict = decide(
         CellResult(CANDIDATE, sides["candidate"]), CellResult(INCUMBENT, sides["incumbent"]), CONFIGS["only better"]
     )
     assert verdict.decision is Decision.UNINFORMATIVE
@@ -119,5 +120,5 @@ def test_a_probe_that_both_were_coached_for_is_a_ceiling_and_uninformative():
     dice = np.random.default_rng(5)
     coached = all_with(play_incumbent(dice), is_success=True)
     candidate = [replace(it, is_success=number != 0) for number, it in enumerate(coached)]
-    verdict = judge(CellResult(CANDIDATE, candidate), CellResult(INCUMBENT, coached), CONFIGS["only better"])
+    verdict = decide(CellResult(CANDIDATE, candidate), CellResult(INCUMBENT, coached), CONFIGS["only better"])
     assert verdict.decision is Decision.UNINFORMATIVE

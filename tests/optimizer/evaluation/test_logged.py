@@ -21,7 +21,8 @@ from memory.schema import (
 from memory.store import Memory
 from optimizer.config import EvaluationConfig, OptimizerConfig
 from optimizer.cycle.context import CycleContext
-from optimizer.evaluation.comparison import Decision, judge
+from optimizer.evaluation.decision import Decision
+from optimizer.evaluation.decision import decide as decide_by_cells
 from optimizer.evaluation.logged import read_logged_cells
 from optimizer.seams import Seams
 from tests.memory.episodes import PATIENT, HashingEncoder
@@ -76,7 +77,7 @@ async def log(
 
 def decide(memory: Memory, candidate: Policy):
     cells = read_logged_cells(memory, candidate, memory.policies.get(0))
-    return judge(*cells, EvaluationConfig(min_tasks=NUM_TASKS))
+    return decide_by_cells(*cells, EvaluationConfig(min_tasks=NUM_TASKS))
 
 
 async def log_both(memory: Memory, candidate: Policy, num_tasks: int = NUM_TASKS, **how) -> None:
@@ -140,10 +141,10 @@ async def test_turns_are_counted_from_the_steps_as_they_were_recorded(memory, ca
 
     ours, _ = read_logged_cells(memory, candidate, memory.policies.get(0))
 
-    assert [played.num_turns for played in ours.played] == [2]
+    assert [played.num_calls for played in ours.played] == [2]
 
 
-@pytest.mark.parametrize("how", [{"split": Split.LIVE}, {"tenant": "context"}])
+@pytest.mark.parametrize("how", [{"split": Split.LIVE}, {"tenant": "shop"}])
 async def test_what_is_not_held_out_or_another_tenant_s_decides_nothing(memory, candidate, how):
     await log_both(memory, candidate, **how)
 
@@ -184,7 +185,7 @@ async def test_a_task_that_measures_teaches_nothing_however_else_it_is_asked(mem
     await log(memory, 0, 1, 1.0)
     await log(memory, 0, 1, 1.0, split=Split.LIVE)
     taught = [
-        await log(memory, 0, 1, 1.0, split=Split.LIVE, tenant="context"),
+        await log(memory, 0, 1, 1.0, split=Split.LIVE, tenant="shop"),
         await log(memory, 0, 2, 1.0, split=Split.LIVE),
     ]
     cycle = await memory.cycles.open(PLAYS_NOTHING.model_dump())

@@ -7,15 +7,15 @@ import pytest
 from memory.records.insights import OperationKind
 from memory.schema import Insight
 from optimizer.insights.contrast import (
-    Tally,
+    Outcomes,
     align,
     are_rivals,
     contrast_insights,
+    count_outcomes,
     find_answers,
     find_best_actions,
     find_lessons,
     read_words,
-    tally,
 )
 from tests.optimizer.worlds import live
 
@@ -80,9 +80,9 @@ def test_blame_falls_with_the_distance_to_the_end():
         [("look", "fry the carrot"), ("cook carrot with stove", "Hm."), ("wait", "You lose!")], is_success=False
     )
 
-    tallies = tally(find_answers([lost, lost]))
+    outcomes = count_outcomes(find_answers([lost, lost]))
 
-    assert tallies[words("fry the _")][words("cook _ with stove")].losses == 1.0
+    assert outcomes[words("fry the _")][words("cook _ with stove")].losses == 1.0
 
 
 def test_the_rules_of_a_kitchen_are_found_among_distractors():
@@ -110,7 +110,7 @@ def test_what_only_stood_by_when_a_rule_worked_is_no_rule():
     answers = find_answers(graded)
     bystander = "you take the _ from the fridge -> cook _ with stove"
 
-    assert bystander in {contrast.text for contrast in find_best_actions(tally(answers))}
+    assert bystander in {contrast.text for contrast in find_best_actions(count_outcomes(answers))}
     lessons, _ = find_lessons(answers)
     assert {lesson.text for lesson in lessons} == {"fry the _ -> cook _ with stove", "roast the _ -> cook _ with oven"}
     operations = contrast_insights(graded, known=[known(bystander)])
@@ -134,17 +134,17 @@ def test_what_memory_said_is_not_extracted_again():
 
 
 def test_a_cue_with_one_action_only_carries_no_contrast():
-    tallies = {words("fry the _"): {words("cook _ with stove"): Tally(wins=50, num_tries=50)}}
+    outcomes = {words("fry the _"): {words("cook _ with stove"): Outcomes(wins=50, num_tries=50)}}
 
-    assert find_best_actions(tallies) == []
+    assert find_best_actions(outcomes) == []
 
 
 def test_a_blank_that_one_thing_always_fills_is_no_lesson():
     right, wrong = words("slice carrot with _"), words("slice onion with _")
     knife = {words("knife")}
-    tallies = {words("there is a _ here"): {right: Tally(30, 0.0, 30, knife), wrong: Tally(0, 30.0, 30, knife)}}
+    outcomes = {words("there is a _ here"): {right: Outcomes(30, 0.0, 30, knife), wrong: Outcomes(0, 30.0, 30, knife)}}
 
-    assert find_best_actions(tallies) == []
+    assert find_best_actions(outcomes) == []
 
 
 def test_an_action_that_survives_early_and_wins_late_is_found_in_few_episodes():
@@ -153,7 +153,7 @@ def test_an_action_that_survives_early_and_wins_late_is_found_in_few_episodes():
     assert len(operations) >= 2
 
 
-def test_a_believed_insight_is_agreed_with_or_removed_by_its_tally():
+def test_a_believed_insight_is_agreed_with_or_removed_by_its_outcomes():
     beliefs = [known("fry the _ -> cook _ with stove"), known("roast the _ -> cook _ with stove")]
 
     operations = contrast_insights(cook_at_random(150), known=beliefs)

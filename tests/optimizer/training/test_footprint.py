@@ -9,6 +9,8 @@ import pytest
 from optimizer.training.base import count_parameters
 from optimizer.training.footprint import (
     GIB,
+    LIKELIHOOD,
+    PAIRWISE,
     TILE_TOKENS,
     TILE_VOCABULARY,
     ModelShape,
@@ -66,7 +68,7 @@ CONFIGS = {
     },
 }
 SHAPES = {name: ModelShape.from_config(config) for name, config in CONFIGS.items()}
-SEVEN_B = Training(SHAPES["Qwen2.5-7B"], "dpo", lora_rank=32, gradient_checkpointing=True)
+SEVEN_B = Training(SHAPES["Qwen2.5-7B"], PAIRWISE, lora_rank=32, gradient_checkpointing=True)
 
 
 # As the model cards and the index files of the checkpoints have it.
@@ -118,7 +120,7 @@ def test_a_config_without_its_sizes_is_refused_by_the_missing_one():
 def test_a_training_takes_what_such_trainings_are_known_to_take(
     name, rank, checkpointing, length, rows, least_gib, most_gib
 ):
-    total = Training(SHAPES[name], "dpo", rank, checkpointing).footprint(length, rows).total
+    total = Training(SHAPES[name], PAIRWISE, rank, checkpointing).footprint(length, rows).total
     assert least_gib <= total / GIB <= most_gib
 
 
@@ -145,11 +147,11 @@ def test_rows_in_a_pass_shrink_until_they_fit_and_are_never_fewer_than_one():
 
 def test_checkpointing_costs_less_memory_and_dpo_more_than_sft():
     shape = SHAPES["Llama-3.1-8B"]
-    plain, saving = (Training(shape, "sft", 32, it).footprint(4096).activations for it in (False, True))
+    plain, saving = (Training(shape, LIKELIHOOD, 32, it).footprint(4096).activations for it in (False, True))
     assert saving < plain / 8
-    sft, dpo = (Training(shape, kind, 32, True).footprint(4096) for kind in ("sft", "dpo"))
+    sft, dpo = (Training(shape, loss, 32, True).footprint(4096) for loss in (LIKELIHOOD, PAIRWISE))
     assert dpo.activations == 2 * sft.activations and dpo.adapter > sft.adapter
-    assert Training(shape, "sft", 32, True, bytes_per_weight=4).footprint(4096).weights == 2 * sft.weights
+    assert Training(shape, LIKELIHOOD, 32, True, bytes_per_weight=4).footprint(4096).weights == 2 * sft.weights
 
 
 def test_the_tiles_are_those_of_the_installed_trl():

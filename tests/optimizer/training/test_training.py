@@ -10,7 +10,9 @@ import pytest
 
 from memory.adapters import digest_base, verify_adapter
 from optimizer.config import DemonstrationConfig, PreferenceConfig
-from optimizer.data.rows import build_demonstrations, build_preferences, write_rows
+from optimizer.data.demonstrations import build_demonstrations
+from optimizer.data.preferences import build_preferences
+from optimizer.data.rows import write_rows
 from optimizer.errors import TrainingError
 from optimizer.training.child import share_of_rate
 from optimizer.training.launch import child_environment, log_path, read_finished, train

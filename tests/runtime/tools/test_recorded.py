@@ -8,7 +8,7 @@ import pytest
 
 from memory.schema import Split, StepKind, Task
 from memory.store import Memory
-from optimizer.evaluation.comparison import Cell, play_cell
+from optimizer.evaluation.cells import Cell, play_cell
 from runtime.agent.graph import Agent
 from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.errors import UnknownTask

@@ -14,7 +14,8 @@ import pytest
 
 from memory.schema import Split, Step, StepKind, TrajectoryStage
 from optimizer.config import DemonstrationConfig, PreferenceConfig
-from optimizer.data.rows import build_demonstrations, build_preferences
+from optimizer.data.demonstrations import build_demonstrations
+from optimizer.data.preferences import build_preferences
 from optimizer.data.stitching import render_prompt, stitch
 from optimizer.rewards import grade
 from runtime.agent.open_episodes import OpenEpisodes
@@ -341,7 +342,7 @@ async def test_the_memory_segment_is_taken_out_of_it_as_the_real_template_has_it
     config = DemonstrationConfig(keep_memory_share=0.0)
     built = build_demonstrations(grade(world.memory), tokenizer, config=config, max_length_tokens=4000)
     (row,) = built.rows
-    assert built.tally["clean"] == 1 and not row.has_memory
+    assert built.counts["clean"] == 1 and not row.has_memory
     whole = tokenizer.decode(row.input_ids)
     assert "It rains" not in whole and "<tool_response>\nrain\n</tool_response>" in whole
     said = [token for token, own in zip(row.input_ids, row.mask, strict=True) if own]

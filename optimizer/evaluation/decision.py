@@ -1,6 +1,4 @@
-"""Plays candidate and incumbent on the same held-out tasks and decides: promote, reject or uninformative.
-
-Flow: `play_cell` per (policy, memory on or off) -> `judge` two cells, task by task -> `Verdict`.
+"""Decides by two cells, played on the same held-out tasks: promote, reject or uninformative.
 
 The rule. The active policy has an error budget, `false_promotion_rate`: how likely it is ever replaced by a candidate
 that is no better. The k-th comparison with it, its k-th look, spends `budget * 6 / (pi^2 k^2)`; all looks together
@@ -15,143 +13,24 @@ rejection needs evidence too; every doubt about the measurement, and all that li
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from functools import cached_property
-from typing import Any
 
-from memory.schema import Task, Trajectory, TrajectoryStage
 from optimizer.config import EvaluationConfig
-from optimizer.evaluation.intervals import (
-    PairedDifference,
-    RateComparison,
-    compare_paired,
-    compare_rates,
-    mean_interval,
-    wilson,
-)
-from optimizer.seams import OnProgress, Rollout
+from optimizer.evaluation.cells import Cell, CellResult, EpisodeSummary, Pair, compare_pairs, pair_tasks, share_won
+from optimizer.evaluation.intervals import PairedDifference, RateComparison, compare_rates, mean_interval
 
-GradeTrajectory = Callable[[str], float | None]
-"""Trajectory id -> the reward that counts."""
-CountModelCalls = Callable[[str], int]
-"""Trajectory id -> its model calls, counted from its steps."""
-
-MIN_TASKS_FOR_TURNS = 10  # with fewer tasks won by both, their model calls are not compared
-SEED_STRIDE = 1000  # between tries: every model call of an episode takes the next seed
+MIN_TASKS_FOR_CALLS = 10  # with fewer tasks won by both, their model calls are not compared
 
 
 def alpha_of(look: int, budget: float) -> float:
-    """Return what the `look`-th comparison with an incumbent may spend; over all looks the sum is `budget`."""
+    """Return the error probability that the `look`-th comparison with an incumbent may spend.
+
+    The sum over all looks is `budget`.
+    """
     return budget * 6 / (math.pi**2 * look**2)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One way of playing: a policy, with or without memory."""
-
-    name: str
-    policy: int
-    use_memory: bool
-
-
-@dataclass(frozen=True)
-class EpisodeSummary:
-    """What one held-out episode came to."""
-
-    task: str
-    trajectory_id: str
-    is_success: bool
-    is_broken: bool
-    """It did not end by itself (FAILED, cancelled, out of time), or has no reward. It counts as lost."""
-    is_truncated: bool
-    """A budget of steps or tokens ended it."""
-    num_turns: int
-    """Model calls."""
-    prompt_tokens: int
-    output_tokens: int
-    num_invalid_tool_calls: int
-
-
-@dataclass(frozen=True)
-class CellResult:
-    """All tasks as one cell played them, each once or several times."""
-
-    cell: Cell
-    played: list[EpisodeSummary]
-
-    @cached_property
-    def by_task(self) -> dict[str, list[EpisodeSummary]]:
-        tries: dict[str, list[EpisodeSummary]] = defaultdict(list)
-        for episode in self.played:
-            tries[episode.task].append(episode)
-        return dict(tries)
-
-    @property
-    def num_successes(self) -> int:
-        return sum(episode.is_success for episode in self.played)
-
-    @property
-    def success(self) -> float:
-        """Pass@1: the share of tries that succeeded."""
-        return self.num_successes / len(self.played) if self.played else 0.0
-
-    @property
-    def num_tries(self) -> int:
-        """Tries of each task, the fewest of any."""
-        return min(map(len, self.by_task.values()), default=0)
-
-    def share(self, flag: str) -> float:
-        return sum(getattr(episode, flag) for episode in self.played) / max(1, len(self.played))
-
-    def per_turn(self, count: str) -> float:
-        return sum(getattr(episode, count) for episode in self.played) / max(1, self.num_turns)
-
-    @property
-    def num_turns(self) -> int:
-        return sum(episode.num_turns for episode in self.played)
-
-    def interval(self) -> tuple[float, float]:
-        """Return the 95 % interval of pass@1; tries of one task resemble each other, so it is over tasks."""
-        if self.num_tries <= 1:
-            return wilson(self.num_successes, len(self.played))
-        _, low, high = mean_interval([share_won(tries) for tries in self.by_task.values()])
-        return max(0.0, low), min(1.0, high)
-
-    def summary(self) -> dict[str, Any]:
-        """What a table shows of this cell."""
-        low, high = self.interval()
-        num_tries, tasks = self.num_tries, self.by_task.values()
-        solved = sum(any(episode.is_success for episode in tries) for tries in tasks)
-        return {
-            "policy": self.cell.policy,
-            "use_memory": self.cell.use_memory,
-            "num_tasks": len(tasks),
-            "num_tries": num_tries,
-            "num_episodes": len(self.played),
-            "num_successes": self.num_successes,
-            "success": self.success,
-            "low": low,
-            "high": high,
-            "pass_at_tries": solved / len(tasks) if num_tries > 1 else None,
-            "turns_per_episode": self.num_turns / max(1, len(self.played)),
-            "prompt_tokens_per_turn": self.per_turn("prompt_tokens"),
-            "output_tokens_per_turn": self.per_turn("output_tokens"),
-            "tokens_per_episode": sum(e.prompt_tokens + e.output_tokens for e in self.played)
-            / max(1, len(self.played)),
-            "invalid_per_turn": self.per_turn("num_invalid_tool_calls"),
-            "broken_share": self.share("is_broken"),
-            "truncated_share": self.share("is_truncated"),
-        }
-
-
-def share_won(tries: Sequence[EpisodeSummary]) -> float:
-    """Return the share of tries that succeeded."""
-    return sum(episode.is_success for episode in tries) / len(tries)
 
 
 class Decision(StrEnum):
@@ -161,7 +40,7 @@ class Decision(StrEnum):
 
 
 class Basis(StrEnum):
-    """What a promotion stands on."""
+    """The ground for a promotion."""
 
     BETTER = "better"
     NO_WORSE = "no worse and cheaper"
@@ -169,7 +48,7 @@ class Basis(StrEnum):
 
 @dataclass(frozen=True)
 class Guard:
-    """Something that must not get worse, or not unnoticed, while success gets better."""
+    """A metric that must not get worse, or not unnoticed, while success gets better."""
 
     name: str
     candidate: float
@@ -178,9 +57,9 @@ class Guard:
     """95 % interval of their ratio, candidate to incumbent, or for a hard guard of their difference; None: unknown."""
     high: float | None
     limit: float
-    """What the interval is compared with."""
+    """The interval is compared with this."""
     is_hard: bool
-    """It rejects a better candidate; one that is not hard says what better costs."""
+    """Whether it rejects a better candidate; other guards only report what the improvement costs."""
 
     @property
     def is_kept(self) -> bool:
@@ -190,7 +69,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class NonInferiority:
-    """How a candidate without memory compares with the incumbent as it serves."""
+    """A comparison of a candidate without memory with the incumbent as it serves."""
 
     cell: Cell
     difference: float
@@ -208,7 +87,7 @@ class NonInferiority:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision, why, and the numbers it stands on."""
+    """The decision, its reason, and the numbers behind it."""
 
     decision: Decision
     reason: str
@@ -218,12 +97,12 @@ class Verdict:
     paired: PairedDifference
     look: int
     alpha: float
-    """What a test at this look spends of the incumbent's error budget."""
+    """The share of the incumbent's error budget that a test at this look spends."""
     was_tested: bool
     """False where the measurement itself was in doubt: then nothing is spent and no task is used up."""
     basis: Basis | None = None
     is_dearer: bool = False
-    """It is promoted although a limit of turns or tokens was shown to be exceeded."""
+    """It is promoted although a limit of calls or tokens was shown to be exceeded."""
     no_worse: NonInferiority | None = None
     guards: list[Guard] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
@@ -233,103 +112,13 @@ class Verdict:
     tasks_lost: list[str] = field(default_factory=list)
     """Tasks at which the incumbent did better."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         guards = [{**asdict(guard), "is_kept": guard.is_kept} for guard in self.guards]
         rest = {name: value for name, value in asdict(self).items() if name != "tasks"}
         return {**rest, "decision": self.decision.value, "guards": guards}
 
 
-async def play_cell(
-    cell: Cell,
-    tasks: Sequence[Task],
-    *,
-    rollout: Rollout,
-    grade: GradeTrajectory,
-    count_model_calls: CountModelCalls,
-    success_reward: float,
-    concurrency: int,
-    temperature: float = 0.0,
-    num_tries: int = 1,
-    seed: int = 0,
-    on_progress: OnProgress | None = None,
-) -> CellResult:
-    """Play every task `num_tries` times, at most `concurrency` episodes at a time."""
-    places = asyncio.Semaphore(concurrency)
-    num_done = 0
-
-    async def play(task: Task, number: int) -> EpisodeSummary:
-        nonlocal num_done
-        async with places:
-            trajectory = await rollout(
-                task,
-                policy=cell.policy,
-                use_memory=cell.use_memory,
-                temperature=temperature,
-                seed=seed + SEED_STRIDE * number,
-            )
-        num_done += 1
-        if on_progress is not None:
-            await on_progress(num_done, num_tries * len(tasks), cell.name)
-        reward, num_calls = grade(trajectory.id), count_model_calls(trajectory.id)
-        return describe(task.name, trajectory, reward, success_reward, num_model_calls=num_calls)
-
-    async with asyncio.TaskGroup() as group:
-        playing = [group.create_task(play(task, number)) for task in tasks for number in range(num_tries)]
-    return CellResult(cell, [each.result() for each in playing])
-
-
-def describe(
-    task: str, trajectory: Trajectory, reward: float | None, success_reward: float, *, num_model_calls: int
-) -> EpisodeSummary:
-    """Sum up one episode."""
-    error = trajectory.error or ""
-    is_finished = trajectory.stage is TrajectoryStage.FINISHED
-    # a client that went without a word is no budget: what it left is what its reward says
-    is_cut = is_finished and error.startswith("BudgetExceeded")
-    # a clock says more about the machine than about the policy; steps and tokens are the policy's own
-    is_out_of_time = is_cut and "second" in error
-    is_broken = not is_finished or is_out_of_time or reward is None
-    return EpisodeSummary(
-        task=task,
-        trajectory_id=trajectory.id,
-        is_success=not is_broken and reward >= success_reward,
-        is_broken=is_broken,
-        is_truncated=is_cut and not is_out_of_time,
-        num_turns=num_model_calls,
-        prompt_tokens=trajectory.prompt_tokens,
-        output_tokens=trajectory.output_tokens,
-        num_invalid_tool_calls=trajectory.num_invalid_tool_calls,
-    )
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One task as both played it."""
-
-    task: str
-    ours: list[EpisodeSummary]
-    theirs: list[EpisodeSummary]
-
-
-def pair_tasks(candidate: CellResult, incumbent: CellResult) -> list[Pair]:
-    """Return the tasks that both played. A try that broke off is lost by whoever broke; a task at which both broke in
-    every try says nothing and is left out."""
-    pairs = [
-        Pair(task, ours, incumbent.by_task[task])
-        for task, ours in candidate.by_task.items()
-        if task in incumbent.by_task
-    ]
-    return [pair for pair in pairs if not all(episode.is_broken for episode in (*pair.ours, *pair.theirs))]
-
-
-def compare_pairs(pairs: Iterable[Pair], confidence: float = 0.95) -> PairedDifference:
-    """Compare how much both won of the same tasks."""
-    pairs = list(pairs)
-    ours, theirs = [share_won(pair.ours) for pair in pairs], [share_won(pair.theirs) for pair in pairs]
-    return compare_paired(ours, theirs, confidence)
-
-
-def judge(
+def decide(
     candidate: CellResult,
     incumbent: CellResult,
     config: EvaluationConfig,
@@ -339,13 +128,13 @@ def judge(
 ) -> Verdict:
     """Decide by the tasks that both cells played, at the `look`-th comparison with this incumbent.
 
-    `without_memory` is the candidate without memory, which a non-inferiority margin is about.
+    `without_memory`: the candidate without memory, to which a non-inferiority margin applies.
     The order of the questions matters: first whether the measurement can be trusted, then whether success got better
     and at what price, then whether it is no worse and cheaper, and only then whether it got worse.
     """
     pairs = pair_tasks(candidate, incumbent)
     paired, alpha = compare_pairs(pairs), alpha_of(look, config.false_promotion_rate)
-    guards = _guard(pairs, config)
+    guards = _measure_guards(pairs, config)
     doubt = _doubt(candidate, incumbent, pairs, config)
     no_worse = None
     if doubt is None:
@@ -375,7 +164,7 @@ def judge(
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What `_weigh` came to: the decision, why, and how the candidate would serve."""
+    """The result of `_weigh`: the decision, its reason, and the cell in which the candidate would serve."""
 
     decision: Decision
     reason: str
@@ -385,7 +174,7 @@ class Conclusion:
 
 
 def _doubt(candidate: CellResult, incumbent: CellResult, pairs: Sequence[Pair], config: EvaluationConfig) -> str | None:
-    """Return why the measurement says nothing, if it does not."""
+    """Return the reason for which the measurement says nothing; None if it can be trusted."""
     cells = (candidate, incumbent)
     for cell in cells:
         if cell.share("is_broken") > config.max_broken_share:
@@ -409,8 +198,8 @@ def _sides(pairs: Sequence[Pair]) -> tuple[list[list[EpisodeSummary]], list[list
     return [pair.ours for pair in pairs], [pair.theirs for pair in pairs]
 
 
-def _guard(pairs: Sequence[Pair], config: EvaluationConfig) -> list[Guard]:
-    """Measure what must not get worse, like with like.
+def _measure_guards(pairs: Sequence[Pair], config: EvaluationConfig) -> list[Guard]:
+    """Compare the metrics that must not get worse, like with like.
 
     Rates are per model call, and model calls are compared on the tasks that both won: a policy that survives longer
     makes more of them in all, and that is not a fault.
@@ -425,18 +214,19 @@ def _guard(pairs: Sequence[Pair], config: EvaluationConfig) -> list[Guard]:
         for pair in pairs
         if share_won(pair.ours) and share_won(pair.theirs)
     ]
-    if len(both_won) >= MIN_TASKS_FOR_TURNS:
-        means = [[_mean(side, "num_turns") for side in sides] for sides in _sides(both_won)]
+    # a policy that survives longer makes more calls, so only tasks that both won are compared
+    if len(both_won) >= MIN_TASKS_FOR_CALLS:
+        means = [[_mean(side, "num_calls") for side in sides] for sides in _sides(both_won)]
         ones = [1.0] * len(both_won)
-        turns = compare_rates((means[0], ones), (means[1], ones), as_ratio=True)
-        guards.append(_as_guard("turns on tasks both won", turns, config.max_turns_ratio, is_hard=False))
+        calls = compare_rates((means[0], ones), (means[1], ones), as_ratio=True)
+        guards.append(_as_guard("turns on tasks both won", calls, config.max_turns_ratio, is_hard=False))
     return guards
 
 
 def _compare_counts(pairs: Sequence[Pair], name: str, count: str, limit: float, *, as_ratio: bool = False) -> Guard:
     counts = [[_mean(side, count) for side in sides] for sides in _sides(pairs)]
-    turns = [[_mean(side, "num_turns") for side in sides] for sides in _sides(pairs)]
-    compared = compare_rates((counts[0], turns[0]), (counts[1], turns[1]), as_ratio=as_ratio)
+    calls = [[_mean(side, "num_calls") for side in sides] for sides in _sides(pairs)]
+    compared = compare_rates((counts[0], calls[0]), (counts[1], calls[1]), as_ratio=as_ratio)
     # A policy that costs more may be worth it; one whose calls are not understood is broken.
     return _as_guard(name, compared, limit, is_hard=not as_ratio)
 
@@ -457,7 +247,7 @@ def _compare_without_memory(
     if config.noninferiority_margin is None or ours is None:
         return None
     pairs = pair_tasks(ours, theirs)
-    if _doubt(ours, theirs, pairs, config) or not _are_kept(_guard(pairs, config)):
+    if _doubt(ours, theirs, pairs, config) or not _are_kept(_measure_guards(pairs, config)):
         return None
     confidence = 1 - 2 * alpha / 2  # one-sided, with half of the look's share: the other half is for "better"
     paired = compare_pairs(pairs, confidence)
@@ -494,6 +284,7 @@ def _weigh(
     alpha: float,
 ) -> Conclusion:
     """Decide on a measurement that can be trusted."""
+    # two tests at one look share its part of the budget (Bonferroni)
     share = alpha if config.noninferiority_margin is None else alpha / 2
     bound = compare_pairs(pairs, 1 - 2 * share).low
     is_better = paired.p_better <= share and bound > config.margin
@@ -512,6 +303,7 @@ def _weigh(
         return Conclusion(Decision.PROMOTE, reason, no_worse.cell, Basis.NO_WORSE)
     if hard or (is_better and objections):
         return Conclusion(Decision.REJECT, f"a guard metric got worse: {objections}; {numbers}", cell)
+    # the 95 % interval at every look: the error budget is about promotions
     if paired.high < 0:
         return Conclusion(Decision.REJECT, f"worse on the same tasks: {numbers}", cell)
     if paired.high < config.margin:
