@@ -6,6 +6,7 @@ Invariants: at most one cycle is open; a closed cycle never changes.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from typing import Any
 
 from sqlmodel import Session, col, select
@@ -24,7 +25,7 @@ class Cycles:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._entered: tuple[str, float] | None = None
-        self.stage_seconds: Counter[str] = Counter()
+        self.stage_seconds: defaultdict[str, float] = defaultdict(float)
         """Total seconds of each stage, over all cycles since the start of the process."""
 
     async def open(self, settings: dict[str, Any]) -> Cycle:

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from memory.records.feedback import Correction
 from memory.records.trajectories import GradedTrajectory
 from memory.schema import Trajectory
+from memory.statistics import wilson_interval
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.errors import TooFewTrajectories, TrainingDoesNotFit
-from optimizer.evaluation.intervals import wilson
 
 CAPACITY = "room to train"
 """The name of the need for memory on a GPU; shown by the HTTP API."""
@@ -142,7 +142,7 @@ def _count_playable(logged: Logged, rounds: Sequence[int]) -> tuple[int, str]:
     num_won = sum(each.is_success for each in tries)
     if not tries or num_won:
         return most, ""
-    likely = math.ceil(wilson(0, len(tries))[1] * sum(rounds))
+    likely = math.ceil(wilson_interval(0, len(tries))[1] * sum(rounds))
     # the upper end of the interval, not the mean: a cycle is rejected only if it cannot work
     return min(most, likely), f"; v{active} won none of {len(tries)} episodes of {config.environment!r}"
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from memory.schema import Task, Trajectory, TrajectoryStage
-from optimizer.evaluation.intervals import PairedDifference, compare_paired, mean_interval, wilson
+from memory.statistics import wilson_interval
+from optimizer.evaluation.intervals import PairedDifference, compare_paired, mean_interval
 from optimizer.seams import OnProgress, Rollout
 
 STORED_CALLS = "num_turns"
@@ -98,7 +99,7 @@ class CellResult:
     def interval(self) -> tuple[float, float]:
         """Return the 95 % interval of pass@1; tries of one task resemble each other, so it is over tasks."""
         if self.num_tries <= 1:
-            return wilson(self.num_successes, len(self.played))
+            return wilson_interval(self.num_successes, len(self.played))
         # over tasks: Wilson's interval over tries would be too narrow
         _, low, high = mean_interval([share_won(tries) for tries in self.by_task.values()])
         return max(0.0, low), min(1.0, high)

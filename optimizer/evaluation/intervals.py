@@ -15,8 +15,6 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from memory.statistics import wilson_interval as wilson  # noqa: F401  (part of this module's interface)
-
 CONFIDENCE = 0.95
 MAX_TRIES = 1000  # shares of successful tries are fractions with at most this denominator
 NUM_RESAMPLES = 10_000

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
+from fastapi.openapi.models import Example
 from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from memory.schema import Split, clean
@@ -169,7 +170,7 @@ class ChatRequest(EngineOptions):
         return check_format(response_format)
 
 
-EXAMPLES = {
+EXAMPLES: dict[str, Example] = {
     "a question": {
         "summary": "Ask the active policy",
         "value": {"model": "agent", "messages": [{"role": "user", "content": "When is invoice 4711 due?"}]},

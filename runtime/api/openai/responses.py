@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Query, Request, Response
+from fastapi.openapi.models import Example
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
@@ -45,7 +46,7 @@ router = APIRouter(prefix="/v1/responses", tags=["responses"])
 
 Json = dict[str, Any]
 
-EXAMPLES = {
+EXAMPLES: dict[str, Example] = {
     "a question": {"summary": "Ask the active policy", "value": {"model": "agent", "input": "When is it due?"}},
     "going on": {
         "summary": "Bring the output of a function the answer called",

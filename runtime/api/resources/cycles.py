@@ -189,6 +189,8 @@ def report_dir(cycle: Cycle, server: Services) -> FilePath:
     """Return the directory of a cycle's report files; it may not exist yet."""
     return path_below(server.memory.data_dir, "reports", cycle.id)
 
+
+def describe_cycle(cycle: Cycle, server: Services) -> CycleDetail:
     final_status: dict[str, CycleStatus] = {CycleStage.COMPLETED: "completed", CycleStage.ERROR: "error"}
     has_report = (report_dir(cycle, server) / REPORT_FILES["json"]).exists()
     copied = CycleDetail.model_fields.keys() & Cycle.model_fields.keys()

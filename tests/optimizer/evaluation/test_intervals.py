@@ -3,14 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optimizer.evaluation.intervals import bootstrap_mean, compare_paired, wilson
+from memory.statistics import wilson_interval
+from optimizer.evaluation.intervals import bootstrap_mean, compare_paired
 
 
 def test_wilson_agrees_with_published_values():
-    low, high = wilson(24, 200)
+    low, high = wilson_interval(24, 200)
 
     assert (round(low, 3), round(high, 3)) == (0.082, 0.172)
-    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
 def test_equal_outcomes_still_leave_room_for_a_difference():
