@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from runtime.cli.render import Phases
     from runtime.doctor import Check
     from runtime.engine.process import Engine
-    from runtime.serving.maintenance import Maintenance
+    from runtime.maintenance import Maintenance
     from runtime.serving.text_completion import TextCompletion
 
 DEFAULT_TOML = Path("ratchet.toml")
@@ -83,10 +83,10 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     from runtime.api.services import Services
     from runtime.engine.process import Engine
     from runtime.environments.textworld import TextWorld
+    from runtime.maintenance import Maintenance
     from runtime.observability.telemetry import Telemetry
     from runtime.observability.tracing import open_tracing
     from runtime.serving.hotswap import HotSwap
-    from runtime.serving.maintenance import Maintenance
     from runtime.serving.text_completion import TextCompletion
     from runtime.tools.toolbox import Toolbox
 

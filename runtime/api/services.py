@@ -20,8 +20,8 @@ from runtime.config import LimitsConfig, ServerConfig
 from runtime.doctor import Check
 from runtime.engine.process import Engine
 from runtime.environments.base import Environment, find_environment
+from runtime.maintenance import Maintenance
 from runtime.serving.hotswap import HotSwap
-from runtime.serving.maintenance import Maintenance
 from runtime.tools.toolbox import Toolbox
 
 

@@ -24,8 +24,8 @@ from runtime.engine.model_families import find_model, holds_unparsed_call
 from runtime.engine.process import Engine, find_last_words
 from runtime.engine.server_command import server_arguments
 from runtime.errors import EngineError, EngineInMaintenance, EngineLost, RequestRefused
+from runtime.maintenance import Maintenance
 from runtime.serving.hotswap import HotSwap, mean_distance
-from runtime.serving.maintenance import Maintenance
 from tests.rollouts import play
 from tests.runtime.fake_engine import LOOK, FakeEngine
 from tests.runtime.levers import Levers

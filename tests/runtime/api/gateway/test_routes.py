@@ -9,7 +9,7 @@ from memory.errors import StorageError
 from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import RewardSource
 from runtime.doctor import Check
-from runtime.serving.maintenance import Maintenance
+from runtime.maintenance import Maintenance
 from tests.runtime.api.worlds import ServedWorld, eventually
 
 

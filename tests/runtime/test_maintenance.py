@@ -21,8 +21,8 @@ from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
 from runtime.engine.process import Engine
 from runtime.errors import EngineError, EngineInMaintenance
+from runtime.maintenance import Maintenance
 from runtime.serving.hotswap import HotSwap
-from runtime.serving.maintenance import Maintenance
 from tests.faults import played_child
 from tests.memory.episodes import HashingEncoder
 from tests.rollouts import play
