@@ -115,6 +115,7 @@ class Agent:
         self._check(request, environment)
         with self.open_episodes.enter(request) as entered:
             pinned = entered.resumption.trajectory.policy if entered.resumption is not None else request.policy
+            # Leased before the record opens and until it is closed: a leased policy is never unloaded.
             async with self._hotswap.lease(pinned) as actor:
                 playthrough = None
                 if environment is not None and request.task is not None:
@@ -174,6 +175,7 @@ class Agent:
             ),
             use_memory=self._uses_memory(actor) if request.use_memory is None else request.use_memory,
             temperature=self.temperature_of(environment) if request.temperature is None else request.temperature,
+            # The salt comes last: a client must not choose another tenant's part of the prefix cache.
             sampling={**request.sampling, **self._salts.for_tenant(request.tenant)},
         )
         if resumption is not None:
@@ -297,6 +299,7 @@ async def _leave_open(episode: Episode) -> Trajectory:
 
 async def _leave(episode: Episode) -> Outcome | None:
     """Close the playthrough, once."""
+    # Cleared before the `await`: a cancellation during `close` must not lead to a second one.
     playthrough, episode.playthrough = episode.playthrough, None
     return await playthrough.close() if playthrough is not None else None
 

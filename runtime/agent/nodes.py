@@ -110,6 +110,7 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     episode.reply, episode.text = completion, episode.text + completion.content
     client_calls = [call for call in completion.tool_calls if call["function"]["name"] in client_tools]
     server_calls = [call for call in completion.tool_calls if call["function"]["name"] not in client_tools]
+    # Recorded before any of its calls runs: after a crash in a tool the trajectory must show the call.
     await _record(
         episode,
         StepKind.MODEL,

@@ -396,6 +396,7 @@ class Engine:
         arguments = server_arguments(self.config, self.model_path, port)
         self.client.has_priorities = self.client.enforces_schemas = True
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        # One earlier log is kept, because it explains the crash that led to this start.
         if self.log_path.exists():
             self.log_path.replace(self.log_path.with_suffix(".log.1"))
         with self.log_path.open("wb") as log_file:

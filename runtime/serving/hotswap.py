@@ -344,7 +344,7 @@ class HotSwap:
         async with loaded.lock:
             if not self._is_surplus(loaded):
                 return  # leased or activated while this waited for the lock
-            loaded.is_loaded = False
+            loaded.is_loaded = False  # before the call: a lease that begins during it has to load the adapter again
             try:
                 await self._engine.client.unload_adapter(loaded.served_name)
             except (EngineError, AdapterError) as error:  # a restart removes it as well

@@ -124,6 +124,7 @@ class StreamedTurn:
     """A turn whose pieces are read while it is played: `wait_for_start`, then `deltas`, then `end`."""
 
     def __init__(self, agent: Agent, turn_request: TurnRequest) -> None:
+        # Unbounded: a slow client must not slow down the engine. The limit of output tokens bounds it.
         self._deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
         """None follows the last delta."""
         self._first: Delta | None = None
