@@ -15,7 +15,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,7 +36,6 @@ from runtime.config import RuntimeSettings
 from runtime.settings import BadSettings, overlay, parse_flags, read_settings
 
 if TYPE_CHECKING:
-    from memory.records.keys import Keys
     from memory.schema import Task, Trajectory
     from memory.store import Memory
     from optimizer.placement import Machine
@@ -229,6 +227,7 @@ add_cycle_commands(app)
 add_document_commands(app)
 add_review_commands(app)
 add_local_commands(app, read_all_settings)
+add_key_commands(app, read_all_settings)
 
 
 @app.command(context_settings=OPEN_ENDED)
@@ -255,17 +254,6 @@ def serve(
             runner.run(run_server(settings, partial(compose, settings), phases, as_json=as_json))
     finally:
         phases.end()
-
-
-def open_keys_of(config: Path | None, data: str | None) -> AbstractContextManager[Keys]:
-    """Return the keys in a data directory, to be opened."""
-    from memory.store import open_keys
-
-    settings = read_all_settings(config, {"data": data}, [])
-    return open_keys(settings.data, settings.memory)
-
-
-add_key_commands(app, open_keys_of)
 
 
 @app.command()

@@ -61,7 +61,7 @@ async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str,
     context = CycleContext(memory, seams, cycle_id)
     try:
         for stage in list_remaining_stages(context.config, context.stage):
-            # durable before the stage begins: the position may lag behind the work, never lead it
+            # Durable before the stage begins: after a crash a stage is repeated, never skipped.
             await context.enter(stage.name)
             await stage.run(context)
     except Exception as error:  # recorded on the row, then raised again

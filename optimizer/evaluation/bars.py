@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optimizer.config import EvaluationConfig, OptimizerConfig
+from optimizer.config import EvaluationConfig, OptimizerConfig, TeachingConfig
 
 Bar = float | None
 """The value of a setting; a bool is a number here."""
@@ -56,9 +56,20 @@ def require_bars(asked: EvaluationConfig, operator: EvaluationConfig) -> None:
 
 
 def require_proof(asked: OptimizerConfig, operator: OptimizerConfig) -> None:
-    """Raise ValueError where a cycle would be proved by less than the operator's configuration asks for: a looser bar,
-    or an environment of `learn_from` in which its candidate would not be played."""
+    """Raise ValueError if a cycle would need less than the operator's configuration asks for.
+
+    That is a looser bar, a larger share for one teacher, or an environment of `learn_from` in which its candidate would
+    not be played.
+    """
     require_bars(asked.evaluation, operator.evaluation)
+    # A key that can flood the rows of a cycle must not be able to lift the limits that bound it.
+    for name in TeachingConfig.model_fields:
+        limit, wanted = getattr(operator.teaching, name), getattr(asked.teaching, name)
+        if wanted > limit:
+            raise ValueError(
+                f"teaching.{name} = {wanted!r} is not at most {limit!r}, which is the operator's limit: leave it out "
+                "or make it tighter, or ask with a key that has the scope 'admin'"
+            )
     left_out = sorted(set(operator.learn_from) - {*asked.learn_from, asked.environment})
     if left_out and asked.environment:  # live traffic is proved by what clients played
         raise ValueError(

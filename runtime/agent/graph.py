@@ -103,8 +103,9 @@ class Agent:
     async def rollout(self, request: TurnRequest) -> Turn:
         """Play one turn; its steps, stage and reward are durable when it returns.
 
-        If the messages continue an open episode, the turn goes on with its trajectory, policy and memory. A turn that
-        ends in calls of the client's tools leaves the trajectory RUNNING.
+        If the messages continue an open episode, its steps are appended to that episode's trajectory, under the policy
+        and with the memory segment that the episode began with. A turn that ends in calls of the client's tools leaves
+        the trajectory RUNNING: the client is expected back.
 
         Raises:
             ValueError: there is neither a task of an environment nor a message, or two tools have the same name.
@@ -113,16 +114,18 @@ class Agent:
         """
         environment = self.environment(request.environment) if request.environment is not None else None
         self._check(request, environment)
-        with self.open_episodes.enter(request) as entered:
-            pinned = entered.resumption.trajectory.policy if entered.resumption is not None else request.policy
+        with self.open_episodes.enter(request) as open_episode:
+            pinned = (
+                open_episode.resumption.trajectory.policy if open_episode.resumption is not None else request.policy
+            )
             # Leased before the record opens and until it is closed: a leased policy is never unloaded.
             async with self._hotswap.lease(pinned) as actor:
                 playthrough = None
                 if environment is not None and request.task is not None:
                     playthrough = await environment.start(request.task)
-                episode = self._make_episode(request, entered, actor, environment, playthrough)
+                episode = self._make_episode(request, open_episode, actor, environment, playthrough)
                 try:
-                    trajectory = await self._observe(episode)
+                    trajectory = await self._play_traced(episode)
                 finally:
                     if request.on_usage is not None:
                         request.on_usage(episode.budget.num_tokens)
@@ -138,13 +141,13 @@ class Agent:
     def _make_episode(
         self,
         request: TurnRequest,
-        entered: OpenEpisode,
+        open_episode: OpenEpisode,
         actor: Actor,
         environment: Environment | None,
         playthrough: Playthrough | None,
     ) -> Episode:
         """Return the episode at its opening, or where its client continues it."""
-        config, task, resumption = self._config, request.task, entered.resumption
+        config, task, resumption = self._config, request.task, open_episode.resumption
         # Memories of a shared or practised episode are shown to all, so no person's own may enter it.
         reader = "" if request.is_shared or environment is not None else request.user_id
         if resumption is not None:
@@ -162,7 +165,7 @@ class Agent:
             telemetry=self.telemetry,
             actor=actor,
             reader=reader,
-            episode_id=entered.episode_id,
+            episode_id=open_episode.episode_id,
             trajectory_id=resumption.trajectory.id if resumption is not None else new_id("trj"),
             playthrough=playthrough,
             opening=opening,
@@ -219,7 +222,7 @@ class Agent:
             prompt = environment.system_prompt if environment is not None else self._config.system_prompt
         return [{"role": "system", "content": prompt}, *opening] if prompt else opening
 
-    async def _observe(self, episode: Episode) -> Trajectory:
+    async def _play_traced(self, episode: Episode) -> Trajectory:
         """Play the turn with its ids bound to logs and spans."""
         names = {"trajectory_id": episode.trajectory_id, "episode_id": episode.episode_id}
         policy = f"v{episode.actor.version}"

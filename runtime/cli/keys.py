@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runtime.cli.options import Config, Data, Json, Key, connect
+from runtime.cli.options import Config, Data, Json, Key, ReadSettings, connect
 from runtime.cli.output import Failure, Renderer, run_command
 
 if TYPE_CHECKING:
@@ -21,17 +21,21 @@ if TYPE_CHECKING:
     from memory.schema import ApiKey
     from runtime.cli.client import Client
 
-OpenKeys = Callable[[Path | None, str | None], "AbstractContextManager[Keys]"]
-"""(configuration file, data directory) -> a context manager that opens the keys' table."""
-
 Server = Annotated[
     str | None,
     typer.Option("--url", envvar="RATCHET_URL", help="Use this server instead of the data directory."),
 ]
 
 
-def add_key_commands(app: typer.Typer, open_keys: OpenKeys) -> None:
+def add_key_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
     """Add the commands to the command line."""
+
+    def open_keys(config: Path | None, data: str | None) -> AbstractContextManager[Keys]:
+        from memory import store
+
+        settings = read_settings(config, {"data": data}, [])
+        return store.open_keys(settings.data, settings.memory)
+
     keys = typer.Typer(help="API keys with scopes and quotas: create, list, revoke.", no_args_is_help=True)
     app.add_typer(keys, name="keys")
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from runtime.cli.options import DEFAULT_URL, OPEN_ENDED, Config, Data, Json, Key, Url
+from runtime.cli.options import DEFAULT_URL, OPEN_ENDED, Config, Data, Json, Key, ReadSettings, Url
 from runtime.cli.output import Failure, progress_console, run_command
 from runtime.cli.server_process import open_memory, prepare_environment
 
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from memory.store import Memory
     from runtime.cli.render import Phases
     from runtime.config import RuntimeSettings
-
-ReadSettings = Callable[[Path | None, dict[str, str | None], list[str]], "RuntimeSettings"]
-"""(configuration file, options given by name, other flags) -> settings. Raises Failure."""
 
 
 def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:

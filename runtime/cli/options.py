@@ -5,6 +5,7 @@ Hazard: nothing heavy may be imported at module level; a client command must sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from runtime.cli.output import BAD_USAGE, Failure, Renderer, run_command
 
 if TYPE_CHECKING:
     from runtime.cli.client import Client, QueryValue
+    from runtime.config import RuntimeSettings
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 
@@ -29,6 +31,10 @@ Data = Annotated[str | None, typer.Option("--data", help="The data directory (.r
 
 OPEN_ENDED = {"allow_extra_args": True, "ignore_unknown_options": True}
 """For commands that accept every setting as --section.key value."""
+
+
+ReadSettings = Callable[[Path | None, dict[str, str | None], list[str]], "RuntimeSettings"]
+"""(configuration file, options given by name, other flags) -> settings. Raises Failure."""
 
 
 def connect(url: str, key: str | None) -> Client:

@@ -38,7 +38,7 @@ def send_logs_to(path: Path) -> None:
     root = logging.getLogger()
     root.handlers = [handler]  # replaces handlers that libraries have added, which would print to the terminal
     root.setLevel(logging.INFO)
-    for name in ("httpx", "aiosqlite", "alembic", "chromadb", "sentence_transformers"):
+    for name in ("httpx", "alembic", "chromadb", "sentence_transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

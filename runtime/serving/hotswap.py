@@ -158,7 +158,7 @@ class HotSwap:
                 await self.activate(self._policies.active().version)
             version = self._active
         assert version is not None
-        loaded = self._find(version)
+        loaded = self._entry_of(version)
         # It may have been closed during the waits above. No `await` between this check and the count, and the count
         # before any `await`: a counted lease keeps the policy loaded and the engine running.
         self._require_open()
@@ -186,7 +186,7 @@ class HotSwap:
             UnknownPolicy, AdapterError, EngineError
         """
         async with self._swapping:
-            loaded = self._find(version)
+            loaded = self._entry_of(version)
             loaded.last_used = next(self._clock)
             async with loaded.lock:
                 await self._load(loaded)
@@ -249,7 +249,8 @@ class HotSwap:
             except AdapterError as error:  # only its own leases fail
                 log.error("adapter refused after a restart", version=version, error=str(error))
 
-    def _find(self, version: int) -> LoadedPolicy:
+    def _entry_of(self, version: int) -> LoadedPolicy:
+        """Return the entry of a version, made at its first use; its adapter need not be loaded."""
         if version not in self._loaded:
             policy = self._policies.get(version)
             name = Path(policy.adapter_path).name if policy.adapter_path else self._engine.model

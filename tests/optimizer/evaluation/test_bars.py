@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimizer.config import EvaluationConfig, OptimizerConfig
+from optimizer.config import EvaluationConfig, OptimizerConfig, TeachingConfig
 from optimizer.evaluation.bars import AT_LEAST, AT_MOST, FIXED, find_loosened, require_bars, require_proof, tightest
 
 OPERATOR = EvaluationConfig()
@@ -106,3 +106,13 @@ NUMBERS = st.fixed_dictionaries(
 def test_what_both_bars_make_is_looser_than_neither(ours: dict[str, Any], theirs: dict[str, Any]):
     both = tightest(EvaluationConfig(**theirs), EvaluationConfig(**ours))
     assert find_loosened(both, EvaluationConfig(**ours)) == find_loosened(both, EvaluationConfig(**theirs)) == []
+
+
+@pytest.mark.parametrize("name", TeachingConfig.model_fields)
+def test_the_share_of_a_teacher_may_be_made_smaller_and_never_larger(name: str):
+    operator = OptimizerConfig(teaching={"max_share": 0.75})
+    limit = getattr(operator.teaching, name)
+    larger, smaller = (1.0, 0.5) if name == "max_share" else (limit + 1, limit - 1)
+    with pytest.raises(ValueError, match=rf"teaching\.{name} = {larger!r} is not at most {limit!r}"):
+        require_proof(OptimizerConfig(teaching={"max_share": 0.75, name: larger}), operator)
+    require_proof(OptimizerConfig(teaching={"max_share": 0.75, name: smaller}), operator)
