@@ -104,7 +104,7 @@ def test_a_schema_that_says_its_kind_is_left_as_it_is():
 async def sent_tools(tool_choice: Any, *, is_ours: bool = False) -> list[dict[str, Any]]:
     async with FakeEngine(say("hello")) as engine:
         client = EngineClient(engine.url)
-        client._enforces_schemas = is_ours
+        client.enforces_schemas = is_ours
         await client.chat("base", [{"role": "user", "content": "go"}], [LOOK, PING], tool_choice=tool_choice)
         await client.close()
         return engine.requests[0]["tools"]
