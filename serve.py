@@ -146,9 +146,7 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: C
         tasks=lambda environment, split, num_tasks, offset=0: agent.environment(environment).tasks(
             split, num_tasks, offset=offset
         ),
-        prepare=lambda tasks, on_progress=None: agent.environment(tasks[0].environment or "").prepare(
-            tasks, on_progress
-        ),
+        prepare=prepare,
         complete=critic.complete if critic is not None else None,
         context_tokens=critic.context_tokens if critic is not None else unknown_context,
         inspect_machine=lambda: inspect_machine(engine),
