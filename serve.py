@@ -63,11 +63,12 @@ def read_all_settings(config: Path | None, given: dict[str, str | None], extra: 
     """Return all settings: flags over environment over TOML over defaults.
 
     Raises:
-        Failure: an unknown key or a bad value, named with the place it came from.
+        Failure: an unknown key or an invalid value; the message names it and its origin.
     """
     toml = config or (DEFAULT_TOML if DEFAULT_TOML.exists() else None)
     try:
         flags = parse_flags(extra) | {key: value for key, value in given.items() if value is not None}
+        # Without the environment: a password may stand there only, since others can read files and command lines.
         refuse_written_password(read_settings(Settings, toml=toml, flags=flags).memory.database)
         return read_settings(Settings, toml=toml, environ=os.environ, flags=flags)
     except BadSettings as bad:
@@ -90,6 +91,7 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
 
     engine = Engine(settings.engine, memory.data_dir, on_progress=phases.begin)
     hotswap = HotSwap(memory.policies, engine, max_lora_rank=settings.engine.max_lora_rank)
+    # The names are stored in rows: renaming one orphans its trajectories.
     environments = {"textworld": TextWorld(memory.data_dir / "environments")}
     toolbox = Toolbox(settings.tools, memory.retrieval.find_passages, memory.data_dir / "logs")
     agent = Agent(
@@ -97,7 +99,7 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
         hotswap,
         environments,
         settings.agent,
-        tools=toolbox.tools,
+        tools=toolbox.tools,  # the list itself: `Toolbox.open` fills it later
         telemetry=Telemetry(open_tracing(os.environ)),
         serve_with_memory=settings.optimizer.evaluation.serve_with_memory,
     )

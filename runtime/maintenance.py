@@ -56,6 +56,7 @@ class Maintenance:
         self.reason = reason
         began = time.monotonic()
         try:
+            # Leases first, or a turn could begin after the drain.
             self._hotswap.close(reason)
             self._episodes.pause_sweeps()
             await self._drain()

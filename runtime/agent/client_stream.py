@@ -37,6 +37,7 @@ class ClientStream:
             piece = self._beginnings[index] = _join(self._beginnings.get(index), piece)
             if piece["function"]["name"] not in self._client_tools:
                 return None
+            # From 0 without gaps: clients use the index as a position in their list of calls.
             self._client_index[index] = len(self._client_index)
             return piece | {"index": self._client_index[index]}
         # Later pieces must not repeat the name, not even empty: clients add up the pieces of each field.

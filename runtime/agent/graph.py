@@ -114,6 +114,7 @@ class Agent:
         """
         environment = self.environment(request.environment) if request.environment is not None else None
         self._check(request, environment)
+        # The lock outside the lease: a busy episode is rejected without waiting for the engine.
         with self.open_episodes.enter(request) as open_episode:
             pinned = (
                 open_episode.resumption.trajectory.policy if open_episode.resumption is not None else request.policy
@@ -184,6 +185,7 @@ class Agent:
         if resumption is not None:
             episode.resumption = resumption
             episode.trajectory = resumption.trajectory
+            # `resumption.steps` have no token ids (`OpenEpisodes._find`): nothing here may measure or store them again.
             episode.first_position = len(resumption.steps)
             episode.num_invalid_tool_calls = resumption.trajectory.num_invalid_tool_calls
         return episode
@@ -268,6 +270,7 @@ class Agent:
         except BudgetExceeded as exceeded:
             return _describe(exceeded)
         except TimeoutError:
+            # A tool's or a client's own TimeoutError is a failure of the episode, not its budget.
             if not limit.expired():
                 raise
             if episode.lost is not None:  # the engine's failure; as the policy's it would teach something false
@@ -309,6 +312,8 @@ async def _leave(episode: Episode) -> Outcome | None:
 
 async def _close(episode: Episode, stage: TrajectoryStage, error: str | None) -> Trajectory | None:
     """Close a playthrough that is still open, then the trajectory, if there is one; durable when it returns."""
+    # `return_exceptions` also catches a CancelledError of the environment, so the trajectory below is closed in any
+    # case.
     (problem,) = await asyncio.gather(_leave(episode), return_exceptions=True)
     if isinstance(problem, Exception):  # the episode ended for another reason, and that one is recorded
         log.warning("environment did not close", error=type(problem).__name__)
@@ -359,6 +364,7 @@ def _begin_state(episode: Episode) -> EpisodeState:
     """Return the messages that the model was shown before this turn: none where the episode only opens."""
     if episode.resumption is None:
         return {"messages": []}
+    # Must equal what `retrieve` returned in the first turn, or the prefix cache and the stitching of token ids miss.
     opening = show_memory(episode.opening, episode.record.memory_text)
     return {"messages": [*opening, *restore_messages(episode.resumption.steps)]}
 

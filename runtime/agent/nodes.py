@@ -39,6 +39,7 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
             kind=kind,
             task=task.name if task else None,
             query_text=episode.task_text,
+            # A task's own episodes would show it its answer.
             exclude_task=task.name if task else None,
             tenant=request.tenant,
             user_id=episode.reader,
@@ -84,6 +85,7 @@ async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState
     assert resumption is not None
     handover = last_handover(resumption.steps)
     assert handover is not None
+    # By id, not by order: clients may send results in any order.
     names = {call["id"]: call["function"]["name"] for call in handover.tool_calls}
     episode.announce()
     for message in resumption.new_messages:
@@ -172,6 +174,8 @@ def _seed_of(episode: Episode) -> int | None:
 
 def _digest_handover(episode: Episode, calls: Sequence[ToolCall]) -> str:
     """Return the digest of the conversation that the client's next request must begin with."""
+    # Must equal what the client received, tool calls of the server left out; resume.py forgives differences of form
+    # only.
     answer = {"role": "assistant", "content": episode.visible_text, "tool_calls": calls}
     return digest([*episode.request.messages, answer])
 
@@ -195,6 +199,7 @@ async def use_tools(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSt
             seconds=seconds,
         )
         messages.append({"role": "tool", "tool_call_id": call["id"], "content": result.content})
+        # Calls that follow in the same reply are dropped: the environment takes no more actions.
         if episode.playthrough is not None and episode.playthrough.is_done:
             return {"messages": messages, "calls": [], "answer": episode.playthrough.closing_text}
     if state.get("is_handed_over"):
@@ -255,5 +260,6 @@ async def _record(episode: Episode, kind: StepKind, *, tool_calls: Sequence[Tool
         created_at=now(),
         **values,
     )
+    # If this raises, the step must not be in `steps`: `next_position` counts only durable ones.
     await episode.memory.trajectories.append(step, trajectory=episode.record)
     episode.steps.append(step)

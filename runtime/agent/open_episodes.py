@@ -93,6 +93,7 @@ class OpenEpisodes:
             if _key(trajectory) in self._locked:
                 is_busy = True
                 continue
+            # Token ids are most of a step's bytes and are not needed to continue.
             steps = self._memory.trajectories.steps(trajectory.id, with_token_ids=False)
             resumption = Resumption(trajectory, steps, tail)
             if resumption.is_sound:

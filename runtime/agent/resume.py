@@ -70,6 +70,7 @@ def split_at_answer(messages: Sequence[Message]) -> tuple[Sequence[Message], Seq
 
 def digest(messages: Sequence[Message]) -> str:
     """Return a SHA-256 hex digest that is equal for all equivalent forms of one conversation."""
+    # Stored digests outlive the process: a change of the canonical form loses every episode that waits for its client.
     canonical, num_values = [], 0
     for message in messages:
         num_values += sum(_count_values(call["function"].get("arguments")) for call in message.get("tool_calls") or ())

@@ -116,6 +116,7 @@ class Turn:
         """The tool calls of the last reply that the client has to run."""
         if self.trajectory.stage is not TrajectoryStage.RUNNING or self.last_call is None:
             return []
+        # By position: an earlier call of this turn may have had the same id.
         run_here = {step.tool_call_id for step in self.steps if step.position > self.last_call.position}
         return [call for call in self.last_call.tool_calls if call["id"] not in run_here]
 

@@ -42,6 +42,7 @@ log = structlog.get_logger()
 
 OnProgress = Callable[[str], None]
 
+# Run as a file: it imports nothing of ours, so that little time passes before it calls prctl.
 CHILD = Path(__file__).with_name("child.py")
 NO_TOOLS = (
     "the model's chat template shows no tools: requests with tools are refused; give a template that does with "
@@ -64,6 +65,7 @@ PHASES = (
     ("Starting to load model", "loading the weights"),
     ("KV cache size", "reserving memory for attention"),
     ("init engine", "opening its port"),
+    # This one decides: a start is only complete after it. If vLLM words the others differently, only progress is lost.
     ("Application startup complete", "generating a first token"),
 )
 TROUBLE = re.compile(r"\b\w*(Error|Exception|error|Killed|refused)\b.*")
@@ -154,6 +156,7 @@ class Engine:
 
     async def stop(self) -> None:
         """End the child and every process that it started; an external server goes on."""
+        # Before the child ends: `watch` must find the engine stopped, not dead, or it starts another.
         self._is_stopped = True
         self._ready.clear()
         self._is_down.set()
@@ -232,6 +235,7 @@ class Engine:
         try:
             await asyncio.wait({trouble, suspension}, return_when=asyncio.FIRST_COMPLETED)
             if trouble.done():
+                # Raises what the task raised: an error here is a bug, not a dead engine.
                 trouble.result()
         finally:
             trouble.cancel()
@@ -340,6 +344,7 @@ class Engine:
 
     async def _restart(self, *, is_planned: bool = False) -> None:
         """End the rest of the child and start another, until one is up with its adapters or the engine is stopped."""
+        # No limit: every caller has its own deadline, and only `stop` and `suspend` end this.
         for attempt in itertools.count():
             await self._end_child(signal.SIGKILL)  # a dead or stuck child does not end gracefully
             await asyncio.sleep(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
@@ -462,6 +467,7 @@ class Engine:
 
 def find_last_words(text: str) -> str:
     """Return the last lines of an engine's log that mention errors, or its last lines."""
+    # Twice, because a line may have two prefixes: the process's and the logger's.
     lines = [NOISE.sub("", NOISE.sub("", line)).strip() for line in text.splitlines()]
     lines = [line for line in lines if line]
     troubled = [line for line in lines if TROUBLE.search(line) and not line.startswith(("File ", "raise "))]
@@ -469,6 +475,8 @@ def find_last_words(text: str) -> str:
 
 
 def _find_free_port() -> int:
+    # Another program may take the port before the child binds it: the child then ends, and a restart tries another
+    # port.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
