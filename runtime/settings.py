@@ -101,6 +101,7 @@ def _list_keys(kind: type[BaseModel], prefix: str = "") -> dict[str, object]:
     """Return every dotted key of the model, sections included, with its annotation."""
     keys: dict[str, object] = {}
     for name, field in kind.model_fields.items():
+        # A dict of models, such as tools.mcp, stays one key; pydantic looks inside of it.
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys |= _list_keys(field.annotation, f"{prefix}{name}.")
         else:

@@ -100,6 +100,8 @@ async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState
             tool_call_id=message.get("tool_call_id"),
             seconds=(now() - handover.created_at).total_seconds(),
         )
+    # The recorded reply before these, not the client's copy of it: the prompt must begin with the tokens sampled
+    # before.
     return {"messages": list(resumption.new_messages)}
 
 
@@ -148,6 +150,7 @@ async def _ask_policy(episode: Episode, messages: Sequence[Message]) -> Completi
         episode.lost = lost
     await episode.actor.engine.recover()  # limited by the episode's own time
     episode.lost = None
+    # Once: a request that kills the engine kills it twice at most.
     return await _call_model(episode, messages, _stream_of(episode))
 
 

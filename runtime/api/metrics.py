@@ -123,6 +123,7 @@ def histogram(key: str, histograms: dict[tuple[str, ...], Histogram]) -> Metric:
     for values, measured in histograms.items():
         # Prometheus' buckets are cumulative, ours are not.
         cumulative = itertools.accumulate(list(measured.counts))
+        # Read without a lock while another thread counts: the sum may be a moment newer than the buckets.
         buckets = list(zip((*map(str, BOUNDS), "+Inf"), cumulative, strict=True))
         family.add_metric(values, buckets, measured.total_seconds)
     return family

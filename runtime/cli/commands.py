@@ -187,4 +187,5 @@ def _parse_value(text: str) -> bool | int | float | str:
         value = json.loads(text)
     except json.JSONDecodeError:
         return text
+    # Only scalars: `null`, a list or an object stays the text that was typed.
     return value if isinstance(value, bool | int | float) else text

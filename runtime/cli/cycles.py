@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from runtime.cli.client import Client
 
 POLL_SECONDS = 1.0
+# Keys of `OptimizerConfig`; the client must not import the optimizer.
 PLAY_NOTHING = {"environment": "", "practice_episodes": 0, "explore_episodes": 0}
 """Settings of a cycle that learns from logged episodes only."""
 
@@ -203,6 +204,7 @@ def require_ready(needs: dict[str, Any]) -> None:
 
 async def start_cycle(client: Client, settings: dict[str, Any]) -> str:
     """Start a cycle and return its id. Raises: ErrorReply (another one runs, invalid settings), ServerUnreachable."""
+    # Not repeatable: the first attempt may have started a cycle.
     return (await client.post("/v1/cycles", {"settings": settings}))["id"]
 
 

@@ -40,6 +40,7 @@ class Failure(Exception):
 
 def progress_console(as_json: bool) -> Console:
     """Return the console for progress messages: standard error, silent with `--json`."""
+    # Markup is on here: data has to be escaped, or printed with `markup=False`.
     return Console(stderr=True, quiet=as_json, highlight=False)
 
 

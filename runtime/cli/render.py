@@ -363,6 +363,7 @@ class Phases:
         self._phase = None
 
 
+# Keys are the values of memory.share_live (memory/config.py).
 SHARING = {
     "user": "Memory of a live request is shown to its own user alone; practice, to the whole tenant (docs/keys.md).",
     "tenant": "Memory is shown to the whole tenant, live requests included (memory.share_live).",

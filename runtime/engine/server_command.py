@@ -45,6 +45,8 @@ def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[
         # Grammars for Mistral's own tokenizer need another backend, which only vLLM's automatic choice takes.
         "structured-outputs-config": None if (model_path / "tekken.json").is_file() else COMPACT_JSON,
         "scheduling-policy": "priority",  # `EngineClient.has_priorities` relies on it
+        # Without max-num-queued-reqs: vLLM counts running requests there too and rejects in the middle of an episode.
+        # admission.py counts turns instead.
         "max-num-seqs": config.max_num_seqs,
         "generation-config": "vllm",  # or the model's own sampling defaults would apply
         "max-model-len": config.max_model_len,

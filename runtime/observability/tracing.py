@@ -188,6 +188,7 @@ def open_tracing(environ: Mapping[str, str]) -> Tracing:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     is_named = environ.get("OTEL_SERVICE_NAME") or "service.name=" in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    # Never set as the process's provider: libraries that trace by themselves, such as Chroma, would export through it.
     provider = TracerProvider(resource=Resource.create({} if is_named else {"service.name": AGENT}))
     for name in names:
         provider.add_span_processor(BatchSpanProcessor(_make_exporter(name, environ)))

@@ -120,6 +120,7 @@ def _call_in_thread(function: Callable[..., Any], convert: Callable[[], dict[str
     """
     loop = asyncio.get_running_loop()
     future = _UncancellableFuture(loop=loop)
+    # A thread begins with an empty context: logs of the tool would lose the trajectory's id.
     context = contextvars.copy_context()
 
     def work() -> None:
@@ -159,6 +160,7 @@ def _public_functions(module: ModuleType) -> list[Callable[..., Any]]:
 
 def _model_arguments(function: Callable[..., Any], name: str) -> type[BaseModel]:
     """Return a pydantic model of the arguments."""
+    # Raises NameError for a type that is imported under TYPE_CHECKING only.
     hints = get_type_hints(function, include_extras=True)
     _, notes = _split_docstring(inspect.getdoc(function) or "")
     fields: dict[str, Any] = {}

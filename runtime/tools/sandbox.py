@@ -115,15 +115,18 @@ def sandboxed_python(bwrap: str, limits: SandboxLimits) -> list[str]:
         bwrap,
         *(
             "--unshare-all",
+            # Named too: --unshare-all only tries to get a user namespace, and --disable-userns needs one.
             "--unshare-user",
             "--disable-userns",
             "--die-with-parent",
-            "--new-session",
+            "--new-session",  # otherwise code could type into the server's terminal (TIOCSTI)
             "--cap-drop",
             "ALL",
         ),
         *("--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"),
         *("--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"),
+        # Order: bubblewrap mounts in the order of its arguments, and nothing can be mounted after the root is read-
+        # only.
         *(word for path in readable for word in ("--ro-bind-try", path, path)),
         *("--proc", "/proc", "--dev", "/dev"),
         # bubblewrap's /dev has a /dev/shm of up to half of the memory; this limits it.

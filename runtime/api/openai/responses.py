@@ -103,6 +103,7 @@ async def create_response(
         )
     messages = as_messages([*history, *items])
     limit_messages(server, len(messages), "input")
+    # Before the instructions are put in front: `param` counts the client's own items.
     check_conversation(messages)
     if instructions:
         messages.insert(0, {"role": "system", "content": instructions})
@@ -153,6 +154,7 @@ def read_history(
         raise TooLarge(str(problem), param="previous_response_id", code="conversation_too_large") from problem
     except UnknownResponse as problem:
         raise NotFound(str(problem), param="previous_response_id", code="previous_response_not_found") from problem
+    # Deleting one response of the chain ends it: nothing behind it can be continued.
     items = [item for each in chain for item in (*each.input, *each.body["output"])]
     waits = any(item["type"] == "function_call" for item in chain[-1].body["output"])
     if instructions is None and waits:  # the same episode continues, so its instructions do
@@ -181,6 +183,7 @@ class ResponseStore:
             input=self._items,
             body=response,
         )
+        # After the turn, in a transaction of its own: a crash in between loses the response, never the trajectory.
         await self._memory.responses.save(row)
 
 

@@ -76,6 +76,7 @@ def end_response(response: Json, turn: Turn, output: list[Json], context_tokens:
 
 def fail_response(response: Json, error: ApiError) -> Json:
     """Return the object of a response that failed."""
+    # OpenAI's codes are a closed list, which typed clients check; ours is not among them.
     return {**response, "status": "failed", "error": {"code": "server_error", "message": str(error)}}
 
 
@@ -111,7 +112,7 @@ def _count(turn: Turn) -> Json:
     size = turn.size
     return {
         "input_tokens": size.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},  # the engine's hits are not counted
         "output_tokens": size.output_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": size.prompt_tokens + size.output_tokens,
@@ -160,6 +161,7 @@ class EventWriter:
         if not self._is_open("message"):
             item = _message_item("") | {"status": "in_progress", "content": []}
             yield from self._begin_item(item)
+            # After the item's event, which is a text by now: OpenAI announces the item without its part.
             item["content"] = [_part("")]
             yield self._in_part("response.content_part.added", part=_part(""))
         if text:

@@ -109,6 +109,7 @@ async def upload_document(
 ) -> DocumentDetail:
     """The same as multipart/form-data: `curl -F file=@handbook.md`."""
     try:
+        # The whole file at once: gateway/request_body.py has bounded the body.
         text = (await file.read()).decode("utf-8-sig")  # Windows' editors put a byte order mark in front
     except UnicodeDecodeError:
         raise BadRequest(
