@@ -167,6 +167,7 @@ async def inspect_machine(engine: Engine) -> Machine:
     return Machine(
         gpus=[Gpu(gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes) for gpu in gpus],
         engine_device=find_engine_device(gpus),
+        # An external engine may be on another machine: its share of the GPUs here is unknown.
         engine_share=engine.config.gpu_memory_utilization if engine.is_ours and gpus else None,
         can_stop_engine=engine.is_ours,
         max_model_len=engine.max_model_len,

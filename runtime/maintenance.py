@@ -78,4 +78,5 @@ class Maintenance:
             async with asyncio.timeout(self._drain_seconds):
                 await self._hotswap.wait_until_idle()
         except TimeoutError:
+            # Turns that are left lose their call, and wait in `_ask_policy` until the window or their own time is over.
             log.warning("not drained in time: the engine is stopped all the same", leases=self._hotswap.num_leases)

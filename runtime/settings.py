@@ -59,6 +59,7 @@ def overlay(settings: Settings, changes: Mapping[str, object], *, origin: str) -
         BadSettings: as `read_settings`.
     """
     known = _list_keys(type(settings))
+    # Typed already, but strings among them pass `_parse` once more, which must leave them as they are.
     base = {given.key: given for given in _flatten(settings.model_dump(), "", "configuration", known)}
     return _build(type(settings), known, base, list(_flatten(changes, "", origin, known)))
 
@@ -165,6 +166,7 @@ def _parse(value: object, annotation: object) -> object:
         try:
             return json.loads(value)
         except json.JSONDecodeError:
+            # An item that contains a comma has to be given as JSON.
             return [part.strip() for part in value.split(",")]
     return value
 

@@ -124,6 +124,7 @@ class Agent:
                 playthrough = None
                 if environment is not None and request.task is not None:
                     playthrough = await environment.start(request.task)
+                # Nothing may await between `start` and `_play`, which closes the playthrough whatever happens.
                 episode = self._make_episode(request, open_episode, actor, environment, playthrough)
                 try:
                     trajectory = await self._play_traced(episode)

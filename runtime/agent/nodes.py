@@ -126,6 +126,7 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
         seconds=completion.seconds,
         handover_digest=_digest_handover(episode, client_calls) if client_calls else None,
     )
+    # Although the turn may go on: if its budget ends it, this is the answer that is recorded.
     episode.answer = completion.content
     change: EpisodeState = {"messages": [completion.as_message()], "calls": server_calls}
     if client_calls:

@@ -140,6 +140,7 @@ def _value(arguments: object, is_parsed: bool) -> object:
     if not is_parsed:
         return arguments
     try:
+        # A limit: JavaScript writes 1.0 as 1, which is another digest; such a request begins a new trajectory.
         return json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
     except (json.JSONDecodeError, RecursionError):
         return arguments

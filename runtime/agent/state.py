@@ -128,6 +128,7 @@ class Episode:
     @property
     def definitions(self) -> list[ToolDefinition]:
         """The definitions of all tools that the model may call."""
+        # In a fixed order: templates write the tools into the prompt, whose beginning the prefix cache is keyed by.
         return [*(tool.definition() for tool in self.tools.values()), *self.request.tools]
 
     @property

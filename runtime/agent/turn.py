@@ -125,6 +125,7 @@ class Turn:
         """The reason in OpenAI's terms."""
         if self.open_tool_calls:
             return "tool_calls"
+        # FINISHED with an error means a spent budget; the API raises for a FAILED turn before it reads this.
         is_cut = self.last_call is not None and self.last_call.finish_reason == "length"
         return "length" if is_cut or self.trajectory.error else "stop"
 

@@ -347,6 +347,7 @@ class Engine:
         # No limit: every caller has its own deadline, and only `stop` and `suspend` end this.
         for attempt in itertools.count():
             await self._end_child(signal.SIGKILL)  # a dead or stuck child does not end gracefully
+            # Not interrupted: `suspend` waits for the rest of this pause.
             await asyncio.sleep(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
             if self._is_stopped or self._suspended.is_set():
                 return

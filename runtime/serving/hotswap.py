@@ -313,6 +313,7 @@ class HotSwap:
         served = await self._engine.client.token_logprobs(name, token_ids)
         change = mean_distance(served, base)
         wanted = mean_distance(expected.adapter_logprobs, expected.base_logprobs)
+        # A NaN would pass both comparisons: `verify_adapter` has to reject weights that are not finite.
         if change < max(LEAST_CHANGE_NATS, LEAST_SHARE_OF_CHANGE * wanted):
             raise AdapterError(
                 f"adapter {name!r} is served as the bare base: its log-probs differ by {change:.4f} nats "

@@ -22,6 +22,7 @@ class Caller:
     """The tenant, scopes and quota of a request. Made by `AuthMiddleware`, read by the routes."""
 
     tenant: str = ""
+    # The default is the operator: a caller with a key must be made with all of its fields.
     scopes: frozenset[str] = frozenset({Scope.ADMIN})
     quota: Quota = field(default_factory=Quota)
     key: ApiKey | None = None

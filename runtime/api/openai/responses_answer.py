@@ -207,6 +207,7 @@ class EventWriter:
         return self._in_item(kind, content_index=0, **fields)
 
     def _event(self, kind: str, **fields: Any) -> str:
+        # Becomes text at once: the items in it are changed afterwards.
         body = {"type": kind, "sequence_number": self._num_events, **fields}
         self._num_events += 1
         return f"event: {kind}\ndata: {dump_json(body)}\n\n"
