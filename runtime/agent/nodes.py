@@ -98,6 +98,7 @@ async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState
             content=text_of(message),
             tool_name=names.get(message.get("tool_call_id")),
             tool_call_id=message.get("tool_call_id"),
+            # With all of the client's own time, restarts of this server included.
             seconds=(now() - handover.created_at).total_seconds(),
         )
     # The recorded reply before these, not the client's copy of it: the prompt must begin with the tokens sampled

@@ -181,11 +181,11 @@ async def freeze_startup_heap(memory: Memory) -> None:
     """Exclude all objects from garbage collection once the libraries are loaded.
 
     Torch and similar libraries create a million permanent objects; each full collection traverses them and paused every
-    answer, on a busy machine for a second. No collection precedes the freeze: it would be such a pause, and frees
-    little.
+    answer, on a busy machine for a second.
     """
     while not memory.index.has_vectors:
         await asyncio.sleep(1.0)
+    # No collection before it: that would be such a pause, and frees little.
     gc.freeze()
 
 

@@ -45,10 +45,10 @@ def is_held_up(
 ) -> bool:
     """Return whether other work kept a process from the processor or the disk during these seconds.
 
-    `without` is a process that is known to have answered, so it is not compared. If any process is stopped the answer
-    is False, because no other process can make progress then.
+    `without` is a process that is known to have answered, so it is not compared.
     """
     both = before.keys() & after.keys()
+    # A stopped process keeps the others from any progress, however long they wait.
     if any(_is_stopped(before[pid], after[pid]) for pid in both):
         return False
     others = both - {without} or both

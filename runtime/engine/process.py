@@ -200,10 +200,10 @@ class Engine:
             raise EngineError(f"the engine is not ready; its log is {self.log_path}") from None
 
     async def recover(self) -> None:
-        """Wait without a limit until the engine generates a token again. For callers whose call was lost: `is_ready`
-        alone proves nothing, because a dead engine may not have been noticed yet."""
+        """Wait without a limit until the engine generates a token again. For callers whose call was lost."""
         while True:
             await self._ready.wait()
+            # A token, not `is_ready` alone: a dead engine may not have been noticed yet.
             if await self._probe_within(self.config.probe_timeout_seconds):
                 return
             await asyncio.sleep(RECOVERY_PAUSE_SECONDS)
@@ -270,9 +270,8 @@ class Engine:
     async def _is_alive(self, exited: asyncio.Future[int] | None) -> bool:
         """Return whether the engine generates tokens, by a probe of one token.
 
-        A late probe is no proof of death while the engine's count of tokens grows, because it may wait behind other
-        calls; nor while a first count arrives only late, because then the engine's own loop was busy. An engine that
-        other work keeps from the processor gets `LONGEST_STALL_SECONDS`.
+        A late probe is no proof of death while the engine's count of tokens grows or a first count arrives only late.
+        An engine that other work keeps from the processor gets `LONGEST_STALL_SECONDS`.
 
         Takes at most `probe_timeout_seconds`: two thirds for the probe and the first count, one third for the last.
         """
@@ -299,6 +298,7 @@ class Engine:
             await asyncio.sleep(max(0.0, min(look_seconds, rest_seconds)))
             first = before.result() if before.done() else None
             last = await self._count_tokens(look_seconds)
+            # A growing count: the probe waits behind other calls. No first count: the engine's own loop was busy.
             if last is not None and (first is None or last > first):
                 self._stalled_since = None
                 return True
@@ -412,6 +412,7 @@ class Engine:
                 str(CHILD),
                 str(os.getpid()),
                 *arguments,
+                # Our key is last, because an inherited VLLM_API_KEY must not win.
                 env=os.environ | server_environment(self.config) | {KEY_VARIABLE: self._api_key},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log_file,
@@ -448,10 +449,7 @@ class Engine:
         return f"{what}; its last words: {find_last_words(text)}; the whole log: {self.log_path}"
 
     async def _end_child(self, *signals: signal.Signals) -> None:
-        """End the child's process group, by SIGTERM and then SIGKILL, or by the given signals.
-
-        If this is cancelled the child stays registered, and the next call waits for its end.
-        """
+        """End the child's process group, by SIGTERM and then SIGKILL, or by the given signals."""
         process = self._process
         if process is None:
             return
@@ -462,6 +460,7 @@ class Engine:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_SECONDS):
                     await process.wait()
+        # Only now: if this was cancelled, the next call waits for the same child.
         if self._process is process:
             self._process = None
 

@@ -114,10 +114,7 @@ class _UncancellableFuture(asyncio.Future[str]):
 
 
 def _call_in_thread(function: Callable[..., Any], convert: Callable[[], dict[str, Any]]) -> _UncancellableFuture:
-    """Call a blocking function in a daemon thread of its own.
-
-    Not in a pool: tools that hang would fill it, and everything else that blocks would wait behind them.
-    """
+    """Call a blocking function in a daemon thread of its own."""
     loop = asyncio.get_running_loop()
     future = _UncancellableFuture(loop=loop)
     # A thread begins with an empty context: logs of the tool would lose the trajectory's id.
@@ -136,6 +133,7 @@ def _call_in_thread(function: Callable[..., Any], convert: Callable[[], dict[str
             loop.call_soon_threadsafe(settle)
 
     try:
+        # Not in a pool: tools that hang would fill it, and everything else that blocks would wait behind them.
         threading.Thread(target=work, name=f"tool-{function.__name__}", daemon=True).start()
     except RuntimeError as error:
         future.set_exception(ToolError(f"the tool could not run: {error}"))

@@ -140,7 +140,7 @@ def sandboxed_python(bwrap: str, limits: SandboxLimits) -> list[str]:
 def drop_root_command() -> list[str]:
     """Return the command prefix that gives up root; empty if the server does not run as root.
 
-    Root would be dangerous inside the sandbox too, and the kernel does not apply RLIMIT_NPROC to it.
+    Root would be dangerous inside the sandbox too.
 
     Raises:
         ToolRefused: the server runs as root and `setpriv` is not installed.
@@ -153,6 +153,7 @@ def drop_root_command() -> list[str]:
             "the tool 'run_python' is never run as root, and no 'setpriv' is on the PATH to become somebody else: "
             "run the server as another user, install util-linux, or set tools.python = false"
         )
+    # The kernel does not apply RLIMIT_NPROC to root: as root a fork bomb would run.
     return [setpriv, "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--"]
 
 

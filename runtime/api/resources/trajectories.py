@@ -168,6 +168,7 @@ async def get_trajectory(
     return TrajectoryDetail(
         **dict(describe_trajectory(memory.trajectories.with_reward(trajectory))),
         **{name: getattr(trajectory, name) for name in DETAIL_FIELDS},
+        # Token ids are read in any case, because the counts are their lengths.
         steps=[_describe_step(step, token_ids) for step in memory.trajectories.steps(trajectory_id)],
         rewards=[RewardDetail.model_validate(row, from_attributes=True) for row in rewards],
         feedback=[
