@@ -1,6 +1,6 @@
 """The composition of Ratchet and its command line: the only file that imports memory, runtime and optimizer.
 
-    serve.py serve      opens memory, starts the engine, activates the policy, answers, learns when asked to
+    serve.py serve      opens memory, starts the engine, activates the policy, answers, learns on request
     serve.py doctor     checks everything that an answer depends on
     serve.py keys       manages API keys, in the data directory or through the server that has it
     serve.py ...        every other command talks to the running server (runtime/cli/)
@@ -159,7 +159,7 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: C
 
 
 async def inspect_machine(engine: Engine) -> Machine:
-    """Return what the optimizer must know of the hardware: the GPUs, and what the engine takes of them."""
+    """Return the hardware as the optimizer reads it: the GPUs, and the part of them that the engine takes."""
     from optimizer.placement import Gpu, Machine
     from runtime.engine.gpus import find_engine_device, list_gpus
 
@@ -176,7 +176,7 @@ async def inspect_machine(engine: Engine) -> Machine:
 
 
 async def check_training(memory: Memory, config: OptimizerConfig, seams: Seams) -> Check:
-    """Say where a cycle would train, or which settings make room for it."""
+    """Return a check that names the device of a training, or the settings that free capacity for one."""
     from optimizer.errors import TrainingDoesNotFit
     from optimizer.placement import place_training
     from runtime.doctor import Check

@@ -50,7 +50,7 @@ log = structlog.get_logger()
 
 
 class Agent:
-    """Plays turns. It keeps no state of any one of them; `open_episodes` knows which are under way."""
+    """Plays turns. It keeps no state of any one of them; `open_episodes` lists those under way."""
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
         async def work() -> dict[str, Any]:
             with contextlib.suppress(ServerUnreachable):
                 async with Client(url, key=key) as client:
-                    # Whoever answers at the URL is asked, even if it owns another directory; `keys`, which creates
+                    # The server at the URL is asked, even if it owns another directory; `keys`, which creates
                     # secrets, goes by the directory's lock instead.
                     return await client.post("/v1/index/rebuild")
             prepare_environment(settings)

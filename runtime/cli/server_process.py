@@ -247,7 +247,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 async def wait_for_first(stop: asyncio.Event, *tasks: asyncio.Future[Any]) -> bool:
-    """Wait until told to stop (True), or until a task ends; raise what ended it."""
+    """Wait until `stop` is set (True) or a task ends (False); raise the exception of a task that failed."""
     told = asyncio.ensure_future(stop.wait())
     try:
         done, _ = await asyncio.wait({told, *tasks}, return_when=asyncio.FIRST_COMPLETED)

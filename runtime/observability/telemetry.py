@@ -169,7 +169,7 @@ class Telemetry:
             seconds = time.perf_counter() - started
             self._model_seconds.labels(policy).observe(seconds)
             if (spent := _spent.get()) is not None:
-                # Changed in place, never set anew: LangGraph runs nodes in copies of the context, which would keep a
+                # Changed in place and never replaced: LangGraph runs nodes in copies of the context, which would keep a
                 # new value to themselves.
                 spent.model_seconds += seconds
                 spent.num_calls += 1

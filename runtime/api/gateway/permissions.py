@@ -112,7 +112,7 @@ ROUTE_PERMISSIONS: dict[tuple[str, str], RoutePermission] = {
 
 
 def is_open(path: str) -> bool:
-    """Whether a path asks for no key."""
+    """Return whether a path needs no key."""
     return path in OPEN_PATHS or path.startswith((ASSET_PATHS, LINKED_PATHS))
 
 

@@ -115,7 +115,7 @@ class ChunkWriter:
     def write(self, delta: Delta) -> str:
         """Return the event for a piece of the reply."""
         self._text += delta.text
-        # The indexes are those of `ClientStream`: `end` sends the calls from here on, which no delta held.
+        # The indexes are those of `ClientStream`: `end` sends the calls from here on, which no delta contained.
         self._num_calls = max([self._num_calls, *(piece["index"] + 1 for piece in delta.calls)])
         change: dict[str, Any] = {"content": delta.text} if delta.text else {}
         if delta.calls:
@@ -127,7 +127,7 @@ class ChunkWriter:
         endings = []
         answer, calls = turn.answer or "", turn.open_tool_calls
         if answer and not self._text.endswith(answer):
-            # An environment's closing text is written by no model call, so no delta held it.
+            # An environment's closing text is written by no model call, so no delta contained it.
             endings.append(self._chunk({"content": f"\n{answer}" if self._text else answer}))
         unsent = [{"index": index, **call} for index, call in enumerate(calls) if index >= self._num_calls]
         if unsent:

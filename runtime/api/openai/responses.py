@@ -163,7 +163,7 @@ def read_history(
 
 
 class ResponseStore:
-    """Stores the response to one request, unless that wants nothing stored."""
+    """Stores the response to one request, unless the request sets `store` to false."""
 
     def __init__(self, memory: Memory, body: ResponseRequest, items: list[Json], tenant: str) -> None:
         self._memory = memory

@@ -140,11 +140,11 @@ class EventWriter:
             yield from self._write_call(piece)
 
     def finish_items(self, turn: Turn) -> Iterator[str]:
-        """Yield the part of the answer that no delta held, and the end of the last item."""
+        """Yield the part of the answer that no delta contained, and the end of the last item."""
         sent = "".join(item["content"][0]["text"] for item in self.output if item["type"] == "message")
         answer, calls = turn.answer or "", turn.open_tool_calls
         if answer and not sent.endswith(answer):
-            # An environment's closing text is written by no model call, so no delta held it.
+            # An environment's closing text is written by no model call, so no delta contained it.
             yield from self._write_text(f"\n{answer}" if sent else answer)
         for index, call in enumerate(calls):
             if index >= self._num_calls:

@@ -1,6 +1,6 @@
 """Routes for documents: add, list, search, read and remove texts that the agent can search.
 
-Invariant: every route sees the documents of the caller's tenant only.
+Invariant: every route reads the documents of the caller's tenant only.
 """
 
 from __future__ import annotations
