@@ -2,9 +2,9 @@
 
     close (new turns get 503) -> drain (turns under way finish) -> stop -> [the window] -> start -> token, adapters
 
-Invariants: however the window ends (done, failed, cancelled), the engine may start again, without an `await`
-before that; episodes that wait for a client's tool results are not closed meanwhile. Hazard: only `Engine.watch` starts
-the engine again, so it must be running; when the server itself stops, nothing is started.
+Invariants: however the window ends (done, failed, cancelled), the engine may start again, without an `await` before
+that; episodes that wait for a client's tool results are not closed meanwhile. Hazard: only `Engine.watch` starts the
+engine again, so it must be running; when the server itself stops, nothing is started.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class ClientStream:
         self._beginnings: dict[int, ToolCall] = {}
         """Joined pieces of calls whose name is incomplete or is not a client tool's."""
         self.has_sent = False
-        """Whether the client received any of it: a reply that was partly sent cannot be requested again."""
+        """Whether the client received any of it: a reply that was partly sent cannot be asked for again."""
 
     async def __call__(self, delta: Delta) -> None:
         """Pass on the visible part of a delta, if there is one."""
