@@ -90,6 +90,7 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     from runtime.tools.toolbox import Toolbox
 
     engine = Engine(settings.engine, memory.data_dir, on_progress=phases.begin)
+    # It takes `engine.on_restart`: one engine has one HotSwap.
     hotswap = HotSwap(memory.policies, engine, max_lora_rank=settings.engine.max_lora_rank)
     # The names are stored in rows: renaming one orphans its trajectories.
     environments = {"textworld": TextWorld(memory.data_dir / "environments")}
@@ -153,6 +154,7 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: C
         ),
         complete=critic.complete if critic is not None else None,
         context_tokens=critic.context_tokens if critic is not None else unknown_context,
+        # At each call: `max_model_len` is unknown before the engine's start.
         inspect_machine=lambda: inspect_machine(engine),
         open_window=maintenance.window,
     )
@@ -276,6 +278,7 @@ def pretrain(
         from runtime.environments.textworld_expert import write_transcripts
 
         transcripts = out / "transcripts.json"
+        # Written as a whole at the end: an interrupted run plays again, with the games that are compiled already.
         if not transcripts.exists():
             bar = iter(track(range(games), "compiling games", console=progress_console(as_json)))
 

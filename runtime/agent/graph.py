@@ -221,6 +221,7 @@ class Agent:
         if opening[0].get("role") in ("system", "developer"):
             return opening
         prompt = actor.policy.system_prompt
+        # An empty prompt of a policy is a decision too, and sends none.
         if prompt is None:
             prompt = environment.system_prompt if environment is not None else self._config.system_prompt
         return [{"role": "system", "content": prompt}, *opening] if prompt else opening
@@ -371,6 +372,7 @@ def _begin_state(episode: Episode) -> EpisodeState:
 
 
 def _require_distinct_names(server_tools: Sequence[Tool], definitions: Sequence[ToolDefinition]) -> None:
+    # `act` tells the client's calls from the server's by their names alone.
     sources: dict[str, str] = {}
     named = [(tool.name, tool.source) for tool in server_tools]
     for name, source in [*named, *((tool["function"]["name"], "the request") for tool in definitions)]:

@@ -248,6 +248,7 @@ async def read_outcome(client: Client, cycle: dict[str, Any]) -> dict[str, Any]:
 
 async def decide_on(client: Client, version: str) -> dict[str, Any]:
     """Have the server decide on a candidate, and return the outcome. Raises: ErrorReply, ServerUnreachable."""
+    # Not repeatable: each comparison spends some of the active policy's error budget.
     decided = await client.post(f"/v1/policies/{version}/judge")
     report, markdown = await read_report(client, decided["cycle"])
     copied = {name: decided[name] for name in ("cycle", "reason", "policy", "active")}
@@ -256,7 +257,7 @@ async def decide_on(client: Client, version: str) -> dict[str, Any]:
 
 async def newest_report(client: Client) -> str | None:
     """Return the id of the newest cycle that has a report. Raises: ErrorReply, ServerUnreachable."""
-    newest = await client.get("/v1/cycles", limit=500)
+    newest = await client.get("/v1/cycles", limit=500)  # the server's largest page
     return next((cycle["id"] for cycle in newest["data"] if cycle["report_url"] is not None), None)
 
 

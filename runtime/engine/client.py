@@ -258,6 +258,7 @@ class EngineClient:
         sampling: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Return the body of a chat call. All text of a prompt passes here, so special tokens are removed here."""
+        # Token ids as sampled: training on a chat that is rendered again would learn other tokens.
         body = {"model": model, "messages": self.marks.clean_messages(messages), "return_token_ids": True}
         if tools:  # vLLM rejects an empty list
             tools = tools if self.enforces_schemas else ask_for_schemas(tools, sampling.get("tool_choice"))
@@ -302,6 +303,7 @@ class EngineClient:
             raise _connection_error(error) from error
 
     def _open_session(self) -> aiohttp.ClientSession:
+        # At the first use, because a session belongs to the running event loop.
         if self._session is None or self._session.closed:
             # `sock_read` is the time between two pieces; without a stream the whole answer is one piece.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=self._timeout_seconds)

@@ -45,6 +45,7 @@ class Tracing:
         self._tracer = tracer
         self._provider = provider
         self._with_content = with_content
+        # No baggage: what a client sends must not travel on to the collector.
         self._propagator = TraceContextTextMapPropagator()
 
     @contextlib.contextmanager

@@ -45,6 +45,8 @@ TOLERANCE_NATS = 0.15
 LEAST_CHANGE_NATS = 1e-3
 LEAST_SHARE_OF_CHANGE = 0.2
 """The least part of the change measured by the trainer that must be measured on the engine."""
+# vLLM evicts adapters beyond max_cpu_loras and reads their files again at the next call: if the directory is gone by
+# then, the whole engine ends.
 NUM_IDLE_KEPT = 2
 """Adapters without a lease that stay loaded beside the active and the retired one."""
 
@@ -243,6 +245,7 @@ class HotSwap:
         # A copy: leases add entries during the awaits below.
         for version, loaded in list(self._loaded.items()):
             loaded.is_loaded = False
+            # The engine becomes ready only after this: a lease in here would wait for itself.
             if version not in (self._active, self._retired) and not loaded.num_leases:
                 continue
             try:

@@ -250,6 +250,7 @@ async def _open_client(config: McpServerConfig, log_path: Path) -> AsyncIterator
             http = await stack.enter_async_context(httpx2.AsyncClient(headers=headers, timeout=timeout))
             transport = streamable_http_client(config.url, http_client=http)
         else:
+            # Appended to and never rotated: the server's own output decides its size.
             log_file: IO[str] = stack.enter_context(log_path.open("a", encoding="utf-8"))
             program, *arguments = config.command
             environment = {name: _from_environment(name) for name in config.env}

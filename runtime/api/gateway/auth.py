@@ -44,6 +44,7 @@ class AuthMiddleware:
         self._body_budget = BodyBudget(BODIES_AT_ONCE * services.limits.max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Lifespan only: `server_config` turns WebSockets off, which would pass here without a key.
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         # Open until `_app` returns, which is after the last byte of a stream: slot and bytes of the body are held so

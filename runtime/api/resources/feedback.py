@@ -81,6 +81,7 @@ class FeedbackRequest(Target):
     @field_validator("value")
     @classmethod
     def _require_finite(cls, value: FeedbackValue) -> FeedbackValue:
+        # Python's JSON parser accepts NaN and Infinity, and every comparison with NaN is false.
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("a number must be finite")
         return value
