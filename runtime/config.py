@@ -178,6 +178,7 @@ class ServerConfig(BaseModel, extra="forbid"):
     """0 takes a free one."""
     allowed_hosts: tuple[str, ...] = ()
     """Host names of the server in addition to `host` and the loopback's: `agent.example.com`."""
+    # Compared as whole strings: with scheme and port, and without a slash at the end.
     cors_origins: tuple[str, ...] = ()
     """Origins of web pages that may use the server from a browser: `https://app.example.com`."""
     limits: LimitsConfig = LimitsConfig()

@@ -53,6 +53,7 @@ class Maintenance:
             EngineError: this process did not start the engine, or it did not come back.
         """
         self.require_serving()
+        # No `await` since the check above, or two windows could open.
         self.reason = reason
         began = time.monotonic()
         try:

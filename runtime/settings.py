@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 Settings = TypeVar("Settings", bound=BaseModel)
 
 ENV_PREFIX = "RATCHET_"
+# Options of the client commands, not settings.
 ENV_OF_CLIENTS = frozenset({"RATCHET_URL", "RATCHET_KEY"})
 
 

@@ -35,6 +35,7 @@ class ClientStream:
         index = piece["index"]
         if index not in self._client_index:
             piece = self._beginnings[index] = _join(self._beginnings.get(index), piece)
+            # A name may arrive in pieces, so what was held back is sent with the piece that completes it.
             if piece["function"]["name"] not in self._client_tools:
                 return None
             # From 0 without gaps: clients use the index as a position in their list of calls.

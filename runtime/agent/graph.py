@@ -168,6 +168,7 @@ class Agent:
             actor=actor,
             reader=reader,
             episode_id=open_episode.episode_id,
+            # Drawn here and not when the row is written: spans and logs carry it from the first node on.
             trajectory_id=resumption.trajectory.id if resumption is not None else new_id("trj"),
             playthrough=playthrough,
             opening=opening,

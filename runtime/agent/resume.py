@@ -120,6 +120,7 @@ def _as_message(step: Step) -> Message:
 
 def _canonical(message: Message, *, is_parsed: bool) -> dict[str, Any]:
     role = message.get("role")
+    # As `Message.plain` (runtime/api/openai/chat_request.py) and `as_messages` (responses_request.py) map the roles.
     canonical = {"role": "system" if role == "developer" else role, "content": text_of(message)}
     if role == "tool":
         canonical["tool_call_id"] = message.get("tool_call_id")

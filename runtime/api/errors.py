@@ -27,7 +27,7 @@ A route raises one of the classes below, or lets an exception of memory or of th
     └── NotStored        507
 
 Invariant: every error answer has this shape.
-Hazard: the message of an unexpected exception may quote a user's text; it is sent to the client but not logged.
+Hazard: the message of an unexpected exception may quote a user's text; it is sent to the client, and not logged here.
 """
 
 from __future__ import annotations
@@ -370,6 +370,6 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, cast(ExceptionHandler, answer_invalid))
     app.add_exception_handler(HTTPException, cast(ExceptionHandler, answer_http))
     # `Exception` alone is handled by Starlette outside of all middleware, and raised again after the answer: such a 500
-    # has no CORS headers, and uvicorn logs it.
+    # has no CORS headers, and uvicorn 0.54 logs it with its message.
     for kind in (ApiError, *KNOWN_EXCEPTIONS, Exception):
         app.add_exception_handler(kind, answer_exception)

@@ -35,6 +35,7 @@ def metrics(server: Server) -> Response:
     """Prometheus' text format. `docs/grafana.json` is a dashboard for it."""
     registry = CollectorRegistry()
     registry.register(StateCollector(server))
+    # No name may be in both: Prometheus rejects a scrape that declares a metric twice.
     text = generate_latest(server.agent.telemetry.registry) + generate_latest(registry)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 

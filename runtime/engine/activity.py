@@ -81,8 +81,7 @@ def _read_threads(name: str) -> dict[int, tuple[float, float]]:
     threads = {}
     try:
         for thread in os.listdir(PROC / name / "task"):
-            # Nanoseconds on the processor and nanoseconds runnable without it; CONFIG_SCHEDSTATS is not needed for
-            # them.
+            # In nanoseconds: time on the processor, and time in its queue. The third figure counts time slices.
             ran, waited, _ = (PROC / name / "task" / thread / "schedstat").read_text().split()
             threads[int(thread)] = (int(ran) / NANOSECONDS, int(waited) / NANOSECONDS)
     except OSError:

@@ -390,6 +390,7 @@ def _raise_error(status: int, text: str) -> None:
 def _kind_of(status: int) -> type[PolicyError]:
     if status == 400:
         return RequestRefused
+    # Before the other 5xx: as EngineLost, `_ask_policy` would repeat the call to a busy engine.
     if status in (429, 503):
         return EngineBusy
     return EngineLost if status >= 500 else PolicyError

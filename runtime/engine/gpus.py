@@ -34,6 +34,7 @@ def list_gpus() -> list[Gpu]:
     """Return the GPUs that PyTorch can use; none without a driver or with PyTorch's CPU build. Blocks: call it in a
     thread."""
     tool = shutil.which("nvidia-smi")
+    # A GPU that PyTorch's build cannot use must not appear: the trainer would be sent to it.
     if tool is None or importlib.metadata.version("torch").endswith("+cpu"):
         return []
     try:

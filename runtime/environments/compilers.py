@@ -60,6 +60,8 @@ class CompilerPool:
         try:
             # The first failure cancels the other workers, whose children are killed with them.
             async with asyncio.TaskGroup() as group:
+                # All workers take from one queue, and `popleft` has no `await` before it: no game is compiled twice by
+                # one caller.
                 for _ in range(min(self._num_children, len(jobs))):
                     group.create_task(self._work(pending, on_compiled))
         except* GameNotCompiled as errors:

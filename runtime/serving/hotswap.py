@@ -45,8 +45,6 @@ TOLERANCE_NATS = 0.15
 LEAST_CHANGE_NATS = 1e-3
 LEAST_SHARE_OF_CHANGE = 0.2
 """The least part of the change measured by the trainer that must be measured on the engine."""
-# vLLM evicts adapters beyond max_cpu_loras and reads their files again at the next call: if the directory is gone by
-# then, the whole engine ends.
 NUM_IDLE_KEPT = 2
 """Adapters without a lease that stay loaded beside the active and the retired one."""
 
@@ -359,6 +357,8 @@ class HotSwap:
                 return  # leased or activated while this waited for the lock
             loaded.is_loaded = False  # before the call: a lease that begins during it has to load the adapter again
             try:
+                # The directory has to outlive this: vLLM may still read the files again for a call under way, and ends
+                # altogether if they are gone.
                 await self._engine.client.unload_adapter(loaded.served_name)
             except (EngineError, AdapterError) as error:  # a restart removes it as well
                 log.warning("adapter was not unloaded", adapter=loaded.served_name, error=str(error))

@@ -73,6 +73,7 @@ def check_url(text: str | URL) -> URL:
         raise ToolError(f"{text!r} is not a URL: {error}") from error
     if url.scheme not in ("http", "https"):
         raise ToolError(f"{str(url)!r} is not fetched: only http:// and https:// are")
+    # yarl knows the default ports: an explicit port 0 is refused too.
     if not url.host or not port:
         raise ToolError(f"{str(url)!r} names no host")
     if url.user is not None or url.password is not None:

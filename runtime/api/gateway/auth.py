@@ -55,6 +55,7 @@ class AuthMiddleware:
                 # encoding.
                 caller = None if is_open(scope["path"]) else self._authenticate(scope)
                 is_turn = caller is not None and self._admit(caller, scope)
+                # A rejected body has used one request of the quota; only the rejection by `_occupy_slot` is refunded.
                 receive = await self._read_body(caller, resources, scope, receive)
                 if caller is not None and is_turn:
                     resources.enter_context(self._occupy_slot(caller))

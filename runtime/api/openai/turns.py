@@ -132,6 +132,7 @@ class StreamedTurn:
         self._start: TurnStart | None = None
         streamed = replace(turn_request, on_start=self._begin, on_delta=self._deltas.put)
         self._playing = asyncio.ensure_future(agent.rollout(streamed))
+        # Also after a failure and a cancellation: otherwise `deltas` waits for ever.
         self._playing.add_done_callback(lambda _: self._deltas.put_nowait(None))
 
     def _begin(self, start: TurnStart) -> None:

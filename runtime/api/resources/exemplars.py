@@ -84,10 +84,7 @@ async def approve_exemplar(
 async def retire_exemplar(trajectory_id: str, server: Server, caller: RequestCaller) -> ExemplarDetail:
     """No insights are derived from it any more. Any trajectory can be retired, also before it is a success."""
     row = await server.memory.reviews.retire_exemplar(
-        # Ids of later answers are taken too: they lead to the same trajectory.
-        trajectory_of(trajectory_id),
-        tenant=caller.tenant,
-        key_id=caller.key_id,
+        trajectory_of(trajectory_id), tenant=caller.tenant, key_id=caller.key_id
     )
     return describe_exemplar(row)
 

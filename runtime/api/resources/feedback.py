@@ -89,6 +89,7 @@ class FeedbackRequest(Target):
     @model_validator(mode="after")
     def _parse_reward(self) -> Self:
         if self.name == REWARD:
+            # Assigned without validation, as pydantic does by default: a validator on assignment would call this again.
             self.value = parse_reward(self.value)
         return self
 

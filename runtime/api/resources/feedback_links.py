@@ -123,6 +123,7 @@ async def post_form(token: str, server: Server, request: Request) -> HTMLRespons
     piece."""
     try:
         link = load_signer(server).verify(token)
+        # The body of a stranger is parsed only after the link was verified.
         feedback = parse_form(link, await _read_fields(request))
         await server.memory.feedback.post(feedback)
     except FeedbackConflict:
