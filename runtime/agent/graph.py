@@ -315,8 +315,7 @@ async def _leave(episode: Episode) -> Outcome | None:
 
 async def _close(episode: Episode, stage: TrajectoryStage, error: str | None) -> Trajectory | None:
     """Close a playthrough that is still open, then the trajectory, if there is one; durable when it returns."""
-    # `return_exceptions` also catches a CancelledError of the environment, so the trajectory below is closed in any
-    # case.
+    # `return_exceptions` also catches a CancelledError of the environment: the trajectory is closed in any case.
     (problem,) = await asyncio.gather(_leave(episode), return_exceptions=True)
     if isinstance(problem, Exception):  # the episode ended for another reason, and that one is recorded
         log.warning("environment did not close", error=type(problem).__name__)

@@ -50,8 +50,7 @@ class OpenEpisodes:
     def __init__(self, memory: Memory, *, idle_seconds: float) -> None:
         self._memory = memory
         self._idle_seconds = idle_seconds
-        # In this process alone: between replicas on one database the guard on positions in `Trajectories.append`
-        # decides.
+        # In this process alone: between replicas, the guard on positions in `Trajectories.append` decides.
         self._locked: set[EpisodeKey] = set()
         self._is_paused = False
         self._sweeps_from = now()

@@ -194,8 +194,7 @@ async def start(services: Services, settings: RuntimeSettings, phases: Phases) -
     from runtime.errors import AdapterError
 
     memory = services.memory
-    # Before the engine starts: until then `require_ready` rejects turns, so every RUNNING trajectory is a dead
-    # process's.
+    # Before the engine starts: `require_ready` rejects turns until then, so a RUNNING trajectory is a dead process's.
     await memory.trajectories.close_orphans()
     phases.begin("opening tools")
     if services.toolbox is not None:

@@ -87,8 +87,7 @@ async def run_tool(tool: Tool, arguments_json: str, *, tenant: str = "") -> Tool
     """Call `tool` with the JSON arguments that a model wrote; return its result or an error text. Never raises."""
     try:
         arguments = parse_arguments(arguments_json)
-        # On the event loop and outside of the deadline: a `pattern` in the schema of an MCP server may backtrack for
-        # long.
+        # On the event loop and outside of the deadline: a `pattern` in an MCP server's schema may backtrack for long.
         problem = jsonschema.exceptions.best_match(tool.validator.iter_errors(arguments))
     except ValueError as error:
         return invalid_call(str(error))

@@ -103,8 +103,7 @@ class McpServer:
         try:
             result = await connection.client.call_tool(tool_name, arguments)
         except PROTOCOL_ERRORS as error:
-            # A server that died shows in three ways, by transport and moment: the task ended, this code, or an error
-            # below.
+            # A death shows in three ways, by transport and moment: the task ended, this code, or an error below.
             if connection.has_ended or (isinstance(error, MCPError) and error.code == types.CONNECTION_CLOSED):
                 raise self._note_death(connection, error) from error
             raise ToolError(neutralise(str(error))) from error

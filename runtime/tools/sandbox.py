@@ -125,8 +125,7 @@ def sandboxed_python(bwrap: str, limits: SandboxLimits) -> list[str]:
         ),
         *("--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"),
         *("--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"),
-        # Order: bubblewrap mounts in the order of its arguments, and nothing can be mounted after the root is read-
-        # only.
+        # Order: bubblewrap mounts in the order of its arguments, and nothing after the root was made read-only.
         *(word for path in readable for word in ("--ro-bind-try", path, path)),
         *("--proc", "/proc", "--dev", "/dev"),
         # bubblewrap's /dev has a /dev/shm of up to half of the memory; this limits it.

@@ -47,12 +47,10 @@ class AuthMiddleware:
         # Lifespan only: `server_config` turns WebSockets off, which would pass here without a key.
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        # Open until `_app` returns, which is after the last byte of a stream: slot and bytes of the body are held so
-        # long.
+        # Open until `_app` returns, after the last byte of a stream: slot and bytes of the body count until then.
         with ExitStack() as resources:
             try:
-                # The decoded path, which the router matches too: a check of the raw one could be bypassed by percent-
-                # encoding.
+                # The decoded path, which the router matches too: percent-encoding could bypass a check of the raw one.
                 caller = None if is_open(scope["path"]) else self._authenticate(scope)
                 is_turn = caller is not None and self._admit(caller, scope)
                 # A rejected body has used one request of the quota; only the rejection by `_occupy_slot` is refunded.

@@ -157,7 +157,7 @@ def read_history(
     # Deleting one response of the chain ends it: nothing behind it can be continued.
     items = [item for each in chain for item in (*each.input, *each.body["output"])]
     waits = any(item["type"] == "function_call" for item in chain[-1].body["output"])
-    # A departure from OpenAI, where instructions hold for one request: clients that send them once would split their
+    # A departure from OpenAI, where instructions hold for one request: a client that sends them once would split its
     # episode.
     if instructions is None and waits:  # the same episode continues, so its instructions do
         return items, chain[-1].body["instructions"]
