@@ -1,6 +1,6 @@
 """The composition of Ratchet and its command line: the only file that imports memory, runtime and optimizer.
 
-    serve.py serve      opens memory, starts the engine, activates the policy, answers, learns when asked to
+    serve.py serve      opens memory, starts the engine, activates the policy, answers, learns on request
     serve.py doctor     checks everything that an answer depends on
     serve.py keys       manages API keys, in the data directory or through the server that has it
     serve.py ...        every other command talks to the running server (runtime/cli/)
@@ -63,11 +63,12 @@ def read_all_settings(config: Path | None, given: dict[str, str | None], extra: 
     """Return all settings: flags over environment over TOML over defaults.
 
     Raises:
-        Failure: an unknown key or a bad value, named with the place it came from.
+        Failure: an unknown key or an invalid value; the message names it and its origin.
     """
     toml = config or (DEFAULT_TOML if DEFAULT_TOML.exists() else None)
     try:
         flags = parse_flags(extra) | {key: value for key, value in given.items() if value is not None}
+        # Without the environment: a password may stand there only, since others can read files and command lines.
         refuse_written_password(read_settings(Settings, toml=toml, flags=flags).memory.database)
         return read_settings(Settings, toml=toml, environ=os.environ, flags=flags)
     except BadSettings as bad:
@@ -89,7 +90,9 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     from runtime.tools.toolbox import Toolbox
 
     engine = Engine(settings.engine, memory.data_dir, on_progress=phases.begin)
+    # It takes `engine.on_restart`: one engine has one HotSwap.
     hotswap = HotSwap(memory.policies, engine, max_lora_rank=settings.engine.max_lora_rank)
+    # The names are stored in rows: renaming one orphans its trajectories.
     environments = {"textworld": TextWorld(memory.data_dir / "environments")}
     toolbox = Toolbox(settings.tools, memory.retrieval.find_passages, memory.data_dir / "logs")
     agent = Agent(
@@ -97,7 +100,7 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
         hotswap,
         environments,
         settings.agent,
-        tools=toolbox.tools,
+        tools=toolbox.tools,  # the list itself: `Toolbox.open` fills it later
         telemetry=Telemetry(open_tracing(os.environ)),
         serve_with_memory=settings.optimizer.evaluation.serve_with_memory,
     )
@@ -149,13 +152,14 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: C
         prepare=prepare,
         complete=critic.complete if critic is not None else None,
         context_tokens=critic.context_tokens if critic is not None else unknown_context,
+        # At each call: `max_model_len` is unknown before the engine's start.
         inspect_machine=lambda: inspect_machine(engine),
         open_window=maintenance.window,
     )
 
 
 async def inspect_machine(engine: Engine) -> Machine:
-    """Return what the optimizer must know of the hardware: the GPUs, and what the engine takes of them."""
+    """Return the hardware as the optimizer reads it: the GPUs, and the part of them that the engine takes."""
     from optimizer.placement import Gpu, Machine
     from runtime.engine.gpus import find_engine_device, list_gpus
 
@@ -163,6 +167,7 @@ async def inspect_machine(engine: Engine) -> Machine:
     return Machine(
         gpus=[Gpu(gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes) for gpu in gpus],
         engine_device=find_engine_device(gpus),
+        # An external engine may be on another machine: its share of the GPUs here is unknown.
         engine_share=engine.config.gpu_memory_utilization if engine.is_ours and gpus else None,
         can_stop_engine=engine.is_ours,
         max_model_len=engine.max_model_len,
@@ -171,7 +176,7 @@ async def inspect_machine(engine: Engine) -> Machine:
 
 
 async def check_training(memory: Memory, config: OptimizerConfig, seams: Seams) -> Check:
-    """Say where a cycle would train, or which settings make room for it."""
+    """Return a check that names the device of a training, or the settings that free capacity for one."""
     from optimizer.errors import TrainingDoesNotFit
     from optimizer.placement import place_training
     from runtime.doctor import Check
@@ -271,6 +276,7 @@ def pretrain(
         from runtime.environments.textworld_expert import write_transcripts
 
         transcripts = out / "transcripts.json"
+        # Written as a whole at the end: an interrupted run plays again, with the games that are compiled already.
         if not transcripts.exists():
             bar = iter(track(range(games), "compiling games", console=progress_console(as_json)))
 

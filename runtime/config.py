@@ -28,6 +28,7 @@ class EngineConfig(BaseModel, extra="forbid"):
     """vLLM's name of the parser; None derives it from the model's chat template and tokenizer."""
     max_model_len: int | None = Field(default=None, ge=1)
     """Maximum length of prompt and answer together, in tokens; None is the model's own limit."""
+    # optimizer/placement.py calculates with it whether a training fits beside the engine.
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
     """Fraction of the GPU's memory for vLLM; ignored on a CPU."""
     kv_cache_gib: int = Field(default=2, ge=1)
@@ -41,12 +42,14 @@ class EngineConfig(BaseModel, extra="forbid"):
     """Maximum number of adapters in one batch."""
     max_cpu_loras: int = Field(default=16, ge=1)
     """Maximum number of adapters in memory."""
+    # Not checked here: vLLM refuses other ranks when it starts, and `HotSwap` refuses adapters of a higher one.
     max_lora_rank: int = 32
     """One of 1, 8, 16, 32, 64, 128, 256, 320, 512."""
     startup_seconds: float = Field(default=300.0, gt=0)
     """Maximum time from the engine's start to its first token."""
     probe_interval_seconds: float = Field(default=2.0, gt=0)
     """Pause between two probes of one token each."""
+    # Together with the pause above this bounds how long a stuck engine goes unnoticed.
     probe_timeout_seconds: float = Field(default=7.5, gt=0)
     """If a probe gets no token for this long and no other request does either, the engine hangs and is restarted."""
     call_timeout_seconds: float = Field(default=600.0, gt=0)
@@ -75,6 +78,7 @@ class AgentConfig(BaseModel, extra="forbid"):
     """Maximum tokens of one model call unless the request sets one; at most `max_output_tokens`."""
     max_total_tokens: int = Field(default=200_000, ge=1)
     """Maximum tokens of one episode: the sum over prompts and outputs of all its model calls."""
+    # A maintenance window waits so long, and a little more, for the turns under way (serve.py).
     max_seconds: float = Field(default=300.0, gt=0)
     """Maximum duration of an episode, including tools."""
     client_idle_seconds: float = Field(default=1800.0, gt=0)
@@ -150,6 +154,7 @@ class ToolsConfig(BaseModel, extra="forbid"):
 class LimitsConfig(BaseModel, extra="forbid"):
     """Maximum sizes of a request. Larger ones are rejected, mostly before they are read."""
 
+    # Also the limit of a whole conversation of stored responses; BODIES_AT_ONCE of them may be in memory at once.
     max_body_bytes: int = Field(default=16 * 2**20, ge=1)
     """Maximum size of a body."""
     max_json_depth: int = Field(default=100, ge=1)
@@ -173,6 +178,7 @@ class ServerConfig(BaseModel, extra="forbid"):
     """0 takes a free one."""
     allowed_hosts: tuple[str, ...] = ()
     """Host names of the server in addition to `host` and the loopback's: `agent.example.com`."""
+    # Compared as whole strings: with scheme and port, and without a slash at the end.
     cors_origins: tuple[str, ...] = ()
     """Origins of web pages that may use the server from a browser: `https://app.example.com`."""
     limits: LimitsConfig = LimitsConfig()

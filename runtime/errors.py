@@ -25,6 +25,7 @@
 from __future__ import annotations
 
 
+# The names of these classes are data: agent/graph.py stores them in rows, and api/openai/turns.py decides by them.
 class EpisodeError(Exception):
     """An error inside one episode. It ends that episode and nothing else."""
 

@@ -2,9 +2,9 @@
 
     close (new turns get 503) -> drain (turns under way finish) -> stop -> [the window] -> start -> token, adapters
 
-Invariants: however the window ends (done, failed, cancelled), the engine is asked to come back, without an `await`
-before that; episodes that wait for a client's tool results are not closed meanwhile. Hazard: only `Engine.watch` starts
-the engine again, so it must be running; when the server itself stops, nothing is started.
+Invariants: however the window ends (done, failed, cancelled), the engine may start again, without an `await` before
+that; episodes that wait for a client's tool results are not closed meanwhile. Hazard: only `Engine.watch` starts the
+engine again, so it must be running; when the server itself stops, nothing is started.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ class Maintenance:
             EngineError: this process did not start the engine, or it did not come back.
         """
         self.require_serving()
+        # No `await` since the check above, or two windows could open.
         self.reason = reason
         began = time.monotonic()
         try:
+            # Leases first, or a turn could begin after the drain.
             self._hotswap.close(reason)
             self._episodes.pause_sweeps()
             await self._drain()
@@ -77,4 +79,5 @@ class Maintenance:
             async with asyncio.timeout(self._drain_seconds):
                 await self._hotswap.wait_until_idle()
         except TimeoutError:
+            # Turns that are left lose their call, and wait in `_ask_policy` until the window or their own time is over.
             log.warning("not drained in time: the engine is stopped all the same", leases=self._hotswap.num_leases)

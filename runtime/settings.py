@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 Settings = TypeVar("Settings", bound=BaseModel)
 
 ENV_PREFIX = "RATCHET_"
+# Options of the client commands, not settings.
 ENV_OF_CLIENTS = frozenset({"RATCHET_URL", "RATCHET_KEY"})
 
 
@@ -59,6 +60,7 @@ def overlay(settings: Settings, changes: Mapping[str, object], *, origin: str) -
         BadSettings: as `read_settings`.
     """
     known = _list_keys(type(settings))
+    # Typed already, but strings among them pass `_parse` once more, which must leave them as they are.
     base = {given.key: given for given in _flatten(settings.model_dump(), "", "configuration", known)}
     return _build(type(settings), known, base, list(_flatten(changes, "", origin, known)))
 
@@ -101,6 +103,7 @@ def _list_keys(kind: type[BaseModel], prefix: str = "") -> dict[str, object]:
     """Return every dotted key of the model, sections included, with its annotation."""
     keys: dict[str, object] = {}
     for name, field in kind.model_fields.items():
+        # A dict of models, such as tools.mcp, stays one key; pydantic looks inside of it.
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys |= _list_keys(field.annotation, f"{prefix}{name}.")
         else:
@@ -164,6 +167,7 @@ def _parse(value: object, annotation: object) -> object:
         try:
             return json.loads(value)
         except json.JSONDecodeError:
+            # An item that contains a comma has to be given as JSON.
             return [part.strip() for part in value.split(",")]
     return value
 

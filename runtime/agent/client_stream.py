@@ -35,8 +35,10 @@ class ClientStream:
         index = piece["index"]
         if index not in self._client_index:
             piece = self._beginnings[index] = _join(self._beginnings.get(index), piece)
+            # A name may arrive in pieces, so what was held back is sent with the piece that completes it.
             if piece["function"]["name"] not in self._client_tools:
                 return None
+            # From 0 without gaps: clients use the index as a position in their list of calls.
             self._client_index[index] = len(self._client_index)
             return piece | {"index": self._client_index[index]}
         # Later pieces must not repeat the name, not even empty: clients add up the pieces of each field.

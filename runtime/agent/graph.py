@@ -50,7 +50,7 @@ log = structlog.get_logger()
 
 
 class Agent:
-    """Plays turns. It keeps no state of any one of them; `open_episodes` knows which are under way."""
+    """Plays turns. It keeps no state of any one of them; `open_episodes` lists those under way."""
 
     def __init__(
         self,
@@ -114,6 +114,7 @@ class Agent:
         """
         environment = self.environment(request.environment) if request.environment is not None else None
         self._check(request, environment)
+        # The lock outside the lease: a busy episode is rejected without waiting for the engine.
         with self.open_episodes.enter(request) as open_episode:
             pinned = (
                 open_episode.resumption.trajectory.policy if open_episode.resumption is not None else request.policy
@@ -123,6 +124,7 @@ class Agent:
                 playthrough = None
                 if environment is not None and request.task is not None:
                     playthrough = await environment.start(request.task)
+                # Nothing may await between `start` and `_play`, which closes the playthrough whatever happens.
                 episode = self._make_episode(request, open_episode, actor, environment, playthrough)
                 try:
                     trajectory = await self._play_traced(episode)
@@ -166,6 +168,7 @@ class Agent:
             actor=actor,
             reader=reader,
             episode_id=open_episode.episode_id,
+            # Drawn here and not when the row is written: spans and logs carry it from the first node on.
             trajectory_id=resumption.trajectory.id if resumption is not None else new_id("trj"),
             playthrough=playthrough,
             opening=opening,
@@ -184,6 +187,7 @@ class Agent:
         if resumption is not None:
             episode.resumption = resumption
             episode.trajectory = resumption.trajectory
+            # `resumption.steps` have no token ids (`OpenEpisodes._find`): nothing here may measure or store them again.
             episode.first_position = len(resumption.steps)
             episode.num_invalid_tool_calls = resumption.trajectory.num_invalid_tool_calls
         return episode
@@ -218,6 +222,7 @@ class Agent:
         if opening[0].get("role") in ("system", "developer"):
             return opening
         prompt = actor.policy.system_prompt
+        # An empty prompt of a policy is a decision too, and sends none.
         if prompt is None:
             prompt = environment.system_prompt if environment is not None else self._config.system_prompt
         return [{"role": "system", "content": prompt}, *opening] if prompt else opening
@@ -268,6 +273,7 @@ class Agent:
         except BudgetExceeded as exceeded:
             return _describe(exceeded)
         except TimeoutError:
+            # A tool's or a client's own TimeoutError is a failure of the episode, not its budget.
             if not limit.expired():
                 raise
             if episode.lost is not None:  # the engine's failure; as the policy's it would teach something false
@@ -309,6 +315,7 @@ async def _leave(episode: Episode) -> Outcome | None:
 
 async def _close(episode: Episode, stage: TrajectoryStage, error: str | None) -> Trajectory | None:
     """Close a playthrough that is still open, then the trajectory, if there is one; durable when it returns."""
+    # `return_exceptions` also catches a CancelledError of the environment: the trajectory is closed in any case.
     (problem,) = await asyncio.gather(_leave(episode), return_exceptions=True)
     if isinstance(problem, Exception):  # the episode ended for another reason, and that one is recorded
         log.warning("environment did not close", error=type(problem).__name__)
@@ -359,11 +366,13 @@ def _begin_state(episode: Episode) -> EpisodeState:
     """Return the messages that the model was shown before this turn: none where the episode only opens."""
     if episode.resumption is None:
         return {"messages": []}
+    # Must equal what `retrieve` returned in the first turn, or the prefix cache and the stitching of token ids miss.
     opening = show_memory(episode.opening, episode.record.memory_text)
     return {"messages": [*opening, *restore_messages(episode.resumption.steps)]}
 
 
 def _require_distinct_names(server_tools: Sequence[Tool], definitions: Sequence[ToolDefinition]) -> None:
+    # `act` tells the client's calls from the server's by their names alone.
     sources: dict[str, str] = {}
     named = [(tool.name, tool.source) for tool in server_tools]
     for name, source in [*named, *((tool["function"]["name"], "the request") for tool in definitions)]:

@@ -39,6 +39,7 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
             kind=kind,
             task=task.name if task else None,
             query_text=episode.task_text,
+            # A task's own episodes would show it its answer.
             exclude_task=task.name if task else None,
             tenant=request.tenant,
             user_id=episode.reader,
@@ -84,6 +85,7 @@ async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState
     assert resumption is not None
     handover = last_handover(resumption.steps)
     assert handover is not None
+    # By id, not by order: clients may send results in any order.
     names = {call["id"]: call["function"]["name"] for call in handover.tool_calls}
     episode.announce()
     for message in resumption.new_messages:
@@ -96,8 +98,11 @@ async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState
             content=text_of(message),
             tool_name=names.get(message.get("tool_call_id")),
             tool_call_id=message.get("tool_call_id"),
+            # With all of the client's own time, restarts of this server included.
             seconds=(now() - handover.created_at).total_seconds(),
         )
+    # The recorded reply before these, not the client's copy of it: the prompt must begin with the tokens sampled
+    # before.
     return {"messages": list(resumption.new_messages)}
 
 
@@ -122,6 +127,7 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
         seconds=completion.seconds,
         handover_digest=_digest_handover(episode, client_calls) if client_calls else None,
     )
+    # Although the turn may go on: if its budget ends it, this is the answer that is recorded.
     episode.answer = completion.content
     change: EpisodeState = {"messages": [completion.as_message()], "calls": server_calls}
     if client_calls:
@@ -146,6 +152,7 @@ async def _ask_policy(episode: Episode, messages: Sequence[Message]) -> Completi
         episode.lost = lost
     await episode.actor.engine.recover()  # limited by the episode's own time
     episode.lost = None
+    # Once: a request that kills the engine kills it twice at most.
     return await _call_model(episode, messages, _stream_of(episode))
 
 
@@ -172,6 +179,8 @@ def _seed_of(episode: Episode) -> int | None:
 
 def _digest_handover(episode: Episode, calls: Sequence[ToolCall]) -> str:
     """Return the digest of the conversation that the client's next request must begin with."""
+    # Must equal what the client received, tool calls of the server left out; resume.py forgives differences of form
+    # only.
     answer = {"role": "assistant", "content": episode.visible_text, "tool_calls": calls}
     return digest([*episode.request.messages, answer])
 
@@ -195,6 +204,7 @@ async def use_tools(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSt
             seconds=seconds,
         )
         messages.append({"role": "tool", "tool_call_id": call["id"], "content": result.content})
+        # Calls that follow in the same reply are dropped: the environment takes no more actions.
         if episode.playthrough is not None and episode.playthrough.is_done:
             return {"messages": messages, "calls": [], "answer": episode.playthrough.closing_text}
     if state.get("is_handed_over"):
@@ -255,5 +265,6 @@ async def _record(episode: Episode, kind: StepKind, *, tool_calls: Sequence[Tool
         created_at=now(),
         **values,
     )
+    # If this raises, the step must not be in `steps`: `next_position` counts only durable ones.
     await episode.memory.trajectories.append(step, trajectory=episode.record)
     episode.steps.append(step)

@@ -50,6 +50,7 @@ class OpenEpisodes:
     def __init__(self, memory: Memory, *, idle_seconds: float) -> None:
         self._memory = memory
         self._idle_seconds = idle_seconds
+        # In this process alone: between replicas, the guard on positions in `Trajectories.append` decides.
         self._locked: set[EpisodeKey] = set()
         self._is_paused = False
         self._sweeps_from = now()
@@ -93,6 +94,7 @@ class OpenEpisodes:
             if _key(trajectory) in self._locked:
                 is_busy = True
                 continue
+            # Token ids are most of a step's bytes and are not needed to continue.
             steps = self._memory.trajectories.steps(trajectory.id, with_token_ids=False)
             resumption = Resumption(trajectory, steps, tail)
             if resumption.is_sound:

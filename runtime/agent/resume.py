@@ -70,6 +70,7 @@ def split_at_answer(messages: Sequence[Message]) -> tuple[Sequence[Message], Seq
 
 def digest(messages: Sequence[Message]) -> str:
     """Return a SHA-256 hex digest that is equal for all equivalent forms of one conversation."""
+    # Stored digests outlive the process: a change of the canonical form loses every episode that waits for its client.
     canonical, num_values = [], 0
     for message in messages:
         num_values += sum(_count_values(call["function"].get("arguments")) for call in message.get("tool_calls") or ())
@@ -119,6 +120,7 @@ def _as_message(step: Step) -> Message:
 
 def _canonical(message: Message, *, is_parsed: bool) -> dict[str, Any]:
     role = message.get("role")
+    # As `Message.plain` (runtime/api/openai/chat_request.py) and `as_messages` (responses_request.py) map the roles.
     canonical = {"role": "system" if role == "developer" else role, "content": text_of(message)}
     if role == "tool":
         canonical["tool_call_id"] = message.get("tool_call_id")
@@ -139,6 +141,7 @@ def _value(arguments: object, is_parsed: bool) -> object:
     if not is_parsed:
         return arguments
     try:
+        # A limit: JavaScript writes 1.0 as 1, which is another digest; such a request begins a new trajectory.
         return json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
     except (json.JSONDecodeError, RecursionError):
         return arguments

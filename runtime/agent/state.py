@@ -26,6 +26,7 @@ from runtime.tools.base import Tool
 class EpisodeState(TypedDict, total=False):
     """The values that nodes pass on."""
 
+    # The reducer appends: a node that returned the whole list would double the prompt.
     messages: Annotated[list[Message], operator.add]
     """The prompt of the next model call; a node returns only what it adds."""
     calls: list[ToolCall]
@@ -56,6 +57,7 @@ class Budget:
             raise BudgetExceeded(f"no answer within {self.max_steps} steps")
         if self.num_tokens >= self.max_total_tokens:
             raise BudgetExceeded(f"no answer within {self.max_total_tokens} tokens")
+        # The prompt is not known yet, so the total may be exceeded by one call's prompt.
         return min(self.max_output_tokens, self.max_total_tokens - self.num_tokens)
 
     def spend(self, completion: Completion) -> None:
@@ -126,6 +128,7 @@ class Episode:
     @property
     def definitions(self) -> list[ToolDefinition]:
         """The definitions of all tools that the model may call."""
+        # In a fixed order: templates write the tools into the prompt, whose beginning the prefix cache is keyed by.
         return [*(tool.definition() for tool in self.tools.values()), *self.request.tools]
 
     @property

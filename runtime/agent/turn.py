@@ -116,6 +116,7 @@ class Turn:
         """The tool calls of the last reply that the client has to run."""
         if self.trajectory.stage is not TrajectoryStage.RUNNING or self.last_call is None:
             return []
+        # By position: an earlier call of this turn may have had the same id.
         run_here = {step.tool_call_id for step in self.steps if step.position > self.last_call.position}
         return [call for call in self.last_call.tool_calls if call["id"] not in run_here]
 
@@ -124,6 +125,7 @@ class Turn:
         """The reason in OpenAI's terms."""
         if self.open_tool_calls:
             return "tool_calls"
+        # FINISHED with an error means a spent budget; the API raises for a FAILED turn before it reads this.
         is_cut = self.last_call is not None and self.last_call.finish_reason == "length"
         return "length" if is_cut or self.trajectory.error else "stop"
 

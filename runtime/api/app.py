@@ -136,9 +136,10 @@ def create_app(services: Services) -> FastAPI:
             allow_headers=["*"],
             expose_headers=READABLE_HEADERS,
         )
+    # Outside CORS, which answers preflights itself: a request under a foreign host name must not reach even that.
     app.add_middleware(OriginCheck, config=services.server)
     app.add_middleware(RequestMetrics, telemetry=services.agent.telemetry)
-    app.openapi = partial(describe_api, app)
+    app.openapi = partial(describe_api, app)  # FastAPI calls it on every request of /openapi.json
     return app
 
 

@@ -45,7 +45,7 @@ async def show_redoc() -> HTMLResponse:
         title=TITLE,
         redoc_js_url=f"{ASSETS_URL}/redoc.standalone.js",
         redoc_favicon_url=f"{ASSETS_URL}/favicon.png",
-        with_google_fonts=False,
+        with_google_fonts=False,  # the page must load nothing from elsewhere
     )
 
 

@@ -27,7 +27,7 @@ A route raises one of the classes below, or lets an exception of memory or of th
     └── NotStored        507
 
 Invariant: every error answer has this shape.
-Hazard: the message of an unexpected exception may quote a user's text; it is sent to the client but not logged.
+Hazard: the message of an unexpected exception may quote a user's text; it is sent to the client, and not logged here.
 """
 
 from __future__ import annotations
@@ -288,6 +288,7 @@ KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     EngineError: (NotReady, "engine_not_ready"),
     EpisodeError: (EpisodeFailed, "episode_failed"),
     GameNotCompiled: (EpisodeFailed, "game_not_compiled"),
+    # Also the ValueError of a bug: it is answered with 400 and is not logged.
     ValueError: (BadRequest, "invalid_value"),
 }
 
@@ -305,6 +306,7 @@ def classify(error: Exception) -> ApiError:
     for parent in type(error).__mro__:
         if parent in KNOWN_EXCEPTIONS:
             kind, code = KNOWN_EXCEPTIONS[parent]
+            # The table may name only classes whose constructor takes a message and a code.
             return kind(str(error) or parent.__name__, code=code)
     return ApiError(f"{type(error).__name__}: {error}", code="internal_error")
 
@@ -319,7 +321,7 @@ def describe_invalid(error: RequestValidationError) -> ApiError:
             f"the body is not valid JSON: {reason} at character {first['loc'][-1]}", code="malformed_json"
         )
     field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header"))
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ")  # pydantic's prefix for a validator's ValueError
     value = "" if first["type"] == "missing" or field == "" else f" (got {_shorten(first.get('input'))})"
     more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
     return BadRequest(f"{field or 'the body'}: {message}{value}{more}", param=field or None, code="invalid_value")
@@ -367,5 +369,7 @@ def add_error_handlers(app: FastAPI) -> None:
     # Starlette types handlers as taking any Exception, although it calls each with its own class only.
     app.add_exception_handler(RequestValidationError, cast(ExceptionHandler, answer_invalid))
     app.add_exception_handler(HTTPException, cast(ExceptionHandler, answer_http))
+    # `Exception` alone is handled by Starlette outside of all middleware, and raised again after the answer: such a 500
+    # has no CORS headers, and uvicorn 0.54 logs it with its message.
     for kind in (ApiError, *KNOWN_EXCEPTIONS, Exception):
         app.add_exception_handler(kind, answer_exception)

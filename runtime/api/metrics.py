@@ -35,6 +35,7 @@ def metrics(server: Server) -> Response:
     """Prometheus' text format. `docs/grafana.json` is a dashboard for it."""
     registry = CollectorRegistry()
     registry.register(StateCollector(server))
+    # No name may be in both: Prometheus rejects a scrape that declares a metric twice.
     text = generate_latest(server.agent.telemetry.registry) + generate_latest(registry)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
@@ -123,6 +124,7 @@ def histogram(key: str, histograms: dict[tuple[str, ...], Histogram]) -> Metric:
     for values, measured in histograms.items():
         # Prometheus' buckets are cumulative, ours are not.
         cumulative = itertools.accumulate(list(measured.counts))
+        # Read without a lock while another thread counts: the sum may be a moment newer than the buckets.
         buckets = list(zip((*map(str, BOUNDS), "+Inf"), cumulative, strict=True))
         family.add_metric(values, buckets, measured.total_seconds)
     return family

@@ -117,6 +117,7 @@ def _converse(conversation: Conversation, url: str, key: str | None) -> None:
     system = list(conversation.messages)  # a copy: /new starts again from the system message
     print("Type a message; /help lists the commands, Ctrl-D quits.")
     with asyncio.Runner() as runner:
+        # One loop for the whole conversation: the client's connections belong to it.
         client = connect(url, key)
         try:
             while (line := _read_line()) is not None:

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import httpx
 
+# Equal to options.py's, which must not import this module: httpx would slow down every command.
 DEFAULT_URL = "http://127.0.0.1:8080"
 PATIENCE_SECONDS = 60.0
 """How long a server that has answered before is retried."""
@@ -139,6 +140,7 @@ class Client:
                 failure, patience = ErrorReply(_error_fields(response)), 0.0
                 if response.status_code in RETRIED_STATUSES:
                     patience = self._patience_seconds
+                    # In seconds, as this server sends it; the header's other form, a date, would raise.
                     pause = max(pause, float(response.headers.get("Retry-After", 0)))
             if time.monotonic() - started + pause > patience:
                 raise failure

@@ -98,6 +98,7 @@ def promote(
 
 def rollback(url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
     """Reactivate the previous policy."""
+    # Not repeatable: two rollbacks go back by two policies.
     post_and_print("/v1/policies/rollback", url, key, as_json, lambda policy: f"{policy['name']} acts again")
 
 
@@ -178,6 +179,7 @@ def feedback(
     def render(stored: dict[str, Any]) -> str:
         return f"{stored['feedback_id']} is kept with {stored['trajectory_id']}"
 
+    # Not repeatable: without an `id` a second post is a second piece of feedback.
     post_and_print("/v1/feedback", url, key, as_json, render, body)
 
 
@@ -187,4 +189,5 @@ def _parse_value(text: str) -> bool | int | float | str:
         value = json.loads(text)
     except json.JSONDecodeError:
         return text
+    # Only scalars: `null`, a list or an object stays the text that was typed.
     return value if isinstance(value, bool | int | float) else text

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from runtime.cli.client import Client
 
 POLL_SECONDS = 1.0
+# Keys of `OptimizerConfig`; the client must not import the optimizer.
 PLAY_NOTHING = {"environment": "", "practice_episodes": 0, "explore_episodes": 0}
 """Settings of a cycle that learns from logged episodes only."""
 
@@ -203,6 +204,7 @@ def require_ready(needs: dict[str, Any]) -> None:
 
 async def start_cycle(client: Client, settings: dict[str, Any]) -> str:
     """Start a cycle and return its id. Raises: ErrorReply (another one runs, invalid settings), ServerUnreachable."""
+    # Not repeatable: the first attempt may have started a cycle.
     return (await client.post("/v1/cycles", {"settings": settings}))["id"]
 
 
@@ -246,6 +248,7 @@ async def read_outcome(client: Client, cycle: dict[str, Any]) -> dict[str, Any]:
 
 async def decide_on(client: Client, version: str) -> dict[str, Any]:
     """Have the server decide on a candidate, and return the outcome. Raises: ErrorReply, ServerUnreachable."""
+    # Not repeatable: each comparison spends some of the active policy's error budget.
     decided = await client.post(f"/v1/policies/{version}/judge")
     report, markdown = await read_report(client, decided["cycle"])
     copied = {name: decided[name] for name in ("cycle", "reason", "policy", "active")}
@@ -254,7 +257,7 @@ async def decide_on(client: Client, version: str) -> dict[str, Any]:
 
 async def newest_report(client: Client) -> str | None:
     """Return the id of the newest cycle that has a report. Raises: ErrorReply, ServerUnreachable."""
-    newest = await client.get("/v1/cycles", limit=500)
+    newest = await client.get("/v1/cycles", limit=500)  # the server's largest page
     return next((cycle["id"] for cycle in newest["data"] if cycle["report_url"] is not None), None)
 
 

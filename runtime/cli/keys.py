@@ -57,6 +57,7 @@ def add_key_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
         limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
 
         async def on_server(client: Client) -> dict[str, Any]:
+            # Not repeatable: each attempt may have made a key whose secret nobody has seen.
             return await client.post("/v1/keys", {"name": name, "scopes": scope, "tenant": tenant, **limits})
 
         async def in_directory(keys: Keys) -> dict[str, Any]:

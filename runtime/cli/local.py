@@ -38,6 +38,8 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
         async def work() -> dict[str, Any]:
             with contextlib.suppress(ServerUnreachable):
                 async with Client(url, key=key) as client:
+                    # The server at the URL is asked, even if it owns another directory; `keys`, which creates
+                    # secrets, goes by the directory's lock instead.
                     return await client.post("/v1/index/rebuild")
             prepare_environment(settings)
             with open_memory_here(settings) as memory:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from runtime.cli.client import Client, QueryValue
     from runtime.config import RuntimeSettings
 
+# Port and host of `ServerConfig` (runtime/config.py), and equal to client.py's.
 DEFAULT_URL = "http://127.0.0.1:8080"
 
 Url = Annotated[str, typer.Option("--url", envvar="RATCHET_URL", help="The server's address.")]

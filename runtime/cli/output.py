@@ -40,6 +40,7 @@ class Failure(Exception):
 
 def progress_console(as_json: bool) -> Console:
     """Return the console for progress messages: standard error, silent with `--json`."""
+    # Markup is on here: data has to be escaped, or printed with `markup=False`.
     return Console(stderr=True, quiet=as_json, highlight=False)
 
 
@@ -51,6 +52,7 @@ def run_command(
     Raises:
         Failure: the work failed with an error that the user can understand.
     """
+    # A loop for each command: nothing that belongs to a loop may be kept at module level.
     result = asyncio.run(_raising_failures(work()))
     print_result(result, as_json=as_json, render=render)
     return result

@@ -17,6 +17,7 @@ from runtime.cli.client import Client, ErrorReply
 
 PREPARED_TOGETHER = 16
 """Tasks in one request for preparation: few enough to show progress, enough to keep all compilers busy."""
+# `EpisodeFailed.status` of runtime/api/errors.py, which imports FastAPI and would slow down the command.
 FAILED_EPISODE_STATUS = 502
 
 OnPlayed = Callable[[int, int, int], None]

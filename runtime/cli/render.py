@@ -34,6 +34,8 @@ STAGE_COLORS = {
 
 def make_table(*columns: str, title: str | None = None) -> Table:
     """Return an empty table; a column that starts with `#` is right-aligned."""
+    # A cell given as a str is markup on a console with markup on: cells with data are `Text`, or the console is
+    # print_result's.
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for column in columns:
         table.add_column(column.removeprefix("#"), justify="right" if column.startswith("#") else "left")
@@ -363,6 +365,7 @@ class Phases:
         self._phase = None
 
 
+# Keys are the values of memory.share_live (memory/config.py).
 SHARING = {
     "user": "Memory of a live request is shown to its own user alone; practice, to the whole tenant (docs/keys.md).",
     "tenant": "Memory is shown to the whole tenant, live requests included (memory.share_live).",

@@ -37,6 +37,7 @@ Compose = Callable[["Memory", "Phases"], "Services"]
 
 def prepare_environment(settings: RuntimeSettings) -> None:
     """Set the environment variables that libraries read, for this process and its children."""
+    # Before anything heavy is imported: huggingface_hub reads its variables once, at import.
     quiet = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -50,7 +51,7 @@ def prepare_environment(settings: RuntimeSettings) -> None:
     if is_all_here:  # a name of the hub must still be fetched
         quiet["HF_HUB_OFFLINE"] = "1"
     for name, value in quiet.items():
-        os.environ.setdefault(name, value)
+        os.environ.setdefault(name, value)  # an operator's own value wins
 
 
 def open_memory(settings: RuntimeSettings) -> Memory:
@@ -91,6 +92,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Return the listening socket; taken before anything slow begins, so that a taken port is known at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
+    # Otherwise a restart fails for a minute, while connections of the last process are in TIME_WAIT.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -145,6 +147,7 @@ async def live(
     starting = asyncio.ensure_future(start(services, settings, phases))
     settling = asyncio.ensure_future(freeze_startup_heap(services.memory))
     background: list[asyncio.Future[Any]] = []
+    # Into the directory's lock: `keys` and other commands find the owner's address there.
     services.memory.set_address(url_of(listener))
     try:
         if await wait_for_first(stop, starting, answering):
@@ -157,11 +160,13 @@ async def live(
             phases.begin(f"learning is refused: {training.detail}")
         phases.end()
         announce(services, listener, as_json=as_json)
+        # A background task never ends by itself: where one does, the server stops rather than serve without it.
         await wait_for_first(stop, answering, *background)
     finally:
         phases.begin("stopping")
         server.should_exit = True
         server.force_exit = starting.cancelled() or not starting.done()
+        # Not `await answering`, whose exception would skip the rest.
         await asyncio.wait({answering})
         await cancel_and_wait(starting, settling, *background)
         gc.unfreeze()  # some libraries complain of what is still there at the end
@@ -176,11 +181,11 @@ async def freeze_startup_heap(memory: Memory) -> None:
     """Exclude all objects from garbage collection once the libraries are loaded.
 
     Torch and similar libraries create a million permanent objects; each full collection traverses them and paused every
-    answer, on a busy machine for a second. No collection precedes the freeze: it would be such a pause, and frees
-    little.
+    answer, on a busy machine for a second.
     """
     while not memory.index.has_vectors:
         await asyncio.sleep(1.0)
+    # No collection before it: that would be such a pause, and frees little.
     gc.freeze()
 
 
@@ -189,6 +194,7 @@ async def start(services: Services, settings: RuntimeSettings, phases: Phases) -
     from runtime.errors import AdapterError
 
     memory = services.memory
+    # Before the engine starts: `require_ready` rejects turns until then, so a RUNNING trajectory is a dead process's.
     await memory.trajectories.close_orphans()
     phases.begin("opening tools")
     if services.toolbox is not None:
@@ -199,6 +205,7 @@ async def start(services: Services, settings: RuntimeSettings, phases: Phases) -
         active = memory.policies.active()
         phases.begin(f"putting on policy {active.name}")
         try:
+            # Ends at the base at the latest, which has no adapter that could be refused.
             return await services.hotswap.activate(active.version)
         except AdapterError as refused:
             before = await memory.policies.rollback()
@@ -239,7 +246,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 async def wait_for_first(stop: asyncio.Event, *tasks: asyncio.Future[Any]) -> bool:
-    """Wait until told to stop (True), or until a task ends; raise what ended it."""
+    """Wait until `stop` is set (True) or a task ends (False); raise the exception of a task that failed."""
     told = asyncio.ensure_future(stop.wait())
     try:
         done, _ = await asyncio.wait({told, *tasks}, return_when=asyncio.FIRST_COMPLETED)

@@ -33,6 +33,8 @@ def read_activity(leader: int) -> dict[int, ProcessActivity]:
     """Return the activity so far of all processes of a session, by process id; `leader` started the session."""
     activity = {}
     for name in os.listdir(PROC):
+        # The session (field 6 of proc(5), `fields[3]` here), not the parent: it also holds for grandchildren whose
+        # parent died.
         if name.isdigit() and (fields := _read_stat(name)) is not None and int(fields[3]) == leader:
             activity[int(name)] = ProcessActivity(fields[0], _read_threads(name))
     return activity
@@ -43,10 +45,10 @@ def is_held_up(
 ) -> bool:
     """Return whether other work kept a process from the processor or the disk during these seconds.
 
-    `without` is a process that is known to have answered, so it is not compared. If any process is stopped the answer
-    is False, because no other process can make progress then.
+    `without` is a process that is known to have answered, so it is not compared.
     """
     both = before.keys() & after.keys()
+    # A stopped process keeps the others from any progress, however long they wait.
     if any(_is_stopped(before[pid], after[pid]) for pid in both):
         return False
     others = both - {without} or both
@@ -69,6 +71,7 @@ def _waits(before: ProcessActivity, after: ProcessActivity, seconds: float) -> b
 def _read_stat(name: str) -> list[str] | None:
     """Return the fields of /proc/PID/stat from the state on; None for a process that has ended."""
     try:
+        # From the last ")": the command's name in parentheses may itself hold spaces and parentheses.
         return (PROC / name / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
@@ -78,6 +81,7 @@ def _read_threads(name: str) -> dict[int, tuple[float, float]]:
     threads = {}
     try:
         for thread in os.listdir(PROC / name / "task"):
+            # In nanoseconds: time on the processor, and time in its queue. The third figure counts time slices.
             ran, waited, _ = (PROC / name / "task" / thread / "schedstat").read_text().split()
             threads[int(thread)] = (int(ran) / NANOSECONDS, int(waited) / NANOSECONDS)
     except OSError:

@@ -21,4 +21,5 @@ class CacheSalts:
         """Return the parameters to add to a tenant's model calls; none for the default tenant."""
         if not tenant:
             return {}
+        # Hex, because vLLM takes at most 128 characters, and no `@`, `/` or backslash.
         return {"cache_salt": hmac.new(self._secret, tenant.encode(), hashlib.sha256).hexdigest()}

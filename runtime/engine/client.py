@@ -154,7 +154,9 @@ class EngineClient:
         if not reply.finish_reason:
             raise EngineLost("the engine stopped in the middle of its answer")
         try:
+            # Only the joined text: the two halves of a surrogate pair may arrive in two pieces.
             reply.content = clean(reply.content)
+            # The ids stay as they were streamed: the client sends its results under those.
             reply.tool_calls = _normalize_calls([calls[index] for index in sorted(calls)])
             _require_types(reply)
         except (TypeError, AttributeError) as error:
@@ -171,6 +173,7 @@ class EngineClient:
         Raises:
             PolicyError
         """
+        # `prompt_logprobs: 0` returns the prompt's own tokens only, keyed by the token id as a string.
         body = {"model": model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         answer = await self._post("/v1/completions", self._with_priority(body))
         try:
@@ -181,6 +184,7 @@ class EngineClient:
 
     async def probe(self, model: str | None = None) -> bool:
         """Return whether `model` (the base by default) generates a real token."""
+        # A generated token, not /health, which answers 200 on an engine that generates nothing (vllm#39863).
         body = {"model": model or self.model, "prompt": [1], "max_tokens": 1, "temperature": 0, "ignore_eos": True}
         try:
             answer = await self._post("/v1/completions", self._with_priority(body))
@@ -210,8 +214,10 @@ class EngineClient:
             EngineError: the engine does not answer.
         """
         try:
+            # Never `load_inplace`: vLLM 0.32 then reads the files again at every step.
             await self._change_adapters("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
         except AdapterError as error:
+            # vLLM has no code for it: the wording of 0.32 is the only sign.
             if "already been loaded" not in str(error):
                 raise
 
@@ -221,8 +227,10 @@ class EngineClient:
         Raises: as `load_adapter`.
         """
         try:
+            # vLLM forgets only the name; the weights stay in memory until its LRU evicts them (vllm#54839).
             await self._change_adapters("/v1/unload_lora_adapter", {"lora_name": name})
         except AdapterError as error:
+            # As above: the wording of vLLM 0.32.
             if "cannot be found" not in str(error):
                 raise
 
@@ -237,6 +245,8 @@ class EngineClient:
             await self._request("POST", path, body)
         except PolicyError as error:
             if error.status is None:
+                # No status means no answer: nothing is known of the adapter, and `HotSwap.follow` retries after an
+                # EngineError.
                 raise EngineError(str(error)) from error
             raise AdapterError(f"the engine refused adapter {body['lora_name']!r}: {error}") from error
 
@@ -248,6 +258,7 @@ class EngineClient:
         sampling: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Return the body of a chat call. All text of a prompt passes here, so special tokens are removed here."""
+        # Token ids as sampled: training on a chat that is rendered again would learn other tokens.
         body = {"model": model, "messages": self.marks.clean_messages(messages), "return_token_ids": True}
         if tools:  # vLLM rejects an empty list
             tools = tools if self.enforces_schemas else ask_for_schemas(tools, sampling.get("tool_choice"))
@@ -292,8 +303,11 @@ class EngineClient:
             raise _connection_error(error) from error
 
     def _open_session(self) -> aiohttp.ClientSession:
+        # At the first use, because a session belongs to the running event loop.
         if self._session is None or self._session.closed:
+            # `sock_read` is the time between two pieces; without a stream the whole answer is one piece.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=self._timeout_seconds)
+            # No limit: at aiohttp's 100 connections a probe would wait behind calls, out of reach of its priority.
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
             headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else None
             self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers)
@@ -367,6 +381,7 @@ def _raise_error(status: int, text: str) -> None:
         message = json.loads(text)["error"]["message"]
     except (json.JSONDecodeError, KeyError, TypeError):
         message = _shorten(text)
+    # vLLM's wording; it has no code for a full context.
     if status == 400 and "maximum context length" in message:
         raise BudgetExceeded(f"the conversation fills the model's context: {message}")
     raise _kind_of(status)(f"the engine answered {status}: {message}", status=status)
@@ -375,6 +390,7 @@ def _raise_error(status: int, text: str) -> None:
 def _kind_of(status: int) -> type[PolicyError]:
     if status == 400:
         return RequestRefused
+    # Before the other 5xx: as EngineLost, `_ask_policy` would repeat the call to a busy engine.
     if status in (429, 503):
         return EngineBusy
     return EngineLost if status >= 500 else PolicyError
@@ -387,6 +403,7 @@ def _decode_event(data: bytes) -> dict[str, Any]:
         raise PolicyError(f"a piece of the engine's answer is not JSON: {_shorten(data)}") from None
     if not isinstance(event, dict):
         raise PolicyError(f"a piece of the engine's answer makes no sense: {_shorten(event)}")
+    # After a 200 the status is sent already, so vLLM reports a failure as one more event.
     if "error" in event:
         problem = event["error"]
         message = problem.get("message") if isinstance(problem, dict) else problem
@@ -412,6 +429,8 @@ async def _split_lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 def _connection_error(error: Exception) -> PolicyError:
+    # First: a ConnectionTimeoutError is a TimeoutError too. A silent engine is not EngineLost, because `_ask_policy`
+    # would then make a call of `call_timeout_seconds` once more.
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
         return EngineLost(f"the engine cannot be reached: {error}")
     if isinstance(error, TimeoutError):

@@ -33,4 +33,5 @@ def ask_for_schemas(tools: Sequence[dict[str, Any]], tool_choice: object) -> lis
 
 
 def _as_strict(function: dict[str, Any]) -> dict[str, Any]:
+    # `strict` is part of the prompt that the model reads: our own engine does without (tool_call_grammar.py).
     return {**function, "parameters": as_object_schema(function.get("parameters")), "strict": True}

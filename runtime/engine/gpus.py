@@ -34,6 +34,7 @@ def list_gpus() -> list[Gpu]:
     """Return the GPUs that PyTorch can use; none without a driver or with PyTorch's CPU build. Blocks: call it in a
     thread."""
     tool = shutil.which("nvidia-smi")
+    # A GPU that PyTorch's build cannot use must not appear: the trainer would be sent to it.
     if tool is None or importlib.metadata.version("torch").endswith("+cpu"):
         return []
     try:
@@ -50,6 +51,7 @@ def parse_gpus(output: str) -> list[Gpu]:
     """Return the GPUs in nvidia-smi's output for `QUERY`, without those that report no memory."""
     gpus = []
     for line in output.splitlines():
+        # The name is last and not split, because it may contain a comma.
         parts = [part.strip() for part in line.split(",", 4)]
         if len(parts) == 5 and parts[2].isdecimal() and parts[3].isdecimal():
             gpus.append(Gpu(parts[0], parts[1], parts[4], int(parts[2]) * MIB, int(parts[3]) * MIB))
@@ -64,4 +66,5 @@ def find_engine_device(gpus: list[Gpu], environ: Mapping[str, str] = os.environ)
     first = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
     if not first:
         return gpus[0].index
+    # CUDA accepts the beginning of a UUID too.
     return next((gpu.index for gpu in gpus if first == gpu.index or gpu.uuid.startswith(first)), first)

@@ -27,6 +27,7 @@ PARSERS_BY_ARCHITECTURE = {"Qwen": "hermes", "Llama": "llama3_json", "Mistral": 
 # Beginnings of a tool call. In the text of a reply they mark a call that vLLM's parser could not read.
 CALL_BEGINNINGS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 
+# No pickles (*.bin, *.pt) and no *.py: loading them would run code of the repository.
 NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -44,6 +45,7 @@ def find_model(name: str | None) -> Path:
         if not (directory / "config.json").is_file():
             raise ValueError(f"{name!r} is not a model directory: it has no config.json")
         return directory.resolve()
+    # A leading point is a missing local directory: "./model" has the form of an id too.
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(f"no model at {name!r}: give a directory, or an id such as Qwen/Qwen2.5-0.5B-Instruct")
     from huggingface_hub import (

@@ -42,6 +42,7 @@ log = structlog.get_logger()
 
 OnProgress = Callable[[str], None]
 
+# Run as a file: it imports nothing of ours, so that little time passes before it calls prctl.
 CHILD = Path(__file__).with_name("child.py")
 NO_TOOLS = (
     "the model's chat template shows no tools: requests with tools are refused; give a template that does with "
@@ -64,6 +65,7 @@ PHASES = (
     ("Starting to load model", "loading the weights"),
     ("KV cache size", "reserving memory for attention"),
     ("init engine", "opening its port"),
+    # This one decides: a start is only complete after it. If vLLM words the others differently, only progress is lost.
     ("Application startup complete", "generating a first token"),
 )
 TROUBLE = re.compile(r"\b\w*(Error|Exception|error|Killed|refused)\b.*")
@@ -154,6 +156,7 @@ class Engine:
 
     async def stop(self) -> None:
         """End the child and every process that it started; an external server goes on."""
+        # Before the child ends: `watch` must find the engine stopped, not dead, or it starts another.
         self._is_stopped = True
         self._ready.clear()
         self._is_down.set()
@@ -197,10 +200,10 @@ class Engine:
             raise EngineError(f"the engine is not ready; its log is {self.log_path}") from None
 
     async def recover(self) -> None:
-        """Wait without a limit until the engine generates a token again. For callers whose call was lost: `is_ready`
-        alone proves nothing, because a dead engine may not have been noticed yet."""
+        """Wait without a limit until the engine generates a token again. For callers whose call was lost."""
         while True:
             await self._ready.wait()
+            # A token, not `is_ready` alone: a dead engine may not have been noticed yet.
             if await self._probe_within(self.config.probe_timeout_seconds):
                 return
             await asyncio.sleep(RECOVERY_PAUSE_SECONDS)
@@ -232,6 +235,7 @@ class Engine:
         try:
             await asyncio.wait({trouble, suspension}, return_when=asyncio.FIRST_COMPLETED)
             if trouble.done():
+                # Raises what the task raised: an error here is a bug, not a dead engine.
                 trouble.result()
         finally:
             trouble.cancel()
@@ -266,9 +270,8 @@ class Engine:
     async def _is_alive(self, exited: asyncio.Future[int] | None) -> bool:
         """Return whether the engine generates tokens, by a probe of one token.
 
-        A late probe is no proof of death while the engine's count of tokens grows, because it may wait behind other
-        calls; nor while a first count arrives only late, because then the engine's own loop was busy. An engine that
-        other work keeps from the processor gets `LONGEST_STALL_SECONDS`.
+        A late probe is no proof of death while the engine's count of tokens grows or a first count arrives only late.
+        An engine that other work keeps from the processor gets `LONGEST_STALL_SECONDS`.
 
         Takes at most `probe_timeout_seconds`: two thirds for the probe and the first count, one third for the last.
         """
@@ -295,6 +298,7 @@ class Engine:
             await asyncio.sleep(max(0.0, min(look_seconds, rest_seconds)))
             first = before.result() if before.done() else None
             last = await self._count_tokens(look_seconds)
+            # A growing count: the probe waits behind other calls. No first count: the engine's own loop was busy.
             if last is not None and (first is None or last > first):
                 self._stalled_since = None
                 return True
@@ -340,8 +344,10 @@ class Engine:
 
     async def _restart(self, *, is_planned: bool = False) -> None:
         """End the rest of the child and start another, until one is up with its adapters or the engine is stopped."""
+        # No limit: every caller has its own deadline, and only `stop` and `suspend` end this.
         for attempt in itertools.count():
             await self._end_child(signal.SIGKILL)  # a dead or stuck child does not end gracefully
+            # Not interrupted: `suspend` waits for the rest of this pause.
             await asyncio.sleep(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
             if self._is_stopped or self._suspended.is_set():
                 return
@@ -406,6 +412,7 @@ class Engine:
                 str(CHILD),
                 str(os.getpid()),
                 *arguments,
+                # Our key is last, because an inherited VLLM_API_KEY must not win.
                 env=os.environ | server_environment(self.config) | {KEY_VARIABLE: self._api_key},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log_file,
@@ -442,10 +449,7 @@ class Engine:
         return f"{what}; its last words: {find_last_words(text)}; the whole log: {self.log_path}"
 
     async def _end_child(self, *signals: signal.Signals) -> None:
-        """End the child's process group, by SIGTERM and then SIGKILL, or by the given signals.
-
-        If this is cancelled the child stays registered, and the next call waits for its end.
-        """
+        """End the child's process group, by SIGTERM and then SIGKILL, or by the given signals."""
         process = self._process
         if process is None:
             return
@@ -456,12 +460,14 @@ class Engine:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_SECONDS):
                     await process.wait()
+        # Only now: if this was cancelled, the next call waits for the same child.
         if self._process is process:
             self._process = None
 
 
 def find_last_words(text: str) -> str:
     """Return the last lines of an engine's log that mention errors, or its last lines."""
+    # Twice, because a line may have two prefixes: the process's and the logger's.
     lines = [NOISE.sub("", NOISE.sub("", line)).strip() for line in text.splitlines()]
     lines = [line for line in lines if line]
     troubled = [line for line in lines if TROUBLE.search(line) and not line.startswith(("File ", "raise "))]
@@ -469,6 +475,8 @@ def find_last_words(text: str) -> str:
 
 
 def _find_free_port() -> int:
+    # Another program may take the port before the child binds it: the child then ends, and a restart tries another
+    # port.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -38,13 +38,15 @@ def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[
         "model": model_path,
         "served-model-name": BASE,
         "max-loras": config.max_loras,
-        "max-cpu-loras": max(config.max_cpu_loras, config.max_loras),
+        "max-cpu-loras": max(config.max_cpu_loras, config.max_loras),  # vLLM refuses fewer than max-loras
         "max-lora-rank": config.max_lora_rank,
         "tool-call-parser": parser,
         "tool-parser-plugin": TOOL_CALLS,
         # Grammars for Mistral's own tokenizer need another backend, which only vLLM's automatic choice takes.
         "structured-outputs-config": None if (model_path / "tekken.json").is_file() else COMPACT_JSON,
-        "scheduling-policy": "priority",
+        "scheduling-policy": "priority",  # `EngineClient.has_priorities` relies on it
+        # Without max-num-queued-reqs: vLLM counts running requests there too and rejects in the middle of an episode.
+        # admission.py counts turns instead.
         "max-num-seqs": config.max_num_seqs,
         "generation-config": "vllm",  # or the model's own sampling defaults would apply
         "max-model-len": config.max_model_len,

@@ -36,7 +36,7 @@ def constrain(get_structural_tag):
         level = ToolStrictLevel.PARAMETER if forced else strict_level
         tag = get_structural_tag(self, request, reasoning=reasoning, strict_level=level)
         if tag is not None:
-            _bound(tag.format, forced)
+            _bound(tag.format, forced)  # in place, before vLLM compiles it
         return tag
 
     return get_constrained_tag
@@ -71,6 +71,7 @@ def keep_finished_calls(extract_tool_calls):
     return extract_finished_calls
 
 
+# Once only: a second import would wrap the wrapper.
 if not hasattr(ToolParser.get_structural_tag, "__wrapped__"):
     ToolParser.get_structural_tag = constrain(ToolParser.get_structural_tag)
 Hermes = ToolParserManager.get_tool_parser("hermes")

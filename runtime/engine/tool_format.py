@@ -19,6 +19,7 @@ from runtime.engine.model_families import parser_of_family, read_model_config
 PARSERS_BY_TEMPLATE = (
     ("<function=", "qwen3_coder"),
     ("<arg_key>", "glm45"),
+    # After the two above, whose templates contain this text as well.
     ("<tool_call>", "hermes"),
     ("[TOOL_CALLS]", "mistral"),
 )

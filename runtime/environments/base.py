@@ -1,7 +1,7 @@
 """The interface of environments, whose tasks can be played again.
 
 An `Environment` names tasks and starts them; a `Playthrough` is a started task: tools act on it, and closing it returns
-its `Outcome`. The interface knows neither policies nor rewards' use, so that evaluation and users share one code path.
+its `Outcome`. Nothing in it depends on a policy or on the use of rewards: evaluation and users share one code path.
 Invariant: the same task starts in the same state every time, in any process.
 """
 

@@ -58,7 +58,10 @@ class CompilerPool:
         pending = deque(jobs)
         failed: GameNotCompiled | None = None
         try:
+            # The first failure cancels the other workers, whose children are killed with them.
             async with asyncio.TaskGroup() as group:
+                # All workers take from one queue, and `popleft` has no `await` before it: no game is compiled twice by
+                # one caller.
                 for _ in range(min(self._num_children, len(jobs))):
                     group.create_task(self._work(pending, on_compiled))
         except* GameNotCompiled as errors:
@@ -128,6 +131,7 @@ class _Child:
             await self._process.stdin.drain()
         except (BrokenPipeError, ConnectionResetError):
             return False
+        # An empty line is the end of the process's output: each confirmation has its line feed.
         return bool(await self._process.stdout.readline())
 
     def error_tail(self) -> str:

@@ -28,6 +28,8 @@ from runtime.tools.base import Tool
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Never move a border or SEALED: seeds that a model trained on would become held-out, and old verdicts would compare
+# other games.
 FAMILIES = {
     "pretraining": range(100_000, 500_000),
     Split.PRACTICE: range(500_000, 900_000),
@@ -35,6 +37,7 @@ FAMILIES = {
 }
 SEALED = range(990_000, 1_000_000)
 """Held-out seeds that `TextWorld.tasks` never returns."""
+# This prompt and ACT are in every pretraining row: with other words the pocket model's weights no longer fit.
 SYSTEM_PROMPT = "You play a text game. Reach its goal by calling act with one short command at a time."
 ACT = {
     "type": "object",
@@ -69,7 +72,7 @@ class TextWorld(Environment):
         seeds = FAMILIES.get(split)
         if seeds is None:
             raise ValueError(f"textworld has no split {split!r}: use practice or held-out")
-        named = range(seeds.start, min(seeds.stop, SEALED.start))
+        named = range(seeds.start, min(seeds.stop, SEALED.start))  # the sealed seeds are inside of HELD_OUT
         return [self.task(str(seed)) for seed in named[offset : offset + num_tasks]]
 
     def sealed_tasks(self, num_tasks: int) -> list[Task]:
@@ -108,6 +111,7 @@ class CookingPlaythrough(Playthrough):
         warnings.filterwarnings("ignore", message="Game .* is not fully supported")
         infos = textworld.EnvInfos(score=True, max_score=True, won=True, lost=True, inventory=True)
         self._game = textworld.start(str(game_file), infos)
+        # This constructor runs on GAME_THREAD as well: loading a game uses the shared parsers.
         self._state: Any = self._game.reset()
         self.task = task
         self.task_text = f"{readable(self._state.feedback)}\n{readable(self._state.inventory)}"
@@ -143,6 +147,7 @@ async def _on_game_thread(function: Callable[P, R], *args: P.args, **kwargs: P.k
     return await asyncio.get_running_loop().run_in_executor(GAME_THREAD, partial(function, *args, **kwargs))
 
 
+# The transcripts of pretraining passed here too: other observations are foreign to the pocket model.
 _REMOVED_TEXT = re.compile(
     r"""
     ^.*?(?=You\ are\ hungry!)           # the banner

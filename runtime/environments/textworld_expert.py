@@ -25,6 +25,8 @@ from typing import Any
 
 from runtime.environments.textworld import FAMILIES, CookingPlaythrough, TextWorld
 
+# Each half of a rule is one token of the pocket model (optimizer/pretraining/tokenizer.py): new words need a new
+# pretraining.
 KITCHEN_RULES = {
     "fry": "cook _ with stove",
     "roast": "cook _ with oven",
@@ -95,6 +97,7 @@ def _plan(task_text: str, *, is_careful: bool) -> Iterator[Move]:
     ingredients, directions = read_recipe(cookbook.observation)
     lines = [*(f"{verb} the {food}" for verb, food in directions), LAST_DIRECTION]
     yield Move("open fridge", says="\n".join(f"{number}. {line}" for number, line in enumerate(lines, start=1)))
+    # From the last such words: a room's description may contain them too.
     carried = task_text.rsplit("You are carrying", 1)[-1]
     for food in ingredients:
         if food not in carried:

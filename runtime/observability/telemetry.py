@@ -47,6 +47,7 @@ STATE_METRICS = {
         "ratchet_retrieval_seconds", "Finding memories, by stage; `all` is one question.", ("stage",)
     ),
     "by_word_alone": StateMetric("ratchet_retrieval_without_meanings", "Questions that the index of meanings missed."),
+    # Names and labels are what docs/grafana.json reads, old words among them.
     "policy": StateMetric(
         "ratchet_policy_info",
         "1 for each policy that acts, may act soon, or is loaded.",
@@ -83,6 +84,7 @@ class Telemetry:
 
     def __init__(self, tracing: Tracing | None = None) -> None:
         self.tracing = tracing or Tracing()
+        # Not the library's global registry, where a second server in one process would register the same names.
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self._requests = Counter(
@@ -160,6 +162,7 @@ class Telemetry:
                     trace_reply(completion)
 
                 yield record_reply
+        # Not BaseException: a client that leaves is no failure of the model.
         except Exception as error:
             self._model_failures.labels(type(error).__name__).inc()
             raise
@@ -167,6 +170,8 @@ class Telemetry:
             seconds = time.perf_counter() - started
             self._model_seconds.labels(policy).observe(seconds)
             if (spent := _spent.get()) is not None:
+                # Changed in place and never replaced: LangGraph runs nodes in copies of the context, which would keep a
+                # new value to themselves.
                 spent.model_seconds += seconds
                 spent.num_calls += 1
 

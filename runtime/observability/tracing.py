@@ -45,6 +45,7 @@ class Tracing:
         self._tracer = tracer
         self._provider = provider
         self._with_content = with_content
+        # No baggage: what a client sends must not travel on to the collector.
         self._propagator = TraceContextTextMapPropagator()
 
     @contextlib.contextmanager
@@ -188,6 +189,7 @@ def open_tracing(environ: Mapping[str, str]) -> Tracing:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     is_named = environ.get("OTEL_SERVICE_NAME") or "service.name=" in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    # Never set as the process's provider: libraries that trace by themselves, such as Chroma, would export through it.
     provider = TracerProvider(resource=Resource.create({} if is_named else {"service.name": AGENT}))
     for name in names:
         provider.add_span_processor(BatchSpanProcessor(_make_exporter(name, environ)))

@@ -185,6 +185,7 @@ class HotSwap:
         Raises:
             UnknownPolicy, AdapterError, EngineError
         """
+        # Lock order: `_swapping`, then an entry's lock; leases take only the latter.
         async with self._swapping:
             loaded = self._entry_of(version)
             loaded.last_used = next(self._clock)
@@ -199,6 +200,7 @@ class HotSwap:
         """Activate each policy whose row becomes the active one, until cancelled."""
         seen = -1 if self._active is None else self._active
         while True:
+            # `seen`, not `_active`: a policy that was refused would be tried again without a pause.
             wanted = await self._policies.wait_for_change(seen)
             try:
                 await self._engine.wait_until_ready(READY_SECONDS)
@@ -238,8 +240,10 @@ class HotSwap:
     async def reload_adapters(self) -> None:
         """Load the active, the retired and the leased policies again after a restart of the engine, which starts
         without adapters."""
+        # A copy: leases add entries during the awaits below.
         for version, loaded in list(self._loaded.items()):
             loaded.is_loaded = False
+            # The engine becomes ready only after this: a lease in here would wait for itself.
             if version not in (self._active, self._retired) and not loaded.num_leases:
                 continue
             try:
@@ -253,6 +257,8 @@ class HotSwap:
         """Return the entry of a version, made at its first use; its adapter need not be loaded."""
         if version not in self._loaded:
             policy = self._policies.get(version)
+            # For ever: vLLM's prefix cache is keyed by name and path, and a reused one answers from the old adapter
+            # (vllm#42125).
             name = Path(policy.adapter_path).name if policy.adapter_path else self._engine.model
             self._loaded[version] = LoadedPolicy(policy, name)
         return self._loaded[version]
@@ -261,6 +267,7 @@ class HotSwap:
         """Check the adapter and have the engine load it; nothing to do for the bare base and a loaded one."""
         if loaded.is_loaded or loaded.path is None:
             return
+        # Threads of two adapters may hash the base at once; both write the same digest.
         loaded.manifest = await asyncio.to_thread(self._verify, loaded.path)
         await self._engine.client.load_adapter(loaded.served_name, str(loaded.path.absolute()))
 
@@ -301,10 +308,13 @@ class HotSwap:
         token_ids = expected.token_ids
         if len(token_ids) < 2:
             raise AdapterError(f"adapter {name!r} cannot be proved: its manifest holds no fingerprint")
+        # Both measured here and now: a fingerprint's base log-probs come from the trainer's kernels, whose rounding
+        # differs.
         base = await self._engine.client.token_logprobs(self._engine.model, token_ids)
         served = await self._engine.client.token_logprobs(name, token_ids)
         change = mean_distance(served, base)
         wanted = mean_distance(expected.adapter_logprobs, expected.base_logprobs)
+        # A NaN would pass both comparisons: `verify_adapter` has to reject weights that are not finite.
         if change < max(LEAST_CHANGE_NATS, LEAST_SHARE_OF_CHANGE * wanted):
             raise AdapterError(
                 f"adapter {name!r} is served as the bare base: its log-probs differ by {change:.4f} nats "
@@ -347,6 +357,8 @@ class HotSwap:
                 return  # leased or activated while this waited for the lock
             loaded.is_loaded = False  # before the call: a lease that begins during it has to load the adapter again
             try:
+                # The directory has to outlive this: vLLM may still read the files again for a call under way, and ends
+                # altogether if they are gone.
                 await self._engine.client.unload_adapter(loaded.served_name)
             except (EngineError, AdapterError) as error:  # a restart removes it as well
                 log.warning("adapter was not unloaded", adapter=loaded.served_name, error=str(error))

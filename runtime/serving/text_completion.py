@@ -17,6 +17,7 @@ from runtime.serving.policy import Actor
 
 log = structlog.get_logger()
 
+# `Policies.register_base` gives the bare base this version in every database.
 BASE_VERSION = 0
 REFUSALS = {400, 422, 501}
 """HTTP statuses with which OpenAI-compatible servers reject an unknown parameter."""

@@ -72,6 +72,7 @@ def public_socket_factory(is_allowed: IsAllowed = is_public) -> Callable[[AddrIn
     """Return a socket factory for aiohttp's connector that raises ToolError for addresses that are not allowed."""
 
     def open_socket(addr_info: AddrInfoType) -> socket.socket:
+        # Also for literal addresses, which aiohttp does not pass to its resolver.
         family, kind, proto, _, sockaddr = addr_info
         require_public(str(sockaddr[0]), is_allowed)
         return socket.socket(family, kind, proto)

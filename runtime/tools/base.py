@@ -68,6 +68,7 @@ class Tool:
     @cached_property
     def slots(self) -> asyncio.Semaphore | None:
         """A semaphore over the concurrent calls; None if they are unlimited."""
+        # Kept by this object alone: `replace` makes a tool with slots of its own, so replace before the first call.
         return None if self.max_concurrency is None else asyncio.Semaphore(self.max_concurrency)
 
 
@@ -86,6 +87,7 @@ async def run_tool(tool: Tool, arguments_json: str, *, tenant: str = "") -> Tool
     """Call `tool` with the JSON arguments that a model wrote; return its result or an error text. Never raises."""
     try:
         arguments = parse_arguments(arguments_json)
+        # On the event loop and outside of the deadline: a `pattern` in an MCP server's schema may backtrack for long.
         problem = jsonschema.exceptions.best_match(tool.validator.iter_errors(arguments))
     except ValueError as error:
         return invalid_call(str(error))
@@ -106,6 +108,7 @@ async def run_tool(tool: Tool, arguments_json: str, *, tenant: str = "") -> Tool
     # A task instead of `except Exception`: it separates a tool's exceptions from the cancellation of this coroutine.
     call = tool.call(arguments) if tool.call_for is None else tool.call_for(tenant, arguments)
     running = asyncio.ensure_future(call)
+    # No `await` between the acquired slot and this: a cancellation would lose the slot for good.
     running.add_done_callback(lambda ended: _release_slot(tool, ended))
     try:
         await asyncio.wait({running}, timeout=deadline - asyncio.get_running_loop().time())

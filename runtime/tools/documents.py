@@ -37,6 +37,7 @@ def document_search(find_passages: FindPassages) -> Tool:
         except StorageError as error:
             raise ToolError(f"the documents cannot be read now: {error}") from error
         text = "\n\n".join(passages) or "No passage fits; try other words."
+        # `join` returns a plain str: the mark of the passages has to be put on again.
         return UntrustedText(text) if any(isinstance(it, UntrustedText) for it in passages) else text
 
     async def search_documents(

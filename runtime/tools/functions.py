@@ -114,12 +114,10 @@ class _UncancellableFuture(asyncio.Future[str]):
 
 
 def _call_in_thread(function: Callable[..., Any], convert: Callable[[], dict[str, Any]]) -> _UncancellableFuture:
-    """Call a blocking function in a daemon thread of its own.
-
-    Not in a pool: tools that hang would fill it, and everything else that blocks would wait behind them.
-    """
+    """Call a blocking function in a daemon thread of its own."""
     loop = asyncio.get_running_loop()
     future = _UncancellableFuture(loop=loop)
+    # A thread begins with an empty context: logs of the tool would lose the trajectory's id.
     context = contextvars.copy_context()
 
     def work() -> None:
@@ -135,6 +133,7 @@ def _call_in_thread(function: Callable[..., Any], convert: Callable[[], dict[str
             loop.call_soon_threadsafe(settle)
 
     try:
+        # Not in a pool: tools that hang would fill it, and everything else that blocks would wait behind them.
         threading.Thread(target=work, name=f"tool-{function.__name__}", daemon=True).start()
     except RuntimeError as error:
         future.set_exception(ToolError(f"the tool could not run: {error}"))
@@ -159,6 +158,7 @@ def _public_functions(module: ModuleType) -> list[Callable[..., Any]]:
 
 def _model_arguments(function: Callable[..., Any], name: str) -> type[BaseModel]:
     """Return a pydantic model of the arguments."""
+    # Raises NameError for a type that is imported under TYPE_CHECKING only.
     hints = get_type_hints(function, include_extras=True)
     _, notes = _split_docstring(inspect.getdoc(function) or "")
     fields: dict[str, Any] = {}

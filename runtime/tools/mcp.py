@@ -103,6 +103,7 @@ class McpServer:
         try:
             result = await connection.client.call_tool(tool_name, arguments)
         except PROTOCOL_ERRORS as error:
+            # A death shows in three ways, by transport and moment: the task ended, this code, or an error below.
             if connection.has_ended or (isinstance(error, MCPError) and error.code == types.CONNECTION_CLOSED):
                 raise self._note_death(connection, error) from error
             raise ToolError(neutralise(str(error))) from error
@@ -120,6 +121,7 @@ class McpServer:
 
     async def _ensure_connection(self) -> _Connection:
         """Return the connection; reconnect if there is none and the backoff has passed. Raises: ToolError."""
+        # Held while connecting, so that concurrent calls start one process and not one each.
         async with self._connecting:
             if self._connection is not None and not self._connection.has_ended:
                 return self._connection
@@ -243,10 +245,11 @@ async def _open_client(config: McpServerConfig, log_path: Path) -> AsyncIterator
         if config.url is not None:
             # Values come from environment variables, so that secrets are not in the configuration file.
             headers = {header: _from_environment(name) for header, name in config.headers.items()}
-            timeout = httpx2.Timeout(30.0, read=300.0)
+            timeout = httpx2.Timeout(30.0, read=300.0)  # a call may take minutes between two bytes
             http = await stack.enter_async_context(httpx2.AsyncClient(headers=headers, timeout=timeout))
             transport = streamable_http_client(config.url, http_client=http)
         else:
+            # Appended to and never rotated: the server's own output decides its size.
             log_file: IO[str] = stack.enter_context(log_path.open("a", encoding="utf-8"))
             program, *arguments = config.command
             environment = {name: _from_environment(name) for name in config.env}
@@ -265,6 +268,7 @@ def _from_environment(name: str) -> str:
 async def _list_tools(client: Client) -> list[types.Tool]:
     tools: list[types.Tool] = []
     cursor = None
+    # Bounded: a server could hand out cursors for ever.
     for _ in range(MAX_TOOLS_PAGES):
         page = await client.list_tools(cursor=cursor)
         tools += page.tools

@@ -40,4 +40,5 @@ def recorded_tool(tool: Tool, find_result: FindResult) -> Tool:
             )
         return result
 
+    # Without `call_for` as well: `run_tool` prefers it, and it would reach the real tool.
     return replace(tool, call=call, call_for=None)

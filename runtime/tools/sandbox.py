@@ -115,15 +115,17 @@ def sandboxed_python(bwrap: str, limits: SandboxLimits) -> list[str]:
         bwrap,
         *(
             "--unshare-all",
+            # Named too: --unshare-all only tries to get a user namespace, and --disable-userns needs one.
             "--unshare-user",
             "--disable-userns",
             "--die-with-parent",
-            "--new-session",
+            "--new-session",  # otherwise code could type into the server's terminal (TIOCSTI)
             "--cap-drop",
             "ALL",
         ),
         *("--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"),
         *("--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"),
+        # Order: bubblewrap mounts in the order of its arguments, and nothing after the root was made read-only.
         *(word for path in readable for word in ("--ro-bind-try", path, path)),
         *("--proc", "/proc", "--dev", "/dev"),
         # bubblewrap's /dev has a /dev/shm of up to half of the memory; this limits it.
@@ -137,7 +139,7 @@ def sandboxed_python(bwrap: str, limits: SandboxLimits) -> list[str]:
 def drop_root_command() -> list[str]:
     """Return the command prefix that gives up root; empty if the server does not run as root.
 
-    Root would be dangerous inside the sandbox too, and the kernel does not apply RLIMIT_NPROC to it.
+    Root would be dangerous inside the sandbox too.
 
     Raises:
         ToolRefused: the server runs as root and `setpriv` is not installed.
@@ -150,6 +152,7 @@ def drop_root_command() -> list[str]:
             "the tool 'run_python' is never run as root, and no 'setpriv' is on the PATH to become somebody else: "
             "run the server as another user, install util-linux, or set tools.python = false"
         )
+    # The kernel does not apply RLIMIT_NPROC to root: as root a fork bomb would run.
     return [setpriv, "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--"]
 
 

@@ -142,6 +142,7 @@ def with_limits(tools: Sequence[Tool], limits: dict[str, ToolLimits]) -> list[To
 
 
 def _limited(tool: Tool, limits: ToolLimits) -> Tool:
+    # All other settings of `ToolLimits` must have the names of `Tool`'s fields.
     fields = {"side_effects": "has_side_effects", "trusted": "is_trusted"}
     changes: dict[str, Any] = limits.model_dump(exclude_none=True)
     return replace(tool, **{fields.get(name, name): value for name, value in changes.items()})

@@ -73,6 +73,7 @@ def check_url(text: str | URL) -> URL:
         raise ToolError(f"{text!r} is not a URL: {error}") from error
     if url.scheme not in ("http", "https"):
         raise ToolError(f"{str(url)!r} is not fetched: only http:// and https:// are")
+    # yarl knows the default ports: an explicit port 0 is refused too.
     if not url.host or not port:
         raise ToolError(f"{str(url)!r} names no host")
     if url.user is not None or url.password is not None:
@@ -95,6 +96,7 @@ async def _fetch(text: str, is_allowed: IsAllowed) -> str:
         headers=HEADERS,
         timeout=aiohttp.ClientTimeout(total=None),  # the tool's own deadline ends it
     ) as session:
+        # One by one and not by aiohttp, which would follow a redirect without `check_url`.
         for _ in range(MAX_REDIRECTS + 1):
             async with session.get(url, allow_redirects=False) as response:
                 if response.status not in REDIRECTS or "Location" not in response.headers:
@@ -117,6 +119,7 @@ async def _read_text(response: aiohttp.ClientResponse) -> str:
     if not response.content_type.startswith(TEXT_TYPES) and not response.content_type.endswith(("+json", "+xml")):
         raise ToolError(f"{str(response.url)!r} is {response.content_type}, not text")
     body = bytearray()
+    # Decompressed bytes, so that the limit below also ends a compressed bomb.
     async for chunk in response.content.iter_any():
         body += chunk
         if len(body) > MAX_BYTES:  # a declared length is not trusted

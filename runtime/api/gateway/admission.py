@@ -48,6 +48,7 @@ class ConcurrencyLimit:
         )
         # Tenants with slots are active too, however long ago they occupied them.
         active = set(self._num_occupied).union(recent)
+        # Never divided by zero: `_remember` has just made this tenant active.
         has_share = num_own < math.ceil(self._max_turns / len(active))
         num_reserved = self._max_turns // RESERVED_FRACTION if len(self._last_request_at) > 1 else 0
         if num_turns >= self._max_turns:

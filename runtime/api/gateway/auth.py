@@ -44,12 +44,16 @@ class AuthMiddleware:
         self._body_budget = BodyBudget(BODIES_AT_ONCE * services.limits.max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Lifespan only: `server_config` turns WebSockets off, which would pass here without a key.
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        # Open until `_app` returns, after the last byte of a stream: slot and bytes of the body count until then.
         with ExitStack() as resources:
             try:
+                # The decoded path, which the router matches too: percent-encoding could bypass a check of the raw one.
                 caller = None if is_open(scope["path"]) else self._authenticate(scope)
                 is_turn = caller is not None and self._admit(caller, scope)
+                # A rejected body has used one request of the quota; only the rejection by `_occupy_slot` is refunded.
                 receive = await self._read_body(caller, resources, scope, receive)
                 if caller is not None and is_turn:
                     resources.enter_context(self._occupy_slot(caller))
@@ -120,6 +124,7 @@ class AuthMiddleware:
         if not keys.is_required:
             return OPERATOR
         authorization = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        # Latin-1 decodes any bytes; UTF-8 would raise for a hostile header.
         scheme, _, token = authorization.decode("latin-1").partition(" ")
         row = keys.find(token.strip())  # before the scheme is checked: every bad key costs the same time
         if row is None or scheme.lower() != "bearer":
@@ -129,6 +134,7 @@ class AuthMiddleware:
         return self._caller_for(row)
 
     def _caller_for(self, row: ApiKey) -> Caller:
+        # The entry of a revoked key stays, but nothing leads to it: `keys.find` no longer returns its row.
         if row.id not in self._callers:
             quota = Quota(row.requests_per_minute, row.tokens_per_minute)
             self._callers[row.id] = Caller(row.tenant, frozenset(row.scopes), quota, row)
@@ -136,6 +142,7 @@ class AuthMiddleware:
 
     def _route_template(self, scope: Scope) -> str | None:
         """Return the declared path of the matching route, such as `/v1/cycles/{cycle_id}`; None without a match."""
+        # Linear in the routes, and matched again by the router: the permission must be known before the body is read.
         for route in self._routes:
             if route.matches(scope)[0] is Match.FULL:
                 return getattr(route, "path", "")

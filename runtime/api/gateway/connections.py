@@ -34,6 +34,7 @@ def server_config(app: ASGIApp, limits: LimitsConfig, **options: Any) -> uvicorn
     class ConfiguredConnection(BoundedConnection):
         max_connections = limits.max_connections
 
+    # No access log: paths hold the tokens of feedback links. No WebSockets: nothing authenticates them.
     return uvicorn.Config(app, http=ConfiguredConnection, ws="none", log_config=None, access_log=False, **options)
 
 
@@ -68,6 +69,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        # Also cancels the deadline for unread data.
         self.resume_writing()
         super().connection_lost(exc)
 
@@ -116,6 +118,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        # uvicorn 0.54 lets an answer wait for such a client without a limit.
         self._unread_deadline = self.loop.call_later(self.unread_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:

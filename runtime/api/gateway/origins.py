@@ -60,6 +60,7 @@ class OriginCheck:
         if len(named) > 1:
             raise BadRequest("the request names more than one host: send one Host header", code="invalid_host")
         host = named[0].lower() if named else ""
+        # Without the port: a rebinding page's name has the server's own port.
         name = strip_port(host)
         if host and name not in self._hosts and not (self._config.host in EVERY_ADDRESS and is_address(name)):
             raise Misdirected(
@@ -71,6 +72,7 @@ class OriginCheck:
 
     def _require_origin(self, host: str, headers: Headers) -> None:
         """Raise Forbidden for a request of a foreign page."""
+        # Browsers set both and pages cannot change them; some send only one of the two, so either may reject.
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         if origin is not None and origin in self._config.cors_origins:
             return

@@ -22,6 +22,7 @@ class Caller:
     """The tenant, scopes and quota of a request. Made by `AuthMiddleware`, read by the routes."""
 
     tenant: str = ""
+    # The default is the operator: a caller with a key must be made with all of its fields.
     scopes: frozenset[str] = frozenset({Scope.ADMIN})
     quota: Quota = field(default_factory=Quota)
     key: ApiKey | None = None
@@ -111,7 +112,7 @@ ROUTE_PERMISSIONS: dict[tuple[str, str], RoutePermission] = {
 
 
 def is_open(path: str) -> bool:
-    """Whether a path asks for no key."""
+    """Return whether a path needs no key."""
     return path in OPEN_PATHS or path.startswith((ASSET_PATHS, LINKED_PATHS))
 
 

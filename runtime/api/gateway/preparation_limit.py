@@ -34,6 +34,7 @@ class PreparationLimit:
                     limited="requests",
                     retry_after_seconds=RETRY_AFTER_SECONDS,
                 )
+        # No `await` between the check and this, or two requests pass one free slot.
         self._num_under_way.update(limits.keys())
         try:
             yield

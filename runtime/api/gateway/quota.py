@@ -50,6 +50,7 @@ class Quota:
         clock: Clock = time.monotonic,
     ) -> None:
         self._limits = {"requests": requests_per_minute, "tokens": tokens_per_minute}
+        # In memory alone: a restart fills the buckets, and each replica counts for itself.
         self._buckets = {kind: Bucket(limit, clock) for kind, limit in self._limits.items() if limit is not None}
 
     def admit(self) -> None:

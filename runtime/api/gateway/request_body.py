@@ -104,6 +104,7 @@ async def read_body(
         raise RequestTimeout(
             f"the body did not arrive within {limits.body_seconds:g} seconds: send it faster, or less of it"
         ) from error
+    # A copy: for a moment the body is in memory twice and counted once.
     return _replay([{"type": "http.request", "body": bytes(body), "more_body": False}], receive)
 
 

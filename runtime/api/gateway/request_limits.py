@@ -44,6 +44,7 @@ class JsonShapeCheck:
         outside = STRING.sub(rb"\1\1", self._open_string + piece + END)
         is_cut = outside.endswith((b"\x00\x00", b"\x00\\\x00"))
         self._open_string = b'"' + outside[-2:-1].replace(END, b"") if is_cut else b""
+        # An upper bound: an empty list counts as holding a value.
         self._num_values += outside.count(b",") + outside.count(b"[") + outside.count(b"{")
         if self._num_values > self._limits.max_json_values:
             raise TooLarge(
@@ -51,6 +52,7 @@ class JsonShapeCheck:
                 code="too_many_values",
             )
         brackets = outside.translate(None, NO_BRACKETS)
+        # At most one entry for a byte of the piece, so STEP_BYTES (request_body.py) bounds it.
         depths = list(itertools.accumulate((STEPS[bracket] for bracket in brackets), initial=self._depth))
         self._depth = depths[-1]
         if max(depths) > self._limits.max_json_depth:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 
+# Ids are stored in rows and kept by clients: their forms can be added to, never changed.
 _RESPONSE = re.compile(r"resp_([0-9a-f]+)_(\d+)")
 _LATER_ANSWER = re.compile(r"(trj_[0-9a-f]+)\.(\d+)")
 

@@ -56,6 +56,7 @@ async def create_completion(
 
     An episode that fails answers 502: `code` is the class of the error, `trajectory_id` leads to everything recorded.
     """
+    # First: all that follows takes time for each message.
     limit_messages(server, len(body.messages), "messages")
     extensions = read_extensions(body.metadata, safety_identifier=body.safety_identifier, user=body.user)
     check_request(body, extensions)
@@ -72,6 +73,7 @@ async def create_completion(
         tools=body.tools or (),
         sampling=body.sampling(),
     )
+    # After the checks, so that an invalid request is a 400 also while the engine starts.
     require_ready(server)
     if not body.stream:
         turn = await finish(request, server.agent, turn_request)
@@ -98,5 +100,6 @@ async def write_events(streamed: StreamedTurn, writer: ChunkWriter) -> AsyncIter
     except (ApiError, *KNOWN_EXCEPTIONS) as error:
         yield event(error_body(classify(error)))
     finally:
+        # Also when the client has left: Starlette then cancels this generator. After the end it does nothing.
         streamed.cancel()
     yield DONE

@@ -115,6 +115,7 @@ class ChunkWriter:
     def write(self, delta: Delta) -> str:
         """Return the event for a piece of the reply."""
         self._text += delta.text
+        # The indexes are those of `ClientStream`: `end` sends the calls from here on, which no delta contained.
         self._num_calls = max([self._num_calls, *(piece["index"] + 1 for piece in delta.calls)])
         change: dict[str, Any] = {"content": delta.text} if delta.text else {}
         if delta.calls:
@@ -126,7 +127,7 @@ class ChunkWriter:
         endings = []
         answer, calls = turn.answer or "", turn.open_tool_calls
         if answer and not self._text.endswith(answer):
-            # An environment's closing text is written by no model call, so no delta held it.
+            # An environment's closing text is written by no model call, so no delta contained it.
             endings.append(self._chunk({"content": f"\n{answer}" if self._text else answer}))
         unsent = [{"index": index, **call} for index, call in enumerate(calls) if index >= self._num_calls]
         if unsent:
@@ -134,6 +135,7 @@ class ChunkWriter:
         summary = summarize(turn).model_dump(mode="json")
         endings.append(self._chunk({}, finish=turn.finish_reason, ratchet=summary))
         if self._include_usage:
+            # An empty list, as OpenAI sends it: clients must not find a second choice here.
             endings.append(event({**self._head, "choices": [], "usage": _count(turn).model_dump()}))
         return endings
 
@@ -146,6 +148,7 @@ class ChunkWriter:
         **extra: Any,
     ) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
+        # OpenAI sends a null usage in all other chunks, and some clients read the field from each.
         usage = {"usage": None} if self._include_usage else {}
         return event({**self._head, "choices": [choice], **usage, **extra})
 

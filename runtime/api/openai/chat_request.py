@@ -55,6 +55,7 @@ class Message(BaseModel):
         for part in content:
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise ValueError(f"only text parts are understood, not {part.get('type')!r}")
+        # As `text_of` in runtime/agent/resume.py joins them, or the digest of a continued episode differs.
         return "".join(part["text"] for part in content)
 
     @model_validator(mode="after")
@@ -74,6 +75,7 @@ class Message(BaseModel):
     def plain(self) -> dict[str, Any]:
         """Return the message in the form that chat templates read."""
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        # Never None, which a chat template may write as the word "None".
         message["content"] = self.content if self.content is not None else ""
         for name in ("tool_calls", "tool_call_id", "name"):
             value = getattr(self, name)
@@ -125,6 +127,7 @@ class ChatRequest(EngineOptions):
     model_config = ConfigDict(extra="allow")
 
     model: str = Field(examples=["agent", "agent@v3"])
+    # FailFast: otherwise pydantic describes each invalid message of a large body.
     messages: Annotated[list[Message], FailFast()] = Field(default_factory=list)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -243,6 +246,7 @@ def read_extensions(
 def check_episode_id(episode_id: str) -> None:
     """Raise BadRequest for an id that the header `X-Episode-Id` cannot hold: an episode must not fail after it was
     played."""
+    # Starlette encodes headers as ISO 8859-1 and raises for anything else.
     is_latin = episode_id.isprintable() and max(episode_id, default="") <= "\xff"
     if not is_latin or episode_id.strip() != episode_id or len(episode_id) > MAX_EPISODE_ID_CHARS:
         raise BadRequest(
@@ -296,6 +300,7 @@ def refuse_unsupported(
 ) -> None:
     """Raise BadRequest for the first unknown parameter whose value requests something."""
     for name, value in extra.items():
+        # Official clients send explicit nulls and defaults, so `extra="forbid"` would reject sound requests.
         is_neutral = value is None or value is False or value in neutral.get(name, ())
         if name not in harmless and not is_neutral and not _is_empty(value):
             replacement = REPLACEMENTS.get(name, "")
@@ -350,6 +355,7 @@ def check_tool_results(messages: Sequence[Mapping[str, Any]]) -> None:
             missing[message["tool_call_id"]] -= 1
             continue
         _require_no_missing(missing, position)
+        # A Counter, because a model may give two calls of one reply the same id.
         missing = Counter(call["id"] for call in message.get("tool_calls") or ())
     _require_no_missing(missing, len(messages))
 

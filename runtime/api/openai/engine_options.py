@@ -22,4 +22,5 @@ class EngineOptions(BaseModel):
 
     def engine_options(self) -> dict[str, Any]:
         """Return the parameters that the request sets."""
+        # Of this class, not `type(self)`: a request's own class has all other parameters too.
         return {name: value for name in EngineOptions.model_fields if (value := getattr(self, name)) is not None}

@@ -36,7 +36,7 @@ def summarize(turn: Turn) -> EpisodeSummary:
         reward=turn.reward,
         success=turn.is_success,
         num_steps=size.num_steps,
-        num_turns=size.num_model_calls,
+        num_turns=size.num_model_calls,  # the field's old name stays: it is part of the API
         prompt_tokens=size.prompt_tokens,
         output_tokens=size.output_tokens,
         num_invalid_tool_calls=trajectory.num_invalid_tool_calls,

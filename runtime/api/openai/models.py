@@ -46,6 +46,7 @@ def resolve(name: str, policies: Policies) -> int | None:
     Raises:
         NotFound: no policy has that name; the message lists the existing names.
     """
+    # Not resolved here: between this and the lease another policy may become active.
     if name == ALIAS:
         return None
     prefix, at, version = name.partition("@")

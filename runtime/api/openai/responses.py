@@ -103,6 +103,7 @@ async def create_response(
         )
     messages = as_messages([*history, *items])
     limit_messages(server, len(messages), "input")
+    # Before the instructions are put in front: `param` counts the client's own items.
     check_conversation(messages)
     if instructions:
         messages.insert(0, {"role": "system", "content": instructions})
@@ -153,15 +154,18 @@ def read_history(
         raise TooLarge(str(problem), param="previous_response_id", code="conversation_too_large") from problem
     except UnknownResponse as problem:
         raise NotFound(str(problem), param="previous_response_id", code="previous_response_not_found") from problem
+    # Deleting one response of the chain ends it: nothing behind it can be continued.
     items = [item for each in chain for item in (*each.input, *each.body["output"])]
     waits = any(item["type"] == "function_call" for item in chain[-1].body["output"])
+    # A departure from OpenAI, where instructions hold for one request: a client that sends them once would split its
+    # episode.
     if instructions is None and waits:  # the same episode continues, so its instructions do
         return items, chain[-1].body["instructions"]
     return items, instructions
 
 
 class ResponseStore:
-    """Stores the response to one request, unless that wants nothing stored."""
+    """Stores the response to one request, unless the request sets `store` to false."""
 
     def __init__(self, memory: Memory, body: ResponseRequest, items: list[Json], tenant: str) -> None:
         self._memory = memory
@@ -181,6 +185,7 @@ class ResponseStore:
             input=self._items,
             body=response,
         )
+        # After the turn, in a transaction of its own: a crash in between loses the response, never the trajectory.
         await self._memory.responses.save(row)
 
 

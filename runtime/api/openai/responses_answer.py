@@ -76,6 +76,7 @@ def end_response(response: Json, turn: Turn, output: list[Json], context_tokens:
 
 def fail_response(response: Json, error: ApiError) -> Json:
     """Return the object of a response that failed."""
+    # OpenAI's codes are a closed list, which typed clients check; ours is not among them.
     return {**response, "status": "failed", "error": {"code": "server_error", "message": str(error)}}
 
 
@@ -111,7 +112,7 @@ def _count(turn: Turn) -> Json:
     size = turn.size
     return {
         "input_tokens": size.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},  # the engine's hits are not counted
         "output_tokens": size.output_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": size.prompt_tokens + size.output_tokens,
@@ -139,11 +140,11 @@ class EventWriter:
             yield from self._write_call(piece)
 
     def finish_items(self, turn: Turn) -> Iterator[str]:
-        """Yield the part of the answer that no delta held, and the end of the last item."""
+        """Yield the part of the answer that no delta contained, and the end of the last item."""
         sent = "".join(item["content"][0]["text"] for item in self.output if item["type"] == "message")
         answer, calls = turn.answer or "", turn.open_tool_calls
         if answer and not sent.endswith(answer):
-            # An environment's closing text is written by no model call, so no delta held it.
+            # An environment's closing text is written by no model call, so no delta contained it.
             yield from self._write_text(f"\n{answer}" if sent else answer)
         for index, call in enumerate(calls):
             if index >= self._num_calls:
@@ -160,6 +161,7 @@ class EventWriter:
         if not self._is_open("message"):
             item = _message_item("") | {"status": "in_progress", "content": []}
             yield from self._begin_item(item)
+            # After the item's event, which is a text by now: OpenAI announces the item without its part.
             item["content"] = [_part("")]
             yield self._in_part("response.content_part.added", part=_part(""))
         if text:
@@ -205,6 +207,7 @@ class EventWriter:
         return self._in_item(kind, content_index=0, **fields)
 
     def _event(self, kind: str, **fields: Any) -> str:
+        # Becomes text at once: the items in it are changed afterwards.
         body = {"type": kind, "sequence_number": self._num_events, **fields}
         self._num_events += 1
         return f"event: {kind}\ndata: {dump_json(body)}\n\n"

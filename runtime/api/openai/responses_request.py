@@ -167,6 +167,8 @@ def as_messages(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 messages.append({"role": "assistant", "content": ""})
             function = {"name": item["name"], "arguments": item["arguments"]}
             call = {"id": item["call_id"], "type": "function", "function": function}
+            # Text and calls in one message, as the reply was recorded: otherwise the digest in runtime/agent/resume.py
+            # differs and the episode is not continued.
             messages[-1].setdefault("tool_calls", []).append(call)
         else:
             messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]})

@@ -112,6 +112,7 @@ async def finish(request: Request, agent: Agent, turn_request: TurnRequest) -> T
         await asyncio.wait({playing, left}, return_when=asyncio.FIRST_COMPLETED)
         if not playing.done():
             raise ClientLeft("the client left before the answer")
+        # Both may have ended: then the answer counts.
         turn = playing.result()
     finally:
         left.cancel()
@@ -131,6 +132,7 @@ class StreamedTurn:
         self._start: TurnStart | None = None
         streamed = replace(turn_request, on_start=self._begin, on_delta=self._deltas.put)
         self._playing = asyncio.ensure_future(agent.rollout(streamed))
+        # Also after a failure and a cancellation: otherwise `deltas` waits for ever.
         self._playing.add_done_callback(lambda _: self._deltas.put_nowait(None))
 
     def _begin(self, start: TurnStart) -> None:
@@ -158,7 +160,7 @@ class StreamedTurn:
         finally:
             left.cancel()
             first.cancel()
-        assert self._start is not None
+        assert self._start is not None  # `on_start` precedes the first delta
         return self._start
 
     async def deltas(self) -> AsyncIterator[Delta]:
@@ -186,6 +188,8 @@ def raise_failure(turn: Turn) -> None:
         EpisodeFailed: the episode failed otherwise.
     """
     trajectory = turn.trajectory
+    # "RequestRefused" and "EngineBusy" are names of classes in runtime/errors.py, as `_describe` in the agent's
+    # graph.py stored them: a renamed class changes the status.
     kind, _, message = (trajectory.error or trajectory.stage.value).partition(": ")
     extra = {"trajectory_id": trajectory.id}
     refusal: ApiError | None = None
@@ -197,6 +201,7 @@ def raise_failure(turn: Turn) -> None:
         else:
             text = f"the episode failed: {kind}: {message}" if message else f"the episode ended {kind}"
             refusal = EpisodeFailed(text, code=kind, **extra)
+    # The word is in the message of `_raise_error` (runtime/engine/client.py); no other exhausted budget has it.
     elif turn.last_call is None and trajectory.environment is None and "context" in message:
         refusal = BadRequest(message, param="messages", code="context_length_exceeded", **extra)
     if refusal is not None:

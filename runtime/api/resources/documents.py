@@ -1,6 +1,6 @@
 """Routes for documents: add, list, search, read and remove texts that the agent can search.
 
-Invariant: every route sees the documents of the caller's tenant only.
+Invariant: every route reads the documents of the caller's tenant only.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ async def upload_document(
 ) -> DocumentDetail:
     """The same as multipart/form-data: `curl -F file=@handbook.md`."""
     try:
+        # The whole file at once: gateway/request_body.py has bounded the body.
         text = (await file.read()).decode("utf-8-sig")  # Windows' editors put a byte order mark in front
     except UnicodeDecodeError:
         raise BadRequest(

@@ -59,7 +59,7 @@ class FeedbackRequest(Target):
     name: str = Field(default=REWARD, min_length=1, max_length=200, description="The rated property.")
     value: FeedbackValue = Field(
         default=None,
-        union_mode="smart",
+        union_mode="smart",  # `true` and 1 must stay apart: retries compare bodies as JSON
         description="true, false, a number in [0, 1], or a word such as `thumbs_up`: a reward. Under another `name` "
         "than `reward`, a category or a text is stored unchanged.",
     )
@@ -81,6 +81,7 @@ class FeedbackRequest(Target):
     @field_validator("value")
     @classmethod
     def _require_finite(cls, value: FeedbackValue) -> FeedbackValue:
+        # Python's JSON parser accepts NaN and Infinity, and every comparison with NaN is false.
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("a number must be finite")
         return value
@@ -88,6 +89,7 @@ class FeedbackRequest(Target):
     @model_validator(mode="after")
     def _parse_reward(self) -> Self:
         if self.name == REWARD:
+            # Assigned without validation, as pydantic does by default: a validator on assignment would call this again.
             self.value = parse_reward(self.value)
         return self
 
@@ -194,6 +196,7 @@ def find_target(body: Target, memory: Memory, tenant: str) -> TargetColumns:
         answer_start = start_of(name)
     else:
         name, answer_start = body.episode_id, None
+        # A retry may find a newer trajectory: therefore bodies are compared without the trajectory's id.
         newest = memory.trajectories.newest_of(name, tenant=tenant)
         if newest is None:
             raise NotFound(f"no episode has the id {name!r}", param="episode_id", code="episode_not_found")

@@ -93,6 +93,8 @@ async def make_link(
     )
     path = f"/feedback/{load_signer(server).sign(link)}"
     return LinkAnswer(
+        # From the Host header, which `OriginCheck` has allowed; otherwise a forged one would put foreign links into
+        # mails.
         url=str(request.base_url).rstrip("/") + path,
         path=path,
         feedback_id=link.feedback_id,
@@ -121,6 +123,7 @@ async def post_form(token: str, server: Server, request: Request) -> HTMLRespons
     piece."""
     try:
         link = load_signer(server).verify(token)
+        # The body of a stranger is parsed only after the link was verified.
         feedback = parse_form(link, await _read_fields(request))
         await server.memory.feedback.post(feedback)
     except FeedbackConflict:
@@ -165,6 +168,7 @@ def parse_form(link: Link, fields: dict[str, str]) -> Feedback:
 def _parse_value(link: Link, text: str | None) -> bool | str | None:
     if text is None:
         return None
+    # Again on the server: the buttons of the page bind nobody.
     allowed = set(link.choices) or {"true", "false"}
     if text not in allowed:
         raise BadRequest(f"the value {text!r} is none of {sorted(allowed)!r}: use the buttons of the page")
@@ -184,6 +188,7 @@ async def _read_fields(request: Request) -> dict[str, str]:
         if len(body) > MAX_FORM_BYTES:
             raise BadRequest(f"the form is larger than {MAX_FORM_BYTES} bytes: shorten it")
     try:
+        # Not `request.form()`, which would accept file uploads too and write them to disk.
         fields = parse_qs(body.decode(), max_num_fields=10)
     except ValueError as error:
         raise BadRequest(f"the form cannot be read: {error}; use the page of the link") from error

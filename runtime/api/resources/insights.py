@@ -113,6 +113,7 @@ def describe_insight(insight: Insight, scope: str | None) -> InsightDetail:
 
 
 def name_scope(scope: str | None) -> ShownTo:
+    # None is nobody and empty is the tenant: a test of truth alone would mix them up.
     if scope is None:
         return "nobody"
     return "user" if scope else "tenant"

@@ -93,6 +93,7 @@ async def promote(version: Version, server: Server) -> PolicyDetail:
     require_ready(server)
     # The lease keeps the adapter loaded until it is active; without it another activation could unload it meanwhile.
     async with server.hotswap.lease(wanted):
+        # The row first: if this process dies now, the next start activates what the row says.
         promoted = await server.memory.policies.promote(wanted)
         await server.hotswap.wait_for(wanted)
     return describe_policy(promoted)
@@ -135,6 +136,7 @@ async def rollback_from(version: Version, server: Server) -> PolicyDetail:
     """Like `/rollback`, but safe to retry: rejected if another policy is active by now."""
     policies = server.memory.policies
     wanted, active = policies.get(version_name(version)), policies.active()
+    # For retries, not for races: a promotion between this check and the write is rolled back instead.
     if wanted.version != active.version:
         raise Conflict(f"policy {wanted.name} does not act, {active.name} does", param="version", code="not_active")
     return await roll_back(server)

@@ -97,6 +97,7 @@ def load_secret(directory: Path) -> bytes:
     """
     path = directory / SECRET_NAME
     try:
+        # No lock: routes call this on the event loop, one at a time, and a data directory has one owner.
         if not path.exists():
             _write_secret(path)
         path.chmod(0o600)  # a restored backup may have other permissions

@@ -168,6 +168,7 @@ async def get_trajectory(
     return TrajectoryDetail(
         **dict(describe_trajectory(memory.trajectories.with_reward(trajectory))),
         **{name: getattr(trajectory, name) for name in DETAIL_FIELDS},
+        # Token ids are read in any case, because the counts are their lengths.
         steps=[_describe_step(step, token_ids) for step in memory.trajectories.steps(trajectory_id)],
         rewards=[RewardDetail.model_validate(row, from_attributes=True) for row in rewards],
         feedback=[
@@ -191,6 +192,7 @@ async def close_trajectory(trajectory_id: str, server: Server, caller: RequestCa
         # RUNNING also covers a turn that is being played; closing it would lose its last steps.
         if trajectory.id not in {each.id for each in waiting}:
             raise Conflict(f"trajectory {trajectory.id!r} is being played: it closes by itself", code="episode_busy")
+        # No `await` between the look-up and the lock that this takes.
         trajectory = await server.agent.open_episodes.close(trajectory, None)
     return describe_trajectory(memory.trajectories.with_reward(trajectory))
 

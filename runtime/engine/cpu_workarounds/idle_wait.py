@@ -34,6 +34,7 @@ def sleep_while_waiting() -> None:
 def _block_at_once(wait):
     @wraps(wait)
     def wait_without_spin(self, timeout_ms=None):
+        # The attribute that vLLM 0.32 reads here; under another name this does nothing, without an error.
         self.busy_loop_s = 0.0
         wait(self, timeout_ms)
 

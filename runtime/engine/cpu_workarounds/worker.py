@@ -50,6 +50,7 @@ def expand_slice(inputs, weights, output, indices, slice_offset, slice_size, add
 
 def _rows_by_adapter(weights, indices):
     """Yield (row indices, matrix) for every adapter in this batch."""
+    # Loops over the adapters of a batch, not over its rows. `tolist` would wait for the device on a GPU.
     for slot in indices.unique().tolist():
         if slot >= 0:
             rows = (indices == slot).nonzero().squeeze(1)
@@ -69,6 +70,7 @@ def _reseed_dropped_rows(bookkeeping):
     def bookkeeping_without_offsets(self, *arguments, **options):
         generators = self.input_batch.generators
         is_dropped = self.discard_request_mask.np
+        # Removed for the call, so that vLLM finds no generator to turn back for these rows.
         dropped = {row: generators.pop(row) for row in list(generators) if is_dropped[row]}
         for generator in dropped.values():
             generator.manual_seed(generator.initial_seed())
