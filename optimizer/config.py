@@ -104,7 +104,9 @@ def choose_recipe(num_parameters: int, overrides: dict[str, Any] | None = None) 
     Raises:
         ValueError: an override names no entry of a recipe.
     """
+    # the limits rise and the last is infinite: the first that is larger decides, and one always is
     recipe = next(recipe for limit, recipe in RECIPES if num_parameters < limit)
+    # validated anew, not copied with `model_copy(update=...)`, which would let wrong names and types through
     return Recipe.model_validate({**recipe.model_dump(), **(overrides or {})})
 
 
@@ -123,6 +125,7 @@ def plan_steps(num_rows: int, *, batch_size: int, epochs: float, min_steps: int)
     def num_steps(size: int, times: float) -> int:
         return math.ceil(math.ceil(num_rows / size) * times)
 
+    # a recipe whose batch is below SMALLEST_BATCH already keeps it; the loop only halves larger ones
     while num_steps(batch_size, epochs) < min_steps and batch_size > SMALLEST_BATCH:
         batch_size = max(SMALLEST_BATCH, batch_size // 2)
     if num_steps(batch_size, epochs) < min_steps:
@@ -219,6 +222,8 @@ class EvaluationConfig(BaseModel, extra="forbid"):
     max_tokens_ratio: float = 1.5
     """Output tokens, and prompt tokens, per model call, candidate against incumbent."""
 
+    # cycle/release_gate.py computes a block's start back from its end by this number: the start moves if the
+    # temperature that users get is changed while a cycle is open and `temperature` is None
     def count_tasks(self, serving_temperature: float) -> int:
         """Return how many tasks the gate plays: half as many where the contestants try each several times."""
         temperature = serving_temperature if self.temperature is None else self.temperature
@@ -277,6 +282,7 @@ class OptimizerConfig(BaseModel, extra="forbid"):
             raise ValueError(
                 "nothing can be played without an environment: set practice_episodes and explore_episodes to 0"
             )
+        # "" stands for live traffic; "live" is the name of its split, easily taken for an environment
         if set(self.learn_from) & {"", "live", self.environment}:
             raise ValueError(
                 f"learn_from={self.learn_from!r} must name other environments than {self.environment!r}: live traffic "

@@ -47,6 +47,7 @@ class ContextTokens(Protocol):
 
 
 class ListTasks(Protocol):
+    # a stage that is repeated after a crash lists its tasks again: a listing that drifts would mix two blocks
     def __call__(self, environment: str, split: Split, num_tasks: int, offset: int = 0) -> list[Task]:
         """Return tasks; the same arguments always give the same tasks."""
         ...

@@ -46,6 +46,7 @@ class Need:
         return self.num_missing == 0
 
     def to_json(self) -> dict[str, object]:
+        # num_missing is a property, which asdict leaves out
         return {**asdict(self), "num_missing": self.num_missing}
 
 
@@ -103,6 +104,8 @@ def need_demonstrations(logged: Logged, rounds: Sequence[int]) -> Need:
     learnable, corrections, config = logged.learnable, logged.corrections, logged.config
     corrected = {each.trajectory.id for each in corrections}
     successes = [each.trajectory for each in learnable if each.is_success]
+    # must leave in all that data/demonstrations.py may take: counted too low, a cycle that could train is rejected.
+    # Length and template are not known yet
     imitable = [it for it in successes if it.may_teach and not it.num_invalid_tool_calls and it.id not in corrected]
     taught = [each.trajectory for each in corrections if each.trajectory.may_teach]
     per_task, corrections_per_task = config.demonstrations.per_task, config.teaching.corrections_per_task
@@ -133,6 +136,7 @@ def _count_playable(logged: Logged, rounds: Sequence[int]) -> tuple[int, str]:
     end of what it showed. One that won may learn from one round to the next: it is bounded by the caps alone.
     """
     config, active = logged.config, logged.active
+    # a round plays each of its tasks once: the longest per_task rounds together give each task its most successes
     most = sum(sorted(rounds, reverse=True)[: config.demonstrations.per_task])
     tries = [
         each
@@ -151,6 +155,7 @@ def need_preferences(logged: Logged, rounds: Sequence[int]) -> Need:
     """Return the need for pairs of replies. Rounds of practice are not counted: they may bring no contrast."""
     learnable, config = logged.learnable, logged.config
     wanted = config.preferences
+    # a pair takes two episodes of one task, a win and a loss
     num_explored = min(config.explore_episodes // 2, config.num_practice_tasks)
     # on the same task: different tasks give no pair
     won, lost = (

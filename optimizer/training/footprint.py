@@ -77,9 +77,11 @@ class ModelShape:
             layers, heads, vocab = config["num_hidden_layers"], config["num_attention_heads"], config["vocab_size"]
         except KeyError as error:
             raise ValueError(f"config.json does not say {error}; its memory cannot be estimated") from error
+        # head_dim is not always hidden / heads: Qwen3 sets its own
         head = config.get("head_dim") or hidden // heads
         queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
         weights = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner
+        # Qwen2 has biases on queries, keys and values although its config.json does not say so
         biases = queries + 2 * keys if config.get("model_type") == "qwen2" else 0
         embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
         return cls(
@@ -103,6 +105,7 @@ def read_shape(base_dir: Path) -> ModelShape:
     """
     shape = ModelShape.from_config(json.loads((base_dir / "config.json").read_text(encoding="utf-8")))
     tensors = read_headers(base_dir)
+    # the same layers as PEFT's "all-linear": every matrix but the embeddings and the LM head
     linear = [size for name, size in tensors.items() if len(size) == 2 and "embed" not in name and "head" not in name]
     return ModelShape(
         **vars(shape)
@@ -146,6 +149,7 @@ class Training:
         """Return the peak for rows of at most `length_tokens`, `rows_per_pass` of them in one forward pass."""
         sequences = rows_per_pass * self.loss.sequences_per_row
         tokens = sequences * length_tokens
+        # A and B of a layer have rank * inputs and rank * outputs parameters
         num_trained = self.lora_rank * self.shape.linear_width
         reference = FLOAT32 if self.loss.has_reference else 0
         head = min(tokens, TILE_TOKENS) * min(self.shape.vocab_size, TILE_VOCABULARY) * BYTES_PER_LOGIT
@@ -170,12 +174,15 @@ class Training:
 
     def longest_row(self, budget_bytes: int, limit_tokens: int) -> int:
         """Return the longest row that trains within the budget, at most `limit_tokens`; 0 if none does."""
+        # bisection: the footprint must grow with the length, which every term of it does
         return _largest(limit_tokens, lambda length: self.footprint(length).total <= budget_bytes)
 
     def rows_that_fit(self, budget_bytes: int, length_tokens: int, limit_rows: int) -> int:
         """Return how many rows of that length fit into one pass, a power of two or the limit; at least one."""
         rows = limit_rows
         while rows > 1 and self.footprint(length_tokens, rows).total > budget_bytes:
+            # powers of two divide the batches of the recipes, so that a step keeps its number of rows
+            # (trainer_arguments)
             rows = 1 << ((rows - 1).bit_length() - 1)  # the next lower power of two
         return rows
 
@@ -193,6 +200,7 @@ def layer_bytes_per_token(shape: ModelShape, lora_rank: int) -> int:
 
 def least_engine_bytes(shape: ModelShape, *, max_model_len: int, max_loras: int, lora_rank: int) -> int:
     """Return the least that serving takes: weights, adapters, attention for one longest sequence, workspace."""
+    # keys and values of one sequence; with less, vLLM does not start
     kv_cache = max_model_len * 2 * shape.num_layers * shape.key_width * BFLOAT16
     adapters = max_loras * lora_rank * shape.linear_width * BFLOAT16
     return shape.num_parameters * BFLOAT16 + adapters + kv_cache + ENGINE_WORKSPACE_BYTES
