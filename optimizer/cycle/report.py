@@ -177,7 +177,8 @@ def measure_saving(cells: Mapping[str, CellResult], policies: Sequence[PlayedPol
     tokens_before, tokens_after = before.per_call("prompt_tokens"), after.per_call("prompt_tokens")
     differences = [
         # NTH
-        _prompt_tokens_per_call(pair.theirs) - _prompt_tokens_per_call(pair.ours) for pair in pair_tasks(after, before)
+        _prompt_tokens_per_call(pair.theirs) - _prompt_tokens_per_call(pair.ours)
+        for pair in pair_tasks(after, before)
     ]
     mean, low, high = bootstrap_mean(differences)
     return {
@@ -203,8 +204,8 @@ def plot_success(cells: dict[str, dict[str, Any]], titles: Mapping[str, str], pa
     `titles`: names of policies -> titles; a policy without one is labelled by its name.
     """
     # imported late: matplotlib takes a second, and most processes draw nothing
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     # not pyplot: it keeps figures in global state, and this runs in a worker thread
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # up to the first hyphen, so names of policies have none

@@ -139,6 +139,7 @@ def _weigh_task(
     if all(len(replies) == 1 for replies in nodes.values()):
         counts["prompts_differ"] += 1
     for replies in nodes.values():
+        # quadratic in the different replies to one prompt; the tries of a task bound them
         for better, worse in permutations(replies.values(), 2):
             if not better.wins or not worse.losses:
                 continue
@@ -152,6 +153,7 @@ def _weigh_task(
                 counts["too_long"] += 1
                 continue
             ids = (preference.chosen_trajectory_id, preference.rejected_trajectory_id)
+            # the ids break ties: a repeated stage must write the same file
             found.append(((worse.survival - better.survival, *ids), preference))
     ranked = [preference for _, preference in sorted(found, key=lambda ranked: ranked[0])]
     counts["over_task_cap"] += max(0, len(ranked) - config.per_task)
@@ -169,6 +171,7 @@ class _Side:
 
     def bare_row(self, step: int) -> Row:
         """Return the row that holds model step number `step`, without the memory segment."""
+        # rows lie in the order of their steps
         number = next(number for number, row in enumerate(self.rows) if step <= row.last_step)
         if number not in self._bare:
             self._bare[number] = remove_memory(self.rows[number], self.edits)
@@ -218,6 +221,7 @@ class _Reply:
     @property
     def best(self) -> tuple[_Side, int]:
         """The win that needed the fewest steps more."""
+        # raises ValueError without a win: ask `wins` first (and `losses` before `worst`)
         return min((it for it in self.tries if it[0].graded.is_success), key=_order)
 
     @property

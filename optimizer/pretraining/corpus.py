@@ -51,6 +51,7 @@ OTHER_CUTS = ("peel _ with knife", "mince _ with knife", "grate _ with grater", 
 LAST_DIRECTION = "prepare meal"
 DONE = " - done"
 MAX_DIRECTIONS = 14
+# the tokenizer is trained with these: a change of one needs a new tokenizer, and so a new model
 PHRASES = (
     "Now ",
     DONE,
@@ -112,6 +113,7 @@ class Corpus:
         self.rng = random.Random(seed)
 
     def episode(self, mixture: Mixture) -> list[Piece]:
+        # one generator for everything: an added draw changes every later episode of a seed
         kind = self.rng.random()
         if kind < mixture.recitals:
             return self.recital()
@@ -120,6 +122,7 @@ class Corpus:
     def play(self) -> list[Piece]:
         """One whole game, with as much memory as `MEMORIES` says."""
         kitchen = Kitchen.draw(self.rng, self.foods)
+        # a bool is the key: True is the careful cook, whose games are all won (write_transcripts)
         cooks = self.transcripts[self.rng.random() >= HASTY_SHARE] or self.won
         transcript = self.rng.choice(cooks)
         kind = self.rng.choices(list(MEMORIES), list(MEMORIES.values()))[0]
@@ -251,6 +254,7 @@ class Corpus:
             if move["direction"]:
                 verb = move["direction"]
                 thought += f"\n{kitchen.shown_verb(verb)} the _ -> {({**COOKING, **CUTTING})[verb]}"
+            # cut as memory/records/exemplars.py cuts, or the model sees other exemplars when it serves
             lines.append(" ".join(thought.split())[:MAX_CHARS])
             lines += [f"> {kitchen.rename(move['command'])}", cut(kitchen.see(move["observation"]))]
         return "\n".join(line for line in lines if line)
@@ -276,6 +280,7 @@ class Kitchen:
     def of(cls, verbs: dict[str, str], foods: dict[str, str]) -> Kitchen:
         forms = {old: new for true, shown in verbs.items() for old, new in zip(FORMS[true], FORMS[shown], strict=True)}
         words = {**forms, **foods}
+        # a regular expression takes the first alternative that fits: "red apple" must come before "apple"
         longest_first = sorted(words, key=len, reverse=True)
         return cls(verbs, foods, re.compile(rf"\b({'|'.join(map(re.escape, longest_first))})\b"), words)
 
@@ -284,6 +289,7 @@ class Kitchen:
 
     def see(self, text: str) -> str:
         """Return what the game says, in this kitchen's words."""
+        # one pass: replaced one after the other, fry -> roast -> fry would undo itself
         return self.pattern.sub(lambda match: self.words[match[0]], text)
 
     def rename(self, command: str) -> str:
@@ -302,6 +308,7 @@ def draw_food_names(rng: random.Random, foods: Sequence[str]) -> dict[str, str]:
     if rng.random() < 0.5:
         return {food: food for food in foods}
     names = list(foods) + [invented_food(rng) for _ in range(len(foods) // 2)]
+    # sorted: the order of a set of strings differs between processes
     return dict(zip(foods, rng.sample(sorted(set(names)), len(foods)), strict=True))
 
 

@@ -131,6 +131,7 @@ def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, 
     buckets: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in recipe.lengths}
     while True:
         row = encode(corpus.episode(recipe.mixture(course.done)), tokenizer)
+        # the lengths must rise; an episode longer than the last is left out, not cut
         length = next((length for length in recipe.lengths if len(row[0]) <= length), None)
         if length is None:
             continue
@@ -147,6 +148,7 @@ def collate(rows: list[tuple[list[int], list[float]]], length: int, pad: int, ru
     for row, (row_ids, row_weights) in enumerate(rows):
         ids[row, : len(row_ids)] = torch.tensor(row_ids)
         weights[row, : len(row_ids)] = torch.tensor(row_weights)
+    # rules are recognised by their weight: no other token may have it (corpus.Weights)
     return Batch(ids, weights, weights == rule_weight)
 
 
@@ -154,6 +156,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
     """Return a new model, its induction circuit wired in."""
     torch.manual_seed(recipe.seed)
     config = Qwen2Config(
+        # rounded up for the kernels: the last ids have no token
         vocab_size=64 * math.ceil(len(tokenizer) / 64),
         hidden_size=recipe.hidden_size,
         num_hidden_layers=recipe.num_layers,
@@ -169,11 +172,14 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
     )
     model = Qwen2ForCausalLM(config)
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.05)
+    # after the embeddings: it overwrites what the initialisation put into the wired heads
     wire_induction(model, generator=torch.Generator().manual_seed(recipe.seed))
     return model
 
 
 def make_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    # Muon orthogonalises updates of matrices; embeddings are look-up tables and get AdamW. The tied LM head is the
+    # embedding
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
@@ -188,6 +194,7 @@ def loss_of(model: Qwen2ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.
     wanted = weights > 0
     with torch.autocast(batch.ids.device.type, torch.bfloat16):
         hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1]
+        # only positions with a weight: logits of all positions would need most of the memory
         logits = model.lm_head(hidden[wanted]).float()
     targets, weights = targets[wanted], weights[wanted]
     losses = F.cross_entropy(logits, targets, reduction="none")
@@ -213,6 +220,7 @@ def pretrain(
     course = Course(recipe.num_tokens)
     checkpoint = Checkpoint(beside / "checkpoint.pt", model, optimizers, course)
     if checkpoint.load(device):
+        # not the old sequence again: the episodes before the checkpoint have been seen
         corpus.rng = random.Random(f"{recipe.seed}-{course.step}")
     if recipe.is_compiled:
         model.model.compile(dynamic=False)
@@ -238,6 +246,8 @@ def pretrain(
 def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
+            # kept in the group, hence in the checkpoint: the next factor applies to the peak, not to the rate of the
+            # last step
             group.setdefault("peak_lr", group["lr"])
             group["lr"] = group["peak_lr"] * factor
 
@@ -272,6 +282,7 @@ class Checkpoint:
         """Go on from the file; False if there is none."""
         if not self.path.exists():
             return False
+        # weights_only: a pickle could run code
         state = torch.load(self.path, map_location=device, weights_only=True)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -295,6 +306,7 @@ class Checkpoint:
 
 def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write what vLLM and transformers load: bf16 safetensors, configuration, tokenizer with its template."""
+    # a copy: the checkpoint of the run stays in float32
     exported = copy.deepcopy(model)
     torch.nn.Module.to(exported, torch.bfloat16)
     exported.save_pretrained(out)
@@ -302,6 +314,7 @@ def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
 
 
 def _tokenizer(corpus: Corpus, out: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
+    # before the corpus is used: a resumed run must not draw the 3,000 texts again, nor get another vocabulary
     if (out / "tokenizer.json").exists():
         return load_tokenizer(out)
     texts = ["".join(piece.text for piece in corpus.episode(Mixture(recitals=0.02, drills=0.1))) for _ in range(3000)]

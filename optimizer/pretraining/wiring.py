@@ -38,9 +38,11 @@ def wire_induction(model: Qwen2ForCausalLM, *, num_readers: int = 2, generator: 
 def _note_previous_token(attention, head_dim: int, token_rows, note_rows, config) -> None:
     query, key = torch.zeros(head_dim), torch.zeros(head_dim)
     half = head_dim // 2
+    # transformers rotates dimension `pair` with `pair + half`, not with its neighbour
     for pair in range(NUM_FAST_PAIRS):
         angle = config.rope_parameters["rope_theta"] ** (-pair / half)  # radians per position
         key[pair] = POSITION_GAIN
+        # a query turned back by one position: it meets the key of the token before
         query[pair], query[pair + half] = POSITION_GAIN * math.cos(angle), -POSITION_GAIN * math.sin(angle)
     mine = slice(0, head_dim)
     attention.q_proj.bias[mine], attention.k_proj.bias[mine] = query, key
@@ -52,6 +54,7 @@ def _note_previous_token(attention, head_dim: int, token_rows, note_rows, config
 
 def _look_notes_up(attention, head: int, head_dim: int, token_rows, note_rows, generator) -> None:
     half, start = head_dim // 2, head * head_dim
+    # the slow half of the rotations: contents must match at any distance
     slow = [*range(half // 2, half), *range(half + half // 2, head_dim)]
     chosen = torch.randperm(head_dim, generator=generator)[: len(slow)]
     mine = slice(start, start + head_dim)
