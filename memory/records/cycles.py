@@ -55,10 +55,10 @@ class Cycles:
             if cycle.stage in FINAL_STAGES:
                 raise IllegalMove(f"cycle {cycle_id!r} ended as {cycle.stage!r}: open another")
             for name, value in fields.items():
+                # a new dict: SQLAlchemy does not notice a change inside the old one
                 setattr(cycle, name, cycle.artifacts | value if name == "artifacts" else value)
-            cycle.stage = str(
-                cycle.stage
-            )  # a member of CycleStage would be stored as its value, but stay a member here
+            # a member of CycleStage would be stored as its value, but stay a member here
+            cycle.stage = str(cycle.stage)
             if cycle.stage in FINAL_STAGES:
                 cycle.closed_at = now()
             session.add(cycle)

@@ -295,6 +295,7 @@ def _free_text(session: Session, insight: Insight, user_id: str, text: str) -> I
         if other.removed_at is None:
             twin = other
         else:
+            # deleted and not renamed: the unique constraint counts removed texts too (memory/schema.py)
             session.delete(other)
     session.flush()
     return twin

@@ -33,8 +33,8 @@ STAGES: tuple[Stage, ...] = (
 
 
 async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | None = None) -> Cycle:
-    """Open a cycle with these settings and note on it whose episodes it learns from and what it needs. With `seams`,
-    the memory for its trainings is checked as well.
+    """Open a cycle with these settings and record its pool of episodes and its needs. With `seams`, the memory for its
+    trainings is checked as well.
 
     Raises:
         CycleInProgress: another cycle is open.

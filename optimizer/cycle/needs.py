@@ -73,7 +73,7 @@ class Logged:
 
 
 def require_needs(needs: Iterable[Need]) -> None:
-    """Raise for what is missing of that without which a cycle cannot train: TrainingDoesNotFit, TooFewTrajectories."""
+    """Raise TrainingDoesNotFit or TooFewTrajectories for a required need that is not met."""
     for need in needs:
         if need.is_met or not need.is_required:
             continue
@@ -83,7 +83,7 @@ def require_needs(needs: Iterable[Need]) -> None:
 
 
 def explain(need: Need) -> str:
-    """Return what is missing, and how to mend it, in one sentence."""
+    """Return the missing number and its remedy in one sentence."""
     return (
         f"{need.detail}; {need.needed} {need.name} are needed and playing can add {need.playable} at the most: "
         f"{need.num_missing} are missing; {need.mend}"
@@ -130,7 +130,7 @@ def need_demonstrations(logged: Logged, rounds: Sequence[int]) -> Need:
 
 
 def _count_playable(logged: Logged, rounds: Sequence[int]) -> tuple[int, str]:
-    """Return how many demonstrations these rounds of practice bring at the most, and what that estimate goes by.
+    """Return how many demonstrations these rounds of practice bring at the most, and the basis of that estimate.
 
     A policy that never won gets no lessons from its failures, so its next episodes will not do better than the upper
     end of what it showed. One that won may learn from one round to the next: it is bounded by the caps alone.

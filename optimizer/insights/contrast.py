@@ -1,6 +1,6 @@
 """Finds lessons by counting, where no model writes prose: which action, for which instruction, goes with success.
 
-No environment is known here, only lines of text, actions, and how episodes ended. The episode read "fry the carrot" and
+The input is lines of text, actions and outcomes, of whatever environment. The episode read "fry the carrot" and
 did "cook carrot with stove": the words they share are the entity, and the rest is a cue and an action, "fry the _" and
 "cook _ with stove". Over many episodes and entities the cue meets competing actions, and one of them survives.
 

@@ -1,4 +1,4 @@
-"""Chooses what a critic reads, and writes it down within the tokens that the critic can hold.
+"""Chooses the episodes that a critic reads, and writes them down within the tokens that it can hold.
 
 Three kinds of reading: the same task won and lost (ExpeL's first pass), successes side by side (its second), and
 failures of tasks that were never won, which ExpeL leaves out. An episode is read once in each kind: a critic that saw

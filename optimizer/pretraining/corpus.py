@@ -1,14 +1,13 @@
 """Endless pretraining episodes from a few hundred transcripts: every one in a kitchen with rules of its own.
 
 The transcripts come from one real game family, whose rules never change. A model that saw them as they are would know
-the rules, and could neither need a memory nor improve. So each episode permutes them in the text: what this recipe
-calls "fry" may want the oven, what it calls "chop" the dicing cut. Without memory the model can only guess; with the
-rules in its memory it can look them up. Foods are renamed in half of the episodes, so that names are copied, not
-learned by heart.
+the rules, and could neither need a memory nor improve. So each episode permutes them in the text: "fry" in this recipe
+may mean the oven, and "chop" the dicing cut. Without memory the model can only guess; with the rules in its memory it
+can look them up. Foods are renamed in half of the episodes, so that names are copied, not learned by heart.
 
 Most episodes are those of a hasty cook: the value of care is not taught here either.
 
-The environment, the tokenizer and the optimizer of the weights are not known here.
+This module depends on no environment, tokenizer or optimizer.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ PHRASES = (
     *(f"{cue} the _ ->" for cue in (*COOKING, *CUTTING, *OTHER_CUES)),
     *(f" {rule}" for rule in (*COOKING.values(), *CUTTING.values(), *OTHER_RULES, *OTHER_CUTS)),
 )
-"""What the tokenizer makes one token each."""
+"""Texts that the tokenizer makes one token each."""
 SYLLABLES = re.findall("..", "babodadifefugagokakilalomaminanopaperarisasotatovaviwawoyazu")
 COLOURS = ("red", "green", "yellow", "white", "black", "purple", "orange")
 
@@ -288,7 +287,7 @@ class Kitchen:
         return self.of(self.verbs, draw_food_names(rng, foods))
 
     def see(self, text: str) -> str:
-        """Return what the game says, in this kitchen's words."""
+        """Return a text of the game in this kitchen's words."""
         # one pass: replaced one after the other, fry -> roast -> fry would undo itself
         return self.pattern.sub(lambda match: self.words[match[0]], text)
 

@@ -90,7 +90,7 @@ def encode(pieces: list[Piece], tokenizer: PreTrainedTokenizerFast) -> tuple[lis
 
 @dataclass
 class Course:
-    """How far a run is."""
+    """The position of a run."""
 
     num_tokens: int
     seen: int = 0
@@ -205,7 +205,7 @@ def loss_of(model: Qwen2ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.
 def pretrain(
     transcripts_file: Path, out: Path, recipe: Recipe, *, device: str, console: Console | None = None
 ) -> Qwen2ForCausalLM:
-    """Train until `recipe.num_tokens` are seen; the model goes into `out`, what is needed to go on beside it."""
+    """Train until `recipe.num_tokens` are seen; the model goes into `out`, its checkpoint beside it."""
     out.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f"{out.name}-course")
     beside.mkdir(exist_ok=True)
@@ -266,7 +266,7 @@ def train_step(model: Qwen2ForCausalLM, optimizers: list[torch.optim.Optimizer],
 
 @dataclass
 class Checkpoint:
-    """Where a run goes on from; on disk whole or not at all."""
+    """The state from which a run continues; on disk whole or not at all."""
 
     path: Path
     model: Qwen2ForCausalLM
@@ -329,7 +329,7 @@ def _progress(console: Console | None) -> Progress:
 
 
 def pretrain_in(directory: Path, recipe: Recipe, *, console: Console) -> dict[str, Any]:
-    """Train on `directory/transcripts.json`, on a GPU if there is one; say what was made."""
+    """Train on `directory/transcripts.json`, on a GPU if there is one; return a description of the model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = pretrain(directory / "transcripts.json", directory / "model", recipe, device=device, console=console)
     return {

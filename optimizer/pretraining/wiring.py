@@ -28,8 +28,8 @@ def wire_induction(model: Qwen2ForCausalLM, *, num_readers: int = 2, generator: 
     """Set head 0 of layer 0 to note the previous token, and `num_readers` heads of layer 1 to look notes up."""
     config = model.config
     width, head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
-    token_rows = _orthonormal_rows(head_dim, width, generator)  # what of a token is noted
-    note_rows = _orthonormal_rows(head_dim, width, generator)  # where the note is written
+    token_rows = _orthonormal_rows(head_dim, width, generator)  # the part of a token that is noted
+    note_rows = _orthonormal_rows(head_dim, width, generator)  # the subspace of the note
     _note_previous_token(model.model.layers[0].self_attn, head_dim, token_rows, note_rows, config)
     for head in range(num_readers):
         _look_notes_up(model.model.layers[1].self_attn, head, head_dim, token_rows, note_rows, generator)

@@ -28,9 +28,9 @@ BYTES_PER_LOGIT = BFLOAT16 + 2 * FLOAT32
 CUDA_CONTEXT_BYTES = GIB
 """CUDA's context, loaded kernels and cuBLAS workspaces of one process."""
 SAFETY = 1.1
-"""Fragmentation of the allocator, and what the arithmetic overlooks."""
+"""For fragmentation of the allocator, and for parts that the arithmetic overlooks."""
 ENGINE_WORKSPACE_BYTES = 2 * GIB
-"""What vLLM needs besides weights, adapters and KV cache: its profiling run, CUDA graphs, the context of CUDA."""
+"""Memory of vLLM besides weights, adapters and KV cache: its profiling run, CUDA graphs, the context of CUDA."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ModelShape:
 
 
 def read_shape(base_dir: Path) -> ModelShape:
-    """Return the shape of the model in `base_dir`; what can be counted in its weight files is counted there.
+    """Return the shape of the model in `base_dir`; parameters and widths are counted in its weight files.
 
     Raises:
         ValueError: no safetensors file, or a config.json that lacks a size.
@@ -137,7 +137,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Training:
-    """What a training's memory depends on besides the length of its rows."""
+    """The properties of a training that its memory depends on, besides the length of its rows."""
 
     shape: ModelShape
     loss: LossShape
@@ -188,7 +188,7 @@ class Training:
 
 
 def layer_bytes_per_token(shape: ModelShape, lora_rank: int) -> int:
-    """Return what one layer keeps of one token for its backward pass, in bfloat16.
+    """Return the bytes that one layer keeps of one token for its backward pass, in bfloat16.
 
     The inputs of the seven LoRA layers, each cast anew (five of the hidden size, one of the queries, one of the MLP);
     queries, keys, values and the attention's output, keys and values repeated for every head; the MLP's gate, its
