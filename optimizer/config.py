@@ -125,7 +125,7 @@ def plan_steps(num_rows: int, *, batch_size: int, epochs: float, min_steps: int)
     def num_steps(size: int, times: float) -> int:
         return math.ceil(math.ceil(num_rows / size) * times)
 
-    # a recipe whose batch is below SMALLEST_BATCH already keeps it; the loop only halves larger ones
+    # a recipe whose batch is below SMALLEST_BATCH keeps it
     while num_steps(batch_size, epochs) < min_steps and batch_size > SMALLEST_BATCH:
         batch_size = max(SMALLEST_BATCH, batch_size // 2)
     if num_steps(batch_size, epochs) < min_steps:

@@ -172,7 +172,7 @@ class CycleContext:
         """Return the block of held-out tasks that starts at `offset`; it wraps around after the last task."""
         num_tasks = self.num_gate_tasks(environment)
         tasks = self.seams.tasks(environment, Split.HELD_OUT, offset + num_tasks, 0)
-        # fewer than offset + num_tasks where the environment has no more: then earlier blocks are played again
+        # where the environment has fewer than offset + num_tasks, earlier blocks are played again
         return [tasks[(offset + number) % len(tasks)] for number in range(min(num_tasks, len(tasks)))]
 
     def gate_serving(self, environment: str) -> Serving:
@@ -233,7 +233,6 @@ class CycleContext:
                     temperature=temperature,
                     seed=self.seed(label, position),
                 )
-            # no lock: between an await and the next, only one coroutine of the loop runs
             num_done += 1
             await self.report_progress(num_done, len(tasks), label)
             return trajectory

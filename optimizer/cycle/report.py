@@ -176,9 +176,7 @@ def measure_saving(cells: Mapping[str, CellResult], policies: Sequence[PlayedPol
     before, after = cells[f"{policies[0].name}-on"], cells[f"{played[-1].name}-off"]
     tokens_before, tokens_after = before.per_call("prompt_tokens"), after.per_call("prompt_tokens")
     differences = [
-        # NTH
-        _prompt_tokens_per_call(pair.theirs) - _prompt_tokens_per_call(pair.ours)
-        for pair in pair_tasks(after, before)
+        _prompt_tokens_per_call(pair.theirs) - _prompt_tokens_per_call(pair.ours) for pair in pair_tasks(after, before)
     ]
     mean, low, high = bootstrap_mean(differences)
     return {

@@ -303,7 +303,8 @@ def write_adapter(
     """Write the adapter directory with its manifest. The model is in evaluation mode afterwards."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.eval()
-    # before anything is written: an adapter with NaN would be served, and answer with NaN
+    # before anything is written: a directory under its final name is never replaced, and memory/adapters.py would
+    # reject one with NaN
     _require_finite(model)
     unfinished = spec.work_dir / "adapter"
     # left by a kill in the middle of an earlier write; early adapters and the final one use the same path in turn
@@ -356,7 +357,7 @@ def describe_adapter(spec: TrainingSpec, metrics: Mapping[str, float], fingerpri
 @torch.no_grad()
 def take_fingerprint(model: PeftModel, token_ids: list[int]) -> Fingerprint:
     """Return the log-probs of `token_ids[1:]` with and without the adapter, which a server must reproduce."""
-    # TRL switches to "ref" to compute the reference's likelihoods
+    # TRL switches adapters to compute the reference
     model.set_adapter("default")
     ids = torch.tensor([token_ids], device=next(model.parameters()).device)
     adapted = _token_logprobs(model, ids)

@@ -57,7 +57,6 @@ async def train(spec: TrainingSpec, *, on_step: OnStep | None = None, num_attemp
     spec_path.write_text(spec.model_dump_json(indent=1), encoding="utf-8")
     exit_code, last_step = 0, {}
     for _ in range(num_attempts):
-        # no pause in between: a trainer that was killed goes on from its last checkpoint, one with a defect fails alike
         exit_code, last_step = await _run_child(spec, spec_path, on_step)
         made = read_finished(spec)
         # an exit code of 0 proves nothing by itself: a whole adapter directory with this spec's digest does
