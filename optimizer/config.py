@@ -264,6 +264,7 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     """Single entries of the recipe to replace, for example `{"sft_epochs": 3}`."""
     max_length_tokens: int | None = Field(default=None, ge=1)
     """Longer rows are left out and counted, never cut. None: as long as the engine's context, or as fits on the GPU."""
+    # coerced: `gpu = 0` in a TOML file is a number
     gpu: str = Field(default="share", pattern=r"^(share|window|\d+)$", coerce_numbers_to_str=True)
     """The GPU that trains. "share": on the engine's GPU, beside it; refused if it cannot fit. "window": on the
     engine's GPU, while the engine is stopped and requests get 503. A number: on that GPU, as nvidia-smi counts them.

@@ -19,6 +19,8 @@ from optimizer.training.spec import TrainingSpec
 
 
 class Rollout(Protocol):
+    # seed: of the first model call, each further call takes the next one; the seeds of two tries must lie further apart
+    # than an episode has calls (SEED_STRIDE in evaluation/cells.py)
     async def __call__(self, task: Task, *, policy: int, use_memory: bool, temperature: float, seed: int) -> Trajectory:
         """Play one episode to its end and return its closed trajectory. An episode that goes wrong is data: its stage
         is FAILED; only a broken world raises."""

@@ -489,6 +489,7 @@ class Trajectories:
             if wanted is not None:
                 query = query.where(column == wanted)
         if is_success is not None:
+            # without a reward the comparison is NULL: such a trajectory is neither a success nor a failure
             query = query.where(reward >= self.success_reward if is_success else reward < self.success_reward)
         with self._database.read() as session:
             rows = session.exec(query.order_by(col(Trajectory.id).desc()).limit(limit)).all()

@@ -47,7 +47,7 @@ def _first_tries(memory: Memory, policy: Policy, *, since: Policy) -> Tries:
 
 
 def _all_tries(memory: Memory, policy: Policy, since: Policy) -> Iterator[TrajectoryWithReward]:
-    # pages by id: rows that arrive while this reads sort behind and disturb no page
+    # pages by id: rows that arrive meanwhile have higher ids and shift no page
     before_id = None
     while True:
         page = memory.trajectories.select(

@@ -172,7 +172,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
     )
     model = Qwen2ForCausalLM(config)
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.05)
-    # after the embeddings: it overwrites what the initialisation put into the wired heads
+    # last: an initialisation after this would overwrite the wired heads
     wire_induction(model, generator=torch.Generator().manual_seed(recipe.seed))
     return model
 
