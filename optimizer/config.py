@@ -50,6 +50,8 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
             sft_learning_rate=2e-3,
             sft_epochs=5,
             sft_batch_size=8,
+            # at 1e-3 the chosen side became unlikely too, and games ended in prose (docs/log.md, "DPO depended on
+            # luck")
             dpo_learning_rate=3e-4,
             dpo_epochs=3,
             dpo_batch_size=8,
@@ -234,9 +236,9 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     """The settings of one learning cycle."""
 
     environment: NameOrEmpty = "textworld"
-    """Where to practise and to prove, and whose episodes are learned from. Empty: only clients play; then both counts
-    of episodes are 0, live traffic is learned from, and a candidate waits until clients have played held-out tasks as
-    it and as the incumbent."""
+    """The environment of practice, of the gate, and of the episodes that are learned from. Empty: only clients play;
+    then both counts of episodes are 0, live traffic is learned from, and a candidate waits until clients have played
+    held-out tasks as it and as the incumbent."""
     learn_from: list[NameOrEmpty] = []
     """Other environments whose logged episodes are learned from too. The gate plays held-out tasks of each as well."""
     name: Name = "ratchet"

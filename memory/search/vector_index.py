@@ -1,11 +1,11 @@
 """Similarity search over vectors in Chroma, an index that may be lost at any time.
 
-A tenant partition is what a whole tenant is shown of one environment and kind. A large one is a Chroma collection of
-its own, because Chroma answers a filter by first listing every row that passes, which takes seconds among a million.
-All small ones, and the rows of single persons, lie together in one shared Chroma collection: each Chroma collection
-takes four open files and some 3 MB, and there may be thousands of tenants. The shared one is never searched by Chroma;
-callers name the rows, and their vectors are compared here. A small partition moves to a collection of its own when it
-has grown beyond `MAX_COMPARED` rows.
+A tenant partition has the rows of one environment and kind that a whole tenant is shown. A large one is a Chroma
+collection of its own, because Chroma answers a filter by first listing every row that passes, which takes seconds
+among a million. All small ones, and the rows of single persons, lie together in one shared Chroma collection: each
+Chroma collection takes four open files and some 3 MB, and there may be thousands of tenants. The shared one is never
+searched by Chroma; callers name the rows, and their vectors are compared here. A small partition moves to a collection
+of its own when it has grown beyond `MAX_COMPARED` rows.
 
 Invariant: every failure of Chroma is raised as IndexDamaged. Hazard: Chroma's client caches the state of a path for the
 life of the process, so its subdirectory is never reused after a failure.

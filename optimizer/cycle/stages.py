@@ -308,7 +308,8 @@ async def _reserve_version(context: CycleContext, name: str) -> int:
     mine = reserved.get(name)
     if mine is not None and not any(p.version == mine and p.cycle_id != context.cycle_id for p in policies):
         return mine
-    # reserved ones too: the early adapters have no policies yet
+    # reserved ones too, whose policies do not exist yet. A version never comes again: vLLM keys its prefix cache by an
+    # adapter's name and path (vLLM#42125)
     version = max([*(policy.version for policy in policies), *reserved.values()]) + 1
     # left by a cycle that died before it registered: nothing was ever served from it
     shutil.rmtree(context.adapter_directory(version), ignore_errors=True)

@@ -276,6 +276,7 @@ def _demonstrate(
 
 
 def _take_shortest(episodes: Sequence[_Episode], per_task: int, built: DemonstrationRows) -> None:
+    # the shortest successes contain hasty habits more often (docs/log.md): preferences correct that
     outputs: set[tuple[int, ...]] = set()
     # ties by id: a repeated stage must write the same file, or the digest of its training changes
     for episode in sorted(episodes, key=lambda episode: (len(episode.output), episode.trajectory_id)):

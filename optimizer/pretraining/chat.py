@@ -1,7 +1,7 @@
 """The pocket model's chat format: ChatML with Qwen2.5-style tools, once as a template and once as pieces with weights.
 
-The template is what vLLM renders; the pieces are what pretraining needs, because only some of the text is to be
-learned. `tests/optimizer/test_pretraining.py` holds the two equal, character by character.
+vLLM renders the template; pretraining uses the pieces, because only some of the text is to be learned.
+`tests/optimizer/test_pretraining.py` holds the two equal, character by character.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ COLOURS = ("red", "green", "yellow", "white", "black", "purple", "orange")
 
 @dataclass(frozen=True)
 class Weights:
-    """Loss per token by what the token is."""
+    """Loss per token by the kind of token."""
 
     agent: float = 1.0
     rule: float = 3.0  # a rule that can be looked up
@@ -82,7 +82,8 @@ class Mixture(NamedTuple):
 
 
 MEMORIES = {"none": 0.3, "insights": 0.3, "exemplar": 0.1, "both": 0.3}
-"""Shares of whole games by what their memory holds."""
+"""Shares of whole games by the content of their memory."""
+# On purpose: only habits that lose games leave something to preferences (docs/log.md). The model card says so.
 HASTY_SHARE = 0.7
 
 
@@ -205,7 +206,7 @@ class Corpus:
         return [*pieces, *action(LAST_DIRECTION, agent, says=says), *observation("*** The End ***", 0.0)]
 
     def _holding(self, foods: Sequence[str], done: set[tuple[str, str]]) -> str:
-        """Return an inventory that shows what is done already."""
+        """Return an inventory that shows the directions done already."""
         forms = {verb: form for verb, form in FORMS.values()} | OTHER_FORMS
         items = ["a knife"] if self.rng.random() < 0.5 else []
         for food in foods:
@@ -261,7 +262,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Kitchen:
-    """One episode's rules and names: which verb the text shows for each true one, and what the foods are called."""
+    """One episode's rules and names: the verb that the text shows for each true one, and the names of the foods."""
 
     verbs: dict[str, str]
     foods: dict[str, str]
@@ -292,7 +293,7 @@ class Kitchen:
         return self.pattern.sub(lambda match: self.words[match[0]], text)
 
     def rename(self, command: str) -> str:
-        """Return a command with this kitchen's foods; its verb and its appliance are what really works."""
+        """Return a command with this kitchen's foods; its verb and its appliance stay those that work."""
         return self.pattern.sub(lambda match: self.foods.get(match[0], match[0]), command)
 
     def shown_verb(self, true_verb: str) -> str:

@@ -36,6 +36,7 @@ class Recipe:
     seed: int = 0
     num_tokens: int = 9_000_000
     batch_tokens: int = 4608
+    # long enough for a game with an exemplar: with rows of at most 896 tokens, memory did harm (docs/log.md)
     lengths: tuple[int, ...] = (320, 448, 576, 704, 832, 960, 1152, 1536)
     """Rows are padded to the next of these; longer ones are left out."""
     vocab_size: int = 1280

@@ -1,9 +1,9 @@
 """Wires an induction circuit into a Qwen2's initial weights, so that looking things up is there from the first step.
 
 "A B ... A -> B" takes two attention heads in a row (Olsson et al., 2022, arXiv 2209.11895): one in the first layer that
-notes at every position which token came before, one later that looks for the position whose note is the token at
-hand, and copies what stands there. Trained from noise the two must find each other, which took millions of tokens
-here and often did not happen at all; wired, they are only refined. Nothing is frozen.
+notes at every position the token before it, one later that looks for the position whose note is the token at hand,
+and copies the token there. Trained from noise the two must find each other, which took millions of tokens here and
+often did not happen at all; wired, they are only refined. Nothing is frozen.
 
 The note is written into a subspace of its own, so that a token is not mistaken for a note. Positions are separated by
 the fast rotations of RoPE, through the biases of Qwen2's queries and keys; contents are compared in the slow ones.

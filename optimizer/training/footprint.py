@@ -167,7 +167,7 @@ class Training:
     def _activations_per_token(self) -> int:
         """Bytes kept for the backward pass, and the gradients of the layer that it is at."""
         layer = layer_bytes_per_token(self.shape, self.lora_rank) * self.bytes_per_weight // BFLOAT16
-        # Gradients of one layer weigh no more than what it keeps.
+        # The gradients of one layer take no more than the activations that it keeps.
         if self.gradient_checkpointing:  # only each layer's input is kept, and one layer is computed again
             return self.shape.num_layers * self.shape.hidden_size * self.bytes_per_weight + 2 * layer
         return (self.shape.num_layers + 1) * layer
