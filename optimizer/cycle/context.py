@@ -213,7 +213,7 @@ class CycleContext:
             task.add_done_callback(reports.discard)
 
         await self.seams.prepare(tasks, on_progress)
-        # a report that landed later would show this count under the next label
+        # a report that landed later would replace the progress of the episodes
         await asyncio.gather(*reports)
 
     async def play(

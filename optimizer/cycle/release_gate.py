@@ -116,7 +116,7 @@ async def decide(context: CycleContext) -> dict[str, Any]:
         summary = await _conclude(comparison, cells, contestants, list_policies(context))
     else:
         summary = await _decide_by_log(context, _cycle_entry(context), is_in_cycle=True)
-    # checkpoints only: adapters lie under `adapters`, and the cells and rows stay
+    # checkpoints, specs and logs; adapters lie under `adapters`, and the cells and rows stay
     shutil.rmtree(context.directory / "training", ignore_errors=True)
     await context.save_artifacts(verdict=summary)
     return summary

@@ -57,8 +57,8 @@ def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
 class MaskedDPOTrainer(child.WarmStart, DPOTrainer):
     """DPO over pre-tokenized rows with masks on both sides."""
 
-    # Both methods are private hooks of TRL 1.16: pyproject.toml pins trl, and the tests of training fail where they
-    # vanish.
+    # Both methods are private hooks of TRL 1.16: pyproject.toml pins trl, and tests/optimizer/data/test_masks.py fails
+    # where they vanish.
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
