@@ -86,6 +86,7 @@ def write_adapter_atomically(temporary: Path, final: Path) -> Path:
     """
     if not (temporary / MANIFEST_NAME).is_file():
         raise FileNotFoundError(f"{str(temporary)!r} has no {MANIFEST_NAME}: write it before the adapter is moved")
+    # checked here, because rename(2) replaces an empty directory without an error; a full one makes it fail
     if final.exists():
         raise FileExistsError(f"{str(final)!r} exists: adapters are immutable, take a new version")
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +118,8 @@ def verify_adapter(directory: Path, *, base_digest: str, max_rank: int) -> Manif
             f"{str(directory)!r} was made for base {manifest.base_model!r} ({manifest.base_digest[:12]}), "
             f"not for the one that is served ({base_digest[:12]}): train it again on that base"
         )
+    # order: links and foreign files are excluded before any file is opened, and the bytes vouched for before they are
+    # parsed
     _verify_hashes(directory, manifest)
     config = _read_json(directory / CONFIG_NAME)
     _verify_config(directory / CONFIG_NAME, config, max_rank)
@@ -202,6 +205,7 @@ def _verify_config(path: Path, config: object, max_rank: int) -> None:
         raise AdapterRefused(f"{str(path)!r}: peft_type is {config.get('peft_type')!r}, not 'LORA'")
     unsupported = {"use_dora": False, "bias": "none", "modules_to_save": None, "use_rslora": False, "lora_bias": False}
     for name, allowed in unsupported.items():
+        # absent, null and false all mean the default
         if (config.get(name) or allowed) != allowed:
             raise AdapterRefused(f"{str(path)!r}: {name} is {config[name]!r}: the engine serves plain LoRA only")
     # `rank_pattern` overrides `r` for single layers.

@@ -155,6 +155,7 @@ def _read_added_tokens(directory: Path) -> dict[str, bool]:
     for config in configs:
         added += (config.get("added_tokens_decoder") or {}).values()
     for token in added:
+        # special in one file is special: the files of a tokenizer may disagree
         tokens[token["content"]] = tokens.get(token["content"], False) or bool(token.get("special"))
     special = [
         token

@@ -21,6 +21,8 @@ def show_memory(opening: Sequence[Message], memory_text: str) -> list[Message]:
     if isinstance(content, str):
         shown: str | list[dict[str, Any]] = f"{memory_text}\n\n{content}"
     else:  # OpenAI's list of parts
+        # vLLM joins parts with a newline for templates that take none, so the two forms differ by one newline
+        # (optimizer/data/stitching.py tries both)
         shown = [{"type": "text", "text": f"{memory_text}\n\n"}, *content]
     messages[positions[-1]] = messages[positions[-1]] | {"content": shown}
     return messages

@@ -19,6 +19,7 @@ _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 def check_name(name: str) -> str:
     """Return `name` if it is valid. Raises: ValueError."""
+    # fullmatch: `$` would let a newline at the end through
     if not _NAME.fullmatch(name):
         raise ValueError(
             f"{name[:80]!r} is not a name: a name is up to 64 letters, digits, '.', '_' and '-', and begins with a "

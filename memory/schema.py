@@ -50,6 +50,7 @@ _sequence_lock = threading.Lock()
 def _tick() -> int:
     """Return the time in nanoseconds since 1970, strictly increasing within this process."""
     global _latest_ns
+    # not locked: two threads may get the same time, so rows are ordered by `next_sequence`
     _latest_ns = max(time.time_ns(), _latest_ns + 1_000)  # datetimes have microseconds
     return _latest_ns
 
@@ -139,6 +140,7 @@ def clean(text: str) -> str:
     # numpy, because a codec's error handler, and `sub`, take seconds for megabytes of surrogates.
     import numpy as np
 
+    # numpy stores four bytes for each character, so that the text is an array of code points
     codes = np.array([text]).view(np.uint32)
     codes[(codes >> 11) == 0xD800 >> 11] = ord("\ufffd")
     return str(codes.view(f"U{len(text)}")[0])
@@ -171,6 +173,7 @@ def dump_json(value: object) -> str:
 
 def enum_column(enum_class: type[StrEnum]) -> Enum:
     """Return a column type that stores the values of an enum rather than its Python names."""
+    # length: PostgreSQL rejects a longer value, so a longer member needs a migration
     return Enum(enum_class, values_callable=lambda members: [m.value for m in members], native_enum=False, length=16)
 
 
@@ -250,6 +253,7 @@ class Task:
     text: str = ""
 
 
+# Every change of a table, of this one and of those below, needs a revision in memory/storage/migrations/versions.
 class Trajectory(SQLModel, table=True):
     """The stored record of one episode. Its policy and its memory segment are fixed when it opens."""
 

@@ -71,6 +71,7 @@ class Scopes:
     ) -> ColumnElement[str | None]:
         if self.shares_live:
             return literal(EVERYBODY)
+        # nullif: EVERYBODY is the empty text, so without it an episode of nobody would be shown to the whole tenant
         return case((or_(*widened), EVERYBODY), else_=func.nullif(user_id, ""))
 
 

@@ -84,6 +84,7 @@ class Memory:
         """
         config = config or MemoryConfig()
         data_dir = Path(data_dir).absolute()
+        # first: all that follows creates or changes files of the directory
         ownership = take_ownership(data_dir)
         try:
             memory = cls(data_dir, config, encoder or SentenceEncoder(config.encoder), ownership)
@@ -108,6 +109,7 @@ class Memory:
         with contextlib.ExitStack() as stack:
             stack.callback(self._ownership.close)
             stack.callback(self.database.close)
+            # with SQLite both are one object: closing it twice does nothing
             stack.callback(self._text_database.close)
             stack.callback(self.index.close)
 

@@ -58,4 +58,6 @@ def correction_teaches(keys: Collection[str]) -> ColumnElement[bool]:
 
 def _giver_teaches(row: type[Reward] | type[Feedback], keys: Collection[str]) -> ColumnElement[bool]:
     is_operators = and_(col(row.key_id).is_(None), col(Trajectory.tenant) == DEFAULT_TENANT)
+    # a row of another tenant without a key gives NULL, not false, and its negation NULL as well: it is counted on
+    # neither side
     return or_(is_operators, col(row.key_id).in_(keys))

@@ -48,8 +48,10 @@ class Learner:
 
         try:
             config = self._overlay(self._config, settings)
+            # after the overlay: it is the merged configuration that must not be looser than the server's
             if not may_loosen_bars:
                 require_proof(config, self._config)
+            # no lock: memory/records/cycles.py refuses a second open cycle within the transaction that would create it
             cycle = await open_cycle(self._memory, config, seams=self._seams)
         except OptimizerError as error:
             raise ValueError(str(error)) from error
@@ -73,6 +75,7 @@ class Learner:
         """Stop a cycle for good; it closes with an error that says so."""
         from optimizer.cycle.cycle import abandon_cycle
 
+        # order: run_cycle must have ended, or its next save would hit a closed row (IllegalMove)
         await self.stop()
         return await abandon_cycle(self._memory, cycle_id, "Cancelled: by request")
 
@@ -90,23 +93,29 @@ class Learner:
 
         assert policy.cycle_id is not None, "the route admits only what a cycle made"
         context = CycleContext(self._memory, self._seams, policy.cycle_id)
+        # both: the configuration may have been loosened, or tightened, since the cycle was opened
         bars = tightest(context.config.evaluation, self._config.evaluation)
+        # this context only; the settings on the cycle's row stay as they were
         context.config = context.config.model_copy(update={"evaluation": bars})
         under_way = self._memory.cycles.unfinished()
         if context.config.environment and under_way is not None:
             raise CycleInProgress(f"cycle {under_way.id!r} is at {under_way.stage!r}: judge again when it has ended")
+        # guards decisions against each other only; a cycle plays outside this lock, hence the check above
         async with self._deciding:
             return await decide_again(context)
 
     async def stop(self) -> None:
         """Interrupt the running cycle; its row stays open."""
         if self._running is not None:
+            # CancelledError is no Exception, so run_cycle does not record it as a failure: the row stays open and the
+            # next start resumes it
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
 
     def _run_in_background(self, cycle_id: str) -> None:
         from optimizer.cycle.cycle import run_cycle
 
+        # the reference is kept, because the loop itself holds tasks weakly
         self._running = asyncio.create_task(run_cycle(self._memory, cycle_id, seams=self._seams))
         # A cycle records its own failure; retrieving the exception keeps asyncio from logging it again.
         self._running.add_done_callback(lambda cycle: cycle.cancelled() or cycle.exception())

@@ -103,6 +103,8 @@ class Placement:
     @property
     def least_bytes(self) -> int:
         """The memory for the dearest method with one row of the least useful length."""
+        # PAIRWISE stands for every method of METHODS (cycle/methods.py): a method with a dearer loss must take its
+        # place
         return self.training(PAIRWISE).footprint(min(self.limit_tokens, LEAST_LENGTH_TOKENS)).total
 
 
@@ -115,6 +117,7 @@ async def place_training(memory: Memory, config: OptimizerConfig, seams: Seams) 
     """
     machine = await seams.inspect_machine()
 
+    # in a thread: the headers of all weight files are read, and huggingface_hub may be imported
     def choose() -> Placement:
         return choose_placement(config, machine, read_shape(locate_base(memory.policies.get(0).base_model)))
 
@@ -128,6 +131,8 @@ def choose_placement(config: OptimizerConfig, machine: Machine, shape: ModelShap
             "optimizer.gpu = 'window' needs an engine that this server starts; the one at engine.url cannot be "
             "stopped from here: choose 'share' or the number of another GPU"
         )
+    # rows are prompts and replies as served, so none is longer than the engine's context; an engine elsewhere may not
+    # say how long that is
     lengths = [config.max_length_tokens, machine.max_model_len or shape.max_position_embeddings]
     on_gpu = config.device != "cpu" and bool(machine.gpus)
     placement = Placement(
@@ -138,6 +143,7 @@ def choose_placement(config: OptimizerConfig, machine: Machine, shape: ModelShap
     )
     if not on_gpu:
         return placement
+    # indices are those of nvidia-smi (CUDA_DEVICE_ORDER in training/launch.py); CUDA's own order may be another
     device = config.gpu if config.gpu.isdecimal() else machine.engine_device
     gpu = machine.find(device)
     if gpu is None and config.gpu.isdecimal():
@@ -158,8 +164,10 @@ def _budget(gpu: Gpu, machine: Machine, *, in_window: bool) -> int:
     """Return the memory that a training may take on a GPU."""
     if gpu.index != machine.engine_device or machine.engine_share is None:
         return gpu.free_bytes
+    # vLLM takes its share of the total memory, not of what is free when it starts
     engine = math.ceil(machine.engine_share * gpu.total_bytes)
     if in_window:
+        # bounded by the total: an engine that is being restarted has left its share in free_bytes already
         return min(gpu.total_bytes, gpu.free_bytes + engine)
     # a restarting engine holds little now and all its share later
     return min(gpu.free_bytes, gpu.total_bytes - engine)
@@ -203,7 +211,9 @@ def suggest_engine_share(placement: Placement, machine: Machine, gpu: Gpu, need:
     """Return the largest share of the GPU that leaves enough memory for the training; None if serving needs more."""
     shape, recipe = placement.shape, placement.recipe
     context = machine.max_model_len or shape.max_position_embeddings
+    # never below 0: a restarting engine holds less than its share
     others = max(0, gpu.total_bytes - gpu.free_bytes - math.ceil((machine.engine_share or 0) * gpu.total_bytes))
+    # rounded down, to the two digits that the message shows: rounded up, it would not fit
     share = math.floor(100 * (gpu.total_bytes - need - others) / gpu.total_bytes) / 100
     least = least_engine_bytes(shape, max_model_len=context, max_loras=machine.max_loras, lora_rank=recipe.lora_rank)
     return share if share * gpu.total_bytes >= least else None

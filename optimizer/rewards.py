@@ -35,9 +35,12 @@ def grade(
     learnable = memory.trajectories.learnable(
         since=since, environment=environment, environments=environments, is_for_weights=is_for_weights
     )
+    # by id, not by time: ids sort by a sequence that a clock set back does not reverse (memory/schema.py, new_id)
     learnable.sort(key=lambda graded: graded.trajectory.id)
     newest = learnable if limit is None else choose_newest(learnable, limit)
+    # steps last, and of the chosen ones only: they hold the token ids, thousands a row
     graded = [replace(each, steps=memory.trajectories.steps(each.trajectory.id)) for each in newest]
+    # the last line of defence, by the split on the row alone; tasks held out by name are dropped in cycle/context.py
     refuse_held_out(graded)
     return graded
 
@@ -63,6 +66,7 @@ def split(graded: Iterable[GradedTrajectory]) -> tuple[list[GradedTrajectory], l
 
 def refuse_held_out(graded: Iterable[GradedTrajectory | Correction]) -> None:
     """Raise AssertionError for a held-out episode: a gate that measures on training data measures nothing."""
+    # raised, not skipped: a held-out episode here means that a query above has a hole
     for each in graded:
         if each.trajectory.split is Split.HELD_OUT:
             raise AssertionError(

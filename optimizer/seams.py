@@ -19,6 +19,8 @@ from optimizer.training.spec import TrainingSpec
 
 
 class Rollout(Protocol):
+    # seed: of the first model call, each further call takes the next one; the seeds of two tries must lie further apart
+    # than an episode has calls (SEED_STRIDE in evaluation/cells.py)
     async def __call__(self, task: Task, *, policy: int, use_memory: bool, temperature: float, seed: int) -> Trajectory:
         """Play one episode to its end and return its closed trajectory. An episode that goes wrong is data: its stage
         is FAILED; only a broken world raises."""
@@ -47,6 +49,7 @@ class ContextTokens(Protocol):
 
 
 class ListTasks(Protocol):
+    # a stage that is repeated after a crash lists its tasks again: a listing that drifts would mix two blocks
     def __call__(self, environment: str, split: Split, num_tasks: int, offset: int = 0) -> list[Task]:
         """Return tasks; the same arguments always give the same tasks."""
         ...

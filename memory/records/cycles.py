@@ -24,6 +24,7 @@ class Cycles:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        # one clock, because one cycle is open at most; a restart begins it anew
         self._entered: tuple[str, float] | None = None
         self.stage_seconds: defaultdict[str, float] = defaultdict(float)
         """Total seconds of each stage, over all cycles since the start of the process."""
@@ -55,10 +56,10 @@ class Cycles:
             if cycle.stage in FINAL_STAGES:
                 raise IllegalMove(f"cycle {cycle_id!r} ended as {cycle.stage!r}: open another")
             for name, value in fields.items():
+                # a new dict: SQLAlchemy does not notice a change inside the old one
                 setattr(cycle, name, cycle.artifacts | value if name == "artifacts" else value)
-            cycle.stage = str(
-                cycle.stage
-            )  # a member of CycleStage would be stored as its value, but stay a member here
+            # a member of CycleStage would be stored as its value, but stay a member here
+            cycle.stage = str(cycle.stage)
             if cycle.stage in FINAL_STAGES:
                 cycle.closed_at = now()
             session.add(cycle)
@@ -105,4 +106,5 @@ def _require(session: Session, cycle_id: str) -> Cycle:
 
 
 def _unfinished(session: Session) -> Cycle | None:
+    # by the time of its close, not by its stage: methods of learning add stages of their own
     return session.exec(select(Cycle).where(col(Cycle.closed_at).is_(None))).first()

@@ -15,6 +15,7 @@ from memory.records.exemplar_corrections import choose_correction, find_correcti
 from memory.schema import Step, StepKind, Trajectory
 from memory.scopes import Scopes
 
+# optimizer/pretraining/corpus.py cuts the exemplars that the pocket model is pretrained on by the same limits.
 MAX_LINES = 3
 MAX_CHARS = 240
 
@@ -37,6 +38,7 @@ def read_exemplar(session: Session, trajectory: Trajectory, scopes: Scopes) -> s
 
 def _before_last_reply(steps: Sequence[Step]) -> Sequence[Step]:
     positions = [position for position, step in enumerate(steps) if step.kind is StepKind.MODEL]
+    # there is one: choose_correction returns None for an episode without a reply
     return steps[: positions[-1]]
 
 

@@ -81,6 +81,7 @@ class FeedbackRecords:
             target = _require_target(session, values)
             values["user_id"] = values["user_id"] or target.user_id
             session.execute(insert(Feedback).values(**values))
+            # in the same transaction: a retry finds the feedback and adds no second reward
             if is_number and values["step"] is None:  # a single step says nothing of the whole
                 reason = ": ".join(part for part in (values["name"], values["comment"]) if part)
                 source = SOURCES.get(values["source"], RewardSource.USER)
@@ -128,10 +129,12 @@ class FeedbackRecords:
         query = _learnable(sql_select(Feedback, Trajectory))
         if environments is not None:
             query = query.where(func.coalesce(Trajectory.environment, "").in_(environments))
+        # of feedback, not of replies: fewer corrections may come back
         query = query.order_by(col(Feedback.sequence).desc(), col(Feedback.id).desc()).limit(limit)
         corrections: dict[tuple[str, int], Correction] = {}
         with self._database.read() as session:
             if is_for_weights:
+                # SQLAlchemy adds the condition to the same SELECT, ahead of its limit
                 query = query.where(correction_teaches(teaching_keys(session)))
             for feedback, trajectory in session.execute(query).all():
                 position = position_of_reply(session, feedback)

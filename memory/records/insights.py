@@ -227,6 +227,7 @@ class _Lists:
             return None
         rows = self._rows(scope)
         new_key = key_of(new_text)
+        # looked up among removed texts too, because the unique constraint covers them
         other = rows.get(new_key)
         if other is not None and other is not insight:  # the new text exists already: merge the two
             strength = insight.strength
@@ -235,6 +236,7 @@ class _Lists:
                 other.is_shared |= operation.is_shared
                 return self._strengthen(other, 1, operation.counts)
             return self._add(scope, other, other.text, strength + 1, operation)
+        # before the text changes: the old key must not find the row any more
         del rows[key_of(insight.text)]
         insight.text = tidy(new_text)
         insight.is_shared = operation.is_shared

@@ -140,6 +140,7 @@ class Keys:
                 self._load_rows()
 
     def _load_rows(self) -> None:
+        # before the read: while the database is down, it is asked once in FRESH_SECONDS and not with every request
         self._loaded_at = time.monotonic()
         rows = self.select()
         self._by_digest = {row.digest: row for row in rows if row.revoked_at is None}

@@ -74,6 +74,7 @@ class Policies:
         def write(session: Session) -> Policy:
             origin = _require(session, BASE_VERSION if parent is None else parent)
             policy = Policy(
+                # no race: one writer at a time. Policies are never deleted, so no version comes again
                 version=session.exec(select(func.max(Policy.version))).one() + 1,
                 stage=PolicyStage.DRAFT,
                 base_model=base_model or origin.base_model,
@@ -225,6 +226,7 @@ class Policies:
     async def _write_and_notify(self, write: Callable[[Session], Policy]) -> Policy:
         """Write, then wake all tasks in `wait_for_change`, on their own event loops."""
         policy = await self._database.write(write)
+        # after the commit, or a waiter would read the old version and sleep again
         for loop, event in list(self._waiters):
             with contextlib.suppress(RuntimeError):  # that loop is closed
                 loop.call_soon_threadsafe(event.set)

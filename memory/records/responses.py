@@ -61,6 +61,7 @@ def _trace(
     next_id: str | None = response_id
     total = 0
     while next_id is not None:
+        # a query for each response: max_responses bounds them. Of another tenant means unknown
         row = session.execute(query.where(col(StoredResponse.id) == next_id)).one_or_none()
         if row is None or row[0] != tenant:
             raise _unknown(next_id)

@@ -127,8 +127,8 @@ class Reviews:
         def write(session: Session) -> Insight:
             insight = _require_active(session, insight_id, tenant)
             new_text = _require_text(insight.text if text is None else text)
-            _record(session, ReviewKind.APPROVE, insight, insight.user_id, key_id, text)
             # Recorded before the change: the review keeps the person from before the approval.
+            _record(session, ReviewKind.APPROVE, insight, insight.user_id, key_id, text)
             twin = _free_text(session, insight, EVERYBODY, new_text)
             approved = insight if twin is None else twin
             if twin is not None:
@@ -214,6 +214,7 @@ class Reviews:
             session.add(trajectory)
             session.add(Outbox(collection="exemplars", row_id=trajectory_id))
             shown = read_exemplar(session, trajectory, self._scopes)
+            # raised inside the transaction, which undoes the approval above
             if shown is None:
                 raise IllegalMove(
                     f"an earlier reply of {trajectory_id!r} was corrected: approve it with a text, or retire it"
@@ -295,6 +296,7 @@ def _free_text(session: Session, insight: Insight, user_id: str, text: str) -> I
         if other.removed_at is None:
             twin = other
         else:
+            # deleted and not renamed: the unique constraint counts removed texts too (memory/schema.py)
             session.delete(other)
     session.flush()
     return twin

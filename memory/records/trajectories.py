@@ -55,6 +55,7 @@ from memory.storage.database import Database
 from memory.teaching import OPERATOR, Teacher, reward_teaches, teaching_keys
 from memory.trust import Exchange, digest_exchange, is_trusted, trust_of
 
+# As memory.schema.TokenIds stores them.
 BYTES_PER_TOKEN_ID = 4
 TOKEN_ID_COLUMNS: tuple[Any, Any] = (Step.prompt_token_ids, Step.output_token_ids)
 
@@ -488,6 +489,7 @@ class Trajectories:
             if wanted is not None:
                 query = query.where(column == wanted)
         if is_success is not None:
+            # without a reward the comparison is NULL: such a trajectory is neither a success nor a failure
             query = query.where(reward >= self.success_reward if is_success else reward < self.success_reward)
         with self._database.read() as session:
             rows = session.exec(query.order_by(col(Trajectory.id).desc()).limit(limit)).all()
@@ -535,12 +537,14 @@ def measure(steps: Iterable[Step]) -> TrajectorySize:
 def check_reward(value: float) -> None:
     """Raises: ValueError unless `value` is a number in [0, 1]."""
     is_number = isinstance(value, int | float)
+    # NaN fails the comparison, too; a bool is a number
     if not is_number or not 0.0 <= value <= 1.0:
         raise ValueError(f"a reward is a number from 0 to 1, not {value!r}: rescale it")
 
 
 def _require(session: Session, trajectory_id: str, tenant: str | None = None) -> Trajectory:
     trajectory = session.get(Trajectory, trajectory_id)
+    # one error for both: another tenant's id must not be told from an unknown one
     if trajectory is None or tenant not in (None, trajectory.tenant):
         raise UnknownTrajectory(f"no trajectory has the id {trajectory_id!r}: list them to see which exist")
     return trajectory
@@ -557,6 +561,7 @@ def _measure(session: Session, trajectory_id: str, since: int = 0) -> Trajectory
 def _close(session: Session, trajectory: Trajectory, stage: TrajectoryStage, error: str | None) -> None:
     if stage not in LEGAL_MOVES[trajectory.stage]:
         raise IllegalMove(f"trajectory {trajectory.id!r} cannot go from {trajectory.stage.value!r} to {stage.value!r}")
+    # in the transaction that closes: no step can come after it is counted
     size = _measure(session, trajectory.id)
     trajectory.stage = stage
     trajectory.error = error

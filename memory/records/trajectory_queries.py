@@ -1,4 +1,4 @@
-"""SQL behind `memory.records.trajectories`: the reward that counts, and who waits, may teach or takes another step.
+"""SQL behind `memory.records.trajectories`: the reward that counts, waiting and learnable episodes, new steps.
 
 Statements of the hot path are built once, at import: building one takes longer than SQLite needs to run it.
 """

@@ -62,6 +62,8 @@ class Verdicts:
             if was_tested:
                 verdict.tasks = list(tasks)
             else:
+                # NULL, because the unique constraint on (incumbent, look) allows many of those; its block of held-out
+                # tasks stays used (held_out_end)
                 verdict.look, verdict.alpha = None, 0.0
             verdict.sealed_successes, verdict.sealed_tasks = sealed
             session.add(verdict)

@@ -88,6 +88,7 @@ class QueryEncoder:
             if text in self._cache:
                 self._cache.move_to_end(text)
                 return self._cache[text]
+            # under the same lock as the cache: a text is either cached, waiting, or new
             future = self._waiting.get(text)
             if future is None:
                 future = self._waiting[text] = Future()

@@ -188,6 +188,7 @@ class MemoryIndex:
         The second result is None when the vector index gives no answer.
         """
         match = partial(self._text_index.match, replace(query, num=num_words))
+        # a task, because it is awaited twice: here and in _rows_to_compare
         text_search = asyncio.ensure_future(self._search_text(match, WordMatches([], 0)))
         return await asyncio.gather(text_search, self._search_vectors(query, text_search))
 
@@ -265,6 +266,7 @@ class MemoryIndex:
         """Wait for Chroma until the deadline. Raises: IndexDamaged, TimeoutError."""
         try:
             async with asyncio.timeout(self._config.retrieval_deadline_seconds):
+                # the timeout cancels the future, not the thread, which goes on inside Chroma
                 return await asyncio.wrap_future(search.result)
         except TimeoutError:
             self._hanging.append(search)
@@ -287,6 +289,8 @@ class _VectorSearch:
 
     def _run(self) -> None:
         try:
+            # every failure of Chroma is IndexDamaged (vector_index.py); an error of another type would leave the future
+            # open until the deadline
             hits = self._search()
         except IndexDamaged as error:
             if self.result.set_running_or_notify_cancel():
@@ -302,4 +306,5 @@ def fuse(*rankings: list[str]) -> Hits:
     for ranking in rankings:
         for rank, row_id in enumerate(ranking, start=1):
             scores[row_id] += 1.0 / (FUSION_CONSTANT + rank)
+    # stable: of equal scores, the row of the first ranking comes first
     return sorted(scores.items(), key=lambda scored: -scored[1])

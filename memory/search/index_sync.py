@@ -119,6 +119,7 @@ class IndexSync:
                 self._handle_failure(error)
             if not is_busy:
                 self._wake.wait(min(POLL_SECONDS * 2**self._num_failures, MAX_PAUSE_SECONDS))
+                # after the wait: a call of `wake` during the work before is not lost
                 self._wake.clear()
 
     def _sync_once(self) -> bool:
@@ -201,6 +202,7 @@ class IndexSync:
             if self._stopping.is_set():  # loading took seconds, and the directory may have another owner by now
                 raise IndexUnavailable("the index was closed while the encoder loaded")
         if self._vector_index.is_open and (self._suspected.is_set() or not self._vector_index.is_whole):
+            # before the check: a request that comes during it starts another
             self._suspected.clear()
             self._vector_index.verify()
         if not self._vector_index.is_open:

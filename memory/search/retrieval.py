@@ -199,6 +199,7 @@ class Retrieval:
             for row_id, text in candidates:
                 if len(shown) == limit:
                     break
+                # before it is counted: the added spaces are tokens too
                 shown.append(neutralise(text))
                 if count_tokens(segment.render()) > budget:
                     shown.pop()  # a shorter candidate may still fit
@@ -259,6 +260,7 @@ class Retrieval:
             rows = session.scalars(self._exemplars, {"ids": ids, **request.person})
             by_id = {trajectory.id: trajectory for trajectory in rows if not request.continues(trajectory)}
             trajectories = [by_id[row_id] for row_id in ids if row_id in by_id]
+            # stable: of equally short ones the more similar comes first
             trajectories.sort(key=lambda trajectory: trajectory.num_steps)
             read = [(it, read_exemplar(session, it, self._scopes)) for it in trajectories]
             texts = {it.id: text for it, text in read if text is not None}

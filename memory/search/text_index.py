@@ -83,6 +83,7 @@ class TextIndex:
         """Forget `row_ids`, then store `rows`. Idempotent."""
         forgotten = [{"collection": collection, "row_id": row_id} for row_id in row_ids]
         if forgotten:
+            # order: the words are found through the entries, which the second statement deletes
             session.execute(_DELETE_WORDS, forgotten)
             session.execute(_DELETE_ENTRY, forgotten)
         next_ids: dict[IndexPartition, int] = {}
@@ -160,6 +161,8 @@ class TextIndex:
                 total_weight = sum(weights.values()) + max_weight * sum(count == 0 for count in counts.values())
                 for order, row_id in _rank(session, weights, ids, query.num, query.exclude_task):
                     # order is (-score, id)
+                    # a word that no row has counts in the total, or a query of unknown words and one known word would
+                    # be covered in full
                     hits.append((order, WordMatch(row_id, -order[0] / total_weight, -order[0] / max_weight)))
         # Each partition returned its best rows; their scores are comparable, their ids break ties.
         best = heapq.nsmallest(query.num, hits, key=lambda hit: hit[0])

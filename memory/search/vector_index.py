@@ -1,11 +1,11 @@
 """Similarity search over vectors in Chroma, an index that may be lost at any time.
 
-A tenant partition is what a whole tenant is shown of one environment and kind. A large one is a Chroma collection of
-its own, because Chroma answers a filter by first listing every row that passes, which takes seconds among a million.
-All small ones, and the rows of single persons, lie together in one shared Chroma collection: each Chroma collection
-takes four open files and some 3 MB, and there may be thousands of tenants. The shared one is never searched by Chroma;
-callers name the rows, and their vectors are compared here. A small partition moves to a collection of its own when it
-has grown beyond `MAX_COMPARED` rows.
+A tenant partition has the rows of one environment and kind that a whole tenant is shown. A large one is a Chroma
+collection of its own, because Chroma answers a filter by first listing every row that passes, which takes seconds
+among a million. All small ones, and the rows of single persons, lie together in one shared Chroma collection: each
+Chroma collection takes four open files and some 3 MB, and there may be thousands of tenants. The shared one is never
+searched by Chroma; callers name the rows, and their vectors are compared here. A small partition moves to a collection
+of its own when it has grown beyond `MAX_COMPARED` rows.
 
 Invariant: every failure of Chroma is raised as IndexDamaged. Hazard: Chroma's client caches the state of a path for the
 life of the process, so its subdirectory is never reused after a failure.
@@ -251,6 +251,7 @@ class VectorIndex:
         left_behind: list[str] = []
         with _chroma_errors():
             for key, chroma in self._all(collection).items():
+                # pages by offset hold only while nobody writes: the sync thread, which calls this, is the only writer
                 for start in range(0, chroma.count(), PAGE):
                     page = chroma.get(limit=PAGE, offset=start, include=["metadatas"])
                     for row_id, metadata in zip(page["ids"], page["metadatas"] or (), strict=True):
@@ -342,6 +343,7 @@ def _compare(chroma: Collection, vector: numpy.ndarray, row_ids: Sequence[str]) 
     if not stored["ids"]:
         return []
     vectors = numpy.asarray(stored["embeddings"], dtype="float32")  # (num_rows, dim)
+    # normalised here, whatever length the encoder gave and Chroma kept
     norms = numpy.linalg.norm(vectors, axis=1) * numpy.linalg.norm(vector)
     similarities = vectors @ vector / numpy.maximum(norms, 1e-12)
     return [(1.0 - float(it), row_id) for it, row_id in zip(similarities, stored["ids"], strict=True)]
@@ -378,6 +380,7 @@ def _connect(home: Path) -> ClientAPI:
     # no setting for its cache size, and its Rust half reads the attribute at its start: hence the restart.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # private attributes of Chroma 1.5.9: check them when the pin moves
     server: Any = client._server  # pyright: ignore[reportAttributeAccessIssue]
     server.stop()
     server.hnsw_cache_size = MAX_OPEN_COLLECTIONS

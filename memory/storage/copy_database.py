@@ -21,6 +21,7 @@ def copy_rows(source: Database, target: Database) -> dict[str, int]:
 
     def write(session: Session) -> dict[str, int]:
         with source.read() as reading:
+            # sorted_tables: a table comes after those that its foreign keys refer to
             return {table.name: _copy(table, reading, session, target) for table in SQLModel.metadata.sorted_tables}
 
     return target.write_sync(write)

@@ -197,6 +197,7 @@ class Database:
                 self._condition.notify()
             elif write.loop not in self._waking:
                 self._waking.add(write.loop)
+                # call_soon, not its thread-safe form: a write with a loop is queued on that loop's own thread
                 write.loop.call_soon(self._wake, write.loop)
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -207,6 +208,7 @@ class Database:
 
     def _write_forever(self) -> None:
         with self._connection as connection:
+            # `close` ends this only once the queue is empty. Order: futures before the checkpoint, which takes longer
             while batch := self._next_batch():
                 self._commit(connection, batch)
                 self._count(batch)
@@ -239,6 +241,7 @@ class Database:
                     failed = next((write.error for write in same if write.error is not None), None)
                     if failed is not None and not self._dialect.is_in_transaction(connection):
                         raise failed
+                # a connection that is lost from here on leaves the outcome unknown, so the batch must not be repeated
                 is_committing = True
         except Exception as error:
             if connection.invalidated and not is_committing and not is_second_try:
@@ -295,12 +298,15 @@ def _group(batch: list[_Write]) -> Iterator[list[_Write]]:
     def kind_of(write: _Write) -> int:
         return id(write.work.statement if isinstance(write.work, _RowInsert) else write)
 
+    # by identity, and neighbours only, so that the order of writes is kept: a statement that is built anew for each
+    # write shares no group
     for _, same in itertools.groupby(batch, kind_of):
         yield list(same)
 
 
 def _in_session(connection: Connection, work: Callable[[Session], T]) -> T:
     """Run `work` behind a savepoint, so that an error undoes this work only."""
+    # rows must stay readable after the commit, in the thread of the caller
     with Session(connection, expire_on_commit=False, join_transaction_mode="create_savepoint") as session:
         result = work(session)
         session.commit()  # releases the savepoint; the batch commits to the disk

@@ -52,6 +52,7 @@ class DatabaseTrace:
             self._write(CLOSED)
 
     def _write(self, state: str) -> None:
+        # flushed before it is renamed: otherwise a power cut may leave the new name with an empty file
         new = self._trace.with_name(f"{self._trace.name}-new")
         with new.open("w") as file:
             file.write(state)

@@ -51,6 +51,8 @@ def take_ownership(data_dir: Path) -> Ownership:
     lock = -1
     try:
         make_directory(data_dir)
+        # not inherited by programs that this process starts (PEP 446): an engine that outlives it does not keep the
+        # lock
         lock = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY)
         # The kernel releases the lock when the process ends, however it ends.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -60,6 +60,8 @@ class StatementCache:
 
     def get(self, statement: Executable) -> Compiled:
         """Return the compiled form of a statement."""
+        # by identity, without a limit: only statements that are built once may come here. No lock: two threads may
+        # compile one twice, to the same result
         if statement not in self._compiled:
             self._compiled[statement] = Compiled(statement, self._dialect)
         return self._compiled[statement]

@@ -50,6 +50,8 @@ class Sqlite:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.location = repr(str(path))
+        # IMMEDIATE: a transaction that first reads and then writes would fail as busy, without waiting, if another
+        # program wrote in between
         self.writing = _open(path, WRITER, begin="BEGIN IMMEDIATE", num_connections=1)
         self.reading = _open(path, READER, begin="BEGIN", num_connections=MAX_READERS)
         self._compiled = StatementCache(self.writing.dialect)
@@ -102,6 +104,7 @@ class Sqlite:
         self._num_writes += num_writes
         if self._num_writes >= CHECKPOINT_WRITES:
             self._num_writes = 0
+            # PASSIVE waits for no reader; what readers hold back is left to the next checkpoint
             with contextlib.suppress(sqlite3.Error):  # a full or broken disk shows in the next commit
                 _driver(connection.connection).execute("PRAGMA wal_checkpoint(PASSIVE)")
 

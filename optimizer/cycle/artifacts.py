@@ -104,6 +104,8 @@ class CycleArtifacts(BaseModel):
         Raises:
             pydantic.ValidationError: a known key holds another type.
         """
+        # a new field of this class takes its name from methods: one whose rows or adapter have the same name is no
+        # longer found
         own = {name: value for name, value in stored.items() if name in cls.model_fields}
         others = {name: value for name, value in stored.items() if name not in own}
         objects = {name: value for name, value in others.items() if isinstance(value, dict)}
@@ -111,6 +113,8 @@ class CycleArtifacts(BaseModel):
             {
                 **own,
                 "rows": {name: value for name, value in objects.items() if "policy" not in value},
+                # only a trained adapter may have a key "policy": an artefact of rows that had one would be read as an
+                # adapter
                 "trained": {name: value for name, value in objects.items() if "policy" in value},
                 "versions": {
                     name.removesuffix(VERSION_SUFFIX): value
@@ -130,4 +134,5 @@ class CycleArtifacts(BaseModel):
 
 def to_json(artifact: object) -> Any:
     """Return an artefact as it is stored."""
+    # by alias: rows store `tally`, which fields call `counts`
     return artifact.model_dump(mode="json", by_alias=True) if isinstance(artifact, BaseModel) else artifact

@@ -55,6 +55,7 @@ class CycleContext:
     @property
     def directory(self) -> Path:
         """The directory of this cycle's rows, checkpoints and cell results."""
+        # path_below, here and in the next two: a name from a row or a request must not lead out of the data directory
         return path_below(self.memory.data_dir, "cycles", self.cycle_id)
 
     def adapter_directory(self, version: int) -> Path:
@@ -92,6 +93,7 @@ class CycleContext:
     def seed(self, *names: object) -> int:
         """Return a seed that depends only on the configured seed, the cycle and `names`."""
         # a string seeds Random by its digest; hash() would change with every process
+        # the labels are part of the seed: rewording one gives a resumed cycle other episodes
         return random.Random(f"{self.config.seed}/{self.cycle_id}/{names}").getrandbits(31)
 
     async def read_pool(
@@ -113,6 +115,7 @@ class CycleContext:
             limit=self.config.max_pool,
             is_for_weights=is_for_weights,
         )
+        # after the limit, so fewer than max_pool may be left
         return await self._drop_held_out(graded)
 
     async def read_corrections(self) -> list[Correction]:
@@ -137,6 +140,8 @@ class CycleContext:
         held_out_by_clients = await asyncio.to_thread(self.memory.trajectories.held_out_tasks)
 
         def measures(trajectory: Trajectory) -> bool:
+            # live traffic has no environment: it is held out by what its clients named, tenant by tenant, so that no
+            # tenant can withhold another's log from learning
             if trajectory.environment is not None:
                 return (trajectory.environment, trajectory.task) in held_out
             return any((trajectory.tenant, it) in held_out_by_clients for it in (trajectory.task, trajectory.task_text))
@@ -167,6 +172,7 @@ class CycleContext:
         """Return the block of held-out tasks that starts at `offset`; it wraps around after the last task."""
         num_tasks = self.num_gate_tasks(environment)
         tasks = self.seams.tasks(environment, Split.HELD_OUT, offset + num_tasks, 0)
+        # where the environment has fewer than offset + num_tasks, earlier blocks are played again
         return [tasks[(offset + number) % len(tasks)] for number in range(min(num_tasks, len(tasks)))]
 
     def gate_serving(self, environment: str) -> Serving:
@@ -200,12 +206,14 @@ class CycleContext:
         loop = asyncio.get_running_loop()
         reports: set[asyncio.Task[None]] = set()  # the loop keeps only weak references to tasks
 
+        # create_task is not thread-safe: `prepare` must call this on the loop's thread
         def on_progress(done: int, total: int) -> None:
             task = loop.create_task(self.report_progress(done, total, "preparing tasks"))
             reports.add(task)
             task.add_done_callback(reports.discard)
 
         await self.seams.prepare(tasks, on_progress)
+        # a report that landed later would replace the progress of the episodes
         await asyncio.gather(*reports)
 
     async def play(
@@ -229,6 +237,8 @@ class CycleContext:
             await self.report_progress(num_done, len(tasks), label)
             return trajectory
 
+        # one rollout that raises cancels all others: an episode that goes wrong must come back as FAILED instead
+        # (seams.Rollout)
         async with asyncio.TaskGroup() as group:
             episodes = [group.create_task(play_one(position, task)) for position, task in enumerate(tasks)]
         return [episode.result() for episode in episodes]

@@ -33,8 +33,8 @@ STAGES: tuple[Stage, ...] = (
 
 
 async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | None = None) -> Cycle:
-    """Open a cycle with these settings and note on it whose episodes it learns from and what it needs. With `seams`,
-    the memory for its trainings is checked as well.
+    """Open a cycle with these settings and record its pool of episodes and its needs. With `seams`, the memory for its
+    trainings is checked as well.
 
     Raises:
         CycleInProgress: another cycle is open.
@@ -47,6 +47,7 @@ async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | 
     if seams is not None:
         needs += await measure_surroundings(memory, config, seams)
         require_needs(needs)
+    # two writes: a crash in between leaves an open cycle without a note, which reports show as empty
     pool = describe_pool(await asyncio.to_thread(memory.trajectories.count_learnable), config)
     cycle = await memory.cycles.open(config.model_dump(mode="json"))
     return await memory.cycles.save(cycle.id, artifacts={"pool": pool, "needs": [need.to_json() for need in needs]})
@@ -64,11 +65,13 @@ async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str,
             # Durable before the stage begins: after a crash a stage is repeated, never skipped.
             await context.enter(stage.name)
             await stage.run(context)
+    # not BaseException: a cancellation must leave the row open, or a restart of the server would end the cycle
     except Exception as error:  # recorded on the row, then raised again
         await memory.cycles.save(cycle_id, stage=CycleStage.ERROR, error=_explain(error))
         raise
     verdict = context.artifacts.verdict
     assert verdict is not None, "the last stage saves the verdict"
+    # after the policy has moved: a crash before this line repeats `settle`, which finds its ledger entry closed
     await memory.cycles.save(cycle_id, stage=CycleStage.COMPLETED, verdict=verdict)
     return verdict
 
@@ -79,6 +82,7 @@ def list_remaining_stages(config: OptimizerConfig, position: str) -> list[Stage]
     Raises:
         OptimizerError: no method has a stage of that name: the cycle was opened by another version.
     """
+    # names must be unique over all methods: the first of two is taken as the position
     names = [stage.name for stage in STAGES]
     if position not in names:
         raise OptimizerError(f"no method of learning has a stage {position!r}: cancel this cycle and start another")

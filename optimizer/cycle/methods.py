@@ -19,6 +19,8 @@ from optimizer.cycle.stages import (
 from optimizer.data import demonstrations, preferences
 from optimizer.training.footprint import PAIRWISE
 
+# Order: a method stands behind the one that it starts from. Names are stored in artefacts and manifests, and cells are
+# called `<name>-on`, so a name has no hyphen.
 METHODS: tuple[Method, ...] = (
     Method(
         name="sft",

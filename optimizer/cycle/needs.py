@@ -46,6 +46,7 @@ class Need:
         return self.num_missing == 0
 
     def to_json(self) -> dict[str, object]:
+        # num_missing is a property, which asdict leaves out
         return {**asdict(self), "num_missing": self.num_missing}
 
 
@@ -72,7 +73,7 @@ class Logged:
 
 
 def require_needs(needs: Iterable[Need]) -> None:
-    """Raise for what is missing of that without which a cycle cannot train: TrainingDoesNotFit, TooFewTrajectories."""
+    """Raise TrainingDoesNotFit or TooFewTrajectories for a required need that is not met."""
     for need in needs:
         if need.is_met or not need.is_required:
             continue
@@ -82,7 +83,7 @@ def require_needs(needs: Iterable[Need]) -> None:
 
 
 def explain(need: Need) -> str:
-    """Return what is missing, and how to mend it, in one sentence."""
+    """Return the missing number and its remedy in one sentence."""
     return (
         f"{need.detail}; {need.needed} {need.name} are needed and playing can add {need.playable} at the most: "
         f"{need.num_missing} are missing; {need.mend}"
@@ -103,6 +104,8 @@ def need_demonstrations(logged: Logged, rounds: Sequence[int]) -> Need:
     learnable, corrections, config = logged.learnable, logged.corrections, logged.config
     corrected = {each.trajectory.id for each in corrections}
     successes = [each.trajectory for each in learnable if each.is_success]
+    # must leave in all that data/demonstrations.py may take: counted too low, a cycle that could train is rejected.
+    # Length and template are not known yet
     imitable = [it for it in successes if it.may_teach and not it.num_invalid_tool_calls and it.id not in corrected]
     taught = [each.trajectory for each in corrections if each.trajectory.may_teach]
     per_task, corrections_per_task = config.demonstrations.per_task, config.teaching.corrections_per_task
@@ -127,12 +130,13 @@ def need_demonstrations(logged: Logged, rounds: Sequence[int]) -> Need:
 
 
 def _count_playable(logged: Logged, rounds: Sequence[int]) -> tuple[int, str]:
-    """Return how many demonstrations these rounds of practice bring at the most, and what that estimate goes by.
+    """Return how many demonstrations these rounds of practice bring at the most, and the basis of that estimate.
 
     A policy that never won gets no lessons from its failures, so its next episodes will not do better than the upper
     end of what it showed. One that won may learn from one round to the next: it is bounded by the caps alone.
     """
     config, active = logged.config, logged.active
+    # a round plays each of its tasks once: the longest per_task rounds together give each task its most successes
     most = sum(sorted(rounds, reverse=True)[: config.demonstrations.per_task])
     tries = [
         each
@@ -151,6 +155,7 @@ def need_preferences(logged: Logged, rounds: Sequence[int]) -> Need:
     """Return the need for pairs of replies. Rounds of practice are not counted: they may bring no contrast."""
     learnable, config = logged.learnable, logged.config
     wanted = config.preferences
+    # a pair takes two episodes of one task, a win and a loss
     num_explored = min(config.explore_episodes // 2, config.num_practice_tasks)
     # on the same task: different tasks give no pair
     won, lost = (

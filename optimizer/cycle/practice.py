@@ -38,6 +38,7 @@ async def practice(context: CycleContext) -> None:
         return
     tasks = context.practice_tasks()
     await context.prepare(tasks)
+    # once for all rounds: a promotion in the meantime does not change the policy that practises
     incumbent = context.memory.policies.active().version
     for number in range(context.artifacts.num_practice_rounds, len(rounds)):
         uses_memory = config.practice_memory[min(number, len(config.practice_memory) - 1)]
@@ -51,6 +52,7 @@ async def practice(context: CycleContext) -> None:
         await learn_insights(context)
         # after the insights: a round without its insights is played again
         await context.save_artifacts(num_practice_rounds=number + 1)
+        # not after the last round: then the rows are built and counted exactly
         if rounds_left := rounds[number + 1 :]:
             await asyncio.to_thread(require_reachable, context.memory, config, rounds_left)
 
@@ -68,6 +70,7 @@ async def learn_insights(context: CycleContext) -> None:
         scope = memory.scopes.of_trajectory(each.trajectory)
         if scope is not None and each.trajectory.may_teach:
             by_scope[each.trajectory.tenant, scope].append(each)
+    # ids sort by time, so that one bound serves both queries
     since_id = min((each.trajectory.id for each in pool), default="")
     already_read = await asyncio.to_thread(memory.insights.read_evidence, since_id=since_id)
     comments = await asyncio.to_thread(memory.feedback.comments, since_id=since_id)
@@ -166,6 +169,7 @@ def choose_tasks_to_retry(tasks: Sequence[Task], outcomes: dict[str, list[bool]]
 
     def certainty(task: Task) -> float:
         tries = outcomes.get(task.name, [])
+        # smoothed: a task that was never tried has the certainty 0 and comes first
         return abs((sum(tries) + 0.5) / (len(tries) + 1) - 0.5)
 
     uncertain = sorted(tasks, key=lambda task: (certainty(task), task.name))[: max(1, len(tasks) // 2)]

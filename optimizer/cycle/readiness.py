@@ -45,6 +45,7 @@ def _need_held_out_tasks(config: OptimizerConfig, seams: Seams) -> Need:
             detail="clients play them as the candidate and as the active policy; `judge` decides then",
         )
     num_tasks = wanted.count_tasks(seams.serving(config.environment).temperature)
+    # counted from 0 and not from this cycle's offset: blocks wrap around (context.take_held_out)
     available = len(seams.tasks(config.environment, Split.HELD_OUT, num_tasks))
     return Need(
         name="held-out tasks",
@@ -58,6 +59,7 @@ def _need_held_out_tasks(config: OptimizerConfig, seams: Seams) -> Need:
 async def _need_capacity(memory: Memory, config: OptimizerConfig, seams: Seams) -> Need:
     try:
         placement = await place_training(memory, config, seams)
+    # TrainingDoesNotFit is a ValueError too; other errors of `seams` must reach the caller
     except ValueError as error:  # no GPU has the memory, or the base's files are not on this machine
         return Need(CAPACITY, 1, 0, is_required=True, detail=str(error), mend="until then nothing is learned")
     return Need(CAPACITY, 1, 1, is_required=True, detail=f"{placement}, {_describe_lengths(placement)}")

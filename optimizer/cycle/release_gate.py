@@ -48,6 +48,8 @@ class Comparison:
     async def play(self, cell: Cell, tasks: list[Task], environment: str, *, num_tries: int) -> CellResult:
         """Play a cell, or read its episodes if they were played before a crash."""
         context, is_in_cycle = self.context, self.is_in_cycle
+        # the file is looked up by the cell's name alone: within one comparison a name must mean one policy, with or
+        # without memory, and one number of tries
         path = context.directory / f"cell-{'' if is_in_cycle else self.entry.id + '-'}{cell.name}.json"
         if not path.exists():
             trajectories = context.memory.trajectories
@@ -80,6 +82,8 @@ async def evaluate(context: CycleContext) -> dict[str, CellResult]:
 
     A cell that was played is not played again. Where only clients can play, nothing is played and no cell returned.
     """
+    # order: candidate, incumbent, ledger, tasks; each is saved before the next is derived from it, so a repeated stage
+    # plays the same comparison
     await nominate(context)
     if not context.config.environment:
         return {}
@@ -105,11 +109,14 @@ async def decide(context: CycleContext) -> dict[str, Any]:
     if context.config.environment:
         comparison = await _enter_cycle_comparison(context)
         tasks = context.held_out_tasks()
+        # read from disk, where `evaluate` left them; the number of tries would matter only for a file that has been
+        # deleted
         cells = {cell.name: await _play(comparison, cell, tasks, is_contestant=True) for cell in list_cells(context)}
         contestants = [cells[cell.name] for cell in list_contestants(context)]
         summary = await _conclude(comparison, cells, contestants, list_policies(context))
     else:
         summary = await _decide_by_log(context, _cycle_entry(context), is_in_cycle=True)
+    # checkpoints, specs and logs; adapters lie under `adapters`, and the cells and rows stay
     shutil.rmtree(context.directory / "training", ignore_errors=True)
     await context.save_artifacts(verdict=summary)
     return summary
@@ -123,6 +130,7 @@ async def decide_again(context: CycleContext) -> dict[str, Any]:
     entry_id = new_id("ver")
     if not context.config.environment:
         return await _decide_by_log(context, entry_id, is_in_cycle=False)
+    # with the policy active now, not the cycle's incumbent: only now can it be replaced
     comparison = await _enter(context, entry_id, context.memory.policies.active().version, is_in_cycle=False)
     tasks = context.take_held_out(comparison.environment, comparison.held_out_offset)
     await comparison.prepare(tasks)
@@ -137,6 +145,7 @@ async def _decide_by_log(context: CycleContext, entry_id: str, *, is_in_cycle: b
     candidate, incumbent = policies.get(context.artifacts.candidate_version), policies.active()
     comparison = await _enter(context, entry_id, incumbent.version, is_in_cycle=is_in_cycle)
     ours, theirs = await asyncio.to_thread(read_logged_cells, context.memory, candidate, incumbent)
+    # ours twice: where its tries were without memory it is also the cell that may be no worse and cheaper
     return await _conclude(comparison, {cell.cell.name: cell for cell in (ours, theirs)}, [ours, theirs, ours], [])
 
 
@@ -155,6 +164,8 @@ async def _enter_cycle_comparison(context: CycleContext) -> Comparison:
 async def _enter(context: CycleContext, entry_id: str, incumbent: int, *, is_in_cycle: bool) -> Comparison:
     """Enter a comparison in the ledger: its look at the incumbent, and its own block of held-out tasks."""
     environment, verdicts = context.config.environment, context.memory.verdicts
+    # read before the transaction that enters the row: two comparisons that interleave here would share a block. Learner
+    # keeps them apart (`_deciding`, and no `judge` while a cycle is open)
     start = verdicts.held_out_end(environment)
     entry = StoredVerdict(
         id=entry_id,
@@ -186,6 +197,7 @@ async def _conclude(
 ) -> dict[str, Any]:
     """Decide between (candidate, incumbent, candidate without memory if it was played), and act on the verdict."""
     context = comparison.context
+    # positional: list_contestants returns them in this order
     ours, theirs, *lean = contestants
     without_memory = next((result for result in lean if not result.cell.use_memory), None)
     # a comparison that was closed without a test has no look; it is only repeated after a crash
@@ -219,6 +231,8 @@ async def _play_regressions(comparison: Comparison, verdict: Verdict) -> Verdict
     """Have both play held-out tasks of every other environment that was learned from: none may have become worse."""
     context, wanted = comparison.context, comparison.context.config.evaluation
     for environment in context.config.learn_from:
+        # an environment of `learn_from` has no ledger of its own: its block follows that of the main one. max: a
+        # comparison by the log has no block, and its offset is negative
         tasks = context.take_held_out(environment, max(0, comparison.held_out_offset))
         await comparison.prepare(tasks)
         sides = []
@@ -229,6 +243,7 @@ async def _play_regressions(comparison: Comparison, verdict: Verdict) -> Verdict
         comparison.regressions.append({"environment": environment, **vars(paired)})
         if paired.low > -wanted.max_regression:
             continue
+        # only evidence rejects; an interval that reaches below the limit because it is wide decides nothing
         is_worse = paired.high < 0
         outcome = Decision.REJECT if is_worse else Decision.UNINFORMATIVE
         reason = (
@@ -257,6 +272,7 @@ async def _act_on(
     context, policies, entry = comparison.context, comparison.context.memory.policies, comparison.entry
     gate = await asyncio.to_thread(_describe_gate, comparison, verdict)
     evaluation = Evaluation(cells, played, METHODS, verdict, gate)
+    # order: report, ledger, policy. A crash after any of them repeats the stage with the cells on disk
     report = await asyncio.to_thread(write_report, context, evaluation, keep_earlier=not comparison.is_in_cycle)
     sealed = comparison.sealed
     await context.memory.verdicts.close(
@@ -290,6 +306,7 @@ def _serves_as(comparison: Comparison, verdict: Verdict) -> bool | None:
     as it was proved."""
     if verdict.decision is not Decision.PROMOTE:
         return None
+    # None follows the server's setting, which the operator may change later; True and False stay
     proved = verdict.candidate.use_memory
     if not comparison.environment:  # clients' tries without memory may only have found none
         return False if verdict.basis is Basis.NO_WORSE else None
@@ -300,6 +317,7 @@ def _describe_gate(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
     """Return the figures of the gate itself, as the report stores them."""
     context, entry, verdicts = comparison.context, comparison.entry, comparison.context.memory.verdicts
     environment, wanted = comparison.environment, comparison.context.config.evaluation
+    # the entry holds its alpha until it is closed, also where no test was made
     spent = verdicts.alpha_spent(entry.incumbent) - (0.0 if verdict.was_tested else entry.alpha)
     sealed, before = comparison.sealed, verdicts.num_sealed(environment)
     played = {}
@@ -318,6 +336,7 @@ def _describe_gate(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
         "alpha_budget": wanted.false_promotion_rate,
         "regressions": comparison.regressions,
         "sealed": None if sealed is None else sealed.summary(),
+        # a repeated stage finds the entry closed and its touch counted already
         "sealed_touches": before + (sealed is not None and entry.decision is None),
     }
 
@@ -362,6 +381,7 @@ def list_contestants(context: CycleContext) -> list[Cell]:
 def _pair_contestants(context: CycleContext, ours: str, theirs: str, incumbent: int) -> list[Cell]:
     environment, candidate = context.config.environment, context.artifacts.candidate_version
     use_memory = context.gate_serving(environment).use_memory
+    # None on the policy's row: it follows the server's setting
     serves_with_memory = context.memory.policies.get(incumbent).use_memory
     if serves_with_memory is None:
         serves_with_memory = context.seams.serving(environment).use_memory

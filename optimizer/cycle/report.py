@@ -58,6 +58,7 @@ def write_report(context: CycleContext, evaluation: Evaluation, *, keep_earlier:
     # a decision after the cycle had closed: the report of the cycle stays readable
     if keep_earlier:
         _set_aside(directory)
+    # default=str: a value of an unexpected type becomes its text instead of failing the cycle at its end
     (directory / "report.json").write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
     if any(cell["num_episodes"] for cell in report["cells"].values()):
         titles = {policy.name: policy.title for policy in evaluation.policies}
@@ -124,6 +125,7 @@ def _without_ids(rows: dict[str, Any]) -> dict[str, Any]:
 def list_comparisons(policies: Sequence[PlayedPolicy]) -> Iterator[tuple[str, str, str]]:
     """Yield (first cell, second cell, title): each training against the one before and against the base, and the effect
     of memory on each policy."""
+    # the base must come first; an empty list has none (compare_cells asks first)
     base, *trained = policies
     for before, after in zip(policies, trained, strict=False):
         yield f"{after.name}-off", f"{before.name}-off", f"{after.title} against {before.title}, memory off"
@@ -200,9 +202,11 @@ def plot_success(cells: dict[str, dict[str, Any]], titles: Mapping[str, str], pa
     `titles`: names of policies -> titles; a policy without one is labelled by its name.
     """
     # imported late: matplotlib takes a second, and most processes draw nothing
+    # not pyplot: it keeps figures in global state, and this runs in a worker thread
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # up to the first hyphen, so names of policies have none
     names = list(dict.fromkeys(name.partition("-")[0] for name in cells))
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -108,6 +108,7 @@ def _render_comparisons(comparisons: list[dict[str, Any]]) -> str:
 def _render_guards(guards: list[dict[str, Any]]) -> str:
     rows = []
     for guard in guards:
+        # decision._compare_counts: hard guards compare by difference, the others by ratio
         measure = "difference" if guard["is_hard"] else "ratio"
         is_known = guard["low"] is not None
         rows.append(
@@ -131,6 +132,7 @@ def _render_gate(gate: dict[str, Any]) -> str:
         lines.append(f"No test was made, and nothing spent: {spent}")
     else:
         lines.append(f"Look {gate['look']} at this incumbent, which spends {gate['alpha']:.4f}: {spent}")
+    # a comparison by the log has none of the figures of play
     if "temperature" in gate and gate["temperature"] != gate["serving_temperature"]:
         lines.append(f"**Played at temperature {gate['temperature']:g}; users get {gate['serving_temperature']:g}.**")
     for one in gate["regressions"]:
@@ -251,5 +253,6 @@ def _yes(value: bool) -> str:
 def _table(header: list[str], rows: list[list[str]]) -> str:
     if not rows:
         return ""
+    # insights and task names are free text: an unescaped bar would shift the columns
     cells = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)

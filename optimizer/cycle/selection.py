@@ -40,7 +40,9 @@ async def choose_policy(context: CycleContext, versions: Sequence[int]) -> int:
             label=f"choosing a checkpoint: v{version}",
         )
         won[str(version)] = sum(context.is_success(trajectory) for trajectory in played)
+        # after each version: a crash costs the episodes of one policy, not of all
         await context.save_artifacts(selection=Selection(num_tasks=len(tasks), num_won=won))
+    # max returns the first of equals: `versions` begins with the least trained
     chosen = max(versions, key=lambda version: won[str(version)])
     await context.save_artifacts(selection=Selection(num_tasks=len(tasks), num_won=won, chosen=chosen))
     return chosen
@@ -53,6 +55,8 @@ async def selection_tasks(context: CycleContext) -> list[Task]:
         return []
     # behind the practice tasks of this cycle, so that neither rows nor insights come from them
     start = context.artifacts.practice_end or config.num_practice_tasks
+    # the next cycle's practice begins at the same offset, so these tasks may be trained on then, which harms nothing:
+    # its selection lies further on
     tasks = context.seams.tasks(config.environment, Split.PRACTICE, OVERSAMPLING * config.num_selection_tasks, start)
     names = context.artifacts.selection_tasks
     if names is None:

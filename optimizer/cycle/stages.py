@@ -106,6 +106,7 @@ async def collect(context: CycleContext) -> None:
     """Play practice tasks that no earlier cycle has played, and extract insights."""
     for environment in context.config.learn_from:
         context.take_held_out(environment, 0)  # an unknown name fails here, not after an hour of training
+    # chosen once: a repeated stage must play the same tasks
     if context.artifacts.practice_offset is None:
         # select() returns the newest 50 cycles; offsets only grow, so older ones do not matter
         earlier = [cycle for cycle in context.memory.cycles.select() if cycle.id != context.cycle_id]
@@ -228,6 +229,7 @@ async def nominate(context: CycleContext) -> int:
     if version is None and artifacts.selection is not None:
         version = artifacts.selection.chosen
     if version is None:
+        # versions rise with the order of trainings
         version = max(trained.policy for trained in artifacts.trained.values())
     # a repeated stage finds the policy moved already
     if context.memory.policies.get(version).stage is PolicyStage.DRAFT:
@@ -283,6 +285,7 @@ async def _add_early_adapters(context: CycleContext, spec: TrainingSpec) -> Trai
     """Have an adapter written after each epoch but the last, so that the best can be chosen by playing."""
     num_epochs = math.ceil(spec.epochs)
     early = []
+    # no early adapters where nothing can be played to choose among them
     for number in range(1, num_epochs) if context.config.num_selection_tasks and context.config.environment else ():
         version = await _reserve_version(context, f"{spec.kind}-{number}")
         output_dir = context.adapter_directory(version)
@@ -305,6 +308,8 @@ async def _reserve_version(context: CycleContext, name: str) -> int:
     mine = reserved.get(name)
     if mine is not None and not any(p.version == mine and p.cycle_id != context.cycle_id for p in policies):
         return mine
+    # reserved ones too, whose policies do not exist yet. A version never comes again: vLLM keys its prefix cache by an
+    # adapter's name and path (vLLM#42125)
     version = max([*(policy.version for policy in policies), *reserved.values()]) + 1
     # left by a cycle that died before it registered: nothing was ever served from it
     shutil.rmtree(context.adapter_directory(version), ignore_errors=True)
@@ -319,6 +324,7 @@ async def _make_room(context: CycleContext, spec: TrainingSpec) -> AsyncIterator
         yield
         return
     await context.report_progress(0, 1, "waiting until the engine is idle")
+    # nobody is served inside the window, so it must hold nothing but the training
     async with context.seams.open_window(f"training {spec.name}-v{spec.version} ({spec.kind})"):
         yield
 
@@ -333,6 +339,7 @@ async def _train_and_register(context: CycleContext, spec: TrainingSpec, *, note
 
     # the engine is back before the policy is drafted
     async with _make_room(context, spec):
+        # idempotent by the digest of the spec (launch.read_finished): a repeated stage gets the finished adapter
         manifest = await context.seams.train(spec, on_step=on_step, num_attempts=context.config.training_attempts)
     policy = await _register(context, spec, note=note)
     trained = TrainedAdapter(

@@ -38,8 +38,11 @@ def render_reply(tokenizer: Tokenizer, text: str) -> list[int]:
     before = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
     messages = [*QUESTION, {"role": "assistant", "content": text}]
     after = tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
+    # some templates open a thought in the generation prompt that a finished reply lacks
     if not after.startswith(before):
         raise Unstitchable("correction_not_rendered")
+    # the template has written all special tokens: one that the tokenizer adds, such as BOS, would stand in the middle
+    # of the row
     ids = list(tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"])
     if tokenizer.eos_token_id not in ids:
         raise Unstitchable("correction_not_rendered")

@@ -163,6 +163,7 @@ def build_demonstrations(
             by_task[each.trajectory.task_key].append(episode)
     for _, episodes in sorted(by_task.items()):
         _take_shortest(episodes, config.per_task, built)
+    # parallel to `rows`: bound_rows picks from both by position
     built.teachers += [teachers[row.trajectory_id] for row in built.rows[built.num_corrections :]]
     # older corrections only fill up to the minimum
     num_missing = max(0, config.min_rows - built.num_examples)
@@ -170,6 +171,7 @@ def build_demonstrations(
         older[::-1], tokenizer, config, max_length_tokens, seed, built, most=num_missing
     )
     built.num_tasks += len(with_correction)
+    # last: the limits of teachers hold for everything that was taken, fillers included
     bound_rows(built, config, teaching, seed)
     built.num_corrections = sum(row.is_correction for row in built.rows)
     return built
@@ -204,6 +206,7 @@ def _take_corrections(
     tasks = set()
     end = None if most is None else len(built.rows) + most
     for number, each in enumerate(corrections):
+        # rows are counted, not tries: a correction that cannot be rendered does not use up the number
         if len(built.rows) == end:
             built.counts["over_correction_cap"] += len(corrections) - number
             break
@@ -264,6 +267,7 @@ def _demonstrate(
         tokens_shown += row.num_prompt_tokens
         tokens_kept += kept.num_prompt_tokens
     built.counts.update(joints)
+    # after the loop: an episode that is too long says nothing about the template
     built.own_tokens += sum(len(step.output_token_ids or ()) for step in each.model_steps)
     # counted before the caps, so that the share measures the template and not the caps
     built.trained_tokens += sum(sum(row.mask) for row in rows)
@@ -272,7 +276,9 @@ def _demonstrate(
 
 
 def _take_shortest(episodes: Sequence[_Episode], per_task: int, built: DemonstrationRows) -> None:
+    # the shortest successes contain hasty habits more often (docs/log.md): preferences correct that
     outputs: set[tuple[int, ...]] = set()
+    # ties by id: a repeated stage must write the same file, or the digest of its training changes
     for episode in sorted(episodes, key=lambda episode: (len(episode.output), episode.trajectory_id)):
         if episode.output in outputs:
             built.counts["duplicate"] += 1

@@ -80,6 +80,7 @@ def require_imitable(each: GradedTrajectory) -> None:
     require_trusted(each)
     if each.trajectory.num_invalid_tool_calls > 0:
         raise Unstitchable("invalid_tool_calls")
+    # a reply cut by a limit has no end token: imitated, it teaches to break off
     if any(step.finish_reason == "length" for step in each.model_steps):
         raise Unstitchable("cut_output")
 
@@ -91,6 +92,7 @@ def bound_rows(
     seed: int,
 ) -> None:
     """Leave out the rows over a teacher's bounds, then those over the total."""
+    # order: the bounds of teachers first; a sample taken before would keep the share of a flood
     kept = choose_rows(built.teachers, teaching, floor=config.min_rows, seed=seed, counts=built.counts)
     if len(kept) > config.max_rows:
         built.counts["over_total_cap"] += len(kept) - config.max_rows
@@ -122,6 +124,7 @@ def count_tokens(row: dict[str, Any]) -> int:
     """Return the length in tokens of a row that `read_rows` read; of a preference, with its longer side."""
     if "input_ids" in row:
         return len(row["input_ids"])
+    # both sides are padded to the longer one; the same sum as training/dpo.py, measure
     return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 

@@ -47,6 +47,8 @@ def choose_rows(
     teachers: Sequence[Teachers], config: TeachingConfig, *, floor: int, seed: int, counts: Counter[str]
 ) -> list[int]:
     """Return the positions of the rows to keep, in order; the rows left out are counted by reason."""
+    # one sequence of draws, so the order of groups decides too: `teachers` must come in the same order from a repeated
+    # stage
     dice = random.Random(seed)
     kept = list(range(len(teachers)))
     for name, group_of in GROUPS:
@@ -62,6 +64,7 @@ def choose_rows(
             least = 0 if name == "tenant" else floor
             for rows in _rows_by_group(teachers, kept, group_of).values():
                 num_others = len(kept) - len(rows)
+                # without others there is no share to exceed
                 if num_others:
                     most = max(least, int(num_others * config.max_share / (1 - config.max_share)))
                     kept = _leave_out(kept, rows, most, f"over_{name}_share", dice, counts)
@@ -73,6 +76,7 @@ def _rows_by_group(
 ) -> dict[Hashable, list[int]]:
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for position in kept:
+        # a set: a preference whose two sides have one teacher counts once
         for group in {group_of(teacher) for teacher in teachers[position]} - {None}:
             groups[group].append(position)
     return groups
@@ -82,6 +86,7 @@ def _leave_out(
     kept: list[int], rows: Sequence[int], most: int, reason: str, dice: random.Random, counts: Counter[str]
 ) -> list[int]:
     """Return `kept` with at most `most` of a group's `rows`, chosen by chance."""
+    # `rows` was grouped before earlier cuts of this round: some may be gone
     present = [position for position in rows if position in set(kept)]
     if len(present) <= most:
         return kept
@@ -112,4 +117,5 @@ def _order(teacher: Teacher) -> tuple[str, ...]:
 
 def hash_user(tenant: str, user_id: str) -> str:
     """Return eight characters that are the same for a person in every report, without identifying them."""
+    # does not withstand guessing: a person who knows a user's id can compute its hash
     return hashlib.sha256(f"{tenant}/{user_id}".encode()).hexdigest()[:8] if user_id else ""

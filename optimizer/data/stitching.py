@@ -89,6 +89,7 @@ def stitch(steps: Sequence[Step]) -> tuple[list[Row], Counter[str]]:
     joints: Counter[str] = Counter()
     for position, step in enumerate(step for step in steps if step.kind is StepKind.MODEL):
         prompt, output = step.prompt_token_ids, step.output_token_ids
+        # the engine returns ids only where it is asked for them; text that is rendered again would train other tokens
         if not prompt or not output:
             raise Unstitchable("no_token_ids")
         row_so_far = rows[-1].input_ids if rows else []
@@ -107,6 +108,7 @@ def stitch(steps: Sequence[Step]) -> tuple[list[Row], Counter[str]]:
 
 
 def _continue_row(row: Row, prompt: Sequence[int], output: Sequence[int]) -> Row:
+    # not negative: the row so far is the beginning of the prompt
     num_new = len(prompt) - len(row.input_ids)
     return replace(
         row,
@@ -173,6 +175,7 @@ def remove_memory(row: Row, edits: Sequence[SegmentEdit]) -> Row:
     if not edits:
         return row
     prompt = row.input_ids[: row.num_prompt_tokens]
+    # searched in the first prompt alone: behind it lie sampled tokens, which must stay
     matches = [(edit, start) for edit in edits for start in _find_all(prompt, edit.shown)]
     # twice means that a user quoted the segment: removing one of them is a guess
     if len(matches) != 1:
@@ -183,6 +186,7 @@ def remove_memory(row: Row, edits: Sequence[SegmentEdit]) -> Row:
         row,
         input_ids=row.input_ids[:first] + edit.bare + row.input_ids[end:],
         mask=row.mask[:first] + [0] * len(edit.bare) + row.mask[end:],
+        # all three move together: mask and starts are positions in input_ids
         starts=[start + shift for start in row.starts],
         num_prompt_tokens=row.num_prompt_tokens + shift,
     )
@@ -223,6 +227,7 @@ def _has_parts(messages: Sequence[dict[str, Any]]) -> bool:
 
 def _as_served_message(message: dict[str, Any], joins_parts: bool) -> dict[str, Any]:
     if joins_parts and isinstance(message.get("content"), list):
+        # the separator is vLLM's; with another one no captured prompt would hold the rendered segment
         message = {**message, "content": "\n".join(part.get("text", "") for part in message["content"])}
     # vLLM turns string arguments into objects before the template sees them; the template would quote them twice
     if not message.get("tool_calls"):

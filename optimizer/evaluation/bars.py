@@ -40,6 +40,7 @@ def find_loosened(asked: EvaluationConfig, operator: EvaluationConfig) -> list[s
     problems = []
     for name in EvaluationConfig.model_fields:
         ours, theirs = getattr(operator, name), getattr(asked, name)
+        # equal to the tighter of the two means not looser; for FIXED it means equal to the operator's
         if theirs == _tighter(name, theirs, ours):
             continue
         allowed = f"exactly {ours!r}" if name in FIXED else f"at {'least' if name in AT_LEAST else 'most'} {ours!r}"
@@ -70,6 +71,8 @@ def require_proof(asked: OptimizerConfig, operator: OptimizerConfig) -> None:
                 f"teaching.{name} = {wanted!r} is not at most {limit!r}, which is the operator's limit: leave it out "
                 "or make it tighter, or ask with a key that has the scope 'admin'"
             )
+    # each environment of `learn_from` is a veto of the gate (release_gate._play_regressions), so dropping one lowers a
+    # bar
     left_out = sorted(set(operator.learn_from) - {*asked.learn_from, asked.environment})
     if left_out and asked.environment:  # live traffic is proved by what clients played
         raise ValueError(
@@ -91,4 +94,5 @@ def _tighter(name: str, one: Bar, operator: Bar) -> Bar:
         return operator
     if one is None or operator is None:  # no margin at all is the tightest
         return None
+    # allow_dearer is compared as a number: False is the tighter one
     return max(one, operator) if name in AT_LEAST else min(one, operator)

@@ -67,6 +67,7 @@ class CellResult:
 
     @cached_property
     def by_task(self) -> dict[str, list[EpisodeSummary]]:
+        # in the order of the tasks, which pairs and reports keep
         tries: dict[str, list[EpisodeSummary]] = defaultdict(list)
         for episode in self.played:
             tries[episode.task].append(episode)
@@ -84,6 +85,7 @@ class CellResult:
     @property
     def num_tries(self) -> int:
         """Tries of each task, the fewest of any."""
+        # the fewest, so that pass@k never claims more tries than each task had
         return min(map(len, self.by_task.values()), default=0)
 
     def share(self, flag: str) -> float:
@@ -183,6 +185,8 @@ def describe(
     error = trajectory.error or ""
     is_finished = trajectory.stage is TrajectoryStage.FINISHED
     # an episode that its client abandoned was cut by no budget: its reward counts
+    # by the text that runtime/agent/graph.py stores: the class of the error, then a message with its unit. A new
+    # wording there changes verdicts here
     is_cut = is_finished and error.startswith("BudgetExceeded")
     # a clock says more about the machine than about the policy; steps and tokens are the policy's own
     is_out_of_time = is_cut and "second" in error
@@ -218,6 +222,8 @@ def pair_tasks(candidate: CellResult, incumbent: CellResult) -> list[Pair]:
         for task, ours in candidate.by_task.items()
         if task in incumbent.by_task
     ]
+    # only where *all* broke: to leave out tasks that broke on one side would favour a policy that breaks off when it
+    # loses
     return [pair for pair in pairs if not all(episode.is_broken for episode in (*pair.ours, *pair.theirs))]
 
 
@@ -231,6 +237,7 @@ def compare_pairs(pairs: Iterable[Pair], confidence: float = 0.95) -> PairedDiff
 def write_cell(path: Path, result: CellResult) -> None:
     """Write the episodes of a cell; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # renamed at the end: release_gate.py takes an existing file for a played cell
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps([_to_json(episode) for episode in result.played]), encoding="utf-8")
     unfinished.replace(path)
@@ -249,4 +256,5 @@ def _to_json(episode: EpisodeSummary) -> dict[str, object]:
 
 
 def _from_json(stored: dict[str, Any]) -> EpisodeSummary:
+    # strict: a field that is added here makes the files of open cycles unreadable
     return EpisodeSummary(num_calls=stored.pop(STORED_CALLS), **stored)

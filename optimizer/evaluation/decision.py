@@ -30,6 +30,8 @@ def alpha_of(look: int, budget: float) -> float:
 
     The sum over all looks is `budget`.
     """
+    # the series 1/k^2 sums to pi^2 / 6. `look` starts at 1, and a look is free again if no test was made
+    # (memory/records/verdicts.py)
     return budget * 6 / (math.pi**2 * look**2)
 
 
@@ -82,6 +84,7 @@ class NonInferiority:
 
     @property
     def holds(self) -> bool:
+        # unknown savings count as none
         return self.low > -self.margin and (self.tokens_saved_low or 0.0) > 0
 
 
@@ -114,6 +117,7 @@ class Verdict:
 
     def to_json(self) -> dict[str, object]:
         guards = [{**asdict(guard), "is_kept": guard.is_kept} for guard in self.guards]
+        # without the tasks: they are stored in the ledger, and a verdict is copied to policy, cycle and report
         rest = {name: value for name, value in asdict(self).items() if name != "tasks"}
         return {**rest, "decision": self.decision.value, "guards": guards}
 
@@ -141,6 +145,7 @@ def decide(
         no_worse = _compare_without_memory(without_memory, incumbent, config, alpha)
         conclusion = _weigh(candidate.cell, pairs, paired, guards, no_worse, config, alpha)
     else:
+        # not REJECT: a broken measurement must not cost a candidate
         conclusion = Conclusion(Decision.UNINFORMATIVE, doubt, candidate.cell)
     gains = {pair.task: share_won(pair.ours) - share_won(pair.theirs) for pair in pairs}
     return Verdict(
@@ -184,8 +189,10 @@ def _doubt(candidate: CellResult, incumbent: CellResult, pairs: Sequence[Pair], 
             )
     if len(pairs) < config.min_tasks:
         return f"{len(pairs)} tasks were played by both, {config.min_tasks} are needed"
+    # the smaller share: one policy alone that exhausts its budget is a difference, not a doubt
     if min(cell.share("is_truncated") for cell in cells) > config.max_truncated_share:
         return f"more than {config.max_truncated_share:.0%} of the episodes of both were cut by a budget: raise it"
+    # over the pairs: tasks whose tries all broke are no evidence of difficulty
     rates = [sum(share_won(side) for side in sides) / len(pairs) for sides in _sides(pairs)]
     if max(rates) <= config.floor:
         return "both fail nearly every task: the tasks are too hard to tell them apart"
@@ -216,6 +223,7 @@ def _measure_guards(pairs: Sequence[Pair], config: EvaluationConfig) -> list[Gua
     ]
     # a policy that survives longer makes more calls, so only tasks that both won are compared
     if len(both_won) >= MIN_TASKS_FOR_CALLS:
+        # means over tries per task: the task is the unit, however many tries it had
         means = [[_mean(side, "num_calls") for side in sides] for sides in _sides(both_won)]
         ones = [1.0] * len(both_won)
         calls = compare_rates((means[0], ones), (means[1], ones), as_ratio=True)
@@ -232,6 +240,7 @@ def _compare_counts(pairs: Sequence[Pair], name: str, count: str, limit: float, 
 
 
 def _as_guard(name: str, compared: RateComparison, limit: float, *, is_hard: bool) -> Guard:
+    # JSON has no infinity
     low, high = (end if math.isfinite(end) else None for end in (compared.low, compared.high))
     return Guard(name, compared.first, compared.second, low, high, limit, is_hard)
 
@@ -286,7 +295,9 @@ def _weigh(
     """Decide on a measurement that can be trusted."""
     # two tests at one look share its part of the budget (Bonferroni)
     share = alpha if config.noninferiority_margin is None else alpha / 2
+    # two-sided interval with `share` in each tail: its lower end is the one-sided bound at this look's level
     bound = compare_pairs(pairs, 1 - 2 * share).low
+    # both: the exact test knows no margin, and the interval is an approximation
     is_better = paired.p_better <= share and bound > config.margin
     numbers = (
         f"{paired.difference:+.1%} (95 % interval {paired.low:+.1%} to {paired.high:+.1%}; "

@@ -49,6 +49,7 @@ def compare_paired(first: Sequence[float], second: Sequence[float], confidence: 
     num_tasks = len(first)
     differences = np.subtract(np.asarray(first, dtype=float), np.asarray(second, dtype=float))
     if num_tasks == 0:
+        # no task: the widest interval, not the mean of an empty array
         return PairedDifference(0, 0, 0, 0.0, -1.0, 1.0, 1.0, 1.0)
     low, high = _bonett_price(differences, confidence)
     steps = tuple(sorted(_in_steps(differences)))
@@ -66,6 +67,7 @@ def compare_paired(first: Sequence[float], second: Sequence[float], confidence: 
 
 
 def _bonett_price(differences: np.ndarray, confidence: float) -> tuple[float, float]:
+    # num_tasks + 2 in the mean and in the root, as in the paper
     padded = np.append(differences, [1.0, -1.0])
     mean = padded.mean()
     spread = norm.ppf((1 + confidence) / 2) * math.sqrt(((padded**2).mean() - mean**2) / len(padded))
@@ -74,6 +76,7 @@ def _bonett_price(differences: np.ndarray, confidence: float) -> tuple[float, fl
 
 def _in_steps(differences: np.ndarray) -> list[int]:
     """Return the differences that are not zero as whole multiples of the finest step among them."""
+    # floats such as 0.75 - 0.5 are near multiples of the step: rounded back to fractions before they are made whole
     exact = [Fraction(value).limit_denominator(MAX_TRIES) for value in differences.tolist() if value]
     unit = math.lcm(*(value.denominator for value in exact)) if exact else 1
     return [int(value * unit) for value in exact]
@@ -83,12 +86,14 @@ def _in_steps(differences: np.ndarray) -> list[int]:
 def flip_signs(steps: tuple[int, ...]) -> float:
     """Return how likely the sum is at least as high when each step's sign is a fair coin's; exact."""
     sizes = [abs(step) for step in steps]
+    # cost: the number of tasks times the sum of the steps; with four tries of each task, a step is at most 4
     ways = np.ones(1)  # probability of each sum, from -sum(so far) to +sum(so far)
     for size in sizes:
         wider = np.zeros(len(ways) + 2 * size)
         wider[: len(ways)] += ways / 2
         wider[2 * size :] += ways / 2
         ways = wider
+    # from the observed sum, itself included, upwards; index 0 is -sum(sizes)
     return min(1.0, float(ways[sum(sizes) + sum(steps) :].sum()))
 
 
@@ -132,6 +137,8 @@ def compare_rates(
     )
     if len(count) < 2 or not unit.sum() or not other_unit.sum() or (as_ratio and not min(first_rate, second_rate)):
         return RateComparison(first_rate, second_rate, -math.inf, math.inf)
+    # each task's influence on its rate; both sides are of the same tasks, so their difference, and not each alone, has
+    # the variance that counts
     pulls = [
         (c - rate * u) / u.mean() / (rate if as_ratio else 1.0)
         for c, u, rate in ((count, unit, first_rate), (other_count, other_unit, second_rate))
@@ -140,6 +147,7 @@ def compare_rates(
     if not as_ratio:
         difference = first_rate - second_rate
         return RateComparison(first_rate, second_rate, difference - spread, difference + spread)
+    # on the log scale: an interval of a ratio is not symmetric, and stays above 0
     middle = math.log(first_rate / second_rate)
     return RateComparison(first_rate, second_rate, math.exp(middle - spread), math.exp(middle + spread))
 
@@ -151,6 +159,7 @@ def bootstrap_mean(
     if not values:
         return 0.0, 0.0, 0.0
     array = np.asarray(values, dtype=float)
+    # fixed seed: a report that is written again has the same numbers
     picks = np.random.default_rng(seed).integers(0, len(array), size=(NUM_RESAMPLES, len(array)))
     means = array[picks].mean(axis=1)
     tail = (1 - confidence) / 2

@@ -27,6 +27,7 @@ Tries = dict[tuple[str, str, str], TrajectoryWithReward]
 def read_logged_cells(memory: Memory, candidate: Policy, incumbent: Policy) -> tuple[CellResult, CellResult]:
     """Return (candidate, incumbent). Reads the database: for a thread."""
     ours = _first_tries(memory, candidate, since=candidate)
+    # since the candidate for both: the incumbent's older tries had less memory to draw on
     theirs = _first_tries(memory, incumbent, since=candidate)
     used = memory.verdicts.tasks_used(candidate.version)
     alike = [
@@ -46,6 +47,7 @@ def _first_tries(memory: Memory, policy: Policy, *, since: Policy) -> Tries:
 
 
 def _all_tries(memory: Memory, policy: Policy, since: Policy) -> Iterator[TrajectoryWithReward]:
+    # pages by id: rows that arrive meanwhile have higher ids and shift no page
     before_id = None
     while True:
         page = memory.trajectories.select(
@@ -65,6 +67,7 @@ def _all_tries(memory: Memory, policy: Policy, since: Policy) -> Iterator[Trajec
 
 def _conditions(view: TrajectoryWithReward) -> tuple[object, ...]:
     """Return the conditions that must be equal for two tries to differ by their policy alone."""
+    # whether memory was shown, not what: the text differs with every episode
     return (view.trajectory.temperature, bool(view.trajectory.memory_text))
 
 
@@ -73,6 +76,7 @@ def _name(task: tuple[str, str, str]) -> str:
 
 
 def _as_cell(memory: Memory, name: str, policy: Policy, tries: Tries) -> CellResult:
+    # any: with memory on, a try that found nothing to show has none
     uses_memory = any(view.trajectory.memory_text for view in tries.values())
     played = [
         describe(

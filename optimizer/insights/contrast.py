@@ -1,6 +1,6 @@
 """Finds lessons by counting, where no model writes prose: which action, for which instruction, goes with success.
 
-No environment is known here, only lines of text, actions, and how episodes ended. The episode read "fry the carrot" and
+The input is lines of text, actions and outcomes, of whatever environment. The episode read "fry the carrot" and
 did "cook carrot with stove": the words they share are the entity, and the rest is a cue and an action, "fry the _" and
 "cook _ with stove". Over many episodes and entities the cue meets competing actions, and one of them survives.
 
@@ -105,6 +105,7 @@ class Outcomes:
 
     @property
     def by_survival(self) -> tuple[int, int]:
+        # Fisher's test takes whole counts
         losses = round(self.losses)
         return self.num_tries - losses, losses
 
@@ -146,6 +147,7 @@ def contrast_insights(
         for lesson in sorted(lessons, key=lambda lesson: (lesson.p_value, lesson.text)):
             verb = OperationKind.AGREE if lesson.text in believed else OperationKind.ADD
             operations.append(InsightOperation(verb, environment, kind, lesson.text, counts=lesson.support))
+        # not what was taught just now: ADD and REMOVE of one text would cancel each other
         refuted = find_refuted(count_outcomes(answers), count_outcomes(unexplained), believed - taught)
         operations += [
             InsightOperation(OperationKind.REMOVE, environment, kind, lesson.text, counts=lesson.support)
@@ -163,6 +165,7 @@ def find_answers(episodes: Iterable[GradedTrajectory]) -> list[Answer]:
             occurrences[occurrence].append((position, num_actions_after))
         for occurrence, uses in occurrences.items():
             deeds = frozenset((number, position) for position, _ in uses)
+            # of the last use: the nearest to the end bears the most blame
             blame = 0.0 if each.is_success else BLAME_DISCOUNT ** min(after for _, after in uses)
             answers.append(Answer(occurrence, deeds, each.is_success, blame))
     return answers
@@ -185,6 +188,7 @@ def find_lessons(
 ) -> tuple[list[Contrast], list[Answer]]:
     """Return the lessons, the surest first, and the answers that none of them explains."""
     lessons: list[Contrast] = []
+    # ends: each round removes at least the answers of its own lesson. All tests are made again each round
     while best := find_best_actions(count_outcomes(answers), significance=significance):
         surest = best[0]
         lessons.append(surest)
@@ -214,6 +218,7 @@ def find_occurrences(each: GradedTrajectory) -> Iterator[tuple[Occurrence, int, 
     num_actions = 0
     for step in each.steps:
         if step.kind is StepKind.TOOL:
+            # only results of tools before the action: what was read later cannot have been followed
             lines.update(dict.fromkeys(read_lines(step.content)))
             continue
         for call in step.tool_calls:
@@ -257,6 +262,7 @@ def _longest_common_runs(left: Words, right: Words) -> list[tuple[int, int, int]
     """Return (start in left, start in right, length) of all longest common runs."""
     runs: list[tuple[int, int, int]] = []
     longest = 1
+    # cubic at worst: `left` has at most MAX_LINE_WORDS words, `right` those of one call
     for i in range(len(left)):
         for j in range(len(right)):
             length = 0
@@ -283,6 +289,7 @@ def are_rivals(one: Words, other: Words) -> bool:
         return False
     shortest = min(len(one), len(other))
     start = next((i for i in range(shortest) if one[i] != other[i]), shortest)
+    # not beyond `start`: prefix and suffix must not count the same words twice
     end = next((i for i in range(shortest - start) if one[-1 - i] != other[-1 - i]), shortest - start)
     spans = one[start : len(one) - end], other[start : len(other) - end]
     shared = one[:start] + one[len(one) - end :]

@@ -1,4 +1,4 @@
-"""Chooses what a critic reads, and writes it down within the tokens that the critic can hold.
+"""Chooses the episodes that a critic reads, and writes them down within the tokens that it can hold.
 
 Three kinds of reading: the same task won and lost (ExpeL's first pass), successes side by side (its second), and
 failures of tasks that were never won, which ExpeL leaves out. An episode is read once in each kind: a critic that saw
@@ -73,11 +73,13 @@ def choose_readings(
 
     def unread(episodes: Iterable[GradedTrajectory], kind: str) -> dict[tuple[str, str, str], GradedTrajectory]:
         """Return the newest of each task: the pool is sorted oldest first."""
+        # a dict keeps the last of equal keys, so this depends on the order of the pool
         return {e.trajectory.task_key: e for e in episodes if (e.trajectory.id, kind) not in already_read}
 
     # by kind: an episode may be read once in a comparison and once in a group
     won, lost = unread(successes, "compared"), unread(failures, "compared")
     compared = [Reading("compared", _scope_of(won[key]), (lost[key], won[key])) for key in won if key in lost]
+    # seeded: a round that is repeated after a crash asks the same questions
     random.Random(seed).shuffle(compared)
     ever_won = {each.trajectory.task_key for each in successes}
     never_won = [each for each in failures if each.trajectory.task_key not in ever_won]
@@ -112,6 +114,7 @@ def build_critique(
 
     Long texts are shortened in their middle first, then steps are left out, whole episodes last; the text says so.
     """
+    # the list is never cut: with many lessons no episode may fit (extraction.py names the remedy)
     budget = max_tokens - sum(estimate_tokens(message["content"]) for message in _write_messages("", known))
     for report, shown in _write_reports(reading, comments):
         if estimate_tokens(report) <= budget:
@@ -202,5 +205,6 @@ def estimate_tokens(text: str) -> int:
     num_letters = sum(map(len, words))
     num_blanks = len(re.findall(r"[ \t\r]", text))
     num_ascii = len(text.encode("ascii", "ignore"))
+    # replace: half a surrogate pair would raise
     num_foreign_bytes = len(text.encode("utf-8", "replace")) - num_ascii
     return in_words + (num_ascii - num_letters - num_blanks) + (num_foreign_bytes + 1) // 2

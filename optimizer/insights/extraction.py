@@ -85,6 +85,7 @@ async def extract_insights(
         extraction.num_asked += 1
         try:
             answer, critique = await critic.ask(reading, lists[reading.scope])
+        # other errors are defects, and end the cycle
         except (CompletionError, TimeoutError) as error:
             num_failures_in_a_row += 1
             extraction.fail(f"{type(error).__name__}: {str(error) or f'no answer in {CRITIQUE_SECONDS:g} seconds'}")
@@ -96,6 +97,7 @@ async def extract_insights(
 
 def _take(extraction: Extraction, answer: str, reading: Reading, critique: Critique, texts: list[str]) -> None:
     """Add the operations of an answer. A useless answer counts as read, too: the same prompt would bring it again."""
+    # only episodes that fitted into the prompt count as read; the others come again
     extraction.evidence += [(trajectory_id, reading.kind) for trajectory_id in critique.shown]
     operations = parse_operations(answer, reading.scope, texts)
     if operations is None:  # the answer stays out of logs and reports, because it may quote a person
@@ -130,11 +132,13 @@ class _Critic:
                     "context (engine.max_model_len)"
                 )
             try:
+                # not wait_for, which can swallow a cancellation in Python 3.11
                 async with asyncio.timeout(CRITIQUE_SECONDS):
                     answer = await self._complete(critique.messages, schema=SCHEMA, max_tokens=self._answer_tokens)
             except PromptTooLong:
                 budget //= 2
             else:
+                # kept: later readings begin with the size that was accepted
                 self._prompt_tokens = budget
                 return answer, critique
         raise PromptTooLong(f"the critic's context was exceeded {MAX_TRIES} times, each time with half of the prompt")

@@ -157,7 +157,9 @@ def parse_operations(answer: str, scope: InsightScope, known: Sequence[str]) -> 
 
 def read_answer(answer: str) -> list[ParsedOperation] | None:
     """Return the operations in order; an empty list where the critic wants no change, None for an unreadable answer."""
+    # the end, where the answer stands; the bound also limits the regular expressions below
     answer = _strip_thinking(answer[-MAX_ANSWER_CHARS:])
+    # JSON first: its lines would be taken for prose or for operations
     found = _read_json(answer)
     if found is not None:
         return found
@@ -184,6 +186,7 @@ def _read_json(answer: str) -> list[ParsedOperation] | None:
     if not found:
         for chunk in re.findall(r"\{[^{}]{1,2000}\}", answer):  # Python's own notation
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                # never eval: the text is a model's. MemoryError and RecursionError come from nested brackets
                 found += _walk(ast.literal_eval(chunk))
     is_empty_list |= answer.strip("`json \n") == "[]"
     return found or ([] if is_empty_list else None)
@@ -238,6 +241,7 @@ def _kind_of(fields: dict[str, Any]) -> tuple[OperationKind | None, int | None]:
 def _number_of(fields: dict[str, Any]) -> int | None:
     for key in (*_NUMBER_KEYS, "lesson", "rule", "insight"):
         value = fields.get(key)
+        # bool is an int: `true` would be lesson 1
         if isinstance(value, int) and not isinstance(value, bool):
             return value
         if isinstance(value, str) and value.strip().isdecimal():
@@ -427,6 +431,7 @@ def _resolve(written: ParsedOperation, scope: InsightScope, known: Sequence[str]
     text = _clean(written.text)
     if written.kind is OperationKind.ADD:
         return InsightOperation(written.kind, *scope, text) if is_lesson(text) else None
+    # numbered from 1, as critique._write_messages does
     numbered = known[written.number - 1] if written.number and 1 <= written.number <= len(known) else None
     if written.kind is OperationKind.EDIT:
         return _resolve_edit(written, text, scope, known, numbered)
@@ -465,6 +470,7 @@ def find_known(text: str, known: Sequence[str]) -> str | None:
 
 
 def _likeness(one: str, other: str) -> float:
+    # autojunk: from 200 characters on it ignores frequent characters, which changes the ratio
     return difflib.SequenceMatcher(None, _plain(one), _plain(other), autojunk=False).ratio()
 
 
@@ -495,5 +501,6 @@ def _clean(text: str) -> str:
         text = text[1:-1].strip()
     text = re.sub(r"^[*`:\s]+|[*`\s]+$", "", text)
     if len(text) > MAX_INSIGHT_CHARS:
+        # as UTF-8, so many characters stay below PostgreSQL's limit for an index key (2.7 KB)
         text = text[:MAX_INSIGHT_CHARS].rsplit(" ", 1)[0]
     return text

@@ -1,14 +1,13 @@
 """Endless pretraining episodes from a few hundred transcripts: every one in a kitchen with rules of its own.
 
 The transcripts come from one real game family, whose rules never change. A model that saw them as they are would know
-the rules, and could neither need a memory nor improve. So each episode permutes them in the text: what this recipe
-calls "fry" may want the oven, what it calls "chop" the dicing cut. Without memory the model can only guess; with the
-rules in its memory it can look them up. Foods are renamed in half of the episodes, so that names are copied, not
-learned by heart.
+the rules, and could neither need a memory nor improve. So each episode permutes them in the text: "fry" in this recipe
+may mean the oven, and "chop" the dicing cut. Without memory the model can only guess; with the rules in its memory it
+can look them up. Foods are renamed in half of the episodes, so that names are copied, not learned by heart.
 
 Most episodes are those of a hasty cook: the value of care is not taught here either.
 
-The environment, the tokenizer and the optimizer of the weights are not known here.
+This module depends on no environment, tokenizer or optimizer.
 """
 
 from __future__ import annotations
@@ -51,6 +50,7 @@ OTHER_CUTS = ("peel _ with knife", "mince _ with knife", "grate _ with grater", 
 LAST_DIRECTION = "prepare meal"
 DONE = " - done"
 MAX_DIRECTIONS = 14
+# the tokenizer is trained with these: a change of one needs a new tokenizer, and so a new model
 PHRASES = (
     "Now ",
     DONE,
@@ -58,14 +58,14 @@ PHRASES = (
     *(f"{cue} the _ ->" for cue in (*COOKING, *CUTTING, *OTHER_CUES)),
     *(f" {rule}" for rule in (*COOKING.values(), *CUTTING.values(), *OTHER_RULES, *OTHER_CUTS)),
 )
-"""What the tokenizer makes one token each."""
+"""Texts that the tokenizer makes one token each."""
 SYLLABLES = re.findall("..", "babodadifefugagokakilalomaminanopaperarisasotatovaviwawoyazu")
 COLOURS = ("red", "green", "yellow", "white", "black", "purple", "orange")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Loss per token by what the token is."""
+    """Loss per token by the kind of token."""
 
     agent: float = 1.0
     rule: float = 3.0  # a rule that can be looked up
@@ -82,7 +82,8 @@ class Mixture(NamedTuple):
 
 
 MEMORIES = {"none": 0.3, "insights": 0.3, "exemplar": 0.1, "both": 0.3}
-"""Shares of whole games by what their memory holds."""
+"""Shares of whole games by the content of their memory."""
+# On purpose: only habits that lose games leave something to preferences (docs/log.md). The model card says so.
 HASTY_SHARE = 0.7
 
 
@@ -112,6 +113,7 @@ class Corpus:
         self.rng = random.Random(seed)
 
     def episode(self, mixture: Mixture) -> list[Piece]:
+        # one generator for everything: an added draw changes every later episode of a seed
         kind = self.rng.random()
         if kind < mixture.recitals:
             return self.recital()
@@ -120,6 +122,7 @@ class Corpus:
     def play(self) -> list[Piece]:
         """One whole game, with as much memory as `MEMORIES` says."""
         kitchen = Kitchen.draw(self.rng, self.foods)
+        # a bool is the key: True is the careful cook, whose games are all won (write_transcripts)
         cooks = self.transcripts[self.rng.random() >= HASTY_SHARE] or self.won
         transcript = self.rng.choice(cooks)
         kind = self.rng.choices(list(MEMORIES), list(MEMORIES.values()))[0]
@@ -203,7 +206,7 @@ class Corpus:
         return [*pieces, *action(LAST_DIRECTION, agent, says=says), *observation("*** The End ***", 0.0)]
 
     def _holding(self, foods: Sequence[str], done: set[tuple[str, str]]) -> str:
-        """Return an inventory that shows what is done already."""
+        """Return an inventory that shows the directions done already."""
         forms = {verb: form for verb, form in FORMS.values()} | OTHER_FORMS
         items = ["a knife"] if self.rng.random() < 0.5 else []
         for food in foods:
@@ -251,6 +254,7 @@ class Corpus:
             if move["direction"]:
                 verb = move["direction"]
                 thought += f"\n{kitchen.shown_verb(verb)} the _ -> {({**COOKING, **CUTTING})[verb]}"
+            # cut as memory/records/exemplars.py cuts, or the model sees other exemplars when it serves
             lines.append(" ".join(thought.split())[:MAX_CHARS])
             lines += [f"> {kitchen.rename(move['command'])}", cut(kitchen.see(move["observation"]))]
         return "\n".join(line for line in lines if line)
@@ -258,7 +262,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Kitchen:
-    """One episode's rules and names: which verb the text shows for each true one, and what the foods are called."""
+    """One episode's rules and names: the verb that the text shows for each true one, and the names of the foods."""
 
     verbs: dict[str, str]
     foods: dict[str, str]
@@ -276,6 +280,7 @@ class Kitchen:
     def of(cls, verbs: dict[str, str], foods: dict[str, str]) -> Kitchen:
         forms = {old: new for true, shown in verbs.items() for old, new in zip(FORMS[true], FORMS[shown], strict=True)}
         words = {**forms, **foods}
+        # a regular expression takes the first alternative that fits: "red apple" must come before "apple"
         longest_first = sorted(words, key=len, reverse=True)
         return cls(verbs, foods, re.compile(rf"\b({'|'.join(map(re.escape, longest_first))})\b"), words)
 
@@ -283,11 +288,12 @@ class Kitchen:
         return self.of(self.verbs, draw_food_names(rng, foods))
 
     def see(self, text: str) -> str:
-        """Return what the game says, in this kitchen's words."""
+        """Return a text of the game in this kitchen's words."""
+        # one pass: replaced one after the other, fry -> roast -> fry would undo itself
         return self.pattern.sub(lambda match: self.words[match[0]], text)
 
     def rename(self, command: str) -> str:
-        """Return a command with this kitchen's foods; its verb and its appliance are what really works."""
+        """Return a command with this kitchen's foods; its verb and its appliance stay those that work."""
         return self.pattern.sub(lambda match: self.foods.get(match[0], match[0]), command)
 
     def shown_verb(self, true_verb: str) -> str:
@@ -302,6 +308,7 @@ def draw_food_names(rng: random.Random, foods: Sequence[str]) -> dict[str, str]:
     if rng.random() < 0.5:
         return {food: food for food in foods}
     names = list(foods) + [invented_food(rng) for _ in range(len(foods) // 2)]
+    # sorted: the order of a set of strings differs between processes
     return dict(zip(foods, rng.sample(sorted(set(names)), len(foods)), strict=True))
 
 

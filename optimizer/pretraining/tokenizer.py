@@ -28,6 +28,7 @@ def train_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
+        # the frames are added afterwards and count in the size of the vocabulary
         vocab_size=vocab_size - len(frames),
         special_tokens=[PAD, START, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -37,6 +38,7 @@ def train_tokenizer(
     def without_frames() -> Iterable[str]:
         for text in texts:
             for constant in (*frames, START, END):
+                # cut out, so that no merge is spent on a text that becomes one token anyway
                 text = text.replace(constant, "\n")
             yield text
 

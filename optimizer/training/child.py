@@ -55,7 +55,7 @@ CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "adapt
 
 
 class Reporter:
-    """Writes one JSON object per line to what was standard output."""
+    """Writes one JSON object per line to the original standard output."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -74,10 +74,12 @@ def start(arguments: list[str], kind: str) -> tuple[TrainingSpec, Reporter]:
     spec = TrainingSpec.model_validate_json(Path(arguments[1]).read_text(encoding="utf-8"))
     if spec.kind != kind:
         raise ValueError(f"the spec {arguments[1]!r} is for {spec.kind!r}, this is the {kind!r} trainer")
+    # order: duplicated before descriptor 1 is pointed at the log, or progress would go there too
     reporter = Reporter(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)  # libraries print to standard output
     _die_with_parent()
     torch.set_num_threads(spec.num_threads)
+    # before the model is built: LoRA's first matrices are drawn at random
     set_seed(spec.seed)
     reporter.emit("started", rows=str(spec.rows_path))
     return spec, reporter
@@ -87,6 +89,8 @@ def _die_with_parent() -> None:
     """Be killed when the parent process ends, also when it ended while this one was still importing."""
     if sys.platform != "linux":
         return
+    # Linux sends the signal when the *thread* that started this process ends (prctl(2)): launch.py must start trainers
+    # from the event loop's thread, never from a worker thread
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # the parent may have died before prctl: then no signal ever comes
     launcher = os.environ.get(LAUNCHER_PID)
@@ -104,6 +108,7 @@ def multiplies_in_bfloat16(spec: TrainingSpec) -> bool:
     """Whether matrices are multiplied in bfloat16, independently of the dtype of the weights."""
     if spec.dtype != "auto" or uses_gpu(spec):
         return choose_dtype(spec) is torch.bfloat16
+    # a private function of torch 2.13: check that it exists when the pin moves
     return torch.cpu._is_avx512_bf16_supported()
 
 
@@ -119,7 +124,9 @@ def load_base(spec: TrainingSpec) -> tuple[Any, Any]:
     base_dir = locate_base(spec.base_model)
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     if tokenizer.pad_token is None:
+        # padding has neither attention nor loss: any token will do, but the collators need one
         tokenizer.pad_token = tokenizer.eos_token
+    # loaded here, because TRL loads a model that is given by path in float32
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=choose_dtype(spec))
     # the KV cache is of no use in training, and incompatible with gradient checkpointing
     model.config.use_cache = False
@@ -132,6 +139,8 @@ def lora_settings(spec: TrainingSpec) -> dict[str, Any]:
         "r": spec.lora_rank,
         "lora_alpha": spec.lora_alpha,
         "lora_dropout": 0.0,
+        # without the head: TRL 1.16 raises for a LoRA on lm_head. Loosen nothing here without memory/adapters.py, which
+        # rejects what vLLM cannot serve
         "target_modules": "all-linear",
         "bias": "none",
         "task_type": "CAUSAL_LM",
@@ -141,6 +150,8 @@ def lora_settings(spec: TrainingSpec) -> dict[str, Any]:
 def trainer_arguments(spec: TrainingSpec, num_rows: int) -> dict[str, Any]:
     """Return the arguments that the configurations of all TRL trainers share."""
     rows_per_pass = min(spec.rows_per_pass, spec.batch_size)
+    # rounded up: where rows_per_pass does not divide batch_size, a step takes more rows than batch_size. The digest
+    # leaves rows_per_pass out (spec.py) because footprint.py gives powers of two, which divide the recipes' batches
     num_passes = math.ceil(spec.batch_size / rows_per_pass)
     steps_per_epoch = math.ceil(math.ceil(num_rows / rows_per_pass) / num_passes)
     num_steps = max(1, math.ceil(steps_per_epoch * spec.epochs))
@@ -155,6 +166,7 @@ def trainer_arguments(spec: TrainingSpec, num_rows: int) -> dict[str, Any]:
         "max_grad_norm": 1.0,
         "logging_steps": 1,
         "save_strategy": "steps",
+        # a share of the whole, so that a kill costs the same part of a long and of a short training
         "save_steps": max(1, num_steps // spec.num_checkpoints),
         "save_total_limit": 2,  # a kill while the newest is written leaves the one before
         "seed": spec.seed,
@@ -164,10 +176,13 @@ def trainer_arguments(spec: TrainingSpec, num_rows: int) -> dict[str, Any]:
         "bf16": multiplies_in_bfloat16(spec),
         "gradient_checkpointing": spec.gradient_checkpointing,
         "train_sampling_strategy": "group_by_length",
+        # SFT rows lack the column, and transformers measures their input_ids; preferences have no input_ids, so
+        # dpo.measure adds it
         "length_column_name": "length",
         "dataloader_num_workers": 0,
         "report_to": "none",
         "disable_tqdm": True,
+        # TRL's default is 1024 and cuts the end of a row, the reply, without an error
         "max_length": None,  # rows that are too long were left out when they were built
     }
 
@@ -218,11 +233,14 @@ class _WriteEarlyAdapters(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for early in self._spec.early_adapters:
+            # transformers calls on_step_end before it saves the checkpoint of the same step: after a kill in between,
+            # the step is made again and finds the adapter written
             is_due = state.global_step == max(1, round(early.share * state.max_steps))
             if is_due and not early.output_dir.exists():  # a resumed training makes some steps again
                 metrics = {"num_steps": state.global_step}
                 write_adapter(self._trainer, self._spec.at(early), metrics, self._probe)
                 assert self._trainer.model is not None
+                # write_adapter leaves the model in evaluation mode
                 self._trainer.model.train()
 
 
@@ -241,6 +259,7 @@ def run(trainer: Trainer, spec: TrainingSpec, reporter: Reporter, probe_token_id
 
 def find_checkpoint(checkpoints: Path) -> Path | None:
     """Return the newest checkpoint that was written to its end, and delete torn ones."""
+    # by number: as text, checkpoint-9 sorts behind checkpoint-10
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for checkpoint in found:
         if _is_whole(checkpoint):
@@ -284,13 +303,19 @@ def write_adapter(
     """Write the adapter directory with its manifest. The model is in evaluation mode afterwards."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.eval()
+    # before anything is written: a directory under its final name is never replaced, and memory/adapters.py would
+    # reject one with NaN
     _require_finite(model)
     unfinished = spec.work_dir / "adapter"
+    # left by a kill in the middle of an earlier write; early adapters and the final one use the same path in turn
     shutil.rmtree(unfinished, ignore_errors=True)
+    # selected: the model of DPO holds the reference, "ref", too, which would be saved beside it. save_embedding_layers:
+    # by default PEFT compares vocabularies and may add the embeddings, which vLLM would not serve
     model.save_pretrained(unfinished, selected_adapters=["default"], save_embedding_layers=False)
     for path in unfinished.iterdir():
         if path.name not in FILE_NAMES:
             path.unlink()  # a model card with nothing in it
+    # order: the manifest, then the rename; a directory under its final name is taken to be complete
     write_manifest(unfinished, describe_adapter(spec, metrics, take_fingerprint(model, probe_token_ids)))
     write_adapter_atomically(unfinished, spec.output_dir)
 
@@ -332,8 +357,11 @@ def describe_adapter(spec: TrainingSpec, metrics: Mapping[str, float], fingerpri
 @torch.no_grad()
 def take_fingerprint(model: PeftModel, token_ids: list[int]) -> Fingerprint:
     """Return the log-probs of `token_ids[1:]` with and without the adapter, which a server must reproduce."""
+    # TRL switches adapters to compute the reference
     model.set_adapter("default")
     ids = torch.tensor([token_ids], device=next(model.parameters()).device)
+    # both values are compared after loading: vLLM serves an adapter whose modules match nothing as the base
+    # (vLLM#34186), and on CPUs 0.32 gave rows of the base an adapter (vLLM#48421)
     adapted = _token_logprobs(model, ids)
     with model.disable_adapter():
         bare = _token_logprobs(model, ids)
@@ -341,6 +369,8 @@ def take_fingerprint(model: PeftModel, token_ids: list[int]) -> Fingerprint:
 
 
 def _token_logprobs(model: PeftModel, ids: torch.Tensor) -> list[float]:
+    # float32 before the softmax: bfloat16 has steps of 1/32 between 4 and 8, where log-probs of unlikely tokens lie.
+    # The logits at i predict token i + 1
     logprobs = model(input_ids=ids).logits[0, :-1].float().log_softmax(dim=-1)  # (num_tokens - 1, vocabulary)
     return [round(value, 5) for value in logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()]
 

@@ -102,6 +102,7 @@ async def _run_child(spec: TrainingSpec, spec_path: Path, on_step: OnStep | None
             env=child_environment(spec),
             # its own process group, so that everything it starts is killed with it
             start_new_session=True,
+            # asyncio's own limit is 64 KiB; a longer line makes the reader raise ValueError
             limit=LINE_LIMIT_BYTES,
         )
     try:
@@ -116,6 +117,8 @@ async def _run_child(spec: TrainingSpec, spec_path: Path, on_step: OnStep | None
     finally:
         if child.returncode is None:  # we were cancelled, or `on_step` raised
             with contextlib.suppress(ProcessLookupError):
+                # the group has the child's id because of start_new_session; SIGKILL is safe, because a torn checkpoint
+                # is deleted at the next start (child.find_checkpoint)
                 os.killpg(child.pid, signal.SIGKILL)
             await child.communicate()  # not wait(): its pipe must be closed before the loop may end
 
@@ -126,11 +129,14 @@ def child_environment(spec: TrainingSpec) -> dict[str, str]:
     # One GPU, or TRL would wrap the model in DataParallel, which it refuses.
     device = {} if spec.visible_device is None else {"CUDA_VISIBLE_DEVICES": spec.visible_device}
     return {
+        # order: ours override those of this process
         **os.environ,
         **ENVIRONMENT,
         **device,
         "OMP_NUM_THREADS": str(spec.num_threads),
+        # the server's working directory may be any: without this, `-m optimizer.training...` is not found
         "PYTHONPATH": os.pathsep.join(paths),
+        # compared with getppid() in child.py: no shell or wrapper may stand between the two processes
         LAUNCHER_PID: str(os.getpid()),
     }
 

@@ -30,7 +30,11 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> WarmSFTTrai
     return WarmSFTTrainer(
         model=model,
         args=SFTConfig(
-            **child.trainer_arguments(spec, len(rows)), packing=False, dataset_kwargs={"skip_prepare_dataset": True}
+            # packing would put several rows into one sequence; skip_prepare_dataset keeps TRL from tokenizing and from
+            # making labels of its own
+            **child.trainer_arguments(spec, len(rows)),
+            packing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
         ),
         train_dataset=Dataset.from_list([label(row) for row in rows]),
         processing_class=tokenizer,

@@ -101,10 +101,12 @@ class TrainingSpec(BaseModel, extra="forbid"):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that the adapter's manifest records."""
+        # stored in the manifest and printed by cycle/report_page.py, which needs rank, learning rate, epochs and batch
         return self.model_dump(include=set(SETTINGS))
 
     def digest(self) -> str:
         """Return the digest that identifies this training: the spec and its rows, without device and directories."""
         # rows by content: the file of a repeated stage has the same path
+        # JSON in the order of the fields: to reorder them changes every digest as well
         spec = self.model_dump_json(exclude=set(NOT_DIGESTED))
         return hashlib.sha256(spec.encode() + self.rows_path.read_bytes()).hexdigest()
