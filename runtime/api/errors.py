@@ -363,13 +363,15 @@ def add_error_handlers(app: FastAPI) -> None:
             # Only the class of an unexpected exception is logged: its message may quote a user's text.
             description = repr(error) if isinstance(error, StorageError) else type(error).__name__
             trace = "".join(format_tb(error.__traceback__))
-            log.error("request failed", path=request.url.path, error=description, trace=trace)
+            # The route, not the path: the path of a feedback link is its token.
+            route = getattr(request.scope.get("route"), "path", None)
+            log.error("request failed", route=route, error=description, trace=trace)
         return error_response(api_error)
 
     # Starlette types handlers as taking any Exception, although it calls each with its own class only.
     app.add_exception_handler(RequestValidationError, cast(ExceptionHandler, answer_invalid))
     app.add_exception_handler(HTTPException, cast(ExceptionHandler, answer_http))
     # `Exception` alone is handled by Starlette outside of all middleware, and raised again after the answer: such a 500
-    # has no CORS headers, and uvicorn 0.54 logs it with its message.
+    # has no CORS headers, and uvicorn 0.54 logs it with a traceback (observability/logs.py leaves its message out).
     for kind in (ApiError, *KNOWN_EXCEPTIONS, Exception):
         app.add_exception_handler(kind, answer_exception)

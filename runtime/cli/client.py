@@ -7,6 +7,7 @@ message. Hazard: a POST that broke off midway is repeated only with `is_repeatab
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -140,8 +141,9 @@ class Client:
                 failure, patience = ErrorReply(_error_fields(response)), 0.0
                 if response.status_code in RETRIED_STATUSES:
                     patience = self._patience_seconds
-                    # In seconds, as this server sends it; the header's other form, a date, would raise.
-                    pause = max(pause, float(response.headers.get("Retry-After", 0)))
+                    # This server sends seconds; a proxy before it may send a date, which is not waited for.
+                    with contextlib.suppress(ValueError):
+                        pause = max(pause, float(response.headers.get("Retry-After", 0)))
             if time.monotonic() - started + pause > patience:
                 raise failure
             await asyncio.sleep(min(pause, MAX_PAUSE_SECONDS))

@@ -27,6 +27,10 @@ Server = Annotated[
 ]
 
 
+OpenKeys = Callable[[Path | None, str | None], "AbstractContextManager[Keys]"]
+"""(configuration file, data directory) -> a context manager that opens the table of keys."""
+
+
 def add_key_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
     """Add the commands to the command line."""
 
@@ -38,7 +42,11 @@ def add_key_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
 
     keys = typer.Typer(help="API keys with scopes and quotas: create, list, revoke.", no_args_is_help=True)
     app.add_typer(keys, name="keys")
+    _add_create(keys, open_keys)
+    _add_list_and_revoke(keys, open_keys)
 
+
+def _add_create(keys: typer.Typer, open_keys: OpenKeys) -> None:
     @keys.command()
     def create(
         name: Annotated[str, typer.Argument(help="A name, for lists.")],
@@ -70,6 +78,8 @@ def add_key_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
 
         _run(on_server, in_directory, lambda: open_keys(config, data), url, key, as_json, _render_created)
 
+
+def _add_list_and_revoke(keys: typer.Typer, open_keys: OpenKeys) -> None:
     @keys.command("list")
     def list_keys(
         config: Config = None, data: Data = None, url: Server = None, key: Key = None, as_json: Json = False

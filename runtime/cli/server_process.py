@@ -247,14 +247,14 @@ def url_of(listener: socket.socket) -> str:
 
 async def wait_for_first(stop: asyncio.Event, *tasks: asyncio.Future[Any]) -> bool:
     """Wait until `stop` is set (True) or a task ends (False); raise the exception of a task that failed."""
-    told = asyncio.ensure_future(stop.wait())
+    stopping = asyncio.ensure_future(stop.wait())
     try:
-        done, _ = await asyncio.wait({told, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
-        return told in done
+        return stopping in done
     finally:
-        told.cancel()
+        stopping.cancel()
 
 
 async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:

@@ -1,18 +1,27 @@
 """Configures logging: one JSON object per line in a rotating file, so that the terminal stays free for people.
 
 Libraries that use the standard library's logging write to the same file.
+Invariant: no message of an exception is logged with its traceback, because it may quote a user's text.
 """
 
 from __future__ import annotations
 
 import logging
+import traceback
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 import structlog
+from structlog.typing import ExcInfo
 
 MAX_BYTES = 10_000_000
 NUM_KEPT = 3
+
+
+def format_without_message(exc_info: ExcInfo) -> str:
+    """Return the stack and the class of an exception."""
+    kind, _, trace = exc_info
+    return f"{''.join(traceback.format_tb(trace))}{kind.__name__}"
 
 
 def send_logs_to(path: Path) -> None:
@@ -23,7 +32,7 @@ def send_logs_to(path: Path) -> None:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
+        structlog.processors.ExceptionRenderer(format_without_message),
     ]
     handler = RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=NUM_KEPT, encoding="utf-8", delay=True)
     handler.setFormatter(

@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from memory.errors import StorageError
@@ -60,8 +60,10 @@ class LinkSigner:
 
     def sign(self, link: Link) -> str:
         """Return the link as a token for a URL. Raises: ValueError if it is longer than `MAX_TOKEN_CHARS`."""
-        fields = {key: value for key, value in asdict(link).items() if value not in (None, (), False, "")}
-        body = _encode(json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode())
+        # Compared with each field's own default: step 0 and answer 0 equal False, and are no defaults.
+        defaults = {each.name: each.default for each in fields(Link)}
+        content = {key: value for key, value in asdict(link).items() if value != defaults[key]}
+        body = _encode(json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode())
         token = f"{body}.{self._signature(body)}"
         if len(token) > MAX_TOKEN_CHARS:
             raise ValueError(f"a link on {link.target[:80]!r} would have {len(token)} characters: shorten its texts")

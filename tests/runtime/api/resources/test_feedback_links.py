@@ -171,6 +171,12 @@ def test_links_outlive_a_restart(world: ServedWorld, http: httpx.Client):
     assert LinkSigner(load_secret(world.memory.data_dir)).verify(token).feedback_id.startswith("link_")
 
 
+def test_a_link_on_the_first_step_or_answer_stays_one():
+    signer = LinkSigner(b"1" * 32)
+    for link in (replace(LINK, step=0), replace(LINK, answer_start=0), replace(LINK, step=0, may_correct=True)):
+        assert signer.verify(signer.sign(link)) == link
+
+
 def test_feedback_on_one_step_is_kept_and_shown(world: ServedWorld, http: httpx.Client):
     trajectory_id = ask(http)
     body = {"target": trajectory_id, "step": 0, "value": False, "source": "code", "tags": {"rule": "7"}}
