@@ -24,7 +24,7 @@ SHORT = {  # one of each operation, where two things that belong together are do
     "train: write_adapter_atomically: _sync(final.parent)",
     "promote: _retire: session.flush()",
     "rollback: Policies.rollback: _activate(session, policy",
-    "swap: HotSwap._load: await self._prove(",
+    "swap: HotSwap.activate: await self._probe(",
 }
 
 

@@ -352,7 +352,7 @@ async def test_the_policys_own_prompt_goes_before_the_environments(
 async def test_what_cannot_open_is_refused_by_name_and_leaves_no_record(agent: Agent, memory: Memory, levers: Levers):
     with pytest.raises(UnknownPolicy, match="99"):
         await play(agent, levers.task("left"), policy=99)
-    with pytest.raises(UnknownEnvironment, match="'chess'; the environments are: 'levers'"):
+    with pytest.raises(UnknownEnvironment, match="'chess'; there is: levers"):
         agent.environment("chess")
     with pytest.raises(ValueError, match="nothing was asked"):
         await play(agent, messages=[])

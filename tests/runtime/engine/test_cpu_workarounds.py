@@ -15,7 +15,7 @@ PRELUDE = """
 import torch
 from vllm.lora.ops.torch_ops import lora_ops
 theirs = {name: getattr(lora_ops, name) for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")}
-from runtime import engine_cpu_fix as ours
+from runtime.engine.cpu_workarounds import worker as ours
 torch.manual_seed(0)
 rows, width, rank, num_slots = 60, 48, 8, 4
 inputs = torch.randn(rows, width, dtype=torch.bfloat16)
