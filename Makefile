@@ -1,17 +1,18 @@
-# Six commands, each of which first makes sure that .venv holds what pyproject.toml and constraints.txt say.
+# Seven commands, each of which first makes sure that .venv holds what pyproject.toml and constraints.txt say.
 #
 #   make serve                      the agent on http://127.0.0.1:8080, its data in .ratchet/
 #   make serve ARGS="--port 9000 --data /tmp/elsewhere"
 #   make test                       what continuous integration runs (ARGS go to pytest)
 #   make faults                     the full counts of the faults that `make test` tries a few times (ARGS="-k kill")
 #   make clients                    fifteen clients, each in its own environment, against real servers (docs/clients.md)
-#   make lint                       ruff, without changing a file (`make format` changes them)
+#   make lint                       ruff and the type checker, without changing a file (`make format` changes them)
+#   make types                      the type checker alone
 #   make check                      lint, then test
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install torch-cpu serve test faults clients lint format check clean
+.PHONY: help install torch-cpu serve test faults clients lint types format check clean
 
 # The first of these that is here and can make an environment.
 PYTHON ?= $(shell for each in python3.11 python3.12 python3.13; do \
@@ -48,6 +49,10 @@ clients: $(STAMP)
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+types: $(STAMP)
+	@$(BIN)/pyright
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .

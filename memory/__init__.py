@@ -1,1 +1,1 @@
-"""Keeps and finds: what was lived, what was learned from it, who acts now. It never asks a model to write."""
+"""Stores and finds trajectories, insights, documents and policies. It never asks a model to generate text."""

@@ -1,11 +1,11 @@
-"""Adapter directories on disk: written whole or not at all, and checked before an engine ever sees them.
+"""Adapter directories on disk: written atomically, and verified before an engine loads them.
 
-This module refuses to know how adapters are trained and worn; it reads bytes, never runs them. A directory holds
-`adapter_config.json`, `adapter_model.safetensors` and `manifest.json`, and nothing else.
+A directory holds `adapter_config.json`, `adapter_model.safetensors` and `manifest.json`, and nothing else. Files are
+read as bytes; nothing in them is executed.
 
-Invariants: an adapter directory is immutable and its name never reused; what passes `verify_adapter` is safetensors
-only, plain LoRA of a bounded rank, finite, not a no-op, made for this base, and byte for byte what its manifest
-says.
+Invariants: an adapter directory is immutable and its name never reused. An adapter that passes `verify_adapter` is a
+plain LoRA (Hu et al., arXiv 2106.09685) in safetensors, of bounded rank, finite, not a no-op, made for this base model,
+and equal to its manifest's digests byte for byte.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy
 from pydantic import BaseModel, Field, ValidationError
@@ -28,18 +28,19 @@ MANIFEST_NAME = "manifest.json"
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FILE_NAMES = frozenset({MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME})
+# Bounds on the memory that a hostile or damaged file can take.
 MAX_JSON_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20
 BLOCK_BYTES = 2**20
-# numpy knows no bfloat16: its bits are looked at as integers.
+# numpy has no bfloat16: its bits are read as integers.
 NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-BF16_EXPONENT = 0x7F80  # all ones: infinite or not a number
+BF16_EXPONENT = 0x7F80  # all bits set: infinite or not a number
 BF16_SIGN = 0x8000
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 
 
 class Fingerprint(BaseModel, extra="forbid"):
-    """Log-probs of some tokens as the trainer saw them: what an engine that really wears the adapter must give back."""
+    """Log-probabilities of some tokens in the trainer, which an engine that serves the adapter must reproduce."""
 
     token_ids: list[int] = Field(default_factory=list)
     base_logprobs: list[float] = Field(default_factory=list)
@@ -47,7 +48,7 @@ class Fingerprint(BaseModel, extra="forbid"):
 
 
 class Manifest(BaseModel, extra="forbid"):
-    """What an adapter is, where it comes from, and the hashes that prove it."""
+    """The description of an adapter: its origin and the digests of its files. The trainer writes it."""
 
     format: Literal[1] = 1
     name: Name
@@ -57,11 +58,12 @@ class Manifest(BaseModel, extra="forbid"):
     tokenizer_digest: str = ""
     chat_template_digest: str = ""
     files: dict[str, str] = Field(default_factory=dict)
-    """SHA-256 of every file but this one, by name."""
+    """SHA-256 of every file but the manifest, by name."""
     trajectory_ids: list[str] = Field(default_factory=list)
-    """What it learned from."""
+    """The trajectories of its training data."""
     parent: int | None = None
-    kind: Literal["sft", "dpo"]
+    kind: str
+    """The method of learning: "sft", "dpo"."""
     seeds: dict[str, Any] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, Any] = Field(default_factory=dict)
@@ -69,7 +71,7 @@ class Manifest(BaseModel, extra="forbid"):
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
-    """Hash the directory's files into the manifest and write it beside them: the last step before the move."""
+    """Write the manifest with the digests of the directory's files; return it. The last step before the move."""
     files = {path.name: digest_file(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST_NAME}
     manifest = manifest.model_copy(update={"files": files})
     (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -77,16 +79,18 @@ def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
 
 
 def write_adapter_atomically(temporary: Path, final: Path) -> Path:
-    """Move a finished directory to its final name so that after any crash it is there whole, or not at all.
+    """Move a finished directory to its final name; after any crash it exists completely or not at all.
 
-    Both must be on one filesystem. Raises: FileExistsError when the name was used before; FileNotFoundError without
-    a manifest.
+    Both paths must be on one filesystem. Raises: FileExistsError when the name was used before; FileNotFoundError
+    without a manifest.
     """
     if not (temporary / MANIFEST_NAME).is_file():
         raise FileNotFoundError(f"{str(temporary)!r} has no {MANIFEST_NAME}: write it before the adapter is moved")
+    # checked here, because rename(2) replaces an empty directory without an error; a full one makes it fail
     if final.exists():
         raise FileExistsError(f"{str(final)!r} exists: adapters are immutable, take a new version")
     final.parent.mkdir(parents=True, exist_ok=True)
+    # The contents must be durable before the rename, and the rename before the return.
     for path in (*temporary.iterdir(), temporary):
         _sync(path)
     temporary.rename(final)
@@ -95,18 +99,18 @@ def write_adapter_atomically(temporary: Path, final: Path) -> Path:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read an adapter's manifest without checking what it says. Raises: AdapterRefused."""
+    """Return an adapter's manifest without verifying the files. Raises: AdapterRefused."""
     path = directory / MANIFEST_NAME
     try:
         return Manifest.model_validate(_read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise AdapterRefused(f"{str(path)!r} is not a manifest: {place}: {first['msg']}") from error
+        field = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise AdapterRefused(f"{str(path)!r} is not a manifest: {field}: {first['msg']}") from error
 
 
 def verify_adapter(directory: Path, *, base_digest: str, max_rank: int) -> Manifest:
-    """Return the manifest of an adapter an engine may load. Raises: AdapterRefused, naming the file and the reason."""
+    """Verify an adapter; return its manifest. Raises: AdapterRefused with the file and the reason."""
     _verify_files(directory)
     manifest = read_manifest(directory)
     if manifest.base_digest != base_digest:
@@ -114,6 +118,8 @@ def verify_adapter(directory: Path, *, base_digest: str, max_rank: int) -> Manif
             f"{str(directory)!r} was made for base {manifest.base_model!r} ({manifest.base_digest[:12]}), "
             f"not for the one that is served ({base_digest[:12]}): train it again on that base"
         )
+    # order: links and foreign files are excluded before any file is opened, and the bytes vouched for before they are
+    # parsed
     _verify_hashes(directory, manifest)
     config = _read_json(directory / CONFIG_NAME)
     _verify_config(directory / CONFIG_NAME, config, max_rank)
@@ -128,26 +134,27 @@ def digest_file(path: Path) -> str:
 
 
 def digest_adapter(directory: Path) -> str:
-    """Return one SHA-256 for a whole adapter: that of its manifest, which holds the others."""
+    """Return the SHA-256 of an adapter: that of its manifest, which holds the digests of the other files."""
     return digest_file(directory / MANIFEST_NAME)
 
 
 def digest_base(directory: Path | str) -> str:
-    """Return what identifies a base model: its configuration, and its weight files by name and size.
+    """Return the digest of a base model: of its configuration, and of its weight files' names and sizes.
 
-    The weights' bytes are not read: gigabytes at every start. Raises: FileNotFoundError when it is no model directory.
+    The weights are not read, because that would be gigabytes at every start. Raises: FileNotFoundError for a directory
+    without a model.
     """
     directory = Path(directory)
     config = directory / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{str(directory)!r} holds no config.json: give the directory of a model")
     weights = sorted((path.name, path.stat().st_size) for path in directory.glob("*.safetensors"))
-    told = json.dumps([_canonical(config), weights])
-    return hashlib.sha256(told.encode()).hexdigest()
+    description = json.dumps([_canonical(config), weights])
+    return hashlib.sha256(description.encode()).hexdigest()
 
 
 def digest_tokenizer(directory: Path | str) -> str:
-    """Return what identifies a tokenizer: its vocabulary files, byte for byte."""
+    """Return the digest of a tokenizer's vocabulary files."""
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
         path = Path(directory) / name
@@ -157,7 +164,7 @@ def digest_tokenizer(directory: Path | str) -> str:
 
 
 def digest_chat_template(template: str) -> str:
-    """Return what identifies a chat template: its text."""
+    """Return the digest of a chat template's text."""
     return hashlib.sha256(template.encode()).hexdigest()
 
 
@@ -168,6 +175,7 @@ def _verify_files(directory: Path) -> None:
         raise AdapterRefused(f"{str(directory)!r} is not a directory: give the directory of an adapter")
     present = set()
     for path in directory.iterdir():
+        # A link's target may change after the verification.
         if path.is_symlink() or not path.is_file():
             raise AdapterRefused(f"{str(path)!r} is not a plain file: adapters hold no links and no directories")
         if path.name not in FILE_NAMES:
@@ -190,15 +198,17 @@ def _verify_hashes(directory: Path, manifest: Manifest) -> None:
             )
 
 
-def _verify_config(path: Path, config: Any, max_rank: int) -> None:
+def _verify_config(path: Path, config: object, max_rank: int) -> None:
     if not isinstance(config, dict):
         raise AdapterRefused(f"{str(path)!r} is not a JSON object")
     if config.get("peft_type") != "LORA":
         raise AdapterRefused(f"{str(path)!r}: peft_type is {config.get('peft_type')!r}, not 'LORA'")
     unsupported = {"use_dora": False, "bias": "none", "modules_to_save": None, "use_rslora": False, "lora_bias": False}
     for name, allowed in unsupported.items():
+        # absent, null and false all mean the default
         if (config.get(name) or allowed) != allowed:
             raise AdapterRefused(f"{str(path)!r}: {name} is {config[name]!r}: the engine serves plain LoRA only")
+    # `rank_pattern` overrides `r` for single layers.
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     for rank in ranks:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= max_rank:
@@ -213,18 +223,20 @@ def _verify_weights(path: Path, max_rank: int) -> None:
         header, start = _read_header(path, file, size)
         tensors = {name: spec for name, spec in header.items() if name != "__metadata__"}
         _verify_layout(path, tensors, size - start, max_rank)
-        is_nothing = True
+        is_no_op = True
         for name, spec in tensors.items():
             file.seek(start + spec["data_offsets"][0])
             is_zero = _verify_tensor(path, name, spec, file)
-            is_nothing = is_nothing and (is_zero or ".lora_B" not in name)
-    if is_nothing:
+            # lora_B begins at zero: left so, it cancels lora_A whatever that holds.
+            is_no_op = is_no_op and (is_zero or ".lora_B" not in name)
+    if is_no_op:
         raise AdapterRefused(f"{str(path)!r}: every lora_B is zero: the adapter changes nothing, train it again")
 
 
-def _read_header(path: Path, file, size: int) -> tuple[dict[str, Any], int]:
-    """Read a safetensors header: 8 bytes of length, then that much JSON. Return it and where the data starts."""
+def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    """Return a safetensors header and the offset of the data: 8 bytes of length, then JSON of that length."""
     prefix = file.read(8)
+    # The length is not trusted: reading that many bytes could exhaust the memory.
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
     if length > min(size - 8, MAX_HEADER_BYTES):
         raise AdapterRefused(f"{str(path)!r} is truncated or not safetensors: its header would have {length} bytes")
@@ -238,7 +250,7 @@ def _read_header(path: Path, file, size: int) -> tuple[dict[str, Any], int]:
 
 
 def _verify_layout(path: Path, tensors: Mapping[str, Any], num_bytes: int, max_rank: int) -> None:
-    """Check names, types and shapes, and that the tensors fill the file: no gaps, no overlaps, nothing behind."""
+    """Check names, types and shapes, and that the tensors fill the file without gaps, overlaps or a remainder."""
     spans = []
     for name, spec in tensors.items():
         try:
@@ -254,19 +266,21 @@ def _verify_layout(path: Path, tensors: Mapping[str, Any], num_bytes: int, max_r
         is_a, is_b = ".lora_A" in name or ".lora_embedding_A" in name, ".lora_B" in name or ".lora_embedding_B" in name
         if is_a == is_b or len(shape) != 2:
             raise AdapterRefused(f"{str(path)!r}: tensor {name!r} is not part of a plain LoRA")
+        # lora_A is (rank, in), lora_B is (out, rank).
         if min(shape) > max_rank:
             raise AdapterRefused(f"{str(path)!r}: tensor {name!r} has rank {min(shape)}, over the engine's {max_rank}")
+        # Bytes, relative to the end of the header.
         spans.append((int(begin), int(end)))
-    here = 0
+    position = 0
     for begin, end in sorted(spans):
-        if begin != here:
-            raise AdapterRefused(f"{str(path)!r}: its tensors overlap or leave gaps at byte {here}")
-        here = end
-    if here != num_bytes:
-        raise AdapterRefused(f"{str(path)!r} is truncated or padded: {num_bytes} bytes of data, {here} described")
+        if begin != position:
+            raise AdapterRefused(f"{str(path)!r}: its tensors overlap or leave gaps at byte {position}")
+        position = end
+    if position != num_bytes:
+        raise AdapterRefused(f"{str(path)!r} is truncated or padded: {num_bytes} bytes of data, {position} described")
 
 
-def _verify_tensor(path: Path, name: str, spec: Mapping[str, Any], file) -> bool:
+def _verify_tensor(path: Path, name: str, spec: Mapping[str, Any], file: BinaryIO) -> bool:
     """Check that all numbers are finite; return whether all are zero. Reads in blocks: adapters may be large."""
     dtype, left, is_zero = spec["dtype"], spec["data_offsets"][1] - spec["data_offsets"][0], True
     while left:
@@ -286,7 +300,7 @@ def _verify_tensor(path: Path, name: str, spec: Mapping[str, Any], file) -> bool
     return is_zero
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> object:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise AdapterRefused(f"{str(path)!r} is too large to be what it should be")
@@ -309,7 +323,7 @@ def _product(shape: list[int]) -> int:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk keep a file or a directory as it is now."""
+    """Flush a file or a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Where the rows are, which encoder, how much memory to show, and from which reward on an episode is a success."""
+"""Settings of memory: the database, the encoder, the size of the memory segment, and the success threshold."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class MemoryConfig(BaseModel, extra="forbid"):
     """Settings of memory. The defaults are the recommendation."""
 
     database: str | None = None
-    """Where the rows are. None: in `ratchet.db` in the data directory. Else a URL, `postgresql+psycopg://USER@HOST/NAME`;
-    the password comes from PGPASSWORD or a password file, or in the URL where that is an environment variable."""
+    """The database. None: `ratchet.db` in the data directory. Else a URL, `postgresql+psycopg://USER@HOST/NAME`; the
+    password comes from PGPASSWORD, from a password file, or from a URL that is set by an environment variable."""
     encoder: str = "embedded"
     """`embedded`: all-MiniLM-L6-v2 as installed, no download. Else a sentence-transformers name or directory."""
     success_reward: float = Field(default=1.0, ge=0.0, le=1.0)
@@ -26,15 +26,15 @@ class MemoryConfig(BaseModel, extra="forbid"):
     max_passages: int = Field(default=3, ge=0)
     """Most passages of documents in one memory segment."""
     share_live: Literal["user", "tenant"] = "user"
-    """Who is shown what was lived in live traffic. `user`: the person it was lived with, and nobody where none was
-    named. `tenant`: everybody of the tenant."""
+    """Scope of memories of live traffic. `user`: the person of the episode, and nobody where none was named. `tenant`:
+    the whole tenant."""
     max_kept_insights: int = Field(default=20, ge=1)
-    """ExpeL's list size for one kind of task: 5 over it, REMOVE costs 3 of an insight's strength instead of 1."""
+    """ExpeL's list size for one kind of task. From 5 over it on, REMOVE costs 3 of an insight's strength, not 1."""
     passage_tokens: int = Field(default=200, ge=20)
     """Size of a document's passages. The embedded encoder reads 256 tokens."""
     max_document_passages: int = Field(default=5_000, ge=1)
-    """Most passages of one document. They are written in batches, and the document is shown when all are there."""
+    """Most passages of one document. They are written in batches, and the document is shown when all are written."""
     retrieval_deadline_seconds: float = Field(default=0.15, gt=0)
-    """How long an answer waits for the index of meanings before it makes do with words."""
+    """Deadline of the vector index for one request; after it, memory is found by words alone."""
     encoding_deadline_seconds: float = Field(default=2.0, gt=0)
-    """How long an answer waits for its question to be encoded. An encoder that is still loading isn't waited for."""
+    """Deadline for encoding a request's query. A request does not wait for an encoder that is still loading."""

@@ -1,6 +1,6 @@
-"""Builds the messages that the model was shown, the same way for the runtime and for training data.
+"""Builds the messages of a model call, for the runtime and for training data.
 
-The token ids of a row depend on this form: a second implementation would drift from the first unnoticed.
+Hazard: the token ids of training rows depend on the form. A second implementation would drift unnoticed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ def show_memory(opening: Sequence[Message], memory_text: str) -> list[Message]:
     if isinstance(content, str):
         shown: str | list[dict[str, Any]] = f"{memory_text}\n\n{content}"
     else:  # OpenAI's list of parts
+        # vLLM joins parts with a newline for templates that take none, so the two forms differ by one newline
+        # (optimizer/data/stitching.py tries both)
         shown = [{"type": "text", "text": f"{memory_text}\n\n"}, *content]
     messages[positions[-1]] = messages[positions[-1]] | {"content": shown}
     return messages
 
 
 def as_reply(content: str, tool_calls: Sequence[dict[str, Any]]) -> Message:
-    """Return a model's reply as later prompts show it.
+    """Return a model's reply in the form of later prompts.
 
-    vLLM's hermes parser leaves the newline between a thought and its call in the content, and the templates of Qwen
-    write one of their own: with both, no later prompt would begin with the tokens that were sampled, which costs the
-    prefix cache, and a training row for every call.
+    vLLM's hermes parser leaves the newline between a thought and its tool call in the content, and Qwen's templates
+    write one themselves. With both, later prompts would not begin with the sampled tokens: the prefix cache would miss,
+    and every call would become a training row of its own.
     """
     if not tool_calls:
         return {"role": "assistant", "content": content}

@@ -1,42 +1,44 @@
-"""What can go wrong in keeping and finding, one leaf for each thing a caller can act on.
+"""The errors of memory, one leaf for each that a caller can act on.
 
     StoreError
-    +-- StorageError             the disk or the server refused: full, unreadable, read-only, away
+    +-- StorageError             the disk or the server failed: full, unreadable, read-only, unreachable
     |   +-- DatabaseTooNew       written by a later version of this program
     +-- DataDirectoryInUse       another process owns the directory
-    +-- UnknownRow               nothing has that id (also a LookupError)
+    +-- UnknownRow               no row has that id (also a LookupError)
     |   +-- UnknownTrajectory
+    |   +-- UnknownInsight
     |   +-- UnknownStep
     |   +-- UnknownPolicy
     |   +-- UnknownDocument
     |   +-- UnknownCycle
     |   +-- UnknownResponse
     |   +-- UnknownKey
-    +-- IllegalMove              a stage may not go there (also a ValueError)
+    +-- IllegalMove              a stage cannot move there (also a ValueError)
     |   +-- NothingToRollBackTo
-    |   +-- LastOperatorKey      without it nobody could manage keys any more
-    +-- OtherBaseModel           the directory's policies stand on another base model (also a ValueError)
-    +-- CycleInProgress          one turn of the loop at a time
-    +-- ConversationTooLong      more responses, or longer ones, than the caller reads
+    |   +-- LastOperatorKey      without it nobody could manage keys
+    +-- OtherBaseModel           the directory's policies are made for another base model (also a ValueError)
+    +-- CycleInProgress          only one cycle at a time
+    +-- ConversationTooLong      more responses, or longer ones, than the caller allows
     +-- FeedbackConflict         the same feedback id with another body
-    +-- IndexUnavailable         no meanings for now (never reaches a request: words must do)
-    |   +-- IndexDamaged         the index of meanings must be made anew
+    +-- IndexUnavailable         the vector index gives no answer (never reaches a request)
+    |   +-- IndexDamaged         the vector index must be reopened or rebuilt
     +-- DocumentTooLong          more passages than are allowed (also a ValueError)
-    +-- AdapterRefused           an adapter directory that must not reach the engine
+    +-- AdapterRefused           an adapter directory that must not be loaded
 
-This module refuses to know about HTTP. Bad arguments are plain `ValueError`s.
+Invalid arguments are plain `ValueError`s.
 """
 
 from __future__ import annotations
 
 
 class StoreError(Exception):
-    """The root of everything raised by memory on purpose."""
+    """The base class of memory's errors."""
 
 
 class StorageError(StoreError):
-    """The disk or the server refused. What was acknowledged before is safe; the refused write left nothing behind, but
-    where the message doubts it: a server was lost in the moment of its commit.
+    """The disk or the server failed. Acknowledged writes are safe, and the failed one left nothing behind.
+
+    One exception, which the message names: a server lost during a commit may have stored the write.
     """
 
 
@@ -45,7 +47,7 @@ class DatabaseTooNew(StorageError):
 
 
 class DataDirectoryInUse(StoreError):
-    """Another process owns the data directory. `url`: where it answers, if it says so."""
+    """Another process owns the data directory. `url` is its address, if known."""
 
     def __init__(self, message: str, *, url: str | None = None) -> None:
         super().__init__(message)
@@ -53,7 +55,7 @@ class DataDirectoryInUse(StoreError):
 
 
 class UnknownRow(StoreError, LookupError):
-    """Nothing has that id."""
+    """No row has that id."""
 
 
 class UnknownTrajectory(UnknownRow):
@@ -93,7 +95,7 @@ class UnknownKey(UnknownRow):
 
 
 class IllegalMove(StoreError, ValueError):
-    """A stage may not go there from where it is."""
+    """A stage cannot make this move."""
 
 
 class NothingToRollBackTo(IllegalMove):
@@ -101,32 +103,32 @@ class NothingToRollBackTo(IllegalMove):
 
 
 class LastOperatorKey(IllegalMove):
-    """The key is the last one with which keys can be managed."""
+    """The key is the last one that can manage keys."""
 
 
 class OtherBaseModel(StoreError, ValueError):
-    """The data directory's policies stand on another base model."""
+    """The data directory's policies are made for another base model."""
 
 
 class CycleInProgress(StoreError):
-    """A cycle is open already; one turn of the loop at a time."""
+    """A cycle is open already."""
 
 
 class ConversationTooLong(StoreError):
-    """A conversation of stored responses is longer than the caller reads."""
+    """A conversation of stored responses is longer than the caller allows."""
 
 
 class FeedbackConflict(StoreError):
-    """That feedback id was posted before, with another body."""
+    """The feedback id was posted before with another body."""
 
 
 class IndexUnavailable(StoreError):
-    """Meanings cannot be found for now: no encoder, or no index."""
+    """The vector index gives no answer: the encoder or the index is not ready."""
 
 
 class IndexDamaged(IndexUnavailable):
-    """The index of meanings failed: opened again, or made anew from the rows, it heals."""
+    """The vector index failed. It is reopened, then rebuilt from the rows."""
 
 
 class AdapterRefused(StoreError):
-    """The adapter directory is not what it must be; the engine must never see it."""
+    """The adapter directory failed verification; the engine must never load it."""

@@ -1,11 +1,13 @@
-"""The nouns, as rows: what was asked, what was lived, what was learned from it, and who acts now.
+"""The database schema: tasks, trajectories, rewards, feedback, insights, documents, policies, cycles and keys.
 
-This module refuses to know how rows are written, found or shown. Text and truth live here; everything else
-(vectors, word lists) is an index that can be rebuilt from these rows.
+These rows are the only source of truth; vectors and full-text tables are indexes that can be rebuilt from them.
 
-Invariants: rows are append-only except for a stage column, and a stage moves only along `LEGAL_MOVES`. What was lived,
-said, read and learned in words belongs to one tenant; `""` is the default one. Policies and cycles are everybody's.
+Invariants: a stage moves only along `LEGAL_MOVES`; records of what happened are only added to. Trajectories, feedback,
+insights and documents belong to one tenant, `""` being the default one; policies and cycles are shared by all tenants.
 """
+
+# SQLModel declares __tablename__ as a declared_attr, although a plain string is its documented use.
+# pyright: reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -15,7 +17,6 @@ import secrets
 import threading
 import time
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -26,6 +27,7 @@ from sqlalchemy import (
     BigInteger,
     Column,
     DateTime,
+    Dialect,
     Enum,
     Index,
     Integer,
@@ -46,17 +48,18 @@ _sequence_lock = threading.Lock()
 
 
 def _tick() -> int:
-    """Return the time in nanoseconds, later each time within this process."""
+    """Return the time in nanoseconds since 1970, strictly increasing within this process."""
     global _latest_ns
-    _latest_ns = max(time.time_ns(), _latest_ns + 1_000)
+    # not locked: two threads may get the same time, so rows are ordered by `next_sequence`
+    _latest_ns = max(time.time_ns(), _latest_ns + 1_000)  # datetimes have microseconds
     return _latest_ns
 
 
 def next_sequence() -> int:
-    """Return a number that is higher each time: the microseconds since 1970, or one more than the last number.
+    """Return a strictly increasing number: the microseconds since 1970, or one more than the last number.
 
-    It orders rows, and says nothing of the time: a clock that is set back must not turn what is newest, neither within
-    a process nor over a restart (`memory/sequence.py`).
+    It orders rows and is no timestamp: row order must survive the system clock going backwards, within a process and
+    over a restart (`memory/storage/sequence.py`).
     """
     global _latest_sequence
     with _sequence_lock:
@@ -65,107 +68,117 @@ def next_sequence() -> int:
 
 
 def advance_sequence(last: int) -> None:
-    """Have every number from now on be higher than `last`."""
+    """Make every later number higher than `last`."""
     global _latest_sequence
     with _sequence_lock:
         _latest_sequence = max(_latest_sequence, last)
 
 
 def new_id(prefix: str) -> str:
-    """Return a unique id that sorts behind all earlier ones: `<prefix>_<12 hex of milliseconds><3 of microseconds><13
-    random>`, by the sequence."""
+    """Return a unique id that sorts behind all earlier ones.
+
+    The form is `<prefix>_<12 hex digits of milliseconds><3 of microseconds><13 random ones>`, by the sequence.
+    """
     milliseconds, microseconds = divmod(next_sequence(), 1_000)
     return f"{prefix}_{milliseconds:012x}{microseconds:03x}{secrets.randbits(52):013x}"
 
 
 def sequence_of(row_id: str) -> int:
-    """Return a number that is at least the one an id was made with; 0 for an id that `new_id` did not make.
+    """Return an upper bound of an id's sequence number; 0 for an id of another form.
 
-    Earlier versions had random digits behind the milliseconds, so the end of the millisecond is returned.
+    The bound is the end of the millisecond, because ids of earlier versions have random digits behind it.
     """
-    made = _ID.fullmatch(row_id)
-    return (int(made[1], 16) + 1) * 1_000 if made else 0
+    match = _ID.fullmatch(row_id)
+    return (int(match[1], 16) + 1) * 1_000 if match else 0
 
 
 def now() -> datetime:
-    """Return the time. Within one process it never goes back, and no two moments are the same."""
+    """Return the time in UTC, strictly increasing within this process."""
     return _EPOCH + timedelta(microseconds=_tick() // 1_000)
 
 
 class UtcDateTime(TypeDecorator):
-    """SQLite forgets time zones; this column stores UTC and gives UTC back."""
+    """A column of UTC times. SQLite stores no time zone, so it is stripped on writing and restored on reading."""
 
     impl = DateTime
     cache_ok = True
 
-    def process_bind_param(self, value, dialect):
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return value.astimezone(UTC).replace(tzinfo=None) if value is not None else None
 
-    def process_result_value(self, value, dialect):
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return value.replace(tzinfo=UTC) if value is not None else None
 
 
 class TokenIds(TypeDecorator):
-    """A list of token ids, stored as little-endian uint32 bytes: exact, compact, readable by any language."""
+    """A list of token ids, stored as little-endian uint32 bytes."""
 
     impl = LargeBinary
     cache_ok = True
 
-    def process_bind_param(self, value, dialect):
+    def process_bind_param(self, value: list[int] | None, dialect: Dialect) -> bytes | None:
+        # "I" is the native byte order: little-endian on every platform that vLLM runs on.
         return array("I", value).tobytes() if value is not None else None
 
-    def process_result_value(self, value, dialect):
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> list[int] | None:
         return array("I", value).tolist() if value is not None else None
 
 
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-TWO_HALVES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 
 def clean(text: str) -> str:
-    """Return text that can be stored and sent anywhere: NUL and half characters (models emit them in JSON escapes)
-    become U+FFFD."""
+    """Return a text that every database and encoding accepts: NUL and lone surrogates become U+FFFD.
+
+    Models emit lone surrogates in JSON escapes; a pair of them is joined into its character.
+    """
     text = text.replace("\x00", "\ufffd")
-    if text.isascii() or HALF_CHARACTER.search(text) is None:
+    if text.isascii() or LONE_SURROGATE.search(text) is None:
         return text
-    text = TWO_HALVES.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
-    # A codec's error handler, and `sub`, take seconds over megabytes of halves.
+    text = SURROGATE_PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
+    # numpy, because a codec's error handler, and `sub`, take seconds for megabytes of surrogates.
     import numpy as np
 
+    # numpy stores four bytes for each character, so that the text is an array of code points
     codes = np.array([text]).view(np.uint32)
     codes[(codes >> 11) == 0xD800 >> 11] = ord("\ufffd")
     return str(codes.view(f"U{len(text)}")[0])
 
 
 class CleanText(TypeDecorator):
-    """Text from anywhere, made storable by `clean`."""
+    """A text column whose values are passed through `clean`."""
 
     impl = String
     cache_ok = True
 
-    def process_bind_param(self, value, dialect):
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         return value if value is None else clean(value)
 
 
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
-def dump_json(value: Any) -> str:
-    """Return JSON that reads well by hand and stores anywhere: no escapes, no half characters, NaN as a word."""
+def dump_json(value: object) -> str:
+    """Return readable JSON that every database accepts: no escapes, no lone surrogates, NaN and infinities as strings.
+
+    Raises: TypeError for a value that JSON cannot represent.
+    """
     try:
         text = _JSON.encode(value)
-    except ValueError:  # what JSON has no number for is said in words
+    except ValueError:  # NaN or an infinity
         text = _JSON.encode(json.loads(json.dumps(value), parse_constant=str))
     return clean(text)
 
 
-def words_of(enum_class: type[StrEnum]) -> Enum:
-    """Return a column type that stores an enum's values, the words people read, rather than its Python names."""
+def enum_column(enum_class: type[StrEnum]) -> Enum:
+    """Return a column type that stores the values of an enum rather than its Python names."""
+    # length: PostgreSQL rejects a longer value, so a longer member needs a migration
     return Enum(enum_class, values_callable=lambda members: [m.value for m in members], native_enum=False, length=16)
 
 
 class Split(StrEnum):
-    """Where a task comes from. Held-out tasks measure; nothing may ever be learned from them."""
+    """The use of a task. Held-out tasks are for measuring only: nothing may be learned from them."""
 
     LIVE = "live"
     PRACTICE = "practice"
@@ -173,26 +186,25 @@ class Split(StrEnum):
 
 
 class TrajectoryStage(StrEnum):
+    """The stage of a trajectory; all but RUNNING are final."""
+
     RUNNING = "running"
-    FINISHED = "finished"  # it reached its end; success is a matter of reward
+    FINISHED = "finished"  # reached its end; whether it succeeded is a matter of its reward
     FAILED = "failed"
     CANCELLED = "cancelled"
 
 
 class Trust(StrEnum):
-    """How far words may be believed. What is made of several rows has the least trust among them."""
+    """The trust in a text. A row made of several others has the least trust among them."""
 
     TRUSTED = "trusted"
-    UNTRUSTED = "untrusted"  # text of a web page, an MCP server or a user's document had a part in it
-
-
-def least(trusts: Iterable[Trust]) -> Trust:
-    """Return the least trust among several; trusted where there are none."""
-    return Trust.UNTRUSTED if any(trust is Trust.UNTRUSTED for trust in trusts) else Trust.TRUSTED
+    UNTRUSTED = "untrusted"  # influenced by a web page, an MCP server or a user's document
 
 
 class PolicyStage(StrEnum):
-    DRAFT = "draft"  # playable by its pin; an intermediate result (the SFT reference) stays here
+    """The stage of a policy."""
+
+    DRAFT = "draft"  # used only by requests that name it; an intermediate result (the SFT reference) stays here
     CANDIDATE = "candidate"
     CANARY = "canary"
     ACTIVE = "active"
@@ -201,7 +213,7 @@ class PolicyStage(StrEnum):
 
 
 class CycleStage(StrEnum):
-    """In the order of one turn. The value names the work under way or, at the end, the outcome."""
+    """The stages of a cycle, in order; at the end, its outcome. Further methods of learning add stages of their own."""
 
     COLLECT = "collect"
     DEMONSTRATE = "demonstrate"
@@ -224,23 +236,24 @@ LEGAL_MOVES: dict[StrEnum, frozenset[StrEnum]] = {
     PolicyStage.CANARY: frozenset({PolicyStage.ACTIVE, PolicyStage.REJECTED}),
     PolicyStage.ACTIVE: frozenset({PolicyStage.RETIRED}),
     PolicyStage.RETIRED: frozenset({PolicyStage.ACTIVE}),
-    # Judged again on new tasks it is a candidate once more; ACTIVE otherwise only by an operator's explicit promotion.
+    # CANDIDATE for another comparison on new tasks; ACTIVE by an operator's explicit promotion.
     PolicyStage.REJECTED: frozenset({PolicyStage.CANDIDATE, PolicyStage.ACTIVE}),
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked. `kind` groups tasks that lessons carry over between; `name` is unique in its environment."""
+    """A task. Lessons carry over between tasks of the same `kind`; `name` is unique within its environment."""
 
     environment: str | None
-    """None: a client's own, which it plays itself; nobody here can play it again."""
+    """None for a task of a client, which this server cannot play again."""
     name: str
     kind: str
     split: Split
     text: str = ""
 
 
+# Every change of a table, of this one and of those below, needs a revision in memory/storage/migrations/versions.
 class Trajectory(SQLModel, table=True):
     """The stored record of one episode. Its policy and its memory segment are fixed when it opens."""
 
@@ -250,6 +263,7 @@ class Trajectory(SQLModel, table=True):
         Index("trajectories_by_stage", "stage", "closed_at"),
         Index("trajectories_by_tenant", "tenant", "id"),
         Index("trajectories_by_user", "tenant", "user_id"),
+        # Partial indexes: few rows have a value, and each write would pay for all.
         Index(
             "trajectories_by_reply",
             "reply_digest",
@@ -261,34 +275,34 @@ class Trajectory(SQLModel, table=True):
     id: str = Field(primary_key=True)
     tenant: str = ""
     user_id: str = ""
-    """The person it was lived with, as the client names them; empty: nobody was named."""
+    """The person whom the client named; empty where none was named."""
     key_id: str | None = None
-    """The API key it was asked with."""
+    """The API key of the request."""
     is_shared: bool = False
-    """The client says that no person's words are in it: memory of it serves the whole tenant."""
-    trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
+    """Whether the client shares it with the whole tenant, because it contains no person's words."""
+    trust: Trust = Field(default=Trust.TRUSTED, sa_type=enum_column(Trust))
     reply_digest: str | None = None
-    """Of an untrusted episode's reply: a later conversation that contains this reply is untrusted, too."""
+    """Digest of an untrusted episode's reply: a later conversation that contains the reply is untrusted, too."""
     episode_id: str = Field(index=True)
-    environment: str | None = None  # None: asked by a client, not replayable
+    environment: str | None = None  # None for a client's own task, which cannot be played again
     task: str | None = None
     kind: str = "chat"
-    split: Split = Field(default=Split.LIVE, sa_type=words_of(Split))
+    split: Split = Field(default=Split.LIVE, sa_type=enum_column(Split))
     task_text: str = Field(default="", sa_type=CleanText)
     policy: int = Field(foreign_key="policies.version")
-    stage: TrajectoryStage = Field(default=TrajectoryStage.RUNNING, sa_type=words_of(TrajectoryStage))
+    stage: TrajectoryStage = Field(default=TrajectoryStage.RUNNING, sa_type=enum_column(TrajectoryStage))
     opening: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
-    """The messages the first model call saw, without the memory segment."""
+    """The messages of the first model call, without the memory segment."""
     tools: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
     """Tool definitions in OpenAI's form."""
     memory_text: str = Field(default="", sa_type=CleanText)
-    """The memory segment exactly as it was shown; empty when nothing was."""
+    """The memory segment exactly as it was shown; empty without one."""
     memory_ids: list[str] = Field(default_factory=list, sa_column=Column(JSON))
     """Ids of the insights, exemplars and passages in `memory_text`, in order."""
     temperature: float | None = None
     answer: str | None = Field(default=None, sa_type=CleanText)
     error: str | None = Field(default=None, sa_type=CleanText)
-    """`<ErrorClass>: <message>` of what ended a FAILED episode; the limit that ended a truncated FINISHED one."""
+    """`<ErrorClass>: <message>` of a FAILED trajectory; the limit that truncated a FINISHED one."""
     num_steps: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -296,35 +310,42 @@ class Trajectory(SQLModel, table=True):
     opened_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     closed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     exemplar_text: str | None = Field(default=None, sa_type=CleanText)
-    """What an operator has it shown as, in place of what was said in it."""
+    """An operator's wording of the exemplar, shown instead of the recorded steps."""
     approved_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
-    """When an operator let the whole tenant see it as an exemplar. Only then may memory show, and weights learn, what
-    is untrusted."""
+    """When an operator approved it as an exemplar for the whole tenant. Only after that may an untrusted trajectory be
+    shown and learned from."""
     retired_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
-    """When an operator took it out of memory: nobody is shown it from then on."""
+    """When an operator retired it: it is not shown from then on."""
 
     @property
     def task_key(self) -> tuple[str, str, str]:
-        """What makes two episodes tries at the same thing; a client's request that names no task is its own text.
-        The tenant is part of it: two tenants may give the same name to different things."""
+        """The key that is equal for two episodes of the same task.
+
+        A request without a task name is identified by its text. The tenant is included, because two tenants may use the
+        same name for different tasks.
+        """
         return (self.tenant, self.environment or "", self.task or self.task_text)
 
     @property
     def is_trusted(self) -> bool:
-        """Whether memory may show it: nothing untrusted is in it, or it was approved."""
+        """Whether memory may show it: it is trusted, or it was approved."""
         return self.trust is Trust.TRUSTED or self.approved_at is not None
 
     @property
     def may_teach(self) -> bool:
-        """Whether weights and lessons may be made of what was said in it. Where an operator approved other words than
-        those, only the other words were approved."""
+        """Whether weights and insights may be learned from its recorded steps.
+
+        Where an operator approved a reworded exemplar, only the new wording was approved.
+        """
         return self.trust is Trust.TRUSTED or (self.approved_at is not None and self.exemplar_text is None)
 
 
 class StepKind(StrEnum):
+    """The kind of a step."""
+
     MODEL = "model"
     TOOL = "tool"
-    USER = "user"  # what a client said together with the results of its tools
+    USER = "user"  # a client's message beside the results of its tools
 
 
 class Step(SQLModel, table=True):
@@ -342,7 +363,7 @@ class Step(SQLModel, table=True):
 
     trajectory_id: str = Field(foreign_key="trajectories.id", primary_key=True)
     position: int = Field(primary_key=True)  # 0, 1, 2, ... without gaps
-    kind: StepKind = Field(sa_type=words_of(StepKind))
+    kind: StepKind = Field(sa_type=enum_column(StepKind))
     content: str = Field(default="", sa_type=CleanText)
     tool_calls: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
     tool_name: str | None = Field(default=None, sa_type=CleanText)
@@ -353,12 +374,12 @@ class Step(SQLModel, table=True):
     output_token_ids: list[int] | None = Field(default=None, sa_type=TokenIds)
     seconds: float = 0.0
     handover_digest: str | None = None
-    """Set on a reply that hands tool calls over to the client: what its next request must begin with."""
+    """Set on a reply that hands tool calls to the client: digest of the beginning that its next request must have."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 
 class StoredResponse(SQLModel, table=True):
-    """An answer of the Responses API, kept so that a client can read it again and go on from it."""
+    """An answer of the Responses API, stored so that a client can read and continue it."""
 
     __tablename__ = "responses"
 
@@ -366,15 +387,17 @@ class StoredResponse(SQLModel, table=True):
     tenant: str = ""
     trajectory_id: str = Field(foreign_key="trajectories.id", index=True)
     previous_id: str | None = None
-    """The response this one went on from; not a foreign key, because that one may be deleted."""
+    """The response that this one continues; no foreign key, because that one may be deleted."""
     input: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
-    """The items of this request alone."""
+    """The input items of this request only."""
     body: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
     """The response as it was sent."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 
 class RewardSource(StrEnum):
+    """The source of a reward; `memory.records.trajectory_queries.REWARD_TRUST` orders them by trust."""
+
     ENVIRONMENT = "environment"
     JUDGE = "judge"
     USER = "user"
@@ -382,125 +405,128 @@ class RewardSource(StrEnum):
 
 
 class Reward(SQLModel, table=True):
-    """A number in [0, 1] with a source and a reason. Append-only; the newest of the most trusted source counts."""
+    """A number in [0, 1] with a source and a reason. Never changed: the newest of the most trusted source counts."""
 
     __tablename__ = "rewards"
 
     id: str = Field(primary_key=True)
     trajectory_id: str = Field(foreign_key="trajectories.id", index=True)
     value: float
-    source: RewardSource = Field(sa_type=words_of(RewardSource))
+    source: RewardSource = Field(sa_type=enum_column(RewardSource))
     reason: str = Field(default="", sa_type=CleanText)
     key_id: str | None = None
-    """The API key of the feedback that it comes from; None for an environment's, and without keys."""
+    """The API key of its feedback; None for an environment's reward, and on a server without keys."""
     user_id: str = ""
-    """The person whose feedback it comes from, where one was named."""
+    """The person who gave its feedback, where one was named."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 
 class Feedback(SQLModel, table=True):
-    """What a human or a program said of an episode, kept as it was posted."""
+    """Feedback of a person or a program on an episode, stored as it was posted."""
 
     __tablename__ = "feedback"
 
     tenant: str = Field(default="", primary_key=True)  # two tenants may choose the same id
-    id: str = Field(primary_key=True)  # the poster's, for idempotency, or ours
+    id: str = Field(primary_key=True)  # chosen by the client, for idempotency, or generated
     user_id: str = ""
     key_id: str | None = None
-    """The API key it was posted with."""
+    """The API key of the post."""
     trajectory_id: str = Field(foreign_key="trajectories.id", index=True)
     target: str = Field(default="", sa_type=CleanText)
-    """What the poster named: an answer, a trajectory or an episode."""
+    """The id that the client gave: of an answer, a trajectory or an episode."""
     answer_start: int | None = None
-    """The step at which the answer begins that was named; None where the whole trajectory was."""
+    """Position of the first step of the named answer; None for feedback on the whole trajectory."""
     step: int | None = None
-    """The one step that is meant, where the poster said so; then nothing is said of the rest."""
+    """Position of the only step that the feedback is about, where the client gave one."""
     name: str = "reward"
     value: Any = Field(default=None, sa_column=Column(JSON))
     comment: str | None = Field(default=None, sa_type=CleanText)
     correction: str | None = Field(default=None, sa_type=CleanText)
-    """What the answer should have been: a demonstration."""
+    """The answer as it should have been: a demonstration."""
     source: str = "user"
     tags: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON))
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     sequence: int = Field(default_factory=next_sequence, sa_type=BigInteger)
-    """The order in which pieces of feedback came; the time may be set back."""
+    """The order of arrival, which survives the system clock going backwards."""
 
 
 class Insight(SQLModel, table=True):
     """A lesson in words, for one kind of task, with ExpeL's strength and the counts that support it."""
 
     __tablename__ = "insights"
+    # Removed and retired insights count, too: their texts stay taken.
     __table_args__ = (UniqueConstraint("tenant", "user_id", "environment", "kind", "text"),)
 
     id: str = Field(primary_key=True)
     tenant: str = ""
     user_id: str = ""
-    """The person whose words it was made of; empty: it may serve the whole tenant."""
-    trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
+    """The person from whose episodes it was learned; empty for an insight of the whole tenant."""
+    trust: Trust = Field(default=Trust.TRUSTED, sa_type=enum_column(Trust))
     environment: str
     kind: str
     text: str = Field(sa_type=CleanText)
     strength: int = 2
     wins: int = 0
-    """Successful episodes that did what the insight says."""
+    """Number of successful episodes that followed the insight."""
     losses: int = 0
-    """Unsuccessful episodes that did what the insight says."""
+    """Number of unsuccessful episodes that followed the insight."""
     wins_otherwise: int = 0
     losses_otherwise: int = 0
     is_shared: bool = False
-    """Made of live episodes that their clients share with the whole tenant, and of nothing else."""
+    """Whether it was learned only from live episodes that their clients share with the whole tenant."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     removed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     approved_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
-    """When an operator let the whole tenant see it; its words are the operator's from then on, and shown although what
-    they were made of is untrusted."""
+    """When an operator approved it for the whole tenant. From then on evidence does not change its text, and untrusted
+    sources do not keep it from being shown."""
     retired_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
-    """When an operator removed it: no evidence brings these words back."""
+    """When an operator retired it: no evidence brings its text back."""
 
     @property
     def is_trusted(self) -> bool:
-        """Whether it may be shown: nothing untrusted is in it, or it was approved."""
+        """Whether it may be shown: it is trusted, or it was approved."""
         return self.trust is Trust.TRUSTED or self.approved_at is not None
 
 
 class ReviewKind(StrEnum):
+    """An operator's decision about a memory."""
+
     APPROVE = "approve"
     EDIT = "edit"
     RETIRE = "retire"
 
 
 class Review(SQLModel, table=True):
-    """One decision of an operator about one memory: who made it and when. Append-only."""
+    """One decision of an operator about one memory, with its key and time. Never changed."""
 
     __tablename__ = "reviews"
 
     id: str = Field(primary_key=True)
     tenant: str = ""
     key_id: str | None = None
-    """The API key it was made with; None on a server without keys."""
-    kind: ReviewKind = Field(sa_type=words_of(ReviewKind))
+    """The API key of the decision; None on a server without keys."""
+    kind: ReviewKind = Field(sa_type=enum_column(ReviewKind))
     row_id: str = Field(index=True)
     """The insight, or the exemplar's trajectory."""
     user_id: str = ""
-    """The person whose memory it was until then; empty: the tenant's, or nobody's."""
+    """The person whose memory it was before; empty for one of the tenant, or of nobody."""
     text: str | None = Field(default=None, sa_type=CleanText)
     """The operator's wording, where one was given."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 
 class ReadEpisode(SQLModel, table=True):
-    """An episode that a critic has read and whose lessons were applied: it is evidence once in each kind of reading."""
+    """An episode whose lessons a critic has extracted: it counts as evidence once for each kind of reading."""
 
     __tablename__ = "read_episodes"
 
     trajectory_id: str = Field(foreign_key="trajectories.id", primary_key=True)
     reading: str = Field(primary_key=True)
-    """compared | won | lost: what it was read next to."""
+    """compared | won | lost: the group of episodes in which it was read."""
 
 
 class Document(SQLModel, table=True):
-    """Something the agent was given to read. Replaced as a whole when its content changes."""
+    """A document given to the agent. Replaced as a whole when its content changes."""
 
     __tablename__ = "documents"
     __table_args__ = (UniqueConstraint("tenant", "title"),)
@@ -509,15 +535,15 @@ class Document(SQLModel, table=True):
     tenant: str = ""
     title: str = Field(sa_type=CleanText)
     digest: str
-    trust: Trust = Field(default=Trust.TRUSTED, sa_type=words_of(Trust))
-    """Untrusted: a person wrote it for whom no operator answers."""
+    trust: Trust = Field(default=Trust.TRUSTED, sa_type=enum_column(Trust))
+    """UNTRUSTED for a document of a user for whom no operator vouches."""
     is_whole: bool = Field(default=True, sa_column_kwargs={"server_default": true()})
-    """False while its passages are written or deleted in batches. Nobody is shown such a document."""
+    """False while its passages are written or deleted in batches. Such a document is never shown."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 
 class Passage(SQLModel, table=True):
-    """A piece of a document, small enough to show."""
+    """A piece of a document, small enough to be shown."""
 
     __tablename__ = "passages"
 
@@ -528,10 +554,11 @@ class Passage(SQLModel, table=True):
 
 
 class Policy(SQLModel, table=True):
-    """What acts: base model, adapter or none, system prompt. Immutable but for its stage and verdict."""
+    """A policy: base model, adapter or none, system prompt. Only its stage, verdict and `use_memory` change."""
 
     __tablename__ = "policies"
     __table_args__ = (
+        # The database itself allows a single active policy, whatever process writes.
         Index(
             "one_active_policy",
             "stage",
@@ -542,7 +569,7 @@ class Policy(SQLModel, table=True):
     )
 
     version: int = Field(primary_key=True)  # 0 is the bare base; never reused
-    stage: PolicyStage = Field(sa_type=words_of(PolicyStage))
+    stage: PolicyStage = Field(sa_type=enum_column(PolicyStage))
     base_model: str
     adapter_path: str | None = None
     adapter_digest: str | None = None
@@ -553,16 +580,17 @@ class Policy(SQLModel, table=True):
     note: str = Field(default="", sa_type=CleanText)
     verdict: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON))
     use_memory: bool | None = None
-    """Whether it serves with memory where a request does not say; None: the server's setting."""
+    """Whether it uses memory by default, when a request does not say; None for the server's setting."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
     @property
     def name(self) -> str:
+        """The version in the form of the API, `v3`."""
         return f"v{self.version}"
 
 
 class Activation(SQLModel, table=True):
-    """One moment at which a policy went live. The newest is now; `previous` is the one a rollback leads back to."""
+    """One activation of a policy. The newest is in force; `previous` is the one that a rollback restores."""
 
     __tablename__ = "activations"
 
@@ -574,10 +602,10 @@ class Activation(SQLModel, table=True):
 
 
 class StoredVerdict(SQLModel, table=True):
-    """One comparison of a candidate with the active policy, written before its outcome is known.
+    """One comparison of a candidate with the active policy, stored before its outcome is known.
 
-    The look numbers of one incumbent are the order in which its error budget was spent. A comparison that was begun
-    and never finished keeps its look: abandoning one that goes badly must not be free.
+    The look numbers of one incumbent are the order in which its error budget was spent. An unfinished comparison keeps
+    its look number, because abandoning one that goes badly must not be free.
     """
 
     __tablename__ = "verdicts"
@@ -588,30 +616,31 @@ class StoredVerdict(SQLModel, table=True):
     incumbent: int = Field(foreign_key="policies.version")
     cycle_id: str | None = None
     environment: str = ""
-    """Where the tasks were played; empty: clients played them."""
+    """The environment of the tasks; empty for tasks that clients played."""
     look: int | None = None
-    """1 for the first comparison with this incumbent, 2 for the next; None: it ended without a test."""
+    """1 for the first comparison with this incumbent, 2 for the next; None when it ended without a test."""
     alpha: float = 0.0
-    """How likely this look was to promote a candidate that is no better."""
+    """The error budget of this look: the probability of promoting a candidate that is no better."""
     held_out_end: int = 0
-    """The end of its block of held-out tasks; the next comparison starts there."""
+    """End of its block of held-out tasks; the next comparison starts there."""
     decision: str | None = None
-    """None while it is under way."""
+    """None while the comparison runs."""
     tasks: list[str] = Field(default_factory=list, sa_column=Column(JSON))
-    """The tasks that were compared; they do not count for this candidate again."""
+    """The compared tasks; they do not count for this candidate again."""
     sealed_tasks: int = 0
-    """Tasks of the sealed block that its final report played; 0: the block was not touched."""
+    """Number of tasks of the sealed block that its final report played; 0 when the block was not used."""
     sealed_successes: float = 0.0
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 
 class Cycle(SQLModel, table=True):
-    """One turn of the loop; `stage` says where a crash resumes, `artifacts` what earlier stages left."""
+    """One learning cycle: `stage` is its position, at which it resumes, `artifacts` the results of earlier stages."""
 
     __tablename__ = "cycles"
 
     id: str = Field(primary_key=True)
-    stage: CycleStage = Field(default=CycleStage.COLLECT, sa_type=words_of(CycleStage))
+    stage: str = Field(default=CycleStage.COLLECT.value, max_length=16)
+    """A `CycleStage`, or a stage of a further method."""
     settings: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
     artifacts: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
     progress: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
@@ -622,17 +651,17 @@ class Cycle(SQLModel, table=True):
 
 
 class Scope(StrEnum):
-    """What a key may be used for."""
+    """A permission of an API key."""
 
     INFER = "infer"
     FEEDBACK = "feedback"
     LEARN = "learn"
-    TEACH = "teach"  # its feedback counts for the weights, which all tenants share; opens no route by itself
-    ADMIN = "admin"  # opens what all of the above open; teaches in the default tenant only
+    TEACH = "teach"  # its feedback may teach the weights, which all tenants share; permits no route by itself
+    ADMIN = "admin"  # permits the routes of all scopes above; teaches in the default tenant only
 
 
 class ApiKey(SQLModel, table=True):
-    """A key as it is kept: never the key itself, only the digest by which it is known again."""
+    """An API key: never the key itself, only the digest that identifies it."""
 
     __tablename__ = "api_keys"
 
@@ -647,15 +676,15 @@ class ApiKey(SQLModel, table=True):
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     revoked_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     last_used_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
-    """To the minute."""
+    """Accurate to the minute."""
 
 
 class Outbox(SQLModel, table=True):
-    """What the index has yet to follow: written in the same transaction as the row it speaks of."""
+    """A row that the index has yet to read: written in the same transaction as the row that it names."""
 
     __tablename__ = "outbox"
 
-    # PostgreSQL's Integer would run out within a busy year; SQLite's alone numbers its rows by itself.
+    # PostgreSQL's INTEGER would overflow within a busy year; SQLite numbers rows by itself only for INTEGER.
     id: int | None = Field(
         default=None, primary_key=True, sa_type=BigInteger().with_variant(Integer(), "sqlite"), nullable=False
     )
@@ -663,4 +692,4 @@ class Outbox(SQLModel, table=True):
     row_id: str
     is_removed: bool = False
     is_worded: bool = False
-    """The word index holds it; the row leaves when the index of meanings does too."""
+    """Whether the text index holds it. The row is deleted when the vector index does, too."""

@@ -1,6 +1,6 @@
-"""Memory itself: opens everything in one data directory and hands it out.
+"""Opens the memory in one data directory: its database, its records and its index.
 
-This module refuses to know what any of it is for. Invariant: one process owns the directory, from `open` to `close`.
+Invariant: one process owns the directory, from `open` to `close`.
 """
 
 from __future__ import annotations
@@ -13,43 +13,45 @@ from types import TracebackType
 from sqlalchemy import Connection
 
 from memory.config import MemoryConfig
-from memory.cycles import Cycles
-from memory.database import Database
-from memory.documents import Documents
-from memory.encoder import Encoder, SentenceEncoder
-from memory.feedback import FeedbackBook
-from memory.index import MemoryIndex
-from memory.insights import Insights
-from memory.keys import Keys
-from memory.moving import copy_rows
-from memory.ownership import Ownership, take_ownership
-from memory.policies import Policies
-from memory.responses import Responses
-from memory.retrieval import Retrieval
-from memory.reviews import Reviews
+from memory.records.cycles import Cycles
+from memory.records.documents import Documents
+from memory.records.feedback import FeedbackRecords
+from memory.records.insights import Insights
+from memory.records.keys import Keys
+from memory.records.policies import Policies
+from memory.records.responses import Responses
+from memory.records.reviews import Reviews
+from memory.records.trajectories import Trajectories
+from memory.records.verdicts import Verdicts
 from memory.scopes import Scopes
-from memory.sequence import continue_sequence
-from memory.traces import DatabaseTrace
-from memory.trajectories import Trajectories
-from memory.verdicts import Verdicts
-from memory.words import WordIndex
+from memory.search.encoder import Encoder, SentenceEncoder
+from memory.search.index import MemoryIndex
+from memory.search.retrieval import Retrieval
+from memory.search.text_index import TextIndex
+from memory.storage.copy_database import copy_rows
+from memory.storage.database import Database
+from memory.storage.lost_files import DatabaseTrace
+from memory.storage.ownership import Ownership, take_ownership
+from memory.storage.sequence import continue_sequence
 
 DATABASE_NAME = "ratchet.db"
-WORDS_NAME = "words.db"
-INDEX_NAME = "chroma"
+TEXT_INDEX_NAME = "words.db"
+VECTOR_INDEX_NAME = "chroma"
 
 
 class Memory:
-    """What is kept, and what finds it. Make one with `Memory.open`."""
+    """All records of one data directory, and their retrieval. Create it with `Memory.open`."""
 
     def __init__(self, data_dir: Path, config: MemoryConfig, encoder: Encoder, ownership: Ownership) -> None:
         self.data_dir = data_dir
         self.config = config
         self._ownership = ownership
         self.database = open_rows(data_dir, config)
-        # An index lives beside the program that asks it, as Chroma does.
+        # With PostgreSQL the text index stays local, in a file beside Chroma.
         is_file = self.database.kind == "sqlite"
-        self._words = self.database if is_file else Database(data_dir / WORDS_NAME, prepare=leave)
+        self._text_database = (
+            self.database if is_file else Database(data_dir / TEXT_INDEX_NAME, prepare=prepare_nothing)
+        )
         self.scopes = Scopes(config.share_live)
         self.trajectories = Trajectories(self.database, success_reward=config.success_reward, scopes=self.scopes)
         self.insights = Insights(self.database, max_kept=config.max_kept_insights, scopes=self.scopes)
@@ -62,21 +64,27 @@ class Memory:
         self.verdicts = Verdicts(self.database)
         self.responses = Responses(self.database)
         self.keys = Keys(self.database)
-        self.feedback = FeedbackBook(self.database, self.trajectories)
+        self.feedback = FeedbackRecords(self.database, self.trajectories)
         self.index = MemoryIndex(
-            self.database, WordIndex(self._words), self.trajectories, data_dir / INDEX_NAME, encoder, config
+            self.database,
+            TextIndex(self._text_database),
+            self.trajectories,
+            data_dir / VECTOR_INDEX_NAME,
+            encoder,
+            config,
         )
         self.retrieval = Retrieval(self.database, self.insights, self.trajectories, self.index, config)
 
     @classmethod
     def open(cls, data_dir: Path, config: MemoryConfig | None = None, *, encoder: Encoder | None = None) -> Memory:
-        """Take the directory, bring its database up to date, and start following the rows with the index.
+        """Lock the directory, upgrade its database, and start the synchronisation of the index.
 
-        Loading the encoder and Chroma goes on in a thread; until then finding is by word.
-        Raises: DataDirectoryInUse, naming the owner; StorageError.
+        A thread loads the encoder and Chroma; until then search uses words only.
+        Raises: DataDirectoryInUse with the owner's address; StorageError.
         """
         config = config or MemoryConfig()
         data_dir = Path(data_dir).absolute()
+        # first: all that follows creates or changes files of the directory
         ownership = take_ownership(data_dir)
         try:
             memory = cls(data_dir, config, encoder or SentenceEncoder(config.encoder), ownership)
@@ -84,23 +92,25 @@ class Memory:
             ownership.close()
             raise
         try:
-            memory.documents.delete_unfinished()
+            memory.documents.delete_unfinished()  # before the index starts, which would read their passages
         except BaseException:
             memory.close()
             raise
         memory.index.start()
         return memory
 
-    def answers_at(self, url: str) -> None:
-        """Have whoever finds the directory taken told where to ask instead."""
-        self._ownership.tell_address(url)
+    def set_address(self, url: str) -> None:
+        """Record this server's address, which a second process reports."""
+        self._ownership.set_address(url)
 
     def close(self) -> None:
-        """Finish what is being written, and give the directory up."""
+        """Finish pending writes, close everything and release the directory."""
+        # Called in reverse: the index stops first, and the lock is released last.
         with contextlib.ExitStack() as stack:
             stack.callback(self._ownership.close)
             stack.callback(self.database.close)
-            stack.callback(self._words.close)
+            # with SQLite both are one object: closing it twice does nothing
+            stack.callback(self._text_database.close)
             stack.callback(self.index.close)
 
     def __enter__(self) -> Memory:
@@ -114,9 +124,9 @@ class Memory:
 
 @contextlib.contextmanager
 def open_keys(data_dir: Path, config: MemoryConfig | None = None) -> Iterator[Keys]:
-    """Take the directory for its keys alone: no encoder is loaded, no index is opened.
+    """Lock the directory and open its API keys, without encoder and index.
 
-    Raises: DataDirectoryInUse, naming the owner; StorageError.
+    Raises: DataDirectoryInUse with the owner's address; StorageError.
     """
     data_dir = Path(data_dir).absolute()
     with contextlib.ExitStack() as stack:
@@ -125,11 +135,10 @@ def open_keys(data_dir: Path, config: MemoryConfig | None = None) -> Iterator[Ke
 
 
 def copy_to_server(data_dir: Path, config: MemoryConfig) -> dict[str, int]:
-    """Copy what the directory's own file holds into the database that the settings name; return how many rows of each
-    table. The file stays as it is.
+    """Copy the rows of the directory's SQLite file into the configured server; return the number of rows by table.
 
-    Raises: ValueError without such a setting or without a file, and for a database that isn't empty;
-    DataDirectoryInUse; StorageError.
+    The file stays unchanged. Raises: ValueError without a configured server or a file, and for a server database that
+    is not empty; DataDirectoryInUse; StorageError.
     """
     path = Path(data_dir).absolute() / DATABASE_NAME
     if config.database is None or not path.exists():
@@ -143,9 +152,9 @@ def copy_to_server(data_dir: Path, config: MemoryConfig) -> dict[str, int]:
 
 
 def open_rows(data_dir: Path, config: MemoryConfig) -> Database:
-    """Open the database of a data directory: the file in it, or the one elsewhere that its settings name.
+    """Open the database of a data directory: its SQLite file, or the configured server.
 
-    Raises: StorageError, also when a file that has been there is gone.
+    Raises: StorageError, also when a file that existed before is missing.
     """
     database = Database(config.database) if config.database is not None else _open_file(data_dir / DATABASE_NAME)
     try:
@@ -160,9 +169,9 @@ def _open_file(path: Path) -> Database:
     trace = DatabaseTrace(path)
     trace.check()
     database = Database(path, on_close=trace.note_closed)
-    trace.note_open()  # no sooner: now SQLite has made its log
+    trace.note_open()  # only now: SQLite has created the log that an open record implies
     return database
 
 
-def leave(_connection: Connection) -> None:
-    """Prepare no tables: an index makes its own."""
+def prepare_nothing(_connection: Connection) -> None:
+    """Create no tables: the text index creates its own."""

@@ -1,1 +1,1 @@
-"""Learns from what memory kept, and never answers."""
+"""Learns from the stored episodes; never answers requests."""

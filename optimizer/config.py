@@ -1,6 +1,6 @@
-"""How the optimizer learns: how much to play, how to train a model of a given size, what a promotion needs.
+"""The optimizer's settings: how much to play, how to train a model of a given size, the bars of a promotion.
 
-Refuses to know where data lives and who serves. The defaults are the recommendation; `RECIPES` is the one table of
+The defaults are the recommendation; `RECIPES` is the one table of
 training settings, chosen by the number of parameters of the base; `OptimizerConfig.recipe` overrides single entries.
 """
 
@@ -50,6 +50,8 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
             sft_learning_rate=2e-3,
             sft_epochs=5,
             sft_batch_size=8,
+            # at 1e-3 the chosen side became unlikely too, and games ended in prose (docs/log.md, "DPO depended on
+            # luck")
             dpo_learning_rate=3e-4,
             dpo_epochs=3,
             dpo_batch_size=8,
@@ -104,7 +106,9 @@ def choose_recipe(num_parameters: int, overrides: dict[str, Any] | None = None) 
     Raises:
         ValueError: an override names no entry of a recipe.
     """
+    # the limits rise and the last is infinite: the first that is larger decides, and one always is
     recipe = next(recipe for limit, recipe in RECIPES if num_parameters < limit)
+    # validated anew, not copied with `model_copy(update=...)`, which would let wrong names and types through
     return Recipe.model_validate({**recipe.model_dump(), **(overrides or {})})
 
 
@@ -123,11 +127,18 @@ def plan_steps(num_rows: int, *, batch_size: int, epochs: float, min_steps: int)
     def num_steps(size: int, times: float) -> int:
         return math.ceil(math.ceil(num_rows / size) * times)
 
+    # a recipe whose batch is below SMALLEST_BATCH keeps it
     while num_steps(batch_size, epochs) < min_steps and batch_size > SMALLEST_BATCH:
         batch_size = max(SMALLEST_BATCH, batch_size // 2)
     if num_steps(batch_size, epochs) < min_steps:
         epochs = min(MOST_ADDED_EPOCHS * epochs, min_steps / math.ceil(num_rows / batch_size))
     return batch_size, epochs
+
+
+def plan_rounds(num_episodes: int, num_tasks: int) -> list[int]:
+    """Return how many tasks each round of practice plays; only the last round may be shorter."""
+    num_rounds = math.ceil(num_episodes / num_tasks)
+    return [min(num_tasks, num_episodes - number * num_tasks) for number in range(num_rounds)]
 
 
 class DemonstrationConfig(BaseModel, extra="forbid"):
@@ -173,7 +184,7 @@ class TeachingConfig(BaseModel, extra="forbid"):
 
 
 class EvaluationConfig(BaseModel, extra="forbid"):
-    """What is played to decide, and what a promotion needs. docs/gate.md explains the rule."""
+    """The tasks that are played to decide, and the bars of a promotion. docs/gate.md explains the rule."""
 
     num_tasks: int = 200
     """Episodes of a cell. Played greedily each is a task of its own."""
@@ -213,14 +224,21 @@ class EvaluationConfig(BaseModel, extra="forbid"):
     max_tokens_ratio: float = 1.5
     """Output tokens, and prompt tokens, per model call, candidate against incumbent."""
 
+    # cycle/release_gate.py computes a block's start back from its end by this number: the start moves if the
+    # temperature that users get is changed while a cycle is open and `temperature` is None
+    def count_tasks(self, serving_temperature: float) -> int:
+        """Return how many tasks the gate plays: half as many where the contestants try each several times."""
+        temperature = serving_temperature if self.temperature is None else self.temperature
+        return max(self.num_tasks // 2, 1) if temperature > 0 and self.num_tries > 1 else self.num_tasks
+
 
 class OptimizerConfig(BaseModel, extra="forbid"):
-    """One turn of the loop."""
+    """The settings of one learning cycle."""
 
     environment: NameOrEmpty = "textworld"
-    """Where to practise and to prove, and whose episodes are learned from. Empty: only clients play; then both counts
-    of episodes are 0, live traffic is learned from, and a candidate waits until clients have played held-out tasks as
-    it and as the incumbent."""
+    """The environment of practice, of the gate, and of the episodes that are learned from. Empty: only clients play;
+    then both counts of episodes are 0, live traffic is learned from, and a candidate waits until clients have played
+    held-out tasks as it and as the incumbent."""
     learn_from: list[NameOrEmpty] = []
     """Other environments whose logged episodes are learned from too. The gate plays held-out tasks of each as well."""
     name: Name = "ratchet"
@@ -248,8 +266,9 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     """Single entries of the recipe to replace, for example `{"sft_epochs": 3}`."""
     max_length_tokens: int | None = Field(default=None, ge=1)
     """Longer rows are left out and counted, never cut. None: as long as the engine's context, or as fits on the GPU."""
+    # coerced: `gpu = 0` in a TOML file is a number
     gpu: str = Field(default="share", pattern=r"^(share|window|\d+)$", coerce_numbers_to_str=True)
-    """Where training finds room. "share": on the engine's GPU, beside it; refused if it cannot fit. "window": on the
+    """The GPU that trains. "share": on the engine's GPU, beside it; refused if it cannot fit. "window": on the
     engine's GPU, while the engine is stopped and requests get 503. A number: on that GPU, as nvidia-smi counts them.
     Without a GPU only "window" means anything: the engine's cores are free for training then."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -266,12 +285,23 @@ class OptimizerConfig(BaseModel, extra="forbid"):
             raise ValueError(
                 "nothing can be played without an environment: set practice_episodes and explore_episodes to 0"
             )
+        # "" stands for live traffic; "live" is the name of its split, easily taken for an environment
         if set(self.learn_from) & {"", "live", self.environment}:
             raise ValueError(
                 f"learn_from={self.learn_from!r} must name other environments than {self.environment!r}: live traffic "
                 "is proved on live tasks, by a cycle of its own (`learn --logged`)"
             )
         return self
+
+    @property
+    def practice_rounds(self) -> list[int]:
+        """Number of tasks that each round of practice plays."""
+        return plan_rounds(self.practice_episodes, self.num_practice_tasks)
+
+    @property
+    def explore_rounds(self) -> list[int]:
+        """Number of tasks that each round of exploration plays."""
+        return plan_rounds(self.explore_episodes, self.num_practice_tasks)
 
     @property
     def pool_environments(self) -> tuple[str, ...]:

@@ -1,12 +1,12 @@
-"""What can go wrong while learning.
+"""The errors of learning.
 
 OptimizerError
-|-- TooFewTrajectories   a cycle was asked to learn from less than it needs; says how many are missing (a ValueError)
+|-- TooFewTrajectories   a cycle has less to learn from than it needs; carries the number missing (a ValueError)
 |-- TemplateMismatch     the chat template keeps too many of the agent's own tokens from being trained
 |-- TrainingDoesNotFit   no GPU has the memory for it; names the settings with which one would (a ValueError)
 `-- TrainingError        a trainer died; carries the tail of its log
 
-CompletionError          a model gave no answer; costs what the answer was for, never the cycle
+CompletionError          a model gave no answer; costs one critique, never the cycle
 `-- PromptTooLong        the messages exceed the model's context: shorter ones may succeed
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 
 class OptimizerError(Exception):
-    """A cycle cannot go on; the message names what is wrong and the mend."""
+    """A cycle cannot continue; the message names the cause and the mend."""
 
 
 class TooFewTrajectories(OptimizerError, ValueError):
@@ -34,7 +34,7 @@ class TrainingError(OptimizerError):
 
 
 class CompletionError(Exception):
-    """A model that was asked through the `Complete` seam gave no answer; the message says why."""
+    """A model called through the `Complete` seam gave no answer; the message gives the cause."""
 
 
 class PromptTooLong(CompletionError):

@@ -1,8 +1,8 @@
 """Decides where a training runs, how long its rows may be and how many fit into one pass, before anything is loaded.
 
-On a GPU the arithmetic of `training.footprint` decides; without one there is nothing to decide but the length. Free
-memory is read anew for each decision: an engine that is being restarted looks smaller than it is, so its configured
-share counts where that is more.
+On a GPU the arithmetic of `training.footprint` decides; on a CPU only the length of rows is bounded. Hazard: an engine
+that is being restarted looks smaller than it is, so its configured share of the GPU counts where that is more than the
+memory it holds.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from memory.store import Memory
 from optimizer.config import OptimizerConfig, Recipe, choose_recipe
 from optimizer.errors import TrainingDoesNotFit
 from optimizer.training.base import locate_base
@@ -20,7 +21,8 @@ from optimizer.training.footprint import (
     BFLOAT16,
     FLOAT32,
     GIB,
-    Kind,
+    PAIRWISE,
+    LossShape,
     ModelShape,
     Training,
     least_engine_bytes,
@@ -46,17 +48,17 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs here, and what the engine takes of them."""
+    """The GPUs here, and the engine's part of them."""
 
     gpus: Sequence[Gpu] = ()
     """Those that PyTorch could use; none where only the CPU computes."""
     engine_device: str | None = None
-    """What CUDA_VISIBLE_DEVICES must say to see the engine's (first) GPU; None: there is none."""
+    """The value of CUDA_VISIBLE_DEVICES that shows the engine's (first) GPU; None: there is none."""
     engine_share: float | None = None
     """Which share of its GPU's memory our engine was given; None: the engine is not ours to size."""
     can_stop_engine: bool = True
     max_model_len: int | None = None
-    """The engine's context as it is served; None: it does not say."""
+    """The engine's context as it is served; None: unknown."""
     max_loras: int = 4
 
     def find(self, device: str | None) -> Gpu | None:
@@ -65,7 +67,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the trainings of one cycle run, and what room they have there."""
+    """The device that the trainings of one cycle run on, and the memory they may take there."""
 
     shape: ModelShape
     recipe: Recipe
@@ -77,43 +79,45 @@ class Placement:
     """None: no GPU, or one of unknown size; then nothing is bounded by memory."""
 
     def __str__(self) -> str:
-        rows = f"rows of up to {self.max_length_tokens('sft')} tokens (SFT) and {self.max_length_tokens('dpo')} (DPO)"
         if self.visible_device is None:
-            return f"on the CPU, {rows}"
-        room = "of unknown size" if self.budget_bytes is None else f"with {self.budget_bytes / GIB:.1f} GiB for it"
-        return f"on GPU {self.visible_device} {room}, {rows}"
+            return "on the CPU"
+        size = "of unknown size" if self.budget_bytes is None else f"with {self.budget_bytes / GIB:.1f} GiB for it"
+        return f"on GPU {self.visible_device} {size}"
 
-    def training(self, kind: Kind) -> Training:
+    def training(self, loss: LossShape) -> Training:
         recipe = self.recipe
-        return Training(self.shape, kind, recipe.lora_rank, recipe.gradient_checkpointing, self.bytes_per_weight)
+        return Training(self.shape, loss, recipe.lora_rank, recipe.gradient_checkpointing, self.bytes_per_weight)
 
-    def max_length_tokens(self, kind: Kind) -> int:
+    def max_length_tokens(self, loss: LossShape) -> int:
         """Return the length beyond which rows are left out."""
         if self.budget_bytes is None:
             return self.limit_tokens
-        return self.training(kind).longest_row(self.budget_bytes, self.limit_tokens)
+        return self.training(loss).longest_row(self.budget_bytes, self.limit_tokens)
 
-    def rows_per_pass(self, kind: Kind, longest_tokens: int) -> int:
+    def rows_per_pass(self, loss: LossShape, longest_tokens: int) -> int:
         """Return how many rows one forward pass takes, the longest having `longest_tokens`."""
         if self.budget_bytes is None:
             return self.recipe.rows_per_pass
-        return self.training(kind).rows_that_fit(self.budget_bytes, longest_tokens, self.recipe.rows_per_pass)
+        return self.training(loss).rows_that_fit(self.budget_bytes, longest_tokens, self.recipe.rows_per_pass)
 
     @property
     def least_bytes(self) -> int:
         """The memory for the dearest method with one row of the least useful length."""
-        return self.training("dpo").footprint(min(self.limit_tokens, LEAST_LENGTH_TOKENS)).total
+        # PAIRWISE stands for every method of METHODS (cycle/methods.py): a method with a dearer loss must take its
+        # place
+        return self.training(PAIRWISE).footprint(min(self.limit_tokens, LEAST_LENGTH_TOKENS)).total
 
 
-async def place_training(memory: Any, config: OptimizerConfig, seams: Seams) -> Placement:
-    """Return where the trainings of a cycle with these settings run.
+async def place_training(memory: Memory, config: OptimizerConfig, seams: Seams) -> Placement:
+    """Return the placement of the trainings of a cycle with these settings.
 
     Raises:
-        TrainingDoesNotFit: nowhere; the message names the settings with which they would.
-        ValueError: the base model's files are not here, or say too little.
+        TrainingDoesNotFit: no device has the memory; the message names the settings with which they would.
+        ValueError: the base model's files are not here, or lack a size.
     """
     machine = await seams.inspect_machine()
 
+    # in a thread: the headers of all weight files are read, and huggingface_hub may be imported
     def choose() -> Placement:
         return choose_placement(config, machine, read_shape(locate_base(memory.policies.get(0).base_model)))
 
@@ -121,12 +125,14 @@ async def place_training(memory: Any, config: OptimizerConfig, seams: Seams) -> 
 
 
 def choose_placement(config: OptimizerConfig, machine: Machine, shape: ModelShape) -> Placement:
-    """Return where a model of this shape is trained. Raises TrainingDoesNotFit."""
+    """Return the placement of a model of this shape. Raises TrainingDoesNotFit."""
     if config.gpu == "window" and not machine.can_stop_engine:
         raise TrainingDoesNotFit(
             "optimizer.gpu = 'window' needs an engine that this server starts; the one at engine.url cannot be "
             "stopped from here: choose 'share' or the number of another GPU"
         )
+    # rows are prompts and replies as served, so none is longer than the engine's context; an engine elsewhere may not
+    # say how long that is
     lengths = [config.max_length_tokens, machine.max_model_len or shape.max_position_embeddings]
     on_gpu = config.device != "cpu" and bool(machine.gpus)
     placement = Placement(
@@ -137,11 +143,13 @@ def choose_placement(config: OptimizerConfig, machine: Machine, shape: ModelShap
     )
     if not on_gpu:
         return placement
+    # indices are those of nvidia-smi (CUDA_DEVICE_ORDER in training/launch.py); CUDA's own order may be another
     device = config.gpu if config.gpu.isdecimal() else machine.engine_device
     gpu = machine.find(device)
     if gpu is None and config.gpu.isdecimal():
         there = ", ".join(f"{it.index} ({it.name})" for it in machine.gpus)
         raise TrainingDoesNotFit(f"optimizer.gpu = {config.gpu!r} names no GPU of this machine; there is: {there}")
+    # set before the size is known: the trainer must see one GPU in any case
     placement = replace(placement, visible_device=device)
     if gpu is None:  # a MIG slice, or an engine elsewhere: its size is not known
         return placement
@@ -156,17 +164,20 @@ def _budget(gpu: Gpu, machine: Machine, *, in_window: bool) -> int:
     """Return the memory that a training may take on a GPU."""
     if gpu.index != machine.engine_device or machine.engine_share is None:
         return gpu.free_bytes
+    # vLLM takes its share of the total memory, not of what is free when it starts
     engine = math.ceil(machine.engine_share * gpu.total_bytes)
     if in_window:
+        # bounded by the total: an engine that is being restarted has left its share in free_bytes already
         return min(gpu.total_bytes, gpu.free_bytes + engine)
+    # a restarting engine holds little now and all its share later
     return min(gpu.free_bytes, gpu.total_bytes - engine)
 
 
 def _explain(placement: Placement, config: OptimizerConfig, machine: Machine, gpu: Gpu) -> str:
-    """Return what is missing, and each setting with which the training would fit."""
+    """Return a message with the missing memory, and each setting with which the training would fit."""
     need, budget = placement.least_bytes, (placement.budget_bytes or 0) / GIB
     length = min(placement.limit_tokens, LEAST_LENGTH_TOKENS)
-    footprint = placement.training("dpo").footprint(length)
+    footprint = placement.training(PAIRWISE).footprint(length)
     mends = list(_list_mends(placement, config, machine, gpu, need))
     mend = "set " + ", or ".join(mends) if mends else "use a smaller base model or a GPU with more memory"
     return (
@@ -197,10 +208,12 @@ def _list_mends(placement: Placement, config: OptimizerConfig, machine: Machine,
 
 
 def suggest_engine_share(placement: Placement, machine: Machine, gpu: Gpu, need: int) -> float | None:
-    """Return the largest share of the GPU that leaves room for the training; None if serving needs more than that."""
+    """Return the largest share of the GPU that leaves enough memory for the training; None if serving needs more."""
     shape, recipe = placement.shape, placement.recipe
     context = machine.max_model_len or shape.max_position_embeddings
+    # never below 0: a restarting engine holds less than its share
     others = max(0, gpu.total_bytes - gpu.free_bytes - math.ceil((machine.engine_share or 0) * gpu.total_bytes))
+    # rounded down, to the two digits that the message shows: rounded up, it would not fit
     share = math.floor(100 * (gpu.total_bytes - need - others) / gpu.total_bytes) / 100
     least = least_engine_bytes(shape, max_model_len=context, max_loras=machine.max_loras, lora_rank=recipe.lora_rank)
     return share if share * gpu.total_bytes >= least else None

@@ -1,40 +1,24 @@
-"""Grades: brings each rewarded trajectory together with its steps, and splits successes from failures.
+"""Graded trajectories: each rewarded trajectory with its steps, and the split into successes and failures.
 
-Refuses to judge by itself: rewards are rows (environment, code, user, judge), and memory says which of them counts.
+Nothing is scored here. Rewards are rows, and memory decides which of several counts.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import datetime
-from typing import Any
 
-from memory.feedback import Correction
-from memory.schema import Split, Step, StepKind, Trajectory
-from memory.teaching import OPERATOR, Teacher
-from memory.trajectories import Graded
-
-
-@dataclass(frozen=True)
-class GradedTrajectory:
-    """One closed trajectory, whole, with the reward that counts."""
-
-    trajectory: Trajectory
-    steps: list[Step]
-    reward: float
-    is_success: bool
-    teacher: Teacher = OPERATOR
-    """Who gave the reward."""
-
-    @property
-    def model_steps(self) -> list[Step]:
-        return [step for step in self.steps if step.kind is StepKind.MODEL]
+from memory.records.feedback import Correction
+from memory.records.trajectories import GradedTrajectory
+from memory.schema import Split
+from memory.store import Memory
+from memory.teaching import Teacher
 
 
 def grade(
-    memory: Any,
+    memory: Memory,
     *,
     since: datetime | None = None,
     environment: str | None = None,
@@ -51,32 +35,27 @@ def grade(
     learnable = memory.trajectories.learnable(
         since=since, environment=environment, environments=environments, is_for_weights=is_for_weights
     )
+    # by id, not by time: ids sort by a sequence that a clock set back does not reverse (memory/schema.py, new_id)
     learnable.sort(key=lambda graded: graded.trajectory.id)
     newest = learnable if limit is None else choose_newest(learnable, limit)
-    graded = [
-        GradedTrajectory(
-            each.trajectory,
-            memory.trajectories.steps(each.trajectory.id),
-            each.reward,
-            each.is_success,
-            each.teacher,
-        )
-        for each in newest
-    ]
+    # steps last, and of the chosen ones only: they hold the token ids, thousands a row
+    graded = [replace(each, steps=memory.trajectories.steps(each.trajectory.id)) for each in newest]
+    # the last line of defence, by the split on the row alone; tasks held out by name are dropped in cycle/context.py
     refuse_held_out(graded)
     return graded
 
 
-def choose_newest(learnable: list[Graded], limit: int) -> list[Graded]:
+def choose_newest(learnable: list[GradedTrajectory], limit: int) -> list[GradedTrajectory]:
     """Return `limit` of these, oldest first: the newest, from each teacher in turn. One who rewards thousands must not
-    push out what the others taught."""
+    push out the episodes that others rewarded."""
+    # round robin over teachers: rank within a teacher first, age second
     num_newer: Counter[Teacher] = Counter()
     ranked = []
     for age, each in enumerate(reversed(learnable)):
         ranked.append((num_newer[each.teacher], age, each))
         num_newer[each.teacher] += 1
-    ranked.sort(key=lambda found: found[:2])
-    return [each for _, _, each in sorted(ranked[:limit], key=lambda found: -found[1])]
+    ranked.sort(key=lambda entry: entry[:2])
+    return [each for _, _, each in sorted(ranked[:limit], key=lambda entry: -entry[1])]
 
 
 def split(graded: Iterable[GradedTrajectory]) -> tuple[list[GradedTrajectory], list[GradedTrajectory]]:
@@ -86,7 +65,8 @@ def split(graded: Iterable[GradedTrajectory]) -> tuple[list[GradedTrajectory], l
 
 
 def refuse_held_out(graded: Iterable[GradedTrajectory | Correction]) -> None:
-    """Stop everything when a held-out episode is about to be learned from: the gate would measure its own teacher."""
+    """Raise AssertionError for a held-out episode: a gate that measures on training data measures nothing."""
+    # raised, not skipped: a held-out episode here means that a query above has a hole
     for each in graded:
         if each.trajectory.split is Split.HELD_OUT:
             raise AssertionError(

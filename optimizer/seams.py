@@ -1,7 +1,7 @@
-"""The functions through which the optimizer reaches the world, typed; whoever composes the system hands them in.
+"""The functions through which the optimizer reaches the world, typed; the composition root passes them in.
 
-Refuses to know what stands behind them: an engine, a graph, a test's script. The optimizer plays, prepares and asks
-through these and through nothing else.
+Invariant: the optimizer plays episodes, prepares tasks and calls models through these seams only, so that an engine and
+a test's script are the same to it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from optimizer.training.spec import TrainingSpec
 
 
 class Rollout(Protocol):
+    # seed: of the first model call, each further call takes the next one; the seeds of two tries must lie further apart
+    # than an episode has calls (SEED_STRIDE in evaluation/cells.py)
     async def __call__(self, task: Task, *, policy: int, use_memory: bool, temperature: float, seed: int) -> Trajectory:
         """Play one episode to its end and return its closed trajectory. An episode that goes wrong is data: its stage
         is FAILED; only a broken world raises."""
@@ -47,31 +49,32 @@ class ContextTokens(Protocol):
 
 
 class ListTasks(Protocol):
+    # a stage that is repeated after a crash lists its tasks again: a listing that drifts would mix two blocks
     def __call__(self, environment: str, split: Split, num_tasks: int, offset: int = 0) -> list[Task]:
-        """Return the same tasks for the same arguments, always."""
+        """Return tasks; the same arguments always give the same tasks."""
         ...
 
 
 class Prepare(Protocol):
     async def __call__(self, tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Do ahead of time what starting `tasks` would wait for."""
+        """Do the work ahead of time that starting `tasks` would wait for."""
         ...
 
 
 class Train(Protocol):
     async def __call__(self, spec: TrainingSpec, *, on_step: OnStep | None = None, num_attempts: int = 2) -> Manifest:
-        """Make the adapter directory that `spec` asks for, or find it made."""
+        """Return the manifest of the adapter that `spec` describes, training it unless that was done before."""
         ...
 
 
 async def unknown_context() -> int | None:
-    """The `ContextTokens` of engines that do not say."""
+    """The `ContextTokens` of engines that do not report their context."""
     return None
 
 
 class InspectMachine(Protocol):
     async def __call__(self) -> Machine:
-        """Return the GPUs, what is free on them now, and what the engine serves."""
+        """Return the GPUs, their free memory, and the context and adapters that the engine serves."""
         ...
 
 
@@ -82,7 +85,7 @@ class OpenWindow(Protocol):
 
 
 async def find_no_gpu() -> Machine:
-    """The `InspectMachine` of a machine whose CPU does everything."""
+    """The `InspectMachine` of a machine without a GPU."""
     return Machine()
 
 
@@ -94,7 +97,7 @@ async def leave_engine_running(reason: str) -> AsyncIterator[None]:
 
 @dataclass(frozen=True)
 class Serving:
-    """How users are served where their request does not say."""
+    """The defaults with which users are served."""
 
     temperature: float = 0.0
     use_memory: bool = True
@@ -123,21 +126,21 @@ async def prepare_nothing(tasks: Sequence[Task], on_progress: Callable[[int, int
 
 @dataclass(frozen=True)
 class Seams:
-    """What the optimizer is given to act with."""
+    """The functions that the optimizer acts through; all but the first two have a default."""
 
     rollout: Rollout
     tasks: ListTasks
     prepare: Prepare = prepare_nothing
     sealed_tasks: ListSealedTasks = no_sealed_tasks
     serving: Callable[[str], Serving] = serve_greedily
-    """Environment -> how its users are served; `""` is live traffic."""
+    """Environment -> the defaults of its users; `""` is live traffic."""
     complete: Complete | None = None
     """None: no model here writes prose, so insights come from counting."""
     context_tokens: ContextTokens = unknown_context
     train: Train = train
     inspect_machine: InspectMachine = find_no_gpu
     open_window: OpenWindow = leave_engine_running
-    """Used where `optimizer.gpu` is "window"."""
+    """Used only where `optimizer.gpu` is "window"."""
 
 
 OnProgress = Callable[[int, int, str], Awaitable[None]]

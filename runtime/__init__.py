@@ -1,1 +1,1 @@
-"""The room that answers. It imports memory and never trains."""
+"""Answers requests: the agent, its engine, the API and the command line. It imports memory and never trains."""

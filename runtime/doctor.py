@@ -1,6 +1,6 @@
-"""Looks at everything an answer depends on, and says in one line each how it is and what would mend it.
+"""Checks everything that answers depend on, and reports the state and the remedy of each in one line.
 
-Refuses to mend anything. Each check is a function that returns; what it trips over is what it reports.
+Invariants: no check repairs anything; a check reports the exceptions it expects instead of raising them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from memory.errors import StoreError
 from memory.store import Memory
-from runtime.engine import Engine
+from runtime.engine.process import Engine
 from runtime.errors import AdapterError, EngineError, PolicyError
 
 GIB = 1024**3
@@ -25,7 +25,7 @@ NO_ADAPTER = "ratchet-doctor"
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at; `mend` says what to do where it isn't well."""
+    """The result of one check; `mend` names the remedy if it failed."""
 
     name: str
     is_ok: bool
@@ -34,7 +34,7 @@ class Check:
 
 
 def check_at_rest(memory: Memory) -> list[Check]:
-    """Check what needs no engine. Blocks for seconds: call it on a thread."""
+    """Run all checks that need no engine. Blocks for seconds: call it in a thread."""
     return [check_rows(memory), check_encoder(memory), check_index(memory), check_disk(memory), check_gpu()]
 
 
@@ -47,18 +47,18 @@ def check_rows(memory: Memory) -> Check:
     if problems:
         mend = {"sqlite": "restore ratchet.db from a backup", "postgresql": "see the server's settings and its log"}
         return Check(memory.database.kind, False, "; ".join(problems[:3]), mend[memory.database.kind])
-    found = f"{memory.database.place} is sound ({time.monotonic() - started:.2f} s)"
-    return Check(memory.database.kind, True, found)
+    detail = f"{memory.database.location} is sound ({time.monotonic() - started:.2f} s)"
+    return Check(memory.database.kind, True, detail)
 
 
 def check_encoder(memory: Memory) -> Check:
-    """Wait for memory's own encoder; where it doesn't come, load another to learn why."""
-    from memory.encoder import SentenceEncoder
+    """Wait for memory's own encoder; if it does not load, load another one for the error message."""
+    from memory.search.encoder import SentenceEncoder
 
     name, deadline = memory.config.encoder, time.monotonic() + ENCODER_SECONDS
-    while not memory.index.has_meanings and time.monotonic() < deadline:
+    while not memory.index.has_vectors and time.monotonic() < deadline:
         time.sleep(0.1)
-    if memory.index.has_meanings:
+    if memory.index.has_vectors:
         return Check("encoder", True, f"{name}: loaded")
     try:
         vectors = SentenceEncoder(name).encode(["Is anybody there?"])
@@ -72,10 +72,10 @@ def check_index(memory: Memory) -> Check:
         counts = memory.index.count()
     except (StoreError, OSError, RuntimeError) as error:
         return Check("index", False, str(error), "serve.py rebuild-index")
-    held = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing yet"
-    if not memory.index.has_meanings:
-        return Check("index", True, f"by word only, meanings are still loading: {held}")
-    return Check("index", True, f"by meaning and by word: {held}")
+    contents = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing yet"
+    if not memory.index.has_vectors:
+        return Check("index", True, f"by word only, meanings are still loading: {contents}")
+    return Check("index", True, f"by meaning and by word: {contents}")
 
 
 def check_disk(memory: Memory) -> Check:
@@ -84,7 +84,7 @@ def check_disk(memory: Memory) -> Check:
 
 
 def check_gpu() -> Check:
-    """Say which GPU there is. None is well too: then everything runs on the CPU."""
+    """List the GPUs. A machine without one passes: everything runs on the CPU then."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return Check("gpu", True, "none: the CPU does everything")
@@ -96,15 +96,16 @@ def check_gpu() -> Check:
 
 
 async def check_engine(engine: Engine) -> list[Check]:
-    """Have the engine generate a real token, and ask it whether adapters can come and go."""
+    """Check that the engine generates a real token, and that adapters can be loaded and unloaded."""
     started = time.monotonic()
-    if not await engine.probe():
+    if not await engine.client.probe():
         return [Check("engine", False, f"{engine.url or 'not started'}: no token", f"read {engine.log_path}")]
     token = Check("engine", True, f"{engine.url}: a real token in {1000 * (time.monotonic() - started):.0f} ms")
     try:
-        worn = await engine.adapters()
-        await engine.unload_adapter(NO_ADAPTER)
+        loaded = await engine.client.adapters()
+        # Unloading an unknown adapter succeeds only if vLLM allows updates at runtime.
+        await engine.client.unload_adapter(NO_ADAPTER)
     except (AdapterError, EngineError, PolicyError) as error:
         mend = "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
         return [token, Check("lora", False, str(error), mend)]
-    return [token, Check("lora", True, f"adapters come and go; now loaded: {', '.join(sorted(worn)) or 'none'}")]
+    return [token, Check("lora", True, f"adapters come and go; now loaded: {', '.join(sorted(loaded)) or 'none'}")]

@@ -1,36 +1,37 @@
-"""What can go wrong while answering, one leaf for each thing a caller can act on.
+"""The runtime's exceptions, one leaf for each case that a caller can handle.
 
     Exception
     ├── EpisodeError             something inside one episode; recorded on its trajectory, never raised by rollout
     │   ├── PolicyError          the engine refused a call or died during it
-    │   │   ├── RequestRefused   it refused what was asked of it: a schema or a parameter that cannot be
-    │   │   ├── EngineBusy       it has as much to do as it takes
+    │   │   ├── RequestRefused   it rejected the request: an invalid schema, tool or parameter
+    │   │   ├── EngineBusy       it is at capacity
     │   │   └── EngineLost       it died during the call, or was not there: the same call may succeed when it is back
-    │   ├── ToolError            a tool's own way of saying no; its message is shown to the model
+    │   ├── ToolError            a tool failed; the message is shown to the model
     │   └── BudgetExceeded       the episode ran out of steps, tokens, seconds or context
-    ├── GameNotCompiled          a task of an environment could not be made ready
+    ├── GameNotCompiled          a task of an environment could not be prepared
     ├── EngineError              the engine cannot be started or is not ready
-    │   └── EngineInMaintenance  it is stopped on purpose and comes back by itself
-    ├── EpisodeBusy              a request for this episode is being answered already
-    ├── AdapterError             an adapter was refused, or isn't what the engine serves under its name
-    ├── LinkRefused              a signed link that was not made here, or was changed
-    │   └── LinkExpired          its time is over
+    │   └── EngineInMaintenance  it is stopped for maintenance and comes back by itself
+    ├── EpisodeBusy              another request for this episode is being answered
+    ├── AdapterError             an adapter was rejected, or isn't what the engine serves under its name
+    ├── LinkRefused              a signed link has a wrong signature
+    │   └── LinkExpired          its signature is right, but it has expired
     ├── UnknownEnvironment       no environment has that name (a ValueError)
     ├── UnknownTask              an environment has no such task (a ValueError)
     └── ToolRefused              a configured tool cannot be offered (a ValueError)
 
-Refuses to know who catches them, and what HTTP makes of them.
+`runtime/api/errors.py` maps them to HTTP.
 """
 
 from __future__ import annotations
 
 
+# The names of these classes are data: agent/graph.py stores them in rows, and api/openai/turns.py decides by them.
 class EpisodeError(Exception):
-    """Something inside one episode. It ends that episode, and nothing else."""
+    """An error inside one episode. It ends that episode and nothing else."""
 
 
 class PolicyError(EpisodeError):
-    """The engine refused a call, or died during it. `status` is its HTTP status; None when there was no answer."""
+    """The engine rejected a call, or died during it. `status` is its HTTP status; None without an answer."""
 
     def __init__(self, message: str, *, status: int | None = None) -> None:
         super().__init__(message)
@@ -38,11 +39,11 @@ class PolicyError(EpisodeError):
 
 
 class RequestRefused(PolicyError):
-    """The engine refused what was asked of it: a schema, a tool or a parameter that cannot be."""
+    """The engine rejected the request: an invalid schema, tool or parameter."""
 
 
 class EngineBusy(PolicyError):
-    """The engine has as much to do as it takes, and said so."""
+    """The engine is at capacity."""
 
 
 class EngineLost(PolicyError):
@@ -50,39 +51,39 @@ class EngineLost(PolicyError):
 
 
 class ToolError(EpisodeError):
-    """Raised by a tool to say no in words that the model should read."""
+    """Raised by a tool that fails, with a message for the model."""
 
 
 class BudgetExceeded(EpisodeError):
-    """The episode ran out of steps, tokens, seconds or context. It closes FINISHED: being slow is not a crash."""
+    """The episode ran out of steps, tokens, seconds or context. It closes FINISHED, not FAILED."""
 
 
 class GameNotCompiled(Exception):
-    """A compiler died or took too long. The message ends with what it said last."""
+    """A compiler died or took too long. The message ends with the end of its standard error."""
 
 
 class EngineError(Exception):
-    """The engine cannot be started, or is not ready. The message ends with what its log said last, and where it is."""
+    """The engine cannot be started, or is not ready. The message quotes the end of its log and names the file."""
 
 
 class EngineInMaintenance(EngineError):
-    """The engine is stopped, or about to be, because something else needs its hardware; it comes back by itself."""
+    """The engine is stopped, or about to be, because training needs its hardware; it comes back by itself."""
 
 
 class EpisodeBusy(Exception):
-    """A request for this episode is being answered already. Nothing was recorded; ask again when it is."""
+    """Another request for this episode is being answered. Nothing was recorded; retry after it."""
 
 
 class AdapterError(Exception):
-    """An adapter was refused, or isn't what the engine serves under its name. The policy before it stays on."""
+    """An adapter was rejected, or isn't what the engine serves under its name. The previous policy stays active."""
 
 
 class LinkRefused(Exception):
-    """A signed link that this server did not make, or that was changed on its way."""
+    """A signed link that this server did not create, or that was modified."""
 
 
 class LinkExpired(LinkRefused):
-    """The time of a signed link is over."""
+    """A signed link that has expired."""
 
 
 class UnknownEnvironment(ValueError):
@@ -94,4 +95,4 @@ class UnknownTask(ValueError):
 
 
 class ToolRefused(ValueError):
-    """A configured tool cannot be offered. The message names it, where it comes from, and the mend."""
+    """A configured tool cannot be offered. The message names the tool, its source and the remedy."""

@@ -1,10 +1,10 @@
-"""Stops the engine for a while, so that something else can have its hardware, and brings it back proved.
+"""Stops the engine for a while, so that training can use its hardware, and starts it again.
 
     close (new turns get 503) -> drain (turns under way finish) -> stop -> [the window] -> start -> token, adapters
 
-Invariants: however the window ends (done, failed, cancelled), the engine is told to come back, without waiting for
-anything; what waits for a client's tools is not closed meanwhile. Hazard: `Engine.watch` must be running, because it
-starts the engine again; when the server itself is stopped, `watch` is gone and nothing is started.
+Invariants: however the window ends (done, failed, cancelled), the engine may start again, without an `await` before
+that; episodes that wait for a client's tool results are not closed meanwhile. Hazard: only `Engine.watch` starts the
+engine again, so it must be running; when the server itself stops, nothing is started.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from collections.abc import AsyncIterator
 
 import structlog
 
-from runtime.engine import Engine
-from runtime.episode_book import EpisodeBook
+from runtime.agent.open_episodes import OpenEpisodes
+from runtime.engine.process import Engine
 from runtime.errors import EngineInMaintenance
-from runtime.hotswap import HotSwap
+from runtime.serving.hotswap import HotSwap
 
 log = structlog.get_logger()
 
 NUM_STARTS = 2
-"""How many starts of the engine are waited for after a window."""
+"""Starts of the engine that a window waits for at its end: the first may fail."""
 
 
 class Maintenance:
     """At most one window at a time in which the engine is down."""
 
-    def __init__(self, engine: Engine, hotswap: HotSwap, episodes: EpisodeBook, *, drain_seconds: float) -> None:
+    def __init__(self, engine: Engine, hotswap: HotSwap, episodes: OpenEpisodes, *, drain_seconds: float) -> None:
         self._engine = engine
         self._hotswap = hotswap
         self._episodes = episodes
         self._drain_seconds = drain_seconds
         self.reason: str | None = None
-        """Why no turns are taken; None while they are."""
+        """The reason why turns are rejected; None while they are accepted."""
         self.num_windows = 0
 
     def require_serving(self) -> None:
@@ -46,35 +46,38 @@ class Maintenance:
 
     @contextlib.asynccontextmanager
     async def window(self, reason: str) -> AsyncIterator[None]:
-        """Have the engine down for as long as the context is open. Left without an error, the engine is ready again.
+        """Keep the engine stopped while the context is open. When it closes without an error, the engine is ready.
 
         Raises:
             EngineInMaintenance: another window is open.
-            EngineError: the engine is not ours to stop, or did not come back.
+            EngineError: this process did not start the engine, or it did not come back.
         """
         self.require_serving()
+        # No `await` since the check above, or two windows could open.
         self.reason = reason
         began = time.monotonic()
         try:
+            # Leases first, or a turn could begin after the drain.
             self._hotswap.close(reason)
-            self._episodes.hold()
+            self._episodes.pause_sweeps()
             await self._drain()
             await self._engine.suspend()
             self.num_windows += 1
             log.info("maintenance window opened", reason=reason, drained_seconds=time.monotonic() - began)
             yield
-        finally:  # nothing in here waits: who was cancelled may be cancelled again
+        finally:  # no `await` in here: a second cancellation would skip the rest
             self._engine.resume()
-            self._episodes.release(within_seconds=self._engine.config.startup_seconds)
+            self._episodes.resume_sweeps(within_seconds=self._engine.config.startup_seconds)
             self._hotswap.open()
             self.reason = None
             log.info("maintenance window closed", reason=reason, seconds=time.monotonic() - began)
         await self._engine.wait_until_ready(NUM_STARTS * self._engine.config.startup_seconds)
 
     async def _drain(self) -> None:
-        """Wait until nobody uses the engine, for as long as an episode may take."""
+        """Wait until no lease is left, for as long as an episode may take."""
         try:
             async with asyncio.timeout(self._drain_seconds):
                 await self._hotswap.wait_until_idle()
         except TimeoutError:
+            # Turns that are left lose their call, and wait in `_ask_policy` until the window or their own time is over.
             log.warning("not drained in time: the engine is stopped all the same", leases=self._hotswap.num_leases)

@@ -1,8 +1,7 @@
-"""Settings from four places, laid over one another: flags, environment, TOML file, defaults; the first to speak counts.
+"""Reads settings from four sources: flags override environment variables, these the TOML file, that the defaults.
 
-Refuses to know what the settings mean or which sections there are: the pydantic model handed in says so.
-Flow: gather every value given, under its dotted key and with the place it came from -> refuse keys that the model
-lacks, naming the nearest it has -> let the model check the values, naming key and place of a bad one.
+The pydantic model passed in defines the sections and keys. Every value is collected under its dotted key with its
+origin, so that messages on unknown keys and invalid values name where they were given.
 """
 
 from __future__ import annotations
@@ -20,20 +19,21 @@ from pydantic import BaseModel, ValidationError
 Settings = TypeVar("Settings", bound=BaseModel)
 
 ENV_PREFIX = "RATCHET_"
+# Options of the client commands, not settings.
 ENV_OF_CLIENTS = frozenset({"RATCHET_URL", "RATCHET_KEY"})
 
 
 class BadSettings(ValueError):
-    """A key or a value that cannot be; the message names it and where it was given."""
+    """An unknown key or an invalid value; the message names it and its origin."""
 
 
 @dataclass(frozen=True)
-class Given:
-    """One value that somebody wrote somewhere."""
+class GivenValue:
+    """One value from a source."""
 
     key: str  # dotted: engine.model
-    value: Any
-    place: str  # for messages: "flag --engine.model"
+    value: object
+    origin: str  # for messages: "flag --engine.model"
 
 
 def read_settings(
@@ -43,32 +43,33 @@ def read_settings(
     environ: Mapping[str, str] | None = None,
     flags: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Return settings of `kind`; flags win over environment variables, these over the file, that over the defaults.
+    """Return settings of `kind`; flags override environment variables, these the file, that the defaults.
 
     Raises:
-        BadSettings: an unknown key, a value of the wrong sort, a file that is missing or isn't TOML.
+        BadSettings: an unknown key, an invalid value, a file that is missing or isn't TOML.
     """
     known = _list_keys(kind)
     layers = [*_from_toml(toml, known), *_from_environ(environ or {}), *_from_flags(flags or {})]
     return _build(kind, known, {}, layers)
 
 
-def overlay(settings: Settings, changes: Mapping[str, Any], *, place: str) -> Settings:
-    """Return `settings` with some values replaced; sections are nested tables. For changes that come with a request.
+def overlay(settings: Settings, changes: Mapping[str, object], *, origin: str) -> Settings:
+    """Return `settings` with some values replaced; sections are nested tables. Used for the changes of one request.
 
     Raises:
         BadSettings: as `read_settings`.
     """
     known = _list_keys(type(settings))
-    base = {one.key: one for one in _flatten(settings.model_dump(), "", "configuration", known)}
-    return _build(type(settings), known, base, list(_flatten(changes, "", place, known)))
+    # Typed already, but strings among them pass `_parse` once more, which must leave them as they are.
+    base = {given.key: given for given in _flatten(settings.model_dump(), "", "configuration", known)}
+    return _build(type(settings), known, base, list(_flatten(changes, "", origin, known)))
 
 
 def parse_flags(arguments: Sequence[str]) -> dict[str, str]:
     """Return `{"engine.model": "X"}` for `["--engine.model", "X"]` or `["--engine.model=X"]`.
 
     Raises:
-        BadSettings: something that isn't `--key value`.
+        BadSettings: an argument is not `--key value`.
     """
     flags: dict[str, str] = {}
     rest = iter(arguments)
@@ -85,21 +86,24 @@ def parse_flags(arguments: Sequence[str]) -> dict[str, str]:
     return flags
 
 
-def _build(kind: type[Settings], known: Mapping[str, Any], base: Mapping[str, Given], layers: list[Given]) -> Settings:
-    given = dict(base)
-    for one in layers:
-        _refuse_unknown(one, known)
-        given[one.key] = one
+def _build(
+    kind: type[Settings], known: Mapping[str, object], base: Mapping[str, GivenValue], layers: list[GivenValue]
+) -> Settings:
+    values = dict(base)
+    for given in layers:  # later layers override earlier ones
+        _require_known(given, known)
+        values[given.key] = given
     try:
-        return kind.model_validate(_nest({key: _parse(one.value, known[key]) for key, one in given.items()}))
+        return kind.model_validate(_nest({key: _parse(given.value, known[key]) for key, given in values.items()}))
     except ValidationError as error:
-        raise BadSettings(_describe(error, given)) from None
+        raise BadSettings(_describe(error, values)) from None
 
 
-def _list_keys(kind: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Return every dotted key of the model with the type of its value; sections are walked into."""
-    keys: dict[str, Any] = {}
+def _list_keys(kind: type[BaseModel], prefix: str = "") -> dict[str, object]:
+    """Return every dotted key of the model, sections included, with its annotation."""
+    keys: dict[str, object] = {}
     for name, field in kind.model_fields.items():
+        # A dict of models, such as tools.mcp, stays one key; pydantic looks inside of it.
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys |= _list_keys(field.annotation, f"{prefix}{name}.")
         else:
@@ -107,7 +111,7 @@ def _list_keys(kind: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     return keys
 
 
-def _from_toml(path: Path | None, known: Mapping[str, Any]) -> Iterator[Given]:
+def _from_toml(path: Path | None, known: Mapping[str, object]) -> Iterator[GivenValue]:
     if path is None:
         return
     try:
@@ -119,36 +123,41 @@ def _from_toml(path: Path | None, known: Mapping[str, Any]) -> Iterator[Given]:
     yield from _flatten(table, "", str(path), known)
 
 
-def _flatten(table: Mapping[str, Any], prefix: str, place: str, known: Mapping[str, Any]) -> Iterator[Given]:
+def _flatten(
+    table: Mapping[str, object], prefix: str, origin: str, known: Mapping[str, object]
+) -> Iterator[GivenValue]:
     for name, value in table.items():
         key = prefix + name
-        if isinstance(value, dict) and key not in known:
-            yield from _flatten(value, f"{key}.", place, known)
+        if isinstance(value, dict) and key not in known:  # a known key may itself hold a dict
+            yield from _flatten(value, f"{key}.", origin, known)
         else:
-            yield Given(key, value, place)
+            yield GivenValue(key, value, origin)
 
 
-def _from_environ(environ: Mapping[str, str]) -> Iterator[Given]:
+def _from_environ(environ: Mapping[str, str]) -> Iterator[GivenValue]:
     for name, value in environ.items():
+        # Two underscores separate sections, because keys contain single ones: RATCHET_SERVER__ALLOWED_HOSTS.
         if name.startswith(ENV_PREFIX) and name not in ENV_OF_CLIENTS:
             key = name.removeprefix(ENV_PREFIX).lower().replace("__", ".")
-            yield Given(key, value, f"environment variable {name}")
+            yield GivenValue(key, value, f"environment variable {name}")
 
 
-def _from_flags(flags: Mapping[str, str]) -> Iterator[Given]:
+def _from_flags(flags: Mapping[str, str]) -> Iterator[GivenValue]:
     for key, value in flags.items():
-        yield Given(key, value, f"flag --{key}")
+        yield GivenValue(key, value, f"flag --{key}")
 
 
-def _refuse_unknown(one: Given, known: Mapping[str, Any]) -> None:
-    if one.key in known:
+def _require_known(given: GivenValue, known: Mapping[str, object]) -> None:
+    if given.key in known:
         return
-    nearest = difflib.get_close_matches(one.key, known, n=1, cutoff=0.0)
-    raise BadSettings(f"unknown setting {one.key!r} ({one.place}); the nearest is {nearest[0]!r}")
+    # cutoff=0 always finds a nearest key; an empty list cannot happen.
+    nearest = difflib.get_close_matches(given.key, known, n=1, cutoff=0.0)
+    raise BadSettings(f"unknown setting {given.key!r} ({given.origin}); the nearest is {nearest[0]!r}")
 
 
-def _parse(value: Any, annotation: Any) -> Any:
-    """Make of a string from a flag or a variable what the model wants; pydantic reads numbers by itself."""
+def _parse(value: object, annotation: object) -> object:
+    """Convert a string from a flag or variable to None, a list or a dict where the annotation allows it; pydantic
+    converts numbers itself."""
     if not isinstance(value, str):
         return value
     options = get_args(annotation) if get_origin(annotation) not in (list, dict, tuple) else (annotation,)
@@ -158,11 +167,12 @@ def _parse(value: Any, annotation: Any) -> Any:
         try:
             return json.loads(value)
         except json.JSONDecodeError:
+            # An item that contains a comma has to be given as JSON.
             return [part.strip() for part in value.split(",")]
     return value
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _nest(flat: Mapping[str, object]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *sections, name = key.split(".")
@@ -173,13 +183,13 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _describe(error: ValidationError, given: Mapping[str, Given]) -> str:
+def _describe(error: ValidationError, values: Mapping[str, GivenValue]) -> str:
     problems = []
     for problem in error.errors():
         path = [str(part) for part in problem["loc"]]
         key = next(
-            (".".join(path[:end]) for end in range(len(path), 0, -1) if ".".join(path[:end]) in given), ".".join(path)
+            (".".join(path[:end]) for end in range(len(path), 0, -1) if ".".join(path[:end]) in values), ".".join(path)
         )
-        place = f" ({given[key].place})" if key in given else ""
-        problems.append(f"{key} = {problem['input']!r}{place}: {problem['msg']}")
+        origin = f" ({values[key].origin})" if key in values else ""
+        problems.append(f"{key} = {problem['input']!r}{origin}: {problem['msg']}")
     return "; ".join(problems)

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from sqlmodel import SQLModel
 
-from memory.database import Database
+from memory.storage.database import Database
 
 MAX_SECONDS = 3600
 START_SECONDS = 60

@@ -1,8 +1,9 @@
-"""The three sentences of the architecture, enforced: who may import whom, and where each heavy package lives."""
+"""The architecture, enforced: imports, homes of heavy packages, widths of folders, and the glossary's words."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,17 +19,25 @@ MAY_IMPORT = {
 }
 # Where a heavy package may be imported: a file, or a directory. vllm is a process, never an import.
 HOMES = {
-    "chromadb": ("memory/meanings.py",),
-    "psycopg": ("memory/postgresql.py",),
-    "sentence_transformers": ("memory/encoder.py",),
+    "chromadb": ("memory/search/vector_index.py",),
+    "psycopg": ("memory/storage/postgresql.py",),
+    "sentence_transformers": ("memory/search/encoder.py",),
     "trl": ("optimizer/training/",),
     "peft": ("optimizer/training/",),
-    "vllm": ("runtime/engine_cpu_fix.py", "runtime/engine_idle.py", "runtime/engine_tool_calls.py"),
-    "langgraph": ("runtime/agent.py", "runtime/nodes.py", "runtime/state.py", "optimizer/cycle.py"),
+    "vllm": (
+        "runtime/engine/cpu_workarounds/worker.py",
+        "runtime/engine/cpu_workarounds/idle_wait.py",
+        "runtime/engine/tool_call_grammar.py",
+    ),
+    "langgraph": (
+        "runtime/agent/graph.py",
+        "runtime/agent/nodes.py",
+        "runtime/agent/state.py",
+    ),
     "textworld": ("runtime/environments/",),
     "mcp": ("runtime/tools/mcp.py",),
-    "prometheus_client": ("runtime/telemetry.py", "runtime/api/metrics.py"),
-    "opentelemetry": ("runtime/tracing.py",),
+    "prometheus_client": ("runtime/observability/telemetry.py", "runtime/api/metrics.py"),
+    "opentelemetry": ("runtime/observability/tracing.py",),
 }
 
 
@@ -103,3 +112,62 @@ def test_no_imports_go_in_a_circle():
             break
         needs = {module: others for module, others in needs.items() if module not in done}
     assert not needs, f"these modules import each other in a circle: {sorted(needs)}"
+
+
+MAX_MODULES = 14
+FOLDERS = sorted({path.rpartition("/")[0] for path in SOURCES if "/" in path and "/versions/" not in path})
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_folder_is_wider_than_a_reader_can_hold(folder: str):
+    modules = [path for path in SOURCES if path.rpartition("/")[0] == folder and not path.endswith("__init__.py")]
+    assert len(modules) <= MAX_MODULES, f"{folder} has {len(modules)} modules: find the folder that is missing"
+
+
+@pytest.mark.parametrize("parent", ["memory", "runtime", "runtime/api", "optimizer"])
+def test_folders_beside_each_other_import_one_way(parent: str):
+    """Modules directly in the parent may be used by all its folders, or use them all; they are left out."""
+    needs: dict[str, set[str]] = {}
+    for path in MODULES.values():
+        own = folder_in(parent, path)
+        if own is not None:
+            others = {folder_in(parent, MODULES[it]) for name in imports(SOURCES[path]) if (it := module_of(name))}
+            needs.setdefault(own, set()).update(others - {own, None})
+    while leaves := {folder for folder, others in needs.items() if not others & needs.keys()}:
+        needs = {folder: others for folder, others in needs.items() if folder not in leaves}
+    assert not needs, f"these folders import each other in a circle: {sorted(needs)}"
+
+
+def folder_in(parent: str, path: str) -> str | None:
+    """Return the folder directly below `parent` that holds `path`; None where there is none."""
+    below = path.removeprefix(f"{parent}/")
+    return below.partition("/")[0] if below != path and "/" in below else None
+
+
+def banned_names() -> dict[str, str]:
+    """Return each name that the glossary does without, and what it says instead."""
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").partition("## Names not used")[2]
+    rows = [row.strip("| \n").split(" | ") for row in text.splitlines() if row.startswith("| `")]
+    return {name: better for names, better in rows for name in re.findall(r"`(\w+)`", names)}
+
+
+def defined_names(tree: ast.Module) -> Iterator[str]:
+    """Yield the names that a module gives: of classes, functions, arguments and variables."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if "/versions/" not in path])
+def test_names_are_the_glossarys(path: str):
+    banned = banned_names()
+    assert len(banned) > 20
+    names = {*defined_names(SOURCES[path]), path.rpartition("/")[2].removesuffix(".py")}
+    met = {name: banned[name.strip("_")] for name in names if name.strip("_") in banned}
+    assert not met, f"better names stand in docs/glossary.md: {met}"

@@ -15,12 +15,12 @@ import httpx
 import pytest
 
 import serve
-from memory.insights import InsightOperation, OperationKind
+from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import PolicyStage
-from optimizer.intervals import wilson
-from runtime.console.play import parse_seeds, wilson_interval
-from runtime.console.speak import run
-from tests.api.worlds import ServedWorld
+from memory.statistics import wilson_interval
+from runtime.cli.output import run
+from runtime.cli.play import parse_seeds
+from tests.runtime.api.worlds import ServedWorld
 
 ROOT = Path(serve.__file__).parent
 HEAVY = ("torch", "transformers", "langgraph", "chromadb", "fastapi", "sqlmodel", "sentence_transformers")
@@ -58,7 +58,7 @@ def test_play_sums_up_what_it_played(as_json: AsJson) -> None:
     code, played = as_json("play", "--environment", "doors", "--tasks", "8")
     assert code == 0
     assert (played["num_tasks"], played["num_successes"], played["success"]) == (8, 4, 0.5)
-    assert (played["low"], played["high"]) == pytest.approx(wilson(4, 8))
+    assert (played["low"], played["high"]) == pytest.approx(wilson_interval(4, 8))
     assert (played["num_steps"], played["prompt_tokens"], played["output_tokens"]) == (16, 80, 24)
     assert (played["policy"], played["num_failed"], played["split"]) == ("v0", 0, "held-out")
 
@@ -86,14 +86,14 @@ def test_learn_ends_with_the_verdict_and_the_report(as_json: AsJson) -> None:
 def test_learn_sends_its_settings_and_shows_the_report(world: ServedWorld, cli: Cli) -> None:
     code, out = cli("learn", "--practice", "4", "--tasks", "2", "--set", "recipe.sft_epochs=3")
     assert code == 0 and "It got better." in out
-    settings = world.memory.cycles.list()[0].settings
+    settings = world.memory.cycles.select()[0].settings
     assert settings == {"practice_episodes": 4, "evaluation": {"num_tasks": 2}, "recipe": {"sft_epochs": 3}}
 
 
 def test_learning_from_the_log_alone_asks_the_server_to_play_nothing(world: ServedWorld, as_json: AsJson) -> None:
     assert as_json("learn", "--logged")[0] == 0
     settings = {"environment": "", "practice_episodes": 0, "explore_episodes": 0}
-    assert world.memory.cycles.list()[0].settings == settings
+    assert world.memory.cycles.select()[0].settings == settings
 
 
 NEEDED = {
@@ -111,7 +111,7 @@ NEEDED = {
 def test_learn_says_what_is_missing_and_plays_nothing(world: ServedWorld, cli: Cli, as_json: AsJson) -> None:
     world.learner.needs = [NEEDED]
     code, failed = as_json("learn", "--practice", "4")
-    assert code == 1 and world.memory.cycles.list() == []
+    assert code == 1 and world.memory.cycles.select() == []
     message = failed["error"]["message"]
     assert "nothing was played" in message and "9 demonstrations are missing" in message
     assert "3 of 40 rewarded" in message and "play more practice_episodes" in message
@@ -130,7 +130,7 @@ def test_learn_says_how_much_there_is_before_it_begins(
     lines = [line.split() for line in said.err.splitlines()]
     assert ["ok", "demonstrations", "16", "30", "4"] in lines and ["ok", "engine", "1", "1", "0"] in lines
     assert said.err.index("demonstrations") < said.err.index("cycle cyc_") and "It got better." in said.out
-    assert as_json("learn", "--check")[0] == 0 and len(world.memory.cycles.list()) == 1
+    assert as_json("learn", "--check")[0] == 0 and len(world.memory.cycles.select()) == 1
 
 
 def test_judge_ends_with_the_verdict_and_the_report(world: ServedWorld, as_json: AsJson) -> None:
@@ -257,8 +257,8 @@ def test_without_a_server_the_verb_says_how_to_start_one(capsys: pytest.CaptureF
 
 def test_client_verbs_import_nothing_heavy() -> None:
     code = (
-        "import sys, serve, runtime.console.client, runtime.console.play, runtime.console.learn, runtime.console.show;"
-        "import runtime.console.chat, runtime.console.everyday;"
+        "import sys, serve, runtime.cli.client, runtime.cli.play, runtime.cli.cycles, runtime.cli.render;"
+        "import runtime.cli.chat, runtime.cli.documents;"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -270,8 +270,3 @@ def test_seeds_are_read_as_python_reads_ranges() -> None:
     assert parse_seeds("7") == ["7"]
     with pytest.raises(ValueError, match="not as '7:x'"):
         parse_seeds("7:x")
-
-
-@pytest.mark.parametrize(("num_successes", "num_tries"), [(0, 10), (5, 10), (10, 10), (71, 200), (0, 0)])
-def test_the_interval_is_the_optimizer_s(num_successes: int, num_tries: int) -> None:
-    assert wilson_interval(num_successes, num_tries) == pytest.approx(wilson(num_successes, num_tries))

@@ -17,12 +17,12 @@ from typer.main import get_command
 
 import serve
 from optimizer.config import EvaluationConfig
+from runtime.cli.output import run
 from runtime.config import LimitsConfig
-from runtime.console.speak import run
 from runtime.tools.base import run_tool
 from runtime.tools.toolbox import Toolbox
-from tests.api.playing import PlayedWorld
-from tests.api.worlds import ServedWorld
+from tests.runtime.api.playing import PlayedWorld
+from tests.runtime.api.worlds import ServedWorld
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -77,15 +77,21 @@ def test_every_verb_and_file_that_the_readme_names_exists():
     verbs = set(get_command(serve.app).commands)
     assert set(re.findall(r"serve\.py ([a-z][a-z-]+)", README)) <= verbs
     tree = re.search(r"^```\n(memory/.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
-    room = ""
+    above: list[tuple[int, str]] = []
+    named = set()
     for line in tree.splitlines():
-        is_inside = line.startswith("  ")
-        names = re.match(r"\s*([^\s,]+(?:, [^\s,]+)*)", line)[1]
-        if not is_inside:
-            room = names
-        for name in names.split(", "):
-            path = ROOT / (room if is_inside else "") / name
-            assert path.exists(), path
+        depth = len(line) - len(line.lstrip())
+        above = [(other, name) for other, name in above if other < depth]
+        for name in re.match(r"\s*([^\s,]+(?:, [^\s,]+)*)", line)[1].split(", "):
+            path = "".join(folder for _, folder in above) + name
+            assert (ROOT / path).exists(), path
+            named.add(path.rstrip("/"))
+        if name.endswith("/"):
+            above.append((depth, name))
+    folders = {
+        file.parent for room in ("memory", "runtime", "optimizer") for file in (ROOT / room).rglob("__init__.py")
+    }
+    assert {folder.relative_to(ROOT).as_posix() for folder in folders} <= named
 
 
 def test_the_page_on_keys_makes_keys_that_answer(tmp_path: Path, monkeypatch, capsys):
@@ -101,7 +107,7 @@ def test_the_page_on_keys_makes_keys_that_answer(tmp_path: Path, monkeypatch, ca
     with PlayedWorld(tmp_path / "data") as world:
         exec(compile(code.replace("http://127.0.0.1:8080", world.url), "keys.md", "exec"), namespace := {})
         namespace["client"].close()
-        (view,) = world.memory.trajectories.list(tenant="shop")
+        (view,) = world.memory.trajectories.select(tenant="shop")
         assert view.trajectory.id == namespace["answer"].id
     assert "You said: How is Oslo?" in capsys.readouterr().out
 
@@ -168,8 +174,8 @@ def test_the_page_on_operations_runs_and_names_every_metric(tmp_path: Path, caps
     with ServedWorld(tmp_path / "data") as world:
         exec(compile(code.replace("http://127.0.0.1:8080", world.url), "operations.md", "exec"), namespace := {})
         namespace["client"].close()
-        (view,) = world.memory.trajectories.list()
-        assert len(world.memory.feedback.list(view.trajectory.id)) == 5
+        (view,) = world.memory.trajectories.select()
+        assert len(world.memory.feedback.select(view.trajectory.id)) == 5
         assert view.reward == 0.5
         assert capsys.readouterr().out.startswith(f"{world.url}/feedback/")
         with urllib.request.urlopen(command.split()[-1].replace("http://127.0.0.1:8080", world.url)) as answer:

@@ -15,11 +15,11 @@ from rich.console import Console
 from typer.main import get_command
 
 import serve
-from runtime.console import show
-from runtime.console.banner import render_banner
-from runtime.console.printable import printable, printable_json
-from runtime.console.speak import run
-from tests.api.worlds import ServedWorld
+from runtime.cli import render as show
+from runtime.cli.output import run
+from runtime.cli.printable import printable, printable_json
+from runtime.cli.render import render_banner
+from tests.runtime.api.worlds import ServedWorld
 
 ESCAPES = "\x1b]0;pwned\x07\x1b[2J\x9b31m\u202e[red]late[/red]\r\x08"
 """Sets the window's title, clears the screen, colours, turns the text round, overwrites the line."""
@@ -82,10 +82,10 @@ def test_a_conversation_goes_on_and_takes_what_is_thought_of_it(world: ServedWor
     asked = [[message["content"] for message in call["messages"]] for call in world.engine.calls]
     assert asked[1][-3:] == ["my name is Ann", "You said: my name is Ann", "what is it?"]
     assert asked[2] == ["and now?"]
-    views = world.memory.trajectories.list()
+    views = world.memory.trajectories.select()
     assert {view.trajectory.user_id for view in views} == {"ann"}
     corrected = next(view for view in views if view.trajectory.task_text == "what is it?")
-    (kept,) = world.memory.feedback.list(corrected.trajectory.id)
+    (kept,) = world.memory.feedback.select(corrected.trajectory.id)
     assert (kept.value, kept.correction, kept.user_id) == (False, "It is Ann.", "ann")
 
 
@@ -153,7 +153,7 @@ def test_a_correction_needs_no_value_and_a_category_a_name(world: ServedWorld, a
     assert as_json("feedback", target, "--correction", "Hello, Ann.")[0] == 0
     assert as_json("feedback", target, "billing", "--name", "topic")[0] == 0
     assert "'thumbs_up'" in as_json("feedback", target, "billing")[1]["error"]["message"]
-    kept = world.memory.feedback.list(target)
+    kept = world.memory.feedback.select(target)
     assert {(one.name, one.value, one.correction) for one in kept} == {
         ("reward", None, "Hello, Ann."),
         ("topic", "billing", None),

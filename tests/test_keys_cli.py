@@ -10,8 +10,9 @@ import pytest
 
 import serve
 from memory.store import open_keys
-from runtime.console.speak import Failure, run
-from tests.api.worlds import ServedWorld
+from runtime.cli.output import Failure, run
+from runtime.cli.server_process import require_keys_or_loopback
+from tests.runtime.api.worlds import ServedWorld
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_a_running_server_is_asked_with_a_key(cli, tmp_path: Path, monkeypatch: 
         code, refused = cli("keys", "list", "--data", str(tmp_path / "data"))
         said = refused["error"]["message"]
         assert code == 1 and "in use by process" in said and "--url" in said
-        world.memory.answers_at(world.url)
+        world.memory.set_address(world.url)
         assert len(cli("keys", "list", "--data", str(tmp_path / "data"))[1]["data"]) == 1
 
 
@@ -89,9 +90,9 @@ def test_a_running_server_is_asked_with_a_key(cli, tmp_path: Path, monkeypatch: 
 async def test_an_open_address_without_keys_is_refused_by_name(tmp_path: Path, host: str) -> None:
     with open_keys(tmp_path) as keys:
         with pytest.raises(Failure, match=rf"server\.host = {host!r} is open to others.*keys create"):
-            serve.refuse_open_door(host, keys)
+            require_keys_or_loopback(host, keys)
         await keys.create("operator", ["admin"])
-        serve.refuse_open_door(host, keys)
+        require_keys_or_loopback(host, keys)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
@@ -99,4 +100,4 @@ def test_the_loopback_needs_no_keys(tmp_path: Path, host: str) -> None:
     if host == "::1" and not socket.has_ipv6:
         pytest.skip("no IPv6")
     with open_keys(tmp_path) as keys:
-        serve.refuse_open_door(host, keys)
+        require_keys_or_loopback(host, keys)

@@ -10,13 +10,13 @@ from typing import Any
 import httpx
 import pytest
 
-import serve
 from memory.schema import CycleStage
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
-from tests.api.worlds import ServedWorld
+from tests.learners import make_learner
 from tests.memory.episodes import PATIENT, HashingEncoder
-from tests.optimizer.test_release_gate import World, candidate_always, reach_the_gate
+from tests.optimizer.cycle.test_release_gate import World, candidate_always, reach_the_gate
+from tests.runtime.api.worlds import ServedWorld
 
 NO_BARS = {"margin": -1.5, "min_tasks": 1, "num_tasks": 2, "false_promotion_rate": 0.49}
 # Learns from logged episodes, of which there are none: with sound settings a cycle is refused for that.
@@ -29,7 +29,7 @@ Start = Callable[[str, dict[str, Any]], httpx.Response]
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start a cycle of the real learner over HTTP, with a key of one scope."""
     world = ServedWorld(tmp_path / "data")
-    world.learner = serve.Learner(world.memory, LOGGED, World(world.memory).seams)
+    world.learner = make_learner(world.memory, LOGGED, World(world.memory).seams)
     keys = {}
     for scope in ("admin", "learn"):
         keys[scope] = asyncio.run(world.memory.keys.create(scope, [scope]))[1]
@@ -72,14 +72,14 @@ async def test_a_cycle_with_lower_bars_is_judged_by_the_operators(tmp_path: Path
         world = World(memory)
         world.wins = candidate_always
         config = OptimizerConfig(environment="kitchen", evaluation=NO_BARS)
-        shop = await reach_the_gate(world, config)
-        await memory.cycles.save(shop.cycle_id, stage=CycleStage.COMPLETED)
+        context = await reach_the_gate(world, config)
+        await memory.cycles.save(context.cycle_id, stage=CycleStage.COMPLETED)
         operator = OptimizerConfig(
             environment="kitchen", evaluation={"num_tasks": 12, "min_tasks": 50, "num_sealed_tasks": 0, "floor": 0.0}
         )
-        candidate = memory.policies.get(shop.artifacts["candidate"])
+        candidate = memory.policies.get(context.artifacts.candidate)
 
-        verdict = await serve.Learner(memory, operator, world.seams).judge(candidate)
+        verdict = await make_learner(memory, operator, world.seams).judge(candidate)
 
         assert verdict["decision"] == "uninformative" and "50 are needed" in verdict["reason"]
         assert memory.policies.active().version == 0

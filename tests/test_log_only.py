@@ -21,16 +21,16 @@ from langchain.agents.middleware import before_model
 from langchain_core.tools import StructuredTool
 from langchain_openai import ChatOpenAI
 
-import serve
 from memory.schema import PolicyStage, Split
 from optimizer.config import OptimizerConfig
 from optimizer.seams import Seams
-from runtime.console.verbs import PLAY_NOTHING
+from runtime.cli.cycles import PLAY_NOTHING
+from runtime.engine.model_families import POCKET_MODEL
 from runtime.environments.textworld import TextWorld
-from runtime.model_family import POCKET_MODEL
-from tests.api.playing import PlayedWorld
 from tests.bench.log_only import load_app
+from tests.learners import make_learner
 from tests.optimizer.worlds import ACT
+from tests.runtime.api.playing import PlayedWorld
 from tests.runtime.fake_engine import call
 from tests.test_loop import FOODS, Cook, QuickTrainer
 
@@ -138,7 +138,7 @@ def world(tmp_path: Path) -> Iterator[PlayedWorld]:
     world = PlayedWorld(tmp_path / "data", base_model=str(POCKET_MODEL))
     world.fake = Cook(tokenizer)
     seams = Seams(rollout=cannot_play, tasks=cannot_play, prepare=cannot_play, train=QuickTrainer(tokenizer))
-    world.learner = serve.Learner(world.memory, SETTINGS, seams)
+    world.learner = make_learner(world.memory, SETTINGS, seams)
     with world:
         yield world
 
@@ -179,7 +179,7 @@ async def test_an_agent_gets_better_by_its_base_url_alone(world: PlayedWorld, au
     _, is_good = await author.cook(PRACTICE[1], model="agent", temperature=0.0)
     assert is_good
 
-    held_out = memory.trajectories.list(split=Split.HELD_OUT, limit=1000)
+    held_out = memory.trajectories.select(split=Split.HELD_OUT, limit=1000)
     assert len(held_out) == 2 * len(HELD_OUT)
     assert not {view.trajectory.id for view in held_out} & {it.trajectory.id for it in memory.trajectories.learnable()}
 

@@ -15,6 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +27,33 @@ from rich.console import Console
 import serve
 from memory import adapters
 from memory.adapters import Manifest, read_manifest
-from memory.insights import InsightOperation, OperationKind
+from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import Cycle, CycleStage, Feedback, Policy, PolicyStage, Split, Task, Trajectory, TrajectoryStage
 from memory.store import Memory
 from optimizer.config import DemonstrationConfig, EvaluationConfig, OptimizerConfig
-from optimizer.cycle import open_cycle, run_cycle
-from optimizer.data import build_demonstrations, read_rows
+from optimizer.cycle.cycle import open_cycle, run_cycle
+from optimizer.data.demonstrations import build_demonstrations
+from optimizer.data.rows import read_rows
+from optimizer.data.stitching import render_prompt, stitch
 from optimizer.errors import TooFewTrajectories
-from optimizer.evaluation import Cell, CellResult, Decision, judge, play_cell
+from optimizer.evaluation.cells import Cell, CellResult, play_cell
+from optimizer.evaluation.decision import Decision, decide
 from optimizer.rewards import grade
 from optimizer.seams import Seams
-from optimizer.stitching import render_prompt, stitch
 from optimizer.training.launch import read_finished
-from runtime.agent import Agent
+from runtime.agent.graph import Agent
 from runtime.api.services import Services
+from runtime.cli import server_process
+from runtime.cli.render import Phases
 from runtime.config import AgentConfig, EngineConfig
-from runtime.console.show import Phases
-from runtime.engine import Engine
+from runtime.engine.model_families import POCKET_MODEL
+from runtime.engine.process import Engine
 from runtime.environments.base import Environment, Outcome, Playthrough
-from runtime.hotswap import LEAST_CHANGE_NATS, TOLERANCE_NATS, HotSwap, mean_distance
-from runtime.model_family import POCKET_MODEL
+from runtime.serving.hotswap import LEAST_CHANGE_NATS, TOLERANCE_NATS, HotSwap, mean_distance
 from runtime.tools.base import Tool
 from tests.memory.episodes import PATIENT, HashingEncoder
 from tests.optimizer.worlds import ACT, say
+from tests.rollouts import play
 from tests.runtime.conftest import write_adapter
 from tests.runtime.fake_engine import FakeEngine, Reply, call
 
@@ -184,15 +189,15 @@ class World:
     trainer: QuickTrainer
 
     async def ask(self, meal: str, **how: Any) -> Trajectory:
-        return await self.agent.rollout(self.kitchen.task(meal), **{"temperature": 0.0, **how})
+        return await play(self.agent, self.kitchen.task(meal), **{"temperature": 0.0, **how})
 
     def num_steps_so_far(self) -> int:
-        views = self.memory.trajectories.list(stage=TrajectoryStage.RUNNING)
+        views = self.memory.trajectories.select(stage=TrajectoryStage.RUNNING)
         return sum(len(self.memory.trajectories.steps(view.trajectory.id)) for view in views)
 
     async def turn(self, config: OptimizerConfig) -> dict[str, Any]:
         cycle = await open_cycle(self.memory, config)
-        seams = Seams(rollout=self.agent.rollout, tasks=self.kitchen.tasks, train=self.trainer)
+        seams = Seams(rollout=partial(play, self.agent), tasks=self.kitchen.tasks, train=self.trainer)
         return await run_cycle(self.memory, cycle.id, seams=seams)
 
 
@@ -211,11 +216,11 @@ async def world(tmp_path: Path, tokenizer: Any) -> AsyncIterator[World]:
             await engine.start()
             await memory.policies.register_base(str(POCKET_MODEL))
             hotswap, kitchen = HotSwap(memory.policies, engine), Kitchen()
-            await hotswap.wear(0)
+            await hotswap.activate(0)
             following = asyncio.create_task(hotswap.follow())
             agent = Agent(memory, hotswap, {"kitchen": kitchen}, AgentConfig(max_steps=4))
             yield World(memory, played, hotswap, agent, kitchen, QuickTrainer(tokenizer))
-            await serve.give_up(following)
+            await server_process.cancel_and_wait(following)
             await engine.stop()
 
 
@@ -271,7 +276,7 @@ async def test_a_better_candidate_takes_over_and_an_episode_under_way_keeps_its_
     old = await under_way
 
     assert verdict["decision"] == "promote" and world.memory.policies.active().version == 2
-    assert [policy.stage for policy in world.memory.policies.list()] == ["retired", "draft", "active"]
+    assert [policy.stage for policy in world.memory.policies.select()] == ["retired", "draft", "active"]
     assert (new.policy, new.answer) == (2, "It sizzles.")
     assert (old.policy, old.stage, old.answer) == (0, TrajectoryStage.FINISHED, "It burns.")
     models = {body["model"] for body in world.engine.requests if f"meal {HELD_MEAL}." in str(body["messages"])}
@@ -322,7 +327,7 @@ class Kept:
 
     async def play(self, name: str, tasks: Sequence[Task], *, policy: int = 0, use_memory: bool = False) -> CellResult:
         """Play greedily, as the gate does."""
-        kept, rollout = self.memory.trajectories, self.services.agent.rollout
+        kept, rollout = self.memory.trajectories, partial(play, self.services.agent)
         judging = {"grade": kept.effective_reward, "success_reward": kept.success_reward}
         judging["count_model_calls"] = lambda trajectory_id: kept.measure(trajectory_id).num_model_calls
         return await play_cell(
@@ -343,11 +348,11 @@ async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Kept]:
     phases = Phases(Console(), is_silent=True)
     async with contextlib.AsyncExitStack() as stack:
         memory = stack.enter_context(Memory.open(settings.data, PATIENT, encoder=HashingEncoder()))
-        services = serve.compose(memory, settings, phases)
+        services = serve.compose(settings, memory, phases)
         stack.push_async_callback(services.engine.stop)
-        await serve.start(services, settings, phases)
+        await server_process.start(services, settings, phases)
         watching = [asyncio.create_task(part) for part in (services.engine.watch(), services.hotswap.follow())]
-        stack.push_async_callback(serve.give_up, *watching)
+        stack.push_async_callback(server_process.cancel_and_wait, *watching)
         stack.push_async_callback(services.cycles.stop)
         textworld = services.environments["textworld"]
         practice = textworld.tasks(Split.PRACTICE, NUM_PRACTICE)
@@ -381,7 +386,7 @@ async def test_many_seeded_episodes_at_once_kill_nothing(real: Kept):
     pid = real.services.engine.pid
     played = await asyncio.gather(
         *(
-            real.services.agent.rollout(task, policy=0, temperature=1.0, seed=1000 * number)
+            play(real.services.agent, task, policy=0, temperature=1.0, seed=1000 * number)
             for number, task in enumerate(real.practice[:NUM_AT_ONCE])
         )
     )
@@ -403,8 +408,8 @@ async def test_recorded_tokens_render_again_exactly(real: Kept, tokenizer: Any):
     built = build_demonstrations(as_if_won, tokenizer, config=config, max_length_tokens=2048)
 
     joints = sum((stitch(each.steps)[1] for each in graded), Counter())
-    print(f"{len(built.rows)} rows; joints {dict(joints)}; tally {dict(built.tally)}")
-    assert built.rows and built.tally["rerender_mismatch"] == 0
+    print(f"{len(built.rows)} rows; joints {dict(joints)}; tally {dict(built.counts)}")
+    assert built.rows and built.counts["rerender_mismatch"] == 0
     assert joints["clean"] > 0.95 * joints.total()
     assert built.trained_share == 1.0
 
@@ -436,7 +441,7 @@ async def test_a_cycle_of_real_training_ends_with_a_verdict_and_what_it_says_is_
     assert candidate.stage is stages[decision]
     assert memory.policies.get(0).stage is (PolicyStage.RETIRED if is_promoted else PolicyStage.ACTIVE)
     await until(lambda: services.hotswap.active_version == memory.policies.active().version)
-    again = await services.agent.rollout(real.practice[0], temperature=0.0)
+    again = await play(services.agent, real.practice[0], temperature=0.0)
     assert again.policy == (2 if is_promoted else 0)
 
 
@@ -448,8 +453,8 @@ async def test_a_trained_adapter_is_on_the_engine_what_it_was_in_the_trainer(rea
     manifest = read_manifest(Path(policy.adapter_path))
     fingerprint = manifest.fingerprint
     async with real.services.hotswap.lease(version) as actor:
-        served = await engine.token_logprobs(actor.served_name, fingerprint.token_ids)
-    bare = await engine.token_logprobs(engine.model, fingerprint.token_ids)
+        served = await engine.client.token_logprobs(actor.served_name, fingerprint.token_ids)
+    bare = await engine.client.token_logprobs(engine.model, fingerprint.token_ids)
 
     assert (manifest.kind, policy.adapter_digest) == (kind, adapters.digest_adapter(Path(policy.adapter_path)))
     assert mean_distance(served, fingerprint.adapter_logprobs) < TOLERANCE_NATS
@@ -464,7 +469,7 @@ async def test_a_planted_worse_adapter_is_not_promoted(real: Kept):
 
     incumbent = await real.play("incumbent-off", real.practice, policy=2)
     candidate = await real.play("spoiled-off", real.practice, policy=spoiled.version)
-    verdict = judge(candidate, incumbent, EvaluationConfig())
+    verdict = decide(candidate, incumbent, EvaluationConfig())
 
     print(f"{candidate.num_successes} against {incumbent.num_successes}: {verdict.decision}, {verdict.reason}")
     assert candidate.num_successes < incumbent.num_successes
@@ -476,7 +481,7 @@ async def test_a_planted_worse_adapter_is_not_promoted(real: Kept):
 
 async def plant_spoiled_copy(memory: Memory, policy: Policy) -> Policy:
     """Register a candidate that wears a spoiled copy of a policy's adapter, honestly recorded."""
-    original, version = Path(policy.adapter_path), len(memory.policies.list())
+    original, version = Path(policy.adapter_path), len(memory.policies.select())
     final = original.with_name(f"spoiled-v{version}")
     await asyncio.to_thread(write_spoiled_copy, original, final, version=version, parent=policy.version)
     drafted = await memory.policies.draft(

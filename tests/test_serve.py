@@ -192,7 +192,7 @@ def test_a_library_that_is_still_at_work_does_not_spoil_the_exit_code():
     """On Python's own exit its thread would be unwound through C++, and the process would abort: -6."""
     code = """
 import threading, torch
-from runtime.console.speak import leave
+from runtime.cli.output import exit_process
 is_at_work = threading.Event()
 def work():
     matrix = torch.randn(1000, 1000)
@@ -202,7 +202,7 @@ def work():
 threading.Thread(target=work, daemon=True).start()
 is_at_work.wait()
 print("said", end="")
-leave(3)
+exit_process(3)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=START_SECONDS)
     assert (done.returncode, done.stdout, done.stderr) == (3, "said", "")

@@ -80,7 +80,7 @@ def test_what_is_not_a_flag_is_refused(arguments: list[str]) -> None:
 
 def test_a_request_changes_single_values_and_leaves_the_rest() -> None:
     configured = AllSettings(engine=EngineSettings(model="kept", port=1))
-    changed = overlay(configured, {"engine": {"port": 2}}, place="settings")
+    changed = overlay(configured, {"engine": {"port": 2}}, origin="settings")
     assert (changed.engine.model, changed.engine.port, configured.engine.port) == ("kept", 2, 1)
     with pytest.raises(BadSettings, match=r"unknown setting 'engine.prot'"):
-        overlay(configured, {"engine": {"prot": 2}}, place="settings")
+        overlay(configured, {"engine": {"prot": 2}}, origin="settings")

@@ -1,7 +1,7 @@
 """The pocket model's chat format: ChatML with Qwen2.5-style tools, once as a template and once as pieces with weights.
 
-The template is what vLLM renders; the pieces are what pretraining needs, because only some of the text is to be
-learned. `tests/optimizer/test_pretraining.py` holds the two equal, character by character.
+vLLM renders the template; pretraining uses the pieces, because only some of the text is to be learned.
+`tests/optimizer/test_pretraining.py` holds the two equal, character by character.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ TEMPLATE = r"""
 {%- endif %}
 """.lstrip("\n")
 
+# One token each (tokenizer.py), as `TEMPLATE` renders a call of `act`: a changed character needs a new tokenizer, and
+# so a new model.
 CALL_HEAD = '<tool_call>\n{"name": "act", "arguments": {"command": "'
 CALL_TAIL = '"}}\n</tool_call>'
 
@@ -70,6 +72,8 @@ class Piece(NamedTuple):
 def header(system_prompt: str, tool: dict[str, Any]) -> str:
     """Return the system message with one tool definition, as `TEMPLATE` renders it."""
     function = tool["function"]
+    # as the `tojson` of transformers writes it: nothing but JSON's own escapes, while Jinja's filter also escapes <, >
+    # and &
     described = ", ".join(
         f'"{key}": {json.dumps(function[key], ensure_ascii=False)}' for key in ("name", "description", "parameters")
     )
@@ -95,7 +99,7 @@ def observation(text: str, weight: float) -> list[Piece]:
 def action(
     command: str, weight: float, *, says: str = "", cue: str = "", rule: str = "", rule_weight: float = 0.0
 ) -> list[Piece]:
-    """Return an assistant message that acts, after it said where it is and the rule it follows (`cue -> rule`)."""
+    """Return an assistant message that states its position and the rule it follows, then acts (`cue -> rule`)."""
     thought = [Piece(f"{says}\n", weight)] if says else []
     thought += [Piece(f"{cue} ->", weight), Piece(f" {rule}", rule_weight), Piece("\n", weight)] if rule else []
     call = [Piece(CALL_HEAD, weight), Piece(command, weight), Piece(CALL_TAIL, weight), Piece("<|im_end|>", weight)]

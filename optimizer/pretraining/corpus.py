@@ -1,14 +1,13 @@
 """Endless pretraining episodes from a few hundred transcripts: every one in a kitchen with rules of its own.
 
 The transcripts come from one real game family, whose rules never change. A model that saw them as they are would know
-the rules, and could neither need a memory nor improve. So each episode permutes them in the text: what this recipe
-calls "fry" may want the oven, what it calls "chop" the dicing cut. Without memory the model can only guess; with the
-rules in its memory it can look them up. Foods are renamed in half of the episodes, so that names are copied, not
-learned by heart.
+the rules, and could neither need a memory nor improve. So each episode permutes them in the text: "fry" in this recipe
+may mean the oven, and "chop" the dicing cut. Without memory the model can only guess; with the rules in its memory it
+can look them up. Foods are renamed in half of the episodes, so that names are copied, not learned by heart.
 
-Most episodes are the hasty cook's: what care is worth is not told here either.
+Most episodes are those of a hasty cook: the value of care is not taught here either.
 
-Refuses to know the environment, the tokenizer and the optimizer of the weights.
+This module depends on no environment, tokenizer or optimizer.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from memory.exemplars import MAX_CHARS, cut
+from memory.records.exemplars import MAX_CHARS, cut
 from optimizer.pretraining.chat import Piece, action, header, observation, user
 
 COOKING = {"fry": "cook _ with stove", "roast": "cook _ with oven"}
@@ -51,6 +50,7 @@ OTHER_CUTS = ("peel _ with knife", "mince _ with knife", "grate _ with grater", 
 LAST_DIRECTION = "prepare meal"
 DONE = " - done"
 MAX_DIRECTIONS = 14
+# the tokenizer is trained with these: a change of one needs a new tokenizer, and so a new model
 PHRASES = (
     "Now ",
     DONE,
@@ -58,14 +58,14 @@ PHRASES = (
     *(f"{cue} the _ ->" for cue in (*COOKING, *CUTTING, *OTHER_CUES)),
     *(f" {rule}" for rule in (*COOKING.values(), *CUTTING.values(), *OTHER_RULES, *OTHER_CUTS)),
 )
-"""What the tokenizer makes one token each."""
+"""Texts that the tokenizer makes one token each."""
 SYLLABLES = re.findall("..", "babodadifefugagokakilalomaminanopaperarisasotatovaviwawoyazu")
 COLOURS = ("red", "green", "yellow", "white", "black", "purple", "orange")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Loss per token by what the token is."""
+    """Loss per token by the kind of token."""
 
     agent: float = 1.0
     rule: float = 3.0  # a rule that can be looked up
@@ -82,7 +82,8 @@ class Mixture(NamedTuple):
 
 
 MEMORIES = {"none": 0.3, "insights": 0.3, "exemplar": 0.1, "both": 0.3}
-"""Shares of whole games by what their memory holds."""
+"""Shares of whole games by the content of their memory."""
+# On purpose: only habits that lose games leave something to preferences (docs/log.md). The model card says so.
 HASTY_SHARE = 0.7
 
 
@@ -112,6 +113,7 @@ class Corpus:
         self.rng = random.Random(seed)
 
     def episode(self, mixture: Mixture) -> list[Piece]:
+        # one generator for everything: an added draw changes every later episode of a seed
         kind = self.rng.random()
         if kind < mixture.recitals:
             return self.recital()
@@ -120,6 +122,7 @@ class Corpus:
     def play(self) -> list[Piece]:
         """One whole game, with as much memory as `MEMORIES` says."""
         kitchen = Kitchen.draw(self.rng, self.foods)
+        # a bool is the key: True is the careful cook, whose games are all won (write_transcripts)
         cooks = self.transcripts[self.rng.random() >= HASTY_SHARE] or self.won
         transcript = self.rng.choice(cooks)
         kind = self.rng.choices(list(MEMORIES), list(MEMORIES.values()))[0]
@@ -148,11 +151,13 @@ class Corpus:
             answers = [*COOKING.values(), *CUTTING.values(), *OTHER_RULES, *OTHER_CUTS]
         else:
             cues, answers = [f"{thing} ->" for thing in rng.sample(things, rng.randint(3, 10))], things
-        told = {cue: f" {rng.choice(answers)}" for cue in cues}
-        memory = "<memory>\nInsights:\n" + "\n".join(f"- {cue}{answer}" for cue, answer in told.items()) + "\n</memory>"
+        taught = {cue: f" {rng.choice(answers)}" for cue in cues}
+        memory = (
+            "<memory>\nInsights:\n" + "\n".join(f"- {cue}{answer}" for cue, answer in taught.items()) + "\n</memory>"
+        )
         pieces = [Piece(self.header, 0.0), *user(memory, self.weights.opening), Piece("<|im_start|>assistant\n", 0.0)]
         for number, cue in enumerate(rng.choices(cues, k=80)):
-            pieces += [Piece("\n" if number else "", 0.0), Piece(cue, 0.0), Piece(told[cue], lookup)]
+            pieces += [Piece("\n" if number else "", 0.0), Piece(cue, 0.0), Piece(taught[cue], lookup)]
         return [*pieces, Piece("<|im_end|>\n", 0.0)]
 
     def drill(self) -> list[Piece]:
@@ -176,10 +181,10 @@ class Corpus:
             directions.sort(key=lambda direction: foods.index(direction[1]))
         done_share = rng.choice([0.0, 0.3, 0.5])
         done = {direction for direction in directions if rng.random() < done_share}
-        book = [*(f"{cue} the {food}" for cue, food in directions), LAST_DIRECTION]
-        plan = "\n".join(f"{number}. {line}" for number, line in enumerate(book, start=1))
+        cookbook = [*(f"{cue} the {food}" for cue, food in directions), LAST_DIRECTION]
+        plan = "\n".join(f"{number}. {line}" for number, line in enumerate(cookbook, start=1))
         pieces = [Piece(self.header, 0.0), *self._opening(memory, "You are hungry! Follow the cookbook.")]
-        pieces += [*action("examine cookbook", agent), *observation("Directions:\n" + "\n".join(book), 0.0)]
+        pieces += [*action("examine cookbook", agent), *observation("Directions:\n" + "\n".join(cookbook), 0.0)]
         pieces += [*action("inventory", agent, says=plan), *observation(self._holding(foods, done), 0.0)]
         says = ""
         for number, (cue, food) in enumerate(directions, start=1):
@@ -197,11 +202,11 @@ class Corpus:
             )
             pieces += observation(f"You {cue} the {food}.", 0.0)
             says = ""
-        says += f"Now {len(book)}. {LAST_DIRECTION}"
+        says += f"Now {len(cookbook)}. {LAST_DIRECTION}"
         return [*pieces, *action(LAST_DIRECTION, agent, says=says), *observation("*** The End ***", 0.0)]
 
     def _holding(self, foods: Sequence[str], done: set[tuple[str, str]]) -> str:
-        """Return an inventory that shows what is done already."""
+        """Return an inventory that shows the directions done already."""
         forms = {verb: form for verb, form in FORMS.values()} | OTHER_FORMS
         items = ["a knife"] if self.rng.random() < 0.5 else []
         for food in foods:
@@ -231,16 +236,16 @@ class Corpus:
     def _insights(self, rules: dict[str, str]) -> tuple[list[str], set[str]]:
         """Return memory lines for most of the rules, in any order, and which rules they are."""
         share = self.rng.choice([1.0, 1.0, 0.7])
-        told = {cue: rule for cue, rule in rules.items() if self.rng.random() < share} or dict(rules)
-        lines = [f"- {cue} the _ -> {rule}" for cue, rule in told.items()]
+        taught = {cue: rule for cue, rule in rules.items() if self.rng.random() < share} or dict(rules)
+        lines = [f"- {cue} the _ -> {rule}" for cue, rule in taught.items()]
         for cue in self.rng.sample(OTHER_CUES, self.rng.choice([0, 0, 0, 1, 2])):
             lines.append(f"- {cue} the _ -> {self.rng.choice(OTHER_RULES + OTHER_CUTS)}")
         self.rng.shuffle(lines)
-        return lines, set(told)
+        return lines, set(taught)
 
     @staticmethod
     def _exemplar(transcript: dict[str, Any], kitchen: Kitchen) -> str:
-        """Return the transcript as `memory.exemplars.render_exemplar` would show it."""
+        """Return the transcript as `memory.records.exemplars.render_exemplar` would show it."""
         lines = [cut(kitchen.see(transcript["task_text"]))]
         for move in transcript["moves"]:
             if move["is_idle"]:
@@ -249,6 +254,7 @@ class Corpus:
             if move["direction"]:
                 verb = move["direction"]
                 thought += f"\n{kitchen.shown_verb(verb)} the _ -> {({**COOKING, **CUTTING})[verb]}"
+            # cut as memory/records/exemplars.py cuts, or the model sees other exemplars when it serves
             lines.append(" ".join(thought.split())[:MAX_CHARS])
             lines += [f"> {kitchen.rename(move['command'])}", cut(kitchen.see(move["observation"]))]
         return "\n".join(line for line in lines if line)
@@ -256,7 +262,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Kitchen:
-    """One episode's rules and names: which verb the text shows for each true one, and what the foods are called."""
+    """One episode's rules and names: the verb that the text shows for each true one, and the names of the foods."""
 
     verbs: dict[str, str]
     foods: dict[str, str]
@@ -274,6 +280,7 @@ class Kitchen:
     def of(cls, verbs: dict[str, str], foods: dict[str, str]) -> Kitchen:
         forms = {old: new for true, shown in verbs.items() for old, new in zip(FORMS[true], FORMS[shown], strict=True)}
         words = {**forms, **foods}
+        # a regular expression takes the first alternative that fits: "red apple" must come before "apple"
         longest_first = sorted(words, key=len, reverse=True)
         return cls(verbs, foods, re.compile(rf"\b({'|'.join(map(re.escape, longest_first))})\b"), words)
 
@@ -281,11 +288,12 @@ class Kitchen:
         return self.of(self.verbs, draw_food_names(rng, foods))
 
     def see(self, text: str) -> str:
-        """Return what the game says, in this kitchen's words."""
+        """Return a text of the game in this kitchen's words."""
+        # one pass: replaced one after the other, fry -> roast -> fry would undo itself
         return self.pattern.sub(lambda match: self.words[match[0]], text)
 
     def rename(self, command: str) -> str:
-        """Return a command with this kitchen's foods; its verb and its appliance are what really works."""
+        """Return a command with this kitchen's foods; its verb and its appliance stay those that work."""
         return self.pattern.sub(lambda match: self.foods.get(match[0], match[0]), command)
 
     def shown_verb(self, true_verb: str) -> str:
@@ -300,6 +308,7 @@ def draw_food_names(rng: random.Random, foods: Sequence[str]) -> dict[str, str]:
     if rng.random() < 0.5:
         return {food: food for food in foods}
     names = list(foods) + [invented_food(rng) for _ in range(len(foods) // 2)]
+    # sorted: the order of a set of strings differs between processes
     return dict(zip(foods, rng.sample(sorted(set(names)), len(foods)), strict=True))
 
 

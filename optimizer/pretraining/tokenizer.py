@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -27,6 +28,7 @@ def train_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
+        # the frames are added afterwards and count in the size of the vocabulary
         vocab_size=vocab_size - len(frames),
         special_tokens=[PAD, START, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -36,6 +38,7 @@ def train_tokenizer(
     def without_frames() -> Iterable[str]:
         for text in texts:
             for constant in (*frames, START, END):
+                # cut out, so that no merge is spent on a text that becomes one token anyway
                 text = text.replace(constant, "\n")
             yield text
 
@@ -49,6 +52,11 @@ def train_tokenizer(
         chat_template=TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """Return the id of one token."""
+    return cast(int, tokenizer.convert_tokens_to_ids(token))
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:

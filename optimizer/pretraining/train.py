@@ -2,7 +2,7 @@
 
 One seeded run, on 2 CPU cores or a GPU: more drills first, because everything else stands on looking rules up, then
 whole games. Muon on the matrices and AdamW on the rest (Jordan et al., 2024). The run writes a
-checkpoint every few minutes and goes on from it when started again with the same directory.
+checkpoint every few minutes and resumes from it when started again with the same directory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from optimizer.pretraining.chat import Piece
 from optimizer.pretraining.corpus import PHRASES, Corpus, Mixture
-from optimizer.pretraining.tokenizer import END, PAD, load_tokenizer, train_tokenizer
+from optimizer.pretraining.tokenizer import END, PAD, load_tokenizer, token_id, train_tokenizer
 from optimizer.pretraining.wiring import wire_induction
 
 
@@ -36,6 +36,7 @@ class Recipe:
     seed: int = 0
     num_tokens: int = 9_000_000
     batch_tokens: int = 4608
+    # long enough for a game with an exemplar: with rows of at most 896 tokens, memory did harm (docs/log.md)
     lengths: tuple[int, ...] = (320, 448, 576, 704, 832, 960, 1152, 1536)
     """Rows are padded to the next of these; longer ones are left out."""
     vocab_size: int = 1280
@@ -90,7 +91,7 @@ def encode(pieces: list[Piece], tokenizer: PreTrainedTokenizerFast) -> tuple[lis
 
 @dataclass
 class Course:
-    """How far a run is."""
+    """The position of a run."""
 
     num_tokens: int
     seen: int = 0
@@ -127,10 +128,11 @@ class Course:
 
 def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, course: Course) -> Iterator[Batch]:
     """Yield batches in a few fixed shapes, which compiled kernels want, mixed as the course is."""
-    pad = tokenizer.convert_tokens_to_ids(PAD)
+    pad = token_id(tokenizer, PAD)
     buckets: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in recipe.lengths}
     while True:
         row = encode(corpus.episode(recipe.mixture(course.done)), tokenizer)
+        # the lengths must rise; an episode longer than the last is left out, not cut
         length = next((length for length in recipe.lengths if len(row[0]) <= length), None)
         if length is None:
             continue
@@ -147,6 +149,7 @@ def collate(rows: list[tuple[list[int], list[float]]], length: int, pad: int, ru
     for row, (row_ids, row_weights) in enumerate(rows):
         ids[row, : len(row_ids)] = torch.tensor(row_ids)
         weights[row, : len(row_ids)] = torch.tensor(row_weights)
+    # rules are recognised by their weight: no other token may have it (corpus.Weights)
     return Batch(ids, weights, weights == rule_weight)
 
 
@@ -154,6 +157,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
     """Return a new model, its induction circuit wired in."""
     torch.manual_seed(recipe.seed)
     config = Qwen2Config(
+        # rounded up for the kernels: the last ids have no token
         vocab_size=64 * math.ceil(len(tokenizer) / 64),
         hidden_size=recipe.hidden_size,
         num_hidden_layers=recipe.num_layers,
@@ -164,16 +168,19 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        eos_token_id=token_id(tokenizer, END),
+        pad_token_id=token_id(tokenizer, PAD),
     )
     model = Qwen2ForCausalLM(config)
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.05)
+    # last: an initialisation after this would overwrite the wired heads
     wire_induction(model, generator=torch.Generator().manual_seed(recipe.seed))
     return model
 
 
 def make_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    # Muon orthogonalises updates of matrices; embeddings are look-up tables and get AdamW. The tied LM head is the
+    # embedding
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
@@ -182,12 +189,13 @@ def make_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.
     ]
 
 
-def loss_of(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_of(model: Qwen2ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weighted mean loss and, per rule token that could be looked up, whether it was predicted."""
     targets, weights = batch.ids[:, 1:], batch.weights[:, 1:]
     wanted = weights > 0
     with torch.autocast(batch.ids.device.type, torch.bfloat16):
         hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1]
+        # only positions with a weight: logits of all positions would need most of the memory
         logits = model.lm_head(hidden[wanted]).float()
     targets, weights = targets[wanted], weights[wanted]
     losses = F.cross_entropy(logits, targets, reduction="none")
@@ -198,7 +206,7 @@ def loss_of(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.T
 def pretrain(
     transcripts_file: Path, out: Path, recipe: Recipe, *, device: str, console: Console | None = None
 ) -> Qwen2ForCausalLM:
-    """Train until `recipe.num_tokens` are seen; the model goes into `out`, what is needed to go on beside it."""
+    """Train until `recipe.num_tokens` are seen; the model goes into `out`, its checkpoint beside it."""
     out.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f"{out.name}-course")
     beside.mkdir(exist_ok=True)
@@ -207,11 +215,13 @@ def pretrain(
     described = {"system_prompt": source["system_prompt"], "tool": source["tool"], "seed": recipe.seed}
     corpus = Corpus(source["transcripts"], source["foods"], **described)
     tokenizer = _tokenizer(corpus, out, recipe)
-    model = make_model(recipe, tokenizer).to(device)
+    model = make_model(recipe, tokenizer)
+    torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as something else
     optimizers = make_optimizers(model, recipe)
     course = Course(recipe.num_tokens)
     checkpoint = Checkpoint(beside / "checkpoint.pt", model, optimizers, course)
     if checkpoint.load(device):
+        # not the old sequence again: the episodes before the checkpoint have been seen
         corpus.rng = random.Random(f"{recipe.seed}-{course.step}")
     if recipe.is_compiled:
         model.model.compile(dynamic=False)
@@ -237,6 +247,8 @@ def pretrain(
 def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
+            # kept in the group, hence in the checkpoint: the next factor applies to the peak, not to the rate of the
+            # last step
             group.setdefault("peak_lr", group["lr"])
             group["lr"] = group["peak_lr"] * factor
 
@@ -255,7 +267,7 @@ def train_step(model: Qwen2ForCausalLM, optimizers: list[torch.optim.Optimizer],
 
 @dataclass
 class Checkpoint:
-    """Where a run goes on from; on disk whole or not at all."""
+    """The state from which a run continues; on disk whole or not at all."""
 
     path: Path
     model: Qwen2ForCausalLM
@@ -271,6 +283,7 @@ class Checkpoint:
         """Go on from the file; False if there is none."""
         if not self.path.exists():
             return False
+        # weights_only: a pickle could run code
         state = torch.load(self.path, map_location=device, weights_only=True)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -294,11 +307,15 @@ class Checkpoint:
 
 def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write what vLLM and transformers load: bf16 safetensors, configuration, tokenizer with its template."""
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
+    # a copy: the checkpoint of the run stays in float32
+    exported = copy.deepcopy(model)
+    torch.nn.Module.to(exported, torch.bfloat16)
+    exported.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def _tokenizer(corpus: Corpus, out: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
+    # before the corpus is used: a resumed run must not draw the 3,000 texts again, nor get another vocabulary
     if (out / "tokenizer.json").exists():
         return load_tokenizer(out)
     texts = ["".join(piece.text for piece in corpus.episode(Mixture(recitals=0.02, drills=0.1))) for _ in range(3000)]
@@ -313,7 +330,7 @@ def _progress(console: Console | None) -> Progress:
 
 
 def pretrain_in(directory: Path, recipe: Recipe, *, console: Console) -> dict[str, Any]:
-    """Train on `directory/transcripts.json`, on a GPU if there is one; say what was made."""
+    """Train on `directory/transcripts.json`, on a GPU if there is one; return a description of the model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = pretrain(directory / "transcripts.json", directory / "model", recipe, device=device, console=console)
     return {

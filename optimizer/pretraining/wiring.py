@@ -1,11 +1,11 @@
 """Wires an induction circuit into a Qwen2's initial weights, so that looking things up is there from the first step.
 
 "A B ... A -> B" takes two attention heads in a row (Olsson et al., 2022, arXiv 2209.11895): one in the first layer that
-notes at every position which token came before, one later that looks for the position whose note is the token at
-hand, and copies what stands there. Trained from noise the two must find each other, which took millions of tokens
-here and often did not happen at all; wired, they are only refined. Nothing is frozen.
+notes at every position the token before it, one later that looks for the position whose note is the token at hand,
+and copies the token there. Trained from noise the two must find each other, which took millions of tokens here and
+often did not happen at all; wired, they are only refined. Nothing is frozen.
 
-The note is written into a subspace of its own, so that a token is not mistaken for a note. Positions are told apart by
+The note is written into a subspace of its own, so that a token is not mistaken for a note. Positions are separated by
 the fast rotations of RoPE, through the biases of Qwen2's queries and keys; contents are compared in the slow ones.
 """
 
@@ -28,8 +28,8 @@ def wire_induction(model: Qwen2ForCausalLM, *, num_readers: int = 2, generator: 
     """Set head 0 of layer 0 to note the previous token, and `num_readers` heads of layer 1 to look notes up."""
     config = model.config
     width, head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
-    token_rows = _orthonormal_rows(head_dim, width, generator)  # what of a token is noted
-    note_rows = _orthonormal_rows(head_dim, width, generator)  # where the note is written
+    token_rows = _orthonormal_rows(head_dim, width, generator)  # the part of a token that is noted
+    note_rows = _orthonormal_rows(head_dim, width, generator)  # the subspace of the note
     _note_previous_token(model.model.layers[0].self_attn, head_dim, token_rows, note_rows, config)
     for head in range(num_readers):
         _look_notes_up(model.model.layers[1].self_attn, head, head_dim, token_rows, note_rows, generator)
@@ -38,9 +38,11 @@ def wire_induction(model: Qwen2ForCausalLM, *, num_readers: int = 2, generator: 
 def _note_previous_token(attention, head_dim: int, token_rows, note_rows, config) -> None:
     query, key = torch.zeros(head_dim), torch.zeros(head_dim)
     half = head_dim // 2
+    # transformers rotates dimension `pair` with `pair + half`, not with its neighbour
     for pair in range(NUM_FAST_PAIRS):
         angle = config.rope_parameters["rope_theta"] ** (-pair / half)  # radians per position
         key[pair] = POSITION_GAIN
+        # a query turned back by one position: it meets the key of the token before
         query[pair], query[pair + half] = POSITION_GAIN * math.cos(angle), -POSITION_GAIN * math.sin(angle)
     mine = slice(0, head_dim)
     attention.q_proj.bias[mine], attention.k_proj.bias[mine] = query, key
@@ -52,6 +54,7 @@ def _note_previous_token(attention, head_dim: int, token_rows, note_rows, config
 
 def _look_notes_up(attention, head: int, head_dim: int, token_rows, note_rows, generator) -> None:
     half, start = head_dim // 2, head * head_dim
+    # the slow half of the rotations: contents must match at any distance
     slow = [*range(half // 2, half), *range(half + half // 2, head_dim)]
     chosen = torch.randperm(head_dim, generator=generator)[: len(slow)]
     mine = slice(start, start + head_dim)

@@ -1,6 +1,6 @@
-"""Finds the base model's files and says how big it is, without loading it.
+"""Finds the base model's files and counts its parameters, without loading it.
 
-Refuses to download: what is not on this machine is an error that says so.
+Nothing is downloaded: a model that is not on this machine is an error.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def locate_base(base_model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        # local_files_only: a cycle must not begin with a download of gigabytes, nor depend on the network
         return Path(snapshot_download(base_model, local_files_only=True))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
@@ -46,11 +47,13 @@ def read_headers(base_dir: Path) -> dict[str, list[int]]:
     files = sorted(base_dir.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{str(base_dir)!r} holds no *.safetensors file; convert the model to safetensors")
+    # by name: a tensor that two files hold counts once
     return {name: entry["shape"] for file in files for name, entry in _read_header(file).items()}
 
 
 def _read_header(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
+        # safetensors: eight bytes, little-endian, give the length of the JSON header that follows
         (header_bytes,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(header_bytes))
     return {name: entry for name, entry in header.items() if name != "__metadata__"}

@@ -1,7 +1,6 @@
-"""What every trainer process does around its trainer: start, report, resume, leave an adapter behind.
+"""The parts that all trainer processes share: start, report progress, resume, write the adapter.
 
-Refuses to know which loss is trained. Standard output carries JSON lines and nothing else; all other words go to
-standard error, which is the log.
+Standard output carries JSON lines and nothing else; all other output goes to standard error, which is the log.
 
 Flow: `start` -> build a trainer with `trainer_arguments` -> `train_and_write` (resumes by itself).
 Invariant: the adapter directory appears whole, with its manifest, or not at all.
@@ -17,13 +16,25 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Mapping, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from memory.adapters import (
     FILE_NAMES,
@@ -44,35 +55,44 @@ CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "adapt
 
 
 class Reporter:
-    """Writes one JSON object per line to what was standard output."""
+    """Writes one JSON object per line to the original standard output."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def say(self, event: str, **fields: Any) -> None:
+    def emit(self, event: str, **fields: Any) -> None:
         self._stream.write(json.dumps({"event": event, **fields}) + "\n")
         self._stream.flush()
 
 
 def start(arguments: list[str], kind: str) -> tuple[TrainingSpec, Reporter]:
-    """Read the spec, keep standard output for the report, and tie this process's life to its parent's."""
+    """Read the spec, reserve standard output for progress, and have this process die with its parent.
+
+    Raises:
+        ValueError: the spec is for another trainer.
+    """
     spec = TrainingSpec.model_validate_json(Path(arguments[1]).read_text(encoding="utf-8"))
     if spec.kind != kind:
         raise ValueError(f"the spec {arguments[1]!r} is for {spec.kind!r}, this is the {kind!r} trainer")
+    # order: duplicated before descriptor 1 is pointed at the log, or progress would go there too
     reporter = Reporter(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)  # libraries print to standard output
     _die_with_parent()
     torch.set_num_threads(spec.num_threads)
+    # before the model is built: LoRA's first matrices are drawn at random
     set_seed(spec.seed)
-    reporter.say("started", rows=str(spec.rows_path))
+    reporter.emit("started", rows=str(spec.rows_path))
     return spec, reporter
 
 
 def _die_with_parent() -> None:
-    """Be killed when the process that started us is gone, also when it went while we were still importing."""
+    """Be killed when the parent process ends, also when it ended while this one was still importing."""
     if sys.platform != "linux":
         return
+    # Linux sends the signal when the *thread* that started this process ends (prctl(2)): launch.py must start trainers
+    # from the event loop's thread, never from a worker thread
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # the parent may have died before prctl: then no signal ever comes
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher is not None and os.getppid() != int(launcher):
         raise SystemExit("the process that started this trainer is gone")
@@ -85,14 +105,15 @@ def uses_gpu(spec: TrainingSpec) -> bool:
 
 
 def multiplies_in_bfloat16(spec: TrainingSpec) -> bool:
-    """Whether matrices are multiplied in bfloat16, whatever their weights are kept in: where the processor can."""
+    """Whether matrices are multiplied in bfloat16, independently of the dtype of the weights."""
     if spec.dtype != "auto" or uses_gpu(spec):
         return choose_dtype(spec) is torch.bfloat16
+    # a private function of torch 2.13: check that it exists when the pin moves
     return torch.cpu._is_avx512_bf16_supported()
 
 
 def choose_dtype(spec: TrainingSpec) -> torch.dtype:
-    """Return what the weights of the base are kept in."""
+    """Return the dtype of the base's weights."""
     if spec.dtype == "auto":
         return torch.bfloat16 if uses_gpu(spec) else torch.float32
     return torch.bfloat16 if spec.dtype == "bfloat16" else torch.float32
@@ -103,18 +124,23 @@ def load_base(spec: TrainingSpec) -> tuple[Any, Any]:
     base_dir = locate_base(spec.base_model)
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     if tokenizer.pad_token is None:
+        # padding has neither attention nor loss: any token will do, but the collators need one
         tokenizer.pad_token = tokenizer.eos_token
+    # loaded here, because TRL loads a model that is given by path in float32
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=choose_dtype(spec))
+    # the KV cache is of no use in training, and incompatible with gradient checkpointing
     model.config.use_cache = False
     return model, tokenizer
 
 
 def lora_settings(spec: TrainingSpec) -> dict[str, Any]:
-    """LoRA as vLLM can serve it: every linear layer but the head, no bias, no DoRA, nothing saved beside it."""
+    """Return the LoRA that vLLM can serve: every linear layer but the head, no bias, no DoRA, no further modules."""
     return {
         "r": spec.lora_rank,
         "lora_alpha": spec.lora_alpha,
         "lora_dropout": 0.0,
+        # without the head: TRL 1.16 raises for a LoRA on lm_head. Loosen nothing here without memory/adapters.py, which
+        # rejects what vLLM cannot serve
         "target_modules": "all-linear",
         "bias": "none",
         "task_type": "CAUSAL_LM",
@@ -122,8 +148,10 @@ def lora_settings(spec: TrainingSpec) -> dict[str, Any]:
 
 
 def trainer_arguments(spec: TrainingSpec, num_rows: int) -> dict[str, Any]:
-    """What SFTConfig and DPOConfig have in common."""
+    """Return the arguments that the configurations of all TRL trainers share."""
     rows_per_pass = min(spec.rows_per_pass, spec.batch_size)
+    # rounded up: where rows_per_pass does not divide batch_size, a step takes more rows than batch_size. The digest
+    # leaves rows_per_pass out (spec.py) because footprint.py gives powers of two, which divide the recipes' batches
     num_passes = math.ceil(spec.batch_size / rows_per_pass)
     steps_per_epoch = math.ceil(math.ceil(num_rows / rows_per_pass) / num_passes)
     num_steps = max(1, math.ceil(steps_per_epoch * spec.epochs))
@@ -138,33 +166,38 @@ def trainer_arguments(spec: TrainingSpec, num_rows: int) -> dict[str, Any]:
         "max_grad_norm": 1.0,
         "logging_steps": 1,
         "save_strategy": "steps",
+        # a share of the whole, so that a kill costs the same part of a long and of a short training
         "save_steps": max(1, num_steps // spec.num_checkpoints),
         "save_total_limit": 2,  # a kill while the newest is written leaves the one before
         "seed": spec.seed,
+        # together with the seed: a resumed training sees the same order of rows
         "data_seed": spec.seed,
         "use_cpu": not uses_gpu(spec),
         "bf16": multiplies_in_bfloat16(spec),
         "gradient_checkpointing": spec.gradient_checkpointing,
         "train_sampling_strategy": "group_by_length",
+        # SFT rows lack the column, and transformers measures their input_ids; preferences have no input_ids, so
+        # dpo.measure adds it
         "length_column_name": "length",
         "dataloader_num_workers": 0,
         "report_to": "none",
         "disable_tqdm": True,
-        "max_length": None,  # rows that are too long never get here
+        # TRL's default is 1024 and cuts the end of a row, the reply, without an error
+        "max_length": None,  # rows that are too long were left out when they were built
     }
 
 
-class WarmStart:
+class WarmStart(Trainer):
     """A trainer whose learning rate warms up from above 0 and falls linearly; mixed in before TRL's own class.
 
     The schedule of transformers gives the first step a rate of 0: of nine steps one learns nothing.
     """
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         if self.lr_scheduler is None:
             num_warmup = self.args.get_warmup_steps(num_training_steps)
             share = partial(share_of_rate, num_warmup=num_warmup, num_steps=num_training_steps)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+            self.lr_scheduler = LambdaLR(cast(torch.optim.Optimizer, optimizer or self.optimizer), share)
         return self.lr_scheduler
 
 
@@ -179,42 +212,54 @@ class _Progress(TrainerCallback):
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if logs and "loss" in logs:
             numbers = {key: round(float(value), 6) for key, value in logs.items() if isinstance(value, int | float)}
-            self._reporter.say("step", step=state.global_step, total=state.max_steps, **numbers)
+            self._reporter.emit("step", step=state.global_step, total=state.max_steps, **numbers)
 
 
-class _LeaveEarlyAdapters(TrainerCallback):
-    """Writes the adapters that the spec wants from the middle of the training, each when its step has been made."""
+class _WriteEarlyAdapters(TrainerCallback):
+    """Writes the early adapters of the spec, each after its optimizer step."""
 
-    def __init__(self, trainer: Any, spec: TrainingSpec, probe_token_ids: list[int]) -> None:
+    def __init__(self, trainer: Trainer, spec: TrainingSpec, probe_token_ids: list[int]) -> None:
         self._trainer, self._spec, self._probe = trainer, spec, probe_token_ids
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for early in self._spec.early_adapters:
+            # transformers calls on_step_end before it saves the checkpoint of the same step: after a kill in between,
+            # the step is made again and finds the adapter written
             is_due = state.global_step == max(1, round(early.share * state.max_steps))
             if is_due and not early.output_dir.exists():  # a resumed training makes some steps again
                 metrics = {"num_steps": state.global_step}
                 write_adapter(self._trainer, self._spec.at(early), metrics, self._probe)
+                assert self._trainer.model is not None
+                # write_adapter leaves the model in evaluation mode
                 self._trainer.model.train()
 
 
-def run(trainer: Any, spec: TrainingSpec, reporter: Reporter, probe_token_ids: list[int]) -> dict[str, float]:
+def run(trainer: Trainer, spec: TrainingSpec, reporter: Reporter, probe_token_ids: list[int]) -> dict[str, float]:
     """Train, from the last whole checkpoint if there is one; return the metrics that matter afterwards."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Progress(reporter))
-    trainer.add_callback(_LeaveEarlyAdapters(trainer, spec, probe_token_ids))
+    trainer.add_callback(_WriteEarlyAdapters(trainer, spec, probe_token_ids))
     checkpoint = find_checkpoint(spec.work_dir / "checkpoints")
     if checkpoint is not None:
-        reporter.say("resumed", checkpoint=checkpoint.name)
+        reporter.emit("resumed", checkpoint=checkpoint.name)
     started_at = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return _summarize(trainer.state, len(trainer.train_dataset), time.monotonic() - started_at)
+    return _summarize(trainer.state, len(cast(Sized, trainer.train_dataset)), time.monotonic() - started_at)
 
 
 def find_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, and put torn ones out of the way."""
+    """Return the newest checkpoint that was written to its end, and delete torn ones."""
+    # by number: as text, checkpoint-9 sorts behind checkpoint-10
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for checkpoint in found:
         if _is_whole(checkpoint):
@@ -232,8 +277,9 @@ def _is_whole(checkpoint: Path) -> bool:
     return all((checkpoint / name).is_file() for name in CHECKPOINT_FILES)
 
 
-def _summarize(state: Any, num_rows: int, seconds: float) -> dict[str, float]:
+def _summarize(state: TrainerState, num_rows: int, seconds: float) -> dict[str, float]:
     steps = [entry for entry in state.log_history if "loss" in entry]
+    # single steps are noisy: a fifth of the training on either side
     window = max(1, len(steps) // 5)
     summary: dict[str, float] = {"num_rows": num_rows, "num_steps": state.global_step, "seconds": round(seconds, 1)}
     for key in (
@@ -251,36 +297,44 @@ def _summarize(state: Any, num_rows: int, seconds: float) -> dict[str, float]:
     return summary
 
 
-def write_adapter(trainer: Any, spec: TrainingSpec, metrics: dict[str, float], probe_token_ids: list[int]) -> None:
+def write_adapter(
+    trainer: Trainer, spec: TrainingSpec, metrics: Mapping[str, float], probe_token_ids: list[int]
+) -> None:
     """Write the adapter directory with its manifest. The model is in evaluation mode afterwards."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.eval()
+    # before anything is written: a directory under its final name is never replaced, and memory/adapters.py would
+    # reject one with NaN
     _require_finite(model)
     unfinished = spec.work_dir / "adapter"
+    # left by a kill in the middle of an earlier write; early adapters and the final one use the same path in turn
     shutil.rmtree(unfinished, ignore_errors=True)
+    # selected: the model of DPO holds the reference, "ref", too, which would be saved beside it. save_embedding_layers:
+    # by default PEFT compares vocabularies and may add the embeddings, which vLLM would not serve
     model.save_pretrained(unfinished, selected_adapters=["default"], save_embedding_layers=False)
     for path in unfinished.iterdir():
         if path.name not in FILE_NAMES:
             path.unlink()  # a model card with nothing in it
+    # order: the manifest, then the rename; a directory under its final name is taken to be complete
     write_manifest(unfinished, describe_adapter(spec, metrics, take_fingerprint(model, probe_token_ids)))
     write_adapter_atomically(unfinished, spec.output_dir)
 
 
-def train_and_write(trainer: Any, spec: TrainingSpec, reporter: Reporter, probe_token_ids: list[int]) -> None:
-    """Train, write the adapter, and say so."""
+def train_and_write(trainer: Trainer, spec: TrainingSpec, reporter: Reporter, probe_token_ids: list[int]) -> None:
+    """Train, write the adapter, and report the end."""
     metrics = run(trainer, spec, reporter, probe_token_ids)
     write_adapter(trainer, spec, metrics, probe_token_ids)
-    reporter.say("done", path=str(spec.output_dir), metrics=metrics)
+    reporter.emit("done", path=str(spec.output_dir), metrics=metrics)
 
 
-def _require_finite(model: Any) -> None:
+def _require_finite(model: PeftModel) -> None:
     for name, parameter in model.named_parameters():
         if "lora_" in name and not torch.isfinite(parameter).all():
             raise FloatingPointError(f"{name} is not finite after training; lower the learning rate")
 
 
-def describe_adapter(spec: TrainingSpec, metrics: dict[str, float], fingerprint: Fingerprint) -> Manifest:
-    """Return the manifest: where the adapter comes from, what it learned from, how it can be told apart."""
+def describe_adapter(spec: TrainingSpec, metrics: Mapping[str, float], fingerprint: Fingerprint) -> Manifest:
+    """Return the manifest: the adapter's base and parent, the trajectories it learned from, its fingerprint."""
     base_dir = locate_base(spec.base_model)
     fingerprint_dtype = str(choose_dtype(spec)).removeprefix("torch.")
     return Manifest(
@@ -295,27 +349,32 @@ def describe_adapter(spec: TrainingSpec, metrics: dict[str, float], fingerprint:
         parent=spec.parent,
         seeds={"training": spec.seed},
         settings={**spec.settings(), "spec_digest": spec.digest(), "fingerprint_dtype": fingerprint_dtype},
-        metrics=metrics,
+        metrics=dict(metrics),
         fingerprint=fingerprint,
     )
 
 
 @torch.no_grad()
-def take_fingerprint(model: Any, token_ids: list[int]) -> Fingerprint:
-    """Return the log-probs of `token_ids[1:]` with and without the adapter: what a server that wears it must show."""
+def take_fingerprint(model: PeftModel, token_ids: list[int]) -> Fingerprint:
+    """Return the log-probs of `token_ids[1:]` with and without the adapter, which a server must reproduce."""
+    # TRL switches adapters to compute the reference
     model.set_adapter("default")
     ids = torch.tensor([token_ids], device=next(model.parameters()).device)
+    # both values are compared after loading: vLLM serves an adapter whose modules match nothing as the base
+    # (vLLM#34186), and on CPUs 0.32 gave rows of the base an adapter (vLLM#48421)
     adapted = _token_logprobs(model, ids)
     with model.disable_adapter():
         bare = _token_logprobs(model, ids)
     return Fingerprint(token_ids=token_ids, base_logprobs=bare, adapter_logprobs=adapted)
 
 
-def _token_logprobs(model: Any, ids: torch.Tensor) -> list[float]:
+def _token_logprobs(model: PeftModel, ids: torch.Tensor) -> list[float]:
+    # float32 before the softmax: bfloat16 has steps of 1/32 between 4 and 8, where log-probs of unlikely tokens lie.
+    # The logits at i predict token i + 1
     logprobs = model(input_ids=ids).logits[0, :-1].float().log_softmax(dim=-1)  # (num_tokens - 1, vocabulary)
     return [round(value, 5) for value in logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()]
 
 
 def choose_probe(token_ids: list[int]) -> list[int]:
-    """Return the end of a row: that is where the agent speaks, so where an adapter shows."""
+    """Return the end of a row: the agent's own tokens are there, on which an adapter has an effect."""
     return token_ids[-FINGERPRINT_TOKENS:]

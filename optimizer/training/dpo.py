@@ -1,8 +1,8 @@
 """Trains an adapter on preferences, from an SFT adapter: `python -m optimizer.training.dpo spec.json`.
 
-Refuses to see text, as the SFT trainer does. TRL 1.16's DPO trainer counts every token after the prompt, tool output
-included, and tokenizes by itself; `MaskedDPOTrainer` and its collator replace exactly that, so that masked tokens count
-for nothing.
+Rows are token ids with masks, never text. TRL 1.16's DPO trainer counts every token after the prompt, tool output
+included, and tokenizes by itself; `MaskedDPOTrainer` and its collator replace exactly that, so that masked tokens have
+no loss.
 
 The reference is the adapter as it was when training began: TRL keeps a frozen copy of it, "ref", beside "default".
 """
@@ -17,9 +17,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers.data.data_collator import DataCollatorMixin
-from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
-from optimizer.data import read_rows
+from optimizer.data.rows import read_rows
 from optimizer.training import child
 from optimizer.training.spec import TrainingSpec
 
@@ -34,6 +35,7 @@ class MaskedPreferenceCollator(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        # TRL splits the batch in the middle: all chosen sides first, then all rejected ones
         sides = [(row, side) for side in ("chosen", "rejected") for row in examples]
         ids = [torch.tensor(row["prompt_ids"] + row[f"{side}_ids"]) for row, side in sides]
         masks = [torch.tensor([0] * len(row["prompt_ids"]) + row[f"{side}_mask"]) for row, side in sides]
@@ -55,11 +57,14 @@ def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
 class MaskedDPOTrainer(child.WarmStart, DPOTrainer):
     """DPO over pre-tokenized rows with masks on both sides."""
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    # Both methods are private hooks of TRL 1.16: pyproject.toml pins trl, and tests/optimizer/data/test_masks.py fails
+    # where they vanish.
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
+            # transformers drops every column that is not named here before the collator sees it
             self._signature_columns = [*COLUMNS, "length", "ref_chosen_logps", "ref_rejected_logps"]
 
 
@@ -67,7 +72,10 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> MaskedDPOTr
     """Return the trainer; it starts from `spec.parent_adapter`, or from the bare base when there is none."""
     model, tokenizer = child.load_base(spec)
     if spec.parent_adapter is not None:
+        # is_trainable, and no `peft_config` below: TRL copies this adapter to a frozen "ref" as the reference, and
+        # raises if it gets both
         model = PeftModel.from_pretrained(model, str(spec.parent_adapter), is_trainable=True)
+    # the likelihood term keeps the chosen side from losing probability along with the rejected one
     losses = {"sigmoid": 1.0, "sft": spec.sft_weight} if spec.sft_weight else {"sigmoid": 1.0}
     return MaskedDPOTrainer(
         model=model,
@@ -76,6 +84,7 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> MaskedDPOTr
             beta=spec.beta,
             loss_type=list(losses),
             loss_weights=list(losses.values()),
+            # the reference is computed once for all rows, before the first step; the collator passes the numbers on
             precompute_ref_log_probs=True,
         ),
         data_collator=MaskedPreferenceCollator(tokenizer.pad_token_id),
@@ -87,6 +96,7 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> MaskedDPOTr
 
 def measure(row: dict[str, Any]) -> dict[str, Any]:
     """Return a preference with the length that batches are grouped by."""
+    # the longer side: both are padded to it; the same sum as data/rows.py, count_tokens
     length = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
     return {**{column: row[column] for column in COLUMNS}, "length": length}
 

@@ -14,27 +14,38 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from optimizer.training.base import read_headers
-
-Kind = Literal["sft", "dpo"]
 
 GIB = 2**30
 BFLOAT16, FLOAT32 = 2, 4
 ADAM_BYTES = 4 * FLOAT32
 """Per trained parameter: itself, its gradient, and Adam's two moments, all float32 (PEFT keeps adapters so)."""
-SIDES: dict[Kind, int] = {"sft": 1, "dpo": 2}
-"""Sequences per row: a preference is a chosen and a rejected one."""
 # TRL 1.16 projects to the vocabulary in tiles (trl.kernels.chunked_logprob), so the logits never exist as a whole.
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32_768
 BYTES_PER_LOGIT = BFLOAT16 + 2 * FLOAT32
 CUDA_CONTEXT_BYTES = GIB
 """CUDA's context, loaded kernels and cuBLAS workspaces of one process."""
 SAFETY = 1.1
-"""Fragmentation of the allocator, and what the arithmetic overlooks."""
+"""For fragmentation of the allocator, and for parts that the arithmetic overlooks."""
 ENGINE_WORKSPACE_BYTES = 2 * GIB
-"""What vLLM needs besides weights, adapters and KV cache: its profiling run, CUDA graphs, the context of CUDA."""
+"""Memory of vLLM besides weights, adapters and KV cache: its profiling run, CUDA graphs, the context of CUDA."""
+
+
+@dataclass(frozen=True)
+class LossShape:
+    """The parts of a method's loss that its memory depends on."""
+
+    sequences_per_row: int = 1
+    """A preference has two: the chosen and the rejected one."""
+    has_reference: bool = False
+    """A frozen copy of the adapter is kept beside the trained one."""
+
+
+LIKELIHOOD = LossShape()
+PAIRWISE = LossShape(sequences_per_row=2, has_reference=True)
+"""The dearest of all: a machine that can train this can train any method."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +77,11 @@ class ModelShape:
             layers, heads, vocab = config["num_hidden_layers"], config["num_attention_heads"], config["vocab_size"]
         except KeyError as error:
             raise ValueError(f"config.json does not say {error}; its memory cannot be estimated") from error
+        # head_dim is not always hidden / heads: Qwen3 sets its own
         head = config.get("head_dim") or hidden // heads
         queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
         weights = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner
+        # Qwen2 has biases on queries, keys and values although its config.json does not say so
         biases = queries + 2 * keys if config.get("model_type") == "qwen2" else 0
         embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
         return cls(
@@ -85,13 +98,14 @@ class ModelShape:
 
 
 def read_shape(base_dir: Path) -> ModelShape:
-    """Return the shape of the model in `base_dir`; what can be counted in its weight files is counted there.
+    """Return the shape of the model in `base_dir`; parameters and widths are counted in its weight files.
 
     Raises:
         ValueError: no safetensors file, or a config.json that lacks a size.
     """
     shape = ModelShape.from_config(json.loads((base_dir / "config.json").read_text(encoding="utf-8")))
     tensors = read_headers(base_dir)
+    # the same layers as PEFT's "all-linear": every matrix but the embeddings and the LM head
     linear = [size for name, size in tensors.items() if len(size) == 2 and "embed" not in name and "head" not in name]
     return ModelShape(
         **vars(shape)
@@ -123,21 +137,23 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Training:
-    """What a training's memory depends on besides the length of its rows."""
+    """The properties of a training that its memory depends on, besides the length of its rows."""
 
     shape: ModelShape
-    kind: Kind
+    loss: LossShape
     lora_rank: int
     gradient_checkpointing: bool
     bytes_per_weight: int = BFLOAT16
 
     def footprint(self, length_tokens: int, rows_per_pass: int = 1) -> Footprint:
         """Return the peak for rows of at most `length_tokens`, `rows_per_pass` of them in one forward pass."""
-        sequences = rows_per_pass * SIDES[self.kind]
+        sequences = rows_per_pass * self.loss.sequences_per_row
         tokens = sequences * length_tokens
+        # A and B of a layer have rank * inputs and rank * outputs parameters
         num_trained = self.lora_rank * self.shape.linear_width
-        reference = FLOAT32 if self.kind == "dpo" else 0  # a frozen copy of the adapter
+        reference = FLOAT32 if self.loss.has_reference else 0
         head = min(tokens, TILE_TOKENS) * min(self.shape.vocab_size, TILE_VOCABULARY) * BYTES_PER_LOGIT
+        # the attention mask is materialised for padded batches: quadratic in the length
         mask = sequences * length_tokens**2 * BFLOAT16
         sizes = {
             "weights": self.shape.num_parameters * self.bytes_per_weight,
@@ -151,25 +167,28 @@ class Training:
     def _activations_per_token(self) -> int:
         """Bytes kept for the backward pass, and the gradients of the layer that it is at."""
         layer = layer_bytes_per_token(self.shape, self.lora_rank) * self.bytes_per_weight // BFLOAT16
-        # Gradients of one layer weigh no more than what it keeps.
+        # The gradients of one layer take no more than the activations that it keeps.
         if self.gradient_checkpointing:  # only each layer's input is kept, and one layer is computed again
             return self.shape.num_layers * self.shape.hidden_size * self.bytes_per_weight + 2 * layer
         return (self.shape.num_layers + 1) * layer
 
     def longest_row(self, budget_bytes: int, limit_tokens: int) -> int:
         """Return the longest row that trains within the budget, at most `limit_tokens`; 0 if none does."""
+        # bisection: the footprint must grow with the length, which every term of it does
         return _largest(limit_tokens, lambda length: self.footprint(length).total <= budget_bytes)
 
     def rows_that_fit(self, budget_bytes: int, length_tokens: int, limit_rows: int) -> int:
         """Return how many rows of that length fit into one pass, a power of two or the limit; at least one."""
         rows = limit_rows
         while rows > 1 and self.footprint(length_tokens, rows).total > budget_bytes:
+            # powers of two divide the batches of the recipes, so that a step keeps its number of rows
+            # (trainer_arguments)
             rows = 1 << ((rows - 1).bit_length() - 1)  # the next lower power of two
         return rows
 
 
 def layer_bytes_per_token(shape: ModelShape, lora_rank: int) -> int:
-    """Return what one layer keeps of one token for its backward pass, in bfloat16.
+    """Return the bytes that one layer keeps of one token for its backward pass, in bfloat16.
 
     The inputs of the seven LoRA layers, each cast anew (five of the hidden size, one of the queries, one of the MLP);
     queries, keys, values and the attention's output, keys and values repeated for every head; the MLP's gate, its
@@ -181,6 +200,7 @@ def layer_bytes_per_token(shape: ModelShape, lora_rank: int) -> int:
 
 def least_engine_bytes(shape: ModelShape, *, max_model_len: int, max_loras: int, lora_rank: int) -> int:
     """Return the least that serving takes: weights, adapters, attention for one longest sequence, workspace."""
+    # keys and values of one sequence; with less, vLLM does not start
     kv_cache = max_model_len * 2 * shape.num_layers * shape.key_width * BFLOAT16
     adapters = max_loras * lora_rank * shape.linear_width * BFLOAT16
     return shape.num_parameters * BFLOAT16 + adapters + kv_cache + ENGINE_WORKSPACE_BYTES

@@ -1,7 +1,7 @@
-"""Runs a trainer as a child process and brings its adapter home.
+"""Runs a trainer as a child process and returns the manifest of its adapter.
 
-Refuses to import PyTorch: training may crash, run out of memory or be killed without costing an answer, and its
-memory is really returned. A trainer that died is started again from its last checkpoint.
+PyTorch is not imported here: a training may crash, run out of memory or be killed without costing an answer, and its
+memory is returned to the system. A trainer that died is started again from its last checkpoint.
 
 Flow: spec -> spec file -> child process -> progress lines -> adapter directory with its manifest.
 Invariant: when `train` returns, the adapter directory is whole and was made from this very spec.
@@ -51,12 +51,15 @@ async def train(spec: TrainingSpec, *, on_step: OnStep | None = None, num_attemp
     if made is not None:
         return made
     spec.work_dir.mkdir(parents=True, exist_ok=True)
-    _forget_other_training(spec)
+    # before the new spec is written, which is compared with the old one
+    _delete_other_checkpoints(spec)
     spec_path = spec.work_dir / "spec.json"
     spec_path.write_text(spec.model_dump_json(indent=1), encoding="utf-8")
+    exit_code, last_step = 0, {}
     for _ in range(num_attempts):
         exit_code, last_step = await _run_child(spec, spec_path, on_step)
         made = read_finished(spec)
+        # an exit code of 0 proves nothing by itself: a whole adapter directory with this spec's digest does
         if exit_code == 0 and made is not None:
             shutil.rmtree(spec.work_dir / "checkpoints", ignore_errors=True)
             return made
@@ -75,8 +78,8 @@ def read_finished(spec: TrainingSpec) -> Manifest | None:
     return manifest
 
 
-def _forget_other_training(spec: TrainingSpec) -> None:
-    """Checkpoints of another spec in the same place must not be resumed."""
+def _delete_other_checkpoints(spec: TrainingSpec) -> None:
+    """Delete the checkpoints of another spec in the same directory, which must not be resumed."""
     spec_path = spec.work_dir / "spec.json"
     with contextlib.suppress(OSError, ValueError):
         if TrainingSpec.model_validate_json(spec_path.read_text(encoding="utf-8")).digest() == spec.digest():
@@ -85,7 +88,7 @@ def _forget_other_training(spec: TrainingSpec) -> None:
 
 
 async def _run_child(spec: TrainingSpec, spec_path: Path, on_step: OnStep | None) -> tuple[int, dict[str, Any]]:
-    """Run the trainer once; return its exit code and the last step it told of."""
+    """Run the trainer once; return its exit code and the last step it reported."""
     last_step: dict[str, Any] = {}
     with log_path(spec).open("ab") as log:
         child = await asyncio.create_subprocess_exec(
@@ -97,36 +100,43 @@ async def _run_child(spec: TrainingSpec, spec_path: Path, on_step: OnStep | None
             stderr=log,
             stdin=asyncio.subprocess.DEVNULL,
             env=child_environment(spec),
+            # its own process group, so that everything it starts is killed with it
             start_new_session=True,
+            # asyncio's own limit is 64 KiB; a longer line makes the reader raise ValueError
             limit=LINE_LIMIT_BYTES,
         )
     try:
         assert child.stdout is not None
         async for line in child.stdout:
-            told = _parse(line)
-            if told.get("event") == "step":
-                last_step = told
+            event = _parse(line)
+            if event.get("event") == "step":
+                last_step = event
                 if on_step is not None:
-                    await on_step(told)
+                    await on_step(event)
         return await child.wait(), last_step
     finally:
         if child.returncode is None:  # we were cancelled, or `on_step` raised
             with contextlib.suppress(ProcessLookupError):
+                # the group has the child's id because of start_new_session; SIGKILL is safe, because a torn checkpoint
+                # is deleted at the next start (child.find_checkpoint)
                 os.killpg(child.pid, signal.SIGKILL)
             await child.communicate()  # not wait(): its pipe must be closed before the loop may end
 
 
 def child_environment(spec: TrainingSpec) -> dict[str, str]:
-    """Return the environment of a trainer: ours, silent towards the network, able to import us from anywhere."""
+    """Return the environment of a trainer: that of this process, without telemetry, this project on its import path."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # One GPU, or TRL would wrap the model in DataParallel, which it refuses.
     device = {} if spec.visible_device is None else {"CUDA_VISIBLE_DEVICES": spec.visible_device}
     return {
+        # order: ours override those of this process
         **os.environ,
         **ENVIRONMENT,
         **device,
         "OMP_NUM_THREADS": str(spec.num_threads),
+        # the server's working directory may be any: without this, `-m optimizer.training...` is not found
         "PYTHONPATH": os.pathsep.join(paths),
+        # compared with getppid() in child.py: no shell or wrapper may stand between the two processes
         LAUNCHER_PID: str(os.getpid()),
     }
 
@@ -137,10 +147,10 @@ def log_path(spec: TrainingSpec) -> Path:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        told = json.loads(line)
+        event = json.loads(line)
     except ValueError:
         return {}
-    return told if isinstance(told, dict) else {}
+    return event if isinstance(event, dict) else {}
 
 
 def _explain(spec: TrainingSpec, exit_code: int, last_step: dict[str, Any], num_attempts: int) -> str:

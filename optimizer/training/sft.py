@@ -1,6 +1,6 @@
 """Trains an adapter on demonstrations: `python -m optimizer.training.sft spec.json`.
 
-Refuses to see text: rows come as token ids with a mask, and the loss counts where the mask is 1.
+Rows are token ids with a mask, never text; the loss counts where the mask is 1.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
-from optimizer.data import read_rows
+from optimizer.data.rows import read_rows
 from optimizer.training import child
 from optimizer.training.spec import TrainingSpec
 
@@ -20,7 +21,7 @@ IGNORED = -100
 
 
 class WarmSFTTrainer(child.WarmStart, SFTTrainer):
-    """TRL's SFT trainer, whose first step already learns."""
+    """TRL's SFT trainer, whose first step has a learning rate above 0."""
 
 
 def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> WarmSFTTrainer:
@@ -29,7 +30,11 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> WarmSFTTrai
     return WarmSFTTrainer(
         model=model,
         args=SFTConfig(
-            **child.trainer_arguments(spec, len(rows)), packing=False, dataset_kwargs={"skip_prepare_dataset": True}
+            # packing would put several rows into one sequence; skip_prepare_dataset keeps TRL from tokenizing and from
+            # making labels of its own
+            **child.trainer_arguments(spec, len(rows)),
+            packing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
         ),
         train_dataset=Dataset.from_list([label(row) for row in rows]),
         processing_class=tokenizer,
@@ -39,6 +44,7 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> WarmSFTTrai
 
 def label(row: dict[str, Any]) -> dict[str, Any]:
     """Return a demonstration as TRL takes it: labels are the token ids where the mask is 1."""
+    # not shifted: the model shifts labels itself
     labels = [token if own else IGNORED for token, own in zip(row["input_ids"], row["mask"], strict=True)]
     return {"input_ids": row["input_ids"], "labels": labels}
 

@@ -1,6 +1,8 @@
-"""The spec file: everything a trainer process is told, and all it is told.
+"""The spec file: the whole input of a trainer process.
 
-Refuses to know about cycles, stages or databases. The same spec file started again goes on where the last try died.
+Started again with the same spec file, a trainer resumes from its last checkpoint. Hazard: each field but those in
+`NOT_DIGESTED` is part of the digest by which a finished training is recognised; a new field, even with a default, makes
+the trainings of open cycles look like other ones.
 """
 
 from __future__ import annotations
@@ -40,11 +42,11 @@ NOT_DIGESTED = (
     "rows_per_pass",  # as many as fit where it runs; the batch is the same
     "early_adapters",
 )
-"""Where and with what room a training runs: another value of these is the same training."""
+"""Fields about the device and the directories: the training is the same for any value of these."""
 
 
 class EarlyAdapter(BaseModel, extra="forbid"):
-    """An adapter that is left behind on the way: the same training, stopped earlier."""
+    """An adapter that is written during the training: the same training, stopped earlier."""
 
     version: int
     output_dir: Path
@@ -55,13 +57,14 @@ class EarlyAdapter(BaseModel, extra="forbid"):
 class TrainingSpec(BaseModel, extra="forbid"):
     """One training, from rows to an adapter directory."""
 
-    kind: Literal["sft", "dpo"]
+    kind: Name
+    """The method; its trainer is the module `optimizer.training.<kind>`."""
     name: Name
     version: int
     base_model: str
     """A directory, or a Hugging Face id whose files are already on this machine."""
     rows_path: Path
-    """JSON lines as `optimizer.data.write_rows` writes them."""
+    """JSON lines as `optimizer.data.rows.write_rows` writes them."""
     output_dir: Path
     """The adapter directory; it must not exist before, and appears whole."""
     work_dir: Path
@@ -69,7 +72,7 @@ class TrainingSpec(BaseModel, extra="forbid"):
     parent: int | None = None
     """The policy version that this one comes from."""
     parent_adapter: Path | None = None
-    """Where training starts (and, for DPO, what the reference is); None: the bare base."""
+    """The start of the training and, for DPO, the reference; None: the bare base."""
     trajectory_ids: list[str] = []
     early_adapters: list[EarlyAdapter] = []
 
@@ -86,20 +89,24 @@ class TrainingSpec(BaseModel, extra="forbid"):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     visible_device: str | None = None
-    """The one GPU that the trainer sees, as nvidia-smi counts them; None leaves it to see what we see."""
+    """The one GPU that the trainer sees, as nvidia-smi counts them; None: the same as this process."""
     num_threads: int = 2
     num_checkpoints: int = 8
     """How often the state is saved during the whole training."""
 
     def at(self, early: EarlyAdapter) -> TrainingSpec:
-        """Return the spec that an early adapter is registered by."""
+        """Return the spec of the policy that serves an early adapter."""
+        # the digest includes the version: each early adapter has a digest of its own
         return self.model_copy(update={"version": early.version, "output_dir": early.output_dir})
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest says of how the adapter was trained."""
+        """Return the settings that the adapter's manifest records."""
+        # stored in the manifest and printed by cycle/report_page.py, which needs rank, learning rate, epochs and batch
         return self.model_dump(include=set(SETTINGS))
 
     def digest(self) -> str:
-        """What makes this training this one: the spec with its rows, but not where it runs and keeps its state."""
+        """Return the digest that identifies this training: the spec and its rows, without device and directories."""
+        # rows by content: the file of a repeated stage has the same path
+        # JSON in the order of the fields: to reorder them changes every digest as well
         spec = self.model_dump_json(exclude=set(NOT_DIGESTED))
         return hashlib.sha256(spec.encode() + self.rows_path.read_bytes()).hexdigest()

@@ -1,1 +1,1 @@
-"""HTTP in, HTTP out: one file per noun; `app.py` puts them together, `errors.py` speaks of what went wrong."""
+"""The HTTP API: one module per resource; `app.py` composes them, `errors.py` maps exceptions to answers."""

@@ -1,7 +1,7 @@
-"""The HTTP application: every router on one FastAPI app, with one description for whoever opens /docs.
+"""Composes the HTTP application: all routers and middleware on one FastAPI app, and its OpenAPI document.
 
-Refuses to know what a route does and how the services were made.
-Invariant: everything answers in OpenAI's shapes, errors too.
+Invariant: every answer, errors included, has OpenAI's shape.
+Hazard: the order of the middleware is a matter of security; see `create_app`.
 """
 
 from __future__ import annotations
@@ -12,27 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from runtime.api import (
-    chat,
-    cycles,
-    docs_page,
-    documents,
-    environments,
-    errors,
-    exemplars,
-    feedback,
-    feedback_links,
-    health,
-    index,
-    insights,
-    keys,
-    metrics,
-    models,
-    policies,
-    responses,
-    trajectories,
-)
-from runtime.api.access import is_open
+from runtime.api import docs_page, errors, health, metrics
 from runtime.api.errors import (
     BadRequest,
     Forbidden,
@@ -42,44 +22,59 @@ from runtime.api.errors import (
     TooManyRequests,
     Unauthorized,
     UnsupportedMediaType,
-    refusals,
+    error_responses,
 )
-from runtime.api.gate import Gate
-from runtime.api.measuring import MeasureRequests
-from runtime.api.origins import RefuseForeignPages
+from runtime.api.gateway.auth import AuthMiddleware
+from runtime.api.gateway.origins import OriginCheck
+from runtime.api.gateway.permissions import is_open
+from runtime.api.gateway.request_metrics import RequestMetrics
+from runtime.api.openai import chat, models, responses
+from runtime.api.resources import (
+    cycles,
+    documents,
+    environments,
+    exemplars,
+    feedback,
+    feedback_links,
+    index,
+    insights,
+    keys,
+    policies,
+    trajectories,
+)
 from runtime.api.services import Services
 
 DESCRIPTION = """
-An agent that answers, remembers, learns, proves that it learned, and only then swaps.
+An agent that answers, remembers, learns from its episodes, and serves what it learned only after a release gate.
 
-* **Answer**: `POST /v1/chat/completions`, as any OpenAI client speaks it. `model="agent"` is the active policy,
+* **Answer**: `POST /v1/chat/completions`, compatible with OpenAI's clients. `model="agent"` is the active policy,
   `agent@v3` pins one. `metadata={"environment": "textworld", "task": "900000"}` plays that task on the server.
-  `POST /v1/responses` is the same in the words of the Responses API.
-* **Say how it went**: `POST /v1/feedback` with the `id` of the answer; `POST /v1/feedback/links` makes a
-  link for somebody without a key.
+  `POST /v1/responses` offers the same through the Responses API.
+* **Give feedback**: `POST /v1/feedback` with the `id` of the answer; `POST /v1/feedback/links` makes a link for
+  a person without a key.
 * **Learn**: `POST /v1/cycles`, then watch `GET /v1/cycles/{id}` and read `GET /v1/cycles/{id}/report`.
 * **Decide**: `POST /v1/policies/{version}/promote` and `POST /v1/policies/rollback`.
 
-Once a key was made (`POST /v1/keys`), every request but those for health needs `Authorization: Bearer <key>`.
+Once a key exists (`POST /v1/keys`), every request except health checks needs `Authorization: Bearer <key>`.
 
 Every error is `{"error": {"message", "type", "param", "code"}}`.
 """
 
 TAGS = [
-    {"name": "chat", "description": "Ask the agent, or have it play a task."},
-    {"name": "responses", "description": "The same, in the words of the Responses API."},
+    {"name": "chat", "description": "Send messages to the agent, or let it play a task."},
+    {"name": "responses", "description": "The same through the Responses API."},
     {"name": "models", "description": "The names under which the agent answers."},
-    {"name": "feedback", "description": "Say how an episode went."},
-    {"name": "trajectories", "description": "What was lived, step by step."},
-    {"name": "policies", "description": "Who acts, who acted, who may."},
-    {"name": "cycles", "description": "Turns of the loop: collect, learn, prove, swap or reject."},
-    {"name": "insights", "description": "Lessons in words."},
-    {"name": "exemplars", "description": "Past successes that are shown again."},
-    {"name": "documents", "description": "What the agent was given to read."},
-    {"name": "environments", "description": "Where tasks can be played again."},
-    {"name": "keys", "description": "Who may ask, for what, and how much."},
-    {"name": "index", "description": "What finds memories; rebuilt from the rows at any time."},
-    {"name": "health", "description": "Alive, ready, sound; and counted."},
+    {"name": "feedback", "description": "Feedback on episodes."},
+    {"name": "trajectories", "description": "Recorded episodes, step by step."},
+    {"name": "policies", "description": "Versions of what acts: base model, adapter and prompt."},
+    {"name": "cycles", "description": "Learning cycles: collect, train, evaluate, promote or reject."},
+    {"name": "insights", "description": "Lessons as text, learned across tasks."},
+    {"name": "exemplars", "description": "Past successes that are shown in prompts."},
+    {"name": "documents", "description": "Texts that the agent can search."},
+    {"name": "environments", "description": "Tasks that can be played again."},
+    {"name": "keys", "description": "API keys: scopes and quotas."},
+    {"name": "index", "description": "The search index over memories; it can be rebuilt from the rows at any time."},
+    {"name": "health", "description": "Liveness, readiness, diagnosis and metrics."},
 ]
 
 ROUTERS = (
@@ -102,7 +97,7 @@ ROUTERS = (
     docs_page,
 )
 READABLE_HEADERS = ("X-Trajectory-Id", "X-Episode-Id", "X-Policy", "Retry-After")
-"""What a web page's scripts may read of an answer besides its body."""
+"""Headers that scripts of other origins may read."""
 
 
 def create_app(services: Services) -> FastAPI:
@@ -113,13 +108,13 @@ def create_app(services: Services) -> FastAPI:
         summary="An agent runtime with self-improving memory.",
         description=DESCRIPTION,
         openapi_tags=TAGS,
-        docs_url=None,  # docs_page has both
+        docs_url=None,  # served by docs_page, without a network
         redoc_url=None,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.state.services = services
     errors.add_error_handlers(app)
-    refused = refusals(
+    common_errors = error_responses(
         BadRequest,
         Unauthorized,
         Forbidden,
@@ -130,30 +125,33 @@ def create_app(services: Services) -> FastAPI:
         TooManyRequests,
     )
     for module in ROUTERS:
-        app.include_router(module.router, responses={} if module is health else refused)
-    app.add_middleware(Gate, services=services, routes=app.router.routes)
+        app.include_router(module.router, responses={} if module is health else common_errors)
+    # Starlette runs the middleware added last first: metrics, origin check, CORS, authentication, routes.
+    app.add_middleware(AuthMiddleware, services=services, routes=app.router.routes)
     if services.server.cors_origins:
-        app.add_middleware(  # outside the gate: a preflight brings no key, and refusals must be readable too
+        app.add_middleware(  # outside authentication: preflights have no key, and pages must be able to read errors
             CORSMiddleware,
             allow_origins=services.server.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=READABLE_HEADERS,
         )
-    app.add_middleware(RefuseForeignPages, config=services.server)
-    app.add_middleware(MeasureRequests, telemetry=services.agent.telemetry)  # the last is the outermost
-    app.openapi = partial(describe_api, app)
+    # Outside CORS, which answers preflights itself: a request under a foreign host name must not reach even that.
+    app.add_middleware(OriginCheck, config=services.server)
+    app.add_middleware(RequestMetrics, telemetry=services.agent.telemetry)
+    app.openapi = partial(describe_api, app)  # FastAPI calls it on every request of /openapi.json
     return app
 
 
 def describe_api(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI page: with the key that every closed route asks for, without the 422 that none answers."""
-    page = FastAPI.openapi(app)
+    """Return the OpenAPI document, with each route's security and without FastAPI's 422, which no route returns."""
+    document = FastAPI.openapi(app)
+    # FastAPI declares its own validation errors; `errors.py` answers 400 instead.
     for unused in ("HTTPValidationError", "ValidationError"):
-        page["components"]["schemas"].pop(unused, None)
-    page.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    for path, methods in page["paths"].items():
+        document["components"]["schemas"].pop(unused, None)
+    document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, methods in document["paths"].items():
         for route in methods.values():
             route["security"] = [] if is_open(path) else [{"key": []}]
             route["responses"].pop("422", None)
-    return page
+    return document

@@ -1,17 +1,16 @@
-"""What went wrong, as an OpenAI client understands it. The only file of the project that knows HTTP status codes.
+"""Maps every exception to an HTTP status and an error body of OpenAI's shape. No other file uses status codes.
 
-Refuses to know where an error came from or how to avoid it: an exception's own message names the offender and the mend.
-Flow: a route raises one of the classes below, or lets an exception of memory or of the runtime pass;
-`add_error_handlers` turns each into `{"error": {"message", "type", "param", "code"}}`. Two statuses are ours:
+A route raises one of the classes below, or lets an exception of memory or of the runtime propagate;
+`add_error_handlers` turns each into `{"error": {"message", "type", "param", "code"}}`. Two statuses are not OpenAI's:
 
-    502  the episode FAILED: `code` is the class of the error that ended it, `trajectory_id` leads to its record
-    507  memory cannot write (disk full, I/O error): nothing is acknowledged that isn't stored
+    502  the episode FAILED: `code` is the class of the error that ended it, `trajectory_id` names its record
+    507  memory cannot write (disk full, I/O error): no request is acknowledged that isn't stored
 
     ApiError
     ├── BadRequest       400
     ├── Unauthorized     401, with WWW-Authenticate
     ├── Forbidden        403
-    ├── NotFound         404, also for what is another tenant's
+    ├── NotFound         404, also for rows of another tenant
     ├── RequestTimeout   408
     ├── Conflict         409
     ├── TooLarge         413
@@ -20,21 +19,21 @@ Flow: a route raises one of the classes below, or lets an exception of memory or
     ├── TooManyRequests  429, with Retry-After
     ├── HeadTooLarge     431
     ├── Gone             410
-    ├── ClientLeft       499, read by nobody
+    ├── ClientLeft       499, in metrics only
     ├── EpisodeFailed    502
     ├── NotReady         503, with Retry-After
     │   └── InMaintenance
     ├── Overloaded       503, with Retry-After
     └── NotStored        507
 
-Invariant: no answer, however unlucky, is of any other shape.
+Invariant: every error answer has this shape.
+Hazard: the message of an unexpected exception may quote a user's text; it is sent to the client, and not logged here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from traceback import format_tb
-from typing import Any
+from typing import Any, cast
 
 import structlog
 from fastapi import FastAPI, Request
@@ -42,6 +41,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import ExceptionHandler
 
 from memory.errors import (
     AdapterRefused,
@@ -77,20 +77,20 @@ OK = 200
 CREATED = 201
 ACCEPTED = 202
 RETRY_AFTER_SECONDS = 30
-"""What is told to whom comes during maintenance; the official clients heed up to 60."""
-SHED = (429, 503)
-"""What is counted as turned away for the load's sake."""
+"""Sent during maintenance. The official OpenAI clients obey values up to 60."""
+LOAD_STATUSES = (429, 503)
+"""Counted as rejections because of load."""
 
 log = structlog.get_logger()
 
 
 class ApiError(Exception):
-    """Something a route says no with. `param` names the field at fault, `code` is for programs."""
+    """Base of the errors that a route answers with. `param` names the invalid field, `code` is for programs."""
 
     status = 500
     type = "server_error"
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, **extra: Any) -> None:
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, **extra: str | None) -> None:
         super().__init__(message)
         self.param = param
         self.code = code
@@ -99,14 +99,14 @@ class ApiError(Exception):
 
 
 class BadRequest(ApiError):
-    """The request itself is at fault."""
+    """The request is invalid."""
 
     status = 400
     type = "invalid_request_error"
 
 
 class Unauthorized(ApiError):
-    """No key, or none that is known here."""
+    """The API key is missing or not valid."""
 
     status = 401
     type = "authentication_error"
@@ -117,28 +117,28 @@ class Unauthorized(ApiError):
 
 
 class Forbidden(ApiError):
-    """The key is known, but this is not for it."""
+    """The key is valid but does not permit this."""
 
     status = 403
     type = "permission_error"
 
 
 class NotFound(ApiError):
-    """The request names something that is not there."""
+    """The request names something that does not exist."""
 
     status = 404
     type = "invalid_request_error"
 
 
 class Conflict(ApiError):
-    """The request is sound, but something else stands in its way."""
+    """The request is valid but conflicts with the current state."""
 
     status = 409
     type = "conflict_error"
 
 
 class TooLarge(ApiError):
-    """The request is longer than this server takes."""
+    """The request is larger than this server accepts."""
 
     status = 413
     type = "invalid_request_error"
@@ -163,33 +163,33 @@ class UnsupportedMediaType(ApiError):
 
 
 class Misdirected(ApiError):
-    """The request names a host that is not this server."""
+    """The request names a host under which this server does not answer."""
 
     status = 421
     type = "invalid_request_error"
 
 
 class HeadTooLarge(ApiError):
-    """The request's headers are longer than this server takes."""
+    """The request's headers are larger than this server accepts."""
 
     status = 431
     type = "invalid_request_error"
 
 
 class TooManyRequests(ApiError):
-    """The key's quota is used up for now."""
+    """The key's quota is used up."""
 
     status = 429
     type = "rate_limit_error"
 
     def __init__(self, message: str, *, limited: str, retry_after_seconds: int) -> None:
         super().__init__(message, code="rate_limit_exceeded")
-        self.type = limited  # "requests" or "tokens", as OpenAI has it
+        self.type = limited  # "requests" or "tokens", like OpenAI's errors
         self.headers = {"Retry-After": str(retry_after_seconds)}
 
 
 class Gone(ApiError):
-    """What was asked for was there, and its time is over."""
+    """The requested resource has expired."""
 
     status = 410
     type = "invalid_request_error"
@@ -203,14 +203,14 @@ class EpisodeFailed(ApiError):
 
 
 class ClientLeft(ApiError):
-    """The client closed the connection; nobody reads this."""
+    """The client closed the connection: only logs and metrics see this answer."""
 
     status = 499
     type = "client_left"
 
 
 class NotReady(ApiError):
-    """The engine does not answer yet, or not now; the same request may succeed later."""
+    """The engine does not answer now; the same request may succeed later."""
 
     status = 503
     type = "not_ready_error"
@@ -221,32 +221,32 @@ class NotReady(ApiError):
 
 
 class InMaintenance(NotReady):
-    """The engine is stopped on purpose and comes back by itself; the same request succeeds then."""
+    """The engine is stopped for maintenance; the same request succeeds after it."""
 
     def __init__(self, message: str, *, code: str = "engine_in_maintenance") -> None:
         super().__init__(message, code=code, retry_after_seconds=RETRY_AFTER_SECONDS)
 
 
 class Overloaded(ApiError):
-    """There is more to do than the engine holds; the same request may be taken in a moment."""
+    """The server is at capacity; the same request may succeed in a moment."""
 
     status = 503
     type = "overloaded_error"
 
-    def __init__(self, message: str, *, code: str = "engine_overloaded", **extra: Any) -> None:
+    def __init__(self, message: str, *, code: str = "engine_overloaded", **extra: str | None) -> None:
         super().__init__(message, code=code, **extra)
         self.headers = {"Retry-After": "1"}
 
 
 class NotStored(ApiError):
-    """Memory cannot write: the disk is full or fails. Nothing of the request was kept."""
+    """Memory cannot write: the disk is full or fails. Nothing of the request was stored."""
 
     status = 507
     type = "storage_error"
 
 
 class ErrorBody(BaseModel):
-    """The inside of an error answer."""
+    """The fields of an error."""
 
     message: str
     type: str
@@ -256,12 +256,12 @@ class ErrorBody(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """The shape of every error, as the OpenAI API has it."""
+    """The body of every error answer, like the OpenAI API's."""
 
     error: ErrorBody
 
 
-# What memory and the runtime raise, and what each becomes. The nearest class counts.
+# Exceptions of memory and the runtime. The first class in an exception's MRO decides: the order here does not matter.
 KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     UnknownTrajectory: (NotFound, "trajectory_not_found"),
     UnknownPolicy: (NotFound, "policy_not_found"),
@@ -288,29 +288,31 @@ KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     EngineError: (NotReady, "engine_not_ready"),
     EpisodeError: (EpisodeFailed, "episode_failed"),
     GameNotCompiled: (EpisodeFailed, "game_not_compiled"),
+    # Also the ValueError of a bug: it is answered with 400 and is not logged.
     ValueError: (BadRequest, "invalid_value"),
 }
 
 
 def error_body(error: ApiError) -> dict[str, Any]:
-    """Return the body of the answer that `error` becomes."""
-    inside = {"message": str(error), "type": error.type, "param": error.param, "code": error.code, **error.extra}
-    return {"error": inside}
+    """Return the JSON body that answers with `error`."""
+    fields = {"message": str(error), "type": error.type, "param": error.param, "code": error.code, **error.extra}
+    return {"error": fields}
 
 
 def classify(error: Exception) -> ApiError:
-    """Return the API error that `error` becomes; what nobody foresaw becomes a 500 that names its class."""
+    """Return the API error for any exception; an unexpected one becomes a 500 that names its class."""
     if isinstance(error, ApiError):
         return error
     for parent in type(error).__mro__:
         if parent in KNOWN_EXCEPTIONS:
             kind, code = KNOWN_EXCEPTIONS[parent]
+            # The table may name only classes whose constructor takes a message and a code.
             return kind(str(error) or parent.__name__, code=code)
     return ApiError(f"{type(error).__name__}: {error}", code="internal_error")
 
 
 def describe_invalid(error: RequestValidationError) -> ApiError:
-    """Return one sentence for what FastAPI found wrong with a request: the first field at fault, and how many more."""
+    """Return an error for FastAPI's validation: a sentence on the first invalid field, and the number of others."""
     problems = list(error.errors())
     first = problems[0]
     if first["type"] == "json_invalid":
@@ -318,53 +320,58 @@ def describe_invalid(error: RequestValidationError) -> ApiError:
         return BadRequest(
             f"the body is not valid JSON: {reason} at character {first['loc'][-1]}", code="malformed_json"
         )
-    place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header"))
-    message = first["msg"].removeprefix("Value error, ")
-    offender = "" if first["type"] == "missing" or place == "" else f" (got {_shorten(first.get('input'))})"
+    field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header"))
+    message = first["msg"].removeprefix("Value error, ")  # pydantic's prefix for a validator's ValueError
+    value = "" if first["type"] == "missing" or field == "" else f" (got {_shorten(first.get('input'))})"
     more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
-    return BadRequest(f"{place or 'the body'}: {message}{offender}{more}", param=place or None, code="invalid_value")
+    return BadRequest(f"{field or 'the body'}: {message}{value}{more}", param=field or None, code="invalid_value")
 
 
-def _shorten(value: Any, limit: int = 80) -> str:
+def _shorten(value: object, limit: int = 80) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def refusals(*kinds: type[ApiError]) -> Mapping[int | str, dict[str, Any]]:
-    """Return the `responses` of a route that may refuse in these ways, for the OpenAPI page."""
+def error_responses(*kinds: type[ApiError]) -> dict[int | str, dict[str, Any]]:
+    """Return the `responses` argument of a route that may answer with these errors, for the OpenAPI document."""
     return {kind.status: {"model": ErrorAnswer, "description": (kind.__doc__ or "").split("\n")[0]} for kind in kinds}
 
 
-def respond(error: ApiError) -> JSONResponse:
+def error_response(error: ApiError) -> JSONResponse:
+    """Return the HTTP response for `error`, headers included."""
     return JSONResponse(error_body(error), status_code=error.status, headers=error.headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Teach `app` to answer every error in the one shape."""
+    """Register handlers with `app` that answer every exception in OpenAI's shape."""
 
     async def answer_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return respond(describe_invalid(error))
+        return error_response(describe_invalid(error))
 
     async def answer_http(request: Request, error: HTTPException) -> JSONResponse:
         kind = NotFound if error.status_code == NotFound.status else BadRequest
-        refusal = kind(f"{error.detail}: {request.method} {request.url.path}", code="no_such_route")
-        refusal.status = error.status_code
-        refusal.headers = dict(error.headers or {})
-        return respond(refusal)
+        api_error = kind(f"{error.detail}: {request.method} {request.url.path}", code="no_such_route")
+        api_error.status = error.status_code
+        api_error.headers = dict(error.headers or {})
+        return error_response(api_error)
 
-    async def answer_known(request: Request, error: Exception) -> JSONResponse:
-        refusal = classify(error)
-        if refusal.status in SHED:
-            request.app.state.services.agent.telemetry.shed(refusal.code or refusal.type)
-        if isinstance(refusal, NotStored) or type(refusal) is ApiError:
-            # Without the message of what nobody foresaw: it may hold a person's words.
-            said = repr(error) if isinstance(error, StorageError) else type(error).__name__
-            log.error(
-                "request failed", path=request.url.path, error=said, trace="".join(format_tb(error.__traceback__))
-            )
-        return respond(refusal)
+    async def answer_exception(request: Request, error: Exception) -> JSONResponse:
+        api_error = classify(error)
+        if api_error.status in LOAD_STATUSES:
+            request.app.state.services.agent.telemetry.shed(api_error.code or api_error.type)
+        if isinstance(api_error, NotStored) or type(api_error) is ApiError:
+            # Only the class of an unexpected exception is logged: its message may quote a user's text.
+            description = repr(error) if isinstance(error, StorageError) else type(error).__name__
+            trace = "".join(format_tb(error.__traceback__))
+            # The route, not the path: the path of a feedback link is its token.
+            route = getattr(request.scope.get("route"), "path", None)
+            log.error("request failed", route=route, error=description, trace=trace)
+        return error_response(api_error)
 
-    app.add_exception_handler(RequestValidationError, answer_invalid)
-    app.add_exception_handler(HTTPException, answer_http)
+    # Starlette types handlers as taking any Exception, although it calls each with its own class only.
+    app.add_exception_handler(RequestValidationError, cast(ExceptionHandler, answer_invalid))
+    app.add_exception_handler(HTTPException, cast(ExceptionHandler, answer_http))
+    # `Exception` alone is handled by Starlette outside of all middleware, and raised again after the answer: such a 500
+    # has no CORS headers, and uvicorn 0.54 logs it with a traceback (observability/logs.py leaves its message out).
     for kind in (ApiError, *KNOWN_EXCEPTIONS, Exception):
-        app.add_exception_handler(kind, answer_known)
+        app.add_exception_handler(kind, answer_exception)

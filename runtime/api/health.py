@@ -1,7 +1,7 @@
-"""Alive, ready, sound: three questions of growing price.
+"""The health routes, from cheap to expensive.
 
-`/healthz` says that the process answers; `/readyz` that the engine has generated a real token since its last start and
-that the active policy is worn; `/v1/doctor` looks at everything and generates another token. Refuses to mend anything.
+`/healthz` shows that the process answers; `/readyz`, that the engine has generated a real token since its last start
+and serves the active policy; `/v1/doctor` checks everything and generates another token. None of them repairs anything.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from runtime import doctor
-from runtime.api.errors import NotReady, refusals
+from runtime.api.errors import NotReady, error_responses
 from runtime.api.services import Server, Services
 from runtime.errors import EngineInMaintenance
 
@@ -21,7 +21,7 @@ router = APIRouter(tags=["health"])
 
 
 class Alive(BaseModel):
-    """The process answers; `engine` says whether turns are answered too, `detail` why not."""
+    """The process answers; `engine` shows whether turns are answered too, `detail` why not."""
 
     status: str = "alive"
     engine: Literal["ready", "not_ready", "maintenance"]
@@ -29,7 +29,7 @@ class Alive(BaseModel):
 
 
 class Ready(BaseModel):
-    """The agent answers, as `policy`. `refusal`: why a newer active policy is not what is worn."""
+    """The agent answers as `policy`. `refusal`: why a newer active policy is not served."""
 
     status: str = "ready"
     policy: str
@@ -38,7 +38,7 @@ class Ready(BaseModel):
 
 
 class CheckDetail(BaseModel):
-    """One thing looked at; `mend` says what to do where it isn't well."""
+    """One check; `mend` names the remedy if it failed."""
 
     name: str
     is_ok: bool
@@ -47,7 +47,7 @@ class CheckDetail(BaseModel):
 
 
 class Diagnosis(BaseModel):
-    """Everything looked at."""
+    """The result of all checks."""
 
     is_ok: bool
     checks: list[CheckDetail]
@@ -59,33 +59,36 @@ def require_ready(server: Services) -> None:
     if not server.engine.is_ready:
         raise NotReady("the engine is starting, or being restarted: no token generated yet")
     if server.hotswap.active_version is None:
-        raise NotReady(f"no policy is worn yet: {server.hotswap.refusal or 'in a moment'}", code="policy_not_worn")
+        # The code's old word stays: codes are part of the API.
+        raise NotReady(f"no policy is served yet: {server.hotswap.refusal or 'in a moment'}", code="policy_not_worn")
 
 
 @router.get("/healthz", summary="Is the process alive?")
 async def healthz(server: Server) -> Alive:
-    """200 as long as the process answers, whatever the engine does."""
+    """200 as long as the process answers, whatever the engine's state."""
     try:
         require_ready(server)
-    except EngineInMaintenance as closed:
-        return Alive(engine="maintenance", detail=str(closed))
-    except NotReady as missing:
-        return Alive(engine="not_ready", detail=str(missing))
+    except EngineInMaintenance as error:
+        return Alive(engine="maintenance", detail=str(error))
+    except NotReady as error:
+        return Alive(engine="not_ready", detail=str(error))
     return Alive(engine="ready")
 
 
-@router.get("/readyz", summary="Does the agent answer?", responses=refusals(NotReady))
+@router.get("/readyz", summary="Does the agent answer?", responses=error_responses(NotReady))
 async def readyz(server: Server) -> Ready:
-    """200 only after one really generated token; 503 with Retry-After while the engine starts or restarts, or is
-    stopped for a while (`engine_in_maintenance`)."""
+    """200 only after the engine has generated a real token; 503 with Retry-After while it starts, restarts or is in
+    maintenance (`engine_in_maintenance`)."""
     require_ready(server)
+    assert server.hotswap.active_version is not None  # `require_ready` raises otherwise
     policy = server.memory.policies.get(server.hotswap.active_version)
     return Ready(policy=policy.name, base_model=policy.base_model, refusal=server.hotswap.refusal)
 
 
-@router.get("/v1/doctor", summary="Is everything sound?")
+@router.get("/v1/doctor", summary="Check everything")
 async def diagnose(server: Server) -> Diagnosis:
-    """Check the rows, the index, the encoder, the engine by a real token, LoRA, disk and GPU."""
+    """Checks the rows, the index, the encoder, the engine with a real token, LoRA, disk and GPU."""
+    # In a thread: these checks read the whole database and may load an encoder.
     at_rest = await asyncio.to_thread(doctor.check_at_rest, server.memory)
     checks = [*at_rest, *await doctor.check_engine(server.engine)]
     if server.check_training is not None:

@@ -1,75 +1,78 @@
-"""`/metrics`, as Prometheus reads it.
+"""`/metrics` in Prometheus' text format.
 
-Refuses to count: the hot instruments are telemetry's, everything else is read, when somebody asks, from the rows and
-from the parts that count it. The route is a plain function, so that all of that happens in a thread.
+Telemetry counts the frequent events; everything else is read from the rows and from the components at each scrape.
+Hazard: the route is a plain function on purpose, so that FastAPI runs it in a thread: it reads the database.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from memory.cycles import FINAL_STAGES
+from memory.records.cycles import FINAL_STAGES
 from memory.schema import CycleStage, Policy, PolicyStage
-from memory.tally import BOUNDS, Tally
+from memory.storage.histogram import BOUNDS, Histogram
 from runtime.api.services import Server, Services
-from runtime.telemetry import STATE
+from runtime.observability.telemetry import STATE_METRICS
 
 router = APIRouter(tags=["health"])
 
 SHOWN_STAGES = (PolicyStage.ACTIVE, PolicyStage.CANARY, PolicyStage.CANDIDATE)
 
-Samples = Iterable[tuple[tuple[str, ...], float]]
+LabelledValues = Iterable[tuple[tuple[str, ...], float]]
+"""(label values in the order of the metric's labels, value)"""
 
 
-@router.get("/metrics", summary="Everything that is counted, for Prometheus", response_class=Response)
+@router.get("/metrics", summary="Read all metrics, for Prometheus", response_class=Response)
 def metrics(server: Server) -> Response:
-    """Prometheus' text format. `docs/grafana.json` is a dashboard over it."""
-    state = CollectorRegistry()
-    state.register(State(server))
-    text = generate_latest(server.agent.telemetry.registry) + generate_latest(state)
+    """Prometheus' text format. `docs/grafana.json` is a dashboard for it."""
+    registry = CollectorRegistry()
+    registry.register(StateCollector(server))
+    # No name may be in both: Prometheus rejects a scrape that declares a metric twice.
+    text = generate_latest(server.agent.telemetry.registry) + generate_latest(registry)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-class State:
-    """Reads what is counted elsewhere, once for each question."""
+class StateCollector(Collector):
+    """Collects the metrics of `telemetry.STATE_METRICS` once for each scrape."""
 
     def __init__(self, server: Services) -> None:
         self._server = server
 
     def describe(self) -> list[Metric]:
-        return []
+        return []  # otherwise `register` would call `collect` for the names
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._of_the_log()
-        yield from self._of_policies()
-        yield from self._of_cycles()
+        yield from self._collect_memory()
+        yield from self._collect_policies()
+        yield from self._collect_cycles()
 
-    def _of_the_log(self) -> Iterator[Metric]:
+    def _collect_memory(self) -> Iterator[Metric]:
         memory = self._server.memory
-        closed = memory.trajectories.num_closed
+        closed = memory.trajectories.num_closed  # `list`: the event loop adds keys while this thread iterates
         yield counter("trajectories", (((outcome, split.value), n) for (outcome, split), n in list(closed.items())))
         yield counter("feedback", (((kind,), n) for kind, n in list(memory.feedback.num_posted.items())))
         yield gauge("queue", [((), memory.database.num_queued)])
         yield histogram("acknowledgement", {(): memory.database.acknowledgements})
-        yield histogram("retrieval", {(stage,): tally for stage, tally in memory.retrieval.seconds.items()})
-        yield counter("by_word_alone", [((), memory.index.num_without_meanings)])
+        yield histogram("retrieval", {(stage,): seconds for stage, seconds in memory.retrieval.seconds.items()})
+        yield counter("by_word_alone", [((), memory.index.num_without_vectors)])
 
-    def _of_policies(self) -> Iterator[Metric]:
+    def _collect_policies(self) -> Iterator[Metric]:
         server = self._server
         engine, hotswap = server.engine, server.hotswap
         shown = [
             policy
-            for policy in server.memory.policies.list()
+            for policy in server.memory.policies.select()
             if policy.stage in SHOWN_STAGES or policy.version in hotswap.loaded_versions
         ]
-        yield gauge("policy", ((_describe(policy, hotswap.active_version), 1) for policy in shown))
+        yield gauge("policy", ((_policy_labels(policy, hotswap.active_version), 1) for policy in shown))
         yield gauge("loaded", [((), len(hotswap.loaded_versions))])
         yield counter("swaps", [((), hotswap.num_swaps)])
         yield gauge("engine_ready", [((), float(engine.is_ready))])
@@ -77,58 +80,62 @@ class State:
         maintenance = server.maintenance
         yield gauge("maintenance", [((), float(maintenance is not None and maintenance.reason is not None))])
 
-    def _of_cycles(self) -> Iterator[Metric]:
+    def _collect_cycles(self) -> Iterator[Metric]:
         cycles = self._server.memory.cycles
         ended = cycles.outcomes()
         verdicts = [verdict for _, verdict in ended if verdict and "decision" in verdict]
-        at_once = {(verdict.get("policy"), verdict["decision"]) for verdict in verdicts}
-        judged = [(policy.version, policy.verdict) for policy in self._server.memory.policies.list() if policy.verdict]
-        # judged by the log, after its cycle had ended
-        verdicts += [verdict for version, verdict in judged if (version, verdict["decision"]) not in at_once]
+        counted = {(verdict.get("policy"), verdict["decision"]) for verdict in verdicts}
+        # A policy may be decided after its cycle has ended; such a verdict is on the policy's row alone.
+        verdicts += [
+            policy.verdict
+            for policy in self._server.memory.policies.select()
+            if policy.verdict and (policy.version, policy.verdict["decision"]) not in counted
+        ]
         decisions = Counter(verdict["decision"] for verdict in verdicts)
         yield counter("decisions", (((decision,), n) for decision, n in decisions.items()))
         outcomes = Counter(stage for stage, _ in ended)
-        yield counter("cycles", (((stage.value,), n) for stage, n in outcomes.items()))
-        open_one = cycles.unfinished()
-        stages = [stage for stage in CycleStage if stage not in FINAL_STAGES]
-        at = None if open_one is None else open_one.stage
-        yield gauge("cycle_stage", (((stage.value,), float(stage is at)) for stage in stages))
-        progress = {} if open_one is None else open_one.progress
+        yield counter("cycles", (((stage,), n) for stage, n in outcomes.items()))
+        running = cycles.unfinished()
+        current = None if running is None else running.stage
+        stages = dict.fromkeys([stage.value for stage in CycleStage if stage not in FINAL_STAGES])
+        stages |= {} if current is None else {current: None}
+        yield gauge("cycle_stage", (((stage,), float(stage == current)) for stage in stages))
+        progress = {} if running is None else running.progress
         yield gauge("cycle_progress", [((), progress.get("done", 0) / max(1, progress.get("total", 0)))])
-        yield counter("stage_seconds", (((stage.value,), n) for stage, n in list(cycles.stage_seconds.items())))
+        yield counter("stage_seconds", (((stage,), n) for stage, n in list(cycles.stage_seconds.items())))
 
 
-def counter(key: str, samples: Samples) -> Metric:
-    return _fill(CounterMetricFamily(**_head(key)), samples)
+def counter(key: str, values: LabelledValues) -> Metric:
+    """Return a counter; `key` is one of `STATE_METRICS`."""
+    name, documentation, labels = STATE_METRICS[key]
+    return _with_values(CounterMetricFamily(name, documentation, labels=labels), values)
 
 
-def gauge(key: str, samples: Samples) -> Metric:
-    return _fill(GaugeMetricFamily(**_head(key)), samples)
+def gauge(key: str, values: LabelledValues) -> Metric:
+    """Return a gauge; `key` is one of `STATE_METRICS`."""
+    name, documentation, labels = STATE_METRICS[key]
+    return _with_values(GaugeMetricFamily(name, documentation, labels=labels), values)
 
 
-def histogram(key: str, tallies: dict[tuple[str, ...], Tally]) -> Metric:
-    family = HistogramMetricFamily(**_head(key))
-    for labels, tally in tallies.items():
-        counts, sum_so_far = list(tally.counts), 0
-        buckets = []
-        for bound, count in zip((*map(str, BOUNDS), "+Inf"), counts, strict=True):
-            sum_so_far += count
-            buckets.append((bound, sum_so_far))
-        family.add_metric(labels, buckets, tally.total_seconds)
+def histogram(key: str, histograms: dict[tuple[str, ...], Histogram]) -> Metric:
+    """Return a histogram of seconds; `key` is one of `STATE_METRICS`."""
+    name, documentation, labels = STATE_METRICS[key]
+    family = HistogramMetricFamily(name, documentation, labels=labels)
+    for values, measured in histograms.items():
+        # Prometheus' buckets are cumulative, ours are not.
+        cumulative = itertools.accumulate(list(measured.counts))
+        # Read without a lock while another thread counts: the sum may be a moment newer than the buckets.
+        buckets = list(zip((*map(str, BOUNDS), "+Inf"), cumulative, strict=True))
+        family.add_metric(values, buckets, measured.total_seconds)
     return family
 
 
-def _describe(policy: Policy, worn: int | None) -> tuple[str, ...]:
+def _policy_labels(policy: Policy, served: int | None) -> tuple[str, ...]:
     adapter = Path(policy.adapter_path).name if policy.adapter_path else ""
-    return policy.name, policy.stage.value, policy.base_model, adapter, str(policy.version == worn).lower()
+    return policy.name, policy.stage.value, policy.base_model, adapter, str(policy.version == served).lower()
 
 
-def _head(key: str) -> dict[str, Any]:
-    name, explained, labels = STATE[key]
-    return {"name": name, "documentation": explained, "labels": labels}
-
-
-def _fill(family: CounterMetricFamily | GaugeMetricFamily, samples: Samples) -> Metric:
-    for labels, value in samples:
+def _with_values(family: CounterMetricFamily | GaugeMetricFamily, values: LabelledValues) -> Metric:
+    for labels, value in values:
         family.add_metric(labels, value)
     return family

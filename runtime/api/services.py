@@ -1,6 +1,6 @@
-"""What the routes are given to work with, and how a route asks for it.
+"""The components that routes work with, made by `serve.py` and injected by FastAPI.
 
-Refuses to know how any of it was made, and knows nothing of the optimizer: a cycle is something that can be started.
+The optimizer appears here only as the protocol `CycleRunner`: the runtime does not import it.
 Invariant: routes keep no state of their own; everything they change is a row.
 """
 
@@ -14,45 +14,52 @@ from fastapi import Depends, Request
 
 from memory.schema import Cycle, Policy
 from memory.store import Memory
-from runtime.agent import Agent
-from runtime.api.preparing import PreparationLimit
+from runtime.agent.graph import Agent
+from runtime.api.gateway.preparation_limit import PreparationLimit
 from runtime.config import LimitsConfig, ServerConfig
 from runtime.doctor import Check
-from runtime.engine import Engine
-from runtime.environments.base import Environment
-from runtime.errors import UnknownEnvironment
-from runtime.hotswap import HotSwap
+from runtime.engine.process import Engine
+from runtime.environments.base import Environment, find_environment
 from runtime.maintenance import Maintenance
+from runtime.serving.hotswap import HotSwap
 from runtime.tools.toolbox import Toolbox
 
 
-class CycleStarter(Protocol):
-    """Whoever can turn the loop once, in the background, and judge what came of it."""
+class CycleRunner(Protocol):
+    """Runs cycles in the background and decides on their candidates. The optimizer's learner implements it."""
 
     async def start(self, settings: dict[str, Any], *, may_loosen_bars: bool = False) -> Cycle:
-        """Open a cycle and set it going.
+        """Create a cycle's row and start the cycle.
 
         Raises:
-            CycleInProgress: one is under way.
-            ValueError: settings that cannot be, bars of a promotion that are looser than the operator's configuration
-                without `may_loosen_bars`, or too few trajectories to learn from.
+            CycleInProgress: another cycle is running.
+            ValueError: invalid settings, thresholds of the release gate below the operator's configuration without
+                `may_loosen_bars`, or too few trajectories to learn from.
         """
         ...
 
     async def check(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return what a cycle with these settings needs and how much of it there is; nothing is started.
+        """Return the needs of a cycle with these settings and their current amounts; starts nothing.
 
         Raises:
-            ValueError: settings that cannot be.
+            ValueError: invalid settings.
         """
         ...
 
+    async def resume(self) -> None:
+        """Resume the cycle that an earlier process left open, if there is one."""
+        ...
+
+    async def stop(self) -> None:
+        """Interrupt the running cycle; it is resumed at the next start."""
+        ...
+
     async def cancel(self, cycle_id: str) -> Cycle:
-        """Stop a cycle that is under way; it closes with an error that says so."""
+        """Stop a running cycle; it closes with the error that it was cancelled."""
         ...
 
     async def judge(self, policy: Policy) -> dict[str, Any]:
-        """Settle a cycle's candidate on tasks that have not decided on it yet; return the verdict.
+        """Decide on a cycle's candidate by tasks that no earlier decision on it used; return the verdict.
 
         Raises:
             CycleInProgress: held-out tasks would have to be played while a cycle plays.
@@ -68,39 +75,32 @@ class Services:
     agent: Agent
     engine: Engine
     hotswap: HotSwap
-    cycles: CycleStarter
+    cycles: CycleRunner
     environments: Mapping[str, Environment] = field(default_factory=dict)
     toolbox: Toolbox | None = None
-    """Opened before the engine starts, closed before it stops."""
+    """Opened before the engine starts, closed before it stops; None offers no tools."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     preparations: PreparationLimit = field(default_factory=PreparationLimit)
     maintenance: Maintenance | None = None
-    """None: the engine is never stopped on purpose."""
+    """None if the engine is never stopped for maintenance."""
     server: ServerConfig = field(default_factory=ServerConfig)
-    """Who may reach the server, and from where."""
+    """Address, allowed hosts and origins."""
     check_training: Callable[[], Awaitable[Check]] | None = None
-    """Says whether a cycle would find room to train; None: nobody here trains."""
+    """Checks whether the hardware has capacity for training; None if this process runs no cycles."""
 
     def require_serving(self) -> None:
-        """Raise EngineInMaintenance while the engine is stopped on purpose."""
+        """Raise EngineInMaintenance while the engine is stopped for maintenance."""
         if self.maintenance is not None:
             self.maintenance.require_serving()
 
     def environment(self, name: str) -> Environment:
-        """Return the environment called `name`.
-
-        Raises:
-            UnknownEnvironment: there is none; the message lists those there are.
-        """
-        if name not in self.environments:
-            known = ", ".join(sorted(self.environments)) or "none"
-            raise UnknownEnvironment(f"no environment is called {name!r}; there is: {known}")
-        return self.environments[name]
+        """Return the environment called `name`. Raises: UnknownEnvironment."""
+        return find_environment(self.environments, name)
 
 
-async def services_of(request: Request) -> Services:  # asynchronous, or FastAPI would ask it in a thread
+async def get_services(request: Request) -> Services:  # asynchronous, because FastAPI runs plain functions in a thread
     return request.app.state.services
 
 
-Server = Annotated[Services, Depends(services_of)]
-"""Ask for the services: `async def route(server: Server)`."""
+Server = Annotated[Services, Depends(get_services)]
+"""Injects the services: `async def route(server: Server)`."""

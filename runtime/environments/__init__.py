@@ -1,1 +1,1 @@
-"""Tasks that can be played again: each environment gives tools and, at the end, a reward."""
+"""Environments: tasks that can be played again, with tools to act on them and a reward at the end."""

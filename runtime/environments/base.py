@@ -1,31 +1,31 @@
-"""The seam to worlds that can be played again.
+"""The interface of environments, whose tasks can be played again.
 
-Refuses to know who plays, with which policy, or what becomes of the reward. An `Environment` names tasks and starts
-them; a `Playthrough` is one of them under way: tools act on it, and closing it yields the outcome.
-
+An `Environment` names tasks and starts them; a `Playthrough` is a started task: tools act on it, and closing it returns
+its `Outcome`. Nothing in it depends on a policy or on the use of rewards: evaluation and users share one code path.
 Invariant: the same task starts in the same state every time, in any process.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from memory.schema import Split, Task
+from runtime.errors import UnknownEnvironment
 from runtime.tools.base import Tool
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one playthrough was worth: `value` in [0, 1], and why."""
+    """The reward of one playthrough: `value` in [0, 1], with a reason in words."""
 
     value: float
     reason: str
 
 
 class Playthrough(ABC):
-    """One task under way. Its tools change it; once `is_done` no tool may act on it again."""
+    """One started task. Its tools change its state; once `is_done`, no tool may act on it again."""
 
     task: Task
     task_text: str
@@ -33,24 +33,23 @@ class Playthrough(ABC):
     tools: Sequence[Tool]
     is_done: bool = False
     closing_text: str = ""
-    """The environment's last words, once done."""
+    """The environment's last observation, once done."""
 
     @abstractmethod
     async def close(self) -> Outcome:
-        """Free what the playthrough holds and judge it. Called exactly once, done or not."""
+        """Release the playthrough's resources and score it. Called exactly once, done or not."""
 
 
 class Environment(ABC):
-    """A family of tasks in disjoint splits, each task found again by its name."""
+    """A family of tasks in disjoint splits; a task's name identifies it."""
 
     name: str
     system_prompt: str
     temperature: float | None = None
-    """How replies are sampled where the request does not say, for users and for the release gate alike; None: as the
-    agent is configured."""
+    """Sampling temperature unless the request sets one, for users and the release gate alike; None uses the agent's."""
     max_output_tokens: int = 512
-    """Most tokens of one model call where the request does not say: a move is short, and a model that rambles would
-    slow practice and evaluation down."""
+    """Maximum tokens of one model call unless the request sets one. A move is short; long replies would slow practice
+    and evaluation down."""
 
     @abstractmethod
     def task(self, name: str) -> Task:
@@ -65,13 +64,25 @@ class Environment(ABC):
         """Return `num_tasks` tasks of a split, always the same ones for the same arguments."""
 
     def sealed_tasks(self, num_tasks: int) -> list[Task]:
-        """Return up to `num_tasks` held-out tasks that `tasks` never returns; only a release's report plays them."""
+        """Return up to `num_tasks` held-out tasks that `tasks` never returns; only a cycle's report plays them."""
         return []
 
     async def prepare(self, tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Do ahead of time whatever starting these tasks would have to wait for. `on_progress(done, total)`."""
+        """Do slow work of starting these tasks ahead of time; call `on_progress(num_done, num_total)` after each."""
         return
 
     @abstractmethod
     async def start(self, task: Task) -> Playthrough:
         """Start `task` from its beginning."""
+
+
+def find_environment(environments: Mapping[str, Environment], name: str) -> Environment:
+    """Return the environment called `name`.
+
+    Raises:
+        UnknownEnvironment: no environment has that name; the message lists the existing ones.
+    """
+    if name not in environments:
+        known = ", ".join(sorted(environments)) or "none"
+        raise UnknownEnvironment(f"no environment is called {name!r}; there is: {known}")
+    return environments[name]

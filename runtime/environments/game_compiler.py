@@ -1,11 +1,11 @@
-"""Compile games as they are asked for, in a process of its own: `python -m runtime.environments.game_compiler`.
+"""The compiler process of `compilers.py`: `python -m runtime.environments.game_compiler`.
 
-A line on standard input is `{"seed", "game_file"}`; a line on standard output says that the file is there. Whatever
-goes wrong ends the process, with its trace on standard error.
+Each line on standard input is a job, `{"seed", "game_file"}`; each line on standard output confirms a compiled file.
+Any error ends the process with its traceback on standard error.
 
-The process leads a group of its own, and the compilers that TextWorld starts are in it. The end of standard input ends
-the whole group: a parent that was killed cannot leave a compiler behind. (The kernel's PR_SET_PDEATHSIG would end this
-process alone, and leave what TextWorld started.)
+Invariant: the process leads its own process group, which includes the compilers that TextWorld starts, and kills the
+group at the end of standard input. A killed parent therefore leaves no compiler behind. (The kernel's PR_SET_PDEATHSIG
+would end this process alone.)
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import threading
 from pathlib import Path
 
 NICENESS = 10
-"""Answering comes first: a game that is compiled a little later is no harm."""
+"""Lower priority than the server's: requests are more urgent than compiling."""
 
 
-def end_with_parent(orders: queue.Queue[str]) -> None:
-    """Hand on the orders; kill this process and all that it started when nobody can give any more."""
+def read_jobs(jobs: queue.Queue[str]) -> None:
+    """Put each line of standard input into `jobs`; kill the whole process group at its end."""
     for line in sys.stdin:
-        orders.put(line)
+        jobs.put(line)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
@@ -34,15 +34,16 @@ def main() -> None:
         sys.exit("this process kills its group at the end: start it in a session of its own")
     os.nice(NICENESS)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # TextWorld prints to standard output
-    orders: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=end_with_parent, args=(orders,), daemon=True).start()
+    os.dup2(2, 1)  # TextWorld prints to standard output, which carries the confirmations
+    jobs: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=read_jobs, args=(jobs,), daemon=True).start()
 
-    from runtime.environments.textworld import compile_cooking_game  # seconds, in which the parent may die
+    # After the thread has started: this import takes seconds, in which the parent may die.
+    from runtime.environments.textworld import compile_cooking_game
 
     while True:
-        order = json.loads(orders.get())
-        compile_cooking_game(order["seed"], Path(order["game_file"]))
+        job = json.loads(jobs.get())
+        compile_cooking_game(job["seed"], Path(job["game_file"]))
         print("compiled", file=answers, flush=True)
 
 

@@ -1,10 +1,9 @@
-"""TextWorld's cooking games: find the recipe, fetch, cut and cook what it names, eat the meal.
+"""TextWorld's cooking games: read the recipe, fetch, cut and cook its ingredients, eat the meal.
 
-Games come from seeds in three disjoint families. A seed becomes a compiled game once (about a second) and is kept in
-a cache directory. The reward is the game's own score over its maximum, so that winning is 1. What the agent reads is
-the game's own text, less what no player needs: the banner, the score lines, the cookbook's imprint.
-
-Refuses to know who plays. TextWorld: Côté et al., 2018 (arXiv 1806.11532).
+A task is a seed from one of three disjoint families; its game is compiled once (about a second) and cached. The reward
+is the game's score divided by its maximum: a won game gives 1. Observations are the game's text without the banner, the
+score lines and the cookbook's title page. TextWorld: Côté et al., 2018 (arXiv 1806.11532).
+Hazard: TextWorld's parsers share global state; all games run on the single thread of `GAME_THREAD`.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ import os
 import random
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 from memory.schema import Split, Task
 from runtime.environments.base import Environment, Outcome, Playthrough
@@ -25,21 +25,27 @@ from runtime.environments.compilers import CompilerPool
 from runtime.errors import UnknownTask
 from runtime.tools.base import Tool
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Never move a border or SEALED: seeds that a model trained on would become held-out, and old verdicts would compare
+# other games.
 FAMILIES = {
     "pretraining": range(100_000, 500_000),
     Split.PRACTICE: range(500_000, 900_000),
     Split.HELD_OUT: range(900_000, 1_000_000),
 }
 SEALED = range(990_000, 1_000_000)
-"""The held-out seeds that no list of tasks names."""
+"""Held-out seeds that `TextWorld.tasks` never returns."""
+# This prompt and ACT are in every pretraining row: with other words the pocket model's weights no longer fit.
 SYSTEM_PROMPT = "You play a text game. Reach its goal by calling act with one short command at a time."
 ACT = {
     "type": "object",
     "properties": {"command": {"type": "string"}},
     "required": ["command"],
 }
-ONE_AT_A_TIME = ThreadPoolExecutor(1, thread_name_prefix="textworld")
-"""TextWorld's parsers share state: two games loaded in two threads break each other. A step takes about 2 ms."""
+GAME_THREAD = ThreadPoolExecutor(1, thread_name_prefix="textworld")
+"""The only thread that loads and steps games. A step takes about 2 ms."""
 
 
 class TextWorld(Environment):
@@ -47,7 +53,7 @@ class TextWorld(Environment):
 
     name = "textworld"
     system_prompt = SYSTEM_PROMPT
-    temperature = 0.0  # a game has best commands: sampling loses games, and costs the gate several tries of each
+    temperature = 0.0  # sampling loses games, and would cost the release gate several tries of each task
 
     def __init__(self, cache_dir: Path, compilers: CompilerPool | None = None) -> None:
         self._cache_dir = cache_dir
@@ -66,7 +72,7 @@ class TextWorld(Environment):
         seeds = FAMILIES.get(split)
         if seeds is None:
             raise ValueError(f"textworld has no split {split!r}: use practice or held-out")
-        named = range(seeds.start, min(seeds.stop, SEALED.start))
+        named = range(seeds.start, min(seeds.stop, SEALED.start))  # the sealed seeds are inside of HELD_OUT
         return [self.task(str(seed)) for seed in named[offset : offset + num_tasks]]
 
     def sealed_tasks(self, num_tasks: int) -> list[Task]:
@@ -89,22 +95,23 @@ class TextWorld(Environment):
 
     async def start(self, task: Task) -> CookingPlaythrough:
         await self.prepare([task])
-        return await _in_turn(CookingPlaythrough, task, self._game_file(task.name))
+        return await _on_game_thread(CookingPlaythrough, task, self._game_file(task.name))
 
     def _game_file(self, name: str) -> Path:
         return self._cache_dir / f"cooking-{name}.z8"
 
 
 class CookingPlaythrough(Playthrough):
-    """One cooking game under way in an interpreter of its own."""
+    """One started cooking game, with its own interpreter."""
 
     def __init__(self, task: Task, game_file: Path) -> None:
-        import textworld  # here, so that naming tasks stays cheap
+        import textworld  # slow: here, so that listing tasks stays cheap
 
-        # The interpreter warns that it cannot score games it does not know; TextWorld scores them itself.
+        # The interpreter warns that it cannot score unknown games; TextWorld scores them itself.
         warnings.filterwarnings("ignore", message="Game .* is not fully supported")
-        wanted = textworld.EnvInfos(score=True, max_score=True, won=True, lost=True, inventory=True)
-        self._game = textworld.start(str(game_file), wanted)
+        infos = textworld.EnvInfos(score=True, max_score=True, won=True, lost=True, inventory=True)
+        self._game = textworld.start(str(game_file), infos)
+        # This constructor runs on GAME_THREAD as well: loading a game uses the shared parsers.
         self._state: Any = self._game.reset()
         self.task = task
         self.task_text = f"{readable(self._state.feedback)}\n{readable(self._state.inventory)}"
@@ -113,10 +120,10 @@ class CookingPlaythrough(Playthrough):
         ]
 
     async def _act(self, arguments: dict[str, Any]) -> str:
-        return await _in_turn(self.step, arguments["command"])
+        return await _on_game_thread(self.step, arguments["command"])
 
     def step(self, command: str) -> str:
-        """Give the game `command`; return what it says."""
+        """Execute `command` in the game; return the observation."""
         if self.is_done:
             return "The game is over."
         self._state, _, self.is_done = self._game.step(command)
@@ -132,37 +139,39 @@ class CookingPlaythrough(Playthrough):
     async def close(self) -> Outcome:
         score, max_score = self._state.score, self._state.max_score
         ending = "won" if self._state.won else "lost" if self._state.lost else "left unfinished"
-        await _in_turn(self._game.close)
+        await _on_game_thread(self._game.close)
         return Outcome(value=score / max_score, reason=f"{ending} with {score} of {max_score} points")
 
 
-async def _in_turn(function: Callable[..., Any], *arguments: Any) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(ONE_AT_A_TIME, function, *arguments)
+async def _on_game_thread(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    return await asyncio.get_running_loop().run_in_executor(GAME_THREAD, partial(function, *args, **kwargs))
 
 
-_NOT_FOR_READING = re.compile(
+# The transcripts of pretraining passed here too: other observations are foreign to the pocket model.
+_REMOVED_TEXT = re.compile(
     r"""
     ^.*?(?=You\ are\ hungry!)           # the banner
     | \n>[ ]*(-=.*)?$                   # the prompt and its status line
     | ^>.*$
     | Your\ score\ has\ just\ gone\ (up|down)\ by\ \w+\ points?\.
-    | You\ scored\ \d+\ out\ of\ .*$    # the tally and the restart prompt, to the end
-    | You\ open\ the\ copy\ of\ .*?\n\nIngredients   # the cookbook's imprint
+    | You\ scored\ \d+\ out\ of\ .*$    # the final score and the restart prompt, to the end
+    | You\ open\ the\ copy\ of\ .*?\n\nIngredients   # the cookbook's title page
     """,
     re.VERBOSE | re.DOTALL,
 )
 
 
 def readable(text: str) -> str:
-    """Return the game's text without banner, status line, score lines and imprint; one line per line."""
+    """Return the game's text without banner, status line, score lines, title page and empty lines."""
     text = text.replace("Ingredients:", "\n\nIngredients:") if "You open the copy" in text else text
-    text = _NOT_FOR_READING.sub(lambda m: "Ingredients" if m[0].endswith("Ingredients") else "", text)
+    text = _REMOVED_TEXT.sub(lambda m: "Ingredients" if m[0].endswith("Ingredients") else "", text)
     lines = (" ".join(line.split()) for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
 
-def cooking_settings(seed: int) -> dict[str, Any]:
-    """Return the difficulty of a seed's game: one room, 1 to 3 ingredients, most to be cut, some cooked beforehand."""
+def cooking_settings(seed: int) -> dict[str, int | bool | None]:
+    """Return the difficulty of a seed's game: one room, 1 to 3 ingredients, most to be cut, some already cooked."""
+    # The order of the draws defines every game: changing it changes all tasks.
     rng = random.Random(seed)
     num_ingredients = rng.choice([1, 2, 2, 3, 3])
     return {
@@ -179,16 +188,18 @@ def cooking_settings(seed: int) -> dict[str, Any]:
 
 
 def compile_cooking_game(seed: int, game_file: Path) -> None:
-    """Generate and compile the game of `seed` (one process, about a second); the file appears whole or not at all."""
+    """Generate and compile the game of `seed` (about a second); the file appears complete or not at all."""
     import textworld
     from textworld.challenges.tw_cooking import cooking
     from textworld.generator import compile_game
 
-    _skip_what_is_done_twice()
+    _skip_repeated_work()
     options = textworld.GameOptions()
     options.seeds = seed
-    game = cooking.make(cooking_settings(seed), options)
-    # Inform leaves half a file behind when it is interrupted, and the player needs the .json beside the .z8.
+    # TextWorld declares its settings as strings but documents and reads these types.
+    game = cooking.make(cast(Mapping[str, str], cooking_settings(seed)), options)
+    # Inform leaves a partial file behind when it is interrupted. The .json must exist before the .z8, because the
+    # player needs both and the .z8 marks the game as compiled.
     partial = game_file.with_name(f"partial-{os.getpid()}-{game_file.name}")
     options.path, options.force_recompile = str(partial), True
     compile_game(game, options)
@@ -197,8 +208,9 @@ def compile_cooking_game(seed: int, game_file: Path) -> None:
     partial.with_suffix(".ni").unlink(missing_ok=True)
 
 
-def _skip_what_is_done_twice() -> None:
-    """Load TextWorld's knowledge base once a process, and do not compile each game again to replay its walkthrough."""
+def _skip_repeated_work() -> None:
+    """Patch TextWorld: load its knowledge base once per process, and don't compile each game twice for its
+    walkthrough."""
     from functools import cache
 
     from textworld.generator.data import KnowledgeBase

@@ -1,1 +1,1 @@
-"""What the agent can do besides talk: functions, MCP servers, documents, the web, a sandboxed Python."""
+"""The agent's tools: Python functions, MCP servers, document search, web pages, sandboxed Python."""

@@ -1,10 +1,10 @@
-"""What a tool is, and a call that always comes back.
+"""The `Tool` type, and `run_tool`, which calls a tool with arguments that a model wrote.
 
-Refuses to know where a tool comes from, which episode a call belongs to, and what becomes of its result.
-Flow of a call: parse the arguments -> check them against the schema -> take a place -> call, within a deadline -> cut
-what is too long.
-Invariant: `run_tool` returns. A tool that raises, hangs, floods or is called wrongly yields text that tells the model
-so.
+Steps of a call: parse the arguments, validate them against the schema, acquire a slot, call with a deadline, truncate
+the result.
+Invariant: `run_tool` always returns. A tool that raises, hangs, returns too much or gets invalid arguments yields an
+error text for the model.
+Hazard: a blocking call cannot be cancelled; its slot stays occupied until it has really ended.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any
 
 import jsonschema
+import jsonschema.exceptions
 import referencing
 from referencing.exceptions import Unresolvable
 
@@ -31,105 +32,111 @@ MAX_ERROR_CHARS = 2_000
 
 @dataclass(frozen=True)
 class Tool:
-    """One thing the agent can do. `parameters` is the JSON schema of its arguments."""
+    """A function that a model can call. `parameters` is the JSON schema of its arguments."""
 
     name: str
     description: str
     parameters: dict[str, Any]
     call: Callable[[dict[str, Any]], Awaitable[str]]
-    """Given arguments that fit the schema. A Future that refuses to be cancelled keeps its place until it is done."""
+    """Receives arguments that match the schema. A Future that ignores cancellation keeps its slot until it is done."""
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
-    """For one call, the wait for a place included."""
+    """Maximum duration of a call, including the wait for a slot."""
     has_side_effects: bool = False
-    """Whether it changes anything outside of its episode. Then only an episode that somebody asked for calls it."""
+    """Whether it changes anything outside of its episode; only live episodes, which a client requested, call it
+    then."""
     is_trusted: bool = True
-    """Whether its results are the operator's to answer for. Text that others write (a web page, an MCP server) is
-    untrusted: an episode that read it teaches nothing until an operator approves it."""
+    """Whether the operator vouches for its results. Text that others write (a web page, an MCP server) is untrusted: no
+    cycle learns from an episode that read it until an operator approves the episode."""
     max_output_chars: int = 20_000
     max_concurrency: int | None = None
-    """Most calls at once, of all episodes together."""
+    """Maximum concurrent calls, of all episodes together; None is unlimited."""
     source: str = "this server"
-    """Where it comes from, for messages."""
+    """The tool's origin, for messages."""
     call_for: Callable[[str, dict[str, Any]], Awaitable[str]] | None = None
-    """Instead of `call`, for a tool that shows what belongs to a tenant: told whose episode it is."""
+    """Called with (tenant, arguments) instead of `call`, by tools whose data belongs to a tenant."""
 
     def definition(self) -> dict[str, Any]:
-        """Return the tool as the model is told of it, in OpenAI's form."""
+        """Return the tool's definition for the model, in OpenAI's format."""
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": function}
 
     @cached_property
     def validator(self) -> jsonschema.Draft202012Validator:
-        # An empty registry: by default jsonschema would fetch a remote $ref, wherever it points.
+        # An empty registry: by default jsonschema would fetch a remote $ref from any URL.
         return jsonschema.Draft202012Validator(self.parameters, registry=referencing.Registry())
 
     @cached_property
-    def places(self) -> asyncio.Semaphore | None:
-        """One for each call that may be under way."""
+    def slots(self) -> asyncio.Semaphore | None:
+        """A semaphore over the concurrent calls; None if they are unlimited."""
+        # Kept by this object alone: `replace` makes a tool with slots of its own, so replace before the first call.
         return None if self.max_concurrency is None else asyncio.Semaphore(self.max_concurrency)
 
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What the model reads, and what went wrong, if anything. `is_invalid`: the call itself was malformed."""
+    """The text for the model, and the error if there was one. `is_invalid`: the call itself was malformed."""
 
     content: str
     error: str | None = None
     is_invalid: bool = False
     is_trusted: bool = True
-    """False where text from elsewhere may be in it, errors included: they quote what was answered."""
+    """False if it may contain untrusted text; this includes errors, which may quote the tool's output."""
 
 
 async def run_tool(tool: Tool, arguments_json: str, *, tenant: str = "") -> ToolResult:
-    """Call `tool` with arguments as the model wrote them; return its result, or what was wrong in words."""
+    """Call `tool` with the JSON arguments that a model wrote; return its result or an error text. Never raises."""
     try:
         arguments = parse_arguments(arguments_json)
+        # On the event loop and outside of the deadline: a `pattern` in an MCP server's schema may backtrack for long.
         problem = jsonschema.exceptions.best_match(tool.validator.iter_errors(arguments))
     except ValueError as error:
-        return invalid(str(error))
+        return invalid_call(str(error))
     except (Unresolvable, RecursionError, re.error) as error:
-        return failed(f"{tool.name!r} cannot be called: {_describe(error)}")
+        return failed_call(f"{tool.name!r} cannot be called: {_describe(error)}")
     if problem is not None:
-        return invalid(f"the arguments of {tool.name!r} do not fit its schema: {problem.json_path}: {problem.message}")
+        message = f"the arguments of {tool.name!r} do not fit its schema: {problem.json_path}: {problem.message}"
+        return invalid_call(message)
 
     deadline = asyncio.get_running_loop().time() + tool.timeout_seconds
     try:
         async with asyncio.timeout_at(deadline):
-            if tool.places is not None:
-                await tool.places.acquire()
+            if tool.slots is not None:
+                await tool.slots.acquire()
     except TimeoutError:
-        return failed(f"TimeoutError: {tool.name!r} is busy: no place came free in {tool.timeout_seconds:g} seconds")
-    # A task, not `except Exception`: whatever a tool raises is data here, and our own cancellation is not.
-    asked = tool.call(arguments) if tool.call_for is None else tool.call_for(tenant, arguments)
-    running = asyncio.ensure_future(asked)
-    running.add_done_callback(lambda ended: _leave(tool, ended))
+        message = f"TimeoutError: {tool.name!r} is busy: no slot came free in {tool.timeout_seconds:g} seconds"
+        return failed_call(message)
+    # A task instead of `except Exception`: it separates a tool's exceptions from the cancellation of this coroutine.
+    call = tool.call(arguments) if tool.call_for is None else tool.call_for(tenant, arguments)
+    running = asyncio.ensure_future(call)
+    # No `await` between the acquired slot and this: a cancellation would lose the slot for good.
+    running.add_done_callback(lambda ended: _release_slot(tool, ended))
     try:
         await asyncio.wait({running}, timeout=deadline - asyncio.get_running_loop().time())
-        result = _judge(tool, running)
+        result = _to_result(tool, running)
         return replace(result, is_trusted=result.is_trusted and tool.is_trusted)
     finally:
         running.cancel()
 
 
-def _leave(tool: Tool, ended: asyncio.Future[str]) -> None:
-    """Give the place back, when the call has really ended: one that hangs on still uses what the limit protects."""
-    if tool.places is not None:
-        tool.places.release()
+def _release_slot(tool: Tool, ended: asyncio.Future[str]) -> None:
+    """Release the slot once the call has really ended: a call that hangs still uses the limited resource."""
+    if tool.slots is not None:
+        tool.slots.release()
     if not ended.cancelled():
-        ended.exception()  # seen, even when nobody waits any more
+        ended.exception()  # marks it as retrieved; otherwise asyncio logs it when nobody waits any more
 
 
-def _judge(tool: Tool, running: asyncio.Future[str]) -> ToolResult:
+def _to_result(tool: Tool, running: asyncio.Future[str]) -> ToolResult:
     if not running.done():
-        return failed(f"TimeoutError: {tool.name!r} gave no result within {tool.timeout_seconds:g} seconds")
+        return failed_call(f"TimeoutError: {tool.name!r} gave no result within {tool.timeout_seconds:g} seconds")
     if running.cancelled():
-        return failed(f"CancelledError: {tool.name!r} gave up")
+        return failed_call(f"CancelledError: {tool.name!r} gave up")
     if (error := running.exception()) is not None:
-        return failed(_describe(error))
+        return failed_call(_describe(error))
     result = running.result()
     if not isinstance(result, str):
-        return failed(f"{tool.name!r} returned {type(result).__name__}, not text")
-    return ToolResult(_cut(result, tool.max_output_chars), is_trusted=not isinstance(result, UntrustedText))
+        return failed_call(f"{tool.name!r} returned {type(result).__name__}, not text")
+    return ToolResult(_truncate(result, tool.max_output_chars), is_trusted=not isinstance(result, UntrustedText))
 
 
 def parse_arguments(arguments_json: str) -> dict[str, Any]:
@@ -143,24 +150,25 @@ def parse_arguments(arguments_json: str) -> dict[str, Any]:
     return arguments
 
 
-def invalid(message: str) -> ToolResult:
-    """Return the result of a call that was malformed."""
-    return ToolResult(f"Error: {_cut(message, MAX_ERROR_CHARS)}", _cut(message, MAX_ERROR_CHARS), is_invalid=True)
+def invalid_call(message: str) -> ToolResult:
+    """Return the result of a malformed call."""
+    return replace(failed_call(message), is_invalid=True)
 
 
-def failed(message: str) -> ToolResult:
-    """Return the result of a sound call that went wrong."""
-    return ToolResult(f"Error: {_cut(message, MAX_ERROR_CHARS)}", error=_cut(message, MAX_ERROR_CHARS))
+def failed_call(message: str) -> ToolResult:
+    """Return the result of a valid call that failed."""
+    message = _truncate(message, MAX_ERROR_CHARS)
+    return ToolResult(f"Error: {message}", error=message)
 
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, ToolError):
         return str(error)
-    # Not str(error): that is the tool's own code again, and may raise.
+    # Not str(error): __str__ may be the tool's own code and may raise.
     return "".join(traceback.format_exception_only(error)).strip()
 
 
-def _cut(text: str, max_chars: int) -> str:
+def _truncate(text: str, max_chars: int) -> str:
     if len(text) <= max_chars:
         return text
     return f"{text[:max_chars]}\n[{len(text) - max_chars} more characters were cut]"

@@ -1,7 +1,7 @@
-"""Python functions as tools: type hints become the schema, the docstring the description.
+"""Makes tools from Python functions: type hints become the schema, the docstring becomes the description.
 
-Refuses to know who calls and what a function does. A blocking function runs in a thread of its own, so that nothing
-else waits for it; an asynchronous one runs on the event loop and is trusted not to block it.
+A blocking function runs in a thread of its own, so that nothing else waits for it.
+Hazard: an asynchronous function runs on the event loop; if it blocks, it blocks the server.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import importlib
 import inspect
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from pydantic import BaseModel, create_model
 from pydantic import Field as ModelField
@@ -34,28 +35,29 @@ def tool_from_function(
     max_concurrency: int | None = None,
     source: str = "this server",
 ) -> Tool:
-    """Return a tool that calls `function`. A result that isn't a string is shown as JSON.
+    """Return a tool that calls `function`. A result that isn't a string is converted to JSON.
 
     Raises:
-        ValueError: a parameter without a type hint, with one that JSON has no word for, or without a name there.
+        ValueError: a parameter has no type hint, has one without a JSON schema, or cannot be passed by name.
     """
     name = name or function.__name__
     try:
         arguments_model = _model_arguments(function, name)
-        schema = _without_titles(arguments_model.model_json_schema())
+        schema = cast(dict[str, Any], _without_titles(arguments_model.model_json_schema()))
     except (NameError, PydanticUserError) as error:
         raise ValueError(f"tool {name!r}: its type hints make no JSON schema: {error}") from error
     description, _ = _split_docstring(inspect.getdoc(function) or "")
     fields = arguments_model.model_fields.items()
 
-    def read(arguments: dict[str, Any]) -> dict[str, Any]:
-        checked = arguments_model.model_validate(arguments)
-        return {field.alias: getattr(checked, attribute) for attribute, field in fields}
+    def convert(arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return keyword arguments of the types that the function declares."""
+        validated = arguments_model.model_validate(arguments)
+        return {field.alias or attribute: getattr(validated, attribute) for attribute, field in fields}
 
     def call(arguments: dict[str, Any]) -> Awaitable[str]:
         if inspect.iscoroutinefunction(function):
-            return _call_on_the_loop(function, lambda: read(arguments))
-        return _call_in_thread(function, lambda: read(arguments))
+            return _call_on_event_loop(function, lambda: convert(arguments))
+        return _call_in_thread(function, lambda: convert(arguments))
 
     return Tool(
         name,
@@ -73,7 +75,7 @@ def functions_at(path: str) -> list[Callable[..., Any]]:
     """Return the function at `package.module:function`, or all public functions of `package.module`.
 
     Raises:
-        ToolRefused: there is no such module or function, or the module has no public function.
+        ToolRefused: the module or function does not exist, or the module has no public function.
     """
     module_name, _, name = path.partition(":")
     try:
@@ -87,13 +89,13 @@ def functions_at(path: str) -> list[Callable[..., Any]]:
         return _public_functions(module)
     function = getattr(module, name, None)
     if not inspect.isroutine(function):
-        known = ", ".join(repr(one.__name__) for one in _public_functions(module))
+        known = ", ".join(repr(it.__name__) for it in _public_functions(module))
         raise ToolRefused(f"the module {module_name!r} has no function {name!r}; it has: {known}")
     return [function]
 
 
-def show(result: Any) -> str:
-    """Return a function's result as text. Raises ToolError when it has none."""
+def result_as_text(result: object) -> str:
+    """Return a function's result as text. Raises ToolError if it has no text form."""
     if isinstance(result, str):
         return result
     if isinstance(result, bytes | bytearray | memoryview):
@@ -104,50 +106,44 @@ def show(result: Any) -> str:
         raise ToolError(f"the result, a {type(result).__name__}, cannot be shown as JSON: {error}") from error
 
 
-class _Unstoppable(asyncio.Future):
-    """What a thread will deliver. It can't be cancelled, because a thread can't be."""
+class _UncancellableFuture(asyncio.Future[str]):
+    """The result of a thread. It ignores cancellation, because a thread cannot be cancelled."""
 
-    def cancel(self, msg: Any = None) -> bool:
+    def cancel(self, msg: object = None) -> bool:
         return False
 
 
-def _call_in_thread(function: Callable[..., Any], read: Callable[[], dict[str, Any]]) -> _Unstoppable:
-    """Call a blocking function in a daemon thread of its own.
-
-    Not in a pool: tools that hang would fill it, and everything else that blocks would wait behind them.
-    """
+def _call_in_thread(function: Callable[..., Any], convert: Callable[[], dict[str, Any]]) -> _UncancellableFuture:
+    """Call a blocking function in a daemon thread of its own."""
     loop = asyncio.get_running_loop()
-    delivered = _Unstoppable(loop=loop)
+    future = _UncancellableFuture(loop=loop)
+    # A thread begins with an empty context: logs of the tool would lose the trajectory's id.
     context = contextvars.copy_context()
 
-    def deliver(result: str | None, error: BaseException | None) -> None:
-        if error is None:
-            delivered.set_result(result)
-        else:
-            delivered.set_exception(error)
-
     def work() -> None:
-        result, error = None, None
         try:
-            result = show(context.run(lambda: function(**read())))
-        except StopIteration:  # a future refuses to carry it
-            error = RuntimeError("the tool raised StopIteration")
-        except BaseException as raised:  # delivered, not swallowed
-            error = raised
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(deliver, result, error)
+            result = result_as_text(context.run(lambda: function(**convert())))
+        except StopIteration:  # `set_exception` rejects it
+            settle = partial(future.set_exception, RuntimeError("the tool raised StopIteration"))
+        except BaseException as error:  # also SystemExit: it is handed to the loop, not swallowed
+            settle = partial(future.set_exception, error)
+        else:
+            settle = partial(future.set_result, result)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle)
 
     try:
+        # Not in a pool: tools that hang would fill it, and everything else that blocks would wait behind them.
         threading.Thread(target=work, name=f"tool-{function.__name__}", daemon=True).start()
     except RuntimeError as error:
-        delivered.set_exception(ToolError(f"the tool could not run: {error}"))
-    return delivered
+        future.set_exception(ToolError(f"the tool could not run: {error}"))
+    return future
 
 
-async def _call_on_the_loop(function: Callable[..., Awaitable[Any]], read: Callable[[], dict[str, Any]]) -> str:
+async def _call_on_event_loop(function: Callable[..., Awaitable[Any]], convert: Callable[[], dict[str, Any]]) -> str:
     try:
-        return show(await function(**read()))
-    except (SystemExit, KeyboardInterrupt) as error:  # out of a task, these would end the server
+        return result_as_text(await function(**convert()))
+    except (SystemExit, KeyboardInterrupt) as error:  # raised from a task, these would end the server
         raise ToolError(f"the tool raised {type(error).__name__}") from error
 
 
@@ -161,23 +157,25 @@ def _public_functions(module: ModuleType) -> list[Callable[..., Any]]:
 
 
 def _model_arguments(function: Callable[..., Any], name: str) -> type[BaseModel]:
-    """Return a model of the arguments. A parameter is a field's alias: as its name, `json` or `_x` would not do."""
+    """Return a pydantic model of the arguments."""
+    # Raises NameError for a type that is imported under TYPE_CHECKING only.
     hints = get_type_hints(function, include_extras=True)
     _, notes = _split_docstring(inspect.getdoc(function) or "")
     fields: dict[str, Any] = {}
-    for place, parameter in enumerate(inspect.signature(function).parameters.values()):
+    for position, parameter in enumerate(inspect.signature(function).parameters.values()):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise ValueError(f"tool {name!r}: parameter {parameter.name!r} has no name in JSON: make it a plain one")
         if parameter.name not in hints:
             raise ValueError(f"tool {name!r}: parameter {parameter.name!r} has no type hint: add one")
         default = ... if parameter.default is parameter.empty else parameter.default
         field = ModelField(default=default, description=notes.get(parameter.name), alias=parameter.name)
-        fields[f"argument_{place}"] = (hints[parameter.name], field)
+        # The parameter is the field's alias: pydantic rejects names such as `json` or `_x` for fields.
+        fields[f"argument_{position}"] = (hints[parameter.name], field)
     return create_model(name, __config__={"extra": "forbid"}, **fields)
 
 
 def _split_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """Return the description, and the notes of an `Args:` section by parameter."""
+    """Return the description, and the descriptions in the `Args:` section by parameter."""
     description, _, rest = text.partition("\nArgs:\n")
     notes: dict[str, str] = {}
     current = None
@@ -195,8 +193,8 @@ def _split_docstring(text: str) -> tuple[str, dict[str, str]]:
     return description.strip(), notes
 
 
-def _without_titles(schema: Any) -> Any:
-    """Drop the titles pydantic adds: they repeat the names, and the model pays for them in every prompt."""
+def _without_titles(schema: object) -> object:
+    """Remove the titles that pydantic adds: they repeat the names and cost tokens in every prompt."""
     if isinstance(schema, list):
         return [_without_titles(part) for part in schema]
     if not isinstance(schema, dict):

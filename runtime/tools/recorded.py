@@ -1,10 +1,8 @@
-"""What a tool with side effects is in a rehearsal: its record.
+"""Replaces tools with side effects in practice and held-out episodes by their recorded results.
 
-Practice and held-out episodes are rehearsals: they are played to learn and to measure, and nobody asked for what they
-would do out there. So they never hold such a tool itself, only its stand-in, which answers what the same call with
-the same arguments yielded when somebody did ask, or says that the tool is not available.
-
-Refuses to know how records are kept, and what counts as a side effect: the tool says so.
+Such episodes are played to learn and to measure; no client requested their effects.
+Invariant: they never get a tool with side effects itself, only a replacement that returns the result of the same call
+in a live episode, or an error if there is no recorded one.
 """
 
 from __future__ import annotations
@@ -19,20 +17,21 @@ from runtime.errors import ToolError
 from runtime.tools.base import Tool
 
 FindResult = Callable[[str, dict[str, Any]], str | None]
-"""Tool and arguments -> what a call in a live episode yielded; None where there was none."""
+"""(tool's name, arguments) -> the result of the same call in a live episode; None if there was none."""
 
 
 def tools_for(split: Split, tools: Sequence[Tool], find_result: FindResult) -> list[Tool]:
-    """Return the tools that an episode may hold: in a rehearsal, stand-ins for those with side effects."""
+    """Return the tools for an episode of a split, with those that have side effects replaced unless it is live."""
     if split is Split.LIVE:
         return list(tools)
-    return [stand_in(tool, find_result) if tool.has_side_effects else tool for tool in tools]
+    return [recorded_tool(tool, find_result) if tool.has_side_effects else tool for tool in tools]
 
 
-def stand_in(tool: Tool, find_result: FindResult) -> Tool:
-    """Return a tool that looks like `tool` to the model and only ever reads the record."""
+def recorded_tool(tool: Tool, find_result: FindResult) -> Tool:
+    """Return a tool with the definition of `tool` that returns recorded results only."""
 
     async def call(arguments: dict[str, Any]) -> str:
+        # In a thread: it reads the database.
         result = await asyncio.to_thread(find_result, tool.name, arguments)
         if result is None:
             raise ToolError(
@@ -41,4 +40,5 @@ def stand_in(tool: Tool, find_result: FindResult) -> Tool:
             )
         return result
 
+    # Without `call_for` as well: `run_tool` prefers it, and it would reach the real tool.
     return replace(tool, call=call, call_for=None)

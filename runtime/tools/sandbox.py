@@ -1,11 +1,10 @@
-"""A tool that runs Python code in a sandbox made by bubblewrap.
+"""The tool `run_python`, which runs Python code in a sandbox made by bubblewrap.
 
-The code sees the interpreter and the system's libraries, read-only, and an empty /tmp of its own; no network, no
-process but its own, none of the server's files, no environment variable. Limits: time, processor time, memory, number
-of processes, size of files, output.
-
-Refuses to know what the code is for, and to run it any other way: without bubblewrap there is no such tool. The kernel
-is shared: what escapes it escapes the sandbox.
+The code sees the interpreter and the system's libraries, read-only, and an empty /tmp of its own. It sees no network,
+no other processes, no files of the server and no environment variables. Time, processor time, memory, processes, file
+sizes and output are limited.
+Invariant: code never runs outside the sandbox; without bubblewrap the tool is not offered.
+Hazard: the sandbox shares the host's kernel; an exploit of the kernel escapes it.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ TIMEOUT_SECONDS = 10.0
 MAX_OUTPUT_BYTES = 100_000
 NOBODY = "65534"
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/alternatives")
-# Runs inside, before the code does. Hard limits, and no capability to raise them again.
-FIRST = """
+# Runs inside the sandbox before the code: sets hard limits, which the code has no capability to raise.
+BOOTSTRAP = """
 import resource, sys
-for name, most in {limits}.items():
-    resource.setrlimit(getattr(resource, name), (most, most))
+for name, limit in {limits}.items():
+    resource.setrlimit(getattr(resource, name), (limit, limit))
 code = sys.stdin.read()
-with open("/tmp/code.py", "w") as file:  # where a traceback finds its lines
+with open("/tmp/code.py", "w") as file:  # tracebacks quote lines of this file
     file.write(code)
 exec(compile(code, "/tmp/code.py", "exec"), {{"__name__": "__main__"}})
 """
@@ -42,13 +41,13 @@ exec(compile(code, "/tmp/code.py", "exec"), {{"__name__": "__main__"}})
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """What one run may take."""
+    """Resource limits of one run."""
 
     cpu_seconds: int = 8
     memory_bytes: int = 512 * 2**20
     """Of each process."""
     num_processes: int = 8
-    """Threads count."""
+    """Including threads."""
     tmp_bytes: int = 64 * 2**20
 
     def as_rlimits(self) -> dict[str, int]:
@@ -63,10 +62,10 @@ class SandboxLimits:
 
 
 def python_tool(bwrap: str | None = None, limits: SandboxLimits | None = None) -> Tool:
-    """Return the tool.
+    """Return the tool `run_python`.
 
     Raises:
-        ToolRefused: there is no bubblewrap here.
+        ToolRefused: bubblewrap is not installed.
     """
     bwrap = bwrap or find_bwrap()
     command = sandboxed_python(bwrap, limits or SandboxLimits())
@@ -83,7 +82,7 @@ def python_tool(bwrap: str | None = None, limits: SandboxLimits | None = None) -
 
 
 def find_bwrap() -> str:
-    """Return where bubblewrap is. Raises ToolRefused."""
+    """Return the path of bubblewrap. Raises: ToolRefused."""
     path = shutil.which("bwrap")
     if path is None:
         raise ToolRefused(
@@ -94,50 +93,56 @@ def find_bwrap() -> str:
 
 
 async def check_sandbox(tool: Tool) -> None:
-    """Run something in the sandbox. Raises ToolRefused when it doesn't run: kernels may forbid it."""
+    """Run a small program in the sandbox. Raises: ToolRefused if it fails, for instance because the kernel forbids
+    it."""
     result = await run_tool(tool, json.dumps({"code": "print(6 * 7)"}))
-    said = (result.error or result.content).strip()
-    if said != "42":
+    output = (result.error or result.content).strip()
+    if output != "42":
         raise ToolRefused(
-            f"the tool {tool.name!r} does not run here, bubblewrap says {said!r}: it needs version 0.8 and user "
+            f"the tool {tool.name!r} does not run here, bubblewrap says {output!r}: it needs version 0.8 and user "
             "namespaces for this user (on Ubuntu, an AppArmor profile for bwrap); or set tools.python = false"
         )
 
 
 def sandboxed_python(bwrap: str, limits: SandboxLimits) -> list[str]:
-    """Return the command that runs Python code from its standard input."""
-    # Never the virtual environment's: its packages, ours among them, stay outside.
+    """Return the command that runs Python code from its standard input in the sandbox."""
+    # Never the virtual environment's interpreter: its packages and this project must stay outside.
     own = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
     interpreter = shutil.which("python3", path="/usr/bin:/usr/local/bin")
-    seen = SYSTEM if interpreter else (*SYSTEM, sys.base_prefix)
+    readable = SYSTEM if interpreter else (*SYSTEM, sys.base_prefix)
     return [
-        *as_nobody(),
+        *drop_root_command(),
         bwrap,
         *(
             "--unshare-all",
+            # Named too: --unshare-all only tries to get a user namespace, and --disable-userns needs one.
             "--unshare-user",
             "--disable-userns",
             "--die-with-parent",
-            "--new-session",
+            "--new-session",  # otherwise code could type into the server's terminal (TIOCSTI)
             "--cap-drop",
             "ALL",
         ),
         *("--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"),
         *("--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"),
-        *(word for path in seen for word in ("--ro-bind-try", path, path)),
+        # Order: bubblewrap mounts in the order of its arguments, and nothing after the root was made read-only.
+        *(word for path in readable for word in ("--ro-bind-try", path, path)),
         *("--proc", "/proc", "--dev", "/dev"),
-        # /dev comes with a /dev/shm as large as half of the memory.
+        # bubblewrap's /dev has a /dev/shm of up to half of the memory; this limits it.
         *("--size", str(limits.tmp_bytes), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"),
         *("--size", str(limits.tmp_bytes), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"),
         "--",
-        *(interpreter or str(own), "-I", "-B", "-c", FIRST.format(limits=limits.as_rlimits())),
+        *(interpreter or str(own), "-I", "-B", "-c", BOOTSTRAP.format(limits=limits.as_rlimits())),
     ]
 
 
-def as_nobody() -> list[str]:
-    """Return what goes before the command when the server runs as root: in no sandbox is root harmless.
+def drop_root_command() -> list[str]:
+    """Return the command prefix that gives up root; empty if the server does not run as root.
 
-    Nor is it limited: the kernel doesn't count root's processes. Raises ToolRefused.
+    Root would be dangerous inside the sandbox too.
+
+    Raises:
+        ToolRefused: the server runs as root and `setpriv` is not installed.
     """
     if os.geteuid() != 0:
         return []
@@ -147,18 +152,21 @@ def as_nobody() -> list[str]:
             "the tool 'run_python' is never run as root, and no 'setpriv' is on the PATH to become somebody else: "
             "run the server as another user, install util-linux, or set tools.python = false"
         )
+    # The kernel does not apply RLIMIT_NPROC to root: as root a fork bomb would run.
     return [setpriv, "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--"]
 
 
 async def run_in_sandbox(command: list[str], code: str) -> str:
-    """Run code to its end and return what it printed. Raises ToolError when it fails or prints too much.
+    """Run code and return its output. Cancellation kills the code with all its processes, which end with bubblewrap.
 
-    Whoever stops waiting kills it, with all its processes: they end with bubblewrap.
+    Raises:
+        ToolError: the code fails or prints more than `MAX_OUTPUT_BYTES`.
     """
     process = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
-    feeding = asyncio.ensure_future(_feed(process, code))
+    assert process.stdin is not None and process.stdout is not None
+    writing = asyncio.ensure_future(_write_code(process.stdin, code))
     try:
         output = await _read_at_most(process.stdout, MAX_OUTPUT_BYTES)
         text = output.decode("utf-8", "replace")
@@ -166,25 +174,25 @@ async def run_in_sandbox(command: list[str], code: str) -> str:
             raise ToolError(f"the code printed more than {MAX_OUTPUT_BYTES} bytes and was stopped: {text[:1_000]}...")
         status = await process.wait()
     finally:
-        feeding.cancel()
+        writing.cancel()
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-        await process.communicate()  # not wait(): it would wait for the end of output that nobody reads
+        await process.communicate()  # not wait(): it waits forever if unread output fills the pipe
     if status != 0:
         raise ToolError(f"the code ended with status {status}:\n{text[-1_500:].strip()}")
     return text
 
 
-async def _feed(process: asyncio.subprocess.Process, code: str) -> None:
+async def _write_code(stdin: asyncio.StreamWriter, code: str) -> None:
     with contextlib.suppress(ConnectionError):
-        process.stdin.write(code.encode("utf-8", "replace"))
-        await process.stdin.drain()
-        process.stdin.close()
+        stdin.write(code.encode("utf-8", "replace"))
+        await stdin.drain()
+        stdin.close()
 
 
 async def _read_at_most(stream: asyncio.StreamReader, max_bytes: int) -> bytes:
-    """Read to the end, or until there is more than `max_bytes`."""
-    read = bytearray()
-    while len(read) <= max_bytes and (chunk := await stream.read(65_536)):
-        read += chunk
-    return bytes(read)
+    """Read to the end of the stream, or until more than `max_bytes` have arrived."""
+    output = bytearray()
+    while len(output) <= max_bytes and (chunk := await stream.read(65_536)):
+        output += chunk
+    return bytes(output)

@@ -1,11 +1,9 @@
-"""The address blocks that are no part of the public internet: IANA's two special-purpose registries as one table.
+"""The address blocks outside the public internet: IANA's two special-purpose registries and a few additions.
 
-Sources: the IANA IPv4 and IPv6 Special-Purpose Address Registries (RFC 6890 and its updates), every row, also the few
-that IANA calls globally reachable: those are anycast services of protocols (AS112, AMT, TURN, PCP), never a site. Added
-are multicast, the deprecated site-local and IPv4-compatible blocks, and addresses of cloud providers' own services.
-
-Three IPv6 blocks are left out of the refused ones because packets to them end up at an IPv4 address, which decides:
-`CARRIERS`.
+Sources: every row of the IANA IPv4 and IPv6 Special-Purpose Address Registries (RFC 6890 and its updates), including
+the few that IANA calls globally reachable, which are anycast services of protocols (AS112, AMT, TURN, PCP), never web
+sites. Additions: multicast, the deprecated site-local and IPv4-compatible blocks, and services of cloud providers.
+IPv6 blocks in `EMBEDDING_BLOCKS` are classified by the IPv4 address that packets to them reach.
 """
 
 from __future__ import annotations
@@ -47,38 +45,39 @@ IANA_IPV6 = {
     "fc00::/7": "unique-local",
     "fe80::/10": "link-local",
 }
-BESIDE_IANA = {
+ADDITIONS = {
     "224.0.0.0/4": "multicast",
     "168.63.129.16/32": "Azure's own services to its machines, public by its number",
     "ff00::/8": "multicast",
     "fec0::/10": "deprecated site-local",
 }
-CARRIERS: dict[str, int] = {
+EMBEDDING_BLOCKS: dict[str, int] = {
     "::ffff:0:0/96": 0,  # IPv4-mapped
     "64:ff9b::/96": 0,  # NAT64
     "2002::/16": 80,  # 6to4
     "::/96": 0,  # IPv4-compatible, deprecated
 }
-"""The IPv6 blocks that carry an IPv4 address, with how many bits lie behind it."""
+"""IPv6 blocks that embed an IPv4 address -> number of bits to the right of it."""
 
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-"""All that IANA has given out of IPv6; what lies elsewhere is reserved."""
+"""The only block from which IANA allocates IPv6 addresses; everything else is reserved."""
 
-_NOT_PUBLIC = [ipaddress.ip_network(block) for table in (IANA_IPV4, IANA_IPV6, BESIDE_IANA) for block in table]
+_NOT_PUBLIC = [ipaddress.ip_network(block) for table in (IANA_IPV4, IANA_IPV6, ADDITIONS) for block in table]
 _NOT_PUBLIC_OF = {version: [it for it in _NOT_PUBLIC if it.version == version] for version in (4, 6)}
-_CARRIERS = [(ipaddress.IPv6Network(block), shift) for block, shift in CARRIERS.items()]
+_EMBEDDING = [(ipaddress.IPv6Network(block), shift) for block, shift in EMBEDDING_BLOCKS.items()]
 
 
 def is_special(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Return whether an address lies in a block that is no part of the public internet."""
+    """Return whether an address is in a block outside the public internet."""
     if any(address in network for network in _NOT_PUBLIC_OF[address.version]):
         return True
     return isinstance(address, ipaddress.IPv6Address) and address not in GLOBAL_UNICAST
 
 
-def find_carried_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """Return the IPv4 address that packets to this IPv6 address end up at; None where it carries none."""
-    for network, shift in _CARRIERS:
+def find_embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """Return the IPv4 address that packets to this IPv6 address reach; None if it embeds none."""
+    # `::1` and `::` match `::/96` too; they become 0.0.0.1 and 0.0.0.0, which are special as well.
+    for network, shift in _EMBEDDING:
         if address in network:
             return ipaddress.IPv4Address(int(address) >> shift & 0xFFFFFFFF)
     return None

@@ -1,8 +1,7 @@
-"""Every tool that the configuration names, opened together and closed together.
+"""Opens all configured tools at the start and closes them at the end.
 
-Refuses to know what a tool does; each kind has a file of its own.
-Invariants: names are unique; whatever cannot be offered is refused at the start, by name and with the mend; what
-nobody calls harmless is taken to have side effects.
+Invariants: names are unique; a tool that cannot be offered fails the start with a message that names the remedy;
+functions count as having side effects unless the configuration says otherwise.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from runtime.tools.mcp import McpServer
 
 MAX_CONCURRENCY = 16
-A_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what OpenAI's API calls one
+TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # as OpenAI's API defines it
 
 log = structlog.get_logger()
 
@@ -46,30 +45,31 @@ class Toolbox:
         self._servers: list[McpServer] = []
 
     async def open(self) -> None:
-        """Make every tool. What was opened is closed again when one is refused.
+        """Create every tool. If one cannot be offered, all that were opened are closed again.
 
         Raises:
             ToolRefused: a tool cannot be offered.
         """
         try:
-            found = [*await asyncio.to_thread(self._own_tools), *await self._from_servers()]
-            self.tools[:] = with_limits(unique(found), self._config.limits)
+            tools = [*await asyncio.to_thread(self._make_local_tools), *await self._open_mcp_servers()]
+            require_unique(tools)
+            self.tools[:] = with_limits(tools, self._config.limits)  # in place: the agent holds this list
             for tool in self.tools:
                 if tool.source == PYTHON_SOURCE:
                     await check_sandbox(tool)
-        except BaseException:
+        except BaseException:  # also cancellation: MCP servers that were started must not outlive it
             await self.close()
             raise
-        acting = [tool.name for tool in self.tools if tool.has_side_effects]
-        log.info("tools are ready", tools=[tool.name for tool in self.tools], with_side_effects=acting)
+        with_side_effects = [tool.name for tool in self.tools if tool.has_side_effects]
+        log.info("tools are ready", tools=[tool.name for tool in self.tools], with_side_effects=with_side_effects)
 
     async def close(self) -> None:
-        """Leave the MCP servers, and stop those that were started here."""
+        """Close the MCP connections; this stops the servers that were started here."""
         servers, self._servers = self._servers, []
         await asyncio.gather(*(server.close() for server in servers))
 
-    def _own_tools(self) -> list[Tool]:
-        """Make the tools that need no server. Blocks: it imports what people wrote."""
+    def _make_local_tools(self) -> list[Tool]:
+        """Create the tools that need no MCP server. Blocks, because it imports the operator's modules."""
         tools = [tool for path in self._config.functions for tool in tools_at(path)]
         if self._config.documents:
             tools.append(document_search(self._find_passages))
@@ -79,41 +79,44 @@ class Toolbox:
             tools.append(python_tool())
         return tools
 
-    async def _from_servers(self) -> list[Tool]:
+    async def _open_mcp_servers(self) -> list[Tool]:
         if not self._config.mcp:
             return []
         mcp = await asyncio.to_thread(importlib.import_module, "runtime.tools.mcp")  # its SDK takes a second to load
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._servers = [mcp.McpServer(name, config, self._log_dir) for name, config in self._config.mcp.items()]
-        opened = await asyncio.gather(*(server.open() for server in self._servers), return_exceptions=True)
-        for outcome in opened:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return [tool for tools in opened for tool in tools]
+        # With `return_exceptions`, so that all have ended before the first failure closes them.
+        results = await asyncio.gather(*(server.open() for server in self._servers), return_exceptions=True)
+        tools: list[Tool] = []
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            tools += result
+        return tools
 
 
 def tools_at(path: str) -> list[Tool]:
     """Return the tools at `package.module:function` or in `package.module`.
 
     Raises:
-        ToolRefused: there are none, or one has a signature that no schema describes.
+        ToolRefused: there is no such function, or its signature has no JSON schema.
     """
     source = f"tools.functions {path!r}"
     functions = functions_at(path)
     try:
         return [
-            tool_from_function(one, has_side_effects=True, max_concurrency=MAX_CONCURRENCY, source=source)
-            for one in functions
+            tool_from_function(function, has_side_effects=True, max_concurrency=MAX_CONCURRENCY, source=source)
+            for function in functions
         ]
     except ValueError as error:
         raise ToolRefused(f"{source}: {error}") from error
 
 
-def unique(tools: Sequence[Tool]) -> list[Tool]:
-    """Return the tools. Raises ToolRefused for two of one name, and for a name that no model may call."""
+def require_unique(tools: Sequence[Tool]) -> None:
+    """Raise ToolRefused if two tools have the same name, or one has a name that OpenAI's API does not allow."""
     known: dict[str, Tool] = {}
     for tool in tools:
-        if not A_NAME.fullmatch(tool.name):
+        if not TOOL_NAME.fullmatch(tool.name):
             raise ToolRefused(
                 f"{tool.name!r} of {tool.source} cannot be a tool's name: up to 64 letters, digits, _ and - are"
             )
@@ -123,23 +126,23 @@ def unique(tools: Sequence[Tool]) -> list[Tool]:
                 "rename one, or give an MCP server a prefix"
             )
         known[tool.name] = tool
-    return list(known.values())
 
 
 def with_limits(tools: Sequence[Tool], limits: dict[str, ToolLimits]) -> list[Tool]:
-    """Return the tools with the limits that the configuration gives them.
+    """Return the tools with the configured limits.
 
     Raises:
-        ToolRefused: there are limits for a tool that isn't there.
+        ToolRefused: the configuration limits a tool that does not exist.
     """
     names = [tool.name for tool in tools]
-    if strays := sorted(limits.keys() - set(names)):
+    if unknown := sorted(limits.keys() - set(names)):
         known = ", ".join(map(repr, names)) or "none"
-        raise ToolRefused(f"tools.limits names {strays[0]!r}, which is no tool; the tools are: {known}")
-    return [replace(tool, **_changes(limits[tool.name])) if tool.name in limits else tool for tool in tools]
+        raise ToolRefused(f"tools.limits names {unknown[0]!r}, which is no tool; the tools are: {known}")
+    return [_limited(tool, limits[tool.name]) if tool.name in limits else tool for tool in tools]
 
 
-def _changes(limits: ToolLimits) -> dict[str, object]:
-    given = limits.model_dump(exclude_none=True)
-    names = {"side_effects": "has_side_effects", "trusted": "is_trusted"}
-    return {names.get(name, name): value for name, value in given.items()}
+def _limited(tool: Tool, limits: ToolLimits) -> Tool:
+    # All other settings of `ToolLimits` must have the names of `Tool`'s fields.
+    fields = {"side_effects": "has_side_effects", "trusted": "is_trusted"}
+    changes: dict[str, Any] = limits.model_dump(exclude_none=True)
+    return replace(tool, **{fields.get(name, name): value for name, value in changes.items()})

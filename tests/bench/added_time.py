@@ -94,10 +94,11 @@ async def our_library(engine_url: str, _server_url: str) -> AsyncIterator[Act]:
 
     from memory.schema import TrajectoryStage
     from memory.store import Memory
-    from runtime.agent import Agent
+    from runtime.agent.graph import Agent
+    from runtime.agent.turn import TurnRequest
     from runtime.config import EngineConfig
-    from runtime.engine import Engine
-    from runtime.hotswap import HotSwap
+    from runtime.engine.process import Engine
+    from runtime.serving.hotswap import HotSwap
     from runtime.tools.functions import tool_from_function
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
@@ -108,11 +109,11 @@ async def our_library(engine_url: str, _server_url: str) -> AsyncIterator[Act]:
         agent = Agent(memory, HotSwap(memory.policies, engine), {}, tools=[tool_from_function(look_up)])
 
         async def play(number: int) -> None:
-            trajectory = await agent.rollout(None, messages=ask(number))
+            trajectory = (await agent.rollout(TurnRequest(messages=ask(number)))).trajectory
             assert trajectory.stage is TrajectoryStage.FINISHED, trajectory
             assert trajectory.num_steps == NUM_STEPS + NUM_TOOL_CALLS, trajectory
 
-        while not memory.index.has_meanings:
+        while not memory.index.has_vectors:
             await asyncio.sleep(0.1)
         yield play
         await engine.stop()

@@ -30,11 +30,11 @@ from typing import Any
 
 import uvloop
 
-from memory.database import Database
-from memory.policies import Policies
+from memory.records.policies import Policies
+from memory.records.trajectories import Trajectories
 from memory.schema import Step, StepKind, Trajectory, new_id, now
-from memory.sqlite import WRITER
-from memory.trajectories import Trajectories
+from memory.storage.database import Database
+from memory.storage.sqlite import WRITER
 from tests.bench.measure import Load, Spread, make_parser, print_table, run_open_loop, write_json
 from tests.bench.server import end_in_order
 

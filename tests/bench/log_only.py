@@ -35,7 +35,8 @@ from langchain_core.messages import AIMessage
 from langchain_openai import ChatOpenAI
 
 from memory.schema import Split
-from optimizer.intervals import compare_paired, wilson
+from memory.statistics import wilson_interval
+from optimizer.evaluation.intervals import compare_paired
 from runtime.environments.textworld import TextWorld
 from tests.bench.measure import make_parser, print_table, write_json
 from tests.bench.server import ROOT, OurServer, end_in_order
@@ -57,7 +58,7 @@ class Tried:
 
     def row(self) -> dict[str, Any]:
         num_won = sum(self.won.values())
-        low, high = wilson(num_won, len(self.won))
+        low, high = wilson_interval(num_won, len(self.won))
         return {
             "round": self.name,
             "num_games": len(self.won),

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy
 
-from memory.documents import split_text
-from memory.encoder import SentenceEncoder
+from memory.records.documents import split_text
+from memory.search.encoder import SentenceEncoder
 
 DATA = Path(os.environ.get("BENCH_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 NUM_REAL = 5000

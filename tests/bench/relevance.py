@@ -30,10 +30,10 @@ from typing import Any
 from sqlalchemy import insert
 
 from memory.config import MemoryConfig
-from memory.documents import split_text
-from memory.encoder import SentenceEncoder
-from memory.relevance import MIN_SIMILARITY
+from memory.records.documents import split_text
 from memory.schema import Document, Outbox, Passage
+from memory.search.encoder import SentenceEncoder
+from memory.search.relevance import MIN_SIMILARITY
 from memory.store import Memory
 from tests.bench.measure import make_parser, print_table, write_json
 from tests.bench.memories import DATA, rows_of

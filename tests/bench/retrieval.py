@@ -32,8 +32,9 @@ from sqlalchemy import insert, text
 from sqlmodel import Session, col, func, select
 
 from memory.schema import Document, Insight, Outbox, Passage
+from memory.search.indexed_rows import IndexQuery
+from memory.search.text_index import quote_terms
 from memory.store import Memory
-from memory.words import quote_terms
 from tests.bench.measure import Spread, make_parser, print_table, run_open_loop, write_json
 from tests.bench.memories import BLOCK, KeptEncoder, Memories, load_memories
 from tests.bench.server import end_in_order
@@ -195,12 +196,12 @@ async def _ask(memory: Memory, memories: Memories, num_rows: int, options: argpa
         exact = _time(times[FLOOR], lambda vector=vector: _nearest(vectors, vector))
         near = _time(
             times[MEANINGS],
-            lambda vector=vector: memory.index._meanings.find("passages", vector, where, NUM_FOUND),
+            lambda vector=vector: memory.index._vector_index.find(IndexQuery("passages", "", where, NUM_FOUND), vector),
         )
         recalls.append(len({_number(row_id) for row_id, _ in near} & set(exact)) / NUM_FOUND)
         by_word = _time(
             times[WORDS],
-            lambda question=question: memory.index._words.find("passages", question, where, NUM_FOUND),
+            lambda question=question: memory.index._text_index.find(IndexQuery("passages", question, where, NUM_FOUND)),
         )
         if position < NUM_BM25:
             best = _time(times[BM25], lambda question=question: _bm25(memory, question))
@@ -215,7 +216,7 @@ async def _ask(memory: Memory, memories: Memories, num_rows: int, options: argpa
         )
         await _time_async(times[SEGMENT], lambda question=question: _retrieve(memory, question))
         num_foreign += sum("_asked_" not in row_id for row_id in [*by_word, *(row_id for row_id, _ in [*near, *fused])])
-    num_alone = memory.index.num_without_meanings
+    num_alone = memory.index.num_without_vectors
 
     async def act(number: int) -> None:
         await _retrieve(memory, questions[number % len(questions)][0])
@@ -228,7 +229,7 @@ async def _ask(memory: Memory, memories: Memories, num_rows: int, options: argpa
         "overlap": float(numpy.mean(overlaps)),
         "num_foreign": num_foreign,
         "load": load,
-        "num_without_meanings": (num_alone, memory.index.num_without_meanings - num_alone),
+        "num_without_vectors": (num_alone, memory.index.num_without_vectors - num_alone),
     }
 
 
@@ -290,7 +291,7 @@ def _report(asked: dict[str, Any], built: dict[str, Any], options: argparse.Name
             row["recall"] = round(asked["recall"], 4)
         if row["side"] == WORDS:
             row["overlap_with_bm25"] = round(asked["overlap"], 3)
-    alone, alone_under_load = asked["num_without_meanings"]
+    alone, alone_under_load = asked["num_without_vectors"]
     rate = built["num_rows"] / max(built["build_seconds"], 0.1)
     notes = [
         f"recall@{NUM_FOUND} {asked['recall']:.4f}, of the worst question {asked['worst_recall']:.1f}; "

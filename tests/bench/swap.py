@@ -24,16 +24,17 @@ from typing import Any
 from memory.config import MemoryConfig
 from memory.schema import Trajectory, TrajectoryStage
 from memory.store import Memory
-from runtime.agent import Agent
-from runtime.completion import Completion, Delta, Message, OnDelta
+from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
-from runtime.engine import Engine
-from runtime.hotswap import NUM_IDLE_KEPT, HotSwap
-from runtime.model_family import POCKET_MODEL
+from runtime.engine.client import Completion, Delta, Message, OnDelta
+from runtime.engine.model_families import POCKET_MODEL
+from runtime.engine.process import Engine
+from runtime.serving.hotswap import NUM_IDLE_KEPT, HotSwap
 from runtime.tools.base import Tool
 from tests.bench.measure import Spread, make_parser, print_table, write_json
 from tests.bench.server import end_in_order
 from tests.memory.episodes import HashingEncoder
+from tests.rollouts import play
 from tests.runtime import tiny_models
 
 NUM_ADAPTERS = NUM_IDLE_KEPT + 6
@@ -98,7 +99,7 @@ class Streams:
         return "Nothing happens."
 
     def _note_what_is_served(self, engine: Engine) -> None:
-        chat_stream = engine.chat_stream
+        chat_stream = engine.client.chat_stream
 
         async def noted(
             model: str, messages: Sequence[Message], tools: Any = None, *, on_delta: OnDelta, **sampling: Any
@@ -114,7 +115,7 @@ class Streams:
             self.served[messages[0]["content"]].add(model)
             return await chat_stream(model, messages, tools, on_delta=timed, **sampling)
 
-        engine.chat_stream = noted  # type: ignore[method-assign]
+        engine.client.chat_stream = noted  # type: ignore[method-assign]
 
     async def play(self) -> None:
         """Play one episode after the other. An episode belongs to the side on which it was opened."""
@@ -125,7 +126,7 @@ class Streams:
         while True:
             name = f"{OPENING}\nKitchen {next(self._numbers)}."
             side, ask = self.side, [{"role": "user", "content": name}]
-            side.played.append(await self.agent.rollout(None, messages=ask, temperature=1.0, on_delta=ignore))
+            side.played.append(await play(self.agent, messages=ask, temperature=1.0, on_delta=ignore))
 
     def is_mixed(self, trajectory: Trajectory) -> bool:
         wanted = self.memory.policies.get(trajectory.policy).adapter_path
@@ -145,7 +146,7 @@ async def open_streams(home: Path) -> AsyncIterator[Streams]:
                 await memory.policies.draft(adapter_path=str(path), parent=0)
             hotswap = HotSwap(memory.policies, engine)
             for version in range(1, NUM_ADAPTERS + 1):  # what is compiled or read once is so by now
-                await hotswap.wear(version)
+                await hotswap.activate(version)
             yield Streams(memory, engine, hotswap)
         finally:
             await engine.stop()
@@ -174,7 +175,7 @@ async def measure(
                 version = next(versions)
                 swapping.num_loads += await wait_until_unloaded(streams.hotswap, version)
                 swap_began = time.monotonic()
-                await streams.hotswap.wear(version)
+                await streams.hotswap.activate(version)
                 swapping.swaps.append(time.monotonic() - swap_began)
                 await asyncio.sleep(pause)
             seconds = time.monotonic() - began

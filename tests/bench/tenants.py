@@ -22,7 +22,7 @@ from sqlmodel import Session
 
 from memory.config import MemoryConfig
 from memory.schema import Document, Outbox, Passage, new_id
-from memory.searchables import COLLECTIONS
+from memory.search.indexed_rows import COLLECTIONS
 from memory.store import Memory
 from tests.bench.measure import Spread, make_parser, print_table, write_json
 from tests.bench.soak import read_memory
@@ -74,7 +74,7 @@ async def ask(memory: Memory, num_tenants: int) -> Spread:
 
 
 def num_collections(memory: Memory) -> int:
-    return sum(len(memory.index._meanings._all(name)) for name in COLLECTIONS)
+    return sum(len(memory.index._vector_index._all(name)) for name in COLLECTIONS)
 
 
 async def measure(directory: Path, num_tenants: int, num_memories: int) -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ async def measure(directory: Path, num_tenants: int, num_memories: int) -> list[
                     "chroma_collections": num_collections(memory),
                     "p50_ms": round(spread.p50 * 1e3, 2),
                     "p99_ms": round(spread.p99 * 1e3, 2),
-                    "without_meanings": memory.index.num_without_meanings,
+                    "without_meanings": memory.index.num_without_vectors,
                     "seconds": round(seconds, 1),
                 }
             )

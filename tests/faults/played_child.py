@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from runtime.engine import KEY_VARIABLE
+from runtime.engine.server_command import KEY_VARIABLE
 from tests.runtime.fake_engine import FakeEngine, Reply, call
 
 

@@ -16,14 +16,16 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from memory import adapters, database, policies, trajectories
+from memory import adapters
 from memory.adapters import write_adapter_atomically, write_manifest
-from memory.database import Database
-from memory.policies import Policies
-from memory.sqlite import Sqlite
-from memory.trajectories import Trajectories
-from optimizer import stages
-from runtime.hotswap import HotSwap
+from memory.records import policies, trajectories
+from memory.records.policies import Policies
+from memory.records.trajectories import Trajectories
+from memory.storage import database
+from memory.storage.database import Database
+from memory.storage.sqlite import Sqlite
+from optimizer.cycle import stages
+from runtime.serving.hotswap import HotSwap
 
 
 @dataclass(frozen=True)
@@ -52,24 +54,24 @@ class Point:
 POINTS = [
     Point(operation, function, words)
     for operation, function, words in (
-        ("log", Trajectories.open, "await self._database.take("),
-        ("log", Database.take, "return await self._enqueue("),
-        ("log", Trajectories.append, "self._database.take("),
+        ("log", Trajectories.open, "await self._database.insert_row("),
+        ("log", Database.insert_row, "return await self._enqueue("),
+        ("log", Trajectories.append, "self._database.insert_row("),
         ("log", Database._put, "self._waiting.append(write)"),
         ("log", Database._next_batch, "batch, self._waiting ="),
         ("log", Database._commit, "with connection.begin():"),
         ("log", Database._commit, "for same in _group(batch):"),
-        ("log", Database._run, "came = [work(connection)]"),
-        ("log", Sqlite.take, "cursor.execute(sql, row)"),
+        ("log", Database._run, "results = [work(connection)]"),
+        ("log", Sqlite.insert_rows, "cursor.execute(sql, row)"),
         ("log", database._in_session, "session.commit()"),
         ("log", Database._write_forever, "self._count(batch)"),
-        ("log", Database._write_forever, "_tell(batch)"),
+        ("log", Database._write_forever, "_resolve(batch)"),
         ("log", database._settle_all, "write.settle()"),
         ("log", trajectories._close, "trajectory.stage = stage"),
         ("log", Trajectories.close, "self.note_exemplar(session, trajectory)"),
         ("log", Trajectories.add_reward, "session.flush()"),
         ("train", stages._reserve_version, "shutil.rmtree("),
-        ("train", stages._reserve_version, "await shop.keep("),
+        ("train", stages._reserve_version, "await context.save_artifacts("),
         ("train", write_manifest, "files = {"),
         ("train", write_manifest, ".write_text("),
         ("train", write_adapter_atomically, "for path in"),
@@ -79,29 +81,29 @@ POINTS = [
         ("train", stages._register, "policy = next("),
         ("train", Policies.draft, "session.add(policy)"),
         ("train", stages._register, "if policy.version != spec.version"),
-        ("train", stages._train_and_register, "await shop.keep("),
-        ("train", stages._nominate, "await shop.memory.policies.move("),
-        ("train", stages._nominate, "await shop.keep("),
-        ("promote", Policies.promote, "return await self._announced(write)"),
+        ("train", stages._train_and_register, "await context.save_artifacts("),
+        ("train", stages.nominate, "await context.memory.policies.move("),
+        ("train", stages.nominate, "await context.save_artifacts("),
+        ("promote", Policies.promote, "return await self._write_and_notify(write)"),
         ("promote", Policies.promote, "_replace_active(session, policy)"),
         ("promote", policies._replace_active, "here = _newest_activation(session)"),
         ("promote", policies._retire, "session.flush()"),
         ("promote", policies._activate, "session.add(Activation("),
-        ("promote", Policies._announced, "for loop, event in"),
-        ("rollback", Policies.rollback, "return await self._announced(write)"),
+        ("promote", Policies._write_and_notify, "for loop, event in"),
+        ("rollback", Policies.rollback, "return await self._write_and_notify(write)"),
         ("rollback", Policies.rollback, "_retire(session,"),
         ("rollback", Policies.rollback, "_activate(session, policy"),
         ("rollback", Policies.rollback, "return policy"),
-        ("swap", HotSwap.wear, "await self._load(outfit)"),
+        ("swap", HotSwap.activate, "await self._load(loaded)"),
         ("swap", HotSwap._load, "await asyncio.to_thread(self._verify"),
-        ("swap", HotSwap._load, "await self._engine.load_adapter("),
-        ("swap", HotSwap._load, "await self._prove("),
-        ("swap", HotSwap._prove, "served = await"),
-        ("swap", HotSwap.wear, "self._retired, self._active ="),
-        ("swap", HotSwap.wear, "self.refusal = None"),
-        ("swap", HotSwap.wear, "await self._unload_surplus()"),
-        ("swap", HotSwap._unload_surplus, "outfit.is_loaded = False"),
-        ("swap", HotSwap._unload_surplus, "await self._engine.unload_adapter("),
+        ("swap", HotSwap._load, "await self._engine.client.load_adapter("),
+        ("swap", HotSwap.activate, "await self._probe("),
+        ("swap", HotSwap._compare_logprobs, "served = await"),
+        ("swap", HotSwap._activate, "self._retired, self._active ="),
+        ("swap", HotSwap._activate, "self._refusal = None"),
+        ("swap", HotSwap.activate, "await self._unload("),
+        ("swap", HotSwap._unload, "loaded.is_loaded = False"),
+        ("swap", HotSwap._unload, "await self._engine.client.unload_adapter("),
     )
 ]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from runtime.engine import KEY_VARIABLE
+from runtime.engine.server_command import KEY_VARIABLE
 from tests.runtime.fake_engine import FakeEngine, say
 
 TOKEN_CPU_SECONDS = 0.02

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis.generation import GenerationMode
 
-from tests.api.playing import FORGETFUL, PlayedWorld
+from tests.runtime.api.playing import FORGETFUL, PlayedWorld
 from tests.runtime.fake_engine import say
 
 FAILURE = 500

@@ -10,7 +10,7 @@ import pytest
 
 from memory.store import Memory
 from runtime.errors import AdapterError
-from runtime.hotswap import HotSwap
+from runtime.serving.hotswap import HotSwap
 from tests.memory.spoiled import DAMAGES
 from tests.runtime.conftest import MakePolicy, base_dir, engine, fake, hotswap, make_policy, memory
 from tests.runtime.fake_engine import FakeEngine
@@ -61,5 +61,5 @@ async def test_a_path_that_leads_elsewhere_is_refused(
     for path, reason in ((sound.parent / "x" / ".." / sound.name, "leads through"), (tmp_path / "link", "not a dir")):
         policy = await memory.policies.draft(adapter_path=str(path), parent=0)
         with pytest.raises(AdapterError, match=f"{path.name}.*{reason}"):
-            await hotswap.wear(policy.version)
+            await hotswap.activate(policy.version)
     assert fake.ever_loaded == []

@@ -48,7 +48,7 @@ async def test_what_came_last_counts_whatever_the_clock_says(memory: Memory, jum
     assert memory.trajectories.newest_of("e", tenant="").id == second.id
     jump(-2 * seconds)
     third = await play(memory, episode_id="e")
-    assert [view.trajectory.id for view in memory.trajectories.list()] == [third.id, second.id, first.id]
+    assert [view.trajectory.id for view in memory.trajectories.select()] == [third.id, second.id, first.id]
 
 
 async def test_an_episode_does_not_end_before_it_began(memory: Memory, jump: Callable):
@@ -101,9 +101,9 @@ async def test_a_process_that_starts_an_hour_back_puts_its_rows_behind_those_tha
 
         assert memory.trajectories.newest_of("e", tenant="").id == newest.id
         assert memory.trajectories.effective_reward(first.id) == 0.0
-        assert [each.id for each in memory.feedback.list(first.id)] == ["z", "a"]
+        assert [each.id for each in memory.feedback.select(first.id)] == ["z", "a"]
         assert [each.text for each in memory.feedback.corrections(limit=9)] == ["Better."]
-        assert [each.id for each in memory.cycles.list()] == [again.id, cycle.id]
+        assert [each.id for each in memory.cycles.select()] == [again.id, cycle.id]
 
 
 def test_ids_and_numbers_are_in_order_within_one_moment(monkeypatch: pytest.MonkeyPatch):

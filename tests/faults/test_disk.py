@@ -14,7 +14,7 @@ import pytest
 from memory.errors import StorageError
 from memory.schema import TrajectoryStage
 from memory.store import Memory
-from runtime.agent import Agent
+from runtime.agent.graph import Agent
 from tests.faults.children import Child, Tell
 from tests.faults.disks import fill, make_read_only, mount_disk
 from tests.faults.records import check_records

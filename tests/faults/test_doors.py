@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from memory.insights import InsightOperation, OperationKind
+from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import Scope
-from runtime.api.access import DOORS, OPERATE
-from tests.api.worlds import ServedWorld
+from runtime.api.gateway.permissions import OPERATE, ROUTE_PERMISSIONS
+from tests.runtime.api.worlds import ServedWorld
 
 SECRET = "the plan is a zebra"
 
@@ -95,7 +95,7 @@ def test_a_scope_opens_nothing_beyond_itself(premises: Premises) -> None:
     for scope in (scope for scope in Scope if scope is not Scope.ADMIN):
         with premises.http(scope.value) as http:
             for method, path in premises.routes:
-                if scope not in DOORS.get((method, path), OPERATE).scopes:
+                if scope not in ROUTE_PERMISSIONS.get((method, path), OPERATE).scopes:
                     answer = http.request(method, premises.fill(path))
                     if (answer.status_code, answer.json()["error"]["code"]) != (403, "insufficient_scope"):
                         let_in.append((scope, method, path, answer.status_code))
@@ -143,6 +143,6 @@ def test_what_all_tenants_share_is_closed_to_the_administrator_of_one(premises: 
         statuses = {
             (method, path): http.request(method, premises.fill(path)).status_code
             for method, path in premises.routes
-            if DOORS.get((method, path), OPERATE).is_shared
+            if ROUTE_PERMISSIONS.get((method, path), OPERATE).is_shared
         }
     assert statuses and set(statuses.values()) == {403}

@@ -16,13 +16,14 @@ from aiohttp import web
 from memory.config import MemoryConfig
 from memory.schema import TrajectoryStage
 from memory.store import Memory
-from runtime.agent import Agent
-from runtime.completion import Completion, Delta
+from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
-from runtime.engine import Engine
+from runtime.engine.client import Completion, Delta
+from runtime.engine.process import Engine
 from runtime.errors import EngineBusy, EngineLost, PolicyError
-from runtime.hotswap import HotSwap
+from runtime.serving.hotswap import HotSwap
 from tests.memory.episodes import HashingEncoder
+from tests.rollouts import play
 from tests.runtime.fake_engine import LOOK, FakeEngine, say
 
 ASK = [{"role": "user", "content": "hi"}]
@@ -214,9 +215,9 @@ async def end_of(engine: Engine, number: int) -> tuple[str, Ending, Any]:
     try:
         async with asyncio.timeout(30):
             if dice.random() < 0.5:
-                reply = await engine.chat("base", ASK, [LOOK], seed=number)
+                reply = await engine.client.chat("base", ASK, [LOOK], seed=number)
             else:
-                reply = await engine.chat_stream("base", ASK, [LOOK], on_delta=ignore, seed=number)
+                reply = await engine.client.chat_stream("base", ASK, [LOOK], on_delta=ignore, seed=number)
     except PolicyError as error:
         return fault.__name__, type(error), error
     assert len({call["id"] for call in reply.tool_calls}) == len(reply.tool_calls)
@@ -266,10 +267,10 @@ async def test_whatever_the_engine_streams_the_episode_is_closed(base_dir: Path,
     async def ignore(delta: Delta) -> None:
         pass
 
-    async def play(agent: Agent, number: int) -> None:
+    async def play_numbered(agent: Agent, number: int) -> None:
         on_delta = ignore if number % 2 else None
         async with places:
-            await agent.rollout(None, messages=ASK, seed=number, on_delta=on_delta)
+            await play(agent, messages=ASK, seed=number, on_delta=on_delta)
 
     with Memory.open(tmp_path / "data", MemoryConfig(memory_tokens=0), encoder=HashingEncoder()) as memory:
         async with BrokenEngine(base_dir) as broken:
@@ -279,9 +280,9 @@ async def test_whatever_the_engine_streams_the_episode_is_closed(base_dir: Path,
             agent = Agent(memory, HotSwap(memory.policies, engine), {}, AgentConfig(max_steps=2, max_seconds=30))
             async with asyncio.TaskGroup() as group:
                 for number in range(num_episodes):
-                    group.create_task(play(agent, number))
+                    group.create_task(play_numbered(agent, number))
             await engine.stop()
-        closed = [view.trajectory for view in memory.trajectories.list(limit=num_episodes + 1)]
+        closed = [view.trajectory for view in memory.trajectories.select(limit=num_episodes + 1)]
     assert len(closed) == num_episodes
     assert {it.stage for it in closed} == {TrajectoryStage.FINISHED, TrajectoryStage.FAILED}
     typed = ("PolicyError: ", "EngineLost: ", "EngineBusy: ", "RequestRefused: ", "BudgetExceeded: ")

@@ -29,7 +29,7 @@ from tests.memory.episodes import PATIENT, HashingEncoder
 async def main():
     with Memory.open(Path(sys.argv[1]), PATIENT, encoder=HashingEncoder()) as memory:
         await memory.index.drain()
-        kept = [it for it in memory.documents.list() if it.title.startswith("Carrots")]
+        kept = [it for it in memory.documents.select() if it.title.startswith("Carrots")]
         number = len(kept)
         while True:
             words = "\\n\\n".join(f"carrot {sys.argv[2]} {number} " + "fry " * 150 + str(part) for part in range(6))
@@ -85,8 +85,8 @@ async def find_missing_and_orphans(memory: Memory) -> tuple[set[str], set[str]]:
     await memory.index.drain()
     with memory.database.read() as session:
         rows = set(session.exec(select(Passage.id)))
-    worded = set(memory.index._words.digests("passages"))
-    meant = set(memory.index._meanings.digests("passages"))
+    worded = set(memory.index._text_index.digests("passages"))
+    meant = set(memory.index._vector_index.digests("passages"))
     return (rows - worded) | (rows - meant), (worded - rows) | (meant - rows)
 
 

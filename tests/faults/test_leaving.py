@@ -12,8 +12,8 @@ import aiohttp
 import pytest
 
 from memory.schema import TrajectoryStage
-from tests.api.playing import FORGETFUL, PlayedWorld
-from tests.api.worlds import eventually
+from tests.runtime.api.playing import FORGETFUL, PlayedWorld
+from tests.runtime.api.worlds import eventually
 from tests.runtime.fake_engine import Reply
 
 NUM_AT_ONCE = 8
@@ -78,6 +78,6 @@ def test_who_leaves_frees_the_engine_and_is_recorded_cancelled(world: PlayedWorl
         assert worst < limit * 1e3
 
     def stages() -> list[TrajectoryStage]:
-        return [view.trajectory.stage for view in world.memory.trajectories.list(limit=10_000)]
+        return [view.trajectory.stage for view in world.memory.trajectories.select(limit=10_000)]
 
     assert eventually(lambda: stages() == [TrajectoryStage.CANCELLED] * num_clients)

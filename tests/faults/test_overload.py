@@ -16,7 +16,7 @@ import pytest
 
 from memory.schema import TrajectoryStage
 from runtime.config import EngineConfig
-from tests.api.playing import FORGETFUL, PlayedWorld
+from tests.runtime.api.playing import FORGETFUL, PlayedWorld
 from tests.runtime.fake_engine import Reply
 
 NUM_SEQS = 8
@@ -118,7 +118,7 @@ def test_overload_is_turned_away_at_once_and_harms_nobody_who_was_let_in(world: 
 
     assert nominal and admitted and refused
     assert {(it.status, it.retry_after, it.code) for it in refused} == {(503, "1", "engine_overloaded")}
-    views = world.memory.trajectories.list(limit=100_000)
+    views = world.memory.trajectories.select(limit=100_000)
     assert {view.trajectory.stage for view in views} == {TrajectoryStage.FINISHED}
     num_recovered = len(views) - len(nominal) - len(admitted)
     assert num_recovered >= 1, "nothing was answered afterwards, or an answer has no record"

@@ -20,11 +20,11 @@ from tests.runtime.fake_engine import FakeEngine, say
 
 NUM_TIMES = 5
 SHORT = {  # one of each operation, where two things that belong together are done one after the other
-    "log: Database._write_forever: _tell(batch)",
+    "log: Database._write_forever: _resolve(batch)",
     "train: write_adapter_atomically: _sync(final.parent)",
     "promote: _retire: session.flush()",
     "rollback: Policies.rollback: _activate(session, policy",
-    "swap: HotSwap._load: await self._prove(",
+    "swap: HotSwap.activate: await self._probe(",
 }
 
 
@@ -72,7 +72,7 @@ async def die_and_boot(point: Point, num_passes: int, data_dir: Path, base_dir: 
         await turns.turn()
         assert turns.flaws() == [] and memory.cycles.unfinished() is None
     await turns.engine.stop()
-    await turns.engine.close()
+    await turns.engine.client.close()
 
 
 def test_there_are_forty_points_and_each_is_one_line():

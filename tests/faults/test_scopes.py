@@ -32,12 +32,12 @@ from hypothesis.stateful import (
 
 from memory.config import MemoryConfig
 from memory.errors import IllegalMove, UnknownDocument, UnknownTrajectory
-from memory.insights import InsightOperation, OperationKind
-from memory.reviews import Status
+from memory.records.insights import InsightOperation, OperationKind
+from memory.records.reviews import Status
 from memory.schema import Feedback, Split, Step, StepKind, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
-from optimizer.practice import learn_words
-from runtime.cache_salts import CacheSalts
+from optimizer.cycle.practice import learn_insights
+from runtime.engine.cache_salts import CacheSalts
 from tests.memory.episodes import HashingEncoder
 from tests.optimizer.one_cycle import OneCycle
 
@@ -197,8 +197,8 @@ class Premises(RuleBasedStateMachine):
         else:
             with pytest.raises(UnknownTrajectory):
                 trajectories.get(trajectory.id, tenant=tenant)
-        told = [view.trajectory.task_text for view in trajectories.list(tenant=tenant, limit=20)]
-        told += [row.text for document in documents.list(tenant=tenant) for row in self.passages(document.id, tenant)]
+        told = [view.trajectory.task_text for view in trajectories.select(tenant=tenant, limit=20)]
+        told += [row.text for document in documents.select(tenant=tenant) for row in self.passages(document.id, tenant)]
         told += [insight.text for insight in self.memory.insights.active(tenant=tenant)]
         others = [it for text in told for it in MARKER.findall(text) if self.marked[it].tenant != tenant]
         assert not others, (tenant, others)
@@ -225,7 +225,7 @@ class Premises(RuleBasedStateMachine):
             told = list(dict.fromkeys(MARKER.findall(messages[-1]["content"])))[:12]
             return f"ADD: remember {' '.join(told)}\nEDIT 1: better {' '.join(told)}" if told else "NOTHING"
 
-        self.do("learn", learn_words(OneCycle(self.memory, complete)))
+        self.do("learn", learn_insights(OneCycle(self.memory, complete)))
 
     @rule(tenant=tenants, data=st.data(), is_reworded=st.booleans())
     def approve(self, tenant: str, data: st.DataObject, is_reworded: bool) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from runtime.config import EngineConfig
-from runtime.engine import Engine
-from runtime.engine_activity import PROC, ProcessActivity, is_held_up, read_activity
+from runtime.engine.activity import PROC, ProcessActivity, is_held_up, read_activity
+from runtime.engine.process import Engine
 from tests.runtime.conftest import base_dir
 
 __all__ = ["base_dir"]
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 async def start(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
     """`await start(settings)`: an engine in two processes, watched."""
-    monkeypatch.setattr("runtime.engine.CHILD", Path(__file__).with_name("starved_child.py"))
+    monkeypatch.setattr("runtime.engine.process.CHILD", Path(__file__).with_name("starved_child.py"))
     async with contextlib.AsyncExitStack() as undo:
 
         async def begin(settings: dict[str, float]) -> Engine:
@@ -94,7 +94,7 @@ async def test_a_starved_engine_is_waited_for_and_answers_when_it_may(
     if not any(looks):
         pytest.skip("the scheduler of this machine let the engine run beside its rivals: nothing was late")
     async with asyncio.timeout(60):
-        while not await engine.probe():
+        while not await engine.client.probe():
             await asyncio.sleep(0.1)
     assert (engine.pid, engine.num_restarts) == (pid, 0)
     print(f"starved for {seconds:g} s: no token in {sum(looks) / len(looks):.0%} of the looks, no restart")

@@ -14,13 +14,14 @@ import pytest
 from memory.config import MemoryConfig
 from memory.schema import TrajectoryStage
 from memory.store import Memory
-from runtime.agent import Agent
-from runtime.completion import Delta
+from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
-from runtime.engine import Engine
-from runtime.hotswap import HotSwap
+from runtime.engine.client import Delta
+from runtime.engine.process import Engine
+from runtime.serving.hotswap import HotSwap
 from runtime.tools.base import Tool
 from tests.memory.episodes import HashingEncoder
+from tests.rollouts import play
 from tests.runtime.conftest import base_dir, write_adapter
 from tests.runtime.fake_engine import FakeEngine, Reply, call, say
 
@@ -61,7 +62,7 @@ class World:
         number = 0
         while not done.is_set():
             ask = [{"role": "user", "content": f"{name}-{number}"}]
-            await self.agent.rollout(None, messages=ask, on_delta=listen, episode_id=f"{name}-{number}")
+            await play(self.agent, messages=ask, on_delta=listen, episode_id=f"{name}-{number}")
             number += 1
 
 
@@ -77,7 +78,7 @@ async def world(tmp_path: Path, base_dir: Path) -> AsyncIterator[World]:
                 path = write_adapter(tmp_path / f"pocket-v{version}", base_dir, version)
                 await memory.policies.draft(adapter_path=str(path), parent=0)
             hotswap = HotSwap(memory.policies, engine)
-            await hotswap.wear(0)
+            await hotswap.activate(0)
             yield World(memory, fake, hotswap)
             await engine.stop()
 
@@ -88,14 +89,14 @@ async def test_swaps_under_streams_fail_nobody_and_mix_nothing(world: World, num
     streams = [asyncio.create_task(world.stream(f"stream-{number}", done)) for number in range(num_streams)]
     for swap in range(num_swaps):
         version = 1 + swap % NUM_POLICIES
-        await world.hotswap.wear(version)
+        await world.hotswap.activate(version)
         while f"pocket-v{version}" not in world.acting:  # somebody is served by each
             await asyncio.sleep(0.002)
         world.acting.clear()
     done.set()
     await asyncio.gather(*streams)
 
-    played = [view.trajectory for view in world.memory.trajectories.list(limit=1_000_000)]
+    played = [view.trajectory for view in world.memory.trajectories.select(limit=1_000_000)]
     assert {it.stage for it in played} == {TrajectoryStage.FINISHED}
     names = {version: f"pocket-v{version}" for version in range(1, NUM_POLICIES + 1)} | {0: "base"}
     assert [it.id for it in played if world.served[it.episode_id] != {names[it.policy]}] == []

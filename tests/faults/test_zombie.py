@@ -15,11 +15,12 @@ import pytest
 from memory.config import MemoryConfig
 from memory.schema import TrajectoryStage
 from memory.store import Memory
-from runtime.agent import Agent
+from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
-from runtime.engine import Engine
-from runtime.hotswap import HotSwap
+from runtime.engine.process import Engine
+from runtime.serving.hotswap import HotSwap
 from tests.memory.episodes import HashingEncoder
+from tests.rollouts import play
 from tests.runtime.conftest import base_dir, write_adapter
 
 __all__ = ["base_dir"]
@@ -32,7 +33,7 @@ Start = Callable[..., Awaitable[tuple[Engine, Agent, Memory]]]
 @pytest.fixture
 async def start(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
     """`await start(**settings)`: an engine of ours, played, watched and worn: two adapters, the newer one active."""
-    monkeypatch.setattr("runtime.engine.CHILD", Path(__file__).with_name("played_child.py"))
+    monkeypatch.setattr("runtime.engine.process.CHILD", Path(__file__).with_name("played_child.py"))
     undo: list[Callable] = []
 
     async def begin(**settings) -> tuple[Engine, Agent, Memory]:
@@ -47,7 +48,7 @@ async def start(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch)
         for version in (1, 2):
             path = write_adapter(tmp_path / f"pocket-v{version}", base_dir, version)
             await memory.policies.draft(adapter_path=str(path), parent=0)
-            await hotswap.wear(version)
+            await hotswap.activate(version)
         return engine, Agent(memory, hotswap, {}, AgentConfig(max_seconds=60.0)), memory
 
     yield begin
@@ -71,24 +72,24 @@ def test_the_pause_and_the_time_of_a_probe_are_ten_seconds_together():
 @pytest.mark.parametrize("how", ["dead", "zombie"])
 async def test_it_is_started_again_and_dressed_as_before_and_nobody_notices(start: Start, how: str):
     engine, agent, memory = await start(probe_interval_seconds=0.05, probe_timeout_seconds=1.5)
-    worn, before = await engine.adapters(), engine.pid
+    worn, before = await engine.client.adapters(), engine.pid
     assert worn == {"pocket-v1", "pocket-v2"}
     os.kill(before, signal.SIGUSR1 if how == "zombie" else signal.SIGSTOP)
     with pytest.raises(TimeoutError):
         is_alive = True
         while is_alive:
             async with asyncio.timeout(0.2):
-                is_alive = await engine.probe()
-    episodes = [asyncio.create_task(agent.rollout(None, messages=ASK)) for _ in range(8)]
+                is_alive = await engine.client.probe()
+    episodes = [asyncio.create_task(play(agent, messages=ASK)) for _ in range(8)]
     if how == "dead":
-        await wait_until(lambda: len(memory.trajectories.list()) == 8)
+        await wait_until(lambda: len(memory.trajectories.select()) == 8)
         with contextlib.suppress(ProcessLookupError):  # on a slow machine it was found first
             os.kill(before, signal.SIGKILL)
     played = await asyncio.gather(*episodes)
 
     assert {(it.stage, it.answer, it.policy) for it in played} == {(TrajectoryStage.FINISHED, "hello", 2)}
     assert engine.num_restarts >= 1 and engine.pid != before
-    assert await engine.adapters() == worn
+    assert await engine.client.adapters() == worn
     with pytest.raises(ProcessLookupError):
         os.kill(before, 0)
 
@@ -104,7 +105,7 @@ async def test_a_zombie_is_found_within_ten_seconds(start: Start):
         await wait_until(lambda: not engine.is_ready)
         waits.append(time.monotonic() - began)
         await engine.wait_until_ready(60)
-        assert await engine.adapters() == {"pocket-v1", "pocket-v2"}
-        assert (await agent.rollout(None, messages=ASK)).stage is TrajectoryStage.FINISHED
+        assert await engine.client.adapters() == {"pocket-v1", "pocket-v2"}
+        assert (await play(agent, messages=ASK)).stage is TrajectoryStage.FINISHED
     print("found after", " ".join(f"{wait:.2f}" for wait in waits), "seconds")
     assert max(waits) <= FOUND_SECONDS

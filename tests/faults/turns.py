@@ -23,16 +23,18 @@ from memory.schema import (
     new_id,
 )
 from memory.store import Memory
-from optimizer import stages
 from optimizer.config import OptimizerConfig
+from optimizer.cycle import stages
+from optimizer.cycle.artifacts import RowsSummary
+from optimizer.cycle.context import CycleContext
+from optimizer.cycle.methods import METHODS
 from optimizer.seams import Seams
 from optimizer.training.launch import read_finished
 from optimizer.training.spec import TrainingSpec
-from optimizer.workshop import Workshop
-from runtime import hotswap
 from runtime.config import EngineConfig
-from runtime.engine import Engine
-from runtime.hotswap import HotSwap
+from runtime.engine.process import Engine
+from runtime.serving import hotswap
+from runtime.serving.hotswap import HotSwap
 from tests.faults.children import Tell
 from tests.faults.points import Point, die_at
 from tests.memory.episodes import PATIENT, HashingEncoder
@@ -59,11 +61,11 @@ class Turns:
         policy = await self.learn()
         await self.memory.policies.promote(policy.version)
         self.announce()
-        await self.hotswap.wear(policy.version)
+        await self.hotswap.activate(policy.version)
         if policy.version % 2 == 0:
             back = await self.memory.policies.rollback()
             self.announce()
-            await self.hotswap.wear(back.version)
+            await self.hotswap.activate(back.version)
 
     async def log(self) -> None:
         """Keep an episode of two steps, a success."""
@@ -81,13 +83,12 @@ class Turns:
         cycles, config = self.memory.cycles, OptimizerConfig().model_dump(mode="json")
         cycle = cycles.unfinished() or await cycles.open(config)
         seams = Seams(rollout=_never, tasks=_never, train=self.train)
-        shop = Workshop(self.memory, seams, cycle.id)
-        shop.directory.mkdir(parents=True, exist_ok=True)
-        (shop.directory / "demonstrations.jsonl").write_text('{"input_ids": [1, 2]}\n')
-        await shop.keep(demonstrations={"trajectory_ids": []})
-        await stages.train_sft(shop)
-        version = shop.artifacts["sft"]["policy"]
-        await stages._nominate(shop, version)
+        context = CycleContext(self.memory, seams, cycle.id)
+        context.directory.mkdir(parents=True, exist_ok=True)
+        (context.directory / "demonstrations.jsonl").write_text('{"input_ids": [1, 2]}\n')
+        await context.save_artifacts(demonstrations=RowsSummary(num_rows=1))
+        await stages.train(context, METHODS[0])
+        version = await stages.nominate(context)
         await cycles.save(cycle.id, stage=CycleStage.COMPLETED)
         return self.memory.policies.get(version)
 
@@ -112,9 +113,9 @@ class Turns:
         found = list(self.memory.database.check())
         if policies.activations()[-1].version != policies.active().version:
             found.append("the last activation is not of the policy that acts")
-        if [policy.stage for policy in policies.list()].count(PolicyStage.ACTIVE) != 1:
+        if [policy.stage for policy in policies.select()].count(PolicyStage.ACTIVE) != 1:
             found.append("not one policy acts")
-        for policy in policies.list():
+        for policy in policies.select():
             if policy.adapter_path is not None:
                 verify_adapter(Path(policy.adapter_path), base_digest=self.base_digest, max_rank=MAX_RANK)
         return found

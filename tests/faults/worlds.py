@@ -17,13 +17,14 @@ from typing import Any
 
 from memory.schema import RewardSource, StepKind, Trajectory
 from memory.store import Memory
-from runtime.agent import Agent
+from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
-from runtime.engine import Engine
-from runtime.hotswap import HotSwap
+from runtime.engine.process import Engine
+from runtime.serving.hotswap import HotSwap
 from runtime.tools.base import Tool
 from tests.faults.children import Tell
 from tests.memory.episodes import PATIENT, HashingEncoder
+from tests.rollouts import play
 from tests.runtime.fake_engine import LOOK, FakeEngine, Reply, call, ids_of
 
 NUM_EPISODES = 64  # at once
@@ -89,7 +90,7 @@ async def playing(tell: Tell, memory: Memory) -> AsyncIterator[Agent]:
         tool = Tool("look", "Look somewhere.", LOOK["function"]["parameters"], look)
         yield Agent(memory, HotSwap(memory.policies, engine), {}, AgentConfig(), tools=[tool])
         await engine.stop()
-        await engine.close()
+        await engine.client.close()
 
 
 async def _live(tell: Tell, memory: Memory, agent: Agent, names: str, numbers: Iterator[int]) -> None:
@@ -102,4 +103,4 @@ async def _live(tell: Tell, memory: Memory, agent: Agent, names: str, numbers: I
 
 
 async def play_one(agent: Agent, name: str) -> Trajectory:
-    return await agent.rollout(None, messages=[{"role": "user", "content": name}])
+    return await play(agent, messages=[{"role": "user", "content": name}])

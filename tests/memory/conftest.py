@@ -1,4 +1,4 @@
-"""Fixtures of the memory tests: what asks for rows runs on SQLite, and again on PostgreSQL where that is installed."""
+"""Fixtures of the memory tests. Tests of the database run on SQLite, and again on PostgreSQL where it is installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memory.config import MemoryConfig
-from memory.database import Database
+from memory.storage.database import Database
 from memory.store import Memory
 from tests.memory.episodes import PATIENT, HashingEncoder
 from tests.postgresql import HOMES, Cluster, Databases, start_cluster
@@ -31,14 +31,14 @@ def databases(cluster: Cluster) -> Databases:
 
 @pytest.fixture
 def postgresql(databases: Databases) -> Iterator[str]:
-    """The URL of a database whose tables are there and empty."""
+    """The URL of a database with empty tables."""
     with databases.lend() as url:
         yield url
 
 
 @pytest.fixture(params=HOMES)
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
-    """Where the rows are: a file or a URL."""
+    """The path or URL of the database."""
     return tmp_path / "ratchet.db" if request.param == "sqlite" else request.getfixturevalue("postgresql")
 
 

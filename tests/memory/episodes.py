@@ -1,4 +1,4 @@
-"""Episodes, operations and an encoder for tests: small, real, and said in one line."""
+"""Helpers for tests that create episodes, insight operations and vectors in one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy
 
 from memory.config import MemoryConfig
-from memory.insights import InsightOperation, OperationKind, SupportCounts
+from memory.records.insights import InsightOperation, OperationKind, SupportCounts
 from memory.schema import RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
 
@@ -19,7 +19,7 @@ PATIENT = MemoryConfig(retrieval_deadline_seconds=60, encoding_deadline_seconds=
 
 
 class HashingEncoder:
-    """The fake: texts that share words lie close together. Counts its calls."""
+    """A fake encoder: texts that share words have similar vectors. It counts its calls."""
 
     def __init__(self, name: str = "hashing") -> None:
         self.name = name
@@ -36,7 +36,7 @@ class HashingEncoder:
 
 
 def command_call(command: str) -> dict:
-    """A tool call as an engine gives it."""
+    """Return a tool call in the form of an engine."""
     arguments = json.dumps({"command": command})
     return {"id": new_id("call"), "type": "function", "function": {"name": "act", "arguments": arguments}}
 
@@ -61,7 +61,7 @@ async def play(
     split: Split = Split.PRACTICE,
     **fields,
 ) -> Trajectory:
-    """Live one whole episode: each command is a model step and a tool step."""
+    """Store one whole episode: each command is a model step and a tool step."""
     trajectory = await open_trajectory(memory, split=split, **fields)
     position = 0
     for command in commands or ("look",):

@@ -1,6 +1,7 @@
-"""Adds rows one at a time to an index of meanings and prints how much the heap of this process grew, in MB.
+"""Adds rows one at a time to a vector index and prints how much the heap of this process grew, in MB.
 
-A process of its own, because the allocator keeps what others used before. `python -m tests.memory.grown_child DIR NUM`.
+It runs in a process of its own, because the allocator keeps memory that earlier code has used.
+`python -m tests.memory.grown_child DIR NUM`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import numpy
 
-from memory.meanings import MeaningIndex
-from memory.searchables import Searchable
+from memory.search.indexed_rows import IndexedRow
+from memory.search.vector_index import VectorIndex
 
 DIM = 384
 NUM_PERSONS = 50
@@ -22,16 +23,16 @@ def heap_mb() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e6
 
 
-def add(index: MeaningIndex, numbers: range) -> None:
+def add(index: VectorIndex, numbers: range) -> None:
     random = numpy.random.default_rng(numbers.start)
     for number in numbers:
         vector = random.standard_normal(DIM).astype("float32")
-        row = Searchable(f"trj_{number:08}", "text", "", "chat", "", tenant="", user_id=f"p{number % NUM_PERSONS}")
-        index.upsert("exemplars", [row], [vector / numpy.linalg.norm(vector)], ids_at=lambda _partition, _num: [])
+        row = IndexedRow(f"trj_{number:08}", "text", "", "chat", "", tenant="", user_id=f"p{number % NUM_PERSONS}")
+        index.upsert("exemplars", [row], [vector / numpy.linalg.norm(vector)], newest_ids=lambda _partition, _num: [])
 
 
 def main() -> None:
-    index = MeaningIndex(Path(sys.argv[1]), "random")
+    index = VectorIndex(Path(sys.argv[1]), "random")
     index.open()
     add(index, range(150))  # opening Chroma and its caches take some megabytes
     before = heap_mb()

@@ -1,6 +1,6 @@
-"""Ways to spoil an adapter's directory, each with the reason for which it must be refused.
+"""Ways to damage an adapter's directory, each with the reason for its rejection.
 
-The manifest vouches for what is spoiled, unless it is the manifest that is: a wrong hash must not hide the rest.
+The manifest is written again after the damage, so that a wrong digest does not hide the other checks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ A, B = "base_model.model.layers.0.q.lora_A.weight", "base_model.model.layers.0.q
 
 
 def vouch(directory: Path) -> Path:
-    """Have the manifest agree with what the files are now."""
+    """Write the manifest again, with the digests of the present files."""
     write_manifest(directory, read_manifest(directory))
     return directory
 

@@ -1,4 +1,4 @@
-"""Adapter directories: written whole, and refused for every reason there is."""
+"""Adapter directories: written atomically, and rejected for every kind of damage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tensors(**changes) -> dict[str, numpy.ndarray]:
 
 
 def make_adapter(directory: Path, *, weights: dict | None = None, config: dict | None = None, **fields) -> Path:
-    """Write a tiny adapter as a trainer would; whatever the test plants is vouched for by the manifest."""
+    """Write a tiny adapter as a trainer does; the manifest covers the test's changes."""
     directory.mkdir(parents=True)
     save_file(tensors() if weights is None else weights, directory / "adapter_model.safetensors")
     (directory / "adapter_config.json").write_text(json.dumps(CONFIG | (config or {})))

@@ -1,4 +1,4 @@
-"""The messages of an episode are written in one way, whoever needs them."""
+"""The messages of an episode are built in one way for prompts and training."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 
 from memory.conversation import as_reply, show_memory
 from memory.schema import Step, StepKind
-from runtime.completion import Completion
-from runtime.handover import restore_messages
+from runtime.agent.resume import restore_messages
+from runtime.engine.client import Completion
 
 CALL = {"id": "1", "type": "function", "function": {"name": "act", "arguments": "{}"}}
 

@@ -1,4 +1,4 @@
-"""Names from outside: what is one stays a single part of a path below the directory, and nothing else is one."""
+"""Names from outside: a valid name stays a single component of a path below the directory."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_a_path_of_parts_never_leaves_the_directory(parts: list[str]):
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_the_name_of_adapters_is_a_name_and_nothing_else(name: str):
     with pytest.raises(BadSettings, match=r"name = .*is not a name"):
-        overlay(OptimizerConfig(), {"name": name}, place="settings")
+        overlay(OptimizerConfig(), {"name": name}, origin="settings")
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 @pytest.mark.parametrize("key", ["environment", "learn_from"])
 def test_an_environment_is_called_by_a_name(key: str, name: str):
     with pytest.raises(BadSettings, match="is not a name"):
-        overlay(OptimizerConfig(), {key: [name] if key == "learn_from" else name}, place="settings")
+        overlay(OptimizerConfig(), {key: [name] if key == "learn_from" else name}, origin="settings")
 
 
 @pytest.mark.parametrize("name", OUTSIDE)

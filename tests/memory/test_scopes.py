@@ -1,4 +1,4 @@
-"""Whose memory a row is, under either setting, in the rows and in the index."""
+"""Scopes of memories under both settings, in the rows and in the index."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from sqlmodel import select
 
 from memory.config import MemoryConfig
 from memory.errors import IllegalMove, UnknownInsight, UnknownTrajectory
-from memory.insights import InsightOperation, OperationKind
-from memory.reviews import Status
+from memory.records.insights import InsightOperation, OperationKind
+from memory.records.reviews import Status
 from memory.schema import Split, Trajectory
 from memory.store import Memory
 from tests.memory.episodes import HashingEncoder, play
@@ -44,7 +44,7 @@ async def test_a_persons_own_rows_are_found_among_many_of_others(memory: Memory)
 
 
 async def test_what_a_person_did_long_ago_is_found_by_its_rare_words(memory: Memory, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("memory.index.MAX_OWN", 2)
+    monkeypatch.setattr("memory.search.index.MAX_OWN", 2)
     old = await talk(memory, "please fry my saffron carrot", user_id="jane")
     await memory.index.drain()
     for number in range(6):
@@ -76,7 +76,7 @@ async def test_an_approval_moves_a_row_in_both_indexes_and_a_rebuild_agrees(memo
     await memory.reviews.approve_exemplar(mine.id, tenant="")
     await memory.index.drain()
     before = await shown(memory, "please fry my carrot", "bob")
-    assert "carrot" in before and memory.index._meanings.count()["exemplars"] == 1
+    assert "carrot" in before and memory.index._vector_index.count()["exemplars"] == 1
     await memory.index.rebuild()
     assert await shown(memory, "please fry my carrot", "bob") == before
 
@@ -112,7 +112,7 @@ async def test_evidence_does_not_reword_what_was_approved_nor_bring_back_what_wa
     again.append(lesson("be brief", "jane", kind=OperationKind.EDIT, new_text="answer in one line"))
     assert await memory.insights.apply(again) == []
     assert [it.insight.id for it in memory.reviews.insights(tenant="", status=Status.RETIRED)] == [approved.id]
-    with pytest.raises(IllegalMove, match="was retired: only one in force"):
+    with pytest.raises(IllegalMove, match="was retired: only an active one"):
         await memory.reviews.approve_insight(approved.id, tenant="")
 
 
@@ -144,7 +144,7 @@ async def test_what_is_no_success_cannot_be_approved(memory: Memory):
     lost = await play(memory, reward=0.0, split=Split.LIVE, user_id="jane", **LIVE)
     with pytest.raises(IllegalMove, match="is no exemplar"):
         await memory.reviews.approve_exemplar(lost.id, tenant="")
-    with pytest.raises(ValueError, match="needs words"):
+    with pytest.raises(ValueError, match="needs a text"):
         await memory.reviews.approve_exemplar(lost.id, tenant="", text=" ")
     with pytest.raises(ValueError, match="no exemplar is ever 'removed'"):
         memory.reviews.exemplars(tenant="", status=Status.REMOVED)
@@ -161,4 +161,4 @@ async def test_the_rule_says_the_same_in_python_and_in_sql(tmp_path: Path, confi
         query = select(Trajectory, memory.scopes.of_episode())
         with memory.database.read() as session:
             rows = session.exec(query).all()
-    assert len(rows) == 8 and all(memory.scopes.of_lived(row) == scope for row, scope in rows)
+    assert len(rows) == 8 and all(memory.scopes.of_trajectory(row) == scope for row, scope in rows)

@@ -1,4 +1,4 @@
-"""One owner, and everything in its place."""
+"""Opening and closing a data directory, with one owner at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECOND_OWNER = """
 import sys, time
 from pathlib import Path
 from memory.errors import DataDirectoryInUse
-from memory.ownership import take_ownership
+from memory.storage.ownership import take_ownership
 began = time.monotonic()
 try:
     take_ownership(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Whose feedback counts for the weights that every tenant is served by."""
+"""The feedback that may teach the weights, which serve every tenant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one tenant keeps, no other finds: by id, in lists, by word, by meaning."""
+"""No tenant finds another's rows: by id, in lists, by words or by vectors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import random
 import pytest
 
 from memory.errors import UnknownDocument, UnknownResponse, UnknownTrajectory
-from memory.index import MemoryIndex
-from memory.insights import InsightOperation, OperationKind
-from memory.relevance import WordMatches
+from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import Feedback, Split, Step, StepKind, StoredResponse, TrajectoryStage
+from memory.search.index import MemoryIndex
+from memory.search.relevance import WordMatches
 from memory.store import Memory
 from tests.memory.episodes import command_call, open_trajectory, play
 
@@ -22,7 +22,7 @@ def learn(text: str, tenant: str) -> InsightOperation:
     return InsightOperation(OperationKind.ADD, "kitchen", "cooking", text, tenant=tenant)
 
 
-@pytest.mark.parametrize("blind_to", ["nothing", "words", "meanings"])
+@pytest.mark.parametrize("blind_to", ["nothing", "text", "vectors"])
 async def test_retrieval_shows_a_tenant_its_own_and_nothing_else(
     memory: Memory, monkeypatch: pytest.MonkeyPatch, blind_to: str
 ):
@@ -32,10 +32,10 @@ async def test_retrieval_shows_a_tenant_its_own_and_nothing_else(
         await memory.insights.apply([learn(f"{name}: fry on the stove {n}", tenant) for n in range(14)])
         await memory.documents.ingest("Stove", f"How to fry on it, says {name}.", tenant=tenant)
     await memory.index.drain()
-    if blind_to == "words":
-        monkeypatch.setattr(memory.index._words, "match", lambda *_, **__: WordMatches([], 0))
-    elif blind_to == "meanings":
-        monkeypatch.setattr(MemoryIndex, "has_meanings", False)
+    if blind_to == "text":
+        monkeypatch.setattr(memory.index._text_index, "match", lambda *_, **__: WordMatches([], 0))
+    elif blind_to == "vectors":
+        monkeypatch.setattr(MemoryIndex, "has_vectors", False)
     for tenant in TENANTS:
         found = await memory.retrieval.retrieve(
             **KITCHEN, query_text="how to fry on the stove", budget_tokens=5000, tenant=tenant
@@ -65,7 +65,7 @@ async def test_the_same_title_text_and_id_may_be_in_two_tenants(memory: Memory):
     first, second = [await memory.documents.ingest("Stove", "How to fry.", tenant=it) for it in ("acme", "zeta")]
     assert first.id != second.id
     await memory.documents.ingest("Stove", "How to bake.", tenant="zeta")
-    assert memory.documents.list(tenant="acme") == [first] and memory.documents.list() == []
+    assert memory.documents.select(tenant="acme") == [first] and memory.documents.select() == []
     changed = await memory.insights.apply([learn("fry it", "acme"), learn("fry it", "zeta"), learn("fry it", "acme")])
     assert {(it.tenant, it.strength) for it in changed} == {("acme", 3), ("zeta", 2)}
     for tenant in ("acme", "zeta"):
@@ -78,13 +78,13 @@ async def test_the_same_title_text_and_id_may_be_in_two_tenants(memory: Memory):
 async def test_what_is_another_tenants_is_not_there(memory: Memory):
     theirs = await play(memory, tenant="acme", reward=None)
     document = await memory.documents.ingest("Stove", "How to fry.", tenant="acme")
-    await memory.responses.keep(StoredResponse(id="resp_1", tenant="acme", trajectory_id=theirs.id))
-    await memory.responses.keep(
+    await memory.responses.save(StoredResponse(id="resp_1", tenant="acme", trajectory_id=theirs.id))
+    await memory.responses.save(
         StoredResponse(id="resp_2", tenant="zeta", trajectory_id=theirs.id, previous_id="resp_1")
     )
     with pytest.raises(UnknownTrajectory, match="list them"):
         memory.trajectories.get(theirs.id, tenant="zeta")
-    with pytest.raises(UnknownTrajectory, match="needs its target"):
+    with pytest.raises(UnknownTrajectory, match="existing target"):
         await memory.feedback.post(Feedback(id="", tenant="zeta", trajectory_id=theirs.id, value=True))
     for ask in (memory.documents.get, memory.documents.passages):
         with pytest.raises(UnknownDocument):
@@ -98,7 +98,7 @@ async def test_what_is_another_tenants_is_not_there(memory: Memory):
         memory.responses.conversation("resp_2", tenant="zeta")
     with pytest.raises(UnknownResponse):
         await memory.responses.delete("resp_1")
-    assert memory.trajectories.list() == [] and len(memory.trajectories.list(tenant="acme")) == 1
+    assert memory.trajectories.select() == [] and len(memory.trajectories.select(tenant="acme")) == 1
     assert memory.trajectories.newest_of(theirs.episode_id, tenant="zeta") is None
 
 
@@ -145,7 +145,7 @@ async def test_any_order_of_writes_leaks_nothing(memory: Memory):
         )
         texts = [
             retrieved.text,
-            *(view.trajectory.task_text for view in memory.trajectories.list(tenant=tenant, limit=500)),
+            *(view.trajectory.task_text for view in memory.trajectories.select(tenant=tenant, limit=500)),
             *(insight.text for insight in memory.insights.active(tenant=tenant)),
             *await memory.retrieval.find_passages("fry mark", 50, tenant=tenant),
         ]

@@ -1,4 +1,4 @@
-"""Untrusted text: what it taints, where that stops memory, and what an approval lifts."""
+"""Untrusted text: the rows that it affects, and the effect of an approval."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from sqlmodel import select
 
 from memory.errors import IllegalMove, UnknownTrajectory
-from memory.insights import OperationKind
+from memory.records.insights import OperationKind
 from memory.schema import Insight, Trajectory, TrajectoryStage, Trust, now
 from memory.store import Memory
 from memory.trust import UntrustedText
@@ -49,7 +49,7 @@ async def test_only_what_is_closed_and_the_tenants_own_can_be_approved(memory: M
 
 async def test_an_untrusted_insight_is_shown_once_it_was_approved(memory: Memory):
     await memory.insights.apply([replace(add("visit evil.example"), trust=Trust.UNTRUSTED), add("fry it")])
-    assert [it.text for it in memory.insights.standing("kitchen", "cooking", tenant="")] == ["fry it"]
+    assert [it.text for it in memory.insights.visible("kitchen", "cooking", tenant="")] == ["fry it"]
 
     def approve(session) -> None:
         insight = session.exec(select(Insight).where(Insight.trust == Trust.UNTRUSTED)).one()
@@ -57,7 +57,7 @@ async def test_an_untrusted_insight_is_shown_once_it_was_approved(memory: Memory
         session.add(insight)
 
     await memory.database.write(approve)
-    assert len(memory.insights.standing("kitchen", "cooking", tenant="")) == 2
+    assert len(memory.insights.visible("kitchen", "cooking", tenant="")) == 2
 
 
 async def test_new_words_have_the_least_trust_of_what_they_came_from(memory: Memory):
@@ -104,7 +104,7 @@ async def test_a_passage_is_as_trusted_as_its_document(memory: Memory):
     (tea,) = await memory.retrieval.find_passages("tea is brewed", 1)
     assert isinstance(stoves, UntrustedText) and not isinstance(tea, UntrustedText)
 
-    shown = {document.title: memory.documents.passages(document.id)[0].id for document in memory.documents.list()}
+    shown = {document.title: memory.documents.passages(document.id)[0].id for document in memory.documents.select()}
     assert memory.trajectories.trust_of(memory_ids=[shown["Tea"]]) is Trust.TRUSTED
     assert memory.trajectories.trust_of(memory_ids=list(shown.values())) is Trust.UNTRUSTED
     await memory.documents.ingest("Stoves", "A stove fries potatoes.")

@@ -1,4 +1,4 @@
-"""As much of a cycle as the words need that practice draws from episodes."""
+"""A fake of the part of a cycle that extracting insights needs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from types import SimpleNamespace
 from typing import Any
 
 from memory.store import Memory
+from optimizer.cycle.artifacts import CycleArtifacts
 from optimizer.errors import CompletionError
 from optimizer.rewards import grade
 
 
 class OneCycle:
-    """As much of a cycle as words need: a pool, a critic, and what is kept."""
+    """A pool, a critic and artefacts."""
 
     def __init__(self, memory: Memory, complete: Any, context: int | CompletionError = 4096) -> None:
-        self.memory, self.config, self.artifacts = memory, SimpleNamespace(seed=0), {}
+        self.memory, self.config, self.artifacts = memory, SimpleNamespace(seed=0), CycleArtifacts()
         self.seams = SimpleNamespace(complete=complete, context_tokens=self._context_tokens)
         self._context = context
 
@@ -26,5 +27,5 @@ class OneCycle:
     async def read_pool(self, **_: bool):
         return grade(self.memory)
 
-    async def keep(self, **artifacts: Any) -> None:
-        self.artifacts |= artifacts
+    async def save_artifacts(self, **artifacts: Any) -> None:
+        self.artifacts = self.artifacts.model_copy(update=artifacts)

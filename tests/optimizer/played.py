@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from optimizer.evaluation import Played
+from optimizer.evaluation.cells import EpisodeSummary
 
-EPISODE = Played(
+EPISODE = EpisodeSummary(
     task="",
     trajectory_id="",
     is_success=False,
     is_broken=False,
     is_truncated=False,
-    num_turns=8,
+    num_calls=8,
     prompt_tokens=2000,
     output_tokens=100,
     num_invalid_tool_calls=0,

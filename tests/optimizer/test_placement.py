@@ -10,8 +10,8 @@ import pytest
 from optimizer.config import OptimizerConfig
 from optimizer.errors import TrainingDoesNotFit
 from optimizer.placement import Gpu, Machine, choose_placement
-from optimizer.training.footprint import GIB
-from tests.optimizer.test_footprint import SHAPES
+from optimizer.training.footprint import GIB, LIKELIHOOD, PAIRWISE
+from tests.optimizer.training.test_footprint import SHAPES
 
 SEVEN_B, HALF_B, SMALL = SHAPES["Qwen2.5-7B"], SHAPES["Qwen2.5-0.5B"], SHAPES["SmolLM2-135M"]
 
@@ -35,18 +35,18 @@ def test_a_7b_beside_an_engine_at_85_percent_is_refused_with_settings_that_work(
     placed = choose_placement(
         OptimizerConfig(), replace(mended, gpus=[replace(mended.gpus[0], free_bytes=80 * GIB)]), SEVEN_B
     )
-    assert placed.visible_device == "0" and placed.max_length_tokens("dpo") >= 2048
+    assert placed.visible_device == "0" and placed.max_length_tokens(PAIRWISE) >= 2048
 
 
 def test_in_a_window_the_engines_share_counts_as_free():
     placed = choose_placement(OptimizerConfig(gpu="window"), machine(11.5), SEVEN_B)
     assert placed.visible_device == "0" and placed.budget_bytes == int(11.5 * GIB) + 68 * GIB
-    assert placed.max_length_tokens("sft") > 20_000
+    assert placed.max_length_tokens(LIKELIHOOD) > 20_000
 
 
 def test_a_small_model_shares_the_card_by_default():
     placed = choose_placement(OptimizerConfig(), machine(11.5), SMALL)
-    assert placed.visible_device == "0" and placed.max_length_tokens("dpo") >= 2048
+    assert placed.visible_device == "0" and placed.max_length_tokens(PAIRWISE) >= 2048
 
 
 def test_the_engine_that_restarts_does_not_make_its_room_look_free():
@@ -94,8 +94,8 @@ def test_no_window_for_an_engine_that_is_not_ours():
 def test_without_a_gpu_nothing_changes_but_the_length(gpu: str):
     placed = choose_placement(OptimizerConfig(gpu=gpu), Machine(max_model_len=1024), SEVEN_B)
     assert placed.visible_device is None
-    assert placed.max_length_tokens("dpo") == placed.max_length_tokens("sft") == 1024
-    assert placed.rows_per_pass("dpo", 10**6) == placed.recipe.rows_per_pass
+    assert placed.max_length_tokens(PAIRWISE) == placed.max_length_tokens(LIKELIHOOD) == 1024
+    assert placed.rows_per_pass(PAIRWISE, 10**6) == placed.recipe.rows_per_pass
 
 
 def test_training_on_the_cpu_of_a_gpu_machine_asks_for_no_gpu():
@@ -113,8 +113,8 @@ def test_rows_are_as_long_as_the_engines_context_unless_capped(configured, serve
 
 def test_long_rows_go_through_one_at_a_time():
     placed = choose_placement(OptimizerConfig(gpu="window"), machine(11.5), SEVEN_B)
-    assert placed.rows_per_pass("dpo", 512) == 2
-    assert placed.rows_per_pass("dpo", placed.max_length_tokens("dpo")) == 1
+    assert placed.rows_per_pass(PAIRWISE, 512) == 2
+    assert placed.rows_per_pass(PAIRWISE, placed.max_length_tokens(PAIRWISE)) == 1
 
 
 def test_a_device_whose_size_is_not_known_is_used_without_arithmetic():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from memory.exemplars import render_exemplar
+from memory.records.exemplars import render_exemplar
 from memory.schema import Step, StepKind
 from optimizer.pretraining.chat import header
 from optimizer.pretraining.corpus import COOKING, CUTTING, PHRASES, Corpus, Kitchen, Mixture

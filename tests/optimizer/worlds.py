@@ -8,8 +8,8 @@ from typing import Any
 
 from memory.conversation import show_memory
 from memory.schema import Split, Step, StepKind, Trajectory, TrajectoryStage, new_id
+from optimizer.data.stitching import render_prompt
 from optimizer.rewards import GradedTrajectory
-from optimizer.stitching import render_prompt
 
 SYSTEM = "You cook."
 ACT = {

@@ -13,10 +13,10 @@ from safetensors.numpy import save_file
 from memory.adapters import Fingerprint, Manifest, digest_base, write_manifest
 from memory.schema import Policy
 from memory.store import Memory
-from runtime.agent import Agent
+from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
-from runtime.engine import Engine
-from runtime.hotswap import HotSwap
+from runtime.engine.process import Engine
+from runtime.serving.hotswap import HotSwap
 from tests.memory.episodes import HashingEncoder
 from tests.runtime.fake_engine import FakeEngine, base_logprobs, say
 from tests.runtime.levers import Levers
@@ -96,7 +96,7 @@ def make_policy(memory: Memory, base_dir: Path) -> MakePolicy:
     """Draft a policy with an adapter of its own: `await make_policy()`."""
 
     async def make(**fields) -> Policy:
-        version = len(memory.policies.list())
+        version = len(memory.policies.select())
         path = write_adapter(memory.data_dir / "adapters" / f"pocket-v{version}", base_dir, version, **fields)
         return await memory.policies.draft(adapter_path=str(path), parent=0)
 

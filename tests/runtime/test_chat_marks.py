@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memory.chat_marks import ANY_FAMILY, ChatMarks, neutralise
-from runtime.completion import EngineClient
-from runtime.model_family import POCKET_MODEL
+from runtime.engine.client import EngineClient
+from runtime.engine.model_families import POCKET_MODEL
 from tests.optimizer import families
 from tests.runtime.fake_engine import FakeEngine, Reply
 

@@ -17,14 +17,15 @@ import pytest
 from memory.config import MemoryConfig
 from memory.schema import TrajectoryStage, now
 from memory.store import Memory
-from runtime.agent import Agent
+from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
-from runtime.engine import Engine
+from runtime.engine.process import Engine
 from runtime.errors import EngineError, EngineInMaintenance
-from runtime.hotswap import HotSwap
 from runtime.maintenance import Maintenance
+from runtime.serving.hotswap import HotSwap
 from tests.faults import played_child
 from tests.memory.episodes import HashingEncoder
+from tests.rollouts import play
 from tests.runtime.conftest import write_adapter
 from tests.runtime.fake_engine import LOOK
 
@@ -44,7 +45,7 @@ class Running:
 @pytest.fixture
 async def running(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
     """An engine of ours that is watched, with two adapters on it, the newer one active."""
-    monkeypatch.setattr("runtime.engine.CHILD", Path(played_child.__file__))
+    monkeypatch.setattr("runtime.engine.process.CHILD", Path(played_child.__file__))
     with Memory.open(tmp_path / "data", MemoryConfig(memory_tokens=0), encoder=HashingEncoder()) as memory:
         engine = Engine(EngineConfig(model=str(base_dir), probe_interval_seconds=0.05), tmp_path / "data")
         await engine.start()
@@ -54,9 +55,9 @@ async def running(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatc
         for version in (1, 2):
             path = write_adapter(tmp_path / f"pocket-v{version}", base_dir, version)
             await memory.policies.draft(adapter_path=str(path), parent=0)
-            await hotswap.wear(version)
+            await hotswap.activate(version)
         agent = Agent(memory, hotswap, {}, AgentConfig(max_seconds=60.0, client_idle_seconds=30.0))
-        maintenance = Maintenance(engine, hotswap, agent.book, drain_seconds=20.0)
+        maintenance = Maintenance(engine, hotswap, agent.open_episodes, drain_seconds=20.0)
         yield Running(engine, hotswap, agent, memory, maintenance, watching)
         await engine.stop()
         watching.cancel()
@@ -81,8 +82,8 @@ async def require_back(running: Running, before: int) -> None:
     """Assert that another engine answers, with the adapters of the one before, as the active policy."""
     await running.engine.wait_until_ready(30)
     assert running.engine.pid not in (None, before)
-    assert await running.engine.adapters() == {"pocket-v1", "pocket-v2"}
-    trajectory = await running.agent.rollout(None, messages=SAY_HI)
+    assert await running.engine.client.adapters() == {"pocket-v1", "pocket-v2"}
+    trajectory = await play(running.agent, messages=SAY_HI)
     assert (trajectory.stage, trajectory.policy, trajectory.answer) == (TrajectoryStage.FINISHED, 2, "hello")
     assert running.maintenance.reason is None
 
@@ -92,15 +93,15 @@ async def test_in_a_window_the_engine_is_gone_and_after_it_back_with_its_adapter
     async with running.maintenance.window("training"):
         assert not is_alive(before) and running.engine.pid is None and not running.engine.is_ready
         with pytest.raises(EngineInMaintenance, match="training"):
-            await running.agent.rollout(None, messages=SAY_HI)
-        assert running.memory.trajectories.list(limit=10) == []
+            await play(running.agent, messages=SAY_HI)
+        assert running.memory.trajectories.select(limit=10) == []
     assert running.engine.is_ready and running.engine.num_restarts == 0
     await require_back(running, before)
 
 
 async def test_what_is_under_way_is_finished_before_the_engine_stops(running: Running):
     before = running.engine.pid
-    hanging = asyncio.create_task(running.agent.rollout(None, messages=[{"role": "user", "content": "hang"}]))
+    hanging = asyncio.create_task(play(running.agent, messages=[{"role": "user", "content": "hang"}]))
     await wait_until(lambda: running.hotswap.num_leases == 1)
     opened = asyncio.Event()
 
@@ -112,7 +113,7 @@ async def test_what_is_under_way_is_finished_before_the_engine_stops(running: Ru
     await asyncio.sleep(0.3)
     assert is_alive(before) and running.engine.is_ready and not opened.is_set()
     with pytest.raises(EngineInMaintenance):  # nobody new meanwhile
-        await running.agent.rollout(None, messages=SAY_HI)
+        await play(running.agent, messages=SAY_HI)
     hanging.cancel()  # its client leaves
     with contextlib.suppress(asyncio.CancelledError):
         await hanging
@@ -123,7 +124,7 @@ async def test_what_is_under_way_is_finished_before_the_engine_stops(running: Ru
 
 async def test_who_never_ends_holds_the_window_up_only_for_so_long(running: Running):
     running.maintenance._drain_seconds = 0.2
-    hanging = asyncio.create_task(running.agent.rollout(None, messages=[{"role": "user", "content": "hang"}]))
+    hanging = asyncio.create_task(play(running.agent, messages=[{"role": "user", "content": "hang"}]))
     await wait_until(lambda: running.hotswap.num_leases == 1)
     before = running.engine.pid
     async with running.maintenance.window("training"):
@@ -162,7 +163,7 @@ async def test_a_window_cancelled_at_any_moment_brings_the_engine_back(running: 
         await asyncio.wait({working})
     assert working.cancelled() and running.maintenance.reason is None
     await wait_until(lambda: running.engine.is_ready and not running.engine._suspended.is_set())
-    trajectory = await running.agent.rollout(None, messages=SAY_HI)
+    trajectory = await play(running.agent, messages=SAY_HI)
     assert (trajectory.stage, trajectory.policy) == (TrajectoryStage.FINISHED, 2)
 
 
@@ -202,7 +203,7 @@ async def test_a_server_stopped_meanwhile_starts_no_engine(running: Running):
 
     working = asyncio.create_task(work())
     await opened.wait()
-    running.watching.cancel()  # in the order of `serve.live`
+    running.watching.cancel()  # in the order of `server_process.live`
     working.cancel()
     await asyncio.wait({running.watching, working})
     await running.engine.stop()
@@ -231,10 +232,10 @@ async def test_an_engine_that_died_as_the_window_opened_is_back_after_it(running
 
 
 async def test_what_waits_for_a_client_survives_a_window_longer_than_its_patience(running: Running):
-    agent, book = running.agent, running.agent.book
+    agent, book = running.agent, running.agent.open_episodes
     book._idle_seconds = 0.2
     asked = [{"role": "user", "content": "call"}]
-    waiting = await agent.rollout(None, messages=asked, tools=[LOOK])
+    waiting = await play(agent, messages=asked, tools=[LOOK])
     assert waiting.stage is TrajectoryStage.RUNNING
     async with running.maintenance.window("training"):
         await asyncio.sleep(0.5)
@@ -243,14 +244,14 @@ async def test_what_waits_for_a_client_survives_a_window_longer_than_its_patienc
     call = running.memory.trajectories.steps(waiting.id)[-1].tool_calls
     reply = {"role": "assistant", "content": "", "tool_calls": call}
     result = {"role": "tool", "tool_call_id": call[0]["id"], "content": "rain"}
-    ended = await agent.rollout(None, messages=[*asked, reply, result], tools=[LOOK])
+    ended = await play(agent, messages=[*asked, reply, result], tools=[LOOK])
     assert (ended.id, ended.stage, ended.policy) == (waiting.id, TrajectoryStage.FINISHED, 2)
 
 
 async def test_after_a_window_idle_episodes_are_closed_as_ever(running: Running):
-    book = running.agent.book
+    book = running.agent.open_episodes
     book._idle_seconds = 0.2
-    waiting = await running.agent.rollout(None, messages=[{"role": "user", "content": "call"}], tools=[LOOK])
+    waiting = await play(running.agent, messages=[{"role": "user", "content": "call"}], tools=[LOOK])
     async with running.maintenance.window("training"):
         pass
     book._sweeps_from = now() - timedelta(seconds=1)
@@ -259,9 +260,9 @@ async def test_after_a_window_idle_episodes_are_closed_as_ever(running: Running)
 
 
 async def test_an_engine_that_is_not_ours_cannot_be_stopped(engine: Engine, hotswap: HotSwap, agent: Agent):
-    maintenance = Maintenance(engine, hotswap, agent.book, drain_seconds=1.0)
+    maintenance = Maintenance(engine, hotswap, agent.open_episodes, drain_seconds=1.0)
     with pytest.raises(EngineError, match="was not started here"):
         async with maintenance.window("training"):
             pass
     assert engine.is_ready and maintenance.reason is None
-    assert (await agent.rollout(None, messages=SAY_HI)).stage is TrajectoryStage.FINISHED
+    assert (await play(agent, messages=SAY_HI)).stage is TrajectoryStage.FINISHED

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from memory.schema import Split
-from runtime.environments.compilers import COMMAND, GAMES_PER_TURN, ROOT, CompilerPool
+from runtime.environments.compilers import COMMAND, GAMES_PER_SLOT, ROOT, CompilerPool
 from runtime.environments.textworld import TextWorld
 from runtime.errors import GameNotCompiled
 
@@ -158,7 +158,7 @@ async def test_one_game_does_not_wait_for_somebodys_hundred(tmp_path: Path):
         while num_done == 0:
             await asyncio.sleep(0)
     await pool.compile(jobs(tmp_path / "one", 1), nothing)
-    assert num_done <= 2 * GAMES_PER_TURN
+    assert num_done <= 2 * GAMES_PER_SLOT
     await many
     assert num_done == 100
 

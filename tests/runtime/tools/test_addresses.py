@@ -11,7 +11,7 @@ import pytest
 
 from runtime.tools.addresses import is_public
 from runtime.tools.base import run_tool
-from runtime.tools.special_addresses import BESIDE_IANA, IANA_IPV4, IANA_IPV6
+from runtime.tools.special_addresses import ADDITIONS, IANA_IPV4, IANA_IPV6
 from runtime.tools.web import page_fetcher
 from tests.runtime.tools.test_web import watch_connections
 from tests.shared_data import read_shared_rows
@@ -33,13 +33,13 @@ NEIGHBOURS = [
 MET_BY_AN_ATTACKER = ["192.0.0.192", "192.0.0.8", "192.88.99.1", "3fff::1"]
 
 
-@pytest.mark.parametrize("block", [*REGISTRY, *IANA_IPV4, *IANA_IPV6, *BESIDE_IANA])
+@pytest.mark.parametrize("block", [*REGISTRY, *IANA_IPV4, *IANA_IPV6, *ADDITIONS])
 def test_both_ends_of_every_special_block_are_refused(block: str):
     network = ipaddress.ip_network(block)
     assert not is_public(network[0]) and not is_public(network[-1])
 
 
-@pytest.mark.parametrize("block", [*IANA_IPV4, *(it for it in BESIDE_IANA if "." in it)])
+@pytest.mark.parametrize("block", [*IANA_IPV4, *(it for it in ADDITIONS if "." in it)])
 @pytest.mark.parametrize("carrier", ["::ffff:{}", "64:ff9b::{}", "::{}"])
 def test_a_special_ipv4_address_is_refused_in_an_ipv6_one(block: str, carrier: str):
     for end in (ipaddress.ip_network(block)[0], ipaddress.ip_network(block)[-1]):

@@ -155,7 +155,7 @@ async def test_a_call_that_hangs_keeps_its_place_until_its_thread_ends():
 
     tool = tool_from_function(hang_on, timeout_seconds=0.1, max_concurrency=1)
     assert "gave no result" in (await run_tool(tool, "{}")).error
-    assert "is busy: no place came free in 0.1 seconds" in (await run_tool(tool, "{}")).error
+    assert "is busy: no slot came free in 0.1 seconds" in (await run_tool(tool, "{}")).error
     ending.set()
     while (result := await run_tool(tool, "{}")).error:
         await asyncio.sleep(0.01)
@@ -164,12 +164,12 @@ async def test_a_call_that_hangs_keeps_its_place_until_its_thread_ends():
 
 async def test_who_leaves_the_queue_takes_no_place():
     tool = tool_from_function(find_train, max_concurrency=1)
-    await tool.places.acquire()
+    await tool.slots.acquire()
     waiting = asyncio.create_task(run_tool(tool, '{"origin": "Oslo"}'))
     await asyncio.sleep(0.01)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    tool.places.release()
+    tool.slots.release()
     assert (await run_tool(tool, '{"origin": "Oslo"}')).error is None
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from memory.schema import StepKind, TrajectoryStage
 from memory.store import Memory
-from runtime.agent import Agent
-from runtime.hotswap import HotSwap
+from runtime.agent.graph import Agent
+from runtime.serving.hotswap import HotSwap
 from runtime.tools.functions import tool_from_function
+from tests.rollouts import play
 from tests.runtime.fake_engine import FakeEngine, Reply, call
 
 
@@ -58,7 +59,7 @@ async def test_a_tool_that_misbehaves_is_a_result_and_the_episode_goes_on(
         Reply("I see.") if request["messages"][-1]["role"] == "tool" else call(function.__name__)
     )
     agent = Agent(memory, hotswap, {}, tools=[tool_from_function(function, timeout_seconds=0.2)])
-    trajectory = await agent.rollout(None, messages=[{"role": "user", "content": "try"}])
+    trajectory = await play(agent, messages=[{"role": "user", "content": "try"}])
     assert (trajectory.stage, trajectory.answer) == (TrajectoryStage.FINISHED, "I see.")
     (step,) = [step for step in memory.trajectories.steps(trajectory.id) if step.kind is StepKind.TOOL]
     assert step.content.endswith(heard)

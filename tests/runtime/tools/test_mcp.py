@@ -164,7 +164,7 @@ async def test_a_server_over_http_answers_and_is_found_again_after_its_death(
     ("command", "complaint"),
     [
         (["/nowhere/shop"], "No such file"),
-        ([sys.executable, "-c", "import sys; sys.exit('no shop today')"], "it said last: no shop today"),
+        ([sys.executable, "-c", "import sys; sys.exit('no shop today')"], "the end of its log: no shop today"),
     ],
 )
 async def test_a_server_that_does_not_start_is_refused_by_name_with_its_words(
@@ -179,7 +179,7 @@ async def test_a_server_that_does_not_start_is_refused_by_name_with_its_words(
 
 async def test_a_server_that_is_not_there_or_lacks_its_variable_is_refused(port: int, tmp_path: Path):
     absent = McpServer("absent", McpServerConfig(url=f"http://127.0.0.1:{port}/mcp"), tmp_path)
-    with pytest.raises(ToolRefused, match=r"the MCP server 'absent' .*cannot be had"):
+    with pytest.raises(ToolRefused, match=r"the MCP server 'absent' .*is not available"):
         await absent.open()
     config = McpServerConfig(url=f"http://127.0.0.1:{port}/mcp", headers={"Authorization": "NO_SUCH_VARIABLE"})
     with pytest.raises(ToolRefused, match="variable 'NO_SUCH_VARIABLE' is not set"):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from memory.schema import Split, StepKind, Task
 from memory.store import Memory
-from optimizer.evaluation import Cell, play_cell
-from runtime.agent import Agent
+from optimizer.evaluation.cells import Cell, play_cell
+from runtime.agent.graph import Agent
 from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.errors import UnknownTask
-from runtime.hotswap import HotSwap
+from runtime.serving.hotswap import HotSwap
 from runtime.tools.base import Tool
 from runtime.tools.functions import tool_from_function
+from tests.rollouts import play
 from tests.runtime.fake_engine import FakeEngine, Reply, call
 
 ASK = [{"role": "user", "content": "Order tea."}]
@@ -79,14 +82,14 @@ def calling(name: str, **arguments: object):
 
 async def test_a_gate_never_sends_a_real_order(agent: Agent, shop: Shop, fake: FakeEngine, memory: Memory):
     fake.script = calling("send_order", article="tea", number=2)
-    await agent.rollout(None, messages=ASK, is_shared=True)
+    await play(agent, messages=ASK, is_shared=True)
     assert shop.orders == ["tea"]
 
     for split in (Split.HELD_OUT, Split.PRACTICE):
         played = await play_cell(
             Cell("base", policy=0, use_memory=False),
             shop.tasks(split, 3),
-            rollout=agent.rollout,
+            rollout=partial(play, agent),
             grade=memory.trajectories.effective_reward,
             count_model_calls=lambda trajectory_id: memory.trajectories.measure(trajectory_id).num_model_calls,
             success_reward=1.0,
@@ -101,9 +104,9 @@ async def test_without_a_record_for_the_same_arguments_it_is_not_available(
     agent: Agent, shop: Shop, fake: FakeEngine, memory: Memory
 ):
     fake.script = calling("send_order", article="tea")
-    await agent.rollout(None, messages=ASK, is_shared=True)
+    await play(agent, messages=ASK, is_shared=True)
     fake.script = calling("send_order", article="coffee")
-    trajectory = await agent.rollout(shop.tasks(Split.HELD_OUT, 1)[0])
+    trajectory = await play(agent, shop.tasks(Split.HELD_OUT, 1)[0])
     (step,) = [step for step in memory.trajectories.steps(trajectory.id) if step.kind is StepKind.TOOL]
     assert step.error.startswith("'send_order' is not available here: it acts on the outside")
     assert (trajectory.num_invalid_tool_calls, shop.orders) == (0, ["tea"])
@@ -114,10 +117,10 @@ async def test_the_record_is_found_by_the_arguments_meaning_and_the_newest_count
 ):
     for number in (1, 2):
         fake.script = calling("send_order", article="tea", number=1)
-        await agent.rollout(None, messages=ASK, is_shared=True)
+        await play(agent, messages=ASK, is_shared=True)
         assert len(shop.orders) == number
     fake.script = calling("send_order", number=1, article="tea")
-    assert (await agent.rollout(shop.tasks(Split.HELD_OUT, 1)[0])).answer == "order 2: 1 x tea"
+    assert (await play(agent, shop.tasks(Split.HELD_OUT, 1)[0])).answer == "order 2: 1 x tea"
 
 
 async def test_calls_of_one_episode_are_told_apart_though_their_ids_are_the_same(
@@ -131,7 +134,7 @@ async def test_calls_of_one_episode_are_told_apart_though_their_ids_are_the_same
         return call("send_order", article=article) if article else Reply("done")
 
     fake.script = script
-    trajectory = await agent.rollout(None, messages=ASK, is_shared=True)
+    trajectory = await play(agent, messages=ASK, is_shared=True)
     steps = memory.trajectories.steps(trajectory.id)
     assert len({step.tool_call_id for step in steps if step.kind is StepKind.TOOL}) == 1
     assert memory.trajectories.recorded_result("send_order", {"article": "tea"}) == "order 1: 1 x tea"
@@ -142,7 +145,7 @@ async def test_what_a_tool_yielded_for_one_person_is_no_record_for_another(
     agent: Agent, fake: FakeEngine, memory: Memory
 ):
     fake.script = calling("send_order", article="tea")
-    await agent.rollout(None, messages=ASK, user_id="jane")
+    await play(agent, messages=ASK, user_id="jane")
     found = {it: memory.trajectories.recorded_result("send_order", {"article": "tea"}, user_id=it) for it in "jb"}
     assert found == {"j": None, "b": None}
     assert memory.trajectories.recorded_result("send_order", {"article": "tea"}, user_id="jane") == "order 1: 1 x tea"
@@ -151,18 +154,18 @@ async def test_what_a_tool_yielded_for_one_person_is_no_record_for_another(
 
 async def test_errors_and_rehearsals_are_no_record(agent: Agent, shop: Shop, fake: FakeEngine, memory: Memory):
     fake.script = calling("send_order", article="gold")
-    failed = await agent.rollout(None, messages=ASK, is_shared=True)
+    failed = await play(agent, messages=ASK, is_shared=True)
     assert "sold out" in failed.answer
-    assert "not available" in (await agent.rollout(shop.tasks(Split.HELD_OUT, 1)[0])).answer
+    assert "not available" in (await play(agent, shop.tasks(Split.HELD_OUT, 1)[0])).answer
     assert memory.trajectories.recorded_result("send_order", {"article": "gold"}) is None
 
 
 async def test_a_malformed_call_is_malformed_in_a_rehearsal_too(agent: Agent, shop: Shop, fake: FakeEngine):
     fake.script = calling("send_order", article=7)
-    trajectory = await agent.rollout(shop.tasks(Split.HELD_OUT, 1)[0])
+    trajectory = await play(agent, shop.tasks(Split.HELD_OUT, 1)[0])
     assert trajectory.num_invalid_tool_calls == 1
 
 
 async def test_a_tool_without_side_effects_runs_in_a_rehearsal(agent: Agent, shop: Shop, fake: FakeEngine):
     fake.script = calling("price", article="tea")
-    assert (await agent.rollout(shop.tasks(Split.HELD_OUT, 1)[0])).answer == "3"
+    assert (await play(agent, shop.tasks(Split.HELD_OUT, 1)[0])).answer == "3"

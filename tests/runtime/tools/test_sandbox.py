@@ -15,7 +15,7 @@ import pytest
 from runtime.config import ToolsConfig
 from runtime.errors import ToolRefused
 from runtime.tools.base import ToolResult, run_tool
-from runtime.tools.sandbox import SandboxLimits, as_nobody, check_sandbox, python_tool, sandboxed_python
+from runtime.tools.sandbox import SandboxLimits, check_sandbox, drop_root_command, python_tool, sandboxed_python
 from runtime.tools.toolbox import Toolbox
 
 needs_bwrap = pytest.mark.skipif(
@@ -61,7 +61,7 @@ async def test_code_is_never_run_in_this_process_nor_outside_of_bubblewrap(open_
 def test_the_command_takes_away_all_that_code_could_reach():
     command = sandboxed_python("/usr/bin/bwrap", SandboxLimits(memory_bytes=12345))
     joined = " ".join(command)
-    assert command[len(as_nobody())] == "/usr/bin/bwrap"
+    assert command[len(drop_root_command())] == "/usr/bin/bwrap"
     for part in ("--unshare-all", "--disable-userns", "--die-with-parent", "--new-session", "--clearenv"):
         assert part in command
     assert "--cap-drop ALL" in joined and "--tmpfs /tmp --remount-ro / --chdir /tmp" in joined
@@ -123,6 +123,6 @@ async def test_code_that_never_ends_is_killed_with_its_children():
     tool = replace(python_tool(), timeout_seconds=1.5)
     assert "gave no result within 1.5 seconds" in (await run_tool(tool, json.dumps({"code": forks}))).error
     for _ in range(tool.max_concurrency):  # the last is given back once the process is gone
-        await tool.places.acquire()
+        await tool.slots.acquire()
     cmdlines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not [line for line in cmdlines if b"--disable-userns" in line]

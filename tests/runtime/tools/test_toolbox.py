@@ -10,11 +10,11 @@ import pytest
 import serve
 from memory.schema import Trust
 from memory.store import Memory
+from runtime.cli.output import Failure
 from runtime.config import McpServerConfig, ToolLimits, ToolsConfig
-from runtime.console.speak import Failure
 from runtime.errors import ToolRefused
 from runtime.tools.base import Tool, run_tool
-from runtime.tools.toolbox import Toolbox, unique
+from runtime.tools.toolbox import Toolbox, require_unique
 from tests.runtime.tools.test_mcp import SERVER
 
 HERE = "tests.runtime.tools.test_toolbox"
@@ -101,7 +101,7 @@ def test_a_name_that_no_model_may_call_is_refused():
         return ""
 
     with pytest.raises(ToolRefused, match="'to order' of the shop cannot be a tool's name"):
-        unique([Tool("to order", "", {"type": "object"}, nothing, source="the shop")])
+        require_unique([Tool("to order", "", {"type": "object"}, nothing, source="the shop")])
 
 
 @pytest.mark.parametrize(

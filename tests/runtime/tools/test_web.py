@@ -15,10 +15,10 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from memory.retrieval import neutralise
+from memory.search.retrieval import neutralise
 from runtime.tools.addresses import is_public
 from runtime.tools.base import ToolResult, run_tool
-from runtime.tools.web import MAX_BYTES, as_read, page_fetcher
+from runtime.tools.web import MAX_BYTES, page_fetcher, visible_text
 from tests.stalls import LongestGap
 
 PAGE = """<!doctype html><html><head><title>Tea</title><style>p {}</style></head>
@@ -251,8 +251,8 @@ def test_public_addresses_are_public():
 @pytest.mark.parametrize("piece", ["<", "<!--", "<script>", "</script", "<script", "<a ", "</", "&#", "<p>"])
 def test_a_page_made_to_be_slow_is_read_in_linear_time(piece: str):
     started = time.process_time()
-    as_read("<script>" + piece * (400_000 // len(piece)))
-    as_read(piece * (400_000 // len(piece)))
+    visible_text("<script>" + piece * (400_000 // len(piece)))
+    visible_text(piece * (400_000 // len(piece)))
     assert time.process_time() - started < 2
 
 
@@ -265,12 +265,12 @@ def test_chat_marks_are_looked_for_in_linear_time(begin: str, piece: str):
 
 
 def test_a_script_ends_where_its_end_tag_is_closed():
-    assert as_read("a<script>b</script\n x=1>c<style>d</style>e") == "ace"
-    assert as_read("a<script>b</script and nothing closes it") == "a"
+    assert visible_text("a<script>b</script\n x=1>c<style>d</style>e") == "ace"
+    assert visible_text("a<script>b</script and nothing closes it") == "a"
 
 
 def test_a_character_of_a_number_with_thousands_of_digits_is_no_failure():
-    assert as_read(f"a&#{'1' * 5_000};b&#65;") == "a\ufffdbA"
+    assert visible_text(f"a&#{'1' * 5_000};b&#65;") == "a\ufffdbA"
 
 
 async def test_a_page_made_to_be_slow_holds_up_nobody_else(site: Site):

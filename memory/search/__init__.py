@@ -1,0 +1,1 @@
+"""Search over the rows: the text index, the vector index, their synchronisation, and the memory segment."""

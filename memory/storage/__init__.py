@@ -1,0 +1,1 @@
+"""The database in SQLite or PostgreSQL, its migrations, and the lock on the data directory."""

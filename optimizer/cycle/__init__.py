@@ -1,0 +1,1 @@
+"""A learning cycle: its stages, the release gate and the report."""

@@ -1,0 +1,244 @@
+"""Everything a stage of a cycle works with: memory, the seams, the settings, the artefacts, and the pool of episodes.
+
+Invariants: the settings are those the cycle was opened with, also after a restart with another configuration.
+`artifacts` equals the artefacts on the cycle's row: it is read once, and each write goes to the row first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from memory.names import path_below
+from memory.records.feedback import Correction
+from memory.schema import Split, Task, Trajectory
+from memory.store import Memory
+from optimizer.config import OptimizerConfig
+from optimizer.cycle.artifacts import CycleArtifacts, to_json
+from optimizer.rewards import GradedTrajectory, grade
+from optimizer.seams import Seams, Serving
+
+PROGRESS_INTERVAL_SECONDS = 0.5
+
+WithTrajectory = TypeVar("WithTrajectory", GradedTrajectory, Correction)
+
+
+@dataclass
+class CycleContext:
+    """One cycle that is running, or that is looked at after it has closed."""
+
+    memory: Memory
+    seams: Seams
+    cycle_id: str
+    config: OptimizerConfig = field(init=False)
+    artifacts: CycleArtifacts = field(init=False)
+    stage: str = field(init=False)
+    """The position of the cycle: the stage it has entered. The row is the only other copy, and is written first."""
+    settings: dict[str, Any] = field(init=False)
+    """As stored on the row."""
+    opened_at: datetime = field(init=False)
+    _progress_saved_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        row = self.memory.cycles.get(self.cycle_id)
+        # the settings of the row, not those of the server: a cycle keeps its own across a restart
+        self.config = OptimizerConfig.model_validate(row.settings)
+        self.artifacts = CycleArtifacts.read(row.artifacts)
+        self.stage, self.settings, self.opened_at = row.stage, row.settings, row.created_at
+
+    @property
+    def directory(self) -> Path:
+        """The directory of this cycle's rows, checkpoints and cell results."""
+        # path_below, here and in the next two: a name from a row or a request must not lead out of the data directory
+        return path_below(self.memory.data_dir, "cycles", self.cycle_id)
+
+    def adapter_directory(self, version: int) -> Path:
+        """Return the directory of a policy version's adapter, whether it exists yet or not."""
+        return path_below(self.memory.data_dir, "adapters", f"{self.config.name}-v{version}")
+
+    @property
+    def reports(self) -> Path:
+        return path_below(self.memory.data_dir, "reports", self.cycle_id)
+
+    async def save_artifacts(self, **artifacts: object) -> None:
+        """Add artefacts to the row, under their stored names; a repeated stage reads them there."""
+        stored = {name: to_json(artifact) for name, artifact in artifacts.items()}
+        # the row first: a failed write must not leave an artefact that only this process knows
+        row = await self.memory.cycles.save(self.cycle_id, artifacts=stored)
+        self.artifacts = CycleArtifacts.read(row.artifacts)
+
+    async def enter(self, stage: str) -> None:
+        """Move the cycle to a stage. A process that dies after this resumes there."""
+        progress = {"stage": stage, "done": 0, "total": 0, "message": ""}
+        # one write for both, so that people never see the progress of another stage
+        await self.memory.cycles.save(self.cycle_id, stage=stage, progress=progress)
+        self.stage = stage
+
+    async def report_progress(self, done: int, total: int, message: str) -> None:
+        """Show how far the stage is; calls in quick succession are dropped, but never the last of a count."""
+        now = time.monotonic()
+        # each report is a transaction; hundreds of episodes may end within a second
+        if done < total and now - self._progress_saved_at < PROGRESS_INTERVAL_SECONDS:
+            return
+        self._progress_saved_at = now
+        progress = {"stage": self.stage, "done": done, "total": total, "message": message}
+        await self.memory.cycles.save(self.cycle_id, progress=progress)
+
+    def seed(self, *names: object) -> int:
+        """Return a seed that depends only on the configured seed, the cycle and `names`."""
+        # a string seeds Random by its digest; hash() would change with every process
+        # the labels are part of the seed: rewording one gives a resumed cycle other episodes
+        return random.Random(f"{self.config.seed}/{self.cycle_id}/{names}").getrandbits(31)
+
+    async def read_pool(
+        self, *, this_cycle_only: bool = False, any_environment: bool = False, is_for_weights: bool = True
+    ) -> list[GradedTrajectory]:
+        """Return the episodes that may be learned from, oldest first, without held-out tasks.
+
+        Weights are proved by the gate of this cycle, so they learn only from episodes of its own environments, and from
+        rewards of those who may teach. Insights have scopes of their own: with `any_environment` and
+        `is_for_weights=False` all episodes are returned.
+        """
+        since = self.opened_at if this_cycle_only else None
+        environments = None if any_environment else self.config.pool_environments
+        graded = await asyncio.to_thread(
+            grade,
+            self.memory,
+            since=since,
+            environments=environments,
+            limit=self.config.max_pool,
+            is_for_weights=is_for_weights,
+        )
+        # after the limit, so fewer than max_pool may be left
+        return await self._drop_held_out(graded)
+
+    async def read_corrections(self) -> list[Correction]:
+        """Return the corrections of replies in this cycle's environments by those who may teach the weights, without
+        held-out tasks."""
+        corrections = await asyncio.to_thread(
+            self.memory.feedback.corrections,
+            limit=self.config.max_pool,
+            environments=self.config.pool_environments,
+            is_for_weights=True,
+        )
+        return await self._drop_held_out(corrections)
+
+    def key_names(self) -> dict[str, str]:
+        """Return the names of API keys by their ids."""
+        return {key.id: key.name for key in self.memory.keys.select()}
+
+    async def _drop_held_out(self, candidates: list[WithTrajectory]) -> list[WithTrajectory]:
+        """Leave out tries of tasks that measure, also those that were played without being marked as held out."""
+        # by name: a client may have played a held-out task without marking it
+        held_out = {(task.environment, task.name) for task in self._measuring_tasks()}
+        held_out_by_clients = await asyncio.to_thread(self.memory.trajectories.held_out_tasks)
+
+        def measures(trajectory: Trajectory) -> bool:
+            # live traffic has no environment: it is held out by what its clients named, tenant by tenant, so that no
+            # tenant can withhold another's log from learning
+            if trajectory.environment is not None:
+                return (trajectory.environment, trajectory.task) in held_out
+            return any((trajectory.tenant, it) in held_out_by_clients for it in (trajectory.task, trajectory.task_text))
+
+        return [each for each in candidates if not measures(each.trajectory)]
+
+    def is_success(self, trajectory: Trajectory) -> bool:
+        """Whether a closed episode reached the reward of a success."""
+        reward = self.memory.trajectories.reward_for_weights(trajectory.id)
+        return reward is not None and reward >= self.memory.trajectories.success_reward
+
+    def practice_tasks(self) -> list[Task]:
+        """Return this cycle's practice tasks."""
+        return self.seams.tasks(
+            self.config.environment,
+            Split.PRACTICE,
+            self.config.num_practice_tasks,
+            self.artifacts.practice_offset or 0,
+        )
+
+    def held_out_tasks(self) -> list[Task]:
+        """Return the tasks that decide in this cycle; none where only clients can play."""
+        if not self.config.environment:
+            return []
+        return self.take_held_out(self.config.environment, self.artifacts.held_out_offset)
+
+    def take_held_out(self, environment: str, offset: int) -> list[Task]:
+        """Return the block of held-out tasks that starts at `offset`; it wraps around after the last task."""
+        num_tasks = self.num_gate_tasks(environment)
+        tasks = self.seams.tasks(environment, Split.HELD_OUT, offset + num_tasks, 0)
+        # where the environment has fewer than offset + num_tasks, earlier blocks are played again
+        return [tasks[(offset + number) % len(tasks)] for number in range(min(num_tasks, len(tasks)))]
+
+    def gate_serving(self, environment: str) -> Serving:
+        """Return how the gate plays: as users are served, except where `evaluation` sets something else."""
+        served, wanted = self.seams.serving(environment), self.config.evaluation
+        return Serving(
+            served.temperature if wanted.temperature is None else wanted.temperature, wanted.serve_with_memory
+        )
+
+    def is_sampled(self, environment: str) -> bool:
+        return self.gate_serving(environment).temperature > 0
+
+    def num_gate_tasks(self, environment: str) -> int:
+        """Return how many tasks the gate plays in an environment."""
+        return self.config.evaluation.count_tasks(self.seams.serving(environment).temperature)
+
+    def _measuring_tasks(self) -> list[Task]:
+        """Return every held-out task that a gate has played or will play in this cycle, and the sealed ones."""
+        tasks: list[Task] = []
+        for environment in filter(None, self.config.pool_environments):
+            # from 0: the blocks of earlier gates may be played again, once the last task has been
+            end = self.memory.verdicts.held_out_end(environment) + self.num_gate_tasks(environment)
+            tasks += self.seams.tasks(environment, Split.HELD_OUT, end, 0)
+            tasks += self.seams.sealed_tasks(environment, self.config.evaluation.num_sealed_tasks)
+        return tasks
+
+    async def prepare(self, tasks: Sequence[Task]) -> None:
+        """Make tasks ready to start, and show the progress of it."""
+        if not tasks:
+            return
+        loop = asyncio.get_running_loop()
+        reports: set[asyncio.Task[None]] = set()  # the loop keeps only weak references to tasks
+
+        # create_task is not thread-safe: `prepare` must call this on the loop's thread
+        def on_progress(done: int, total: int) -> None:
+            task = loop.create_task(self.report_progress(done, total, "preparing tasks"))
+            reports.add(task)
+            task.add_done_callback(reports.discard)
+
+        await self.seams.prepare(tasks, on_progress)
+        # a report that landed later would replace the progress of the episodes
+        await asyncio.gather(*reports)
+
+    async def play(
+        self, tasks: Sequence[Task], *, policy: int, use_memory: bool, temperature: float, label: str
+    ) -> list[Trajectory]:
+        """Play every task once, at most `concurrency` at a time; `label` makes the seeds of this round its own."""
+        semaphore = asyncio.Semaphore(self.config.concurrency)
+        num_done = 0
+
+        async def play_one(position: int, task: Task) -> Trajectory:
+            nonlocal num_done
+            async with semaphore:
+                trajectory = await self.seams.rollout(
+                    task,
+                    policy=policy,
+                    use_memory=use_memory,
+                    temperature=temperature,
+                    seed=self.seed(label, position),
+                )
+            num_done += 1
+            await self.report_progress(num_done, len(tasks), label)
+            return trajectory
+
+        # one rollout that raises cancels all others: an episode that goes wrong must come back as FAILED instead
+        # (seams.Rollout)
+        async with asyncio.TaskGroup() as group:
+            episodes = [group.create_task(play_one(position, task)) for position, task in enumerate(tasks)]
+        return [episode.result() for episode in episodes]

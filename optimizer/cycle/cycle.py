@@ -1,0 +1,121 @@
+"""One learning cycle: collect, the stages of each method of learning, evaluate, settle.
+
+The position of a cycle is the stage on its row, written before the stage begins. A process that dies resumes at that
+stage, and repeats it: each stage reads back the artefacts it has saved.
+
+Invariant: a cycle ends COMPLETED with a verdict, or ERROR with a reason; one that is cancelled or killed stays open
+until `run_cycle` resumes it or `abandon_cycle` closes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from memory.schema import Cycle, CycleStage
+from memory.store import Memory
+from optimizer.config import OptimizerConfig
+from optimizer.cycle import release_gate
+from optimizer.cycle.context import CycleContext
+from optimizer.cycle.methods import METHODS
+from optimizer.cycle.needs import require_needs
+from optimizer.cycle.readiness import measure_needs, measure_surroundings
+from optimizer.cycle.stages import Stage, collect
+from optimizer.errors import OptimizerError
+from optimizer.seams import Seams
+
+STAGES: tuple[Stage, ...] = (
+    Stage("collect", collect),
+    *(stage.bind(method) for method in METHODS for stage in method.stages),
+    Stage("evaluate", release_gate.evaluate),
+    Stage("settle", release_gate.decide),
+)
+
+
+async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | None = None) -> Cycle:
+    """Open a cycle with these settings and record its pool of episodes and its needs. With `seams`, the memory for its
+    trainings is checked as well.
+
+    Raises:
+        CycleInProgress: another cycle is open.
+        TrainingDoesNotFit: no GPU has the memory for it.
+        TooFewTrajectories: logged episodes and practice together are not enough to train on.
+    """
+    # before the GPUs are looked at, which loads packages: too few rows is the frequent error
+    needs = await measure_needs(memory, config)
+    require_needs(needs)
+    if seams is not None:
+        needs += await measure_surroundings(memory, config, seams)
+        require_needs(needs)
+    # two writes: a crash in between leaves an open cycle without a note, which reports show as empty
+    pool = describe_pool(await asyncio.to_thread(memory.trajectories.count_learnable), config)
+    cycle = await memory.cycles.open(config.model_dump(mode="json"))
+    return await memory.cycles.save(cycle.id, artifacts={"pool": pool, "needs": [need.to_json() for need in needs]})
+
+
+async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str, Any]:
+    """Run the stages of an open cycle from its position to the end; return the verdict.
+
+    Raises:
+        OptimizerError: a stage could not do its work; the cycle is closed with the reason.
+    """
+    context = CycleContext(memory, seams, cycle_id)
+    try:
+        for stage in list_remaining_stages(context.config, context.stage):
+            # Durable before the stage begins: after a crash a stage is repeated, never skipped.
+            await context.enter(stage.name)
+            await stage.run(context)
+    # not BaseException: a cancellation must leave the row open, or a restart of the server would end the cycle
+    except Exception as error:  # recorded on the row, then raised again
+        await memory.cycles.save(cycle_id, stage=CycleStage.ERROR, error=_explain(error))
+        raise
+    verdict = context.artifacts.verdict
+    assert verdict is not None, "the last stage saves the verdict"
+    # after the policy has moved: a crash before this line repeats `settle`, which finds its ledger entry closed
+    await memory.cycles.save(cycle_id, stage=CycleStage.COMPLETED, verdict=verdict)
+    return verdict
+
+
+def list_remaining_stages(config: OptimizerConfig, position: str) -> list[Stage]:
+    """Return the stages from `position` on that the configuration needs.
+
+    Raises:
+        OptimizerError: no method has a stage of that name: the cycle was opened by another version.
+    """
+    # names must be unique over all methods: the first of two is taken as the position
+    names = [stage.name for stage in STAGES]
+    if position not in names:
+        raise OptimizerError(f"no method of learning has a stage {position!r}: cancel this cycle and start another")
+    return [stage for stage in STAGES[names.index(position) :] if stage.is_needed(config)]
+
+
+async def abandon_cycle(memory: Memory, cycle_id: str, reason: str) -> Cycle:
+    """Close a cycle whose `run_cycle` was cancelled and that shall not be resumed."""
+    return await memory.cycles.save(cycle_id, stage=CycleStage.ERROR, error=reason)
+
+
+def describe_pool(counts: dict[str, int], config: OptimizerConfig) -> str:
+    """Return a sentence about whose episodes a cycle learns from and which it leaves out.
+
+    `counts`: rewarded episodes by environment; `""` stands for live traffic.
+    """
+    ours = config.pool_environments
+    note = f"weights learn from {' and '.join(_name_pool(environment) for environment in ours)} only"
+    others = [
+        f"{number} of {_name_pool(environment)}" for environment, number in counts.items() if environment not in ours
+    ]
+    if others:
+        note += f"; rewarded episodes left out: {', '.join(sorted(others))}"
+    if counts.get("") and "" not in ours:
+        note += ". Live traffic, corrections included, is learned from by `learn --logged` and proved on live tasks"
+    return note
+
+
+def _name_pool(environment: str) -> str:
+    return f"{environment!r}" if environment else "live traffic"
+
+
+def _explain(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):  # of episodes played at once, the first that failed says enough
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"

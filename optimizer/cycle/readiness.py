@@ -1,0 +1,72 @@
+"""Measures everything a cycle needs before it opens: rows of each method, held-out tasks, memory on a GPU.
+
+`optimizer.cycle.needs` has the counts of rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from memory.schema import Split
+from memory.store import Memory
+from optimizer.config import OptimizerConfig
+from optimizer.cycle.methods import METHODS
+from optimizer.cycle.needs import CAPACITY, Logged, Need
+from optimizer.placement import Placement, place_training
+from optimizer.seams import Seams
+
+
+async def measure_needs(memory: Memory, config: OptimizerConfig, seams: Seams | None = None) -> list[Need]:
+    """Return what a cycle with these settings needs; with `seams`, also its held-out tasks and the memory to train.
+
+    Raises: whatever `seams.tasks` raises for an environment that does not exist.
+    """
+    logged = await asyncio.to_thread(Logged.read, memory, config)
+    needs = [method.measure_need(logged, config.practice_rounds) for method in METHODS]
+    return needs if seams is None else needs + await measure_surroundings(memory, config, seams)
+
+
+async def measure_surroundings(memory: Memory, config: OptimizerConfig, seams: Seams) -> list[Need]:
+    """Return what a cycle needs besides rows: held-out tasks, and memory to train, for which packages are loaded.
+
+    Raises: whatever `seams.tasks` raises for an environment that does not exist.
+    """
+    return [_need_held_out_tasks(config, seams), await _need_capacity(memory, config, seams)]
+
+
+def _need_held_out_tasks(config: OptimizerConfig, seams: Seams) -> Need:
+    wanted = config.evaluation
+    if not config.environment:
+        return Need(
+            name="held-out tasks",
+            needed=wanted.min_tasks,
+            available=0,
+            playable=wanted.min_tasks,
+            detail="clients play them as the candidate and as the active policy; `judge` decides then",
+        )
+    num_tasks = wanted.count_tasks(seams.serving(config.environment).temperature)
+    # counted from 0 and not from this cycle's offset: blocks wrap around (context.take_held_out)
+    available = len(seams.tasks(config.environment, Split.HELD_OUT, num_tasks))
+    return Need(
+        name="held-out tasks",
+        needed=wanted.min_tasks,
+        available=available,
+        detail=f"the gate plays {available} tasks of {config.environment!r}",
+        mend="with fewer no verdict is possible and the candidate waits: raise evaluation.num_tasks",
+    )
+
+
+async def _need_capacity(memory: Memory, config: OptimizerConfig, seams: Seams) -> Need:
+    try:
+        placement = await place_training(memory, config, seams)
+    # TrainingDoesNotFit is a ValueError too; other errors of `seams` must reach the caller
+    except ValueError as error:  # no GPU has the memory, or the base's files are not on this machine
+        return Need(CAPACITY, 1, 0, is_required=True, detail=str(error), mend="until then nothing is learned")
+    return Need(CAPACITY, 1, 1, is_required=True, detail=f"{placement}, {_describe_lengths(placement)}")
+
+
+def _describe_lengths(placement: Placement) -> str:
+    first, *others = METHODS
+    lengths = [f"rows of up to {placement.max_length_tokens(first.loss)} tokens ({first.title})"]
+    lengths += [f"{placement.max_length_tokens(other.loss)} ({other.title})" for other in others]
+    return " and ".join(lengths)

@@ -1,0 +1,373 @@
+"""The stages of a cycle before the release gate, and the description of a method of learning.
+
+`collect` plays and extracts insights; `build_rows` and `train` serve every method: they know no method by name. Each
+stage can be repeated after a crash: the artefacts it has saved are read back instead of being made again.
+
+Invariant: an adapter's policy version is reserved before training begins, because the adapter is named after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shutil
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memory.adapters import digest_adapter, read_manifest
+from memory.schema import Policy, PolicyStage
+from optimizer.config import OptimizerConfig, Recipe, plan_steps
+from optimizer.cycle import practice
+from optimizer.cycle.artifacts import VERSION_SUFFIX, RowsSummary, TrainedAdapter
+from optimizer.cycle.context import CycleContext
+from optimizer.cycle.needs import Logged, Need
+from optimizer.cycle.selection import choose_policy
+from optimizer.data.rows import BuiltRows, Material, count_tokens, read_rows, write_rows
+from optimizer.data.shares import count_rows
+from optimizer.errors import OptimizerError, TooFewTrajectories
+from optimizer.placement import Placement, place_training
+from optimizer.training.base import locate_base
+from optimizer.training.footprint import LIKELIHOOD, LossShape
+from optimizer.training.launch import read_finished
+from optimizer.training.spec import EarlyAdapter, TrainingSpec
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a cycle. Its name is shown by the HTTP API and is the position at which a cycle resumes."""
+
+    name: str
+    run: Callable[[CycleContext], Awaitable[object]]
+    """Reads `context.artifacts`, saves the artefacts it makes, and returns the last of them."""
+    is_needed: Callable[[OptimizerConfig], bool] = lambda config: True
+
+
+@dataclass(frozen=True)
+class MethodStage:
+    """A stage that serves any method which lists it."""
+
+    name: str
+    run: Callable[[CycleContext, Method], Awaitable[object]]
+    is_needed: Callable[[OptimizerConfig], bool] = lambda config: True
+
+    def bind(self, method: Method) -> Stage:
+        return Stage(self.name, lambda context: self.run(context, method), self.is_needed)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The part of a recipe that belongs to one method."""
+
+    learning_rate: float
+    epochs: float
+    batch_size: int
+    """Rows in one optimizer step."""
+    beta: float = 0.1
+    sft_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to turn episodes into an adapter: its rows, its trainer and its stages.
+
+    The trainer is the module `optimizer.training.<name>`, started as a child process.
+    """
+
+    name: str
+    title: str
+    """As reports write it."""
+    rows: str
+    """The name of its rows: of their artefact, their file and their section of the configuration."""
+    build: Callable[[Material], BuiltRows[Any]]
+    min_rows: Callable[[OptimizerConfig], int]
+    hyperparameters: Callable[[Recipe], Hyperparameters]
+    measure_need: Callable[[Logged, Sequence[int]], Need]
+    """(logged episodes, rounds of practice to come) -> the rows it needs and those it can get."""
+    describe: Callable[[dict[str, Any]], list[str]]
+    """Summary of its rows, as stored -> paragraphs of the report."""
+    note: str
+    """Kept with each policy that it trains."""
+    stages: tuple[MethodStage, ...]
+    starts_from: str | None = None
+    """The method whose adapter it continues; None: it starts from the bare base. With too few rows, a method that
+    continues another is skipped, and one that starts from the base ends the cycle with an error."""
+    loss: LossShape = LIKELIHOOD
+    reads_new_episodes_only: Callable[[OptimizerConfig], bool] = lambda config: False
+    """Whether only episodes of this cycle become rows."""
+    chooses_epoch: bool = False
+    """Whether the candidate is chosen among the adapters after each epoch and the one it started from."""
+
+
+async def collect(context: CycleContext) -> None:
+    """Play practice tasks that no earlier cycle has played, and extract insights."""
+    for environment in context.config.learn_from:
+        context.take_held_out(environment, 0)  # an unknown name fails here, not after an hour of training
+    # chosen once: a repeated stage must play the same tasks
+    if context.artifacts.practice_offset is None:
+        # select() returns the newest 50 cycles; offsets only grow, so older ones do not matter
+        earlier = [cycle for cycle in context.memory.cycles.select() if cycle.id != context.cycle_id]
+        offset = max((cycle.artifacts.get("practice_end", 0) for cycle in earlier), default=0)
+        await context.save_artifacts(practice_offset=offset, practice_end=offset + context.config.num_practice_tasks)
+    await practice.practice(context)
+
+
+async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
+    """Build the rows of a method from the episodes that weights may learn from, and write them to its file.
+
+    Raises:
+        TemplateMismatch: too few of the agent's own tokens could be trained.
+        TooFewTrajectories: a method that starts from the base has fewer rows than the configuration asks for.
+    """
+    config = context.config
+    placement = await place_training(context.memory, config, context.seams)
+    material = Material(
+        trajectories=await context.read_pool(this_cycle_only=method.reads_new_episodes_only(config)),
+        corrections=await context.read_corrections(),
+        tokenizer=await _load_tokenizer(context),
+        config=config,
+        max_length_tokens=placement.max_length_tokens(method.loss),
+        base_model=context.memory.policies.get(0).base_model,
+        num_not_by_a_teacher=await asyncio.to_thread(_count_not_by_a_teacher, context),
+    )
+    built = await asyncio.to_thread(method.build, material)
+    # a method that continues another one may have too few rows: it is skipped in `train`
+    if method.starts_from is None:
+        _require_enough(method, built, config, len(material.trajectories))
+    if built.rows:
+        write_rows(built.rows, _rows_path(context, method))
+    summary = RowsSummary.model_validate(
+        {
+            "num_rows": len(built.rows),
+            "num_tasks": built.num_tasks,
+            "max_length_tokens": material.max_length_tokens,
+            **built.details(),
+            "tally": dict(built.counts),
+            "teachers": count_rows(built.teachers, context.key_names()),
+            "trajectory_ids": built.trajectory_ids,
+        }
+    )
+    # after the file: the summary says that the rows can be read
+    await context.save_artifacts(**{method.rows: summary})
+    return summary
+
+
+def _rows_path(context: CycleContext, method: Method) -> Path:
+    return context.directory / f"{method.rows}.jsonl"
+
+
+def _count_not_by_a_teacher(context: CycleContext) -> int:
+    """Return how many rewarded trajectories and corrections count for no weights, because of who gave the feedback."""
+    trajectories = context.memory.trajectories
+    rewarded, by_teachers = trajectories.count_learnable(), trajectories.count_learnable(is_for_weights=True)
+    num_rewarded = sum(rewarded.get(it, 0) - by_teachers.get(it, 0) for it in context.config.pool_environments)
+    return num_rewarded + context.memory.feedback.count_corrections_without_teacher()
+
+
+def _require_enough(method: Method, built: BuiltRows[Any], config: OptimizerConfig, num_trajectories: int) -> None:
+    num_examples, min_rows = built.num_examples, method.min_rows(config)
+    if num_examples >= min_rows:
+        return
+    raise TooFewTrajectories(
+        f"{num_examples} {method.rows} could be made of {num_trajectories} trajectories and {min_rows} are needed: "
+        f"{min_rows - num_examples} are missing (left out: {_list_reasons(built.counts) or 'nothing'}); play more "
+        f"practice episodes, give feedback on logged ones, or lower {method.rows}.min_rows",
+        num_missing=min_rows - num_examples,
+    )
+
+
+def _list_reasons(counts: Counter[str]) -> str:
+    return ", ".join(
+        f"{reason} {count}" for reason, count in counts.most_common() if reason not in ("used", "clean", "fork")
+    )
+
+
+async def train(context: CycleContext, method: Method) -> TrainedAdapter | None:
+    """Train an adapter on the rows of a method and draft the policy that serves it; None with too few rows.
+
+    Adapters are not stacked from cycle to cycle: a method continues an adapter of this cycle or starts from the base.
+    """
+    config, artifacts = context.config, context.artifacts
+    summary = artifacts.rows[method.rows]
+    if method.starts_from is not None and summary.num_rows < method.min_rows(config):
+        return None
+    # free memory is measured anew: exploration may have taken an hour since the rows were built
+    placement = await place_training(context.memory, config, context.seams)
+    spec = await _specify(context, method, placement)
+    if method.chooses_epoch:
+        spec = await _add_early_adapters(context, spec)
+    trained = await _train_and_register(context, spec, note=method.note)
+    # after the last adapter: versions are drafted in order, and the final adapter reserved the lowest
+    for early in spec.early_adapters:
+        await _register(context, spec.at(early), note=f"{method.note}, after {early.share:.0%} of the steps")
+    if method.chooses_epoch:
+        assert spec.parent is not None
+        versions = [spec.parent, *(early.version for early in spec.early_adapters), spec.version]
+        await choose_policy(context, versions)
+    return trained
+
+
+async def build_rows_and_train(context: CycleContext, method: Method) -> TrainedAdapter | None:
+    """Build the rows of a method, then train on them; None with too few rows."""
+    await build_rows(context, method)
+    return await train(context, method)
+
+
+async def explore(context: CycleContext, method: Method) -> None:
+    """Let the policy that a method continues make its own mistakes on the practice tasks."""
+    assert method.starts_from is not None
+    await practice.explore(context, context.artifacts.trained[method.starts_from].policy)
+
+
+async def nominate(context: CycleContext) -> int:
+    """Make a policy of this cycle the candidate: the chosen one, else the one trained last. Return its version."""
+    artifacts = context.artifacts
+    version = artifacts.candidate
+    if version is None and artifacts.selection is not None:
+        version = artifacts.selection.chosen
+    if version is None:
+        # versions rise with the order of trainings
+        version = max(trained.policy for trained in artifacts.trained.values())
+    # a repeated stage finds the policy moved already
+    if context.memory.policies.get(version).stage is PolicyStage.DRAFT:
+        await context.memory.policies.move(version, PolicyStage.CANDIDATE)
+    await context.save_artifacts(candidate=version)
+    return version
+
+
+async def _specify(context: CycleContext, method: Method, placement: Placement) -> TrainingSpec:
+    """Return the spec of a training: the recipe's, with as many steps as its rows need and as memory allows."""
+    config, recipe, artifacts = context.config, placement.recipe, context.artifacts
+    wanted = method.hyperparameters(recipe)
+    rows_path = _rows_path(context, method)
+    # of the rows on disk, which are the ones the trainer will read
+    lengths = await asyncio.to_thread(lambda: [count_tokens(row) for row in read_rows(rows_path)])
+    batch_size, epochs = plan_steps(
+        len(lengths), batch_size=wanted.batch_size, epochs=wanted.epochs, min_steps=recipe.min_steps
+    )
+    start = None if method.starts_from is None else artifacts.trained[method.starts_from]
+    # lineage: the episodes behind the adapter that is continued are behind this one as well
+    inherited = [] if start is None else read_manifest(Path(start.adapter)).trajectory_ids
+    version = await _reserve_version(context, method.name)
+    return TrainingSpec(
+        kind=method.name,
+        name=config.name,
+        version=version,
+        base_model=context.memory.policies.get(0).base_model,
+        output_dir=context.adapter_directory(version),
+        work_dir=context.directory / "training" / method.name,
+        rows_path=rows_path,
+        # the bare base is a policy too, version 0
+        parent=0 if start is None else start.policy,
+        parent_adapter=None if start is None else Path(start.adapter),
+        trajectory_ids=sorted({*inherited, *artifacts.rows[method.rows].trajectory_ids}),
+        learning_rate=wanted.learning_rate,
+        batch_size=batch_size,
+        epochs=epochs,
+        beta=wanted.beta,
+        sft_weight=wanted.sft_weight,
+        lora_rank=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        rows_per_pass=placement.rows_per_pass(method.loss, max(lengths)),
+        visible_device=placement.visible_device,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        seed=config.seed,
+        device=config.device,
+        dtype=config.dtype,
+        num_threads=config.num_threads,
+    )
+
+
+async def _add_early_adapters(context: CycleContext, spec: TrainingSpec) -> TrainingSpec:
+    """Have an adapter written after each epoch but the last, so that the best can be chosen by playing."""
+    num_epochs = math.ceil(spec.epochs)
+    early = []
+    # no early adapters where nothing can be played to choose among them
+    for number in range(1, num_epochs) if context.config.num_selection_tasks and context.config.environment else ():
+        version = await _reserve_version(context, f"{spec.kind}-{number}")
+        output_dir = context.adapter_directory(version)
+        early.append(EarlyAdapter(version=version, output_dir=output_dir, share=number / num_epochs))
+    return spec.model_copy(update={"early_adapters": early})
+
+
+async def _load_tokenizer(context: CycleContext) -> Any:
+    def load() -> Any:
+        from transformers import AutoTokenizer  # seconds of import that only a cycle needs
+
+        return AutoTokenizer.from_pretrained(locate_base(context.memory.policies.get(0).base_model))
+
+    return await asyncio.to_thread(load)
+
+
+async def _reserve_version(context: CycleContext, name: str) -> int:
+    """Return the version that this training's policy will have, which names its adapter before the policy exists."""
+    policies, reserved = context.memory.policies.select(), context.artifacts.versions
+    mine = reserved.get(name)
+    if mine is not None and not any(p.version == mine and p.cycle_id != context.cycle_id for p in policies):
+        return mine
+    # reserved ones too, whose policies do not exist yet. A version never comes again: vLLM keys its prefix cache by an
+    # adapter's name and path (vLLM#42125)
+    version = max([*(policy.version for policy in policies), *reserved.values()]) + 1
+    # left by a cycle that died before it registered: nothing was ever served from it
+    shutil.rmtree(context.adapter_directory(version), ignore_errors=True)
+    await context.save_artifacts(**{f"{name}{VERSION_SUFFIX}": version})
+    return version
+
+
+@asynccontextmanager
+async def _make_room(context: CycleContext, spec: TrainingSpec) -> AsyncIterator[None]:
+    """Keep the engine stopped during the training, where that is configured and there is something to train."""
+    if context.config.gpu != "window" or read_finished(spec) is not None:
+        yield
+        return
+    await context.report_progress(0, 1, "waiting until the engine is idle")
+    # nobody is served inside the window, so it must hold nothing but the training
+    async with context.seams.open_window(f"training {spec.name}-v{spec.version} ({spec.kind})"):
+        yield
+
+
+async def _train_and_register(context: CycleContext, spec: TrainingSpec, *, note: str) -> TrainedAdapter:
+    """Train, and draft the policy that serves the adapter; both are skipped when they were done before."""
+
+    async def on_step(step: dict[str, Any]) -> None:
+        accuracy = step.get("rewards/accuracies", step.get("mean_token_accuracy", 0.0))
+        message = f"loss {step['loss']:.3f}, accuracy {accuracy:.2f}"
+        await context.report_progress(step["step"], step["total"], message)
+
+    # the engine is back before the policy is drafted
+    async with _make_room(context, spec):
+        # idempotent by the digest of the spec (launch.read_finished): a repeated stage gets the finished adapter
+        manifest = await context.seams.train(spec, on_step=on_step, num_attempts=context.config.training_attempts)
+    policy = await _register(context, spec, note=note)
+    trained = TrainedAdapter(
+        policy=policy.version, adapter=str(spec.output_dir), metrics=manifest.metrics, settings=manifest.settings
+    )
+    await context.save_artifacts(**{spec.kind: trained})
+    return trained
+
+
+async def _register(context: CycleContext, spec: TrainingSpec, *, note: str) -> Policy:
+    """Draft the policy that serves the adapter, unless that was done before.
+
+    Raises:
+        OptimizerError: another cycle or an operator has drafted a policy of the reserved version meanwhile.
+    """
+    policy = next((p for p in context.memory.policies.select() if p.adapter_path == str(spec.output_dir)), None)
+    if policy is None:
+        policy = await context.memory.policies.draft(
+            adapter_path=str(spec.output_dir),
+            adapter_digest=digest_adapter(spec.output_dir),
+            system_prompt=context.memory.policies.active().system_prompt,
+            parent=spec.parent,
+            cycle_id=context.cycle_id,
+            note=note,
+        )
+    # the adapter directory is named after the reserved version, and adapters are immutable
+    if policy.version != spec.version:
+        raise OptimizerError(
+            f"policy v{spec.version} was drafted by someone else while it was trained; start another cycle"
+        )
+    return policy

@@ -1,0 +1,1 @@
+"""Training rows from trajectories, exact to the token."""

@@ -1,0 +1,133 @@
+"""Rows to train on, of any method: the material they are built from, their files, and the filters all methods share.
+
+Everything that is left out is counted under a reason, so that a report can say where the data went. A row is never cut
+to a length: one that is too long is left out.
+
+Flow: trajectories -> stitched rows -> memory segment removed -> filters -> caps -> rows.
+Invariant: no held-out task ever enters; token ids are the engine's own.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from memory.records.feedback import Correction
+from optimizer.config import DemonstrationConfig, OptimizerConfig, PreferenceConfig, TeachingConfig
+from optimizer.data.shares import Teachers, choose_rows
+from optimizer.data.stitching import Tokenizer, Unstitchable
+from optimizer.rewards import GradedTrajectory
+
+RowT = TypeVar("RowT")
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that the rows of a method can be built from."""
+
+    trajectories: Sequence[GradedTrajectory]
+    corrections: Sequence[Correction]
+    tokenizer: Tokenizer
+    config: OptimizerConfig
+    max_length_tokens: int
+    """Longer rows are left out."""
+    base_model: str
+    num_not_by_a_teacher: int = 0
+    """Rewarded trajectories and corrections that were left out because of the person who gave the feedback."""
+
+
+@dataclass
+class BuiltRows(Generic[RowT]):
+    """The rows of one method, and the reasons for which everything else was left out."""
+
+    rows: list[RowT] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    """Number of rows used, and of trajectories or rows left out, by reason."""
+    teachers: list[Teachers] = field(default_factory=list)
+    """The teachers behind each row."""
+    num_tasks: int = 0
+
+    @property
+    def trajectory_ids(self) -> list[str]:
+        """The ids of all trajectories behind the rows, sorted."""
+        raise NotImplementedError
+
+    @property
+    def num_examples(self) -> int:
+        """The number that is compared with the fewest a training needs."""
+        return len(self.rows)
+
+    def details(self) -> dict[str, object]:
+        """Return the figures that only this method's report has."""
+        return {}
+
+
+def require_trusted(each: GradedTrajectory | Correction) -> None:
+    """Raise Unstitchable for an episode that untrusted text had a part in."""
+    if not each.trajectory.may_teach:
+        raise Unstitchable("untrusted")
+
+
+def require_imitable(each: GradedTrajectory) -> None:
+    """Raise Unstitchable for an episode that nothing should imitate: a failure, or one with broken calls."""
+    if not each.is_success:
+        raise Unstitchable("not_a_success")
+    require_trusted(each)
+    if each.trajectory.num_invalid_tool_calls > 0:
+        raise Unstitchable("invalid_tool_calls")
+    # a reply cut by a limit has no end token: imitated, it teaches to break off
+    if any(step.finish_reason == "length" for step in each.model_steps):
+        raise Unstitchable("cut_output")
+
+
+def bound_rows(
+    built: BuiltRows[RowT],
+    config: DemonstrationConfig | PreferenceConfig,
+    teaching: TeachingConfig,
+    seed: int,
+) -> None:
+    """Leave out the rows over a teacher's bounds, then those over the total."""
+    # order: the bounds of teachers first; a sample taken before would keep the share of a flood
+    kept = choose_rows(built.teachers, teaching, floor=config.min_rows, seed=seed, counts=built.counts)
+    if len(kept) > config.max_rows:
+        built.counts["over_total_cap"] += len(kept) - config.max_rows
+        # seeded: a repeated stage must write the same file, or the digest of its training changes
+        kept = sorted(random.Random(seed).sample(kept, config.max_rows))
+    built.rows = [built.rows[position] for position in kept]
+    built.teachers = [built.teachers[position] for position in kept]
+    built.counts["used"] = len(built.rows)
+
+
+def write_rows(rows: Sequence[Any], path: Path) -> None:
+    """Write each row, a dataclass, as one line of JSON; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # renamed at the end: a torn file would be trained on after a crash
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w", encoding="utf-8") as lines:
+        for row in rows:
+            lines.write(json.dumps(asdict(row), separators=(",", ":")) + "\n")
+    unfinished.replace(path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read what `write_rows` wrote."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def count_tokens(row: dict[str, Any]) -> int:
+    """Return the length in tokens of a row that `read_rows` read; of a preference, with its longer side."""
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    # both sides are padded to the longer one; the same sum as training/dpo.py, measure
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def list_counts(counts: Mapping[str, int]) -> str:
+    """Return the reasons and their numbers as a report shows them, the most frequent first."""
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items(), key=lambda it: -it[1]) if count)

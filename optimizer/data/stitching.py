@@ -1,0 +1,250 @@
+"""Joins the model calls of one trajectory into token rows, and takes the memory segment out of their prompts.
+
+Output tokens are never rendered again: they are the ones the engine sampled. A chat template may write an earlier reply
+a little differently into the next prompt than it was sampled (whitespace around a tool call, JSON separators, removed
+reasoning). The captured prompt is then not continued by force: the call becomes a row of its own, and what the
+template wrote is context.
+
+Invariant: `mask[i] == 1` exactly where `input_ids[i]` was sampled by the policy in the context that precedes it; over
+the rows of one trajectory every output token is trained exactly once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from memory.conversation import show_memory
+from memory.schema import Step, StepKind, Trajectory
+
+
+class Tokenizer(Protocol):
+    """The parts of a transformers tokenizer that rows need."""
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]: ...
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool,
+        tokenize: bool,
+    ) -> str: ...
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of consecutive model calls as the engine saw them; `mask` is 1 on the agent's own tokens, else 0."""
+
+    input_ids: list[int]
+    mask: list[int]
+    starts: list[int]
+    """Where the output of each model step of this row begins."""
+    num_prompt_tokens: int
+    """Length of the first prompt, before the first output."""
+    first_step: int = 0
+    """Number of the trajectory's model step that comes first in this row."""
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + len(self.starts) - 1
+
+    def start_of(self, step: int) -> int:
+        """Return where the output of the trajectory's model step number `step` begins."""
+        return self.starts[step - self.first_step]
+
+
+@dataclass(frozen=True)
+class SegmentEdit:
+    """The tokens of a memory segment with one neighbour on either side, and the tokens that replace them."""
+
+    shown: list[int]
+    bare: list[int]
+
+
+class Unstitchable(ValueError):
+    """A trajectory cannot become a row; the message is the reason it is counted under."""
+
+
+def stitch(steps: Sequence[Step]) -> tuple[list[Row], Counter[str]]:
+    """Join the model calls of one trajectory into rows; return them and the number of joints by their kind.
+
+    clean: the row so far is the beginning of the next prompt, and the row goes on. fork: it is not, and the next call
+    begins a new row with its own captured prompt.
+
+    Raises:
+        Unstitchable: a model step has no token ids, or there is no model step.
+    """
+    rows: list[Row] = []
+    joints: Counter[str] = Counter()
+    for position, step in enumerate(step for step in steps if step.kind is StepKind.MODEL):
+        prompt, output = step.prompt_token_ids, step.output_token_ids
+        # the engine returns ids only where it is asked for them; text that is rendered again would train other tokens
+        if not prompt or not output:
+            raise Unstitchable("no_token_ids")
+        row_so_far = rows[-1].input_ids if rows else []
+        # token by token: equal text may be tokenized differently
+        is_clean = bool(rows) and prompt[: len(row_so_far)] == row_so_far
+        if rows:
+            joints["clean" if is_clean else "fork"] += 1
+        if is_clean:
+            rows[-1] = _continue_row(rows[-1], prompt, output)
+        else:
+            mask = [0] * len(prompt) + [1] * len(output)
+            rows.append(Row([*prompt, *output], mask, [len(prompt)], len(prompt), position))
+    if not rows:
+        raise Unstitchable("no_model_steps")
+    return rows, joints
+
+
+def _continue_row(row: Row, prompt: Sequence[int], output: Sequence[int]) -> Row:
+    # not negative: the row so far is the beginning of the prompt
+    num_new = len(prompt) - len(row.input_ids)
+    return replace(
+        row,
+        input_ids=[*prompt, *output],
+        mask=row.mask + [0] * num_new + [1] * len(output),
+        starts=[*row.starts, len(prompt)],
+    )
+
+
+def plan_memory_removal(trajectory: Trajectory, tokenizer: Tokenizer) -> list[SegmentEdit]:
+    """Return the edits that take the memory segment out of a prompt of `trajectory`; empty where no memory was shown.
+
+    There is one for each way in which the engine may have written the message; at most one of them fits.
+    """
+    shown = show_memory(trajectory.opening, trajectory.memory_text)
+    if shown == list(trajectory.opening):
+        return []
+    edits: list[SegmentEdit] = []
+    for joins_parts in (True, False) if _has_parts(shown) else (True,):
+        try:
+            with_segment, without = (
+                render_prompt(tokenizer, messages, trajectory.tools, joins_parts=joins_parts)
+                for messages in (shown, trajectory.opening)
+            )
+        except TypeError:  # a template that adds texts together takes no parts
+            continue
+        edit = _find_edit(with_segment, without)
+        # a template may drop the message that holds the segment
+        if edit not in edits and with_segment != without:
+            edits.append(edit)
+    return edits
+
+
+def _find_edit(shown: list[int], bare: list[int]) -> SegmentEdit:
+    """Return the stretch in which two renderings differ, with one common token on either side.
+
+    Tokens at its edges that the segment changes by merging with its neighbours lie inside it, so that a prompt that
+    holds the whole stretch reads, once it is replaced, as the tokenizer would have written it.
+    """
+    before = count_common_prefix(shown, bare)
+    longest = min(len(shown), len(bare)) - before  # the common end must not overlap the common beginning
+    after = min(longest, count_common_prefix(shown[::-1], bare[::-1]))
+    first, last = max(0, before - 1), max(0, after - 1)
+    return SegmentEdit(shown[first : len(shown) - last], bare[first : len(bare) - last])
+
+
+def count_common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return the length of the longest common beginning."""
+    length = min(len(left), len(right))
+    if left[:length] == right[:length]:
+        return length
+    return next(i for i in range(length) if left[i] != right[i])
+
+
+def remove_memory(row: Row, edits: Sequence[SegmentEdit]) -> Row:
+    """Return `row` with the memory segment taken out of its first prompt (context distillation, arXiv 2510.01375).
+
+    Everything else of the prompt stays as it was captured. Prompts of later calls hold the segment as well, and it is
+    found there by its tokens.
+
+    Raises:
+        Unstitchable: `rerender_mismatch`, when the prompt does not hold the segment as it renders, or holds it twice.
+    """
+    if not edits:
+        return row
+    prompt = row.input_ids[: row.num_prompt_tokens]
+    # searched in the first prompt alone: behind it lie sampled tokens, which must stay
+    matches = [(edit, start) for edit in edits for start in _find_all(prompt, edit.shown)]
+    # twice means that a user quoted the segment: removing one of them is a guess
+    if len(matches) != 1:
+        raise Unstitchable("rerender_mismatch")
+    ((edit, first),) = matches
+    end, shift = first + len(edit.shown), len(edit.bare) - len(edit.shown)
+    return replace(
+        row,
+        input_ids=row.input_ids[:first] + edit.bare + row.input_ids[end:],
+        mask=row.mask[:first] + [0] * len(edit.bare) + row.mask[end:],
+        # all three move together: mask and starts are positions in input_ids
+        starts=[start + shift for start in row.starts],
+        num_prompt_tokens=row.num_prompt_tokens + shift,
+    )
+
+
+def _find_all(tokens: list[int], wanted: list[int]) -> list[int]:
+    return [
+        start
+        for start in range(len(tokens) - len(wanted) + 1)
+        if tokens[start] == wanted[0] and tokens[start : start + len(wanted)] == wanted
+    ]
+
+
+def render_prompt(
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]],
+    *,
+    joins_parts: bool = True,
+) -> list[int]:
+    """Return the token ids that the engine makes of `messages`: its normal form first, then the chat template.
+
+    `joins_parts`: a message of several text parts becomes one text, as the engine does for templates that take no
+    parts.
+    """
+    text = tokenizer.apply_chat_template(
+        [_as_served_message(message, joins_parts) for message in messages],
+        tools=[_as_served_tool(tool) for tool in tools] or None,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _has_parts(messages: Sequence[dict[str, Any]]) -> bool:
+    return any(isinstance(message.get("content"), list) for message in messages)
+
+
+def _as_served_message(message: dict[str, Any], joins_parts: bool) -> dict[str, Any]:
+    if joins_parts and isinstance(message.get("content"), list):
+        # the separator is vLLM's; with another one no captured prompt would hold the rendered segment
+        message = {**message, "content": "\n".join(part.get("text", "") for part in message["content"])}
+    # vLLM turns string arguments into objects before the template sees them; the template would quote them twice
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(call["function"])
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = json.loads(function["arguments"] or "{}")
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls}
+
+
+def _as_served_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    # the order and the keys in which vLLM hands a tool definition to the template; templates print it as JSON
+    function = tool["function"]
+    served = {key: function.get(key) for key in ("name", "description", "parameters")}
+    if function.get("strict") is not None:
+        served["strict"] = function["strict"]
+    return {"type": "function", "function": served}

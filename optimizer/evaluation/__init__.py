@@ -1,0 +1,1 @@
+"""Candidate against incumbent on held-out tasks: plays, statistics, thresholds."""

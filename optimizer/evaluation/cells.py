@@ -1,0 +1,260 @@
+"""Cells of an evaluation: held-out tasks as one policy plays them, with or without memory.
+
+Flow: `play_cell` per cell -> `pair_tasks` of two cells -> `compare_pairs`, task by task.
+Hazard: the tries of one task resemble each other, so intervals and tests are over tasks, not over episodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from memory.schema import Task, Trajectory, TrajectoryStage
+from memory.statistics import wilson_interval
+from optimizer.evaluation.intervals import PairedDifference, compare_paired, mean_interval
+from optimizer.seams import OnProgress, Rollout
+
+STORED_CALLS = "num_turns"
+"""The key of `EpisodeSummary.num_calls` in files."""
+
+GradeTrajectory = Callable[[str], float | None]
+"""Trajectory id -> the reward that counts."""
+CountModelCalls = Callable[[str], int]
+"""Trajectory id -> its model calls, counted from its steps."""
+
+SEED_STRIDE = 1000  # between tries: every model call of an episode takes the next seed
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way of playing: a policy, with or without memory. `name` ends in `-on` or `-off`."""
+
+    name: str
+    policy: int
+    use_memory: bool
+
+
+@dataclass(frozen=True)
+class EpisodeSummary:
+    """The outcome of one held-out episode."""
+
+    task: str
+    trajectory_id: str
+    is_success: bool
+    is_broken: bool
+    """It did not end by itself (FAILED, cancelled, out of time), or has no reward. It counts as lost."""
+    is_truncated: bool
+    """A budget of steps or tokens ended it."""
+    num_calls: int
+    """Model calls. Stored and reported as turns."""
+    prompt_tokens: int
+    output_tokens: int
+    num_invalid_tool_calls: int
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """All tasks as one cell played them, each once or several times."""
+
+    cell: Cell
+    played: list[EpisodeSummary]
+
+    @cached_property
+    def by_task(self) -> dict[str, list[EpisodeSummary]]:
+        # in the order of the tasks, which pairs and reports keep
+        tries: dict[str, list[EpisodeSummary]] = defaultdict(list)
+        for episode in self.played:
+            tries[episode.task].append(episode)
+        return dict(tries)
+
+    @property
+    def num_successes(self) -> int:
+        return sum(episode.is_success for episode in self.played)
+
+    @property
+    def success(self) -> float:
+        """Pass@1: the share of tries that succeeded."""
+        return self.num_successes / len(self.played) if self.played else 0.0
+
+    @property
+    def num_tries(self) -> int:
+        """Tries of each task, the fewest of any."""
+        # the fewest, so that pass@k never claims more tries than each task had
+        return min(map(len, self.by_task.values()), default=0)
+
+    def share(self, flag: str) -> float:
+        return sum(getattr(episode, flag) for episode in self.played) / max(1, len(self.played))
+
+    def per_call(self, count: str) -> float:
+        return sum(getattr(episode, count) for episode in self.played) / max(1, self.num_calls)
+
+    @property
+    def num_calls(self) -> int:
+        return sum(episode.num_calls for episode in self.played)
+
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % interval of pass@1; tries of one task resemble each other, so it is over tasks."""
+        if self.num_tries <= 1:
+            return wilson_interval(self.num_successes, len(self.played))
+        # over tasks: Wilson's interval over tries would be too narrow
+        _, low, high = mean_interval([share_won(tries) for tries in self.by_task.values()])
+        return max(0.0, low), min(1.0, high)
+
+    def summary(self) -> dict[str, float | None]:
+        """Return the figures of this cell for a report. The keys are a stored format; a `turn` in them is a call."""
+        low, high = self.interval()
+        num_tries, tasks = self.num_tries, self.by_task.values()
+        solved = sum(any(episode.is_success for episode in tries) for tries in tasks)
+        return {
+            "policy": self.cell.policy,
+            "use_memory": self.cell.use_memory,
+            "num_tasks": len(tasks),
+            "num_tries": num_tries,
+            "num_episodes": len(self.played),
+            "num_successes": self.num_successes,
+            "success": self.success,
+            "low": low,
+            "high": high,
+            "pass_at_tries": solved / len(tasks) if num_tries > 1 else None,
+            "turns_per_episode": self.num_calls / max(1, len(self.played)),
+            "prompt_tokens_per_turn": self.per_call("prompt_tokens"),
+            "output_tokens_per_turn": self.per_call("output_tokens"),
+            "tokens_per_episode": sum(e.prompt_tokens + e.output_tokens for e in self.played)
+            / max(1, len(self.played)),
+            "invalid_per_turn": self.per_call("num_invalid_tool_calls"),
+            "broken_share": self.share("is_broken"),
+            "truncated_share": self.share("is_truncated"),
+        }
+
+
+def share_won(tries: Sequence[EpisodeSummary]) -> float:
+    """Return the share of tries that succeeded."""
+    return sum(episode.is_success for episode in tries) / len(tries)
+
+
+async def play_cell(
+    cell: Cell,
+    tasks: Sequence[Task],
+    *,
+    rollout: Rollout,
+    grade: GradeTrajectory,
+    count_model_calls: CountModelCalls,
+    success_reward: float,
+    concurrency: int,
+    temperature: float = 0.0,
+    num_tries: int = 1,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> CellResult:
+    """Play every task `num_tries` times, at most `concurrency` episodes at a time."""
+    semaphore = asyncio.Semaphore(concurrency)
+    num_done = 0
+
+    async def play(task: Task, number: int) -> EpisodeSummary:
+        nonlocal num_done
+        async with semaphore:
+            trajectory = await rollout(
+                task,
+                policy=cell.policy,
+                use_memory=cell.use_memory,
+                temperature=temperature,
+                # the same seeds for every cell: a difference is the policy's
+                seed=seed + SEED_STRIDE * number,
+            )
+        num_done += 1
+        if on_progress is not None:
+            await on_progress(num_done, num_tries * len(tasks), cell.name)
+        reward, num_calls = grade(trajectory.id), count_model_calls(trajectory.id)
+        return describe(task.name, trajectory, reward, success_reward, num_model_calls=num_calls)
+
+    async with asyncio.TaskGroup() as group:
+        episodes = [group.create_task(play(task, number)) for task in tasks for number in range(num_tries)]
+    return CellResult(cell, [episode.result() for episode in episodes])
+
+
+def describe(
+    task: str, trajectory: Trajectory, reward: float | None, success_reward: float, *, num_model_calls: int
+) -> EpisodeSummary:
+    """Sum up one episode."""
+    error = trajectory.error or ""
+    is_finished = trajectory.stage is TrajectoryStage.FINISHED
+    # an episode that its client abandoned was cut by no budget: its reward counts
+    # by the text that runtime/agent/graph.py stores: the class of the error, then a message with its unit. A new
+    # wording there changes verdicts here
+    is_cut = is_finished and error.startswith("BudgetExceeded")
+    # a clock says more about the machine than about the policy; steps and tokens are the policy's own
+    is_out_of_time = is_cut and "second" in error
+    is_broken = not is_finished or is_out_of_time or reward is None
+    is_success = not is_broken and reward is not None and reward >= success_reward
+    return EpisodeSummary(
+        task=task,
+        trajectory_id=trajectory.id,
+        is_success=is_success,
+        is_broken=is_broken,
+        is_truncated=is_cut and not is_out_of_time,
+        num_calls=num_model_calls,
+        prompt_tokens=trajectory.prompt_tokens,
+        output_tokens=trajectory.output_tokens,
+        num_invalid_tool_calls=trajectory.num_invalid_tool_calls,
+    )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One task as both cells played it."""
+
+    task: str
+    ours: list[EpisodeSummary]
+    theirs: list[EpisodeSummary]
+
+
+def pair_tasks(candidate: CellResult, incumbent: CellResult) -> list[Pair]:
+    """Return the tasks that both played. A broken try counts as lost; a task whose tries all broke on both sides is
+    left out, because it says nothing."""
+    pairs = [
+        Pair(task, ours, incumbent.by_task[task])
+        for task, ours in candidate.by_task.items()
+        if task in incumbent.by_task
+    ]
+    # only where *all* broke: to leave out tasks that broke on one side would favour a policy that breaks off when it
+    # loses
+    return [pair for pair in pairs if not all(episode.is_broken for episode in (*pair.ours, *pair.theirs))]
+
+
+def compare_pairs(pairs: Iterable[Pair], confidence: float = 0.95) -> PairedDifference:
+    """Compare how much both won of the same tasks."""
+    pairs = list(pairs)
+    ours, theirs = [share_won(pair.ours) for pair in pairs], [share_won(pair.theirs) for pair in pairs]
+    return compare_paired(ours, theirs, confidence)
+
+
+def write_cell(path: Path, result: CellResult) -> None:
+    """Write the episodes of a cell; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # renamed at the end: release_gate.py takes an existing file for a played cell
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps([_to_json(episode) for episode in result.played]), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def read_cell(path: Path, cell: Cell) -> CellResult:
+    """Read what `write_cell` wrote."""
+    return CellResult(cell, [_from_json(episode) for episode in json.loads(path.read_text(encoding="utf-8"))])
+
+
+def _to_json(episode: EpisodeSummary) -> dict[str, object]:
+    stored = dict(vars(episode))
+    # files of open cycles have the old name
+    stored[STORED_CALLS] = stored.pop("num_calls")
+    return stored
+
+
+def _from_json(stored: dict[str, Any]) -> EpisodeSummary:
+    # strict: a field that is added here makes the files of open cycles unreadable
+    return EpisodeSummary(num_calls=stored.pop(STORED_CALLS), **stored)

@@ -1,0 +1,1 @@
+"""Insights from successes and failures, written by a critic or found by counting."""

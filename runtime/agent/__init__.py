@@ -1,0 +1,1 @@
+"""The agent: its graph, its nodes, and the episodes that are open."""

@@ -1,0 +1,396 @@
+"""The agent: a graph of three nodes, and `rollout`, which plays one turn through it and records every step.
+
+    retrieve ─┬> act ─> use_tools
+      resume ─┘  │ ^       │ │
+                 │ └───────┘ │      until an answer, the end of the environment's task, a spent budget, or a call that
+                 v           v      the client has to run
+                end         end
+
+A user's request, a practice episode and an evaluation take this same path: find the episode, lease the policy, play,
+reward, close the trajectory. Where a reply calls tools of the client, the trajectory stays open for its next request.
+
+Invariants: the policy is pinned from before the trajectory opens until it closes. An opened trajectory is closed in all
+cases, or waits for its client. Nothing of one tenant or person reaches an episode of another. A failure within an
+episode is data on its trajectory, not an exception, and its message stays out of the log. A practice or held-out
+episode has no tool with side effects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+
+import structlog
+from langchain_core.runnables import RunnableConfig
+from langgraph.graph import END, START, StateGraph
+from langgraph.graph.state import CompiledStateGraph
+
+from memory.conversation import show_memory
+from memory.records.trajectories import measure
+from memory.schema import RewardSource, Split, Trajectory, TrajectoryStage, new_id
+from memory.store import Memory
+from runtime.agent.nodes import act, resume, retrieve, use_tools
+from runtime.agent.open_episodes import OpenEpisode, OpenEpisodes
+from runtime.agent.resume import restore_messages
+from runtime.agent.state import Budget, Episode, EpisodeState
+from runtime.agent.turn import Turn, TurnRequest
+from runtime.config import AgentConfig
+from runtime.engine.cache_salts import CacheSalts
+from runtime.engine.client import Message, ToolDefinition
+from runtime.environments.base import Environment, Outcome, Playthrough, find_environment
+from runtime.errors import BudgetExceeded
+from runtime.observability.telemetry import Telemetry
+from runtime.serving.hotswap import HotSwap
+from runtime.serving.policy import Actor
+from runtime.tools.base import Tool
+from runtime.tools.recorded import tools_for
+
+log = structlog.get_logger()
+
+
+class Agent:
+    """Plays turns. It keeps no state of any one of them; `open_episodes` lists those under way."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        hotswap: HotSwap,
+        environments: Mapping[str, Environment],
+        config: AgentConfig | None = None,
+        *,
+        tools: Sequence[Tool] = (),
+        telemetry: Telemetry | None = None,
+        serve_with_memory: bool = True,
+    ) -> None:
+        self._memory = memory
+        self._hotswap = hotswap
+        self._environments = environments
+        self._config = config or AgentConfig()
+        self.serve_with_memory = serve_with_memory
+        """Whether memory is shown where neither the request nor the policy decides."""
+        self._tools = tools
+        """The server's tools in requests without an environment; the caller may fill the list later."""
+        self.telemetry = telemetry or Telemetry()
+        self.open_episodes = OpenEpisodes(memory, idle_seconds=self._config.client_idle_seconds)
+        self._salts = CacheSalts()
+        self._graph = build_graph()
+
+    def environment(self, name: str) -> Environment:
+        """Return the environment called `name`. Raises: UnknownEnvironment."""
+        return find_environment(self._environments, name)
+
+    def temperature_of(self, environment: Environment | None) -> float:
+        """Return the sampling temperature where the request gives none."""
+        declared = environment.temperature if environment is not None else None
+        return self._config.temperature if declared is None else declared
+
+    def output_tokens_of(self, environment: Environment | None) -> int:
+        """Return the token limit of one model call where the request gives none."""
+        config = self._config
+        ordinary = config.default_output_tokens if environment is None else environment.max_output_tokens
+        return ordinary if config.max_output_tokens is None else min(ordinary, config.max_output_tokens)
+
+    def require_allowed(self, max_tokens: int | None) -> None:
+        """Raise ValueError with the setting's name if a request asks for more tokens than the server allows."""
+        limits = {name: getattr(self._config, name) for name in ("max_output_tokens", "max_total_tokens")}
+        for name, limit in limits.items():
+            if max_tokens is not None and limit is not None and max_tokens > limit:
+                raise ValueError(
+                    f"{max_tokens} tokens are asked for, and this server allows {limit} (agent.{name}): ask for fewer"
+                )
+
+    async def rollout(self, request: TurnRequest) -> Turn:
+        """Play one turn; its steps, stage and reward are durable when it returns.
+
+        If the messages continue an open episode, its steps are appended to that episode's trajectory, under the policy
+        and with the memory segment that the episode began with. A turn that ends in calls of the client's tools leaves
+        the trajectory RUNNING: the client is expected back.
+
+        Raises:
+            ValueError: there is neither a task of an environment nor a message, or two tools have the same name.
+            EpisodeBusy: another request of the episode is being answered.
+            UnknownEnvironment, UnknownPolicy, AdapterError, EngineError: the episode could not be opened.
+        """
+        environment = self.environment(request.environment) if request.environment is not None else None
+        self._check(request, environment)
+        # The lock outside the lease: a busy episode is rejected without waiting for the engine.
+        with self.open_episodes.enter(request) as open_episode:
+            pinned = (
+                open_episode.resumption.trajectory.policy if open_episode.resumption is not None else request.policy
+            )
+            # Leased before the record opens and until it is closed: a leased policy is never unloaded.
+            async with self._hotswap.lease(pinned) as actor:
+                playthrough = None
+                if environment is not None and request.task is not None:
+                    playthrough = await environment.start(request.task)
+                # Nothing may await between `start` and `_play`, which closes the playthrough whatever happens.
+                episode = self._make_episode(request, open_episode, actor, environment, playthrough)
+                try:
+                    trajectory = await self._play_traced(episode)
+                finally:
+                    if request.on_usage is not None:
+                        request.on_usage(episode.budget.num_tokens)
+                return self._make_turn(episode, trajectory)
+
+    def _check(self, request: TurnRequest, environment: Environment | None) -> None:
+        if environment is not None and request.tools:
+            raise ValueError(f"a task of {environment.name!r} brings its own tools: send none with it")
+        if environment is None and not request.messages:
+            raise ValueError("nothing was asked: give a task of an environment, or at least one message")
+        _require_distinct_names(() if environment is not None else self._tools, request.tools)
+
+    def _make_episode(
+        self,
+        request: TurnRequest,
+        open_episode: OpenEpisode,
+        actor: Actor,
+        environment: Environment | None,
+        playthrough: Playthrough | None,
+    ) -> Episode:
+        """Return the episode at its opening, or where its client continues it."""
+        config, task, resumption = self._config, request.task, open_episode.resumption
+        # Memories of a shared or practised episode are shown to all, so no person's own may enter it.
+        reader = "" if request.is_shared or environment is not None else request.user_id
+        if resumption is not None:
+            split = resumption.trajectory.split
+        else:
+            split = task.split if task is not None else Split.LIVE
+        if resumption is not None:
+            opening, task_text = resumption.trajectory.opening, resumption.trajectory.task_text
+        else:
+            spoken = _first_messages(request, playthrough)
+            opening, task_text = self._with_system_prompt(spoken, actor, environment), _last_user_text(spoken)
+        episode = Episode(
+            request=request,
+            memory=self._memory,
+            telemetry=self.telemetry,
+            actor=actor,
+            reader=reader,
+            episode_id=open_episode.episode_id,
+            # Drawn here and not when the row is written: spans and logs carry it from the first node on.
+            trajectory_id=resumption.trajectory.id if resumption is not None else new_id("trj"),
+            playthrough=playthrough,
+            opening=opening,
+            task_text=task_text,
+            tools={tool.name: tool for tool in self._tools_for(split, playthrough, request.tenant, reader)},
+            budget=Budget(
+                max_steps=config.max_steps,
+                max_total_tokens=config.max_total_tokens,
+                max_output_tokens=request.max_tokens or self.output_tokens_of(environment),
+            ),
+            use_memory=self._uses_memory(actor) if request.use_memory is None else request.use_memory,
+            temperature=self.temperature_of(environment) if request.temperature is None else request.temperature,
+            # The salt comes last: a client must not choose another tenant's part of the prefix cache.
+            sampling={**request.sampling, **self._salts.for_tenant(request.tenant)},
+        )
+        if resumption is not None:
+            episode.resumption = resumption
+            episode.trajectory = resumption.trajectory
+            # `resumption.steps` have no token ids (`OpenEpisodes._find`): nothing here may measure or store them again.
+            episode.first_position = len(resumption.steps)
+            episode.num_invalid_tool_calls = resumption.trajectory.num_invalid_tool_calls
+        return episode
+
+    def _make_turn(self, episode: Episode, trajectory: Trajectory) -> Turn:
+        """Return the turn that is over."""
+        size = measure(episode.steps)
+        is_first = episode.first_position == 0
+        view = self._memory.trajectories.with_reward(trajectory)
+        return Turn(
+            trajectory=trajectory,
+            first_position=episode.first_position,
+            steps=episode.steps,
+            size=size,
+            episode_size=size if is_first else self._memory.trajectories.measure(trajectory.id),
+            reward=view.reward,
+            is_success=view.is_success,
+            logprobs=episode.reply.logprobs if episode.reply is not None else [],
+        )
+
+    def _uses_memory(self, actor: Actor) -> bool:
+        return self.serve_with_memory if actor.policy.use_memory is None else actor.policy.use_memory
+
+    def _tools_for(self, split: Split, playthrough: Playthrough | None, tenant: str, reader: str) -> list[Tool]:
+        tools = playthrough.tools if playthrough else self._tools
+        recorded_result = self._memory.trajectories.recorded_result
+        return tools_for(split, tools, partial(recorded_result, tenant=tenant, user_id=reader))
+
+    def _with_system_prompt(
+        self, opening: list[Message], actor: Actor, environment: Environment | None
+    ) -> list[Message]:
+        if opening[0].get("role") in ("system", "developer"):
+            return opening
+        prompt = actor.policy.system_prompt
+        # An empty prompt of a policy is a decision too, and sends none.
+        if prompt is None:
+            prompt = environment.system_prompt if environment is not None else self._config.system_prompt
+        return [{"role": "system", "content": prompt}, *opening] if prompt else opening
+
+    async def _play_traced(self, episode: Episode) -> Trajectory:
+        """Play the turn with its ids bound to logs and spans."""
+        names = {"trajectory_id": episode.trajectory_id, "episode_id": episode.episode_id}
+        policy = f"v{episode.actor.version}"
+        with (
+            structlog.contextvars.bound_contextvars(**names),
+            self.telemetry.tracing.invoke_agent(**names, policy=policy) as note,
+        ):
+            trajectory = await self._play(episode)
+            note(trajectory)
+            return trajectory
+
+    async def _play(self, episode: Episode) -> Trajectory:
+        """Run the graph, reward, close the trajectory. Here, at the episode's edge, a failure becomes data."""
+        stage, error = TrajectoryStage.FINISHED, None
+        try:
+            error = await self._run(episode)
+            if error is None and episode.is_handed_over:
+                return await _leave_open(episode)
+            await _reward(episode)
+        except asyncio.CancelledError:
+            # Shielded: a second cancellation must not leave the record open.
+            await asyncio.shield(_close(episode, TrajectoryStage.CANCELLED, "CancelledError: nobody waits any more"))
+            raise
+        except Exception as raised:
+            if episode.trajectory is None:  # no record could be opened, so the error cannot be recorded
+                await _leave(episode)
+                raise
+            stage, error = TrajectoryStage.FAILED, _describe(raised)
+            # Only the class: the message may contain a person's text.
+            log.warning("episode failed", error=type(raised).__name__)
+        closed = await _close(episode, stage, error)
+        assert closed is not None
+        return closed
+
+    async def _run(self, episode: Episode) -> str | None:
+        """Run the graph to its end or to the end of the budget; return a description of the limit that ended it."""
+        limit = asyncio.timeout(self._config.max_seconds)
+        # Two nodes a step and some to spare: the budget has to end an episode, never LangGraph's own limit.
+        config: RunnableConfig = {"recursion_limit": 2 * self._config.max_steps + 10}
+        try:
+            async with limit:
+                state = await self._graph.ainvoke(_begin_state(episode), context=episode, config=config)
+        except BudgetExceeded as exceeded:
+            return _describe(exceeded)
+        except TimeoutError:
+            # A tool's or a client's own TimeoutError is a failure of the episode, not its budget.
+            if not limit.expired():
+                raise
+            if episode.lost is not None:  # the engine's failure; as the policy's it would teach something false
+                raise episode.lost from None
+            return _describe(BudgetExceeded(f"no answer within {self._config.max_seconds:g} seconds"))
+        episode.answer = state["answer"]
+        episode.is_handed_over = state.get("is_handed_over", False)
+        return None
+
+
+def _first_messages(request: TurnRequest, playthrough: Playthrough | None) -> list[Message]:
+    return [{"role": "user", "content": playthrough.task_text}] if playthrough else list(request.messages)
+
+
+async def _reward(episode: Episode) -> None:
+    """Store the environment's reward, if there is an environment; durable when it returns."""
+    outcome = await _leave(episode)
+    if outcome is not None:
+        await episode.memory.trajectories.reward(
+            episode.record.id, outcome.value, RewardSource.ENVIRONMENT, outcome.reason
+        )
+
+
+async def _leave_open(episode: Episode) -> Trajectory:
+    """Leave the trajectory open for its client. All of it is stored by now but the count of invalid calls."""
+    trajectory, num_invalid = episode.record, episode.num_invalid_tool_calls
+    if num_invalid != trajectory.num_invalid_tool_calls:
+        await episode.memory.trajectories.note_invalid_calls(trajectory.id, num_invalid)
+        trajectory.num_invalid_tool_calls = num_invalid
+    return trajectory
+
+
+async def _leave(episode: Episode) -> Outcome | None:
+    """Close the playthrough, once."""
+    # Cleared before the `await`: a cancellation during `close` must not lead to a second one.
+    playthrough, episode.playthrough = episode.playthrough, None
+    return await playthrough.close() if playthrough is not None else None
+
+
+async def _close(episode: Episode, stage: TrajectoryStage, error: str | None) -> Trajectory | None:
+    """Close a playthrough that is still open, then the trajectory, if there is one; durable when it returns."""
+    # `return_exceptions` also catches a CancelledError of the environment: the trajectory is closed in any case.
+    (problem,) = await asyncio.gather(_leave(episode), return_exceptions=True)
+    if isinstance(problem, Exception):  # the episode ended for another reason, and that one is recorded
+        log.warning("environment did not close", error=type(problem).__name__)
+    if episode.trajectory is None:
+        return None
+    return await episode.memory.trajectories.close(
+        episode.trajectory.id,
+        stage=stage,
+        answer=episode.answer,
+        error=error,
+        num_invalid_tool_calls=episode.num_invalid_tool_calls,
+        reply=episode.visible_text,
+    )
+
+
+def build_graph() -> CompiledStateGraph[EpisodeState, Episode, EpisodeState, EpisodeState]:
+    """Return the compiled graph."""
+    graph = StateGraph(EpisodeState, context_schema=Episode)
+    graph.add_node("retrieve", retrieve)
+    graph.add_node("resume", resume)
+    graph.add_node("act", act)
+    graph.add_node("use_tools", use_tools)
+    graph.add_conditional_edges(START, _begin, ["resume", "retrieve"])
+    graph.add_edge("retrieve", "act")
+    graph.add_edge("resume", "act")
+    graph.add_conditional_edges("act", _end_or("use_tools"), ["use_tools", END])
+    graph.add_conditional_edges("use_tools", _end_or("act"), ["act", END])
+    return graph.compile()
+
+
+# These are asynchronous although they await nothing: LangGraph runs a plain function in a thread, which costs as much
+# as all other overhead of a model call.
+
+
+async def _begin(state: EpisodeState) -> str:
+    """Return the first node: a resumed episode begins with messages, a new one without."""
+    return "resume" if state.get("messages") else "retrieve"
+
+
+def _end_or(node: str) -> Callable[[EpisodeState], Awaitable[str]]:
+    async def choose(state: EpisodeState) -> str:
+        return node if state.get("answer") is None else END
+
+    return choose
+
+
+def _begin_state(episode: Episode) -> EpisodeState:
+    """Return the messages that the model was shown before this turn: none where the episode only opens."""
+    if episode.resumption is None:
+        return {"messages": []}
+    # Must equal what `retrieve` returned in the first turn, or the prefix cache and the stitching of token ids miss.
+    opening = show_memory(episode.opening, episode.record.memory_text)
+    return {"messages": [*opening, *restore_messages(episode.resumption.steps)]}
+
+
+def _require_distinct_names(server_tools: Sequence[Tool], definitions: Sequence[ToolDefinition]) -> None:
+    # `act` tells the client's calls from the server's by their names alone.
+    sources: dict[str, str] = {}
+    named = [(tool.name, tool.source) for tool in server_tools]
+    for name, source in [*named, *((tool["function"]["name"], "the request") for tool in definitions)]:
+        if name in sources:
+            raise ValueError(f"two tools are called {name!r}: one of {sources[name]}, one of {source}; rename one")
+        sources[name] = source
+
+
+def _last_user_text(messages: Sequence[Message]) -> str:
+    """Return the text of the last user message: the query for memory."""
+    for message in reversed(messages):
+        if message.get("role") == "user":
+            content = message.get("content") or ""
+            if isinstance(content, str):
+                return content
+            return "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
+    return ""
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,270 @@
+"""The nodes of the agent's graph: retrieve or resume, then act and use_tools alternately.
+
+A node takes the state and the episode, and returns the change of the state; LangGraph appends the returned messages.
+Invariant: a step is durable in its trajectory before the next one starts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+from langgraph.runtime import Runtime
+
+from memory.conversation import show_memory
+from memory.errors import StorageError, StoreError
+from memory.schema import Split, Step, StepKind, Trajectory, Trust, now
+from runtime.agent.client_stream import ClientStream
+from runtime.agent.resume import digest, exchanges_of, last_handover, text_of
+from runtime.agent.state import Episode, EpisodeState
+from runtime.engine.client import Completion, Message, ToolCall
+from runtime.engine.model_families import holds_unparsed_call
+from runtime.errors import EngineLost
+from runtime.tools.base import ToolResult, invalid_call, parse_arguments, run_tool
+
+log = structlog.get_logger()
+
+
+async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
+    """Retrieve memories for the task and open the trajectory with them; they stay the same for the whole episode."""
+    episode = runtime.context
+    request, task = episode.request, episode.request.task
+    environment, kind = (task.environment, task.kind) if task else (None, "chat")
+    memory_text, memory_ids = "", []
+    if episode.use_memory:
+        recollection = await episode.memory.retrieval.retrieve(
+            environment=environment,
+            kind=kind,
+            task=task.name if task else None,
+            query_text=episode.task_text,
+            # A task's own episodes would show it its answer.
+            exclude_task=task.name if task else None,
+            tenant=request.tenant,
+            user_id=episode.reader,
+            episode_id=episode.episode_id,
+            conversation=episode.opening,
+        )
+        memory_text, memory_ids = recollection.text, recollection.ids
+    trajectory = Trajectory(
+        id=episode.trajectory_id,
+        tenant=request.tenant,
+        trust=_trust_of_opening(episode, memory_ids),
+        user_id=request.user_id,
+        key_id=request.key_id,
+        is_shared=request.is_shared,
+        episode_id=episode.episode_id,
+        environment=environment,
+        task=task.name if task else None,
+        kind=kind,
+        split=task.split if task else Split.LIVE,
+        task_text=episode.task_text,
+        policy=episode.actor.version,
+        opening=episode.opening,
+        tools=episode.definitions,
+        memory_text=memory_text,
+        memory_ids=memory_ids,
+        temperature=episode.temperature,
+    )
+    # Set before it is durable: a write that began cannot be cancelled, and an open trajectory must be closed.
+    episode.trajectory = trajectory
+    try:
+        await episode.memory.trajectories.open(trajectory)
+    except (StoreError, ValueError):
+        episode.trajectory = None  # no row was written, so there is nothing to close
+        raise
+    episode.announce()
+    return {"messages": show_memory(episode.opening, memory_text)}
+
+
+async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
+    """Continue the trajectory: record the tool results and user messages that the client sent."""
+    episode = runtime.context
+    resumption = episode.resumption
+    assert resumption is not None
+    handover = last_handover(resumption.steps)
+    assert handover is not None
+    # By id, not by order: clients may send results in any order.
+    names = {call["id"]: call["function"]["name"] for call in handover.tool_calls}
+    episode.announce()
+    for message in resumption.new_messages:
+        if message["role"] == "user":
+            await _record(episode, StepKind.USER, content=text_of(message))
+            continue
+        await _record(
+            episode,
+            StepKind.TOOL,
+            content=text_of(message),
+            tool_name=names.get(message.get("tool_call_id")),
+            tool_call_id=message.get("tool_call_id"),
+            # With all of the client's own time, restarts of this server included.
+            seconds=(now() - handover.created_at).total_seconds(),
+        )
+    # The recorded reply before these, not the client's copy of it: the prompt must begin with the tokens sampled
+    # before.
+    return {"messages": list(resumption.new_messages)}
+
+
+async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
+    """Call the model; its reply ends the turn, calls the server's tools, or hands the episode over to the client."""
+    episode = runtime.context
+    client_tools = episode.client_tool_names
+    completion = await _ask_policy(episode, state.get("messages", []))
+    episode.budget.spend(completion)
+    episode.reply, episode.text = completion, episode.text + completion.content
+    client_calls = [call for call in completion.tool_calls if call["function"]["name"] in client_tools]
+    server_calls = [call for call in completion.tool_calls if call["function"]["name"] not in client_tools]
+    # Recorded before any of its calls runs: after a crash in a tool the trajectory must show the call.
+    await _record(
+        episode,
+        StepKind.MODEL,
+        content=completion.content,
+        tool_calls=completion.tool_calls,
+        finish_reason=completion.finish_reason,
+        prompt_token_ids=completion.prompt_token_ids,
+        output_token_ids=completion.output_token_ids,
+        seconds=completion.seconds,
+        handover_digest=_digest_handover(episode, client_calls) if client_calls else None,
+    )
+    # Although the turn may go on: if its budget ends it, this is the answer that is recorded.
+    episode.answer = completion.content
+    change: EpisodeState = {"messages": [completion.as_message()], "calls": server_calls}
+    if client_calls:
+        episode.num_invalid_tool_calls += sum(not _is_well_formed(call) for call in client_calls)
+        change["is_handed_over"] = True
+    elif not server_calls and episode.definitions and holds_unparsed_call(completion.content):
+        episode.num_invalid_tool_calls += 1
+    if not server_calls:
+        change["answer"] = completion.content
+    return change
+
+
+async def _ask_policy(episode: Episode, messages: Sequence[Message]) -> Completion:
+    """Return the policy's reply. If the engine dies before the client received a piece, wait for it and call again."""
+    stream = _stream_of(episode)
+    try:
+        return await _call_model(episode, messages, stream)
+    except EngineLost as lost:
+        if stream is not None and stream.has_sent:
+            raise
+        log.warning("waiting for the engine", error=str(lost))
+        episode.lost = lost
+    await episode.actor.engine.recover()  # limited by the episode's own time
+    episode.lost = None
+    # Once: a request that kills the engine kills it twice at most.
+    return await _call_model(episode, messages, _stream_of(episode))
+
+
+async def _call_model(episode: Episode, messages: Sequence[Message], stream: ClientStream | None) -> Completion:
+    sampling = {"temperature": episode.temperature, "max_tokens": episode.budget.require(), "seed": _seed_of(episode)}
+    request = {"model": episode.actor.served_name, **sampling}
+    with episode.telemetry.model_call(f"v{episode.actor.version}", episode.episode_id, messages, request) as replied:
+        completion = await episode.actor.complete(
+            messages, episode.definitions, **sampling, on_delta=stream, **episode.sampling
+        )
+        replied(completion)
+    return completion
+
+
+def _stream_of(episode: Episode) -> ClientStream | None:
+    on_delta = episode.request.on_delta
+    return None if on_delta is None else ClientStream(on_delta, episode.client_tool_names)
+
+
+def _seed_of(episode: Episode) -> int | None:
+    seed = episode.request.seed
+    return None if seed is None else seed + episode.budget.num_steps
+
+
+def _digest_handover(episode: Episode, calls: Sequence[ToolCall]) -> str:
+    """Return the digest of the conversation that the client's next request must begin with."""
+    # Must equal what the client received, tool calls of the server left out; resume.py forgives differences of form
+    # only.
+    answer = {"role": "assistant", "content": episode.visible_text, "tool_calls": calls}
+    return digest([*episode.request.messages, answer])
+
+
+async def use_tools(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
+    """Run the server's calls of the last reply one after the other, because they act on one environment."""
+    episode = runtime.context
+    messages: list[Message] = []
+    for call in state.get("calls", []):
+        result, seconds = await _run_call(episode, call)
+        episode.num_invalid_tool_calls += result.is_invalid
+        if not result.is_trusted:
+            await _distrust(episode)
+        await _record(
+            episode,
+            StepKind.TOOL,
+            content=result.content,
+            tool_name=call["function"]["name"],
+            tool_call_id=call["id"],
+            error=result.error,
+            seconds=seconds,
+        )
+        messages.append({"role": "tool", "tool_call_id": call["id"], "content": result.content})
+        # Calls that follow in the same reply are dropped: the environment takes no more actions.
+        if episode.playthrough is not None and episode.playthrough.is_done:
+            return {"messages": messages, "calls": [], "answer": episode.playthrough.closing_text}
+    if state.get("is_handed_over"):
+        return {"messages": messages, "calls": [], "answer": episode.answer}
+    return {"messages": messages, "calls": []}
+
+
+def _is_well_formed(call: ToolCall) -> bool:
+    try:
+        parse_arguments(call["function"]["arguments"])
+    except ValueError:
+        return False
+    return True
+
+
+async def _run_call(episode: Episode, call: ToolCall) -> tuple[ToolResult, float]:
+    started = time.monotonic()
+    name = call["function"]["name"]
+    tool = episode.tools.get(name)
+    with episode.telemetry.tool_call(call, is_known=tool is not None) as ended:
+        if tool is None:
+            known = ", ".join(repr(definition["function"]["name"]) for definition in episode.definitions) or "none"
+            result = invalid_call(f"there is no tool {name!r}; the tools are: {known}")
+        else:
+            result = await run_tool(tool, call["function"]["arguments"], tenant=episode.request.tenant)
+        ended(result)
+    return result, time.monotonic() - started if tool is not None else 0.0
+
+
+def _trust_of_opening(episode: Episode, memory_ids: Sequence[str]) -> Trust:
+    """Return the lowest trust of the memories and of the earlier replies that the episode begins with."""
+    exchanges = exchanges_of(episode.opening)
+    try:
+        return episode.memory.trajectories.trust_of(
+            memory_ids=memory_ids, exchanges=exchanges, tenant=episode.request.tenant
+        )
+    except StorageError as error:
+        log.warning("trust is unknown, so the episode is untrusted", error=str(error))
+        return Trust.UNTRUSTED
+
+
+async def _distrust(episode: Episode) -> None:
+    """Mark the trajectory as untrusted; before the text is recorded, or a crash in between would leave it trusted."""
+    if episode.record.trust is Trust.TRUSTED:
+        await episode.memory.trajectories.distrust(episode.record.id)
+        episode.record.trust = Trust.UNTRUSTED
+
+
+async def _record(episode: Episode, kind: StepKind, *, tool_calls: Sequence[ToolCall] = (), **values: Any) -> None:
+    """Append a step to the trajectory; durable when it returns."""
+    step = Step(
+        trajectory_id=episode.record.id,
+        position=episode.next_position,
+        kind=kind,
+        # Given explicitly: SQLModel inspects the signature of each default's factory for every row, which took a tenth
+        # of this process's time per episode.
+        tool_calls=list(tool_calls),
+        created_at=now(),
+        **values,
+    )
+    # If this raises, the step must not be in `steps`: `next_position` counts only durable ones.
+    await episode.memory.trajectories.append(step, trajectory=episode.record)
+    episode.steps.append(step)

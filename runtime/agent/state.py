@@ -1,0 +1,141 @@
+"""The working state of one turn: `EpisodeState` is LangGraph's state, `Episode` its context.
+
+Invariant: neither is stored; the record of an episode is its trajectory. Hazard: LangGraph merges what a node returns
+into the state, but hands `Episode` to every node as the same object, so nodes change it in place.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypedDict
+
+from memory.schema import Step, Trajectory
+from memory.store import Memory
+from runtime.agent.resume import Resumption
+from runtime.agent.turn import TurnRequest, TurnStart
+from runtime.engine.client import Completion, Message, ToolCall, ToolDefinition
+from runtime.environments.base import Playthrough
+from runtime.errors import BudgetExceeded, EngineLost
+from runtime.observability.telemetry import Telemetry
+from runtime.serving.policy import Actor
+from runtime.tools.base import Tool
+
+
+class EpisodeState(TypedDict, total=False):
+    """The values that nodes pass on."""
+
+    # The reducer appends: a node that returned the whole list would double the prompt.
+    messages: Annotated[list[Message], operator.add]
+    """The prompt of the next model call; a node returns only what it adds."""
+    calls: list[ToolCall]
+    """Tool calls of the last reply that the server still has to run."""
+    is_handed_over: bool
+    """Whether the client has calls of the last reply to run, once the server's own are done."""
+    answer: str | None
+    """Set when the turn is over."""
+
+
+@dataclass
+class Budget:
+    """The limits of one turn and its use of them."""
+
+    max_steps: int
+    max_total_tokens: int
+    max_output_tokens: int
+    num_steps: int = 0
+    num_tokens: int = 0
+
+    def require(self) -> int:
+        """Return how many tokens the next model call may write.
+
+        Raises:
+            BudgetExceeded: nothing is left for another call.
+        """
+        if self.num_steps >= self.max_steps:
+            raise BudgetExceeded(f"no answer within {self.max_steps} steps")
+        if self.num_tokens >= self.max_total_tokens:
+            raise BudgetExceeded(f"no answer within {self.max_total_tokens} tokens")
+        # The prompt is not known yet, so the total may be exceeded by one call's prompt.
+        return min(self.max_output_tokens, self.max_total_tokens - self.num_tokens)
+
+    def spend(self, completion: Completion) -> None:
+        """Count one model call and its tokens."""
+        self.num_steps += 1
+        self.num_tokens += completion.num_tokens
+
+
+@dataclass
+class Episode:
+    """An episode during one turn. The agent makes it from a `TurnRequest` and ends it as a `Turn`; the nodes read and
+    change it, nothing else does."""
+
+    request: TurnRequest
+    memory: Memory
+    telemetry: Telemetry
+    actor: Actor
+    reader: str
+    """The person whose own memories may be shown in it; empty: nobody's."""
+    episode_id: str
+    trajectory_id: str
+    playthrough: Playthrough | None
+    opening: list[Message]
+    """The messages before the first reply, system prompt included, without the memory that is shown."""
+    task_text: str
+    tools: Mapping[str, Tool]
+    """The tools that the server runs, by name: the environment's or the server's."""
+    budget: Budget
+    use_memory: bool
+    temperature: float
+    sampling: Mapping[str, Any]
+    resumption: Resumption | None = None
+    """The state that the client continues from; None where the episode opens with this request."""
+    trajectory: Trajectory | None = None
+    """None until it is open."""
+    first_position: int = 0
+    """The position of this turn's first step."""
+    steps: list[Step] = field(default_factory=list)
+    """The steps of this turn that are durable."""
+    num_invalid_tool_calls: int = 0
+    """Of the whole episode."""
+    text: str = ""
+    """All text that the model wrote in this turn."""
+    reply: Completion | None = None
+    """The last reply."""
+    is_handed_over: bool = False
+    """Whether the trajectory stays open because the client has calls to run."""
+    lost: EngineLost | None = None
+    """The engine's failure, while the episode waits for the engine to come back."""
+    answer: str | None = None
+
+    @property
+    def visible_text(self) -> str:
+        """The text that the client has received: with a stream all text of the turn, without one the last reply's."""
+        return self.text if self.request.on_delta is not None or self.reply is None else self.reply.content
+
+    @property
+    def record(self) -> Trajectory:
+        """The trajectory, once it is open."""
+        assert self.trajectory is not None
+        return self.trajectory
+
+    @property
+    def next_position(self) -> int:
+        """The position of the next step in the trajectory."""
+        return self.first_position + len(self.steps)
+
+    @property
+    def definitions(self) -> list[ToolDefinition]:
+        """The definitions of all tools that the model may call."""
+        # In a fixed order: templates write the tools into the prompt, whose beginning the prefix cache is keyed by.
+        return [*(tool.definition() for tool in self.tools.values()), *self.request.tools]
+
+    @property
+    def client_tool_names(self) -> set[str]:
+        return {tool["function"]["name"] for tool in self.request.tools}
+
+    def announce(self) -> None:
+        """Report that the record is open."""
+        if self.request.on_start is not None:
+            self.request.on_start(TurnStart(self.record, self.first_position))

@@ -1,0 +1,1 @@
+"""The middleware in front of every route: connection limits, origins, authentication, permissions, quotas, metrics."""

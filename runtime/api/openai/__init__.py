@@ -1,0 +1,1 @@
+"""OpenAI's chat completions, Responses and models: request, turn and answer of each."""

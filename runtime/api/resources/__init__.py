@@ -1,0 +1,1 @@
+"""The routes of the project's own resources, one module each."""

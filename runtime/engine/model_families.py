@@ -1,0 +1,77 @@
+"""Model names and families: the directory of a model, and vLLM's parser for the family's tool calls.
+
+A name is a directory, or a Hugging Face id, which is downloaded once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+POCKET_MODEL = Path(__file__).parents[1] / "pocket"
+"""The embedded default."""
+
+PARSERS_BY_MODEL_TYPE = {
+    "qwen2": "hermes",
+    "qwen2_moe": "hermes",
+    "qwen3": "hermes",
+    "qwen3_moe": "hermes",
+    "llama": "llama3_json",
+    "mistral": "mistral",
+    "ministral": "mistral",
+}
+PARSERS_BY_ARCHITECTURE = {"Qwen": "hermes", "Llama": "llama3_json", "Mistral": "mistral", "Ministral": "mistral"}
+
+# Beginnings of a tool call. In the text of a reply they mark a call that vLLM's parser could not read.
+CALL_BEGINNINGS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
+
+# No pickles (*.bin, *.pt) and no *.py: loading them would run code of the repository.
+NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+def find_model(name: str | None) -> Path:
+    """Return the directory of model `name`; download a Hugging Face id that is not cached yet.
+
+    Raises:
+        ValueError: it is neither a model directory nor of the form of a Hugging Face id.
+        OSError: the hub does not know the id or cannot be reached.
+    """
+    if name is None:
+        return POCKET_MODEL
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"{name!r} is not a model directory: it has no config.json")
+        return directory.resolve()
+    # A leading point is a missing local directory: "./model" has the form of an id too.
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise ValueError(f"no model at {name!r}: give a directory, or an id such as Qwen/Qwen2.5-0.5B-Instruct")
+    from huggingface_hub import (
+        snapshot_download,
+    )  # imported here: it takes half a second, which the pocket model does not need
+
+    return Path(snapshot_download(name, allow_patterns=NEEDED_FILES))
+
+
+def read_model_config(directory: Path) -> dict[str, Any]:
+    """Return the model's config.json."""
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+
+
+def parser_of_family(config: dict[str, Any]) -> str | None:
+    """Return vLLM's name of the parser for the family in `config` (a config.json); None: unknown family."""
+    model_type = config.get("model_type", "")
+    if model_type in PARSERS_BY_MODEL_TYPE:
+        return PARSERS_BY_MODEL_TYPE[model_type]
+    for architecture in config.get("architectures") or []:
+        for family, parser in PARSERS_BY_ARCHITECTURE.items():
+            if architecture.startswith(family):
+                return parser
+    return None
+
+
+def holds_unparsed_call(text: str) -> bool:
+    """Return whether a reply's text contains a tool call that vLLM's parser could not read."""
+    return any(beginning in text for beginning in CALL_BEGINNINGS)

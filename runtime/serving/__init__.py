@@ -1,0 +1,1 @@
+"""Serving of policies: leases, hot swap, and maintenance windows of the engine."""

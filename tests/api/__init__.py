@@ -1,1 +1,0 @@
-"""The HTTP application, asked over a real socket by the official client and by plain HTTP."""

@@ -1,0 +1,15 @@
+"""A learner as `serve.py` makes it, for tests that bring memory and seams of their own."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from memory.store import Memory
+from optimizer.config import OptimizerConfig
+from optimizer.learner import Learner
+from optimizer.seams import Seams
+from runtime.settings import overlay
+
+
+def make_learner(memory: Memory, config: OptimizerConfig, seams: Seams) -> Learner:
+    return Learner(memory, config, seams, overlay=partial(overlay, origin="settings"))

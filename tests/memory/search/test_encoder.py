@@ -1,0 +1,93 @@
+"""Queries share batches; the real encoder finds texts of the same meaning."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import numpy
+import pytest
+
+from memory.errors import IndexUnavailable
+from memory.search.encoder import QueryEncoder, SentenceEncoder
+from memory.search.indexed_rows import IndexQuery
+from memory.store import Memory
+from tests.memory.episodes import PATIENT, HashingEncoder
+
+
+class HeldEncoder(HashingEncoder):
+    """An encoder that waits for the test's permission."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.release = threading.Event()
+        self.batches: list[list[str]] = []
+
+    def encode(self, texts):
+        self.batches.append(list(texts))
+        self.release.wait(10)
+        if "unspeakable" in texts:
+            raise KeyError("planted")
+        return super().encode(texts)
+
+
+@pytest.fixture
+def held():
+    encoder = HeldEncoder()
+    queries = QueryEncoder(encoder)
+    yield encoder, queries
+    encoder.release.set()
+    queries.close()
+
+
+async def test_questions_that_wait_share_a_batch_and_known_ones_cost_nothing(held):
+    encoder, queries = held
+    tasks = [asyncio.ensure_future(queries.encode(text)) for text in ("a", "b", "a", "c")]
+    await asyncio.sleep(0.05)
+    encoder.release.set()
+    vectors = await asyncio.gather(*tasks)
+    assert numpy.array_equal(vectors[0], vectors[2]) and len(encoder.batches) <= 2
+    await queries.encode("b")
+    assert sorted(text for batch in encoder.batches for text in batch) == ["a", "b", "c"]
+
+
+async def test_a_known_question_keeps_no_more_than_its_own_vector(held):
+    encoder, queries = held
+    tasks = [asyncio.ensure_future(queries.encode(str(number))) for number in range(30)]
+    await asyncio.sleep(0.05)
+    encoder.release.set()
+    await asyncio.gather(*tasks)
+    assert all(vector.base is None for vector in queries._cache.values()) and len(queries._cache) == 30
+
+
+async def test_a_question_given_up_is_not_taken_from_the_others(held):
+    encoder, queries = held
+    first, second = asyncio.ensure_future(queries.encode("a")), asyncio.ensure_future(queries.encode("a"))
+    await asyncio.sleep(0.02)
+    first.cancel()
+    encoder.release.set()
+    assert (await second).shape == (128,)
+
+
+async def test_an_encoder_that_fails_is_unavailable_and_may_recover(held):
+    encoder, queries = held
+    encoder.release.set()
+    with pytest.raises(IndexUnavailable, match="'hashing' failed: KeyError"):
+        await queries.encode("unspeakable")
+    assert (await queries.encode("a")).shape == (128,)
+
+
+async def test_the_embedded_encoder_finds_by_meaning(tmp_path: Path):
+    """The real all-MiniLM-L6-v2, from its package: seconds to load, no network."""
+    with Memory.open(tmp_path, PATIENT, encoder=SentenceEncoder()) as memory:
+        await memory.documents.ingest("Cars", "How to change the tyre of an automobile.")
+        await memory.documents.ingest("Bread", "Knead the dough and let it rise overnight.")
+        await memory.index.drain(timeout_seconds=900)
+        by_word = memory.index._text_index.find(IndexQuery("passages", "repairing a vehicle's wheel", {}, 5))
+        found = await memory.index.find("passages", "repairing a vehicle's wheel", num=1, min_similarity=0.3)
+        assert by_word == [] and len(found) == 1
+        recollection = await memory.retrieval.retrieve(
+            environment=None, kind="chat", query_text="repairing a vehicle's wheel"
+        )
+    assert recollection.text.startswith("<memory>\nPassages:\nCars: How to change the tyre")

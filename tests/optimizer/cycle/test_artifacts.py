@@ -1,0 +1,53 @@
+"""Artefacts as rows hold them, and the stages that follow from a position and the configuration."""
+
+from __future__ import annotations
+
+import pytest
+
+from optimizer.config import OptimizerConfig
+from optimizer.cycle.artifacts import Critiques, CycleArtifacts, RowsSummary, Selection, TrainedAdapter, to_json
+from optimizer.cycle.cycle import list_remaining_stages
+from optimizer.errors import OptimizerError
+
+STORED = {
+    "pool": "weights learn from 'kitchen' only",
+    "needs": [{"name": "demonstrations"}],
+    "practice_offset": 64,
+    "practice_end": 128,
+    "num_practice_rounds": 4,
+    "critiques": {"num_asked": 2, "num_failed": 0, "num_skipped": 0, "first_failure": None},
+    "demonstrations": {"num_rows": 3, "num_tasks": 2, "tally": {"used": 3}, "teachers": [], "trajectory_ids": ["a"]},
+    "sft_version": 4,
+    "dpo-1_version": 6,
+    "sft": {"policy": 4, "adapter": "/adapters/ratchet-v4", "metrics": {"num_steps": 8}, "settings": {"lora_rank": 8}},
+}
+"""As an open cycle of the release before has it."""
+
+
+def test_artefacts_that_an_earlier_release_stored_are_read():
+    artifacts = CycleArtifacts.read(STORED)
+    assert (artifacts.practice_offset, artifacts.practice_end, artifacts.num_practice_rounds) == (64, 128, 4)
+    assert artifacts.rows["demonstrations"].counts == {"used": 3} and list(artifacts.rows) == ["demonstrations"]
+    assert artifacts.trained["sft"].policy == 4 and artifacts.versions == {"sft": 4, "dpo-1": 6}
+    with pytest.raises(ValueError, match="no candidate yet"):
+        assert artifacts.candidate_version
+
+
+def test_what_is_stored_keeps_its_keys():
+    for name, model in (("demonstrations", RowsSummary), ("sft", TrainedAdapter), ("critiques", Critiques)):
+        assert to_json(model.model_validate(STORED[name])) == STORED[name]
+    assert to_json(Selection(num_tasks=2, num_won={"1": 2}, chosen=1)) == {
+        "num_tasks": 2,
+        "num_won": {"1": 2},
+        "chosen": 1,
+    }
+
+
+def test_a_cycle_goes_on_at_its_position_with_the_stages_that_its_configuration_needs():
+    playing, logged = OptimizerConfig(), OptimizerConfig(explore_episodes=0)
+    every = ["collect", "demonstrate", "sft", "explore", "dpo", "evaluate", "settle"]
+    assert [stage.name for stage in list_remaining_stages(playing, "collect")] == every
+    assert [stage.name for stage in list_remaining_stages(logged, "sft")] == ["sft", "dpo", "evaluate", "settle"]
+    assert [stage.name for stage in list_remaining_stages(logged, "explore")] == ["dpo", "evaluate", "settle"]
+    with pytest.raises(OptimizerError, match="'grpo'"):
+        list_remaining_stages(playing, "grpo")

@@ -1,0 +1,92 @@
+"""How often the gate's whole rule promotes what is no better, over ten cycles; and that it still sees what is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from optimizer.config import EvaluationConfig
+from optimizer.evaluation.cells import Cell, CellResult
+from optimizer.evaluation.decision import Decision, alpha_of, decide
+from tests.optimizer.played import EPISODE
+
+NUM_TASKS, NUM_CYCLES = 200, 10
+CONFIG = EvaluationConfig()
+
+
+def cell(policy: int, successes: list[bool], prompt_tokens: list[int] | None = None) -> CellResult:
+    tokens = prompt_tokens or [2000] * len(successes)
+    played = [
+        replace(EPISODE, task=str(number), is_success=won, prompt_tokens=tokens[number])
+        for number, won in enumerate(successes)
+    ]
+    return CellResult(Cell("candidate" if policy else "incumbent", policy, False), played)
+
+
+@cache
+def promotes(num_won: int, num_lost: int, look: int) -> bool:
+    """Return what the gate says of 200 tasks of which both won 60."""
+    both, neither = 60, NUM_TASKS - 60 - num_won - num_lost
+    ours = [True] * (both + num_won) + [False] * (num_lost + neither)
+    theirs = [True] * both + [False] * num_won + [True] * num_lost + [False] * neither
+    return decide(cell(1, ours), cell(0, theirs), CONFIG, look=look).decision is Decision.PROMOTE
+
+
+@cache
+def fewest_wins(num_differing: int, look: int) -> int:
+    """Return how many of the tasks that differ a candidate must win; more than there are where none is enough."""
+    if num_differing == 0:
+        return 1
+    num_won = fewest_wins(num_differing - 1, look)
+    while num_won <= num_differing and not promotes(num_won, num_differing - num_won, look):
+        num_won += 1
+    return num_won
+
+
+def share_of_false_promotions(discordance: float, num_runs: int, *, spends: bool = True) -> float:
+    """Return in which share of `num_runs` servers ten candidates, none of them better, brought one into service."""
+    dice = np.random.default_rng(7)
+    differing = dice.binomial(NUM_TASKS, discordance, size=(num_runs, NUM_CYCLES))
+    won = dice.binomial(differing, 0.5)
+    fooled = np.zeros(num_runs, dtype=bool)
+    for cycle in range(NUM_CYCLES):
+        look = cycle + 1 if spends else 1
+        needed = [fewest_wins(int(number), look) for number in differing[:, cycle]]
+        fooled |= won[:, cycle] >= np.asarray(needed)
+    return float(fooled.mean())
+
+
+@pytest.mark.parametrize("discordance", [0.05, 0.1, 0.2, 0.4])
+def test_ten_cycles_of_no_change_promote_one_with_at_most_five_percent(discordance):
+    assert share_of_false_promotions(discordance, 10_000) <= 0.05
+
+
+def test_without_spending_the_same_rule_would_be_fooled_far_more_often():
+    assert share_of_false_promotions(0.2, 1000, spends=False) > 0.1
+
+
+def test_no_worse_and_cheaper_is_part_of_the_same_budget():
+    config = EvaluationConfig(noninferiority_margin=0.05)
+    dice = np.random.default_rng(11)
+    fooled, num_runs = 0, 300
+    for _ in range(num_runs):
+        theirs = dice.random(NUM_TASKS) < 0.6
+        ours = np.where(dice.random(NUM_TASKS) < 0.05, dice.random(NUM_TASKS) < 0.5, theirs)
+        tokens = dice.normal(4000, 800, size=(2, NUM_TASKS)).astype(int).tolist()
+        candidate, incumbent = cell(1, ours.tolist(), tokens[0]), cell(0, theirs.tolist(), tokens[1])
+        verdict = decide(candidate, incumbent, config, without_memory=candidate)
+        fooled += verdict.decision is Decision.PROMOTE
+    assert fooled / num_runs <= alpha_of(1, config.false_promotion_rate)
+
+
+@pytest.mark.parametrize("look", range(1, NUM_CYCLES + 1))
+def test_twenty_points_on_two_hundred_tasks_are_seen_in_every_cycle(look):
+    dice = np.random.default_rng(look)
+    won, lost, _ = dice.multinomial(NUM_TASKS, [0.25, 0.05, 0.7], size=100).T
+
+    seen = [promotes(int(a), int(b), look) for a, b in zip(won, lost, strict=True)]
+
+    assert np.mean(seen) >= 0.95

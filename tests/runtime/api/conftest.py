@@ -1,0 +1,45 @@
+"""Fixtures of the API tests: one served world for a module's tests, or one's own where a test breaks things."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.runtime.api.playing import FORGETFUL, PlayedWorld
+from tests.runtime.api.worlds import ServedWorld
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[ServedWorld]:
+    with ServedWorld(tmp_path / "data") as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlayedWorld]:
+    """A played world for a module's tests, each of which begins it anew."""
+    with PlayedWorld(tmp_path_factory.mktemp("shared"), memory_config=FORGETFUL) as world:
+        yield world
+
+
+@pytest.fixture
+def untouched(world: PlayedWorld, client: openai.OpenAI) -> Iterator[openai.OpenAI]:
+    """A client all of whose requests are refused before anything comes of them."""
+    yield client
+    assert world.num_trajectories == 0
+
+
+@pytest.fixture
+def http(world: ServedWorld) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=world.url, trust_env=False, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+def client(world: ServedWorld) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{world.url}/v1", api_key="none", max_retries=0) as client:
+        yield client

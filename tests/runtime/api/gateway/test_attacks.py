@@ -1,0 +1,168 @@
+"""What one client sends must not hold up the others: the worst bodies that the limits let through, and more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp
+
+from memory.store import Memory
+from runtime.agent.graph import Agent
+from runtime.api.app import create_app
+from runtime.api.services import Services
+from runtime.config import AgentConfig
+from runtime.engine.client import Completion
+from runtime.serving.hotswap import HotSwap
+from tests.memory.episodes import PATIENT, HashingEncoder
+from tests.runtime.api.worlds import QuickLearner, ScriptedEngine
+from tests.stalls import LongestGap
+
+MAX_CPU_SECONDS = 0.25
+"""The longest that the others may be held up, in time that the process computed: how busy the machine is counts not."""
+MAX_BYTES = 16 * 2**20 - 1000
+HELLO = {"role": "user", "content": "hello"}
+PIECE_BYTES = 65_536  # as uvicorn hands them on
+
+
+class BriefEngine(ScriptedEngine):
+    """Answers in two letters, whatever it is asked."""
+
+    async def chat(self, model: str, messages: Any, tools: Any = None, **sampling: Any) -> Completion:
+        return Completion(content="ok", prompt_token_ids=[1], output_token_ids=[2])
+
+
+@contextlib.asynccontextmanager
+async def opened(data_dir: Path) -> AsyncIterator[tuple[ASGIApp, Memory]]:
+    """Give an application on this very event loop."""
+    with Memory.open(data_dir, PATIENT, encoder=HashingEncoder()) as memory:
+        await memory.policies.register_base("scripted")
+        engine = BriefEngine(data_dir / "engine.log")
+        hotswap = HotSwap(memory.policies, engine)
+        agent = Agent(memory, hotswap, {}, AgentConfig())
+        await hotswap.activate(0)
+        app = create_app(Services(memory, agent, engine, hotswap, QuickLearner(memory)))
+        gc.collect()
+        gc.freeze()  # as the server does once all is loaded
+        try:
+            yield app, memory
+        finally:
+            gc.unfreeze()
+
+
+async def post(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+    """Send a body in pieces, as a socket would; return the status and the answer."""
+    pieces = [body[start : start + PIECE_BYTES] for start in range(0, len(body), PIECE_BYTES)]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0)
+        if not pieces:
+            await asyncio.Event().wait()  # the client stays
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+    scope |= {"http_version": "1.1", "scheme": "http", "root_path": "", "headers": headers, "client": ("127.0.0.1", 1)}
+    await app(scope, receive, send)
+    return sent[0]["status"], json.loads(b"".join(message["body"] for message in sent[1:]))
+
+
+def chat(*messages: dict[str, Any], **more: Any) -> bytes:
+    return json.dumps({"model": "agent", "messages": messages, **more}).encode()
+
+
+def many(before: bytes, piece: bytes, after: bytes, num: int = MAX_BYTES) -> bytes:
+    """Return as many pieces as are wanted, or as fit into a body."""
+    return before + piece * min(num, (MAX_BYTES - len(before + after)) // len(piece)) + after
+
+
+def call(name: str, arguments: str = "{}") -> dict[str, Any]:
+    return {"id": name, "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def results_in_reverse(num: int) -> bytes:
+    calls = [call(f"call-{at}") for at in range(num)]
+    results = [{"role": "tool", "tool_call_id": it["id"], "content": ""} for it in reversed(calls)]
+    return chat(HELLO, {"role": "assistant", "content": "", "tool_calls": calls}, *results)
+
+
+def values_in_arguments() -> bytes:
+    """Texts that hold JSON, which no limit on the body's own values counts."""
+    said = {"role": "assistant", "content": "", "tool_calls": [call("c", many(b"[", b"[],", b"[]]").decode())]}
+    return chat(HELLO, said, {"role": "tool", "tool_call_id": "c", "content": "x"})
+
+
+BEGIN, TEXT, END = b'{"model":"agent","messages":[', b'{"role":"user","content":"', b"]}"
+BODIES: dict[str, Callable[[], bytes]] = {
+    "60,000 results in reverse": lambda: results_in_reverse(60_000),
+    "as many results as are taken": lambda: results_in_reverse(4_000),
+    "as many messages as are taken": lambda: chat(*[{"role": "user", "content": "word " * 800}] * 4_000),
+    "one long text": lambda: many(BEGIN + TEXT, b"word ", b'"}' + END),
+    "a text of half characters": lambda: many(BEGIN + TEXT, b"\\ud800", b'"}' + END),
+    "values in the arguments of a call": values_in_arguments,
+    "empty objects": lambda: many(BEGIN, b"{},", b"{}" + END),
+    "numbers": lambda: many(BEGIN, b"1,", b"1" + END),
+    "numbers, as many as are taken": lambda: many(BEGIN, b"1,", b"1" + END, 99_000),
+    "texts": lambda: many(b'{"model":"agent","messages":[],"stop":[', b'"",', b'""]}'),
+    "messages without anything": lambda: many(BEGIN, b'{"role":"user"},', b"{}" + END, 33_000),
+    "parts of a message": lambda: many(BEGIN + TEXT[:-1] + b"[", b'{"type":"text","text":"x"},', b"{}]}" + END, 40_000),
+    "names": lambda: chat(HELLO, metadata={f"key-{at}": "" for at in range(99_000)}),
+    "parameters": lambda: chat(HELLO, **{f"key-{at}": None for at in range(99_000)}),
+    "a long number": lambda: many(b'{"model":', b"1", b"}"),
+    "an unfinished text of escaped quotes": lambda: many(BEGIN + TEXT, b'\\"', b""),
+    "brackets": lambda: many(b"", b"[", b""),
+}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("attacked") / "data"
+
+
+@pytest.mark.parametrize("name", BODIES)
+async def test_no_body_holds_up_the_others(data_dir: Path, name: str) -> None:
+    body = BODIES[name]()
+    async with opened(data_dir) as (app, _):
+        await post(app, "/v1/chat/completions", chat(HELLO))  # what is made once is made
+        gap = LongestGap()
+        async with gap.watch():
+            status, answer = await post(app, "/v1/chat/completions", body)
+    assert status in (200, 400, 413), answer
+    assert gap.cpu_seconds < MAX_CPU_SECONDS, f"{gap.cpu_seconds * 1e3:.0f} ms, answered {status}"
+
+
+async def test_what_a_refusal_repeats_is_short(data_dir: Path) -> None:
+    async with opened(data_dir) as (app, _):
+        status, answer = await post(app, "/v1/chat/completions", chat(HELLO, **{"x" * 9_000: "y" * 9_000}))
+    assert status == 400
+    assert len(json.dumps(answer)) < 1_000
+
+
+async def test_a_long_conversation_of_stored_responses_is_refused_before_it_is_read(data_dir: Path) -> None:
+    """Each response is small enough; together they would hold up everybody."""
+    async with opened(data_dir) as (app, memory):
+        previous = None
+        for _ in range(5):
+            body = {"model": "agent", "input": "long " * 800_000, "previous_response_id": previous}
+            status, answer = await post(app, "/v1/responses", json.dumps(body).encode())
+            assert status == 200
+            previous = answer["id"]
+        num_before = len(memory.trajectories.select(limit=1_000))
+        gap = LongestGap()
+        async with gap.watch():
+            body = {"model": "agent", "input": "and", "previous_response_id": previous}
+            status, answer = await post(app, "/v1/responses", json.dumps(body).encode())
+        num_after = len(memory.trajectories.select(limit=1_000))
+    assert (status, answer["error"]["code"]) == (413, "conversation_too_large")
+    assert num_after == num_before
+    assert gap.cpu_seconds < MAX_CPU_SECONDS
