@@ -203,7 +203,7 @@ async def start(services: Services, settings: RuntimeSettings, phases: Phases) -
     await memory.policies.register_base(name_base(services.engine, settings.engine.model))
     while True:
         active = memory.policies.active()
-        phases.begin(f"putting on policy {active.name}")
+        phases.begin(f"activating policy {active.name}")
         try:
             # Ends at the base at the latest, which has no adapter that could be refused.
             return await services.hotswap.activate(active.version)
