@@ -107,7 +107,7 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     drain_seconds = settings.agent.max_seconds + DRAIN_SLACK_SECONDS
     maintenance = Maintenance(engine, hotswap, agent.open_episodes, drain_seconds=drain_seconds)
     # The pocket model cannot write prose; insights come from counting then.
-    critic = Critic(TextCompletion(hotswap)) if settings.engine.model or settings.engine.url else None
+    critic = None if engine.is_pocket else Critic(TextCompletion(hotswap))
     seams = make_seams(agent, engine, maintenance, critic)
     return Services(
         memory,

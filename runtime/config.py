@@ -18,7 +18,8 @@ class EngineConfig(BaseModel, extra="forbid"):
     """The vLLM server: its model and its share of the machine."""
 
     model: str | None = None
-    """A Hugging Face id or a directory of the Qwen2/2.5/3, Llama-3 or Mistral families; None is the pocket model."""
+    """A Hugging Face id or a directory of the Qwen2/2.5/3, Llama-3 or Mistral families, or the short name of an
+    embedded model ("pocket", "smollm2"); None is the pocket model."""
     url: str | None = None
     """Use the vLLM that runs at `http://host:port` instead of starting one; VLLM_API_KEY holds its key, if it has
     one."""

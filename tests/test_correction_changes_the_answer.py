@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from optimizer.config import DemonstrationConfig
-from tests.real_models.smollm2 import make_smollm2
+from runtime.engine.smollm2 import make_smollm2
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "What is the name of the blue printer on the third floor?"

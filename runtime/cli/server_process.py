@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.cli.options import DEFAULT_URL
 from runtime.cli.output import Failure, print_result
+from runtime.engine.model_families import EMBEDDED
 
 if TYPE_CHECKING:
     from memory.records.keys import Keys
@@ -47,7 +48,8 @@ def prepare_environment(settings: RuntimeSettings) -> None:
         "LANGGRAPH_STRICT_MSGPACK": "true",
     }
     model = settings.engine.model
-    is_all_here = settings.memory.encoder == "embedded" and (model is None or Path(model).expanduser().is_dir())
+    is_here = model is None or model in EMBEDDED or Path(model).expanduser().is_dir()
+    is_all_here = settings.memory.encoder == "embedded" and is_here
     if is_all_here:  # a name of the hub must still be fetched
         quiet["HF_HUB_OFFLINE"] = "1"
     for name, value in quiet.items():
@@ -214,7 +216,7 @@ async def start(services: Services, settings: RuntimeSettings, phases: Phases) -
 
 def name_base(engine: Engine, model: str | None) -> str:
     """Return the base model of new policies: the hub's id as configured, or a directory."""
-    if model is not None and not Path(model).expanduser().is_dir():
+    if model is not None and model not in EMBEDDED and not Path(model).expanduser().is_dir():
         return model
     return str(engine.model_path) if engine.model_path is not None else engine.model
 
@@ -235,7 +237,7 @@ def announce(services: Services, listener: socket.socket, *, as_json: bool) -> N
     }
     option = "" if url == DEFAULT_URL else f" --url {url}"
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
-    is_pocket = services.engine.config.model is None and services.engine.config.url is None
+    is_pocket = services.engine.is_pocket
     text = render_banner(facts, command=f"{python} serve.py", option=option, is_pocket=is_pocket)
     print_result(facts, as_json=as_json, render=lambda _: text)
 

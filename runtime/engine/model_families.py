@@ -1,17 +1,22 @@
 """Model names and families: the directory of a model, and vLLM's parser for the family's tool calls.
 
-A name is a directory, or a Hugging Face id, which is downloaded once.
+A name is a directory, the short name of an embedded model, or a Hugging Face id, which is downloaded once.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from runtime.engine.smollm2 import make_smollm2
+
 POCKET_MODEL = Path(__file__).parents[1] / "pocket"
 """The embedded default."""
+EMBEDDED: dict[str, Callable[[], Path]] = {"pocket": lambda: POCKET_MODEL, "smollm2": make_smollm2}
+"""Short names of models that need no hub, and what returns their directories; "smollm2" is made at its first use."""
 
 PARSERS_BY_MODEL_TYPE = {
     "qwen2": "hermes",
@@ -36,10 +41,12 @@ def find_model(name: str | None) -> Path:
 
     Raises:
         ValueError: it is neither a model directory nor of the form of a Hugging Face id.
-        OSError: the hub does not know the id or cannot be reached.
+        OSError: the hub does not know the id or cannot be reached; or the same of an embedded model's package.
     """
     if name is None:
         return POCKET_MODEL
+    if name in EMBEDDED:
+        return EMBEDDED[name]()
     directory = Path(name).expanduser()
     if directory.is_dir():
         if not (directory / "config.json").is_file():
@@ -47,7 +54,10 @@ def find_model(name: str | None) -> Path:
         return directory.resolve()
     # A leading point is a missing local directory: "./model" has the form of an id too.
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise ValueError(f"no model at {name!r}: give a directory, or an id such as Qwen/Qwen2.5-0.5B-Instruct")
+        raise ValueError(
+            f"no model at {name!r}: give a directory, an id such as "
+            f"Qwen/Qwen2.5-0.5B-Instruct, or one of {', '.join(EMBEDDED)}"
+        )
     from huggingface_hub import (
         snapshot_download,
     )  # imported here: it takes half a second, which the pocket model does not need

