@@ -300,8 +300,3 @@ def tidy(text: str) -> str:
 def key_of(text: str) -> str:
     """Return the key that identifies an insight's text, whatever its spaces and capitals."""
     return tidy(text).casefold()
-
-
-def keys_of(texts: Iterable[str]) -> set[str]:
-    """Return the keys of several texts."""
-    return {key_of(text) for text in texts}

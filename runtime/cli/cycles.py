@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runtime.cli.options import DEFAULT_URL, Json, Key, Url, connect, get_and_print
+from runtime.cli.options import DEFAULT_URL, Json, Key, Url, call_and_print, connect, get_and_print
 from runtime.cli.output import BAD_USAGE, INTERRUPTED, Failure, progress_console, run_command
 from runtime.cli.printable import printable
 
@@ -134,11 +134,7 @@ def judge(
     """Decide on a candidate or a rejected policy by held-out tasks that no earlier decision on it used."""
     from runtime.cli import render
 
-    async def work() -> dict[str, Any]:
-        async with connect(url, key) as client:
-            return await decide_on(client, version)
-
-    run_command(work, as_json=as_json, render=render.cycle_outcome)
+    call_and_print(lambda client: decide_on(client, version), url, key, as_json, render.cycle_outcome)
 
 
 def cycles(

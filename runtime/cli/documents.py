@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from runtime.cli.options import DEFAULT_URL, Json, Key, Url, connect, get_and_print, post_and_print
+from runtime.cli.options import DEFAULT_URL, Json, Key, Url, call_and_print, connect, get_and_print, post_and_print
 from runtime.cli.output import BAD_USAGE, Failure, run_command
 
 documents = typer.Typer(help="Texts that the agent can search: add, list, search, remove.", no_args_is_help=True)
@@ -96,9 +96,5 @@ def remove_document(
     as_json: Json = False,
 ) -> None:
     """Remove a document."""
-
-    async def work() -> dict[str, Any]:
-        async with connect(url, key) as client:
-            return await client.delete(f"/v1/documents/{document_id}")
-
-    run_command(work, as_json=as_json, render=lambda removed: f"{removed['id']} is removed")
+    path = f"/v1/documents/{document_id}"
+    call_and_print(lambda client: client.delete(path), url, key, as_json, lambda removed: f"{removed['id']} is removed")

@@ -5,7 +5,7 @@ Hazard: nothing heavy may be imported at module level; a client command must sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,26 +45,28 @@ def connect(url: str, key: str | None) -> Client:
     return Client(url, key=key)
 
 
-def get_and_print(path: str, url: str, key: str | None, as_json: bool, render: Renderer, **query: QueryValue) -> None:
-    """Send a GET request and print the answer. Raises: Failure."""
+def call_and_print(
+    call: Callable[[Client], Awaitable[dict[str, Any]]], url: str, key: str | None, as_json: bool, render: Renderer
+) -> None:
+    """Make one call of the server and print its answer. Raises: Failure."""
 
     async def work() -> dict[str, Any]:
         async with connect(url, key) as client:
-            return await client.get(path, **query)
+            return await call(client)
 
     run_command(work, as_json=as_json, render=render)
+
+
+def get_and_print(path: str, url: str, key: str | None, as_json: bool, render: Renderer, **query: QueryValue) -> None:
+    """Send a GET request and print the answer. Raises: Failure."""
+    call_and_print(lambda client: client.get(path, **query), url, key, as_json, render)
 
 
 def post_and_print(
     path: str, url: str, key: str | None, as_json: bool, render: Renderer, body: dict[str, Any] | None = None
 ) -> None:
     """Send a POST request and print the answer. Raises: Failure."""
-
-    async def work() -> dict[str, Any]:
-        async with connect(url, key) as client:
-            return await client.post(path, body)
-
-    run_command(work, as_json=as_json, render=render)
+    call_and_print(lambda client: client.post(path, body), url, key, as_json, render)
 
 
 def is_on(option: str, value: str) -> bool:
