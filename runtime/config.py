@@ -19,7 +19,8 @@ class EngineConfig(BaseModel, extra="forbid"):
 
     model: str | None = None
     """A Hugging Face id or a directory of the Qwen2/2.5/3, Llama-3 or Mistral families, or the short name of an
-    embedded model ("pocket", "smollm2"); None is the pocket model."""
+    embedded model ("smollm2", "pocket"). None is the model that the data directory's policies are made for; in a new
+    directory, smollm2."""
     url: str | None = None
     """Use the vLLM that runs at `http://host:port` instead of starting one; VLLM_API_KEY holds its key, if it has
     one."""
@@ -84,8 +85,9 @@ class AgentConfig(BaseModel, extra="forbid"):
     """Maximum duration of an episode, including tools."""
     client_idle_seconds: float = Field(default=1800.0, gt=0)
     """How long an episode waits for a client's tool results before it closes."""
-    temperature: float = Field(default=0.7, ge=0, le=2)
-    """Sampling temperature unless the request or the environment sets one."""
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    """Sampling temperature unless the request or the environment sets one; None is the embedded model's own, and 0.7
+    for every other model."""
 
 
 class McpServerConfig(BaseModel, extra="forbid"):

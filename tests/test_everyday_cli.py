@@ -225,13 +225,14 @@ def test_the_progress_of_a_cycle_is_printed_without_control_characters() -> None
     assert not set(console.file.getvalue()) & set("\x1b\x07\x9b\u202e")
 
 
-@pytest.mark.parametrize("is_pocket", [True, False])
-def test_the_banner_fits_the_model_that_serves(is_pocket: bool) -> None:
+@pytest.mark.parametrize("can_converse", [True, False])
+def test_the_banner_fits_the_model_that_serves(can_converse: bool) -> None:
     facts = {"url": "http://127.0.0.1:9", "policy": "v0", "base_model": "acme/llama", "requires_key": False}
     facts["share_live"] = "user"
-    text = render_banner(facts, command="serve.py", option=" --url X", is_pocket=is_pocket)
-    assert ("serve.py chat --url X" in text) is ("acme/llama" in text) is not is_pocket
-    assert ("serve.py play --tasks 32 --url X" in text) is ("serve.py learn" in text) is is_pocket
+    text = render_banner(facts, command="serve.py", option=" --url X", can_converse=can_converse)
+    assert "acme/llama" in text
+    assert ("serve.py chat --url X" in text) is can_converse
+    assert ("serve.py play --tasks 32 --url X" in text) is ("serve.py learn" in text) is not can_converse
 
 
 def test_every_command_of_the_page_on_the_command_line_exists() -> None:

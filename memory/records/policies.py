@@ -55,6 +55,12 @@ class Policies:
 
         return await self._write_and_notify(write)
 
+    def find_base_model(self) -> str | None:
+        """Return the base model that this data directory's policies are made for; None before `register_base`."""
+        with self._database.read() as session:
+            base = session.get(Policy, BASE_VERSION)
+        return None if base is None else base.base_model
+
     async def draft(
         self,
         *,

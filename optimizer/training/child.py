@@ -35,6 +35,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from trl.trainer import utils as trl_utils
 
 from memory.adapters import (
     FILE_NAMES,
@@ -81,8 +82,20 @@ def start(arguments: list[str], kind: str) -> tuple[TrainingSpec, Reporter]:
     torch.set_num_threads(spec.num_threads)
     # before the model is built: LoRA's first matrices are drawn at random
     set_seed(spec.seed)
+    score_own_tokens_only()
     reporter.emit("started", rows=str(spec.rows_path))
     return spec, reporter
+
+
+def score_own_tokens_only() -> None:
+    """Have TRL's fused head compute log-probs where there is a label, on CPUs as well as on GPUs.
+
+    TRL 1.16 scores every position where there is no Triton, so that compilers see constant shapes. A CPU compiles
+    nothing, and of a row with a tool call nine tokens in ten are prompt. Idempotent.
+    """
+    # a private name of TRL, which pyproject.toml pins: in this module it decides nothing else, and
+    # tests/optimizer/data/test_masks.py fails where it vanishes
+    trl_utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
 
 
 def _die_with_parent() -> None:

@@ -83,7 +83,8 @@ class Agent:
     def temperature_of(self, environment: Environment | None) -> float:
         """Return the sampling temperature where the request gives none."""
         declared = environment.temperature if environment is not None else None
-        return self._config.temperature if declared is None else declared
+        configured = self._config.temperature if declared is None else declared
+        return self._hotswap.model_temperature if configured is None else configured
 
     def output_tokens_of(self, environment: Environment | None) -> int:
         """Return the token limit of one model call where the request gives none."""

@@ -370,22 +370,22 @@ SHARING = {
     "user": "Memory of a live request is shown to its own user alone; practice, to the whole tenant (docs/keys.md).",
     "tenant": "Memory is shown to the whole tenant, live requests included (memory.share_live).",
 }
-POCKET_COMMANDS = ("play --tasks 32", "learn", "trajectories list")
-"""The embedded model plays games but cannot converse."""
-OTHER_COMMANDS = ("chat", "documents add README.md", "trajectories list")
+GAME_COMMANDS = ("play --tasks 32", "learn", "trajectories list")
+"""For a model that cannot converse."""
+CHAT_COMMANDS = ("chat", "documents add README.md", "trajectories list")
 
 
-def render_banner(facts: dict[str, Any], *, command: str, option: str, is_pocket: bool) -> str:
+def render_banner(facts: dict[str, Any], *, command: str, option: str, can_converse: bool) -> str:
     """Return the text that a server prints once it answers. `command` starts the program, `option` selects the
     server."""
     if facts["requires_key"]:
         access = "Every request needs a key: give it to the commands below as RATCHET_KEY."
     else:
         access = "There are no keys: it listens on the loopback only."
-    model = "the embedded pocket model" if is_pocket else facts["base_model"]
-    tries = "\n".join(f"  {command} {name}{option}" for name in (POCKET_COMMANDS if is_pocket else OTHER_COMMANDS))
+    tries = "\n".join(f"  {command} {name}{option}" for name in (CHAT_COMMANDS if can_converse else GAME_COMMANDS))
     return f"""
-Ratchet answers at {facts["url"]} with {model} as policy {facts["policy"]}; its API is described at {facts["url"]}/docs
+Ratchet answers at {facts["url"]} with {facts["base_model"]} as policy {facts["policy"]}.
+Its API is described at {facts["url"]}/docs
 {access}
 {SHARING[facts["share_live"]]}
 Three things to try, in another terminal:

@@ -202,7 +202,7 @@ async def start(services: Services, settings: RuntimeSettings, phases: Phases) -
     if services.toolbox is not None:
         await services.toolbox.open()
     await services.engine.start()
-    await memory.policies.register_base(name_base(services.engine, settings.engine.model))
+    await memory.policies.register_base(name_base(services.engine))
     while True:
         active = memory.policies.active()
         phases.begin(f"activating policy {active.name}")
@@ -214,11 +214,13 @@ async def start(services: Services, settings: RuntimeSettings, phases: Phases) -
             phases.begin(f"policy {active.name} was refused ({refused}); back to {before.name}")
 
 
-def name_base(engine: Engine, model: str | None) -> str:
+def name_base(engine: Engine) -> str:
     """Return the base model of new policies: the hub's id as configured, or a directory."""
-    if model is not None and model not in EMBEDDED and not Path(model).expanduser().is_dir():
-        return model
-    return str(engine.model_path) if engine.model_path is not None else engine.model
+    if engine.model_path is None:
+        return engine.model
+    name = engine.model_name
+    is_id = engine.embedded is None and not Path(name).expanduser().is_dir()
+    return name if is_id else str(engine.model_path)
 
 
 def announce(services: Services, listener: socket.socket, *, as_json: bool) -> None:
@@ -230,15 +232,14 @@ def announce(services: Services, listener: socket.socket, *, as_json: bool) -> N
     facts: dict[str, Any] = {
         "url": url,
         "policy": policy.name,
-        "base_model": policy.base_model,
+        "base_model": services.engine.embedded.title if services.engine.embedded is not None else policy.base_model,
         "data": str(services.memory.data_dir),
         "requires_key": services.memory.keys.is_required,
         "share_live": services.memory.config.share_live,
     }
     option = "" if url == DEFAULT_URL else f" --url {url}"
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
-    is_pocket = services.engine.is_pocket
-    text = render_banner(facts, command=f"{python} serve.py", option=option, is_pocket=is_pocket)
+    text = render_banner(facts, command=f"{python} serve.py", option=option, can_converse=services.engine.can_converse)
     print_result(facts, as_json=as_json, render=lambda _: text)
 
 

@@ -33,7 +33,7 @@ from memory.chat_marks import ANY_FAMILY, ChatMarks
 from runtime.config import EngineConfig
 from runtime.engine.activity import ProcessActivity, is_held_up, read_activity
 from runtime.engine.client import EngineClient
-from runtime.engine.model_families import find_model
+from runtime.engine.model_families import DEFAULT_TEMPERATURE, EmbeddedModel, choose_model, embedded_model, find_model
 from runtime.engine.server_command import BASE, KEY_VARIABLE, server_arguments, server_environment
 from runtime.engine.tool_format import read_chat_template, shows_tools
 from runtime.errors import EngineError, PolicyError
@@ -75,10 +75,20 @@ NOISE = re.compile(r"^\(\w+[^)]*pid=\d+\)\s*|^(INFO|WARNING|ERROR) [\d-]+ [\d:]+
 class Engine:
     """Supervises one vLLM server: one that this process starts, or one that already runs at `config.url`."""
 
-    def __init__(self, config: EngineConfig, data_dir: Path, *, on_progress: OnProgress | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        data_dir: Path,
+        *,
+        made_for: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        """Prepare the supervision; nothing is started. `made_for`: the base model of the data directory's policies."""
         # Our own server gets a new key, so that other users of this machine cannot call it directly.
         self._api_key = os.environ.get(KEY_VARIABLE, "") if config.url else secrets.token_urlsafe(32)
         self.config = config
+        self.model_name = choose_model(config.model, made_for)
+        """What `find_model` finds; says nothing about an external engine."""
         self.client = EngineClient(
             config.url or "", BASE, timeout_seconds=config.call_timeout_seconds, api_key=self._api_key
         )
@@ -127,9 +137,19 @@ class Engine:
         return self.config.url is None
 
     @property
-    def is_pocket(self) -> bool:
-        """Whether it serves the pocket model, which plays games and can neither chat nor write prose."""
-        return self.is_ours and self.config.model in (None, "pocket")
+    def embedded(self) -> EmbeddedModel | None:
+        """The embedded model that it serves; None if it serves another one or is external."""
+        return embedded_model(self.model_name) if self.is_ours else None
+
+    @property
+    def can_converse(self) -> bool:
+        """Whether its model answers questions and writes prose, as all do but an embedded one that says otherwise."""
+        return self.embedded is None or self.embedded.can_converse
+
+    @property
+    def model_temperature(self) -> float:
+        """The sampling temperature that suits its model."""
+        return DEFAULT_TEMPERATURE if self.embedded is None else self.embedded.temperature
 
     @property
     def pid(self) -> int | None:
@@ -147,7 +167,7 @@ class Engine:
             on_failure.push_async_callback(self.stop)
             if self.is_ours:
                 self._on_progress("finding the model")
-                self.model_path = await asyncio.to_thread(find_model, self.config.model)
+                self.model_path = await asyncio.to_thread(find_model, self.model_name)
                 await self._read_marks()
                 self.takes_tools = shows_tools(read_chat_template(self.model_path, self.config.extra_args))
                 if not self.takes_tools:

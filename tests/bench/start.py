@@ -1,8 +1,8 @@
-"""Time to ready, and memory at rest: `serve.py serve` with the pocket model on the real vLLM.
+"""Time to ready and to a first answer, and memory at rest: `serve.py serve` with an embedded model on the real vLLM.
 
-    python -m tests.bench.start [--json FILE]
+    python -m tests.bench.start [--model smollm2] [--json FILE]
 
-Ready is when `/readyz` answers 200: the engine has generated a real token and the active policy is worn. Memory is read
+Ready is when `/readyz` answers 200: the engine has generated a real token and serves the active policy. Memory is read
 once nothing is loading any more: RSS counts what processes share once for each, PSS divides it among them.
 """
 
@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from tests.bench.measure import make_parser, print_table, write_json
 from tests.bench.server import OurServer, Process, end_in_order
@@ -55,15 +57,28 @@ def measure(server: Process) -> list[dict[str, Any]]:
     return [*rows, {"process": "all", **totals}]
 
 
+def ask(url: str) -> str:
+    """Return the answer to a question that a language model knows."""
+    body = {"model": "agent", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    body |= {"max_completion_tokens": 24}
+    reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120, trust_env=False)
+    return reply.raise_for_status().json()["choices"][0]["message"]["content"]
+
+
 def main() -> None:
     parser = make_parser(__doc__)
+    parser.add_argument("--model", default="smollm2", choices=["smollm2", "pocket"])
     given = parser.parse_args()
     end_in_order()
-    with OurServer() as server:
+    with OurServer("--engine.model", given.model) as server:
+        began = time.monotonic()
+        answer = ask(server.url)
+        answered = round(server.start_seconds + time.monotonic() - began, 1)
         seconds, rows = round(server.start_seconds, 1), measure(server)
-    note = f"ready after {seconds} s"
-    print_table("Memory at rest, with the pocket model on the real vLLM", rows, notes=[note])
-    write_json(given.json, "start", rows, conditions={"model": "pocket"}, seconds_to_ready=seconds)
+    notes = [f"ready after {seconds} s, first answer after {answered} s: {answer!r}"]
+    print_table(f"Memory at rest, with the {given.model} model on the real vLLM", rows, notes=notes)
+    more = {"seconds_to_ready": seconds, "seconds_to_answer": answered, "answer": answer}
+    write_json(given.json, "start", rows, conditions={"model": given.model}, **more)
 
 
 if __name__ == "__main__":

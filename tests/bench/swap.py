@@ -138,7 +138,7 @@ async def open_streams(home: Path) -> AsyncIterator[Streams]:
     """Start the real engine with a memory of its own; end both."""
     paths = tiny_models.make_proved_adapters(POCKET_MODEL, home / "adapters", name="pocket", num=NUM_ADAPTERS)
     with Memory.open(home / "data", MemoryConfig(memory_tokens=0), encoder=HashingEncoder()) as memory:
-        engine = Engine(EngineConfig(kv_cache_gib=1, startup_seconds=300), home / "data")
+        engine = Engine(EngineConfig(model="pocket", kv_cache_gib=1, startup_seconds=300), home / "data")
         try:
             await engine.start()
             await memory.policies.register_base("pocket")

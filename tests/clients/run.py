@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from runtime.engine.smollm2 import make_smollm2
 from tests.clients.matrix import CLIENTS, DISTRIBUTIONS, HERE, NODE, Client
 from tests.clients.table import OUTCOMES, Cell, render, replace_table
 
@@ -103,8 +102,7 @@ def serve(model: str) -> Iterator[str]:
     (data / "ratchet.toml").touch()
     flags = ["--config", str(data / "ratchet.toml"), "--data", str(data / "data"), "--port", "0", "--json"]
     flags += ["--engine.kv_cache_gib", "1", "--engine.startup_seconds", "900"]
-    if model == "smollm2":
-        flags += ["--engine.model", str(make_smollm2())]
+    flags += ["--engine.model", model]
     with (data / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "serve.py", "serve", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True

@@ -1,4 +1,4 @@
-"""Three corrections to vLLM 0.32 on CPUs, loaded into its workers by `--worker-extension-cls`.
+"""Four corrections to vLLM 0.32 on CPUs, loaded into its workers by `--worker-extension-cls`.
 
 1. Rows without an adapter have the index -1 in a batch. vLLM's GPU kernels skip them; its CPU code uses slot -1, which
    is the last one. A call of the base in one batch with others then gets another adapter, without an error (vLLM#48421,
@@ -7,6 +7,8 @@
    rows of each adapter are multiplied at once.
 3. A prompt that is read in several pieces samples a token after each piece, and vLLM then turns a seeded request's
    generator back by an offset, which generators on CPUs do not support: the engine dies.
+4. Where the processor has AMX, vLLM's attention uses it without asking Linux for the permission. Unless a large matrix
+   product of PyTorch asked before, which small models have none of, the worker dies of an illegal instruction.
 
 Delete each of them when the pinned vLLM has corrected it; tests/runtime/engine/test_cpu_workarounds.py and the tests
 marked `engine` show that.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from functools import wraps
 
+import torch
 from vllm.lora.ops import torch_ops
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
@@ -83,3 +86,6 @@ def _reseed_dropped_rows(bookkeeping):
 
 
 GPUModelRunner._bookkeeping_sync = _reseed_dropped_rows(GPUModelRunner._bookkeeping_sync)
+
+if torch.cpu._is_amx_tile_supported():
+    torch.cpu._init_amx()  # for this process and those that it starts

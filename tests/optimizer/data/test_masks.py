@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer, SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from optimizer.config import DemonstrationConfig, PreferenceConfig
 from optimizer.data.demonstrations import build_demonstrations
@@ -110,6 +111,29 @@ def test_dpo_feels_nothing_at_tool_output_on_either_side(spec, tokenizer, sft_ad
     chosen, rejected = batch["input_ids"]
     assert TOOL_OUTPUT in tokenizer.decode(chosen) and "The oven hums." in tokenizer.decode(rejected)
     assert_only_own_tokens_count(gradient, batch["completion_mask"])
+
+
+def test_the_output_head_computes_no_logits_where_nothing_is_trained(spec, tokenizer, monkeypatch):
+    """TRL 1.16 projects every position on a CPU; with a vocabulary of 49,000, that is most of a training."""
+    monkeypatch.setattr(trl_utils, "_use_triton", trl_utils._use_triton)  # put back at the end
+    child.score_own_tokens_only()
+    projected = []
+    score = trl_utils._ChunkedLogProbFunction.apply
+
+    def count(hidden, *rest):
+        projected.append(len(hidden))
+        return score(hidden, *rest)
+
+    monkeypatch.setattr(trl_utils._ChunkedLogProbFunction, "apply", count)
+    graded = [live(WON, tokenizer=tokenizer, task=task) for task in "ab"]
+    config = DemonstrationConfig(keep_memory_share=0)
+    rows = build_demonstrations(graded, tokenizer, config=config, max_length_tokens=2048).rows
+    made = spec("sft", rows)
+
+    gradient, batch = head_gradient(sft.build_trainer(made, sft.read_rows(made.rows_path)))
+
+    assert projected == [int((batch["labels"][:, 1:] != -100).sum())]
+    assert_only_own_tokens_count(gradient, batch["labels"] != -100)
 
 
 def test_the_reference_is_the_sft_adapter_not_the_base(spec, tokenizer, sft_adapter):

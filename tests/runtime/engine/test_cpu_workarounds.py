@@ -58,3 +58,23 @@ def test_rows_by_adapter_give_vllms_numbers_and_bare_rows_stay_bare():
     command = [sys.executable, "-c", PRELUDE + SAME_NUMBERS + BARE_ROWS]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_amx_is_asked_for_where_the_processor_has_it():
+    """Without the permission vLLM's attention ends the worker with an illegal instruction (signal 4)."""
+    code = """
+import ctypes, torch
+if torch.cpu._is_amx_tile_supported():
+    import runtime.engine.cpu_workarounds.worker
+    ARCH_PRCTL, ARCH_GET_XCOMP_PERM, TILE_DATA = 158, 0x1022, 1 << 18
+    permitted = ctypes.c_uint64()
+    assert ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_GET_XCOMP_PERM, ctypes.byref(permitted)) == 0
+    assert permitted.value & TILE_DATA
+    print("permitted")
+else:
+    print("no AMX")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    if done.stdout.endswith("no AMX\n"):
+        pytest.skip("this processor has no AMX")

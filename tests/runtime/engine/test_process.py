@@ -20,7 +20,7 @@ from memory.store import Memory
 from runtime.agent.graph import Agent
 from runtime.config import AgentConfig, EngineConfig
 from runtime.engine.client import Delta
-from runtime.engine.model_families import find_model, holds_unparsed_call
+from runtime.engine.model_families import POCKET_MODEL, find_model, holds_unparsed_call
 from runtime.engine.process import Engine, find_last_words
 from runtime.engine.server_command import server_arguments
 from runtime.errors import EngineError, EngineInMaintenance, EngineLost, RequestRefused
@@ -41,9 +41,18 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path):
         find_model(str(tmp_path))
     with pytest.raises(ValueError, match=r"no model at '\./nothing'"):
         find_model("./nothing")
-    with pytest.raises(ValueError, match="or one of pocket, smollm2"):
+    with pytest.raises(ValueError, match="or one of smollm2, pocket"):
         find_model("smolm2")
-    assert find_model("pocket") == find_model(None)
+    assert find_model("pocket") == POCKET_MODEL
+
+
+def test_the_model_is_the_configured_one_else_the_one_of_the_data_directory_else_smollm2(tmp_path: Path) -> None:
+    named = Engine(EngineConfig(model="acme/llama"), tmp_path, made_for=str(POCKET_MODEL))
+    old = Engine(EngineConfig(), tmp_path, made_for=str(POCKET_MODEL))
+    new = Engine(EngineConfig(), tmp_path)
+    assert [it.model_name for it in (named, old, new)] == ["acme/llama", str(POCKET_MODEL), "smollm2"]
+    assert [it.can_converse for it in (named, old, new)] == [True, False, True]
+    assert [it.model_temperature for it in (named, old, new)] == [0.7, 0.7, 0.0]
 
 
 def test_a_call_that_no_parser_could_read_is_seen():
