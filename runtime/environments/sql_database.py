@@ -37,7 +37,7 @@ Value = str | int | float | None
 class Column(BaseModel, extra="forbid"):
     """A column; `type` is SQLite's, and TEXT where it is left out."""
 
-    name: str = Field(min_length=1)
+    name: str
     type: str = Field(default="TEXT", pattern=r"^[A-Za-z]*$")
 
 

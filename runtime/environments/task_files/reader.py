@@ -69,7 +69,7 @@ def index_task_file(path: Path, resources: GradingResources, known: Mapping[str,
             position = RowPosition(offset, len(text), line, row.final_split, row.kind, digest_content(content))
             _require_same_task(row.name, position, index, known or {})
         except ValueError as error:
-            problems.append(f"{path}:{line}: {_describe(error)}")
+            problems.append(f"{path}:{line}: {describe_error(error)}")
             continue
         if not problems:  # afterwards the file is refused, and only its other problems matter
             index.add(row.name, position)
@@ -95,25 +95,25 @@ def read_row(path: Path, position: RowPosition) -> TaskRow:
             file.seek(position.offset)
             row, content = parse_row(file.read(position.num_bytes))
     except (OSError, ValueError) as error:
-        raise TaskChanged(f"{path}:{position.line} cannot be read any more: {_describe(error)}") from None
+        raise TaskChanged(f"{path}:{position.line} cannot be read any more: {describe_error(error)}") from None
     if digest_content(content) != position.digest:
         raise TaskChanged(f"{path}:{position.line} has changed since the server read it: restart the server")
     return row
 
 
 def parse_row(text: bytes) -> tuple[TaskRow, dict[str, Any]]:
-    """Return a line's row and its content as it stands there. Raises ValueError, which `_describe` puts into words."""
+    """Return a line's row and its content as it stands there. Raises ValueError, which `describe_error` puts into words."""
     try:
         content = json.loads(text.decode("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a row is a JSON object, not {type(content).__name__}")
+        return TaskRow.model_validate(content), content
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"a row is a JSON object, not {type(content).__name__}")
-    return TaskRow.model_validate(content), content
 
 
 class TaskNames:
@@ -179,7 +179,7 @@ def _require_same_task(name: str, position: RowPosition, index: TaskIndex, known
         )
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return an error in one line, with the place inside of the row and the value that is wrong there."""
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split())[:MAX_PROBLEM_CHARS]
