@@ -49,11 +49,10 @@ def _open(
     name: str, config: EnvironmentConfig, plugin: EntryPoint | None, directory: Path, complete: Complete | None
 ) -> Environment:
     if config.tasks is not None:
-        functions = {key: _load_function(name, path) for key, path in config.functions.items()}
         return open_task_file(
             name,
             config.tasks,
-            GradingResources(functions, complete),
+            GradingResources(load_functions(name, config), complete),
             names_path=directory / f"{name}.names.json",
             system_prompt=config.system_prompt,
             temperature=config.temperature,
@@ -85,11 +84,15 @@ def load_object(source: str, path: str) -> object:
         ) from error
 
 
-def _load_function(name: str, path: str) -> GradingFunction:
-    function = load_object(f"environments.{name}.functions", path)
-    if not callable(function):
-        raise EnvironmentRefused(f"environments.{name}.functions: {path!r} is no function")
-    return function
+def load_functions(name: str, config: EnvironmentConfig) -> dict[str, GradingFunction]:
+    """Return the functions that an environment's task file may name. Raises: EnvironmentRefused."""
+    functions: dict[str, GradingFunction] = {}
+    for key, path in config.functions.items():
+        function = load_object(f"environments.{name}.functions", path)
+        if not callable(function):
+            raise EnvironmentRefused(f"environments.{name}.functions: {path!r} is no function")
+        functions[key] = function
+    return functions
 
 
 def _construct(name: str, made: object, options: Mapping[str, Any]) -> Environment:

@@ -79,6 +79,15 @@ class SqlDatabase:
         """Return a digest of all rows of all tables, whatever their order."""
         return await self._run(self._digest)
 
+    async def digest_after(self, statement: str) -> str:
+        """Return the digest that the tables would have if `statement` alone had been run on them. Raises: ToolError."""
+        fresh = SqlDatabase(self._tables)
+        try:
+            await fresh.execute(statement)
+            return await fresh.digest()
+        finally:
+            await fresh.close()
+
     async def close(self) -> None:
         """Forget the database."""
         await self._run(self._close)

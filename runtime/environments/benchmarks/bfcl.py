@@ -7,7 +7,9 @@ not the leaderboard's; all of it is held out with `serve.py play` before anythin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -102,7 +104,38 @@ def divide_by_function(tasks: Sequence[dict[str, Any]]) -> Iterator[dict[str, An
         split = next(split for split, end in _SPLITS if percent < end)
         if sizes[group] > LARGEST_SHARE * len(tasks):
             split = "practice"
-        yield {**task, "split": split}
+        task = {**task, "split": split}
+        if split == "practice" and task["grader"]["calls"] != "any":
+            # A few published answers leave an argument no allowed value, so that no call is right.
+            with contextlib.suppress(IndexError):
+                task["demonstration"] = [_demonstrate(task["grader"]["calls"], task["tools"])]
+        yield task
+
+
+def _demonstrate(calls: Sequence[dict[str, dict[str, list[Any]]]], tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a message that makes the expected calls, without what may be left out; without any, it says so."""
+    if not calls:
+        return {"role": "assistant", "content": "None of the functions can do this."}
+    required = {tool["function"]["name"]: tool["function"]["parameters"]["required"] for tool in tools}
+    made = []
+    for number, call in enumerate(calls):
+        ((name, allowed),) = call.items()
+        arguments = json.dumps(_choose(allowed, required[name]), ensure_ascii=False)
+        made.append({"id": f"call-{number}", "type": "function", "function": {"name": name, "arguments": arguments}})
+    return {"role": "assistant", "content": "", "tool_calls": made}
+
+
+def _choose(allowed: dict[str, list[Any]], required: Sequence[str] = ()) -> dict[str, Any]:
+    """Return arguments that are allowed, without those that may be left out."""
+    return {key: _first_value(values) for key, values in allowed.items() if "" not in values or key in required}
+
+
+def _first_value(values: list[Any]) -> Any:
+    """Return the first allowed value; objects list the allowed values of each of their keys."""
+    value = next((each for each in values if each != ""), values[0])
+    if isinstance(value, dict):
+        return _choose(value)
+    return [_choose(each) if isinstance(each, dict) else each for each in value] if isinstance(value, list) else value
 
 
 def _group(names: Sequence[Sequence[str]]) -> list[str]:

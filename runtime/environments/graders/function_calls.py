@@ -64,8 +64,9 @@ class FunctionCall(Grader):
             schema = _find_schema(tools, name)
             if schema is None:
                 raise ValueError(f"the expected call {name!r} is none of the row's tools")
-            if unknown := sorted(arguments.keys() - schema.get("properties", {}).keys()):
-                raise ValueError(f"the tool {name!r} has no parameter {unknown[0]!r}")
+            needed = {parameter for parameter, values in arguments.items() if OPTIONAL not in values}
+            if unknown := sorted(needed - schema.get("properties", {}).keys()):
+                raise ValueError(f"the tool {name!r} has no parameter {unknown[0]!r}, so no call can be right")
 
 
 def find_problem(

@@ -9,6 +9,8 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
+from pydantic import model_validator
+
 from runtime.engine.client import ToolDefinition
 from runtime.environments.base import Outcome
 from runtime.environments.graders.base import Grader, GradingResources, Submission, quote, right, wrong
@@ -22,12 +24,23 @@ class DatabaseState(Grader):
     """After the episode the tables hold what they should."""
 
     type: Literal["database_state"]
-    digest: str
-    """`SqlDatabase.digest` of the tables as they should be; `serve.py tasks digest` prints it."""
+    statement: str | None = None
+    """A statement that makes the tables as they should be, from those of the row."""
+    digest: str | None = None
+    """Or `SqlDatabase.digest` of the tables as they should be, as AgentBench publishes it."""
+
+    @model_validator(mode="after")
+    def _has_one(self) -> DatabaseState:
+        if (self.statement is None) == (self.digest is None):
+            raise ValueError("give either a statement or a digest")
+        return self
 
     async def grade(self, submission: Submission, resources: GradingResources) -> Outcome:
         assert submission.database is not None, "checked when the row was read"
-        if await submission.database.digest() == self.digest:
+        expected = self.digest
+        if self.statement is not None:
+            expected = await submission.database.digest_after(self.statement)
+        if await submission.database.digest() == expected:
             return right("the tables hold what they should")
         return wrong("the tables do not hold what they should")
 

@@ -102,7 +102,7 @@ def read_row(path: Path, position: RowPosition) -> TaskRow:
 
 
 def parse_row(text: bytes) -> tuple[TaskRow, dict[str, Any]]:
-    """Return a line's row and its content as it stands there. Raises ValueError, which `describe_error` puts into words."""
+    """Return a line's row and its content as it stands there. Raises: ValueError, for `describe_error` to describe."""
     try:
         content = json.loads(text.decode("utf-8"))
         if not isinstance(content, dict):
