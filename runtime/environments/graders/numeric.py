@@ -46,9 +46,9 @@ class Numeric(Grader):
     tolerance: float = Field(default=0.0, ge=0)
     """Largest absolute difference."""
 
-    @field_validator("answer")
+    @field_validator("answer", mode="before")
     @classmethod
-    def _holds_a_number(cls, answer: int | float | str) -> int | float | str:
+    def _holds_a_number(cls, answer: object) -> object:
         if isinstance(answer, bool) or find_number(str(answer)) is None:
             raise ValueError(f"{answer!r} holds no number")
         return answer
