@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.environments.benchmarks.published import read_json_lines
+from runtime.environments.graders.base import GradingResources
+from runtime.environments.graders.function_calls import FunctionCall
 
 CATEGORIES = (
     "simple_python",
@@ -56,13 +58,25 @@ def _read_category(source: Path, category: str) -> Iterator[dict[str, Any]]:
         answers = {row["id"]: row["ground_truth"] for row in read_json_lines(answers_path)} if has_answers else {}
         for row in read_json_lines(path):
             calls = answers[row["id"]] if has_answers else [] if "irrelevance" in category else "any"
-            yield {
+            task = {
                 "name": row["id"],
                 "kind": category,
                 "messages": row["question"][0],
                 "tools": [to_tool(function) for function in row["function"]],
                 "grader": {"type": "function_call", "calls": _rename(calls)},
             }
+            if _is_decidable(task):
+                yield task
+
+
+def _is_decidable(task: dict[str, Any]) -> bool:
+    """Return whether replies can be right and wrong. Four published rows offer no function, and the answers of two
+    have an argument that the function lacks."""
+    try:
+        FunctionCall.model_validate(task["grader"]).check(task["tools"], GradingResources(), has_database=False)
+    except ValueError:
+        return False
+    return True
 
 
 def to_tool(function: dict[str, Any]) -> dict[str, Any]:

@@ -180,14 +180,14 @@ def _require_same_task(name: str, position: RowPosition, index: TaskIndex, known
 
 
 def describe_error(error: Exception) -> str:
-    """Return an error in one line, with the place inside of the row and the value that is wrong there."""
+    """Return an error in one line, with the key inside of the row and the value that is wrong there."""
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split())[:MAX_PROBLEM_CHARS]
     parts = []
     for problem in error.errors(include_url=False):
-        place = ".".join(str(part) for part in problem["loc"])
+        key = ".".join(str(part) for part in problem["loc"])
         value = repr(problem["input"])
         shown = value if len(value) <= 80 else f"{value[:80]}..."
         message = problem["msg"].removeprefix("Value error, ")
-        parts.append(f"{place}: {message} ({shown})" if place else message)
+        parts.append(f"{key}: {message} ({shown})" if key else message)
     return "; ".join(parts)[:MAX_PROBLEM_CHARS]
