@@ -39,7 +39,7 @@ def memory(tmp_path: Path):
 
 
 async def open_context(memory: Memory, **changes) -> CycleContext:
-    await memory.policies.register_base("base")
+    await memory.policies.register_base("pocket")
     config = fit_to_environment(CONFIG, SEAMS).model_copy(update=changes)
     cycle = await memory.cycles.open(config.model_dump(mode="json"))
     return CycleContext(memory, SEAMS, cycle.id)
@@ -67,13 +67,16 @@ async def test_a_candidate_is_chosen_by_tasks_that_this_cycle_does_not_practise(
     await context.save_artifacts(practice_offset=8, practice_end=12)
     await play(memory, environment="sums", kind="sums", task="practice-3", reward=1.0)
     assert numbers(await selection_tasks(context)) == [2, 4, 5, 6, 7]
+
+
+async def test_none_is_left_to_choose_by_where_all_are_practised(memory: Memory):
     everything = await open_context(memory)
     await everything.save_artifacts(practice_offset=0, practice_end=10)
     assert await selection_tasks(everything) == []
 
 
-async def test_an_environment_without_practice_tasks_cannot_practise(memory: Memory, tmp_path: Path):
-    await memory.policies.register_base(str(tmp_path))
+async def test_an_environment_without_practice_tasks_cannot_practise(memory: Memory, tiny_base: Path):
+    await memory.policies.register_base(str(tiny_base))
     empty = replace(SEAMS, tasks=lambda environment, split, num_tasks, offset=0: [])
     need = next(need for need in await measure_surroundings(memory, CONFIG, empty) if need.name == "practice tasks")
     assert need.is_required and not need.is_met
