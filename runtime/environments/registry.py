@@ -14,6 +14,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from memory.names import check_name
 from runtime.config import EnvironmentConfig
 from runtime.environments.base import Environment
@@ -23,6 +25,8 @@ from runtime.environments.textworld import TextWorld
 from runtime.errors import EnvironmentRefused
 
 GROUP = "ratchet.environments"
+
+log = structlog.get_logger()
 
 
 def open_environments(
@@ -42,6 +46,7 @@ def open_environments(
             raise EnvironmentRefused(f"environments.{name}: this environment comes with the project; choose a new name")
         config = configured.get(name, EnvironmentConfig())
         environments[name] = _open(name, config, plugins.get(name), directory, complete)
+    log.info("environments are ready", environments=list(environments))
     return environments
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 from runtime.environments.base import Outcome
 from runtime.environments.graders.base import Grader, GradingResources, Submission, quote, right, wrong
 from runtime.environments.graders.numeric import MAX_DIGITS, find_boxed, read_decimal
+from runtime.environments.graders.text import Answers, list_answers
 
 MAX_ANSWER_CHARS = 2_000
 ROW_BREAK = "\x1e"
@@ -61,14 +62,13 @@ class LatexAnswer(Grader):
     """The reply's mathematical answer equals the expected one."""
 
     type: Literal["latex"]
-    answer: str | list[str]
+    answer: Answers
 
     async def grade(self, submission: Submission, resources: GradingResources) -> Outcome:
         given = find_answer(submission.text)
         if given is None:
             return wrong(f"no answer in {quote(submission.text)}")
-        answers = [self.answer] if isinstance(self.answer, str) else self.answer
-        if any(are_equal(given, answer) for answer in answers):
+        if any(are_equal(given, answer) for answer in list_answers(self.answer)):
             return right(f"{quote(given)} is the answer")
         return wrong(f"expected {quote(self.answer)}, not {quote(given)}")
 

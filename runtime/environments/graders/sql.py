@@ -14,7 +14,7 @@ from pydantic import model_validator
 from runtime.engine.client import ToolDefinition
 from runtime.environments.base import Outcome
 from runtime.environments.graders.base import Grader, GradingResources, Submission, quote, right, wrong
-from runtime.environments.graders.text import list_answers
+from runtime.environments.graders.text import Answers, list_answers
 
 TOLERANCE = 1e-2
 _NOTHING = frozenset({"none", "null", "undefined", "nan", "inf", "infinity", "-inf", "-infinity", ""})
@@ -53,7 +53,7 @@ class Values(Grader):
     """The submitted values are the expected ones, in any order; numbers are equal within 0.01."""
 
     type: Literal["values"]
-    answer: str | list[str]
+    answer: Answers
 
     async def grade(self, submission: Submission, resources: GradingResources) -> Outcome:
         given = [normalize_value(value) for value in read_values(submission.text)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import jsonschema.exceptions
@@ -22,11 +23,16 @@ REGEX_SECONDS = 1.0
 _FENCE = re.compile(r"^[ \t]*```[\w+-]*[ \t]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
 
 
+Text = Annotated[str, Field(min_length=1)]
+Answers = Text | Annotated[list[Text], Field(min_length=1)]
+"""One answer or several; never none, which every reply would contain."""
+
+
 class Exact(Grader):
     """The reply is one of the answers, but for the space around it."""
 
     type: Literal["exact"]
-    answer: str | list[str]
+    answer: Answers
     ignore_case: bool = False
 
     async def grade(self, submission: Submission, resources: GradingResources) -> Outcome:
@@ -40,7 +46,7 @@ class Contains(Grader):
     """The reply contains one of the answers, or all of them."""
 
     type: Literal["contains"]
-    answer: str | list[str]
+    answer: Answers
     every: bool = False
     """Whether all answers must be there."""
     ignore_case: bool = True
@@ -76,8 +82,8 @@ class Regex(Grader):
         compiled = regex.compile(self.pattern, regex.IGNORECASE if self.ignore_case else 0)
         search = compiled.fullmatch if self.whole else compiled.search
         try:
-            # It blocks the event loop for that long at the most.
-            found = search(submission.text, timeout=REGEX_SECONDS)
+            # `concurrent` releases the interpreter: a slow pattern must not stop the server.
+            found = await asyncio.to_thread(search, submission.text, timeout=REGEX_SECONDS, concurrent=True)
         except TimeoutError:
             return wrong(f"the pattern {quote(self.pattern)} took more than {REGEX_SECONDS:g} s on the reply")
         return right("the pattern matches") if found else wrong(f"the pattern {quote(self.pattern)} does not match")

@@ -54,7 +54,7 @@ class TaskIndex:
 
 
 def index_task_file(path: Path, resources: GradingResources, known: Mapping[str, str] | None = None) -> TaskIndex:
-    """Return the index of a file all of whose rows are valid. Blocks; about 5 seconds for 100 MB.
+    """Return the index of a file all of whose rows are valid. Blocks; about 10 seconds for 100 MB.
 
     `known`: digests of the names that were taken before.
 

@@ -76,6 +76,8 @@ async def test_a_pattern_that_takes_for_ever_is_given_up():
         {"type": "numeric", "answer": "many"},
         {"type": "numeric", "answer": True},
         {"type": "exact", "answer": "x", "case": "ignored"},
+        {"type": "contains", "answer": []},
+        {"type": "contains", "answer": ["x", ""]},
         {"type": "guess", "answer": "x"},
         {"type": "database_state"},
     ],

@@ -134,6 +134,20 @@ async def test_a_database_is_worked_on_over_many_turns_until_an_answer_is_submit
     assert (trajectory.answer, memory.trajectories.effective_reward(trajectory.id)) == ('["kiwi"]', 1.0)
 
 
+async def test_a_row_may_begin_in_the_middle_of_a_conversation(memory: Memory, hotswap: HotSwap, fake, tmp_path: Path):
+    asked = {"role": "assistant", "tool_calls": [{"id": "c1", "function": {"name": "weather", "arguments": "{}"}}]}
+    heard = {"role": "tool", "tool_call_id": "c1", "content": "Rain."}
+    messages = [{"role": "user", "content": "Oslo?"}, asked, heard]
+    row = {**ADD, "name": "rain", "messages": messages, "grader": {"type": "contains", "answer": "rain"}}
+    tasks = write_tasks(tmp_path / "tasks.jsonl", row)
+    environment = open_environments({"mine": EnvironmentConfig(tasks=tasks, system_prompt="Hi.")}, tmp_path)["mine"]
+    fake.script = say("It rains.")
+    trajectory = await play(Agent(memory, hotswap, {"mine": environment}, AgentConfig()), environment.task("rain"))
+    assert memory.trajectories.effective_reward(trajectory.id) == 1.0
+    assert [message["role"] for message in fake.requests[0]["messages"]] == ["system", "user", "assistant", "tool"]
+    assert trajectory.task_text == "Oslo?"
+
+
 async def test_an_episode_without_an_answer_earns_nothing(
     agent: Agent, memory: Memory, fake: FakeEngine, environment: Environment
 ):
