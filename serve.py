@@ -81,7 +81,7 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     from runtime.agent.graph import Agent
     from runtime.api.services import Services
     from runtime.engine.process import Engine
-    from runtime.environments.textworld import TextWorld
+    from runtime.environments.registry import open_environments
     from runtime.maintenance import Maintenance
     from runtime.observability.telemetry import Telemetry
     from runtime.observability.tracing import open_tracing
@@ -93,8 +93,10 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     engine = Engine(settings.engine, memory.data_dir, made_for=made_for, on_progress=phases.begin)
     # It takes `engine.on_restart`: one engine has one HotSwap.
     hotswap = HotSwap(memory.policies, engine, max_lora_rank=settings.engine.max_lora_rank)
-    # The names are stored in rows: renaming one orphans its trajectories.
-    environments = {"textworld": TextWorld(memory.data_dir / "environments")}
+    # Without one, insights come from counting.
+    critic = Critic(TextCompletion(hotswap)) if engine.can_converse else None
+    complete = critic.complete if critic is not None else None
+    environments = open_environments(settings.environments, memory.data_dir / "environments", complete)
     toolbox = Toolbox(settings.tools, memory.retrieval.find_passages, memory.data_dir / "logs")
     agent = Agent(
         memory,
@@ -107,8 +109,6 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     )
     drain_seconds = settings.agent.max_seconds + DRAIN_SLACK_SECONDS
     maintenance = Maintenance(engine, hotswap, agent.open_episodes, drain_seconds=drain_seconds)
-    # Without one, insights come from counting.
-    critic = Critic(TextCompletion(hotswap)) if engine.can_converse else None
     seams = make_seams(agent, engine, maintenance, critic)
     return Services(
         memory,

@@ -6,7 +6,7 @@ Invariant: unknown keys are errors. `settings.py` reads the values from files, v
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, StringConstraints, model_validator
 
@@ -154,6 +154,34 @@ class ToolsConfig(BaseModel, extra="forbid"):
     """By the tool's name."""
 
 
+class EnvironmentConfig(BaseModel, extra="forbid", validate_by_name=True, validate_by_alias=True):
+    """One environment beside TextWorld: a task file, or a class; neither names a plug-in, by the section's name."""
+
+    tasks: Path | None = None
+    """A JSONL file of tasks with graders (docs/tasks.md)."""
+    functions: dict[str, str] = Field(default_factory=dict)
+    """Python functions that the file's grader "function" may name: name -> `package.module:function`."""
+    system_prompt: str = ""
+    """Of the file's tasks that bring no system message."""
+    temperature: float | None = Field(default=0.0, ge=0, le=2)
+    """Sampling temperature of the file's tasks. Above 0 the release gate tries each of them several times."""
+    max_output_tokens: int = Field(default=1024, ge=1)
+    """Maximum tokens of one model call in the file's tasks, unless the request sets one."""
+    class_path: str | None = Field(default=None, alias="class")
+    """A class of yours: `package.module:Class`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the class."""
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> EnvironmentConfig:
+        if self.tasks is not None and (self.class_path is not None or self.options):
+            raise ValueError("give either tasks, or a class with options")
+        of_a_file = self.model_fields_set & {"functions", "system_prompt", "temperature", "max_output_tokens"}
+        if self.tasks is None and of_a_file:
+            raise ValueError(f"{min(of_a_file)} belongs to a task file: give tasks, or leave it to the class")
+        return self
+
+
 class LimitsConfig(BaseModel, extra="forbid"):
     """Maximum sizes of a request. Larger ones are rejected, mostly before they are read."""
 
@@ -195,4 +223,6 @@ class RuntimeSettings(BaseModel, extra="forbid"):
     engine: EngineConfig = EngineConfig()
     agent: AgentConfig = AgentConfig()
     tools: ToolsConfig = ToolsConfig()
+    environments: dict[Name, EnvironmentConfig] = Field(default_factory=dict)
+    """Environments beside TextWorld, by name. The names are stored with every episode."""
     server: ServerConfig = ServerConfig()

@@ -17,6 +17,8 @@
     │   └── LinkExpired          its signature is right, but it has expired
     ├── UnknownEnvironment       no environment has that name (a ValueError)
     ├── UnknownTask              an environment has no such task (a ValueError)
+    ├── EnvironmentRefused       a configured environment cannot be offered (a ValueError)
+    ├── TaskChanged              a task file changed under the running server
     └── ToolRefused              a configured tool cannot be offered (a ValueError)
 
 `runtime/api/errors.py` maps them to HTTP.
@@ -92,6 +94,15 @@ class UnknownEnvironment(ValueError):
 
 class UnknownTask(ValueError):
     """The environment has no task of that name."""
+
+
+class EnvironmentRefused(ValueError):
+    """A configured environment cannot be offered. The message names it, or the lines of its task file, and the
+    remedy."""
+
+
+class TaskChanged(Exception):
+    """A task file holds another row where a task was, since the server read it."""
 
 
 class ToolRefused(ValueError):

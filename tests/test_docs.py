@@ -11,14 +11,18 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.main import get_command
 
 import serve
+from memory.schema import Split
 from optimizer.config import EvaluationConfig
 from runtime.cli.output import run
 from runtime.config import LimitsConfig
+from runtime.environments.graders.registry import AnyGrader
+from runtime.environments.registry import open_environments
 from runtime.tools.base import run_tool
 from runtime.tools.toolbox import Toolbox
 from tests.runtime.api.playing import PlayedWorld
@@ -182,3 +186,73 @@ def test_the_page_on_operations_runs_and_names_every_metric(tmp_path: Path, caps
             families = re.findall(r"^# TYPE (ratchet_\w+) (\w+)", answer.read().decode(), re.MULTILINE)
     named = set(re.findall(r"`(ratchet_\w+)`", OPERATIONS))
     assert named == {name for name, _ in families if not name.endswith("_created")}
+
+
+TASKS = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+
+
+async def test_the_task_file_in_the_documents_is_valid_and_its_rows_can_be_solved(tmp_path: Path, monkeypatch):
+    graders, _ = blocks("python", TASKS)
+    (tmp_path / "my_graders.py").write_text(graders)
+    (tmp_path / "ratchet.toml").write_text(blocks("toml", TASKS)[0])
+    lines = blocks("jsonl", TASKS)[0]
+    if shutil.which("bwrap") is None:  # a row with unit tests is refused without the sandbox
+        lines = "".join(line for line in lines.splitlines(keepends=True) if "unit_tests" not in line)
+    (tmp_path / "tasks.jsonl").write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = serve.read_all_settings(tmp_path / "ratchet.toml", {}, [])
+    environment = open_environments(settings.environments, tmp_path)["mine"]
+    solutions = {
+        "sum-1": "42",
+        "sum-2": "It is 15.",
+        "capital": "paris",
+        "city": '{"name": "Rome", "population": 1}',
+        "area": r"\boxed{4\pi}",
+        "stock": "kiwi",
+        "haiku": "Rain\nfalls\nsoftly",
+    }
+    for name, text in solutions.items():
+        playthrough = await environment.start(environment.task(name))
+        playthrough.read_reply(text, [])
+        assert (await playthrough.close()).value == 1.0, name
+
+
+def test_the_table_of_graders_in_the_documents_is_complete():
+    named = set(re.findall(r"^\| `(\w+)` \|", TASKS, re.MULTILINE))
+    graders = {cls.model_fields["type"].annotation.__args__[0] for cls in get_args(get_args(AnyGrader)[0])}
+    assert named == graders
+    for cls in get_args(get_args(AnyGrader)[0]):
+        (name,) = cls.model_fields["type"].annotation.__args__
+        fields = re.search(rf"^\| `{name}` \|.*\| (.*) \|$", TASKS, re.MULTILINE)[1]
+        aliases = {field.alias or key for key, field in cls.model_fields.items()} - {"type"}
+        assert set(re.findall(r"`(\w+)`", fields)) == aliases, name
+
+
+async def test_the_class_in_the_documents_is_an_environment(tmp_path: Path, monkeypatch):
+    _, code = blocks("python", TASKS)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 36
+    (tmp_path / "guess.py").write_text(code)
+    (tmp_path / "ratchet.toml").write_text(blocks("toml", TASKS)[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = serve.read_all_settings(tmp_path / "ratchet.toml", {}, [])
+    environment = open_environments(settings.environments, tmp_path)["guess"]
+    (task,) = environment.tasks(Split.PRACTICE, 1, offset=2)
+    playthrough = await environment.start(task)
+    (guess,) = playthrough.tools
+    answers = [(await run_tool(guess, json.dumps({"number": number}))).content for number in (80, 50, 74)]
+    assert answers == ["Lower.", "Higher.", "Found."]
+    assert (await playthrough.close()).reason == "3 guesses"
+
+
+def test_the_commands_about_tasks_exist_with_their_options():
+    root = get_command(serve.app)
+    lines = [line for block in blocks("sh", TASKS) for line in block.splitlines()]
+    assert len(lines) >= 10
+    for line in lines:
+        _, verb, *words = shlex.split(line)
+        command = root.commands[verb]
+        if hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options, line

@@ -155,12 +155,11 @@ class CycleContext:
 
     def practice_tasks(self) -> list[Task]:
         """Return this cycle's practice tasks."""
-        return self.seams.tasks(
-            self.config.environment,
-            Split.PRACTICE,
-            self.config.num_practice_tasks,
-            self.artifacts.practice_offset or 0,
-        )
+        return self.take_practice(self.config.num_practice_tasks, self.artifacts.practice_offset or 0)
+
+    def take_practice(self, num_tasks: int, offset: int) -> list[Task]:
+        """Return the block of practice tasks that starts at `offset`; it wraps around after the last task."""
+        return self._take_block(self.config.environment, Split.PRACTICE, num_tasks, offset)
 
     def held_out_tasks(self) -> list[Task]:
         """Return the tasks that decide in this cycle; none where only clients can play."""
@@ -170,8 +169,10 @@ class CycleContext:
 
     def take_held_out(self, environment: str, offset: int) -> list[Task]:
         """Return the block of held-out tasks that starts at `offset`; it wraps around after the last task."""
-        num_tasks = self.num_gate_tasks(environment)
-        tasks = self.seams.tasks(environment, Split.HELD_OUT, offset + num_tasks, 0)
+        return self._take_block(environment, Split.HELD_OUT, self.num_gate_tasks(environment), offset)
+
+    def _take_block(self, environment: str, split: Split, num_tasks: int, offset: int) -> list[Task]:
+        tasks = self.seams.tasks(environment, split, offset + num_tasks, 0)
         # where the environment has fewer than offset + num_tasks, earlier blocks are played again
         return [tasks[(offset + number) % len(tasks)] for number in range(min(num_tasks, len(tasks)))]
 

@@ -19,7 +19,7 @@ from optimizer.cycle import release_gate
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.methods import METHODS
 from optimizer.cycle.needs import require_needs
-from optimizer.cycle.readiness import measure_needs, measure_surroundings
+from optimizer.cycle.readiness import fit_to_environment, measure_needs, measure_surroundings
 from optimizer.cycle.stages import Stage, collect
 from optimizer.errors import OptimizerError
 from optimizer.seams import Seams
@@ -41,6 +41,8 @@ async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | 
         TrainingDoesNotFit: no GPU has the memory for it.
         TooFewTrajectories: logged episodes and practice together are not enough to train on.
     """
+    if seams is not None:
+        config = fit_to_environment(config, seams)
     # before the GPUs are looked at, which loads packages: too few rows is the frequent error
     needs = await measure_needs(memory, config)
     require_needs(needs)

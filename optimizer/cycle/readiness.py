@@ -21,6 +21,8 @@ async def measure_needs(memory: Memory, config: OptimizerConfig, seams: Seams | 
 
     Raises: whatever `seams.tasks` raises for an environment that does not exist.
     """
+    if seams is not None:
+        config = fit_to_environment(config, seams)
     logged = await asyncio.to_thread(Logged.read, memory, config)
     needs = [method.measure_need(logged, config.practice_rounds) for method in METHODS]
     return needs if seams is None else needs + await measure_surroundings(memory, config, seams)
@@ -31,7 +33,33 @@ async def measure_surroundings(memory: Memory, config: OptimizerConfig, seams: S
 
     Raises: whatever `seams.tasks` raises for an environment that does not exist.
     """
-    return [_need_held_out_tasks(config, seams), await _need_capacity(memory, config, seams)]
+    practice = [_need_practice_tasks(config, seams)] if config.practice_episodes or config.explore_episodes else []
+    return [*practice, _need_held_out_tasks(config, seams), await _need_capacity(memory, config, seams)]
+
+
+def fit_to_environment(config: OptimizerConfig, seams: Seams) -> OptimizerConfig:
+    """Return the settings with no more practice tasks than the environment has: the rounds become shorter and more, and
+    the number of episodes stays."""
+    if not config.environment:
+        return config
+    available = len(seams.tasks(config.environment, Split.PRACTICE, config.num_practice_tasks))
+    # with none at all the settings stay, and the need for practice tasks says so
+    return config.model_copy(update={"num_practice_tasks": available or config.num_practice_tasks})
+
+
+def _need_practice_tasks(config: OptimizerConfig, seams: Seams) -> Need:
+    available = len(seams.tasks(config.environment, Split.PRACTICE, config.num_practice_tasks))
+    rounds = len(config.practice_rounds) + len(config.explore_rounds)
+    return Need(
+        name="practice tasks",
+        needed=1,
+        available=available,
+        is_required=True,
+        detail=f"{available} tasks of {config.environment!r} are played in {rounds} rounds"
+        if available
+        else f"{config.environment!r} has no practice task",
+        mend="give the environment tasks of the split practice, or set practice_episodes and explore_episodes to 0",
+    )
 
 
 def _need_held_out_tasks(config: OptimizerConfig, seams: Seams) -> Need:

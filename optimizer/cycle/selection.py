@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from memory.schema import Split, Task
+from memory.schema import Task
 from optimizer.cycle.artifacts import Selection
 from optimizer.cycle.context import CycleContext
 
@@ -57,10 +57,12 @@ async def selection_tasks(context: CycleContext) -> list[Task]:
     start = context.artifacts.practice_end or config.num_practice_tasks
     # the next cycle's practice begins at the same offset, so these tasks may be trained on then, which harms nothing:
     # its selection lies further on
-    tasks = context.seams.tasks(config.environment, Split.PRACTICE, OVERSAMPLING * config.num_selection_tasks, start)
+    tasks = context.take_practice(OVERSAMPLING * config.num_selection_tasks, start)
     names = context.artifacts.selection_tasks
     if names is None:
         learned_from = {each.trajectory.task for each in await context.read_pool()}
+        # where the environment has few tasks, those behind this cycle's are this cycle's again
+        learned_from |= {task.name for task in context.practice_tasks()}
         # saved, because the pool that excludes tasks grows between two tries of the stage
         names = [task.name for task in tasks if task.name not in learned_from][: config.num_selection_tasks]
         await context.save_artifacts(selection_tasks=names)

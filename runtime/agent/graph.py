@@ -286,7 +286,7 @@ class Agent:
 
 
 def _first_messages(request: TurnRequest, playthrough: Playthrough | None) -> list[Message]:
-    return [{"role": "user", "content": playthrough.task_text}] if playthrough else list(request.messages)
+    return list(playthrough.opening if playthrough is not None else request.messages)
 
 
 async def _reward(episode: Episode) -> None:

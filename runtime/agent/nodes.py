@@ -130,6 +130,8 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     # Although the turn may go on: if its budget ends it, this is the answer that is recorded.
     episode.answer = completion.content
     change: EpisodeState = {"messages": [completion.as_message()], "calls": server_calls}
+    if _ends_task(episode, completion):
+        return {**change, "calls": [], "answer": episode.answer}
     if client_calls:
         episode.num_invalid_tool_calls += sum(not _is_well_formed(call) for call in client_calls)
         change["is_handed_over"] = True
@@ -138,6 +140,25 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     if not server_calls:
         change["answer"] = completion.content
     return change
+
+
+def _ends_task(episode: Episode, completion: Completion) -> bool:
+    """Let the environment's task read the reply; return whether it ends the task, so that none of its calls runs."""
+    playthrough = episode.playthrough
+    if playthrough is None:
+        return False
+    playthrough.read_reply(completion.content, completion.tool_calls)
+    if not playthrough.is_done:
+        return False
+    # Counted here, because `use_tools` and its checks come no more.
+    calls = completion.tool_calls
+    episode.num_invalid_tool_calls += sum(
+        not _is_well_formed(call) or call["function"]["name"] not in episode.tools for call in calls
+    )
+    if not calls and episode.definitions and holds_unparsed_call(completion.content):
+        episode.num_invalid_tool_calls += 1
+    episode.answer = playthrough.closing_text or completion.content
+    return True
 
 
 async def _ask_policy(episode: Episode, messages: Sequence[Message]) -> Completion:

@@ -69,6 +69,7 @@ from runtime.errors import (
     GameNotCompiled,
     LinkExpired,
     LinkRefused,
+    TaskChanged,
     UnknownEnvironment,
     UnknownTask,
 )
@@ -288,6 +289,7 @@ KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     EngineError: (NotReady, "engine_not_ready"),
     EpisodeError: (EpisodeFailed, "episode_failed"),
     GameNotCompiled: (EpisodeFailed, "game_not_compiled"),
+    TaskChanged: (EpisodeFailed, "task_changed"),
     # Also the ValueError of a bug: it is answered with 400 and is not logged.
     ValueError: (BadRequest, "invalid_value"),
 }

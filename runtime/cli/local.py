@@ -1,4 +1,4 @@
-"""Commands that work on the data directory itself: rebuild-index, copy-rows, doctor.
+"""Commands that work on local files: rebuild-index, copy-rows and doctor on the data directory, `tasks` on task files.
 
 Invariant: the embedded files have one owner process, so rebuild-index and doctor ask the running server first and open
 the directory only if none answers.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
     """Add the commands to the command line."""
+
+    _add_task_commands(app, read_settings)
 
     @app.command("rebuild-index")
     def rebuild_index(
@@ -92,6 +95,72 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
         diagnosis = run_command(work, as_json=as_json, render=render.doctor_table)
         if not diagnosis["is_ok"]:
             raise typer.Exit(1)
+
+
+def _add_task_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
+    tasks = typer.Typer(help="Task files: environments of your own (docs/tasks.md).", no_args_is_help=True)
+    app.add_typer(tasks, name="tasks")
+
+    @tasks.command()
+    def make(
+        benchmark: Annotated[str, typer.Argument(help="agentbench-db, bfcl, gsm8k, humaneval, math500 or mbpp.")],
+        source: Annotated[Path, typer.Argument(help="The published files: a folder, or one of them.")],
+        out: Annotated[Path, typer.Argument(help="The task file to write, e.g. bfcl.jsonl.")],
+        as_json: Json = False,
+    ) -> None:
+        """Make a task file of a published benchmark. Test sets become held-out tasks."""
+
+        async def work() -> dict[str, Any]:
+            from dataclasses import asdict
+
+            from runtime.environments.benchmarks.make import make_task_file
+
+            try:
+                made = await asyncio.to_thread(make_task_file, benchmark, source, out)
+            except (ValueError, OSError) as error:
+                raise Failure(str(error)) from error
+            return {**asdict(made), "path": str(made.path)}
+
+        run_command(work, as_json=as_json, render=_describe_tasks)
+
+    @tasks.command()
+    def check(
+        file: Annotated[Path, typer.Argument(help="A task file.")], config: Config = None, as_json: Json = False
+    ) -> None:
+        """Check every row of a task file, and grade its demonstrations. Exits with 1 if one of them is wrong."""
+        settings = read_settings(config, {}, [])
+
+        async def work() -> dict[str, Any]:
+            from dataclasses import asdict
+
+            from runtime.environments.registry import load_functions
+            from runtime.environments.task_files.check import check_task_file
+
+            try:
+                functions = {
+                    key: function
+                    for name, environment in settings.environments.items()
+                    if environment.tasks is not None and environment.tasks.resolve() == file.resolve()
+                    for key, function in load_functions(name, environment).items()
+                }
+                return asdict(await check_task_file(file, functions))
+            except ValueError as error:
+                raise Failure(str(error)) from error
+
+        if run_command(work, as_json=as_json, render=_describe_tasks)["problems"]:
+            raise typer.Exit(1)
+
+
+def _describe_tasks(counted: Mapping[str, Any]) -> str:
+    lines = [
+        f"{counted['num_tasks']} tasks: {_list_counts(counted['splits'])}",
+        f"kinds: {_list_counts(counted['kinds'])}",
+    ]
+    if "graders" in counted:
+        lines.append(f"graders: {_list_counts(counted['graders'])}")
+        wrong = len(counted["problems"])
+        lines.append(f"{counted['num_demonstrations']} demonstrations graded, {wrong} of them wrong")
+    return "\n".join([*lines, *counted.get("problems", ())])
 
 
 def _list_counts(counts: Mapping[str, int]) -> str:

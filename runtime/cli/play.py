@@ -67,7 +67,7 @@ async def play_tasks(
     """Play the tasks and return the summary.
 
     Raises:
-        ErrorReply, ServerUnreachable; ValueError for invalid seeds.
+        ErrorReply, ServerUnreachable; ValueError for invalid seeds and for a split without tasks.
     """
     names = await list_tasks(client, request)
     on_phase(f"preparing {len(names)} tasks")
@@ -86,6 +86,8 @@ async def list_tasks(client: Client, request: PlayRequest) -> list[str]:
         return parse_seeds(request.seeds)
     path = f"/v1/environments/{request.environment}/tasks"
     listed = await client.get(path, split=request.split, num_tasks=request.num_tasks)
+    if not listed["data"]:
+        raise ValueError(f"{request.environment} has no task of the split {request.split!r}")
     return [task["name"] for task in listed["data"]]
 
 

@@ -1,7 +1,8 @@
 """The interface of environments, whose tasks can be played again.
 
 An `Environment` names tasks and starts them; a `Playthrough` is a started task: tools act on it, and closing it returns
-its `Outcome`. Nothing in it depends on a policy or on the use of rewards: evaluation and users share one code path.
+its `Outcome`. A task without tools to run reads the replies themselves (`Playthrough.read_reply`). Nothing in it
+depends on a policy or on the use of rewards: evaluation and users share one code path.
 Invariant: the same task starts in the same state every time, in any process.
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from memory.schema import Split, Task
+from runtime.engine.client import Message, ToolCall
 from runtime.errors import UnknownEnvironment
 from runtime.tools.base import Tool
 
@@ -34,6 +36,18 @@ class Playthrough(ABC):
     is_done: bool = False
     closing_text: str = ""
     """The environment's last observation, once done."""
+
+    @property
+    def opening(self) -> Sequence[Message]:
+        """The messages before the first reply; a system message among them replaces the environment's prompt."""
+        return [{"role": "user", "content": self.task_text}]
+
+    def read_reply(self, text: str, calls: Sequence[ToolCall]) -> None:
+        """Read one reply of the model, before its calls run; if it ends the task, set `is_done`, and none of them runs.
+
+        Must not block.
+        """
+        return
 
     @abstractmethod
     async def close(self) -> Outcome:

@@ -1,0 +1,1 @@
+"""Converters of published benchmarks into task files."""

@@ -1,0 +1,73 @@
+"""Makes task files of published benchmarks: `make_task_file("gsm8k", source, out)`.
+
+Invariants: test sets become held-out tasks and nothing else, and held-out rows have no demonstration. Every row is
+validated before the file appears, complete or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from runtime.environments.benchmarks.agentbench import read_agentbench
+from runtime.environments.benchmarks.bfcl import read_bfcl
+from runtime.environments.benchmarks.mathematics import read_gsm8k, read_math500
+from runtime.environments.benchmarks.programs import read_humaneval, read_mbpp
+from runtime.environments.task_files.reader import describe_error
+from runtime.environments.task_files.rows import TaskRow
+
+Rows = Iterator[dict[str, Any]]
+
+BENCHMARKS: Mapping[str, Callable[[Path], Rows]] = {
+    "agentbench-db": read_agentbench,
+    "bfcl": read_bfcl,
+    "gsm8k": read_gsm8k,
+    "humaneval": read_humaneval,
+    "math500": read_math500,
+    "mbpp": read_mbpp,
+}
+
+
+@dataclass(frozen=True)
+class MadeFile:
+    """What a conversion wrote."""
+
+    path: Path
+    num_tasks: int
+    splits: dict[str, int]
+    kinds: dict[str, int]
+
+
+def make_task_file(benchmark: str, source: Path, out: Path) -> MadeFile:
+    """Write the tasks of a benchmark, published in the file or folder `source`, to `out`. Blocks.
+
+    Raises:
+        ValueError: no benchmark has that name, or `source` is not what it publishes; nothing is written then.
+        OSError: a file cannot be read or written.
+    """
+    if benchmark not in BENCHMARKS:
+        raise ValueError(f"no benchmark is called {benchmark!r}; there is: {', '.join(BENCHMARKS)}")
+    lines, splits, kinds, content = list[str](), Counter[str](), Counter[str](), dict[str, Any]()
+    try:
+        for content in BENCHMARKS[benchmark](source):
+            row = TaskRow.model_validate(content)
+            # In ASCII: a few texts hold U+2028, at which many programs break a line.
+            lines.append(json.dumps(content))
+            splits[row.final_split] += 1
+            kinds[row.kind] += 1
+    except ValidationError as error:
+        raise ValueError(f"{source}: task {content.get('name')!r}: {describe_error(error)}") from None
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{source} is not {benchmark} as it is published: {error!r}") from error
+    if not lines:
+        raise ValueError(f"{source} holds no file of {benchmark}")
+    partial = out.with_name(f"{out.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    partial.replace(out)
+    return MadeFile(out, len(lines), dict(splits), dict(kinds))

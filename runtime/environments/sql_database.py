@@ -1,0 +1,168 @@
+"""A task's own SQLite database in memory, made from the tables of its row, and the SQL that a policy may run on it.
+
+Invariant: a statement reaches nothing but these tables: no file, no other database, no setting, no extension. Time,
+memory and output of a statement are limited.
+Hazard: SQLite is not MySQL. Backticks work; functions such as CONCAT, and strict types, differ.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+from pydantic import BaseModel, Field, model_validator
+
+from runtime.errors import ToolError
+
+STATEMENT_SECONDS = 5.0
+MAX_BYTES = 64 * 2**20
+PAGE_BYTES = 4096
+MAX_ROWS = 1_000
+"""Rows of a result that are read; the tool's own limit of characters cuts them further."""
+MAX_VALUE_BYTES = 2**20
+STEPS_BETWEEN_CHECKS = 10_000
+REFUSED_ACTIONS = frozenset({sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA})
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Value = str | int | float | None
+
+
+class Column(BaseModel, extra="forbid"):
+    """A column; `type` is SQLite's, and TEXT where it is left out."""
+
+    name: str
+    type: str = Field(default="TEXT", pattern=r"^[A-Za-z]*$")
+
+
+class Table(BaseModel, extra="forbid"):
+    """A table with its rows, in the order of its columns."""
+
+    name: str = Field(min_length=1)
+    columns: list[Column] = Field(min_length=1)
+    rows: list[list[Value]] = []
+
+    @model_validator(mode="after")
+    def _rows_have_all_columns(self) -> Table:
+        for number, row in enumerate(self.rows, start=1):
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"row {number} of the table {self.name!r} has {len(row)} values, not {len(self.columns)}"
+                )
+        return self
+
+
+class SqlDatabase:
+    """The tables of one started task. Statements run one at a time, in a thread of their own."""
+
+    def __init__(self, tables: Sequence[Table]) -> None:
+        self._tables = tables
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="task-sql")
+        self._connection: sqlite3.Connection | None = None
+        self._deadline = 0.0
+
+    async def execute(self, statement: str) -> str:
+        """Run one statement; return its rows as text, or how many rows it changed.
+
+        Raises:
+            ToolError: SQLite refuses it, or it takes too long.
+        """
+        return await self._run(self._execute, statement)
+
+    async def digest(self) -> str:
+        """Return a digest of all rows of all tables, whatever their order."""
+        return await self._run(self._digest)
+
+    async def digest_after(self, statement: str) -> str:
+        """Return the digest that the tables would have if `statement` alone had been run on them. Raises: ToolError."""
+        fresh = SqlDatabase(self._tables)
+        try:
+            await fresh.execute(statement)
+            return await fresh.digest()
+        finally:
+            await fresh.close()
+
+    async def close(self) -> None:
+        """Forget the database."""
+        await self._run(self._close)
+        self._thread.shutdown(wait=False)
+
+    async def _run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *args, **kwargs))
+
+    def _open(self) -> sqlite3.Connection:
+        """Return the connection; the first call fills the tables."""
+        if self._connection is not None:
+            return self._connection
+        connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        connection.execute(f"PRAGMA max_page_count = {MAX_BYTES // PAGE_BYTES}")
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+        for table in self._tables:
+            columns = ", ".join(f"{_quote(column.name)} {column.type}" for column in table.columns)
+            connection.execute(f"CREATE TABLE {_quote(table.name)} ({columns})")
+            marks = ", ".join("?" * len(table.columns))
+            connection.executemany(f"INSERT INTO {_quote(table.name)} VALUES ({marks})", table.rows)
+        # Only now: making the tables needs what a policy may not do.
+        connection.set_authorizer(_authorize)
+        connection.set_progress_handler(self._is_late, STEPS_BETWEEN_CHECKS)
+        self._connection = connection
+        return connection
+
+    def _is_late(self) -> bool:
+        return time.monotonic() > self._deadline  # True interrupts the statement
+
+    def _execute(self, statement: str) -> str:
+        connection = self._open()
+        self._deadline = time.monotonic() + STATEMENT_SECONDS
+        try:
+            cursor = connection.execute(statement)
+            rows = cursor.fetchmany(MAX_ROWS)
+        # sqlite3.Warning: several statements in one text. OverflowError and ValueError: values that SQLite cannot hold.
+        except (sqlite3.Error, sqlite3.Warning, OverflowError, ValueError) as error:
+            late = f"; a statement may take {STATEMENT_SECONDS:g} seconds" if self._is_late() else ""
+            raise ToolError(f"{error}{late}") from None
+        if cursor.description is None:
+            return f"{max(cursor.rowcount, 0)} rows changed"
+        cursor.close()
+        return str(rows)
+
+    def _digest(self) -> str:
+        """Return the digest that AgentBench's database tasks compare (arXiv 2308.03688): of each row the first five
+        digits of an MD5, sorted, and the MD5 of those."""
+        connection = self._open()
+        self._deadline = time.monotonic() + STATEMENT_SECONDS
+        digests = []
+        for table in self._tables:
+            columns = ", ".join(_quote(column.name) for column in table.columns)
+            try:
+                rows = connection.execute(f"SELECT {columns} FROM {_quote(table.name)}").fetchall()
+            except sqlite3.Error as error:  # the policy dropped or altered the table
+                digests.append(str(error))
+                continue
+            joined = sorted(_md5(",".join(str(value) for value in row if value is not None))[:5] for row in rows)
+            digests.append(_md5(",".join(joined)))
+        return "_".join(sorted(digests))
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _authorize(action: int, *_: object) -> int:
+    return sqlite3.SQLITE_DENY if action in REFUSED_ACTIONS else sqlite3.SQLITE_OK
+
+
+def _quote(name: str) -> str:
+    doubled = name.replace('"', '""')
+    return f'"{doubled}"'
+
+
+def _md5(text: str) -> str:
+    return hashlib.md5(text.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest()

@@ -1,0 +1,74 @@
+"""Checks a task file without a server: every row, and that the row's own grader accepts its demonstration."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from memory.schema import Task
+from runtime.environments.base import Outcome
+from runtime.environments.graders.base import GradingFunction, GradingResources
+from runtime.environments.graders.rubric import Rubric
+from runtime.environments.task_files.environment import TaskPlaythrough
+from runtime.environments.task_files.reader import index_task_file, read_row
+from runtime.environments.task_files.rows import TaskRow, to_split
+from runtime.tools.base import run_tool
+
+
+@dataclass
+class CheckedFile:
+    """What a file holds, and the demonstrations that its graders do not accept."""
+
+    num_tasks: int
+    splits: dict[str, int]
+    kinds: dict[str, int]
+    graders: dict[str, int]
+    num_demonstrations: int = 0
+    """Those that were graded; a rubric's are not, because it takes a model."""
+    problems: list[str] = field(default_factory=list)
+
+
+async def check_task_file(path: Path, functions: Mapping[str, GradingFunction] | None = None) -> CheckedFile:
+    """Return what a file holds.
+
+    Raises:
+        EnvironmentRefused: it is missing, or rows are invalid; the message names each by file and line.
+    """
+    resources = GradingResources(functions or {}, _answer_nothing)
+    index = index_task_file(path, resources)
+    splits, kinds = (Counter(getattr(it, of) for it in index.positions.values()) for of in ("split", "kind"))
+    checked = CheckedFile(len(index.positions), dict(splits), dict(kinds), {})
+    for name, position in index.positions.items():
+        row = read_row(path, position)
+        checked.graders[row.grader.type] = checked.graders.get(row.grader.type, 0) + 1
+        if row.demonstration is None or isinstance(row.grader, Rubric):
+            continue
+        checked.num_demonstrations += 1
+        outcome = await _play_demonstration(row, resources)
+        if outcome.value < 1.0:
+            checked.problems.append(f"{path}:{position.line}: the demonstration of task {name!r}: {outcome.reason}")
+    return checked
+
+
+async def _answer_nothing(messages: list[dict[str, Any]], *, schema: dict[str, Any], max_tokens: int) -> str:
+    raise AssertionError("rubrics are not graded here")
+
+
+async def _play_demonstration(row: TaskRow, resources: GradingResources) -> Outcome:
+    """Play a demonstration as a policy would have played it."""
+    task = Task(environment=None, name=row.name, kind=row.kind, split=to_split(row.final_split))
+    playthrough = TaskPlaythrough(task, row, resources)
+    tools = {tool.name: tool for tool in playthrough.tools}
+    for message in row.demonstration or ():
+        if message.role != "assistant" or playthrough.is_done:
+            continue
+        calls = [call.model_dump() for call in message.tool_calls or ()]
+        playthrough.read_reply(message.content or "", calls)
+        for call in calls:
+            tool = tools.get(call["function"]["name"])
+            if tool is not None and not playthrough.is_done:
+                await run_tool(tool, call["function"]["arguments"])
+    return await playthrough.close()

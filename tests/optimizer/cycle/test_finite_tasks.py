@@ -1,0 +1,84 @@
+"""Environments with few tasks: practice comes round again, and nothing is trained on that chooses or measures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from memory.schema import Split, Task
+from memory.store import Memory
+from optimizer.config import OptimizerConfig
+from optimizer.cycle.context import CycleContext
+from optimizer.cycle.readiness import fit_to_environment, measure_surroundings
+from optimizer.cycle.selection import selection_tasks
+from optimizer.seams import Seams
+from tests.memory.episodes import HashingEncoder, play
+
+NUM_TASKS = {Split.PRACTICE: 10, Split.HELD_OUT: 7}
+
+
+def list_tasks(environment: str, split: Split, num_tasks: int, offset: int = 0) -> list[Task]:
+    names = [f"{split.value}-{number}" for number in range(NUM_TASKS[split])]
+    return [Task(environment, name, "sums", split) for name in names[offset : offset + num_tasks]]
+
+
+async def never(*_, **__):
+    raise AssertionError("nothing is played here")
+
+
+SEAMS = Seams(rollout=never, tasks=list_tasks)
+CONFIG = OptimizerConfig(environment="sums", num_practice_tasks=64, practice_episodes=25, explore_episodes=12)
+
+
+@pytest.fixture
+def memory(tmp_path: Path):
+    with Memory.open(tmp_path, encoder=HashingEncoder()) as memory:
+        yield memory
+
+
+async def open_context(memory: Memory, **changes) -> CycleContext:
+    await memory.policies.register_base("pocket")
+    config = fit_to_environment(CONFIG, SEAMS).model_copy(update=changes)
+    cycle = await memory.cycles.open(config.model_dump(mode="json"))
+    return CycleContext(memory, SEAMS, cycle.id)
+
+
+def numbers(tasks: list[Task]) -> list[int]:
+    return [int(task.name.rpartition("-")[2]) for task in tasks]
+
+
+def test_rounds_get_shorter_and_more_and_the_episodes_stay():
+    config = fit_to_environment(CONFIG, SEAMS)
+    assert (config.num_practice_tasks, config.practice_rounds, config.explore_rounds) == (10, [10, 10, 5], [10, 2])
+    assert fit_to_environment(CONFIG.model_copy(update={"num_practice_tasks": 4}), SEAMS).num_practice_tasks == 4
+
+
+async def test_practice_goes_on_from_the_first_task_after_the_last(memory: Memory):
+    context = await open_context(memory, num_practice_tasks=4)
+    for offset, expected in [(0, [0, 1, 2, 3]), (8, [8, 9, 0, 1]), (24, [4, 5, 6, 7])]:
+        await context.save_artifacts(practice_offset=offset, practice_end=offset + 4)
+        assert numbers(context.practice_tasks()) == expected
+
+
+async def test_a_candidate_is_chosen_by_tasks_that_this_cycle_does_not_practise(memory: Memory):
+    context = await open_context(memory, num_practice_tasks=4, num_selection_tasks=8)
+    await context.save_artifacts(practice_offset=8, practice_end=12)
+    await play(memory, environment="sums", kind="sums", task="practice-3", reward=1.0)
+    assert numbers(await selection_tasks(context)) == [2, 4, 5, 6, 7]
+
+
+async def test_none_is_left_to_choose_by_where_all_are_practised(memory: Memory):
+    everything = await open_context(memory)
+    await everything.save_artifacts(practice_offset=0, practice_end=10)
+    assert await selection_tasks(everything) == []
+
+
+async def test_an_environment_without_practice_tasks_cannot_practise(memory: Memory, tiny_base: Path):
+    await memory.policies.register_base(str(tiny_base))
+    empty = replace(SEAMS, tasks=lambda environment, split, num_tasks, offset=0: [])
+    need = next(need for need in await measure_surroundings(memory, CONFIG, empty) if need.name == "practice tasks")
+    assert need.is_required and not need.is_met
+    assert need.detail == "'sums' has no practice task"
+    assert fit_to_environment(CONFIG, empty) == CONFIG

@@ -1,0 +1,96 @@
+"""A task's own database: what a policy may do in it, and how its state is graded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runtime.environments.benchmarks.agentbench import read_agentbench
+from runtime.environments.graders.base import GradingResources, Submission
+from runtime.environments.graders.sql import DatabaseState
+from runtime.environments.sql_database import SqlDatabase, Table
+from runtime.errors import ToolError
+from tests.shared_data import find_shared, read_shared_rows
+
+FRUIT = Table.model_validate(
+    {
+        "name": "my fruit",
+        "columns": [{"name": "name"}, {"name": "n", "type": "INTEGER"}],
+        "rows": [["fig", 2], ["kiwi", 9]],
+    }
+)
+
+
+@pytest.fixture
+async def database():
+    database = SqlDatabase([FRUIT])
+    yield database
+    await database.close()
+
+
+async def test_statements_read_and_change_the_tables(database: SqlDatabase):
+    assert await database.execute("SELECT name FROM `my fruit` WHERE n > 5") == "[('kiwi',)]"
+    assert await database.execute("UPDATE `my fruit` SET n = 3 WHERE name = 'fig'") == "1 rows changed"
+    assert await database.execute('SELECT n FROM "my fruit"') == "[(3,), (9,)]"
+    with pytest.raises(ToolError, match="no such table: nuts"):
+        await database.execute("SELECT * FROM nuts")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "ATTACH DATABASE '{}/other.db' AS other",
+        "PRAGMA temp_store_directory = '/tmp'",
+        "VACUUM INTO '{}/copy.db'",
+        "SELECT load_extension('{}/evil.so')",
+        "SELECT writefile('{}/made', 'x')",
+        "SELECT 1; SELECT 2",
+    ],
+)
+async def test_a_statement_reaches_nothing_outside(database: SqlDatabase, tmp_path: Path, statement: str):
+    with pytest.raises(ToolError):
+        await database.execute(statement.format(tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
+async def test_a_statement_that_takes_too_long_or_too_much_is_stopped(
+    database: SqlDatabase, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("runtime.environments.sql_database.STATEMENT_SECONDS", 0.2)
+    endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
+    with pytest.raises(ToolError, match=r"interrupted; a statement may take 0.2 seconds"):
+        await database.execute(endless)
+    with pytest.raises(ToolError, match="too big"):
+        await database.execute("SELECT zeroblob(100000000)")
+    assert await database.execute("SELECT 1") == "[(1,)]"
+
+
+async def test_the_state_counts_whatever_the_order_of_rows(database: SqlDatabase):
+    rule = DatabaseState(type="database_state", statement="UPDATE `my fruit` SET n = 3 WHERE name = 'fig'")
+    submission = Submission("done", database=database)
+    assert (await rule.grade(submission, GradingResources())).value == 0.0
+    await database.execute("DELETE FROM `my fruit` WHERE name = 'fig'")
+    await database.execute("INSERT INTO `my fruit` VALUES ('fig', 3)")
+    assert (await rule.grade(submission, GradingResources())).value == 1.0
+    await database.execute("DROP TABLE `my fruit`")
+    assert (await rule.grade(submission, GradingResources())).value == 0.0
+
+
+def test_a_table_with_a_short_row_is_refused():
+    with pytest.raises(ValueError, match="row 2 of the table 't' has 1 values, not 2"):
+        Table.model_validate({"name": "t", "columns": [{"name": "a"}, {"name": "b"}], "rows": [["1", "2"], ["3"]]})
+
+
+async def test_digests_are_those_that_agentbench_publishes():
+    """Of 60 published changes, all but those in MySQL's own spelling give the published digest."""
+    rows = read_shared_rows("agentbench/dbbench_dev.jsonl")
+    differing = []
+    for row, task in zip(rows, read_agentbench(find_shared("agentbench/dbbench_dev.jsonl")), strict=True):
+        if task["grader"]["type"] != "database_state":
+            continue
+        database = SqlDatabase([Table.model_validate(table) for table in task["database"]])
+        if await database.digest_after(row["label"][0]) != task["grader"]["digest"]:
+            differing.append(row["label"][0])
+        await database.close()
+    assert len(differing) <= 1

@@ -1,0 +1,86 @@
+"""The commands `tasks make` and `tasks check`, and task files over a served world."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+import serve
+from runtime.api.services import Services
+from runtime.cli.output import run
+from runtime.config import EnvironmentConfig
+from runtime.environments.base import Environment
+from runtime.environments.registry import open_environments
+from tests.runtime.api.playing import PlayedWorld
+from tests.runtime.fake_engine import Reply
+
+SUM = {"messages": [{"role": "user", "content": "2 + 2?"}], "grader": {"type": "numeric", "answer": 4}}
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, dict[str, Any]]:
+    code = run(serve.app, [*map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_make_writes_a_task_file_that_check_accepts(tmp_path: Path, capsys):
+    write(tmp_path / "train.jsonl", {"question": "2 + 2?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"})
+    out = tmp_path / "gsm8k.jsonl"
+    assert call(capsys, "tasks", "make", "gsm8k", tmp_path, out) == (
+        0,
+        {"path": str(out), "num_tasks": 1, "splits": {"practice": 1}, "kinds": {"arithmetic": 1}},
+    )
+    code, checked = call(capsys, "tasks", "check", out)
+    assert (code, checked["graders"], checked["num_demonstrations"]) == (0, {"numeric": 1}, 1)
+    code, failed = call(capsys, "tasks", "make", "gsm9k", tmp_path, out)
+    assert code == 1 and "no benchmark is called 'gsm9k'" in failed["error"]["message"]
+
+
+def test_check_names_bad_rows_and_wrong_demonstrations(tmp_path: Path, capsys):
+    wrong = {"name": "a", **SUM, "demonstration": [{"role": "assistant", "content": "5"}]}
+    code, checked = call(capsys, "tasks", "check", write(tmp_path / "t.jsonl", wrong))
+    assert (code, checked["problems"]) == (
+        1,
+        [f"{tmp_path}/t.jsonl:1: the demonstration of task 'a': expected 4, not 5"],
+    )
+    code, failed = call(capsys, "tasks", "check", write(tmp_path / "t.jsonl", wrong, {"name": "b"}))
+    assert code == 1 and f"{tmp_path}/t.jsonl:2: messages: Field required" in failed["error"]["message"]
+
+
+def test_check_knows_the_functions_of_the_configuration(tmp_path: Path, capsys, monkeypatch):
+    rule = {"type": "function", "name": "long", "answer": 3}
+    row = {"name": "a", **SUM, "grader": rule, "demonstration": [{"role": "assistant", "content": "four"}]}
+    write(tmp_path / "t.jsonl", row)
+    function = "tests.runtime.environments.test_registry:is_long"
+    toml = f'[environments.mine]\ntasks = "t.jsonl"\nfunctions = {{ long = "{function}" }}\n'
+    (tmp_path / "c.toml").write_text(toml)
+    monkeypatch.chdir(tmp_path)
+    code, checked = call(capsys, "tasks", "check", "t.jsonl", "-c", "c.toml")
+    assert (code, checked["problems"]) == (0, [])
+    code, failed = call(capsys, "tasks", "check", "t.jsonl")
+    assert code == 1 and "the function 'long' is not configured (there is: none)" in failed["error"]["message"]
+
+
+def test_play_plays_a_task_file_through_the_server(tmp_path: Path, capsys):
+    rows = [{"name": f"t{n}", "split": "held-out", **SUM} for n in range(3)]
+    rows[2]["grader"] = {"type": "numeric", "answer": 5}
+    path = write(tmp_path / "t.jsonl", *rows)
+    environments = open_environments({"mine": EnvironmentConfig(tasks=path, system_prompt="Add.")}, tmp_path)
+
+    def offer(services: Services) -> None:
+        cast("dict[str, Environment]", services.environments).update(environments)  # the agent's own dict
+
+    with PlayedWorld(tmp_path / "data", lambda request: Reply("4"), change=offer) as world:
+        code, played = call(capsys, "play", "--environment", "mine", "--url", world.url)
+        assert (code, played["num_tasks"], played["num_successes"]) == (0, 3, 2)
+        assert [episode["task"] for episode in played["episodes"] if not episode["success"]] == ["t2"]
+        code, failed = call(capsys, "play", "--environment", "mine", "--split", "practice", "--url", world.url)
+        assert code == 2 and failed["error"]["message"] == "mine has no task of the split 'practice'"
+        assert world.fake.requests[0]["messages"][0] == {"role": "system", "content": "Add."}
