@@ -13,6 +13,7 @@ from types import TracebackType
 from sqlalchemy import Connection
 
 from memory.config import MemoryConfig
+from memory.datasets.examples import Examples
 from memory.records.cycles import Cycles
 from memory.records.documents import Documents
 from memory.records.feedback import FeedbackRecords
@@ -65,6 +66,7 @@ class Memory:
         self.responses = Responses(self.database)
         self.keys = Keys(self.database)
         self.feedback = FeedbackRecords(self.database, self.trajectories)
+        self.examples = Examples(self.database, success_reward=config.success_reward)
         self.index = MemoryIndex(
             self.database,
             TextIndex(self._text_database),

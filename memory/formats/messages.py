@@ -182,7 +182,18 @@ def as_object_arguments(messages: Iterable[Message]) -> list[Message]:
 
 
 def _with_object(call: dict[str, Any]) -> dict[str, Any]:
-    return {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
+    return {**call, "function": {**call["function"], "arguments": arguments_of(call)}}
+
+
+def arguments_of(call: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call as an object. Raises: NotExpressible where a model wrote something else."""
+    try:
+        arguments = json.loads(call["function"]["arguments"] or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise NotExpressible("a call whose arguments are no JSON object")
+    return arguments
 
 
 def text_of_turn(messages: Sequence[Message], role: str) -> str:

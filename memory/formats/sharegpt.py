@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from memory.formats.content import BadRow, ExampleContent, ExampleKind, Message, Row
-from memory.formats.messages import left_over, parse_json_text, read_messages, read_tools, require_trained
+from memory.formats.messages import arguments_of, left_over, parse_json_text, read_messages, read_tools, require_trained
 
 ROLES = {
     "system": "system",
@@ -124,7 +124,7 @@ def _write_turns(messages: list[Message]) -> list[Row]:
             written.append({"from": NAMES[message["role"]], "value": message["content"]})
         if message.get("tool_calls"):
             calls = [
-                {"name": call["function"]["name"], "arguments": json.loads(call["function"]["arguments"])}
+                {"name": call["function"]["name"], "arguments": arguments_of(call)}
                 for call in message["tool_calls"]
             ]
             value = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from memory.formats.content import BadRow, ExampleContent, ExampleKind, NotExpressible, Row
 from memory.formats.messages import (
+    arguments_of,
     left_over,
     parse_json_text,
     read_calls,
@@ -108,7 +109,7 @@ def write(content: ExampleContent) -> Row:
     if len(replies) != 1 or not replies[0].get("tool_calls") or replies[0]["content"]:
         raise NotExpressible("a reply that is not calls alone")
     calls = [
-        {"name": call["function"]["name"], "arguments": json.loads(call["function"]["arguments"])}
+        {"name": call["function"]["name"], "arguments": arguments_of(call)}
         for call in replies[0]["tool_calls"]
     ]
     return {
