@@ -3,7 +3,8 @@
 These rows are the only source of truth; vectors and full-text tables are indexes that can be rebuilt from them.
 
 Invariants: a stage moves only along `LEGAL_MOVES`; records of what happened are only added to. Trajectories, feedback,
-insights, documents and examples belong to one tenant, `""` being the default one; policies and cycles are shared by all tenants.
+insights, documents and examples belong to one tenant, `""` being the default one; policies and cycles are shared by all
+tenants.
 """
 
 # SQLModel declares __tablename__ as a declared_attr, although a plain string is its documented use.

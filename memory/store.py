@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 
 from memory.config import MemoryConfig
 from memory.datasets.examples import Examples
+from memory.datasets.exports import Exports
 from memory.records.cycles import Cycles
 from memory.records.documents import Documents
 from memory.records.feedback import FeedbackRecords
@@ -67,6 +68,7 @@ class Memory:
         self.keys = Keys(self.database)
         self.feedback = FeedbackRecords(self.database, self.trajectories)
         self.examples = Examples(self.database, success_reward=config.success_reward)
+        self.exports = Exports(self.database, self.trajectories, self.examples)
         self.index = MemoryIndex(
             self.database,
             TextIndex(self._text_database),

@@ -12,7 +12,8 @@ FIELDS = ("kind", "prompt", "completion", "rejected", "is_good", "reward", "tool
 
 def recognise(row: Row) -> str | None:
     """Return why a row is in this form; None where it is not."""
-    return "it has 'kind' and 'completion'" if "kind" in row and "completion" in row else None
+    has_kind = isinstance(row.get("kind"), str) and row["kind"] in set(ExampleKind)
+    return "it has 'kind' and 'completion'" if has_kind and "completion" in row else None
 
 
 def read(row: Row) -> ExampleContent:

@@ -124,8 +124,7 @@ def _write_turns(messages: list[Message]) -> list[Row]:
             written.append({"from": NAMES[message["role"]], "value": message["content"]})
         if message.get("tool_calls"):
             calls = [
-                {"name": call["function"]["name"], "arguments": arguments_of(call)}
-                for call in message["tool_calls"]
+                {"name": call["function"]["name"], "arguments": arguments_of(call)} for call in message["tool_calls"]
             ]
             value = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
             written.append({"from": "function_call", "value": value})

@@ -6,7 +6,7 @@ is rendered by the policy's chat template.
 
 from __future__ import annotations
 
-from memory.formats import openai
+from memory.formats import complete, openai
 from memory.formats.content import BadRow, ExampleContent, ExampleKind, Row
 from memory.formats.messages import as_object_arguments, left_over, read_replies, read_tools, read_turns, require_kind
 
@@ -15,7 +15,7 @@ FIELDS = ("prompt", "completion", "chosen", "rejected", "label", "messages", "to
 
 def recognise(row: Row) -> str | None:
     """Return why a row is in one of these forms; None where it is not."""
-    if _is_sharegpt(row) or "conversations" in row or "instruction" in row:
+    if _is_sharegpt(row) or "conversations" in row or "instruction" in row or complete.recognise(row):
         return None
     if "chosen" in row and "rejected" in row:
         return "it has 'chosen' and 'rejected'"
@@ -125,7 +125,12 @@ def read_instruction(row: Row) -> ExampleContent:
         raise BadRow("'chosen' and 'rejected' need a message behind the instruction")
     extra = left_over(row, "instruction", "chosen", "rejected", "tools")
     return ExampleContent(
-        ExampleKind.PREFERENCE, chosen, prompt=prompt, rejected=rejected, tools=read_tools(row.get("tools")), extra=extra
+        ExampleKind.PREFERENCE,
+        chosen,
+        prompt=prompt,
+        rejected=rejected,
+        tools=read_tools(row.get("tools")),
+        extra=extra,
     )
 
 

@@ -108,10 +108,7 @@ def write(content: ExampleContent) -> Row:
     prompt, replies = split_question(content)
     if len(replies) != 1 or not replies[0].get("tool_calls") or replies[0]["content"]:
         raise NotExpressible("a reply that is not calls alone")
-    calls = [
-        {"name": call["function"]["name"], "arguments": arguments_of(call)}
-        for call in replies[0]["tool_calls"]
-    ]
+    calls = [{"name": call["function"]["name"], "arguments": arguments_of(call)} for call in replies[0]["tool_calls"]]
     return {
         "query": text_of_turn(prompt, "user"),
         "answers": json.dumps(calls, ensure_ascii=False),
