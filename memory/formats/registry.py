@@ -131,27 +131,40 @@ def recognise_row(row: Row) -> tuple[Format, str]:
 
     Raises: BadRow where it is in none, and where it may be in several.
     """
+    match = _match_row(row)
+    if match is None:
+        known = "; ".join(f"{each.name}: {each.fields}" for each in FORMATS.values())
+        raise BadRow(f"the row with the fields {', '.join(map(repr, list(row)[:12]))} is in no known format ({known})")
+    return match
+
+
+def _match_row(row: Row) -> tuple[Format, str] | None:
     matches = [(each, why) for each in FORMATS.values() if (why := each.recognise(row)) is not None]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
+    if len(matches) > 1:
         names = ", ".join(f"{each.name} ({why})" for each, why in matches)
         raise BadRow(f"the row may be of several formats: {names}; name one")
-    known = "; ".join(f"{each.name}: {each.fields}" for each in FORMATS.values())
-    raise BadRow(f"the row with the fields {', '.join(map(repr, list(row)[:12]))} is in no known format ({known})")
+    return matches[0] if matches else None
 
 
 def recognise_rows(rows: Sequence[Row]) -> tuple[Format, str]:
-    """Return the format that all rows are in, and why the first is. Raises: BadRow where they differ."""
-    first, why = recognise_row(rows[0])
-    for number, row in enumerate(rows[1:], start=2):
-        other, other_why = recognise_row(row)
-        if other is not first:
+    """Return the format of rows, and why the first of them is in it. Rows of no format are passed over: they are errors
+    of their own.
+
+    Raises: BadRow where rows are in different formats, one may be in several, or all are in none.
+    """
+    found: tuple[Format, str] | None = None
+    for number, row in enumerate(rows, start=1):
+        match = _match_row(row)
+        if match is None:
+            continue
+        found = found or match
+        if match[0] is not found[0]:
+            (first, why), (other, other_why) = found, match
             raise BadRow(
-                f"the first row is {first.name} ({why}) and row {number} is {other.name} ({other_why}): name the "
-                "format, or split the file"
+                f"one row is {first.name} ({why}) and row {number} is {other.name} ({other_why}): name the format, or "
+                "split the file"
             )
-    return first, why
+    return found or recognise_row(rows[0])
 
 
 def write_row(content: ExampleContent, target: Format, *, source: str | None = None) -> Row:

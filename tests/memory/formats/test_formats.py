@@ -198,8 +198,8 @@ def test_a_row_of_two_formats_or_of_none_is_no_guess():
         recognise_row({"question": "a", "answer": "b", "traj": [], "reward": 1})
     with pytest.raises(BadRow, match=r"fields 'colour' is in no known format .*trl: messages"):
         recognise_row({"colour": "red"})
-    with pytest.raises(BadRow, match=r"first row is question-answer .* and row 2 is alpaca"):
-        recognise_rows([{"question": "a", "answer": "b"}, {"instruction": "a", "output": "b"}])
+    with pytest.raises(BadRow, match=r"one row is question-answer .* and row 3 is alpaca"):
+        recognise_rows([{"question": "a", "answer": "b"}, {"colour": "red"}, {"instruction": "a", "output": "b"}])
     with pytest.raises(ValueError, match="no format is called 'parquet': use one of openai"):
         find_format("parquet")
 
