@@ -58,13 +58,18 @@ async def export_rows(
         raise BadRequest(str(error), param="format", code="invalid_value") from None
     if after.partition("_")[0] not in ("", "trj", "exm"):
         raise BadRequest(f"there is no cursor {after[:80]!r}: pass one that an export returned", param="after")
-    lines = _stream_with_cursors(exports, query, target, after) if cursors else _stream(exports, query, target, after)
+    if cursors:
+        lines = _stream_with_cursors(exports, query, target, after)
+    else:
+        lines = stream_rows(exports, query, target, after, Counter())
     # a plain generator: Starlette runs each page in a thread
     return StreamingResponse(lines, media_type=NDJSON)
 
 
-def _stream(exports: Exports, query: ExportQuery, target: Format, after: str) -> Iterator[bytes]:
-    left_out: Counter[str] = Counter()
+def stream_rows(
+    exports: Exports, query: ExportQuery, target: Format, after: str, left_out: Counter[str]
+) -> Iterator[bytes]:
+    """Yield the lines of each page. Rows that the format cannot hold are counted in `left_out`, by reason."""
     for page in exports.read(query, after=after):
         rows = [row for exported in page for row in _write_rows(exported, target, left_out)]
         yield b"".join(_line(row) for row in rows)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from sqlalchemy import insert
 
+from memory.records.policies import Policies
 from memory.schema import Reward, RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage, new_id, now
-from memory.store import Memory
+from memory.storage.database import Database
 
 STEPS_PER_EPISODE = 20
 WORDS = "You are in a kitchen, and there is a fridge. " * 8
@@ -13,9 +14,9 @@ CALL = {"id": "call_0", "type": "function", "function": {"name": "act", "argumen
 OPENING = [{"role": "system", "content": "You cook."}, {"role": "user", "content": "Make a meal."}]
 
 
-async def store_episodes(memory: Memory, num_episodes: int, *, tenant: str = "", token_ids: int = 100) -> None:
+async def store_episodes(database: Database, num_episodes: int, *, tenant: str = "", token_ids: int = 100) -> None:
     """Store successes of `STEPS_PER_EPISODE` steps each."""
-    await memory.policies.register_base("pocket")
+    await Policies(database).register_base("pocket")
     for start in range(0, num_episodes, 500):
         trajectories, steps, rewards = [], [], []
         for number in range(start, min(start + 500, num_episodes)):
@@ -47,7 +48,7 @@ async def store_episodes(memory: Memory, num_episodes: int, *, tenant: str = "",
             for table, rows in ((Trajectory, trajectories), (Step, steps), (Reward, rewards)):
                 session.execute(insert(table), rows)
 
-        await memory.database.write(write)
+        await database.write(write)
 
 
 def make_step(trajectory_id: str, position: int, token_ids: int) -> dict:

@@ -89,7 +89,7 @@ async def test_nothing_of_another_tenant_is_exported(memory: Memory):
 
 
 async def test_an_export_goes_on_behind_any_of_its_cursors(memory: Memory):
-    await store_episodes(memory, 70)
+    await store_episodes(memory.database, 70)
     await memory.examples.add([PLAIN, DEMONSTRATION], Origin(environment="kitchen"))
     query = ExportQuery(ExportContent.DEMONSTRATIONS)
     rows = [row for page in memory.exports.read(query) for row in page]
@@ -105,7 +105,7 @@ async def test_an_export_goes_on_behind_any_of_its_cursors(memory: Memory):
 
 async def test_an_export_needs_the_memory_of_a_page_however_long_it_is(memory: Memory):
     async def peak_of(tenant: str, num_steps: int) -> int:
-        await store_episodes(memory, num_steps // STEPS_PER_EPISODE, tenant=tenant)
+        await store_episodes(memory.database, num_steps // STEPS_PER_EPISODE, tenant=tenant)
         query = ExportQuery(ExportContent.DEMONSTRATIONS, tenant)
         next(memory.exports.read(query))  # compiles the statements
         tracemalloc.start()
