@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from memory.schema import Step, StepKind
+
 Message = dict[str, Any]
 
 
@@ -38,3 +40,16 @@ def as_reply(content: str, tool_calls: Sequence[dict[str, Any]]) -> Message:
     if not tool_calls:
         return {"role": "assistant", "content": content}
     return {"role": "assistant", "content": content.removesuffix("\n"), "tool_calls": list(tool_calls)}
+
+
+def restore_messages(steps: Sequence[Step]) -> list[Message]:
+    """Return the steps as the messages that the model was shown."""
+    return [_as_message(step) for step in steps]
+
+
+def _as_message(step: Step) -> Message:
+    if step.kind is StepKind.USER:
+        return {"role": "user", "content": step.content}
+    if step.kind is StepKind.TOOL:
+        return {"role": "tool", "tool_call_id": step.tool_call_id, "content": step.content}
+    return as_reply(step.content, step.tool_calls)

@@ -13,6 +13,7 @@
     |   +-- UnknownCycle
     |   +-- UnknownResponse
     |   +-- UnknownKey
+    |   +-- UnknownExample
     +-- IllegalMove              a stage cannot move there (also a ValueError)
     |   +-- NothingToRollBackTo
     |   +-- LastOperatorKey      without it nobody could manage keys
@@ -76,6 +77,10 @@ class UnknownPolicy(UnknownRow):
 
 class UnknownDocument(UnknownRow):
     """No document has that id."""
+
+
+class UnknownExample(UnknownRow):
+    """No example has that id."""
 
 
 class DocumentTooLong(StoreError, ValueError):

@@ -1,9 +1,10 @@
-"""The database schema: tasks, trajectories, rewards, feedback, insights, documents, policies, cycles and keys.
+"""The database schema: tasks, trajectories, rewards, feedback, insights, documents, policies, cycles, examples, keys.
 
 These rows are the only source of truth; vectors and full-text tables are indexes that can be rebuilt from them.
 
 Invariants: a stage moves only along `LEGAL_MOVES`; records of what happened are only added to. Trajectories, feedback,
-insights and documents belong to one tenant, `""` being the default one; policies and cycles are shared by all tenants.
+insights, documents and examples belong to one tenant, `""` being the default one; policies and cycles are shared by all
+tenants.
 """
 
 # SQLModel declares __tablename__ as a declared_attr, although a plain string is its documented use.
@@ -39,6 +40,8 @@ from sqlalchemy import (
     true,
 )
 from sqlmodel import Field, SQLModel
+
+from memory.formats.content import ExampleKind
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ID = re.compile(r"[a-z]+_([0-9a-f]{12})[0-9a-f]{16}")
@@ -648,6 +651,45 @@ class Cycle(SQLModel, table=True):
     error: str | None = Field(default=None, sa_type=CleanText)
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
     closed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class Example(SQLModel, table=True):
+    """A row of training data that was imported: text without token ids, which the policy's chat template renders.
+
+    It is no episode: nobody lived it here, so no insight, exemplar or figure is ever made of it.
+    """
+
+    __tablename__ = "examples"
+    __table_args__ = (
+        UniqueConstraint("tenant", "digest"),
+        Index("examples_by_kind", "tenant", "kind", "environment", "id"),
+    )
+
+    id: str = Field(primary_key=True)
+    tenant: str = ""
+    key_id: str | None = None
+    """The API key of the import; weights learn from it only if that key may teach."""
+    trust: Trust = Field(default=Trust.TRUSTED, sa_type=enum_column(Trust))
+    digest: str
+    """SHA-256 of what is learned from it; a tenant has each once."""
+    kind: ExampleKind = Field(sa_type=enum_column(ExampleKind))
+    environment: str = ""
+    """Cycles of this environment learn from it; empty for those of live traffic."""
+    task: str | None = Field(default=None, sa_type=CleanText)
+    source: str = Field(default="", sa_type=CleanText)
+    """The name that the importer gave: mostly that of the file."""
+    format: str = ""
+    prompt: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
+    """Never trained."""
+    completion: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
+    """Its assistant messages are trained, those with weight 0 excepted."""
+    rejected: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
+    is_good: bool | None = None
+    reward: float | None = None
+    tools: list[dict[str, Any]] = Field(default_factory=list, sa_column=Column(JSON))
+    extra: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
+    """Fields of the imported row that are only kept to be exported again."""
+    created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
 
 
 class Scope(StrEnum):

@@ -13,6 +13,8 @@ from types import TracebackType
 from sqlalchemy import Connection
 
 from memory.config import MemoryConfig
+from memory.datasets.examples import Examples
+from memory.datasets.exports import Exports
 from memory.records.cycles import Cycles
 from memory.records.documents import Documents
 from memory.records.feedback import FeedbackRecords
@@ -65,6 +67,8 @@ class Memory:
         self.responses = Responses(self.database)
         self.keys = Keys(self.database)
         self.feedback = FeedbackRecords(self.database, self.trajectories)
+        self.examples = Examples(self.database, success_reward=config.success_reward)
+        self.exports = Exports(self.database, self.trajectories, self.examples)
         self.index = MemoryIndex(
             self.database,
             TextIndex(self._text_database),

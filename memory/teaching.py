@@ -2,8 +2,8 @@
 
 Feedback teaches when its key has the scope `teach`; in the default tenant also with an administrator's key, or without
 a key (the operator at the server's machine, and rows older than keys). An environment's reward is measured, so it
-teaches in the default tenant, and elsewhere when the episode was requested with a teaching key. Revoking a key takes
-nothing back, because keys are mostly replaced.
+teaches in the default tenant, and elsewhere when the episode was requested with a teaching key. Imported examples teach
+as feedback of the key that imported them. Revoking a key takes nothing back, because keys are mostly replaced.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, and_, or_
 from sqlmodel import Session, col, select
 
-from memory.schema import ApiKey, Feedback, Reward, RewardSource, Scope, Trajectory
+from memory.schema import ApiKey, Example, Feedback, Reward, RewardSource, Scope, Trajectory
 
 DEFAULT_TENANT = ""
 
@@ -28,6 +28,8 @@ class Teacher:
     user_id: str = ""
     is_environment: bool = False
     """Whether an environment measured the reward."""
+    is_import: bool = False
+    """Whether it gave examples that were imported."""
 
 
 OPERATOR = Teacher()
@@ -54,6 +56,12 @@ def reward_teaches(keys: Collection[str]) -> ColumnElement[bool]:
 def correction_teaches(keys: Collection[str]) -> ColumnElement[bool]:
     """Return the condition under which feedback, joined with its trajectory, may teach the weights."""
     return _giver_teaches(Feedback, keys)
+
+
+def example_teaches(keys: Collection[str]) -> ColumnElement[bool]:
+    """Return the condition under which an imported example may teach the weights."""
+    is_operators = and_(col(Example.key_id).is_(None), col(Example.tenant) == DEFAULT_TENANT)
+    return or_(is_operators, and_(col(Example.key_id).is_not(None), col(Example.key_id).in_(keys)))
 
 
 def _giver_teaches(row: type[Reward] | type[Feedback], keys: Collection[str]) -> ColumnElement[bool]:

@@ -259,6 +259,7 @@ def test_client_verbs_import_nothing_heavy() -> None:
     code = (
         "import sys, serve, runtime.cli.client, runtime.cli.play, runtime.cli.cycles, runtime.cli.render;"
         "import runtime.cli.chat, runtime.cli.documents;"
+        "import runtime.cli.datasets.importing, runtime.cli.datasets.exporting;"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

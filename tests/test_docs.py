@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 from typer.main import get_command
 
 import serve
+from memory.formats.registry import FORMATS, write_row
 from memory.schema import Split
 from optimizer.config import EvaluationConfig
 from runtime.cli.output import run
@@ -25,6 +27,7 @@ from runtime.environments.graders.registry import AnyGrader
 from runtime.environments.registry import open_environments
 from runtime.tools.base import run_tool
 from runtime.tools.toolbox import Toolbox
+from tests.memory.formats.rows import DEMONSTRATION, LABEL, PREFERENCE
 from tests.runtime.api.playing import PlayedWorld
 from tests.runtime.api.worlds import ServedWorld
 
@@ -35,6 +38,7 @@ KEYS = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
 TOOLS = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
 GATE = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -256,3 +260,23 @@ def test_the_commands_about_tasks_exist_with_their_options():
             command = command.commands[words.pop(0)]
         options = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= options, line
+
+
+def test_the_page_on_data_runs_and_names_every_format(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [write_row(each, FORMATS["ratchet"]) for each in (DEMONSTRATION, PREFERENCE, LABEL)]
+    for name, row in zip(("expert_games.jsonl", "pairs.json.gz", "labels.jsonl"), rows, strict=True):
+        line = json.dumps(row).encode() + b"\n"
+        Path(name).write_bytes(gzip.compress(line) if name.endswith("gz") else line)
+    with ServedWorld(tmp_path / "data") as world:
+        for line in "".join(blocks("sh", DATA)).splitlines():
+            command = line.replace("textworld", "doors")
+            code = run(serve.app, [*shlex.split(command)[1:], "--url", world.url, "--json"])
+            assert code == 0, capsys.readouterr()
+        assert json.loads(Path("demonstrations.jsonl").read_text())["conversations"]
+        assert world.memory.examples.select() == []
+        capsys.readouterr()
+        (code,) = blocks("python", DATA)
+        exec(compile(code.replace("http://127.0.0.1:8080", world.url), "data.md", "exec"), {})
+    assert capsys.readouterr().out == "1 1\n"
+    assert set(re.findall(r"^\| `([a-z-]+)` \| `", DATA, re.MULTILINE)) == set(FORMATS)

@@ -13,6 +13,7 @@ from memory.schema import (
     ApiKey,
     Cycle,
     Document,
+    Example,
     Feedback,
     Insight,
     Review,
@@ -23,7 +24,7 @@ from memory.schema import (
 )
 from memory.storage.database import Database
 
-NUMBERED = (ApiKey, Cycle, Document, Insight, Review, Reward, Trajectory)
+NUMBERED = (ApiKey, Cycle, Document, Example, Insight, Review, Reward, Trajectory)
 """Tables whose ids come from `new_id`. The highest id is read from the primary key's index."""
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from memory.datasets.examples import TaughtExample
+from memory.formats.content import ExampleKind
 from memory.names import path_below
 from memory.records.feedback import Correction
 from memory.schema import Split, Task, Trajectory
@@ -129,24 +131,52 @@ class CycleContext:
         )
         return await self._drop_held_out(corrections)
 
+    async def read_examples(self) -> dict[ExampleKind, list[TaughtExample]]:
+        """Return the imported examples for this cycle's environments by those who may teach the weights, by kind,
+        without held-out tasks."""
+
+        def read(kind: ExampleKind) -> list[TaughtExample]:
+            environments = self.config.pool_environments
+            return self.memory.examples.learnable(kind, environments=environments, limit=self.config.max_pool)
+
+        examples = {kind: await asyncio.to_thread(read, kind) for kind in ExampleKind}
+        if not any(examples.values()):
+            return {}
+        measures = await self._find_measuring()
+
+        def is_held_out(each: TaughtExample) -> bool:
+            row = each.example
+            return measures(row.tenant, row.environment or None, row.task, each.question)
+
+        return {kind: [each for each in rows if not is_held_out(each)] for kind, rows in examples.items()}
+
     def key_names(self) -> dict[str, str]:
         """Return the names of API keys by their ids."""
         return {key.id: key.name for key in self.memory.keys.select()}
 
     async def _drop_held_out(self, candidates: list[WithTrajectory]) -> list[WithTrajectory]:
         """Leave out tries of tasks that measure, also those that were played without being marked as held out."""
+        measures = await self._find_measuring()
+
+        def is_held_out(trajectory: Trajectory) -> bool:
+            return measures(trajectory.tenant, trajectory.environment, trajectory.task, trajectory.task_text)
+
+        return [each for each in candidates if not is_held_out(each.trajectory)]
+
+    async def _find_measuring(self) -> Callable[[str, str | None, str | None, str], bool]:
+        """Return whether a task measures, as a function of (tenant, environment, task, text)."""
         # by name: a client may have played a held-out task without marking it
         held_out = {(task.environment, task.name) for task in self._measuring_tasks()}
         held_out_by_clients = await asyncio.to_thread(self.memory.trajectories.held_out_tasks)
 
-        def measures(trajectory: Trajectory) -> bool:
+        def measures(tenant: str, environment: str | None, task: str | None, text: str) -> bool:
             # live traffic has no environment: it is held out by what its clients named, tenant by tenant, so that no
             # tenant can withhold another's log from learning
-            if trajectory.environment is not None:
-                return (trajectory.environment, trajectory.task) in held_out
-            return any((trajectory.tenant, it) in held_out_by_clients for it in (trajectory.task, trajectory.task_text))
+            if environment is not None:
+                return (environment, task) in held_out
+            return any((tenant, it) in held_out_by_clients for it in (task, text))
 
-        return [each for each in candidates if not measures(each.trajectory)]
+        return measures
 
     def is_success(self, trajectory: Trajectory) -> bool:
         """Whether a closed episode reached the reward of a success."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
+from memory.formats.content import ExampleKind
 from memory.records.feedback import Correction
 from memory.records.trajectories import GradedTrajectory
 from memory.schema import Trajectory
@@ -59,6 +60,8 @@ class Logged:
     active: int
     """The version of the policy that will play."""
     config: OptimizerConfig
+    num_imported: Mapping[ExampleKind, int] = field(default_factory=dict)
+    """Imported examples by kind."""
 
     @classmethod
     def read(cls, memory: Memory, config: OptimizerConfig) -> Logged:
@@ -69,6 +72,7 @@ class Logged:
             memory.feedback.corrections(limit=config.max_pool, environments=environments, is_for_weights=True),
             memory.policies.active().version,
             config,
+            {kind: memory.examples.count_learnable(kind, environments=environments) for kind in ExampleKind},
         )
 
 
@@ -114,6 +118,8 @@ def need_demonstrations(logged: Logged, rounds: Sequence[int]) -> Need:
     # more corrections of one task are taken where rows would lack otherwise
     num_lacking = max(0, config.demonstrations.min_rows - available)
     available += min(len(taught) - num_corrections, num_lacking)
+    num_imported = logged.num_imported.get(ExampleKind.DEMONSTRATION, 0)
+    available += num_imported
     playable, record = _count_playable(logged, rounds)
     return Need(
         name="demonstrations",
@@ -122,10 +128,11 @@ def need_demonstrations(logged: Logged, rounds: Sequence[int]) -> Need:
         playable=playable,
         is_required=True,
         detail=f"{len(successes)} of {len(learnable)} rewarded trajectories are successes, {len(corrections)} replies "
-        f"were corrected, which makes {available} demonstrations (of one task at most {per_task} successes count)"
+        f"were corrected and {num_imported} demonstrations imported, which makes {available} demonstrations (of one "
+        f"task at most {per_task} successes count)"
         f"{record}",
         mend="play more practice_episodes, give feedback (with keys, with one that has the scope 'teach') or "
-        "corrections, or lower demonstrations.min_rows",
+        "corrections, import demonstrations for this environment, or lower demonstrations.min_rows",
     )
 
 
@@ -169,10 +176,12 @@ def need_preferences(logged: Logged, rounds: Sequence[int]) -> Need:
     else:
         available, playable = sum(min(wanted.per_task, won[task] * lost[task]) for task in contrasts), 0
         detail = f"{len(contrasts)} tasks were won at least once and lost at least once"
+    if num_imported := logged.num_imported.get(ExampleKind.PREFERENCE, 0):
+        detail += f"; {num_imported} were imported"
     return Need(
         name="preferences",
         needed=wanted.min_rows,
-        available=available,
+        available=available + num_imported,
         playable=playable,
         detail=detail,
         mend="without them there is no DPO and the SFT policy is the candidate; have the same tasks tried several "

@@ -132,6 +132,7 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
         max_length_tokens=placement.max_length_tokens(method.loss),
         base_model=context.memory.policies.get(0).base_model,
         num_not_by_a_teacher=await asyncio.to_thread(_count_not_by_a_teacher, context),
+        examples=await context.read_examples(),
     )
     built = await asyncio.to_thread(method.build, material)
     # a method that continues another one may have too few rows: it is skipped in `train`
@@ -160,11 +161,13 @@ def _rows_path(context: CycleContext, method: Method) -> Path:
 
 
 def _count_not_by_a_teacher(context: CycleContext) -> int:
-    """Return how many rewarded trajectories and corrections count for no weights, because of who gave the feedback."""
+    """Return how many rewarded trajectories, corrections and imported examples count for no weights, because of who
+    gave them."""
     trajectories = context.memory.trajectories
     rewarded, by_teachers = trajectories.count_learnable(), trajectories.count_learnable(is_for_weights=True)
     num_rewarded = sum(rewarded.get(it, 0) - by_teachers.get(it, 0) for it in context.config.pool_environments)
-    return num_rewarded + context.memory.feedback.count_corrections_without_teacher()
+    num_imported = context.memory.examples.count_without_teacher(environments=context.config.pool_environments)
+    return num_rewarded + context.memory.feedback.count_corrections_without_teacher() + num_imported
 
 
 def _require_enough(method: Method, built: BuiltRows[Any], config: OptimizerConfig, num_trajectories: int) -> None:
@@ -174,7 +177,7 @@ def _require_enough(method: Method, built: BuiltRows[Any], config: OptimizerConf
     raise TooFewTrajectories(
         f"{num_examples} {method.rows} could be made of {num_trajectories} trajectories and {min_rows} are needed: "
         f"{min_rows - num_examples} are missing (left out: {_list_reasons(built.counts) or 'nothing'}); play more "
-        f"practice episodes, give feedback on logged ones, or lower {method.rows}.min_rows",
+        f"practice episodes, give feedback on logged ones, import {method.rows}, or lower {method.rows}.min_rows",
         num_missing=min_rows - num_examples,
     )
 

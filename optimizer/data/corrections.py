@@ -9,8 +9,11 @@ another speaker's message, leaves the row out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from memory.records.feedback import Correction
-from optimizer.data.stitching import Row, Tokenizer, Unstitchable
+from optimizer.data.stitching import Row, Tokenizer, Unstitchable, render_text
 
 QUESTION = [{"role": "user", "content": "?"}]
 """Any message may precede a reply: templates write a plain reply the same after each."""
@@ -35,20 +38,36 @@ def render_reply(tokenizer: Tokenizer, text: str) -> list[int]:
     Raises:
         Unstitchable: `correction_not_rendered` or `correction_with_marks`.
     """
-    before = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
-    messages = [*QUESTION, {"role": "assistant", "content": text}]
-    after = tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
-    # some templates open a thought in the generation prompt that a finished reply lacks
-    if not after.startswith(before):
-        raise Unstitchable("correction_not_rendered")
-    # the template has written all special tokens: one that the tokenizer adds, such as BOS, would stand in the middle
-    # of the row
-    ids = list(tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"])
-    if tokenizer.eos_token_id not in ids:
-        raise Unstitchable("correction_not_rendered")
-    # up to and with the last end token; templates add a newline behind it
-    reply = ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]
+    try:
+        reply = render_reply_after(tokenizer, QUESTION, {"role": "assistant", "content": text})
+    except ValueError:
+        raise Unstitchable("correction_not_rendered") from None
     # the end token itself is the last one
     if set(reply[:-1]) & set(tokenizer.added_tokens_encoder.values()):
         raise Unstitchable("correction_with_marks")
     return reply
+
+
+def render_reply_after(
+    tokenizer: Tokenizer,
+    before: Sequence[dict[str, Any]],
+    reply: dict[str, Any],
+    tools: Sequence[dict[str, Any]] = (),
+) -> list[int]:
+    """Return the token ids of a reply to the messages before it, up to the token that ends it.
+
+    Raises:
+        ValueError: the template writes the reply, or the end of it, in another way than a model would.
+    """
+    prompt = render_text(tokenizer, before, tools, add_generation_prompt=True)
+    whole = render_text(tokenizer, [*before, reply], tools, add_generation_prompt=False)
+    # some templates open a thought in the generation prompt that a finished reply lacks
+    if not whole.startswith(prompt):
+        raise ValueError("the rendered reply does not continue its prompt")
+    # the template has written all special tokens: one that the tokenizer adds, such as BOS, would stand in the middle
+    # of the row
+    ids = list(tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"])
+    if tokenizer.eos_token_id not in ids:
+        raise ValueError("the rendered reply has no end")
+    # up to and with the last end token; templates add a newline behind it
+    return ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]

@@ -1,4 +1,4 @@
-"""Builds demonstrations: rows of tokens to imitate, from successes and from corrections. Pure functions."""
+"""Builds demonstrations: rows of tokens to imitate, from successes, corrections and imports. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from memory.datasets.examples import TaughtExample
+from memory.formats.content import ExampleKind
 from memory.records.feedback import Correction
 from optimizer.config import DemonstrationConfig, TeachingConfig
 from optimizer.data.corrections import stitch_correction
+from optimizer.data.examples import ExampleRenderer
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_imitable, require_trusted
 from optimizer.data.stitching import Tokenizer, Unstitchable, plan_memory_removal, remove_memory, stitch
 from optimizer.errors import TemplateMismatch
@@ -29,6 +32,8 @@ class Demonstration:
     mask: list[int]
     has_memory: bool = False
     is_correction: bool = False
+    is_imported: bool = False
+    """Then `trajectory_id` is the id of an example."""
 
 
 @dataclass
@@ -69,6 +74,7 @@ class DemonstrationRows(BuiltRows[Demonstration]):
             "trained_tokens": self.trained_tokens,
             "trained_share": self.trained_share,
             "num_corrections": self.num_corrections,
+            "num_imported": len({row.trajectory_id for row in self.rows if row.is_imported}),
             "num_with_memory": sum(row.has_memory for row in self.rows),
             "tokens_shown": self.tokens_shown,
             "tokens_kept": self.tokens_kept,
@@ -89,6 +95,7 @@ def build(material: Material) -> DemonstrationRows:
         seed=material.config.seed,
         corrections=material.corrections,
         teaching=material.config.teaching,
+        examples=material.examples.get(ExampleKind.DEMONSTRATION, ()),
     )
     _require_own_tokens(built, material.base_model)
     built.counts["not_by_a_teacher"] = material.num_not_by_a_teacher
@@ -114,6 +121,8 @@ def describe(summary: dict[str, Any]) -> list[str]:
         f"{summary['num_rows']} demonstrations of {summary['num_tasks']} tasks, {summary['num_with_memory']} of them "
         f"with their memory segment ({list_counts(summary['tally'])})."
     ]
+    if summary.get("num_imported"):
+        paragraphs.append(f"{summary['num_imported']} demonstrations were imported.")
     if "trained_share" in summary:  # a cycle opened by an older version has none
         paragraphs.append(
             f"{summary['trained_share']:.1%} of the agent's own tokens in the usable episodes have a loss "
@@ -133,10 +142,11 @@ def build_demonstrations(
     seed: int = 0,
     corrections: Sequence[Correction] = (),
     teaching: TeachingConfig | None = None,
+    examples: Sequence[TaughtExample] = (),
 ) -> DemonstrationRows:
-    """Return the rows to imitate: corrections, and successes that nobody corrected, few per task, the shortest first.
-    Mostly without their memory segment. Corrections over the limit of their task are added where the rows would
-    otherwise be fewer than a training needs, because nothing is left that they could drown out."""
+    """Return the rows to imitate: corrections, successes that nobody corrected, few per task, the shortest first, and
+    imported examples. Mostly without their memory segment. Corrections over the limit of their task are added where
+    the rows would otherwise be fewer than a training needs, because nothing is left that they could drown out."""
     graded = list(graded)
     refuse_held_out(graded)
     refuse_held_out(corrections)
@@ -165,6 +175,7 @@ def build_demonstrations(
         _take_shortest(episodes, config.per_task, built)
     # parallel to `rows`: bound_rows picks from both by position
     built.teachers += [teachers[row.trajectory_id] for row in built.rows[built.num_corrections :]]
+    _take_examples(examples, ExampleRenderer(tokenizer, max_length_tokens) if examples else None, built)
     # older corrections only fill up to the minimum
     num_missing = max(0, config.min_rows - built.num_examples)
     with_correction |= _take_corrections(
@@ -226,6 +237,30 @@ def _take_corrections(
         built.tokens_kept += kept.num_prompt_tokens
         tasks.add(each.trajectory.task_key)
     return tasks
+
+
+def _take_examples(
+    examples: Sequence[TaughtExample], renderer: ExampleRenderer | None, built: DemonstrationRows
+) -> None:
+    """Add the rows of imported examples. They have no limit per task: somebody chose each of them."""
+    if renderer is None:
+        return
+    taken: set[tuple[tuple[int, ...], ...]] = set()
+    tasks: set[str] = set()
+    for each in examples:
+        try:
+            rows = renderer.render_demonstration(each)
+            tokens = tuple(tuple(row.input_ids) for row in rows)
+            if tokens in taken:  # two tenants imported the same file
+                raise Unstitchable("duplicate")
+        except Unstitchable as reason:
+            built.counts[str(reason)] += 1
+            continue
+        taken.add(tokens)
+        tasks.add(each.example.task or each.question)
+        built.rows += [Demonstration(each.example.id, row.input_ids, row.mask, is_imported=True) for row in rows]
+        built.teachers += [(each.teacher,)] * len(rows)
+    built.num_tasks += len(tasks)
 
 
 def _newest_per_task(corrections: Sequence[Correction], most: int) -> tuple[list[Correction], list[Correction]]:

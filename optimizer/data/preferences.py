@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
 
+from memory.datasets.examples import TaughtExample
+from memory.formats.content import ExampleKind
 from memory.records.feedback import Correction
 from optimizer.config import PreferenceConfig, TeachingConfig
+from optimizer.data.examples import ExampleRenderer
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_imitable, require_trusted
 from optimizer.data.stitching import (
     Row,
@@ -69,6 +72,7 @@ def build(material: Material) -> PreferenceRows:
         seed=material.config.seed,
         corrections=material.corrections,
         teaching=material.config.teaching,
+        examples=material.examples.get(ExampleKind.PREFERENCE, ()),
     )
 
 
@@ -87,9 +91,10 @@ def build_preferences(
     seed: int = 0,
     corrections: Sequence[Correction] = (),
     teaching: TeachingConfig | None = None,
+    examples: Sequence[TaughtExample] = (),
 ) -> PreferenceRows:
     """Return (prompt, chosen, rejected) rows: two replies to the same prompt, of which the tries of the task show that
-    one is better. A success that somebody corrected shows nothing: it may be no success.
+    one is better, and imported pairs. A success that somebody corrected shows nothing: it may be no success.
 
     The memory segment is taken out of both sides, so episodes that were shown different things can be compared.
     Departures from ETO (arXiv 2403.02502): the sides need not come from the expert and the agent; what is compared is
@@ -118,8 +123,40 @@ def build_preferences(
             built.counts["no_contrast"] += 1
     teachers = {each.trajectory.id: each.teacher for each in graded}
     built.teachers = [(teachers[row.chosen_trajectory_id], teachers[row.rejected_trajectory_id]) for row in built.rows]
+    _take_examples(examples, tokenizer, max_length_tokens, built)
     bound_rows(built, config, teaching or TeachingConfig(), seed)
     return built
+
+
+def _take_examples(
+    examples: Sequence[TaughtExample], tokenizer: Tokenizer, max_length_tokens: int, built: PreferenceRows
+) -> None:
+    """Add imported pairs whole: their author compared the whole completions."""
+    if not examples:
+        return
+    renderer = ExampleRenderer(tokenizer, max_length_tokens)
+    tasks: set[str] = set()
+    for each in examples:
+        try:
+            chosen, rejected = renderer.render_pair(each)
+        except Unstitchable as reason:
+            built.counts[str(reason)] += 1
+            continue
+        start = chosen.starts[0]
+        built.rows.append(
+            Preference(
+                chosen_trajectory_id=each.example.id,
+                rejected_trajectory_id=each.example.id,
+                prompt_ids=chosen.input_ids[:start],
+                chosen_ids=chosen.input_ids[start:],
+                chosen_mask=chosen.mask[start:],
+                rejected_ids=rejected.input_ids[start:],
+                rejected_mask=rejected.mask[start:],
+            )
+        )
+        built.teachers.append((each.teacher,))
+        tasks.add(each.example.task or each.question)
+    built.num_tasks += len(tasks)
 
 
 def _weigh_task(

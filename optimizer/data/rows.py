@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from memory.datasets.examples import TaughtExample
+from memory.formats.content import ExampleKind
 from memory.records.feedback import Correction
 from optimizer.config import DemonstrationConfig, OptimizerConfig, PreferenceConfig, TeachingConfig
 from optimizer.data.shares import Teachers, choose_rows
@@ -38,7 +40,9 @@ class Material:
     """Longer rows are left out."""
     base_model: str
     num_not_by_a_teacher: int = 0
-    """Rewarded trajectories and corrections that were left out because of the person who gave the feedback."""
+    """Rewarded trajectories, corrections and imported examples that were left out because of who gave them."""
+    examples: Mapping[ExampleKind, Sequence[TaughtExample]] = field(default_factory=dict)
+    """Imported examples by kind; a kind without any may be absent."""
 
 
 @dataclass

@@ -101,7 +101,7 @@ def count_rows(teachers: Sequence[Teachers], key_names: Mapping[str, str]) -> li
     return [
         {
             "tenant": teacher.tenant,
-            "teacher": "environment" if teacher.is_environment else "feedback",
+            "teacher": _name_kind(teacher),
             "key_id": teacher.key_id,
             "key_name": key_names.get(teacher.key_id or ""),
             "user": hash_user(teacher.tenant, teacher.user_id),
@@ -111,8 +111,14 @@ def count_rows(teachers: Sequence[Teachers], key_names: Mapping[str, str]) -> li
     ]
 
 
+def _name_kind(teacher: Teacher) -> str:
+    if teacher.is_import:
+        return "import"
+    return "environment" if teacher.is_environment else "feedback"
+
+
 def _order(teacher: Teacher) -> tuple[str, ...]:
-    return (teacher.tenant, teacher.key_id or "", teacher.user_id, str(teacher.is_environment))
+    return (teacher.tenant, teacher.key_id or "", teacher.user_id, _name_kind(teacher))
 
 
 def hash_user(tenant: str, user_id: str) -> str:

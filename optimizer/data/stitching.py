@@ -21,6 +21,13 @@ from memory.conversation import show_memory
 from memory.schema import Step, StepKind, Trajectory
 
 
+class AddedToken(Protocol):
+    """A token that was added to a tokenizer's vocabulary."""
+
+    content: str
+    special: bool
+
+
 class Tokenizer(Protocol):
     """The parts of a transformers tokenizer that rows need."""
 
@@ -29,6 +36,9 @@ class Tokenizer(Protocol):
 
     @property
     def added_tokens_encoder(self) -> dict[str, int]: ...
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, AddedToken]: ...
 
     def apply_chat_template(
         self,
@@ -212,13 +222,26 @@ def render_prompt(
     `joins_parts`: a message of several text parts becomes one text, as the engine does for templates that take no
     parts.
     """
-    text = tokenizer.apply_chat_template(
-        [_as_served_message(message, joins_parts) for message in messages],
-        tools=[_as_served_tool(tool) for tool in tools] or None,
-        add_generation_prompt=True,
-        tokenize=False,
-    )
+    text = render_text(tokenizer, messages, tools, add_generation_prompt=True, joins_parts=joins_parts)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def render_text(
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    joins_parts: bool = True,
+) -> str:
+    """Return the text that the chat template makes of messages in the engine's normal form."""
+    served_tools: dict[str, Any] = {"tools": [_as_served_tool(tool) for tool in tools]} if tools else {}
+    return tokenizer.apply_chat_template(
+        [_as_served_message(message, joins_parts) for message in messages],
+        add_generation_prompt=add_generation_prompt,
+        tokenize=False,
+        **served_tools,
+    )
 
 
 def _has_parts(messages: Sequence[dict[str, Any]]) -> bool:

@@ -26,13 +26,12 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
-from memory.conversation import show_memory
+from memory.conversation import restore_messages, show_memory
 from memory.records.trajectories import measure
 from memory.schema import RewardSource, Split, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
 from runtime.agent.nodes import act, resume, retrieve, use_tools
 from runtime.agent.open_episodes import OpenEpisode, OpenEpisodes
-from runtime.agent.resume import restore_messages
 from runtime.agent.state import Budget, Episode, EpisodeState
 from runtime.agent.turn import Turn, TurnRequest
 from runtime.config import AgentConfig

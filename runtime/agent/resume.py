@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memory.conversation import as_reply
 from memory.schema import Step, StepKind, Trajectory
 from runtime.engine.client import Message
 
@@ -103,19 +102,6 @@ def exchanges_of(messages: Sequence[Message]) -> list[tuple[str, str]]:
         elif message.get("role") == "assistant" and (reply := text_of(message)):
             exchanges.append((question, reply))
     return exchanges
-
-
-def restore_messages(steps: Sequence[Step]) -> list[Message]:
-    """Return the steps as the messages that the model was shown."""
-    return [_as_message(step) for step in steps]
-
-
-def _as_message(step: Step) -> Message:
-    if step.kind is StepKind.USER:
-        return {"role": "user", "content": step.content}
-    if step.kind is StepKind.TOOL:
-        return {"role": "tool", "tool_call_id": step.tool_call_id, "content": step.content}
-    return as_reply(step.content, step.tool_calls)
 
 
 def _canonical(message: Message, *, is_parsed: bool) -> dict[str, Any]:

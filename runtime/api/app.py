@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from runtime.api import docs_page, errors, health, metrics
+from runtime.api.datasets import examples, export
 from runtime.api.errors import (
     BadRequest,
     Forbidden,
@@ -71,6 +72,7 @@ TAGS = [
     {"name": "insights", "description": "Lessons as text, learned across tasks."},
     {"name": "exemplars", "description": "Past successes that are shown in prompts."},
     {"name": "documents", "description": "Texts that the agent can search."},
+    {"name": "examples", "description": "Training data in and out: imported rows, and exports in the forms of others."},
     {"name": "environments", "description": "Tasks that can be played again."},
     {"name": "keys", "description": "API keys: scopes and quotas."},
     {"name": "index", "description": "The search index over memories; it can be rebuilt from the rows at any time."},
@@ -89,6 +91,8 @@ ROUTERS = (
     insights,
     exemplars,
     documents,
+    examples,
+    export,
     environments,
     keys,
     index,

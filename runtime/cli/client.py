@@ -66,8 +66,7 @@ class Client:
 
     async def get(self, path: str, **query: QueryValue) -> dict[str, Any]:
         """Return the JSON at `path`; parameters that are None are left out. Raises: ErrorReply, ServerUnreachable."""
-        params = {name: value for name, value in query.items() if value is not None}
-        return (await self._request("GET", path, params=params)).json()
+        return (await self._request("GET", path, params=_given(query))).json()
 
     async def get_text(self, path: str, **query: QueryValue) -> str:
         """Return the text at `path`. Raises: ErrorReply, ServerUnreachable."""
@@ -82,9 +81,27 @@ class Client:
         """
         return (await self._request("POST", path, body=body, is_repeatable=is_repeatable)).json()
 
-    async def delete(self, path: str) -> dict[str, Any]:
+    async def post_lines(self, path: str, lines: bytes, **query: QueryValue) -> dict[str, Any]:
+        """Post rows, one per line, and return the JSON of the answer. Posting twice must have no further effect.
+
+        Raises: ErrorReply, ServerUnreachable.
+        """
+        return (await self._request("POST", path, params=_given(query), lines=lines)).json()
+
+    async def delete(self, path: str, **query: QueryValue) -> dict[str, Any]:
         """Delete the resource at `path` and return the JSON of the answer. Raises: ErrorReply, ServerUnreachable."""
-        return (await self._request("DELETE", path)).json()
+        return (await self._request("DELETE", path, params=_given(query))).json()
+
+    async def stream_lines(self, path: str, **query: QueryValue) -> AsyncIterator[dict[str, Any]]:
+        """Yield the JSON of each line of a streamed answer. Raises: ErrorReply, ServerUnreachable."""
+        response = await self._request("GET", path, params=_given(query), is_streamed=True)
+        try:
+            async for line in response.aiter_lines():
+                yield json.loads(line)
+        except httpx.TransportError as error:
+            raise ServerUnreachable(f"the server at {self.url} broke off: {type(error).__name__} {error}") from None
+        finally:
+            await response.aclose()
 
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Yield the events of a streamed answer.
@@ -116,11 +133,15 @@ class Client:
         is_streamed: bool = False,
         params: Mapping[str, QueryValue] | None = None,
         body: Mapping[str, Any] | None = None,
+        lines: bytes | None = None,
     ) -> httpx.Response:
+        headers = None if lines is None else {"Content-Type": "application/x-ndjson"}
         started, pause = time.monotonic(), 0.25
         while True:
             try:
-                request = self._http.build_request(method, quote(path), params=params, json=body)
+                request = self._http.build_request(
+                    method, quote(path), params=params, json=body, content=lines, headers=headers
+                )
                 response = await self._http.send(request, stream=is_streamed)
                 # A streamed response has no body until it is read.
                 if is_streamed and not response.is_success:
@@ -148,6 +169,10 @@ class Client:
                 raise failure
             await asyncio.sleep(min(pause, MAX_PAUSE_SECONDS))
             pause *= 2
+
+
+def _given(query: Mapping[str, QueryValue]) -> dict[str, QueryValue]:
+    return {name: value for name, value in query.items() if value is not None}
 
 
 def _error_fields(response: httpx.Response) -> dict[str, Any]:

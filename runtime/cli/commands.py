@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from runtime.cli.chat import chat
+from runtime.cli.datasets.commands import add_dataset_commands
 from runtime.cli.options import DEFAULT_URL, Json, Key, Url, connect, get_and_print, is_on, post_and_print
 from runtime.cli.output import progress_console, run_command
 
@@ -18,10 +19,11 @@ trajectories = typer.Typer(help="Recorded episodes, step by step.", no_args_is_h
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add the commands, and `chat`, to the command line."""
+    """Add the commands, `chat` and those about training data to the command line."""
     for command in (chat, play, policies, promote, rollback, feedback):
         app.command()(command)
     app.add_typer(trajectories, name="trajectories")
+    add_dataset_commands(app)
 
 
 def play(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from memory.conversation import as_reply, show_memory
+from memory.conversation import as_reply, restore_messages, show_memory
 from memory.schema import Step, StepKind
-from runtime.agent.resume import restore_messages
 from runtime.engine.client import Completion
 
 CALL = {"id": "1", "type": "function", "function": {"name": "act", "arguments": "{}"}}

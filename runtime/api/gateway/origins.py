@@ -23,7 +23,7 @@ EVERY_ADDRESS = frozenset({"", "0.0.0.0", "::"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 UPLOADS = "/v1/documents"
 """Below this path, a file may be uploaded as multipart/form-data."""
-JSON_TYPE = re.compile(r"application/(?:[a-z0-9.+-]+\+)?json", re.IGNORECASE)
+JSON_TYPE = re.compile(r"application/(?:(?:[a-z0-9.+-]+\+)?json|x-ndjson)", re.IGNORECASE)
 
 
 class OriginCheck:

@@ -12,8 +12,10 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from memory.adapters import CONFIG_NAME, WEIGHTS_NAME, Manifest, write_adapter_atomically, write_manifest
+from memory.adapters import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, Manifest, write_adapter_atomically, write_manifest
+from memory.datasets.examples import Origin
 from memory.errors import UnknownCycle
+from memory.formats.content import ExampleContent, ExampleKind
 from memory.schema import CycleStage, Feedback, PolicyStage, RewardSource, Split, Task, TrajectoryStage
 from memory.store import Memory
 from optimizer.config import DemonstrationConfig, EvaluationConfig, OptimizerConfig
@@ -27,7 +29,7 @@ from optimizer.placement import Gpu, Machine
 from optimizer.seams import Seams
 from optimizer.training.launch import read_finished
 from tests.memory.episodes import HashingEncoder
-from tests.optimizer.worlds import live
+from tests.optimizer.worlds import ACT, call, live
 
 FOODS = ["carrot", "onion", "banana", "pork", "pepper", "salmon"]
 SKILL = {0: 0.35, 1: 0.6, 2: 0.95}  # how likely each policy takes the stove
@@ -580,3 +582,76 @@ async def test_few_rows_are_trained_in_smaller_batches(memory, kitchen, trainer)
     await run_cycle(memory, cycle.id, seams=replace(seams_of(kitchen, trainer), train=train))
 
     assert batches == [("sft", 4), ("dpo", 4)]
+
+
+def expert_examples(number: int) -> list[ExampleContent]:
+    """Games won by somebody else, as text."""
+    return [
+        ExampleContent(
+            ExampleKind.DEMONSTRATION,
+            [{"role": "assistant", "content": "", "tool_calls": [call(f"cook meal {each} with stove")]}],
+            prompt=[{"role": "user", "content": f"Make meal {each}."}],
+            tools=[ACT],
+            task=f"practice-{each}",
+        )
+        for each in range(number)
+    ]
+
+
+async def test_a_policy_that_never_won_is_seeded_by_imported_demonstrations(memory, kitchen, trainer):
+    kitchen.skill = {0: -1.0, 1: 0.95, 2: 0.95}
+    await memory.examples.add(expert_examples(200), Origin(environment="kitchen"))
+    demonstrations, _ = (await measure_needs(memory, CONFIG))[:2]
+    assert demonstrations.is_met and demonstrations.available == 200
+    assert "200 demonstrations imported" in demonstrations.detail
+    cycle = await open_cycle(memory, CONFIG)
+
+    verdict = await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
+
+    assert verdict["decision"] == "promote" and "sft" in trainer.trained
+    summary = memory.cycles.get(cycle.id).artifacts["demonstrations"]
+    assert summary["num_rows"] == summary["num_imported"] == 200
+    assert [(it["teacher"], it["num_rows"]) for it in summary["teachers"]] == [("import", 200)]
+    lineage = json.loads((memory.data_dir / "adapters" / "ratchet-v1" / MANIFEST_NAME).read_text())["trajectory_ids"]
+    assert sorted(row.id for row in memory.examples.select(limit=500)) == sorted(lineage)
+    page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
+    assert "200 demonstrations were imported" in page and "import" in page
+
+
+async def test_imported_examples_of_held_out_tasks_and_of_those_who_may_not_teach_are_not_learned(
+    memory, kitchen, trainer
+):
+    key, _ = await memory.keys.create("a colleague", ["learn"])
+    examples = expert_examples(12)
+    await memory.examples.add(
+        [replace(each, task=each.task.replace("practice", "held-out")) for each in examples[:5]],
+        Origin(environment="kitchen"),
+    )
+    await memory.examples.add(examples[5:], Origin(environment="kitchen", key_id=key.id))
+    await memory.examples.add(examples, Origin(environment="garden"))
+    cycle = await open_cycle(memory, CONFIG)
+    context = CycleContext(memory, seams_of(kitchen, trainer), cycle.id)
+    assert not any((await context.read_examples()).values())
+    await memory.examples.add(examples[5:7], Origin(environment="kitchen"))
+    assert len((await context.read_examples())[ExampleKind.DEMONSTRATION]) == 2
+
+
+async def test_imported_pairs_count_as_preferences(memory, kitchen, trainer):
+    config = CONFIG.model_copy(update={"explore_episodes": 0})
+    reply = {"role": "assistant", "content": "Fry it."}
+    pairs = [
+        ExampleContent(
+            ExampleKind.PREFERENCE,
+            [reply],
+            prompt=[{"role": "user", "content": f"Meal {number}?"}],
+            rejected=[{**reply, "content": "Bake it."}],
+        )
+        for number in range(9)
+    ]
+    await memory.examples.add(pairs, Origin(environment="kitchen"))
+    needs = {need.name: need for need in await measure_needs(memory, config)}
+    assert needs["preferences"].available == 9 and "9 were imported" in needs["preferences"].detail
+    cycle = await open_cycle(memory, config)
+    await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
+    summary = memory.cycles.get(cycle.id).artifacts["preferences"]
+    assert {it["teacher"]: it["num_rows"] for it in summary["teachers"]}["import"] == 9

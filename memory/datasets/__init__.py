@@ -1,0 +1,1 @@
+"""Training data in and out: imported examples, and everything that can be exported."""

@@ -1,0 +1,1 @@
+"""Routes that take in and give out training data, as streams of rows."""

@@ -1,0 +1,1 @@
+"""The commands about training data: import, export, examples."""
