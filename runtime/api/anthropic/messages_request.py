@@ -155,7 +155,13 @@ EXAMPLES: dict[str, Example] = {
 
 def check_parameters(request: TokenCountRequest) -> None:
     """Raise BadRequest for a parameter that is not supported, and for a conversation that ends in a reply."""
-    refuse_unsupported(request.model_extra or {}, HARMLESS, NEUTRAL)
+    extra = request.model_extra or {}
+    if extra.get("thread") is not None:
+        # With this code the official client sends the request again, whole: its tool runner always tries threads first.
+        raise BadRequest(
+            "thread is not supported: send the whole conversation without it", code="thread_unsupported_request"
+        )
+    refuse_unsupported(extra, HARMLESS, NEUTRAL)
     if request.thinking is not None and request.thinking.get("type") not in NEUTRAL_THINKING:
         raise BadRequest(
             f"thinking of type {request.thinking.get('type')!r} is not supported: leave it out, or send "

@@ -18,7 +18,14 @@ from collections.abc import Callable, Iterator
 
 from runtime.api.errors import Overloaded
 
-TURNS = frozenset({("POST", "/v1/chat/completions"), ("POST", "/v1/responses"), ("POST", "/v1/messages")})
+TURNS = frozenset(
+    {
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/responses"),
+        ("POST", "/v1/messages"),
+        ("POST", "/v1/messages/count_tokens"),
+    }
+)
 """The routes whose requests occupy the engine."""
 ACTIVE_SECONDS = 10.0
 """A tenant whose last request is no older than this counts as active, even if that request was rejected."""

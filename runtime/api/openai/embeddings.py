@@ -53,13 +53,13 @@ class EmbeddingRequest(BaseModel):
 
     @field_validator("input", mode="before")
     @classmethod
-    def _refuse_tokens(cls, given: object) -> object:
-        if isinstance(given, list) and any(isinstance(each, int | list) for each in given):
-            raise ValueError(
-                "arrays of tokens are not supported, because they are another tokenizer's: send texts (with LangChain, "
-                "OpenAIEmbeddings(check_embedding_ctx_length=False))"
-            )
-        return given
+    def _require_texts(cls, given: object) -> object:
+        if isinstance(given, str) or (isinstance(given, list) and all(isinstance(each, str) for each in given)):
+            return given
+        raise ValueError(
+            "send a text or a list of texts; arrays of tokens are not supported, because they are another tokenizer's "
+            "(LangChain sends texts with OpenAIEmbeddings(check_embedding_ctx_length=False))"
+        )
 
     def texts(self) -> list[str]:
         """Return the texts. Raises: BadRequest for no text, an empty one, and too many."""

@@ -16,7 +16,6 @@ import pytest
 from langchain_openai import OpenAIEmbeddings
 
 from memory.schema import Scope
-from memory.search.encoder import EMBEDDED_MODEL, SentenceEncoder, model_name
 from runtime.api.gateway.admission import ConcurrencyLimit
 from runtime.api.openai.embeddings import ENCODE_BATCH
 from tests.memory.episodes import DIM, MAX_WORDS, HashingEncoder
@@ -69,6 +68,7 @@ LONG = "word " * (MAX_WORDS + 1)
         ({"input": ["x", " "]}, r"input\[1\] is empty", "input"),
         ({"input": [1, 2]}, "check_embedding_ctx_length=False", "input"),
         ({"input": [[1, 2]]}, "check_embedding_ctx_length=False", "input"),
+        ({"input": [{}]}, "send a text or a list of texts", "input"),
         ({"input": ["x", LONG]}, rf"input\[1\] has {MAX_WORDS + 1} tokens, and the encoder reads {MAX_WORDS}", "input"),
         ({"input": "x" * 10_000}, r"input\[0\] has 10000 characters", "input"),
         ({"dimensions": 64}, f"the vectors have {DIM} dimensions, and cannot be made 64", "dimensions"),
@@ -197,13 +197,3 @@ def test_an_encoder_that_fails_is_said(world: ServedWorld, slow: SlowEncoder, ht
     answer = http.post("/v1/embeddings", json={"model": "hashing", "input": "unspeakable"})
     assert (answer.status_code, error_code(answer)) == (503, "encoder_unavailable")
     assert "retry-after" in answer.headers
-
-
-def test_the_real_encoder_counts_reads_and_names_itself() -> None:
-    encoder = SentenceEncoder()
-    assert (model_name(encoder), model_name(SentenceEncoder("/models/mine"))) == (EMBEDDED_MODEL, "mine")
-    assert encoder.max_tokens() == 256
-    counts = encoder.count_tokens(["rain", "rain " * 300, ""])
-    assert counts == [3, 302, 2]  # with the model's own two tokens
-    short, long, longer = encoder.encode(["rain", "rain " * 254 + "tea", "rain " * 254 + "tea coffee"])
-    assert numpy.allclose(long, longer, atol=1e-6) and not numpy.allclose(short, long, atol=1e-3)
