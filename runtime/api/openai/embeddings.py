@@ -34,7 +34,7 @@ MAX_CHARS_PER_TOKEN = 64
 """A longer text is not even counted: no language has such words, and counting takes time for each character."""
 COUNT_BATCH = 128
 ENCODE_BATCH = 8
-"""Texts that are encoded before another request, or the query of a turn, has its turn. At 32, long ones took longer than
+"""Texts that are encoded before another request, or the query of a turn, has its turn. 32 long ones took longer than
 `memory.encoding_deadline_seconds` on one core."""
 
 
