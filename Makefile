@@ -5,7 +5,7 @@
 #   make tour                       the same with the pocket model, which plays TextWorld and learns it in minutes
 #   make test                       what continuous integration runs (ARGS go to pytest)
 #   make faults                     the full counts of the faults that `make test` tries a few times (ARGS="-k kill")
-#   make clients                    fifteen clients, each in its own environment, against real servers (docs/clients.md)
+#   make clients                    seventeen clients, each in its own environment, against real servers (docs/clients.md)
 #   make lint                       ruff and the type checker, without changing a file (`make format` changes them)
 #   make types                      the type checker alone
 #   make check                      lint, then test

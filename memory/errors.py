@@ -21,7 +21,7 @@
     +-- CycleInProgress          only one cycle at a time
     +-- ConversationTooLong      more responses, or longer ones, than the caller allows
     +-- FeedbackConflict         the same feedback id with another body
-    +-- IndexUnavailable         the vector index gives no answer (never reaches a request)
+    +-- IndexUnavailable         the vector index or the encoder gives no answer (a search does without)
     |   +-- IndexDamaged         the vector index must be reopened or rebuilt
     +-- DocumentTooLong          more passages than are allowed (also a ValueError)
     +-- AdapterRefused           an adapter directory that must not be loaded

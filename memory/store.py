@@ -47,6 +47,7 @@ class Memory:
     def __init__(self, data_dir: Path, config: MemoryConfig, encoder: Encoder, ownership: Ownership) -> None:
         self.data_dir = data_dir
         self.config = config
+        self.encoder = encoder
         self._ownership = ownership
         self.database = open_rows(data_dir, config)
         # With PostgreSQL the text index stays local, in a file beside Chroma.

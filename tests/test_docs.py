@@ -54,7 +54,16 @@ def test_python_in_the_readme_runs(code: str, tmp_path: Path, capsys):
     assert "You opened the left door." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("code", blocks("python", CLIENTS))
+def test_the_embeddings_in_the_page_on_clients_are_the_encoders(tmp_path: Path, capsys):
+    (code,) = [code for code in blocks("python", CLIENTS) if "embeddings" in code]
+    with ServedWorld(tmp_path / "data") as world:
+        code = code.replace("http://127.0.0.1:8080", world.url).replace("all-MiniLM-L6-v2", world.memory.encoder.name)
+        exec(compile(code, "clients.md", "exec"), namespace := {})
+        namespace["client"].close()
+    assert capsys.readouterr().out == "2 8\n"
+
+
+@pytest.mark.parametrize("code", [code for code in blocks("python", CLIENTS) if "embeddings" not in code])
 def test_python_in_the_page_on_clients_runs(code: str, tmp_path: Path, capsys):
     with PlayedWorld(tmp_path / "data") as world:
         exec(compile(code.replace("http://127.0.0.1:8080", world.url), "clients.md", "exec"), namespace := {})

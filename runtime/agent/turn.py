@@ -98,6 +98,8 @@ class Turn:
     is_success: bool | None
     logprobs: list[dict[str, Any]]
     """Log-probs of the last reply's tokens. They are not stored, so they exist only here."""
+    stop_sequence: str | None = None
+    """The text of the request's `stop` that ended the last reply, if one did; not stored either."""
 
     @property
     def last_call(self) -> Step | None:
@@ -126,8 +128,12 @@ class Turn:
         if self.open_tool_calls:
             return "tool_calls"
         # FINISHED with an error means a spent budget; the API raises for a FAILED turn before it reads this.
-        is_cut = self.last_call is not None and self.last_call.finish_reason == "length"
-        return "length" if is_cut or self.trajectory.error else "stop"
+        return "length" if self.is_cut or self.trajectory.error else "stop"
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the last reply ended at its limit of tokens, perhaps within a tool call."""
+        return self.last_call is not None and self.last_call.finish_reason == "length"
 
     def output_capacity(self, context_tokens: int | None) -> int | None:
         """Return how many tokens the context left for the last reply; None: unknown."""

@@ -1,21 +1,26 @@
 """Composes the HTTP application: all routers and middleware on one FastAPI app, and its OpenAPI document.
 
-Invariant: every answer, errors included, has OpenAI's shape.
+Invariant: every answer, errors included, has OpenAI's shape, or Anthropic's for a client of that API.
 Hazard: the order of the middleware is a matter of security; see `create_app`.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from runtime.api import docs_page, errors, health, metrics
+from runtime.api.anthropic import messages
 from runtime.api.datasets import examples, export
 from runtime.api.errors import (
+    AnthropicErrorAnswer,
+    ApiError,
     BadRequest,
+    ErrorAnswer,
     Forbidden,
     Misdirected,
     RequestTimeout,
@@ -29,7 +34,7 @@ from runtime.api.gateway.auth import AuthMiddleware
 from runtime.api.gateway.origins import OriginCheck
 from runtime.api.gateway.permissions import is_open
 from runtime.api.gateway.request_metrics import RequestMetrics
-from runtime.api.openai import chat, models, responses
+from runtime.api.openai import chat, embeddings, models, responses
 from runtime.api.resources import (
     cycles,
     documents,
@@ -50,20 +55,25 @@ An agent that answers, remembers, learns from its episodes, and serves what it l
 
 * **Answer**: `POST /v1/chat/completions`, compatible with OpenAI's clients. `model="agent"` is the active policy,
   `agent@v3` pins one. `metadata={"environment": "textworld", "task": "900000"}` plays that task on the server.
-  `POST /v1/responses` offers the same through the Responses API.
+  `POST /v1/responses` offers the same through the Responses API, `POST /v1/messages` through Anthropic's.
+* **Embed**: `POST /v1/embeddings` returns vectors of texts by the encoder that searches memory.
 * **Give feedback**: `POST /v1/feedback` with the `id` of the answer; `POST /v1/feedback/links` makes a link for
   a person without a key.
 * **Learn**: `POST /v1/cycles`, then watch `GET /v1/cycles/{id}` and read `GET /v1/cycles/{id}/report`.
 * **Decide**: `POST /v1/policies/{version}/promote` and `POST /v1/policies/rollback`.
 
-Once a key exists (`POST /v1/keys`), every request except health checks needs `Authorization: Bearer <key>`.
+Once a key exists (`POST /v1/keys`), every request except health checks needs `Authorization: Bearer <key>` (or
+Anthropic's `x-api-key: <key>`).
 
-Every error is `{"error": {"message", "type", "param", "code"}}`.
+Every error is `{"error": {"message", "type", "param", "code"}}`; for clients of Anthropic's API,
+`{"type": "error", "error": {"type", "message", "details": {"error_code"}}, "request_id"}`.
 """
 
 TAGS = [
     {"name": "chat", "description": "Send messages to the agent, or let it play a task."},
     {"name": "responses", "description": "The same through the Responses API."},
+    {"name": "messages", "description": "The same through Anthropic's Messages API."},
+    {"name": "embeddings", "description": "Vectors of texts."},
     {"name": "models", "description": "The names under which the agent answers."},
     {"name": "feedback", "description": "Feedback on episodes."},
     {"name": "trajectories", "description": "Recorded episodes, step by step."},
@@ -82,6 +92,8 @@ TAGS = [
 ROUTERS = (
     chat,
     responses,
+    messages,
+    embeddings,
     models,
     feedback,
     feedback_links,
@@ -100,7 +112,17 @@ ROUTERS = (
     metrics,
     docs_page,
 )
-READABLE_HEADERS = ("X-Trajectory-Id", "X-Episode-Id", "X-Policy", "Retry-After")
+COMMON_ERRORS: tuple[type[ApiError], ...] = (
+    BadRequest,
+    Unauthorized,
+    Forbidden,
+    RequestTimeout,
+    TooLarge,
+    UnsupportedMediaType,
+    Misdirected,
+    TooManyRequests,
+)
+READABLE_HEADERS = ("X-Trajectory-Id", "X-Episode-Id", "X-Policy", "Retry-After", "request-id")
 """Headers that scripts of other origins may read."""
 
 
@@ -118,18 +140,8 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     errors.add_error_handlers(app)
-    common_errors = error_responses(
-        BadRequest,
-        Unauthorized,
-        Forbidden,
-        RequestTimeout,
-        TooLarge,
-        UnsupportedMediaType,
-        Misdirected,
-        TooManyRequests,
-    )
     for module in ROUTERS:
-        app.include_router(module.router, responses={} if module is health else common_errors)
+        app.include_router(module.router, responses=_common_errors(module))
     # Starlette runs the middleware added last first: metrics, origin check, CORS, authentication, routes.
     app.add_middleware(AuthMiddleware, services=services, routes=app.router.routes)
     if services.server.cors_origins:
@@ -145,6 +157,13 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(RequestMetrics, telemetry=services.agent.telemetry)
     app.openapi = partial(describe_api, app)  # FastAPI calls it on every request of /openapi.json
     return app
+
+
+def _common_errors(module: ModuleType) -> dict[int | str, dict[str, Any]]:
+    """Return the errors that every route of a module may answer with, for the OpenAPI document."""
+    if module is health:
+        return {}
+    return error_responses(*COMMON_ERRORS, model=AnthropicErrorAnswer if module is messages else ErrorAnswer)
 
 
 def describe_api(app: FastAPI) -> dict[str, Any]:

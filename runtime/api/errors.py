@@ -1,7 +1,9 @@
-"""Maps every exception to an HTTP status and an error body of OpenAI's shape. No other file uses status codes.
+"""Maps every exception to an HTTP status and an error body. No other file uses status codes.
 
 A route raises one of the classes below, or lets an exception of memory or of the runtime propagate;
-`add_error_handlers` turns each into `{"error": {"message", "type", "param", "code"}}`. Two statuses are not OpenAI's:
+`add_error_handlers` turns each into OpenAI's `{"error": {"message", "type", "param", "code"}}`, or for a client of
+Anthropic's API into its `{"type": "error", "error": {"type", "message", "details"}, "request_id"}`. Two statuses are
+neither's:
 
     502  the episode FAILED: `code` is the class of the error that ended it, `trajectory_id` names its record
     507  memory cannot write (disk full, I/O error): no request is acknowledged that isn't stored
@@ -23,10 +25,10 @@ A route raises one of the classes below, or lets an exception of memory or of th
     ├── EpisodeFailed    502
     ├── NotReady         503, with Retry-After
     │   └── InMaintenance
-    ├── Overloaded       503, with Retry-After
+    ├── Overloaded       503, with Retry-After; 529 for a client of Anthropic's API
     └── NotStored        507
 
-Invariant: every error answer has this shape.
+Invariant: every error answer has one of these shapes.
 Hazard: the message of an unexpected exception may quote a user's text; it is sent to the client, and not logged here.
 """
 
@@ -41,7 +43,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.types import ExceptionHandler
+from starlette.types import ExceptionHandler, Scope
 
 from memory.errors import (
     AdapterRefused,
@@ -49,6 +51,7 @@ from memory.errors import (
     DocumentTooLong,
     FeedbackConflict,
     IllegalMove,
+    IndexUnavailable,
     LastOperatorKey,
     StorageError,
     UnknownCycle,
@@ -63,13 +66,17 @@ from memory.errors import (
 )
 from runtime.errors import (
     AdapterError,
+    BudgetExceeded,
+    EngineBusy,
     EngineError,
     EngineInMaintenance,
+    EngineLost,
     EpisodeBusy,
     EpisodeError,
     GameNotCompiled,
     LinkExpired,
     LinkRefused,
+    RequestRefused,
     TaskChanged,
     UnknownEnvironment,
     UnknownTask,
@@ -82,6 +89,20 @@ RETRY_AFTER_SECONDS = 30
 """Sent during maintenance. The official OpenAI clients obey values up to 60."""
 LOAD_STATUSES = (429, 503)
 """Counted as rejections because of load."""
+ANTHROPIC_PATHS = "/v1/messages"
+"""Below this path, errors always have Anthropic's shape."""
+ANTHROPIC_VERSION = "anthropic-version"
+"""The header that every client of Anthropic's API sends; with it, errors of all other paths have that shape too."""
+ANTHROPIC_OVERLOADED = 529
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
+"""Type by status; a status that is missing here is an `invalid_request_error` below 500, otherwise an `api_error`."""
 
 log = structlog.get_logger()
 
@@ -263,6 +284,28 @@ class ErrorAnswer(BaseModel):
     error: ErrorBody
 
 
+class AnthropicErrorDetails(BaseModel):
+    """The code of an error, for programs."""
+
+    error_code: str
+
+
+class AnthropicErrorBody(BaseModel):
+    """The fields of an error in Anthropic's API."""
+
+    type: str
+    message: str
+    details: AnthropicErrorDetails | None = None
+
+
+class AnthropicErrorAnswer(BaseModel):
+    """The body of an error answer to a client of Anthropic's API."""
+
+    type: str = "error"
+    error: AnthropicErrorBody
+    request_id: str | None
+
+
 # Exceptions of memory and the runtime. The first class in an exception's MRO decides: the order here does not matter.
 KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     UnknownTrajectory: (NotFound, "trajectory_not_found"),
@@ -289,6 +332,12 @@ KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     StorageError: (NotStored, "storage_error"),
     EngineInMaintenance: (InMaintenance, "engine_in_maintenance"),
     EngineError: (NotReady, "engine_not_ready"),
+    IndexUnavailable: (NotReady, "encoder_unavailable"),
+    # Of an episode these four are recorded and not raised: they come from a call outside of one.
+    RequestRefused: (BadRequest, "request_refused"),
+    BudgetExceeded: (BadRequest, "context_length_exceeded"),
+    EngineBusy: (Overloaded, "engine_overloaded"),
+    EngineLost: (NotReady, "engine_not_ready"),
     EpisodeError: (EpisodeFailed, "episode_failed"),
     GameNotCompiled: (EpisodeFailed, "game_not_compiled"),
     TaskChanged: (EpisodeFailed, "task_changed"),
@@ -301,6 +350,26 @@ def error_body(error: ApiError) -> dict[str, Any]:
     """Return the JSON body that answers with `error`."""
     fields = {"message": str(error), "type": error.type, "param": error.param, "code": error.code, **error.extra}
     return {"error": fields}
+
+
+def is_anthropic(scope: Scope) -> bool:
+    """Return whether a request comes from a client of Anthropic's API."""
+    is_below = scope["path"] == ANTHROPIC_PATHS or scope["path"].startswith(f"{ANTHROPIC_PATHS}/")
+    return is_below or any(name == ANTHROPIC_VERSION.encode() for name, _ in scope["headers"])
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    """Return the JSON body that answers with `error` in Anthropic's shape; `request_id` is the trajectory's id."""
+    kind = ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= ApiError.status else BadRequest.type)
+    if isinstance(error, Overloaded):
+        kind = "overloaded_error"
+    message = str(error)
+    if error.code == "context_length_exceeded":
+        message = f"prompt is too long: {message}"  # the words by which clients know that they have to shorten it
+    fields: dict[str, Any] = {"type": kind, "message": message}
+    if error.code is not None:
+        fields["details"] = {"error_code": error.code}
+    return {"type": "error", "error": fields, "request_id": error.extra.get("trajectory_id")}
 
 
 def classify(error: Exception) -> ApiError:
@@ -336,28 +405,37 @@ def _shorten(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def error_responses(*kinds: type[ApiError]) -> dict[int | str, dict[str, Any]]:
+def error_responses(*kinds: type[ApiError], model: type[BaseModel] = ErrorAnswer) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` argument of a route that may answer with these errors, for the OpenAPI document."""
-    return {kind.status: {"model": ErrorAnswer, "description": (kind.__doc__ or "").split("\n")[0]} for kind in kinds}
+    return {kind.status: {"model": model, "description": (kind.__doc__ or "").split("\n")[0]} for kind in kinds}
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """Return the HTTP response for `error`, headers included."""
-    return JSONResponse(error_body(error), status_code=error.status, headers=error.headers)
+def error_response(error: ApiError, scope: Scope) -> JSONResponse:
+    """Return the HTTP response for `error` in the shape that the request's client reads, headers included."""
+    if not is_anthropic(scope):
+        return JSONResponse(error_body(error), status_code=error.status, headers=error.headers)
+    status = ANTHROPIC_OVERLOADED if isinstance(error, Overloaded) else error.status
+    headers = error.headers | request_id_header(error.extra.get("trajectory_id"))
+    return JSONResponse(anthropic_body(error), status_code=status, headers=headers)
+
+
+def request_id_header(trajectory_id: str | None) -> dict[str, str]:
+    """Return the header in which Anthropic's clients find the id to report: the record's, if there is one."""
+    return {"request-id": trajectory_id} if trajectory_id else {}
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Register handlers with `app` that answer every exception in OpenAI's shape."""
+    """Register handlers with `app` that answer every exception in the shape that its client reads."""
 
-    async def answer_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(describe_invalid(error))
+    async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(describe_invalid(error), request.scope)
 
     async def answer_http(request: Request, error: HTTPException) -> JSONResponse:
         kind = NotFound if error.status_code == NotFound.status else BadRequest
         api_error = kind(f"{error.detail}: {request.method} {request.url.path}", code="no_such_route")
         api_error.status = error.status_code
         api_error.headers = dict(error.headers or {})
-        return error_response(api_error)
+        return error_response(api_error, request.scope)
 
     async def answer_exception(request: Request, error: Exception) -> JSONResponse:
         api_error = classify(error)
@@ -370,7 +448,7 @@ def add_error_handlers(app: FastAPI) -> None:
             # The route, not the path: the path of a feedback link is its token.
             route = getattr(request.scope.get("route"), "path", None)
             log.error("request failed", route=route, error=description, trace=trace)
-        return error_response(api_error)
+        return error_response(api_error, request.scope)
 
     # Starlette types handlers as taking any Exception, although it calls each with its own class only.
     app.add_exception_handler(RequestValidationError, cast(ExceptionHandler, answer_invalid))

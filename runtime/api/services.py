@@ -6,6 +6,7 @@ Invariant: routes keep no state of their own; everything they change is a row.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
@@ -15,6 +16,7 @@ from fastapi import Depends, Request
 from memory.schema import Cycle, Policy
 from memory.store import Memory
 from runtime.agent.graph import Agent
+from runtime.api.gateway.admission import ConcurrencyLimit
 from runtime.api.gateway.preparation_limit import PreparationLimit
 from runtime.config import LimitsConfig, ServerConfig
 from runtime.doctor import Check
@@ -23,6 +25,9 @@ from runtime.environments.base import Environment, find_environment
 from runtime.maintenance import Maintenance
 from runtime.serving.hotswap import HotSwap
 from runtime.tools.toolbox import Toolbox
+
+MAX_EMBEDDING_REQUESTS = 32
+"""Requests for embeddings under way; they share one encoder, a batch each in turn."""
 
 
 class CycleRunner(Protocol):
@@ -81,6 +86,11 @@ class Services:
     """Opened before the engine starts, closed before it stops; None offers no tools."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     preparations: PreparationLimit = field(default_factory=PreparationLimit)
+    embeddings: ConcurrencyLimit = field(
+        default_factory=lambda: ConcurrencyLimit(MAX_EMBEDDING_REQUESTS, holder="the encoder")
+    )
+    encoder_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held for each batch of an embedding request: requests wait here in turn, and not in threads."""
     maintenance: Maintenance | None = None
     """None if the engine is never stopped for maintenance."""
     server: ServerConfig = field(default_factory=ServerConfig)

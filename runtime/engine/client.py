@@ -73,6 +73,8 @@ class Completion:
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     """Of each output token, in OpenAI's form; empty unless requested."""
+    stop_sequence: str | None = None
+    """The text of the request's `stop` that ended the reply, if one did."""
     seconds: float = 0.0
 
     @property
@@ -123,6 +125,7 @@ class EngineClient:
                 prompt_token_ids=answer.get("prompt_token_ids") or [],
                 output_token_ids=choice.get("token_ids") or [],
                 logprobs=(choice.get("logprobs") or {}).get("content") or [],
+                stop_sequence=_stop_sequence_of(choice),
                 seconds=time.monotonic() - started,
             )
             _require_types(reply)
@@ -163,6 +166,18 @@ class EngineClient:
             raise PolicyError(f"the engine's answer makes no sense: {_shorten(reply)}") from error
         reply.seconds = time.monotonic() - started
         return reply
+
+    async def count_tokens(
+        self, model: str, messages: Sequence[Message], tools: Sequence[ToolDefinition] | None = None
+    ) -> int:
+        """Return the number of tokens of the prompt that `chat` would send. Raises as `chat` does."""
+        body = self._chat_body(model, messages, tools, {})
+        del body["return_token_ids"]
+        answer = await self._post("/tokenize", body)
+        try:
+            return int(answer["count"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PolicyError(f"the engine's count of tokens makes no sense: {_shorten(answer)}") from error
 
     async def token_logprobs(self, model: str, token_ids: Sequence[int]) -> list[float]:
         """Return the log-prob, in nats, of each token given those before it.
@@ -324,12 +339,19 @@ def _add_chunk(reply: Completion, calls: dict[int, ToolCall], chunk: dict[str, A
     delta = choice.get("delta") or {}
     reply.output_token_ids += choice.get("token_ids") or []
     reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
+    reply.stop_sequence = _stop_sequence_of(choice) or reply.stop_sequence
     pieces = [_add_call_piece(calls, piece) for piece in delta.get("tool_calls") or []]
     text = delta.get("content") or ""
     reply.content += text
     logprobs = (choice.get("logprobs") or {}).get("content") or []
     reply.logprobs += logprobs
     return Delta(text, pieces, logprobs)
+
+
+def _stop_sequence_of(choice: Mapping[str, Any]) -> str | None:
+    # vLLM's field, which holds the id of a token where such a one ended the reply.
+    reason = choice.get("stop_reason")
+    return clean(reason) if isinstance(reason, str) else None
 
 
 def _add_call_piece(calls: dict[int, ToolCall], piece: ToolCall) -> ToolCall:

@@ -34,6 +34,8 @@ def _python(package: str, name: str | None = None) -> Client:
 CLIENTS = (
     _python("openai", "openai (Python)"),
     Client("openai (node)", NODE / "with_openai.mjs", "openai"),
+    _python("anthropic", "anthropic (Python)"),
+    Client("anthropic (node)", NODE / "with_anthropic.mjs", "@anthropic-ai/sdk"),
     _python("openai-agents"),
     _python("pydantic-ai"),
     _python("litellm"),

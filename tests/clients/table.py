@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-CHECKS = ("chat", "stream", "tools", "forced tool", "structured", "agent", "responses")
+CHECKS = ("chat", "stream", "tools", "forced tool", "structured", "agent", "responses", "embeddings")
 BEGIN, END = "<!-- make clients: begin -->", "<!-- make clients: end -->"
 OUTCOMES = {"passed": "yes", "failed": "fails", "model": "model"}
 

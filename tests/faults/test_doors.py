@@ -13,7 +13,7 @@ import pytest
 from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import Scope
 from runtime.api.gateway.permissions import OPERATE, ROUTE_PERMISSIONS
-from tests.runtime.api.worlds import ServedWorld
+from tests.runtime.api.worlds import ServedWorld, error_code
 
 SECRET = "the plan is a zebra"
 
@@ -86,7 +86,7 @@ def test_no_key_and_a_wrong_key_open_nothing(premises: Premises) -> None:
         with premises.http(name) as http:
             for method, path in premises.routes:
                 answer = http.request(method, premises.fill(path))
-                answers.add((answer.status_code, answer.json()["error"]["code"]))
+                answers.add((answer.status_code, error_code(answer)))
     assert answers == {(401, "invalid_api_key")}
 
 
@@ -97,7 +97,7 @@ def test_a_scope_opens_nothing_beyond_itself(premises: Premises) -> None:
             for method, path in premises.routes:
                 if scope not in ROUTE_PERMISSIONS.get((method, path), OPERATE).scopes:
                     answer = http.request(method, premises.fill(path))
-                    if (answer.status_code, answer.json()["error"]["code"]) != (403, "insufficient_scope"):
+                    if (answer.status_code, error_code(answer)) != (403, "insufficient_scope"):
                         let_in.append((scope, method, path, answer.status_code))
     assert let_in == []
 

@@ -14,6 +14,7 @@ from memory.schema import RewardSource, Split, Step, StepKind, Trajectory, Traje
 from memory.store import Memory
 
 DIM = 128
+MAX_WORDS = 64
 # Deadlines are for users; a busy machine must not change what a test finds.
 PATIENT = MemoryConfig(retrieval_deadline_seconds=60, encoding_deadline_seconds=120)
 
@@ -33,6 +34,12 @@ class HashingEncoder:
                 vectors[row, int(hashlib.md5(word.encode()).hexdigest(), 16) % DIM] += 1.0
             vectors[row, 0] += 0.01
         return vectors / numpy.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
+
+    def max_tokens(self) -> int:
+        return MAX_WORDS
 
 
 def command_call(command: str) -> dict:

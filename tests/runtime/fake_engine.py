@@ -29,12 +29,14 @@ class Reply:
     status: int = 200
     error: str = ""
     is_cut: bool = False
+    stopped_by: str | None = None
+    """The text of the request's `stop` that ended it."""
     output_ids: list[int] | None = None  # None: the characters
     pause_seconds: float = 0.0  # between two pieces of a stream
 
     @property
     def finish_reason(self) -> str:
-        return "tool_calls" if self.calls else "length" if self.is_cut else "stop"
+        return "length" if self.is_cut else "tool_calls" if self.calls else "stop"
 
 
 def say(text: str) -> Script:
@@ -94,6 +96,7 @@ class FakeEngine:
         app = web.Application(client_max_size=2**26, middlewares=[self._ask_for_key])
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/v1/load_lora_adapter", self._load)
         app.router.add_post("/v1/unload_lora_adapter", self._unload)
         app.router.add_get("/v1/models", self._models)
@@ -146,6 +149,7 @@ class FakeEngine:
     def _answer(self, body: dict[str, Any], reply: Reply) -> web.Response:
         message = {"role": "assistant", "content": reply.content or None, "tool_calls": self._calls(reply)}
         choice = {"index": 0, "message": message, "finish_reason": reply.finish_reason}
+        choice |= {"stop_reason": reply.stopped_by}
         choice |= {"token_ids": _output_ids(reply), "logprobs": _logprobs(body, reply.content)}
         self.num_tokens += len(_output_ids(reply))
         return web.json_response({"choices": [choice], "prompt_token_ids": self.render_prompt(body)})
@@ -169,7 +173,8 @@ class FakeEngine:
             chunks.append({"delta": {"tool_calls": [start]}})
             for part in (text[: len(text) // 2], text[len(text) // 2 :]):
                 chunks.append({"delta": {"tool_calls": [{"index": index, "function": {"arguments": part}}]}})
-        chunks.append({"delta": {}, "finish_reason": reply.finish_reason, "token_ids": _output_ids(reply)})
+        end = {"finish_reason": reply.finish_reason, "stop_reason": reply.stopped_by}
+        chunks.append({"delta": {}, **end, "token_ids": _output_ids(reply)})
         for number, chunk in enumerate(chunks):
             event: dict[str, Any] = {"choices": [{"index": 0, **chunk}]}
             if number == 0:
@@ -196,6 +201,12 @@ class FakeEngine:
         rows = [{str(it): {"logprob": value}} for it, value in zip(token_ids[1:], logprobs, strict=False)]
         choice = {"text": "x", "prompt_logprobs": [None, *rows]}
         return web.json_response({"choices": [choice], "usage": {"completion_tokens": 1}})
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.requests.append(body)
+        token_ids = self.render_prompt(body)
+        return web.json_response({"count": len(token_ids), "tokens": token_ids, "max_model_len": self.max_model_len})
 
     async def _load(self, request: web.Request) -> web.Response:
         body = await request.json()

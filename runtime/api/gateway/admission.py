@@ -18,7 +18,14 @@ from collections.abc import Callable, Iterator
 
 from runtime.api.errors import Overloaded
 
-TURNS = frozenset({("POST", "/v1/chat/completions"), ("POST", "/v1/responses")})
+TURNS = frozenset(
+    {
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/responses"),
+        ("POST", "/v1/messages"),
+        ("POST", "/v1/messages/count_tokens"),
+    }
+)
 """The routes whose requests occupy the engine."""
 ACTIVE_SECONDS = 10.0
 """A tenant whose last request is no older than this counts as active, even if that request was rejected."""
@@ -29,10 +36,13 @@ MAX_TENANTS_REMEMBERED = 10_000
 
 
 class ConcurrencyLimit:
-    """Slots for `max_turns` turns, counted for each tenant."""
+    """Slots for `max_turns` turns, counted for each tenant; `holder` is what holds them, for messages."""
 
-    def __init__(self, max_turns: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, max_turns: int, clock: Callable[[], float] = time.monotonic, *, holder: str = "the engine"
+    ) -> None:
         self._max_turns = max_turns
+        self._holder = holder
         self._clock = clock
         self._num_occupied: Counter[str] = Counter()
         self._last_request_at: dict[str, float] = {}
@@ -52,12 +62,9 @@ class ConcurrencyLimit:
         has_share = num_own < math.ceil(self._max_turns / len(active))
         num_reserved = self._max_turns // RESERVED_FRACTION if len(self._last_request_at) > 1 else 0
         if num_turns >= self._max_turns:
-            raise Overloaded(f"the engine is at work on {num_turns} requests, its maximum: ask again in a moment")
+            raise self._overloaded(f"{num_turns} requests, its maximum")
         if not has_share and num_turns >= self._max_turns - num_reserved:
-            raise Overloaded(
-                f"the engine is at work on {num_own} requests of this tenant, its share while others ask: ask again in "
-                "a moment"
-            )
+            raise self._overloaded(f"{num_own} requests of this tenant, its share while others ask")
 
     @contextlib.contextmanager
     def occupy(self, tenant: str) -> Iterator[None]:
@@ -70,6 +77,10 @@ class ConcurrencyLimit:
             # A tenant left at zero would still count as active in `require`.
             if not self._num_occupied[tenant]:
                 del self._num_occupied[tenant]
+
+    def _overloaded(self, reason: str) -> Overloaded:
+        code = f"{self._holder.removeprefix('the ')}_overloaded"
+        return Overloaded(f"{self._holder} is at work on {reason}: ask again in a moment", code=code)
 
     def _remember(self, tenant: str, now: float) -> None:
         self._last_request_at.pop(tenant, None)

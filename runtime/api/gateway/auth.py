@@ -85,7 +85,7 @@ class AuthMiddleware:
     async def _reject(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         if error.status in LOAD_STATUSES:
             self._services.agent.telemetry.shed(error.code or error.type)
-        await error_response(error)(scope, receive, send)
+        await error_response(error, scope)(scope, receive, send)
 
     def _admit(self, caller: Caller, scope: Scope) -> bool:
         """Count the request against its quota; return whether it is a turn, which needs a slot after its body.
@@ -123,13 +123,12 @@ class AuthMiddleware:
         keys = self._services.memory.keys
         if not keys.is_required:
             return OPERATOR
-        authorization = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        # Latin-1 decodes any bytes; UTF-8 would raise for a hostile header.
-        scheme, _, token = authorization.decode("latin-1").partition(" ")
-        row = keys.find(token.strip())  # before the scheme is checked: every bad key costs the same time
+        scheme, token = _read_key(scope)
+        row = keys.find(token)  # before the scheme is checked: every bad key costs the same time
         if row is None or scheme.lower() != "bearer":
             raise Unauthorized(
-                "no valid API key: send `Authorization: Bearer <key>` with a key of this server", code="invalid_api_key"
+                "no valid API key: send `Authorization: Bearer <key>` or `x-api-key: <key>` with a key of this server",
+                code="invalid_api_key",
             )
         return self._caller_for(row)
 
@@ -147,3 +146,14 @@ class AuthMiddleware:
             if route.matches(scope)[0] is Match.FULL:
                 return getattr(route, "path", "")
         return None
+
+
+def _read_key(scope: Scope) -> tuple[str, str]:
+    """Return the scheme and the key of a request: of `Authorization`, or else of Anthropic's `x-api-key`."""
+    # Reversed: of several headers of one name the first counts. Latin-1 decodes any bytes; UTF-8 would raise for a
+    # hostile header.
+    headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
+    if b"authorization" not in headers and b"x-api-key" in headers:
+        return "bearer", headers[b"x-api-key"].strip()
+    scheme, _, key = headers.get(b"authorization", "").partition(" ")
+    return scheme, key.strip()

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from typing import TypeVar
 
 from fastapi import Request
 
 from runtime.api.errors import ClientLeft
 
+Result = TypeVar("Result")
 
-async def cancel_on_disconnect(request: Request, work: Awaitable[None]) -> None:
-    """Wait for `work`; cancel it when the client disconnects. Raises: ClientLeft."""
+
+async def cancel_on_disconnect(request: Request, work: Awaitable[Result]) -> Result:
+    """Return the result of `work`; cancel it when the client disconnects. Raises: ClientLeft."""
     work_task = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(wait_for_disconnect(request))
     try:
         done, _ = await asyncio.wait({work_task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if work_task not in done:
-            raise ClientLeft("the client left before its tasks were prepared")
-        work_task.result()
+            raise ClientLeft("the client left before the answer")
+        return work_task.result()
     finally:
         work_task.cancel()
         disconnect.cancel()

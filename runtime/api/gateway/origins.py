@@ -39,7 +39,7 @@ class OriginCheck:
             try:
                 self._check(scope["method"], scope["path"], Headers(scope=scope))
             except ApiError as error:
-                await error_response(error)(scope, receive, send)
+                await error_response(error, scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

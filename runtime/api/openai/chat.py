@@ -14,6 +14,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from runtime.agent.turn import TurnRequest
 from runtime.api.errors import (
     KNOWN_EXCEPTIONS,
     ApiError,
@@ -25,12 +26,12 @@ from runtime.api.errors import (
     error_body,
     error_responses,
 )
-from runtime.api.gateway.permissions import RequestCaller
+from runtime.api.gateway.permissions import Caller, RequestCaller
 from runtime.api.health import require_ready
 from runtime.api.openai.chat_answer import DONE, ChatCompletion, ChunkWriter, complete, event
-from runtime.api.openai.chat_request import EXAMPLES, ChatRequest, check_request, read_extensions
+from runtime.api.openai.chat_request import EXAMPLES, ChatRequest, Extensions, check_request, read_extensions
 from runtime.api.openai.turns import StreamedTurn, finish, headers_for, limit_messages, make_request, raise_failure
-from runtime.api.services import Server
+from runtime.api.services import Server, Services
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"])
 
@@ -60,19 +61,7 @@ async def create_completion(
     limit_messages(server, len(body.messages), "messages")
     extensions = read_extensions(body.metadata, safety_identifier=body.safety_identifier, user=body.user)
     check_request(body, extensions)
-    turn_request = make_request(
-        server,
-        caller,
-        extensions,
-        model=body.model,
-        messages=[message.plain() for message in body.messages],
-        temperature=body.temperature,
-        seed=body.seed,
-        max_tokens=body.max_completion_tokens or body.max_tokens,
-        field_of_max_tokens="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
-        tools=body.tools or (),
-        sampling=body.sampling(),
-    )
+    turn_request = make_chat_turn(server, caller, extensions, body)
     # After the checks, so that an invalid request is a 400 also while the engine starts.
     require_ready(server)
     if not body.stream:
@@ -84,6 +73,23 @@ async def create_completion(
     writer = ChunkWriter(start, include_usage=bool(body.stream_options and body.stream_options.include_usage))
     return StreamingResponse(
         write_events(streamed, writer), media_type="text/event-stream", headers=headers_for(start.trajectory)
+    )
+
+
+def make_chat_turn(server: Services, caller: Caller, extensions: Extensions, body: ChatRequest) -> TurnRequest:
+    """Return the request to the agent. Raises as `make_request` does."""
+    return make_request(
+        server,
+        caller,
+        extensions,
+        model=body.model,
+        messages=[message.plain() for message in body.messages],
+        temperature=body.temperature,
+        seed=body.seed,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        field_of_max_tokens="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
+        tools=body.tools or (),
+        sampling=body.sampling(),
     )
 
 

@@ -212,15 +212,24 @@ class Extensions:
 
 
 def read_extensions(
-    metadata: Mapping[str, str] | None, *, safety_identifier: str | None = None, user: str | None = None
+    metadata: Mapping[str, str] | None,
+    *,
+    safety_identifier: str | None = None,
+    user: str | None = None,
+    user_id: str | None = None,
 ) -> Extensions:
-    """Return the extensions in `metadata`, and the person.
+    """Return the extensions in `metadata`, and the person. `user_id` is the person's field in Anthropic's metadata.
 
     Raises:
         BadRequest: an invalid value, or an environment or a split without a task.
     """
     given = dict(metadata or {})
-    named = {"safety_identifier": safety_identifier, "user": user, "metadata.user": given.get("user")}
+    named = {
+        "safety_identifier": safety_identifier,
+        "user": user,
+        "metadata.user_id": user_id,
+        "metadata.user": given.get("user"),
+    }
     for name in ("environment", "split"):
         if name in given and not given.get("task"):
             raise BadRequest(f"metadata.task is missing: metadata.{name} is a task's", param="metadata.task")
@@ -364,7 +373,7 @@ def _require_no_missing(missing: Counter[str], position: int) -> None:
     unanswered = next((call_id for call_id, num_open in missing.items() if num_open), None)
     if unanswered is not None:
         raise BadRequest(
-            f"the tool call {unanswered!r} has no result: send a tool message with that tool_call_id",
+            f"the tool call {unanswered!r} has no result: send it right after the reply that made the call",
             param=f"messages[{position}]",
             code="invalid_value",
         )

@@ -35,6 +35,10 @@ await runChecks({
     const said = await client.chat.completions.create({ ...asked, max_tokens: 200, messages, response_format });
     expect(CITIES.includes(JSON.parse(said.choices[0].message.content).city), said.choices[0].message.content);
   },
+  async embeddings() {
+    const given = await client.embeddings.create({ model: "all-MiniLM-L6-v2", input: ["rain", "sunshine"] });
+    expect(given.data.length === 2 && given.data[0].embedding.length === 384, `${given.data.length} vectors`);
+  },
   async responses() {
     const said = await client.responses.create({ model: MODEL, input: QUESTION, max_output_tokens: MAX_TOKENS });
     expect(said.output_text, "no text");

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -14,6 +14,9 @@ MODEL = "agent"
 API_KEY = "none"
 QUESTION = "Say hello to Oslo."
 MAX_TOKENS = 96
+EMBEDDING_MODEL = "all-MiniLM-L6-v2"
+TEXTS = ("It rains in Oslo.", "The weather there is wet.", "The stock market fell.")
+"""The first two are about the same."""
 CITIES = ("Oslo", "Bergen")
 CityName = Literal["Oslo", "Bergen"]
 # Names to choose from, not a free text: the checks are of formats, and a small model may not end a text by itself.
@@ -44,6 +47,18 @@ class ModelLimit(Exception):
 def expect(holds: object, what: str) -> None:
     if not holds:
         raise AssertionError(what)
+
+
+def expect_meaning(vectors: Sequence[Sequence[float]]) -> None:
+    """Check the vectors of TEXTS: of unit length, and the first two nearer to each other than to the third."""
+
+    def similarity(one: Sequence[float], other: Sequence[float]) -> float:
+        return sum(a * b for a, b in zip(one, other, strict=True))
+
+    expect(len(vectors) == len(TEXTS), f"{len(vectors)} vectors")
+    expect(all(abs(similarity(each, each) - 1) < 1e-3 for each in vectors), "a vector is not of unit length")
+    first, second, third = vectors
+    expect(similarity(first, second) > similarity(first, third), "the vectors have no meaning")
 
 
 def run_checks(checks: dict[str, Callable[[], object]]) -> None:

@@ -1,9 +1,22 @@
-from checks import API_KEY, BASE_URL, MAX_TOKENS, MODEL, QUESTION, WEATHER_QUESTION, CityName, expect, run_checks
+from checks import (
+    API_KEY,
+    BASE_URL,
+    EMBEDDING_MODEL,
+    MAX_TOKENS,
+    MODEL,
+    QUESTION,
+    TEXTS,
+    WEATHER_QUESTION,
+    CityName,
+    expect,
+    expect_meaning,
+    run_checks,
+)
 from checks import weather as look_up
 from langchain.agents import create_agent
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel
 
 
@@ -60,6 +73,13 @@ def responses():
     expect(new_model(use_responses_api=True).invoke(QUESTION).text, "no text")
 
 
+def embeddings():
+    settings = {"base_url": BASE_URL, "api_key": API_KEY, "max_retries": 0, "timeout": 300}
+    # Without the switch, LangChain sends tokens of OpenAI's tokenizer instead of texts.
+    model = OpenAIEmbeddings(model=EMBEDDING_MODEL, check_embedding_ctx_length=False, **settings)
+    expect_meaning(model.embed_documents(list(TEXTS)))
+
+
 run_checks(
     {
         "chat": chat,
@@ -69,5 +89,6 @@ run_checks(
         "structured": structured,
         "agent": agent,
         "responses": responses,
+        "embeddings": embeddings,
     }
 )

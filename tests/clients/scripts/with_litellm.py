@@ -6,12 +6,15 @@ from checks import (
     BASE_URL,
     CITIES,
     CITY_SCHEMA,
+    EMBEDDING_MODEL,
     MAX_TOKENS,
     MODEL,
     QUESTION,
+    TEXTS,
     WEATHER,
     WEATHER_QUESTION,
     expect,
+    expect_meaning,
     run_checks,
     weather,
 )
@@ -56,4 +59,20 @@ def responses():
     expect(said.output, f"no output: {said}")
 
 
-run_checks({"chat": chat, "stream": stream, "tools": tools, "structured": structured, "responses": responses})
+def embeddings():
+    given = litellm.embedding(
+        model=f"openai/{EMBEDDING_MODEL}", input=list(TEXTS), api_base=BASE_URL, api_key=API_KEY, timeout=300
+    )
+    expect_meaning([each["embedding"] for each in given.data])
+
+
+run_checks(
+    {
+        "chat": chat,
+        "stream": stream,
+        "tools": tools,
+        "structured": structured,
+        "responses": responses,
+        "embeddings": embeddings,
+    }
+)

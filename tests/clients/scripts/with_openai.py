@@ -6,12 +6,15 @@ from checks import (
     BASE_URL,
     CITIES,
     CITY_SCHEMA,
+    EMBEDDING_MODEL,
     MAX_TOKENS,
     MODEL,
     QUESTION,
+    TEXTS,
     WEATHER,
     WEATHER_QUESTION,
     expect,
+    expect_meaning,
     run_checks,
     weather,
 )
@@ -71,6 +74,12 @@ def responses():
     expect(again.previous_response_id == said.id, "the conversation was lost")
 
 
+def embeddings():
+    given = client.embeddings.create(model=EMBEDDING_MODEL, input=list(TEXTS))
+    expect(given.usage.prompt_tokens > 0, f"usage {given.usage}")
+    expect_meaning([each.embedding for each in given.data])
+
+
 run_checks(
     {
         "chat": chat,
@@ -79,5 +88,6 @@ run_checks(
         "forced tool": forced_tool,
         "structured": structured,
         "responses": responses,
+        "embeddings": embeddings,
     }
 )

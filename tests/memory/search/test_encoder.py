@@ -10,7 +10,7 @@ import numpy
 import pytest
 
 from memory.errors import IndexUnavailable
-from memory.search.encoder import QueryEncoder, SentenceEncoder
+from memory.search.encoder import QueryEncoder, SentenceEncoder, model_name
 from memory.search.indexed_rows import IndexQuery
 from memory.store import Memory
 from tests.memory.episodes import PATIENT, HashingEncoder
@@ -80,7 +80,8 @@ async def test_an_encoder_that_fails_is_unavailable_and_may_recover(held):
 
 async def test_the_embedded_encoder_finds_by_meaning(tmp_path: Path):
     """The real all-MiniLM-L6-v2, from its package: seconds to load, no network."""
-    with Memory.open(tmp_path, PATIENT, encoder=SentenceEncoder()) as memory:
+    encoder = SentenceEncoder()
+    with Memory.open(tmp_path, PATIENT, encoder=encoder) as memory:
         await memory.documents.ingest("Cars", "How to change the tyre of an automobile.")
         await memory.documents.ingest("Bread", "Knead the dough and let it rise overnight.")
         await memory.index.drain(timeout_seconds=900)
@@ -91,3 +92,12 @@ async def test_the_embedded_encoder_finds_by_meaning(tmp_path: Path):
             environment=None, kind="chat", query_text="repairing a vehicle's wheel"
         )
     assert recollection.text.startswith("<memory>\nPassages:\nCars: How to change the tyre")
+    assert (encoder.max_tokens(), encoder.count_tokens(["rain", "rain " * 300, ""])) == (256, [3, 302, 2])
+    first, second, other = encoder.encode(["rain " * 254 + "tea", "rain " * 254 + "coffee", "rain " * 253 + "tea"])
+    assert numpy.allclose(first, second, atol=1e-6), "more than max_tokens was read"
+    assert not numpy.allclose(first, other, atol=1e-4), "fewer than max_tokens were read"
+
+
+def test_clients_know_an_encoder_by_the_name_of_its_model():
+    names = {"embedded": "all-MiniLM-L6-v2", "org/model": "org/model", "/models/mine": "mine"}
+    assert {name: model_name(SentenceEncoder(name)) for name in names} == names

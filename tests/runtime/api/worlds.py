@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import structlog
 import uvicorn
 
@@ -78,6 +79,9 @@ class ScriptedEngine:
         for word in completion.content.split(" ") if completion.content else []:
             await on_delta(Delta(word if word == "You" else f" {word}"))
         return completion
+
+    async def count_tokens(self, model: str, messages: Sequence[dict], tools: Sequence[dict] | None = None) -> int:
+        return 10
 
     async def probe(self, model: str | None = None) -> bool:
         return self.is_ready
@@ -248,6 +252,12 @@ class ServedWorld:
         self._started.set()
         await serving
         following.cancel()
+
+
+def error_code(answer: httpx.Response) -> str:
+    """Return the code of an error in the shape of either API."""
+    error = answer.json()["error"]
+    return error["code"] if "code" in error else error["details"]["error_code"]
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
