@@ -194,6 +194,7 @@ async def freeze_startup_heap(memory: Memory) -> None:
 async def start(services: Services, settings: RuntimeSettings, phases: Phases) -> None:
     """Start the tools and the engine, then activate the active policy: boot is the first activation."""
     from runtime.errors import AdapterError
+    from runtime.serving.embedded_policy import install_embedded_policy
 
     memory = services.memory
     # Before the engine starts: `require_ready` rejects turns until then, so a RUNNING trajectory is a dead process's.
@@ -202,7 +203,11 @@ async def start(services: Services, settings: RuntimeSettings, phases: Phases) -
     if services.toolbox is not None:
         await services.toolbox.open()
     await services.engine.start()
+    is_new = memory.policies.find_base_model() is None
     await memory.policies.register_base(name_base(services.engine))
+    embedded = services.engine.embedded
+    if is_new and embedded is not None and embedded.adapter is not None:
+        await install_embedded_policy(memory.policies, memory.data_dir / "adapters", embedded.adapter)
     while True:
         active = memory.policies.active()
         phases.begin(f"activating policy {active.name}")

@@ -30,6 +30,8 @@ class EmbeddedModel:
     """Whether it answers questions and writes prose; one that cannot plays games alone."""
     temperature: float
     """Sampling temperature in requests that set none."""
+    adapter: Path | None = None
+    """The adapter that a new data directory starts with."""
 
 
 EMBEDDED = {
