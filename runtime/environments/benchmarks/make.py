@@ -19,6 +19,7 @@ from runtime.environments.benchmarks.agentbench import read_agentbench
 from runtime.environments.benchmarks.bfcl import read_bfcl
 from runtime.environments.benchmarks.mathematics import read_gsm8k, read_math500
 from runtime.environments.benchmarks.programs import read_humaneval, read_mbpp
+from runtime.environments.benchmarks.reading import read_beerqa
 from runtime.environments.task_files.reader import describe_error
 from runtime.environments.task_files.rows import TaskRow
 
@@ -26,6 +27,7 @@ Rows = Iterator[dict[str, Any]]
 
 BENCHMARKS: Mapping[str, Callable[[Path], Rows]] = {
     "agentbench-db": read_agentbench,
+    "beerqa": read_beerqa,
     "bfcl": read_bfcl,
     "gsm8k": read_gsm8k,
     "humaneval": read_humaneval,
@@ -57,6 +59,9 @@ def make_task_file(benchmark: str, source: Path, out: Path) -> MadeFile:
     try:
         for content in BENCHMARKS[benchmark](source):
             row = TaskRow.model_validate(content)
+            content["split"] = row.final_split
+            if row.final_split != "practice":
+                content.pop("demonstration", None)
             # In ASCII: a few texts hold U+2028, at which many programs break a line.
             lines.append(json.dumps(content))
             splits[row.final_split] += 1

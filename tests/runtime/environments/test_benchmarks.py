@@ -53,6 +53,7 @@ def test_functions_that_are_offered_together_stay_together():
 @pytest.mark.parametrize(
     ("benchmark", "folder", "expected"),
     [
+        ("beerqa", "beerqa_1000/beerqa_train_subsample.json", {"practice": 621, "held-out": 271, "sealed": 108}),
         ("gsm8k", "gsm8k", {"practice": 7473, "held-out": 1319}),
         ("math500", "math500", {"held-out": 500}),
         ("humaneval", "humaneval", {"held-out": 164}),
@@ -91,7 +92,9 @@ def test_what_is_not_the_benchmark_writes_nothing(tmp_path: Path):
     out = tmp_path / "out.jsonl"
     with pytest.raises(ValueError, match=r"is not gsm8k as it is published: KeyError\('answer'\)"):
         make_task_file("gsm8k", tmp_path, out)
-    with pytest.raises(ValueError, match="no benchmark is called 'gsm9k'; there is: agentbench-db, bfcl, gsm8k"):
+    with pytest.raises(
+        ValueError, match="no benchmark is called 'gsm9k'; there is: agentbench-db, beerqa, bfcl"
+    ):
         make_task_file("gsm9k", tmp_path, out)
     with pytest.raises(ValueError, match=r"holds no file 'HumanEval.jsonl\*'"):
         make_task_file("humaneval", tmp_path, out)
