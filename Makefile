@@ -1,4 +1,4 @@
-# Eight commands, each of which first makes sure that .venv holds what pyproject.toml and constraints.txt say.
+# Nine commands, each of which first makes sure that .venv holds what pyproject.toml and constraints.txt say.
 #
 #   make serve                      the agent on http://127.0.0.1:8080, its data in .ratchet/
 #   make serve ARGS="--port 9000 --data /tmp/elsewhere"
@@ -6,6 +6,7 @@
 #   make test                       what continuous integration runs (ARGS go to pytest)
 #   make faults                     the full counts of the faults that `make test` tries a few times (ARGS="-k kill")
 #   make clients                    seventeen clients, each in its own environment, against real servers (docs/clients.md)
+#   make proof                      docs/proof.md: what each method of learning is worth; hours (ARGS="--list")
 #   make lint                       ruff and the type checker, without changing a file (`make format` changes them)
 #   make types                      the type checker alone
 #   make check                      lint, then test
@@ -13,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install torch-cpu model serve tour test faults clients lint types format check clean
+.PHONY: help install torch-cpu model serve tour test faults clients proof lint types format check clean
 
 # The first of these that is here and can make an environment.
 PYTHON ?= $(shell for each in python3.11 python3.12 python3.13; do \
@@ -49,6 +50,9 @@ faults: $(STAMP)
 
 clients: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m tests.clients.run $(ARGS)
+
+proof: $(STAMP)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m tests.bench.proof $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

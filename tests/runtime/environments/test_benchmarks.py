@@ -92,9 +92,7 @@ def test_what_is_not_the_benchmark_writes_nothing(tmp_path: Path):
     out = tmp_path / "out.jsonl"
     with pytest.raises(ValueError, match=r"is not gsm8k as it is published: KeyError\('answer'\)"):
         make_task_file("gsm8k", tmp_path, out)
-    with pytest.raises(
-        ValueError, match="no benchmark is called 'gsm9k'; there is: agentbench-db, beerqa, bfcl"
-    ):
+    with pytest.raises(ValueError, match="no benchmark is called 'gsm9k'; there is: agentbench-db, beerqa, bfcl"):
         make_task_file("gsm9k", tmp_path, out)
     with pytest.raises(ValueError, match=r"holds no file 'HumanEval.jsonl\*'"):
         make_task_file("humaneval", tmp_path, out)

@@ -1,0 +1,94 @@
+"""The runs of the proof: task x sequence of methods x seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the tasks that it learns."""
+
+    name: str
+    title: str
+    model: str
+    environment: str
+    benchmark: str | None = None
+    """What `tasks make` makes the task file of; None: the environment needs no file."""
+    source: Path | None = None
+    kinds: tuple[str, ...] = ()
+    """The kinds of tasks that are kept; empty keeps all."""
+    num_demonstrations: int = 0
+    """Demonstrations of practice tasks that are imported before the cycle. A model that never wins needs them."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the cycle."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cycle."""
+
+    subject: Subject
+    methods: tuple[str, ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.subject.name}-{'-'.join(self.methods)}-{self.seed}"
+
+
+SUBJECTS = (
+    Subject(
+        "bfcl",
+        "SmolLM2-135M on BFCL: simple, multiple, live simple",
+        model="smollm2",
+        environment="bfcl",
+        benchmark="bfcl",
+        source=SHARED / "bfcl",
+        kinds=("simple_python", "multiple", "live_simple"),
+        num_demonstrations=200,
+        settings={
+            "practice_episodes": 0,
+            "explore_episodes": 512,
+            "num_practice_tasks": 128,
+            "evaluation.num_tasks": 200,
+            "evaluation.num_sealed_tasks": 0,
+            "evaluation.serve_with_memory": False,
+        },
+    ),
+    Subject(
+        "beerqa",
+        "SmolLM2-135M on BeerQA with the gold paragraphs",
+        model="smollm2",
+        environment="beerqa",
+        benchmark="beerqa",
+        source=SHARED / "beerqa_1000" / "beerqa_train_subsample.json",
+        num_demonstrations=200,
+        settings={
+            "practice_episodes": 0,
+            "explore_episodes": 512,
+            "num_practice_tasks": 128,
+            "evaluation.num_tasks": 200,
+            "evaluation.num_sealed_tasks": 0,
+            "evaluation.serve_with_memory": False,
+        },
+    ),
+    Subject("textworld", "the pocket model on TextWorld", model="pocket", environment="textworld"),
+)
+SEQUENCES: tuple[tuple[str, ...], ...] = (("sft", "dpo"), ("sft", "kto"), ("sft", "grpo"), ("sft", "distill"))
+SEEDS = (0, 1, 2)
+
+
+def list_runs(
+    subjects: Sequence[Subject] = SUBJECTS,
+    sequences: Sequence[tuple[str, ...]] = SEQUENCES,
+    seeds: Sequence[int] = SEEDS,
+) -> list[Run]:
+    """Return all runs: every subject and sequence has one seed before any has two, so that an interrupted proof is
+    complete at fewer seeds."""
+    return [Run(subject, methods, seed) for seed in seeds for subject in subjects for methods in sequences]
