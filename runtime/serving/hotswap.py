@@ -122,7 +122,9 @@ class HotSwap:
 
     @property
     def loaded_versions(self) -> set[int]:
-        return {version for version, loaded in self._loaded.items() if loaded.is_loaded}
+        return {
+            version for version, loaded in list(self._loaded.items()) if loaded.is_loaded
+        }  # other threads read this
 
     @property
     def num_leases(self) -> int:

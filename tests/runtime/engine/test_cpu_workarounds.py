@@ -14,7 +14,10 @@ if importlib.util.find_spec("vllm") is None:
 PRELUDE = """
 import torch
 from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 theirs = {name: getattr(lora_ops, name) for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")}
+their_linear = PunicaWrapperCPU.add_lora_linear
 from runtime.engine.cpu_workarounds import worker as ours
 torch.manual_seed(0)
 rows, width, rank, num_slots = 60, 48, 8, 4
@@ -51,6 +54,49 @@ ours.shrink(inputs, down, small, worn, 2.0)
 ours.expand(small, up, wide, worn, True)
 assert (small[:10] == 0).all() and torch.equal(before[:10], wide[:10]) and not torch.equal(before[10:], wide[10:])
 """
+
+
+LAYER = """
+class Mapping:
+    is_prefill = False
+class Wrapper(PunicaWrapperCPU):
+    def _update_base_metadata(self, mapping, slots, max_loras, vocab_size):
+        self._token_lora_indices, self.indices_len = torch.tensor(slots), [len(slots)] * 4
+def wrap(slots):
+    wrapper = Wrapper.__new__(Wrapper)
+    wrapper.is_prefill, wrapper.no_lora = False, False
+    wrapper.update_metadata(Mapping, slots, num_slots, 0)
+    return wrapper
+widths = (24, 8, 40)
+downs = tuple(torch.randn(num_slots, 1, rank, width, dtype=torch.bfloat16) for _ in widths)
+ups = tuple(torch.randn(num_slots, 1, each, rank, dtype=torch.bfloat16) for each in widths)
+def check(slots):
+    rows = torch.randn(len(slots), width, dtype=torch.bfloat16)
+    one = torch.randn(len(slots), sum(widths), dtype=torch.bfloat16)
+    other = one.clone()
+    their_linear(wrap(slots), one, rows, downs, ups, 1.0, widths)
+    wrap(slots).add_lora_linear(other, rows, downs, ups, 1.0, widths)
+    assert torch.allclose(one, other, atol=0.5, rtol=0.02), (slots, (one - other).abs().max())
+    bare = [number for number, slot in enumerate(slots) if slot < 0]
+    assert torch.equal(one[bare], other[bare])
+for slots in ([2], [-1], [0] * 9, [0, 1, -1, 3, 1], [1] * 300, [0, -1, 2] * 100):
+    check(slots)
+downs[0][2].zero_()  # another adapter comes into the slot
+class Manager(LoRAModelManager):
+    def __init__(self):
+        self._active_adapters, self.lora_index_to_id, self.modules = {}, [], {}
+try:
+    LoRAModelManager._deactivate_adapter(Manager(), 1)
+except ValueError:
+    pass
+check([2])
+"""
+
+
+@pytest.mark.engine
+def test_layers_of_few_and_many_rows_give_vllms_numbers_also_after_another_adapter_came_into_the_slot():
+    run = subprocess.run([sys.executable, "-c", PRELUDE + LAYER], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.mark.engine
