@@ -150,6 +150,30 @@ def _add_task_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
         if run_command(work, as_json=as_json, render=_describe_tasks)["problems"]:
             raise typer.Exit(1)
 
+    @tasks.command()
+    def demonstrations(
+        environment: Annotated[str, typer.Argument(help="An environment of the configuration.")],
+        out: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
+        config: Config = None,
+        limit: Annotated[int, typer.Option(min=1, help="Practice tasks, the first ones.")] = 10_000,
+        as_json: Json = False,
+    ) -> None:
+        """Write the demonstrations of practice tasks as rows of messages and tools."""
+        settings = read_settings(config, {}, [])
+
+        async def work() -> dict[str, Any]:
+            from runtime.environments.demonstrations import write_demonstrations
+
+            try:
+                written = await write_demonstrations(settings.environments, environment, out, num_tasks=limit)
+            except (ValueError, OSError) as error:
+                raise Failure(str(error)) from error
+            return {"path": str(out), "num_written": written}
+
+        run_command(
+            work, as_json=as_json, render=lambda done: f"{done['num_written']} demonstrations in {done['path']}"
+        )
+
 
 def _describe_tasks(counted: Mapping[str, Any]) -> str:
     lines = [

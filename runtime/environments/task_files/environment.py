@@ -74,8 +74,16 @@ class TaskFile(Environment):
         return [self.task(name) for name in self._index.names[SEALED][:num_tasks]]
 
     async def start(self, task: Task) -> TaskPlaythrough:
-        row = await asyncio.to_thread(read_row, self._index.path, self._index.positions[task.name])
-        return TaskPlaythrough(task, row, self._resources)
+        return TaskPlaythrough(task, await self._read(task), self._resources)
+
+    async def demonstrate(self, task: Task) -> list[Message] | None:
+        row = await self._read(task)
+        if row.demonstration is None or row.final_split != "practice":
+            return None
+        return [*row.opening, *(message.to_message() for message in row.demonstration)]
+
+    async def _read(self, task: Task) -> TaskRow:
+        return await asyncio.to_thread(read_row, self._index.path, self._index.positions[task.name])
 
 
 def open_task_file(name: str, path: Path, resources: GradingResources, *, names_path: Path, **options: Any) -> TaskFile:
