@@ -24,7 +24,7 @@ from runtime.cli.output import run
 from runtime.config import LimitsConfig
 from runtime.environments.graders.registry import AnyGrader
 from runtime.environments.registry import open_environments
-from runtime.environments.scienceworld import ScienceWorld
+from runtime.environments.science_world import ScienceWorld
 from runtime.tools.base import run_tool
 from runtime.tools.toolbox import Toolbox
 from tests.runtime.api.playing import PlayedWorld
@@ -251,7 +251,7 @@ def test_the_configuration_of_scienceworld_in_the_documents_is_valid(tmp_path: P
     (tmp_path / "ratchet.toml").write_text(blocks("toml", TASKS)[2])
     settings = serve.read_all_settings(tmp_path / "ratchet.toml", {}, [])
     config = settings.environments["scienceworld"]
-    assert config.class_path == "runtime.environments.scienceworld:ScienceWorld"
+    assert config.class_path == "runtime.environments.science_world:ScienceWorld"
     assert config.options.keys() <= inspect.signature(ScienceWorld).parameters.keys()
 
 

@@ -80,7 +80,8 @@ def _need_held_out_tasks(config: OptimizerConfig, seams: Seams) -> Need:
         needed=wanted.min_tasks,
         available=available,
         detail=f"the gate plays {available} tasks of {config.environment!r}",
-        mend="with fewer no verdict is possible and the candidate waits: raise evaluation.num_tasks",
+        mend="with fewer no verdict is possible and the candidate waits: raise evaluation.num_tasks, or give the "
+        "environment more held-out tasks",
     )
 
 

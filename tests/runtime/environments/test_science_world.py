@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from memory.schema import Split
-from runtime.environments.scienceworld import ScienceWorld
+from runtime.environments.science_world import ScienceWorld
 from runtime.errors import EnvironmentRefused, ToolError, UnknownTask
 from runtime.tools.base import run_tool
 

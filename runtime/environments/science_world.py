@@ -150,7 +150,7 @@ class Simulator:
 
     def __init__(self) -> None:
         try:
-            from scienceworld import ScienceWorldEnv  # the extra
+            from scienceworld import ScienceWorldEnv  # pyright: ignore[reportMissingImports]  # the extra
         except ImportError as error:
             raise EnvironmentRefused(f"scienceworld needs its package: pip install scienceworld ({error})") from None
         try:
