@@ -100,7 +100,12 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
 def _add_task_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
     tasks = typer.Typer(help="Task files: environments of your own (docs/tasks.md).", no_args_is_help=True)
     app.add_typer(tasks, name="tasks")
+    _add_make(tasks)
+    _add_check(tasks, read_settings)
+    _add_demonstrations(tasks, read_settings)
 
+
+def _add_make(tasks: typer.Typer) -> None:
     @tasks.command()
     def make(
         benchmark: Annotated[str, typer.Argument(help="agentbench-db, bfcl, gsm8k, humaneval, math500 or mbpp.")],
@@ -123,6 +128,8 @@ def _add_task_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
 
         run_command(work, as_json=as_json, render=_describe_tasks)
 
+
+def _add_check(tasks: typer.Typer, read_settings: ReadSettings) -> None:
     @tasks.command()
     def check(
         file: Annotated[Path, typer.Argument(help="A task file.")], config: Config = None, as_json: Json = False
@@ -150,6 +157,8 @@ def _add_task_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
         if run_command(work, as_json=as_json, render=_describe_tasks)["problems"]:
             raise typer.Exit(1)
 
+
+def _add_demonstrations(tasks: typer.Typer, read_settings: ReadSettings) -> None:
     @tasks.command()
     def demonstrations(
         environment: Annotated[str, typer.Argument(help="An environment of the configuration.")],
