@@ -24,7 +24,11 @@ from runtime.environments.benchmarks.published import read_json_lines
 from runtime.environments.graders.base import Call
 from runtime.environments.graders.function_calls import find_problem
 
-CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "live_simple", "live_parallel")
+CATEGORIES = (
+    *("simple_python", "multiple", "parallel", "parallel_multiple"),
+    *("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple"),
+)
+"""Those that are present are compared."""
 OTHER_VALUES: tuple[Any, ...] = ("", "other", 0, 1, 7, -3.5, 2.0, True, False, None, [], ["x"], [1, 2], {}, {"a": 1})
 
 Arguments = dict[str, Any]
@@ -105,7 +109,7 @@ def changed_calls(row: dict[str, Any], calls: Calls, rng: random.Random) -> Iter
     yield "other order", rng.sample(calls, len(calls))
     yield "an argument more", replaced(name, {**arguments, "unheard_of": rng.choice(OTHER_VALUES)})
     schema = next(function for function in row["function"] if to_name(function["name"]) == name)["parameters"]
-    for key in set(schema["properties"]) - set(arguments):
+    for key in sorted(set(schema["properties"]) - set(arguments)):
         yield "an optional argument", replaced(name, {**arguments, key: rng.choice(OTHER_VALUES)})
     for key, value in arguments.items():
         rest = {other: each for other, each in arguments.items() if other != key}
@@ -149,6 +153,8 @@ def compare(directory: Path, check: Check, *, num_tries: int, seed: int = 0) -> 
     counts, disagreements = Counter[str](), list[str]()
     for category in CATEGORIES:
         path = directory / f"BFCL_v4_{category}.json"
+        if not path.exists():
+            continue
         answers = {
             row["id"]: row["ground_truth"] for row in read_json_lines(path.parent / "possible_answer" / path.name)
         }

@@ -80,10 +80,10 @@ def find_problem(
         ((name, allowed),) = one.items()
         schema = _find_schema(tools, name) or {}
         problems = []
-        for call in left:
+        for position, call in enumerate(left):
             problem = _check_call(call, name, allowed, schema)
             if problem is None:
-                left.remove(call)
+                del left[position]  # not `remove`: 5 == 5.0, so it may take another call
                 break
             problems.append(problem)
         else:
