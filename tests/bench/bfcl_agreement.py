@@ -75,11 +75,13 @@ def accepted_calls(row: dict[str, Any], rng: random.Random) -> Calls:
     ]
 
 
-def _is_given(values: list[Any], rng: random.Random) -> bool:
+def _is_given(values: Any, rng: random.Random) -> bool:
+    values = values if isinstance(values, list) else [values]  # a few answers have a bare value inside of an object
     return any(each != "" for each in values) and not ("" in values and rng.random() < 0.5)
 
 
-def _pick(values: list[Any], rng: random.Random) -> Any:
+def _pick(values: Any, rng: random.Random) -> Any:
+    values = values if isinstance(values, list) else [values]
     value = rng.choice([each for each in values if each != ""] or values)
     return _pick_inside(value, rng)
 

@@ -183,9 +183,15 @@ def _fits_object(value: JsonValue, allowed: Mapping[str, Any]) -> bool:
     if not isinstance(value, dict):
         return False
     for key, each in value.items():
-        if key not in allowed or _plain(each) not in [_plain(one) for one in allowed[key]]:
+        if key not in allowed or _plain(each) not in [_plain(one) for one in _list_allowed(allowed[key])]:
             return False
-    return all(key in value or OPTIONAL in values for key, values in allowed.items())
+    return all(key in value or OPTIONAL in _list_allowed(values) for key, values in allowed.items())
+
+
+def _list_allowed(values: JsonValue) -> list[JsonValue]:
+    """Return the allowed values of a key; a few published answers give one bare value, at which the leaderboard's
+    checker fails."""
+    return values if isinstance(values, list) else [values]
 
 
 def _plain_items(items: Sequence[JsonValue]) -> list[JsonValue]:
