@@ -39,7 +39,7 @@ class Column(BaseModel, extra="forbid"):
     """A column; `type` is SQLite's, and TEXT where it is left out."""
 
     name: str
-    type: str = Field(default="TEXT", pattern=r"^[A-Za-z]*$")
+    type: str = Field(default="TEXT", pattern=r"^[A-Za-z]*( COLLATE NOCASE)?$")
 
 
 class Table(BaseModel, extra="forbid"):
