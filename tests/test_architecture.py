@@ -35,6 +35,7 @@ HOMES = {
         "runtime/agent/state.py",
     ),
     "textworld": ("runtime/environments/",),
+    "scienceworld": ("runtime/environments/science_world.py",),
     "mcp": ("runtime/tools/mcp.py",),
     "prometheus_client": ("runtime/observability/telemetry.py", "runtime/api/metrics.py"),
     "opentelemetry": ("runtime/observability/tracing.py",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from runtime.cli.output import run
 from runtime.config import LimitsConfig
 from runtime.environments.graders.registry import AnyGrader
 from runtime.environments.registry import open_environments
+from runtime.environments.science_world import ScienceWorld
 from runtime.tools.base import run_tool
 from runtime.tools.toolbox import Toolbox
 from tests.memory.formats.rows import DEMONSTRATION, LABEL, PREFERENCE
@@ -256,6 +258,14 @@ async def test_the_class_in_the_documents_is_an_environment(tmp_path: Path, monk
     answers = [(await run_tool(guess, json.dumps({"number": number}))).content for number in (80, 50, 74)]
     assert answers == ["Lower.", "Higher.", "Found."]
     assert (await playthrough.close()).reason == "3 guesses"
+
+
+def test_the_configuration_of_scienceworld_in_the_documents_is_valid(tmp_path: Path):
+    (tmp_path / "ratchet.toml").write_text(blocks("toml", TASKS)[2])
+    settings = serve.read_all_settings(tmp_path / "ratchet.toml", {}, [])
+    config = settings.environments["scienceworld"]
+    assert config.class_path == "runtime.environments.science_world:ScienceWorld"
+    assert config.options.keys() <= inspect.signature(ScienceWorld).parameters.keys()
 
 
 def test_the_commands_about_tasks_exist_with_their_options():

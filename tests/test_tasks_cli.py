@@ -68,6 +68,33 @@ def test_check_knows_the_functions_of_the_configuration(tmp_path: Path, capsys, 
     assert code == 1 and "the function 'long' is not configured (there is: none)" in failed["error"]["message"]
 
 
+def test_demonstrations_of_practice_tasks_become_rows_of_messages_and_tools(tmp_path: Path, capsys, monkeypatch):
+    answer = [{"role": "assistant", "content": "4"}]
+    rows = [
+        {"name": "a", "split": "practice", **SUM, "demonstration": answer},
+        {"name": "b", "split": "held-out", **SUM, "demonstration": answer},
+        {"name": "c", "split": "practice", **SUM},
+    ]
+    write(tmp_path / "t.jsonl", *rows)
+    (tmp_path / "ratchet.toml").write_text('[environments.mine]\ntasks = "t.jsonl"\nsystem_prompt = "Add."\n')
+    monkeypatch.chdir(tmp_path)
+    code, written = call(capsys, "tasks", "demonstrations", "mine", "out.jsonl")
+    assert (code, written["num_written"]) == (0, 1)
+    (row,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert row["tools"] == []
+    assert [(message["role"], message["content"]) for message in row["messages"]] == [
+        ("system", "Add."),
+        ("user", "2 + 2?"),
+        ("assistant", "4"),
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "ratchet.toml", "t.jsonl"]
+    write(tmp_path / "t.jsonl", *rows[1:])
+    code, failed = call(capsys, "tasks", "demonstrations", "mine", "out.jsonl")
+    assert code == 1 and failed["error"]["message"] == "no practice task of 'mine' has a demonstration"
+    code, failed = call(capsys, "tasks", "demonstrations", "yours", "out.jsonl")
+    assert code == 1 and "no environment is called 'yours'; there is: textworld" in failed["error"]["message"]
+
+
 def test_play_plays_a_task_file_through_the_server(tmp_path: Path, capsys):
     rows = [{"name": f"t{n}", "split": "held-out", **SUM} for n in range(3)]
     rows[2]["grader"] = {"type": "numeric", "answer": 5}

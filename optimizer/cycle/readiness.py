@@ -48,16 +48,19 @@ def fit_to_environment(config: OptimizerConfig, seams: Seams) -> OptimizerConfig
 
 
 def _need_practice_tasks(config: OptimizerConfig, seams: Seams) -> Need:
-    available = len(seams.tasks(config.environment, Split.PRACTICE, config.num_practice_tasks))
+    num_wanted = config.num_practice_tasks + config.num_selection_tasks
+    listed = len(seams.tasks(config.environment, Split.PRACTICE, num_wanted))
+    available = min(listed, config.num_practice_tasks)
     rounds = len(config.practice_rounds) + len(config.explore_rounds)
+    detail = f"{available} tasks of {config.environment!r} are played in {rounds} rounds"
+    if listed < num_wanted:
+        detail += f", and {listed - available} are left to choose a checkpoint by"
     return Need(
         name="practice tasks",
         needed=1,
         available=available,
         is_required=True,
-        detail=f"{available} tasks of {config.environment!r} are played in {rounds} rounds"
-        if available
-        else f"{config.environment!r} has no practice task",
+        detail=detail if available else f"{config.environment!r} has no practice task",
         mend="give the environment tasks of the split practice, or set practice_episodes and explore_episodes to 0",
     )
 
@@ -80,7 +83,8 @@ def _need_held_out_tasks(config: OptimizerConfig, seams: Seams) -> Need:
         needed=wanted.min_tasks,
         available=available,
         detail=f"the gate plays {available} tasks of {config.environment!r}",
-        mend="with fewer no verdict is possible and the candidate waits: raise evaluation.num_tasks",
+        mend="with fewer no verdict is possible and the candidate waits: raise evaluation.num_tasks, or give the "
+        "environment more held-out tasks",
     )
 
 

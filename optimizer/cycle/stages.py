@@ -108,11 +108,21 @@ async def collect(context: CycleContext) -> None:
         context.take_held_out(environment, 0)  # an unknown name fails here, not after an hour of training
     # chosen once: a repeated stage must play the same tasks
     if context.artifacts.practice_offset is None:
-        # select() returns the newest 50 cycles; offsets only grow, so older ones do not matter
-        earlier = [cycle for cycle in context.memory.cycles.select() if cycle.id != context.cycle_id]
-        offset = max((cycle.artifacts.get("practice_end", 0) for cycle in earlier), default=0)
+        offset = find_practice_offset(context)
         await context.save_artifacts(practice_offset=offset, practice_end=offset + context.config.num_practice_tasks)
     await practice.practice(context)
+
+
+def find_practice_offset(context: CycleContext) -> int:
+    """Return where the practice of this cycle begins: behind the tasks of earlier cycles in the same environment."""
+    # select() returns the newest 50 cycles; offsets only grow, so older ones matter only where 50 cycles of other
+    # environments lie between, and then tasks are practised again
+    earlier = [
+        cycle
+        for cycle in context.memory.cycles.select()
+        if cycle.id != context.cycle_id and cycle.settings.get("environment") == context.config.environment
+    ]
+    return max((cycle.artifacts.get("practice_end", 0) for cycle in earlier), default=0)
 
 
 async def build_rows(context: CycleContext, method: Method) -> RowsSummary:

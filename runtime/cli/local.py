@@ -100,7 +100,12 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
 def _add_task_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
     tasks = typer.Typer(help="Task files: environments of your own (docs/tasks.md).", no_args_is_help=True)
     app.add_typer(tasks, name="tasks")
+    _add_make(tasks)
+    _add_check(tasks, read_settings)
+    _add_demonstrations(tasks, read_settings)
 
+
+def _add_make(tasks: typer.Typer) -> None:
     @tasks.command()
     def make(
         benchmark: Annotated[str, typer.Argument(help="agentbench-db, bfcl, gsm8k, humaneval, math500 or mbpp.")],
@@ -123,6 +128,8 @@ def _add_task_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
 
         run_command(work, as_json=as_json, render=_describe_tasks)
 
+
+def _add_check(tasks: typer.Typer, read_settings: ReadSettings) -> None:
     @tasks.command()
     def check(
         file: Annotated[Path, typer.Argument(help="A task file.")], config: Config = None, as_json: Json = False
@@ -149,6 +156,32 @@ def _add_task_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
 
         if run_command(work, as_json=as_json, render=_describe_tasks)["problems"]:
             raise typer.Exit(1)
+
+
+def _add_demonstrations(tasks: typer.Typer, read_settings: ReadSettings) -> None:
+    @tasks.command()
+    def demonstrations(
+        environment: Annotated[str, typer.Argument(help="An environment of the configuration.")],
+        out: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
+        config: Config = None,
+        limit: Annotated[int, typer.Option(min=1, help="Practice tasks, the first ones.")] = 10_000,
+        as_json: Json = False,
+    ) -> None:
+        """Write the demonstrations of practice tasks as rows of messages and tools."""
+        settings = read_settings(config, {}, [])
+
+        async def work() -> dict[str, Any]:
+            from runtime.environments.demonstrations import write_demonstrations
+
+            try:
+                written = await write_demonstrations(settings.environments, environment, out, num_tasks=limit)
+            except (ValueError, OSError) as error:
+                raise Failure(str(error)) from error
+            return {"path": str(out), "num_written": written}
+
+        run_command(
+            work, as_json=as_json, render=lambda done: f"{done['num_written']} demonstrations in {done['path']}"
+        )
 
 
 def _describe_tasks(counted: Mapping[str, Any]) -> str:

@@ -85,6 +85,11 @@ class Environment(ABC):
         """Do slow work of starting these tasks ahead of time; call `on_progress(num_done, num_total)` after each."""
         return
 
+    async def demonstrate(self, task: Task) -> list[Message] | None:
+        """Return messages that solve a practice task, from its opening on; None where none is known, and for held-out
+        tasks."""
+        return None
+
     @abstractmethod
     async def start(self, task: Task) -> Playthrough:
         """Start `task` from its beginning."""

@@ -14,8 +14,6 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from memory.names import check_name
 from runtime.config import EnvironmentConfig
 from runtime.environments.base import Environment
@@ -25,8 +23,6 @@ from runtime.environments.textworld import TextWorld
 from runtime.errors import EnvironmentRefused
 
 GROUP = "ratchet.environments"
-
-log = structlog.get_logger()
 
 
 def open_environments(
@@ -46,7 +42,6 @@ def open_environments(
             raise EnvironmentRefused(f"environments.{name}: this environment comes with the project; choose a new name")
         config = configured.get(name, EnvironmentConfig())
         environments[name] = _open(name, config, plugins.get(name), directory, complete)
-    log.info("environments are ready", environments=list(environments))
     return environments
 
 

@@ -23,9 +23,10 @@ from runtime.errors import ToolError
 STATEMENT_SECONDS = 5.0
 MAX_BYTES = 64 * 2**20
 PAGE_BYTES = 4096
-MAX_ROWS = 1_000
-"""Rows of a result that are read; the tool's own limit of characters cuts them further."""
-MAX_VALUE_BYTES = 2**20
+MAX_RESULT_CHARS = 40_000
+"""Of a result; rows after that are not read. The tool's own limit cuts the text further."""
+MAX_VALUE_BYTES = 2**17
+MAX_COLUMNS = 200
 STEPS_BETWEEN_CHECKS = 10_000
 REFUSED_ACTIONS = frozenset({sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA})
 
@@ -38,7 +39,7 @@ class Column(BaseModel, extra="forbid"):
     """A column; `type` is SQLite's, and TEXT where it is left out."""
 
     name: str
-    type: str = Field(default="TEXT", pattern=r"^[A-Za-z]*$")
+    type: str = Field(default="TEXT", pattern=r"^[A-Za-z]*( COLLATE NOCASE)?$")
 
 
 class Table(BaseModel, extra="forbid"):
@@ -102,13 +103,14 @@ class SqlDatabase:
             return self._connection
         connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         connection.execute(f"PRAGMA max_page_count = {MAX_BYTES // PAGE_BYTES}")
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
         for table in self._tables:
             columns = ", ".join(f"{_quote(column.name)} {column.type}" for column in table.columns)
             connection.execute(f"CREATE TABLE {_quote(table.name)} ({columns})")
             marks = ", ".join("?" * len(table.columns))
             connection.executemany(f"INSERT INTO {_quote(table.name)} VALUES ({marks})", table.rows)
         # Only now: making the tables needs what a policy may not do.
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, MAX_COLUMNS)
         connection.set_authorizer(_authorize)
         connection.set_progress_handler(self._is_late, STEPS_BETWEEN_CHECKS)
         self._connection = connection
@@ -122,7 +124,7 @@ class SqlDatabase:
         self._deadline = time.monotonic() + STATEMENT_SECONDS
         try:
             cursor = connection.execute(statement)
-            rows = cursor.fetchmany(MAX_ROWS)
+            rows = _read_rows(cursor)
         # sqlite3.Warning: several statements in one text. OverflowError and ValueError: values that SQLite cannot hold.
         except (sqlite3.Error, sqlite3.Warning, OverflowError, ValueError) as error:
             late = f"; a statement may take {STATEMENT_SECONDS:g} seconds" if self._is_late() else ""
@@ -130,7 +132,7 @@ class SqlDatabase:
         if cursor.description is None:
             return f"{max(cursor.rowcount, 0)} rows changed"
         cursor.close()
-        return str(rows)
+        return f"[{', '.join(rows)}]"
 
     def _digest(self) -> str:
         """Return the digest that AgentBench's database tasks compare (arXiv 2308.03688): of each row the first five
@@ -153,6 +155,18 @@ class SqlDatabase:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _read_rows(cursor: sqlite3.Cursor) -> list[str]:
+    """Return rows as text, up to about `MAX_RESULT_CHARS`."""
+    rows, num_chars = list[str](), 0
+    for row in cursor:
+        rows.append(repr(row))
+        num_chars += len(rows[-1])
+        if num_chars > MAX_RESULT_CHARS:
+            rows.append("...")
+            break
+    return rows
 
 
 def _authorize(action: int, *_: object) -> int:

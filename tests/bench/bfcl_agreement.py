@@ -24,7 +24,11 @@ from runtime.environments.benchmarks.published import read_json_lines
 from runtime.environments.graders.base import Call
 from runtime.environments.graders.function_calls import find_problem
 
-CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "live_simple", "live_parallel")
+CATEGORIES = (
+    *("simple_python", "multiple", "parallel", "parallel_multiple"),
+    *("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple"),
+)
+"""Those that are present are compared."""
 OTHER_VALUES: tuple[Any, ...] = ("", "other", 0, 1, 7, -3.5, 2.0, True, False, None, [], ["x"], [1, 2], {}, {"a": 1})
 
 Arguments = dict[str, Any]
@@ -71,11 +75,13 @@ def accepted_calls(row: dict[str, Any], rng: random.Random) -> Calls:
     ]
 
 
-def _is_given(values: list[Any], rng: random.Random) -> bool:
+def _is_given(values: Any, rng: random.Random) -> bool:
+    values = values if isinstance(values, list) else [values]  # a few answers have a bare value inside of an object
     return any(each != "" for each in values) and not ("" in values and rng.random() < 0.5)
 
 
-def _pick(values: list[Any], rng: random.Random) -> Any:
+def _pick(values: Any, rng: random.Random) -> Any:
+    values = values if isinstance(values, list) else [values]
     value = rng.choice([each for each in values if each != ""] or values)
     return _pick_inside(value, rng)
 
@@ -105,7 +111,7 @@ def changed_calls(row: dict[str, Any], calls: Calls, rng: random.Random) -> Iter
     yield "other order", rng.sample(calls, len(calls))
     yield "an argument more", replaced(name, {**arguments, "unheard_of": rng.choice(OTHER_VALUES)})
     schema = next(function for function in row["function"] if to_name(function["name"]) == name)["parameters"]
-    for key in set(schema["properties"]) - set(arguments):
+    for key in sorted(set(schema["properties"]) - set(arguments)):
         yield "an optional argument", replaced(name, {**arguments, key: rng.choice(OTHER_VALUES)})
     for key, value in arguments.items():
         rest = {other: each for other, each in arguments.items() if other != key}
@@ -149,6 +155,8 @@ def compare(directory: Path, check: Check, *, num_tries: int, seed: int = 0) -> 
     counts, disagreements = Counter[str](), list[str]()
     for category in CATEGORIES:
         path = directory / f"BFCL_v4_{category}.json"
+        if not path.exists():
+            continue
         answers = {
             row["id"]: row["ground_truth"] for row in read_json_lines(path.parent / "possible_answer" / path.name)
         }

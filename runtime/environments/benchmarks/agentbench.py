@@ -36,10 +36,12 @@ def read_agentbench(source: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_table(table: dict[str, Any]) -> dict[str, Any]:
-    # All columns are text, as AgentBench creates them, whatever type the row declares.
+    # All columns are text, as AgentBench creates them, whatever type the row declares; MySQL compares it without case.
     return {
         "name": table["table_name"],
-        "columns": [{"name": column["name"]} for column in table["table_info"]["columns"]],
+        "columns": [
+            {"name": column["name"], "type": "TEXT COLLATE NOCASE"} for column in table["table_info"]["columns"]
+        ],
         "rows": [[str(value) for value in row] for row in table["table_info"]["rows"]],
     }
 

@@ -89,7 +89,7 @@ def to_name(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _rename(calls: Any) -> Any:
+def _rename(calls: list[dict[str, Any]] | str) -> list[dict[str, Any]] | str:
     if isinstance(calls, str):
         return calls
     return [{to_name(name): arguments for name, arguments in call.items()} for call in calls]

@@ -63,7 +63,7 @@ class GradingResources:
     """None: there is no critic."""
 
 
-class Grader(BaseModel, ABC, extra="forbid", frozen=True):
+class Grader(BaseModel, ABC, extra="forbid"):
     """The rule of one task; its fields are the row's `grader` object."""
 
     @abstractmethod

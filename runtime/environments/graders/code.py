@@ -118,7 +118,9 @@ async def run_program(program: str, nonce: str) -> str | None:
     # A semaphore belongs to one event loop; tests run several after another.
     for closed in [known for known in _sandboxes if known.is_closed()]:
         del _sandboxes[closed]
-    sandbox = _sandboxes.setdefault(loop, _Sandbox())
+    if loop not in _sandboxes:
+        _sandboxes[loop] = _Sandbox()
+    sandbox = _sandboxes[loop]
     async with sandbox.slots:
         await sandbox.require_working()
         try:

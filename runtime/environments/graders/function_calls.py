@@ -80,10 +80,10 @@ def find_problem(
         ((name, allowed),) = one.items()
         schema = _find_schema(tools, name) or {}
         problems = []
-        for call in left:
+        for position, call in enumerate(left):
             problem = _check_call(call, name, allowed, schema)
             if problem is None:
-                left.remove(call)
+                del left[position]  # not `remove`: 5 == 5.0, so it may take another call
                 break
             problems.append(problem)
         else:
@@ -115,7 +115,7 @@ def _check_call(call: Call, name: str, allowed: Mapping[str, list[JsonValue]], s
     return None
 
 
-def _check_value(value: Any, allowed: Sequence[JsonValue], schema: Mapping[str, Any]) -> str | None:
+def _check_value(value: JsonValue, allowed: Sequence[JsonValue], schema: Mapping[str, Any]) -> str | None:
     """Return why `value` is none of the allowed ones, its type included; None if it is."""
     declared = _type_of(schema)
     item_type = _type_of(schema.get("items") or {}) if declared is list and schema.get("items") else None
@@ -130,7 +130,7 @@ def _check_value(value: Any, allowed: Sequence[JsonValue], schema: Mapping[str, 
         compares_plainly = True
     else:
         return f"{quote(value)} is of the type {type(value).__name__}, not {declared.__name__}"
-    if not compares_plainly and not _is_allowed(value, allowed, declared, item_type):
+    if not compares_plainly and not _is_allowed(value, allowed, item_type):
         return f"{quote(value)} is none of {quote(list(allowed))}"
     if compares_plainly and value not in allowed:
         return f"{quote(value)} is none of {quote(list(allowed))}"
@@ -149,27 +149,27 @@ def _type_of_allowed(allowed: Sequence[JsonValue]) -> type | None:
     return next((type(each) for each in allowed if each != OPTIONAL), None)
 
 
-def _has_item_types(items: Sequence[Any], allowed: JsonValue, item_type: type) -> bool:
+def _has_item_types(items: JsonValue, allowed: JsonValue, item_type: type) -> bool:
     """Return whether all items have the declared type, or that of the first item of an allowed list."""
-    if not isinstance(allowed, list):
+    if not isinstance(allowed, list) or not isinstance(items, list):
         return True
     types = (item_type, _type_of_allowed(allowed))
     return all(type(item) in types for item in items)
 
 
-def _is_allowed(value: Any, allowed: Sequence[JsonValue], declared: type, item_type: type | None) -> bool:
-    if declared is dict:
+def _is_allowed(value: JsonValue, allowed: Sequence[JsonValue], item_type: type | None) -> bool:
+    if isinstance(value, dict):
         return any(isinstance(each, dict) and _fits_object(value, each) for each in allowed)
-    if declared is list and item_type is dict:
+    if isinstance(value, list) and item_type is dict:
         return any(_fits_objects(value, each) for each in allowed)
-    if declared is list:
+    if isinstance(value, list):
         return _plain_items(value) in [_plain_items(each) for each in allowed if isinstance(each, list | str)]
-    if declared is str:
+    if isinstance(value, str):
         return _plain(value) in [_plain(each) for each in allowed if isinstance(each, str)]
     return value in allowed
 
 
-def _fits_objects(values: Sequence[Any], allowed: JsonValue) -> bool:
+def _fits_objects(values: Sequence[JsonValue], allowed: JsonValue) -> bool:
     """Return whether each object fits the allowed one at its position."""
     if not isinstance(allowed, list | str) or len(values) != len(allowed):
         return False
@@ -178,20 +178,26 @@ def _fits_objects(values: Sequence[Any], allowed: JsonValue) -> bool:
     )
 
 
-def _fits_object(value: Any, allowed: Mapping[str, Any]) -> bool:
+def _fits_object(value: JsonValue, allowed: Mapping[str, Any]) -> bool:
     """Return whether an object has allowed values only and lacks none that is required."""
     if not isinstance(value, dict):
         return False
     for key, each in value.items():
-        if key not in allowed or _plain(each) not in [_plain(one) for one in allowed[key]]:
+        if key not in allowed or _plain(each) not in [_plain(one) for one in _list_allowed(allowed[key])]:
             return False
-    return all(key in value or OPTIONAL in values for key, values in allowed.items())
+    return all(key in value or OPTIONAL in _list_allowed(values) for key, values in allowed.items())
 
 
-def _plain_items(items: Sequence[Any]) -> list[Any]:
+def _list_allowed(values: JsonValue) -> list[JsonValue]:
+    """Return the allowed values of a key; a few published answers give one bare value, at which the leaderboard's
+    checker fails."""
+    return values if isinstance(values, list) else [values]
+
+
+def _plain_items(items: Sequence[JsonValue]) -> list[JsonValue]:
     return [_plain(item) for item in items]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: JsonValue) -> JsonValue:
     """Return a text without case and the ignored characters, and any other value as it is."""
     return _IGNORED.sub("", value).lower().replace("'", '"') if isinstance(value, str) else value

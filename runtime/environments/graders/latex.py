@@ -55,7 +55,9 @@ _UNITS = re.compile(
     r"hours?|minutes?|seconds?|days?|years?|points?|ways?|per|hour|week)(?:\^\{?\d\}?)?\s*$",
     re.IGNORECASE,
 )
+_JOINING_WORDS = re.compile(r"(?:(?<=[\d})\]])|^)(?:and|or)(?=[-\d\\(\[])")
 _OPENING, _CLOSING = "([{", ")]}"
+_MATRIX = (r"\begin{matrix}", r"\end{matrix}")
 
 
 class LatexAnswer(Grader):
@@ -92,12 +94,11 @@ def _are_equal(left: str, right_: str) -> bool:
     values = _value_of(left), _value_of(right_)
     if None not in values:
         return values[0] == values[1]
-    parts, other_parts = _split_list(left), _split_list(right_)
-    if len(parts) != len(other_parts) or len(parts) == 1:
+    (brackets, parts), (other_brackets, other_parts) = _split_list(left), _split_list(right_)
+    if brackets != other_brackets or len(parts) != len(other_parts) or parts == [left]:
         return False
-    # A set or a plain list of solutions has no order; in brackets the order counts.
-    if _has_order(left) or _has_order(right_):
-        return left[:1] == right_[:1] and left[-1:] == right_[-1:] and all(map(_are_equal, parts, other_parts))
+    if brackets:
+        return all(map(_are_equal, parts, other_parts))
     rest = list(other_parts)
     for part in parts:
         match = next((other for other in rest if _are_equal(part, other)), None)
@@ -154,32 +155,42 @@ def _value_of(text: str) -> Fraction | None:
     return -value if match[1] == "-" else value
 
 
-def _split_list(text: str) -> list[str]:
-    """Return the elements of a normalised tuple, interval, set, matrix or list; the text itself where it is none."""
-    for opening, closing in (("\\{", "\\}"), ("{", "}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")")):
-        if text.startswith(opening) and text.endswith(closing):
-            text = text[len(opening) : -len(closing)]
-            break
-    if text.startswith("\\begin{matrix}") and text.endswith("\\end{matrix}"):
-        text = text.removeprefix("\\begin{matrix}").removesuffix("\\end{matrix}")
-        return [cell for row in text.split(ROW_BREAK) if row for cell in (*row.split("&"), "")]
-    return _split_outside_brackets(text)
+def _split_list(text: str) -> tuple[str, list[str]]:
+    """Return the brackets and the elements of a normalised tuple, interval or matrix. A set, a list of solutions and
+    everything else have no brackets, because their order does not count."""
+    if text.startswith(_MATRIX[0]) and text.endswith(_MATRIX[1]):
+        rows = text.removeprefix(_MATRIX[0]).removesuffix(_MATRIX[1]).split(ROW_BREAK)
+        # An empty cell ends each row, so that a row and a column of the same numbers differ.
+        return "matrix", [cell for row in rows if row for cell in (*row.split("&"), "")]
+    if not _is_wrapped(text):
+        return "", _split_outside_brackets(text)
+    if text.startswith("\\{"):
+        return "", _split_outside_brackets(text[2:-2])
+    brackets = text[0] + text[-1]
+    return "" if brackets == "{}" else brackets, _split_outside_brackets(text[1:-1])
+
+
+def _is_wrapped(text: str) -> bool:
+    """Return whether one pair of brackets, of the same kind or not, holds the whole text."""
+    text = text.removeprefix("\\")
+    if not text.startswith(tuple(_OPENING)) or not text.endswith(tuple(_CLOSING)):
+        return False
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character in _OPENING) - (character in _CLOSING)
+        if depth == 0:
+            return position == len(text) - 1
+    return False
 
 
 def _split_outside_brackets(text: str) -> list[str]:
-    parts, depth, start = [], 0, 0
+    """Split at commas, and at the words "and" and "or", that stand in no brackets."""
+    parts, depth, start = list[str](), 0, 0
     for position, character in enumerate(text):
         depth += (character in _OPENING) - (character in _CLOSING)
-        # Not the comma of 1,000: without spaces around it, it is read as a separator of thousands by `_value_of` first.
+        # Also the comma of 1,000; where both sides are such numbers, `_value_of` has compared them before.
         if character == "," and depth == 0:
             parts.append(text[start:position])
             start = position + 1
-    return (
-        [part for part in re.split(r"(?<=[\d}])(?:and|or)(?=[-\d\\])", text) if part]
-        if not parts
-        else [part.removeprefix("and").removeprefix("or") for part in (*parts, text[start:])]
-    )
-
-
-def _has_order(text: str) -> bool:
-    return text.startswith(("(", "[", "\\begin{matrix}"))
+    parts.append(text[start:])
+    return [each for part in parts for each in _JOINING_WORDS.split(part) if each]

@@ -21,7 +21,7 @@ from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.environments.graders.base import GradingResources, Submission, read_submission
 from runtime.environments.sql_database import STATEMENT_SECONDS, SqlDatabase
 from runtime.environments.task_files.reader import TaskIndex, TaskNames, index_task_file, read_row
-from runtime.environments.task_files.rows import SEALED, TaskRow, describe_messages, to_split
+from runtime.environments.task_files.rows import SEALED, TaskRow, last_user_text, to_split
 from runtime.errors import ToolError, UnknownTask
 from runtime.tools.base import Tool
 
@@ -74,8 +74,16 @@ class TaskFile(Environment):
         return [self.task(name) for name in self._index.names[SEALED][:num_tasks]]
 
     async def start(self, task: Task) -> TaskPlaythrough:
-        row = await asyncio.to_thread(read_row, self._index.path, self._index.positions[task.name])
-        return TaskPlaythrough(task, row, self._resources)
+        return TaskPlaythrough(task, await self._read(task), self._resources)
+
+    async def demonstrate(self, task: Task) -> list[Message] | None:
+        row = await self._read(task)
+        if row.demonstration is None or row.final_split != "practice":
+            return None
+        return [*row.opening, *(message.to_message() for message in row.demonstration)]
+
+    async def _read(self, task: Task) -> TaskRow:
+        return await asyncio.to_thread(read_row, self._index.path, self._index.positions[task.name])
 
 
 def open_task_file(name: str, path: Path, resources: GradingResources, *, names_path: Path, **options: Any) -> TaskFile:
@@ -100,7 +108,7 @@ class TaskPlaythrough(Playthrough):
         self._opening = row.opening
         self._submission: Submission | None = None
         self._database = SqlDatabase(row.database) if row.database is not None else None
-        self.task_text = describe_messages(self._opening)
+        self.task_text = last_user_text(self._opening)
         self.tools = self._database_tools() if row.database is not None else _graded_tools(row)
 
     @property

@@ -164,6 +164,6 @@ def to_split(name: str) -> Split:
     return Split.PRACTICE if name == "practice" else Split.HELD_OUT
 
 
-def describe_messages(messages: Sequence[Message]) -> str:
+def last_user_text(messages: Sequence[Message]) -> str:
     """Return the text of the last user message."""
     return next((str(message["content"]) for message in reversed(messages) if message["role"] == "user"), "")

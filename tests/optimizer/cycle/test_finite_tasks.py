@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from memory.schema import Split, Task
+from memory.schema import CycleStage, Split, Task
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.readiness import fit_to_environment, measure_surroundings
 from optimizer.cycle.selection import selection_tasks
+from optimizer.cycle.stages import find_practice_offset
 from optimizer.seams import Seams
 from tests.memory.episodes import HashingEncoder, play
 
@@ -62,6 +63,13 @@ async def test_practice_goes_on_from_the_first_task_after_the_last(memory: Memor
         assert numbers(context.practice_tasks()) == expected
 
 
+async def test_practice_in_one_environment_moves_no_other(memory: Memory):
+    for environment, end in [("sums", 4), ("textworld", 64), ("sums", 8)]:
+        cycle = await memory.cycles.open(CONFIG.model_copy(update={"environment": environment}).model_dump(mode="json"))
+        await memory.cycles.save(cycle.id, stage=CycleStage.ERROR, error="stopped", artifacts={"practice_end": end})
+    assert find_practice_offset(await open_context(memory)) == 8
+
+
 async def test_a_candidate_is_chosen_by_tasks_that_this_cycle_does_not_practise(memory: Memory):
     context = await open_context(memory, num_practice_tasks=4, num_selection_tasks=8)
     await context.save_artifacts(practice_offset=8, practice_end=12)
@@ -78,7 +86,18 @@ async def test_none_is_left_to_choose_by_where_all_are_practised(memory: Memory)
 async def test_an_environment_without_practice_tasks_cannot_practise(memory: Memory, tiny_base: Path):
     await memory.policies.register_base(str(tiny_base))
     empty = replace(SEAMS, tasks=lambda environment, split, num_tasks, offset=0: [])
-    need = next(need for need in await measure_surroundings(memory, CONFIG, empty) if need.name == "practice tasks")
-    assert need.is_required and not need.is_met
+    need, *_ = await measure_surroundings(memory, CONFIG, empty)
+    assert need.name == "practice tasks" and need.is_required and not need.is_met
     assert need.detail == "'sums' has no practice task"
     assert fit_to_environment(CONFIG, empty) == CONFIG
+
+
+async def test_the_needs_say_how_few_tasks_are_used(memory: Memory, tiny_base: Path):
+    await memory.policies.register_base(str(tiny_base))
+    for wanted, expected in [
+        (64, "10 tasks of 'sums' are played in 5 rounds, and 0 are left to choose a checkpoint by"),
+        (4, "4 tasks of 'sums' are played in 10 rounds, and 6 are left to choose a checkpoint by"),
+    ]:
+        config = fit_to_environment(CONFIG.model_copy(update={"num_practice_tasks": wanted}), SEAMS)
+        need, *_ = await measure_surroundings(memory, config, SEAMS)
+        assert need.detail == expected

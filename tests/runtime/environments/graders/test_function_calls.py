@@ -90,6 +90,10 @@ def test_several_calls_come_in_any_order_and_none_is_left_over():
     assert find_problem([rome, oslo], expected, TOOLS) is None
     for calls in ([rome], [rome, rome], [rome, oslo, oslo], []):
         assert find_problem(calls, expected, TOOLS) is not None
+    exact, inexact = Call("go", {"city": "Rome", "days": 5}), Call("go", {"city": "Rome", "days": 5.0})
+    twice = [{"go": {**CITY, "days": [5]}}] * 2
+    assert find_problem([exact, exact], twice, TOOLS) is None
+    assert find_problem([inexact, exact], twice, TOOLS) is not None  # although 5 == 5.0
     assert find_problem([Call("go", None)], [{"go": CITY}], TOOLS) == "the arguments of 'go' are not a JSON object"
 
 

@@ -127,6 +127,10 @@ def test_the_number_that_a_reply_answers(text: str, value: float | None):
         (r"-\frac{1}{2}", r"\frac{-1}{2}"),
         (r"\sqrt3", r"\sqrt{3}"),
         (r"x \in [1,2]", "[1,2]"),
+        ("(1,2), (3,4)", "(3,4),(1,2)"),
+        ("1, 2, and 3", "3,2,1"),
+        ("(-1,0] and [5,6)", "[5,6),(-1,0]"),
+        (r"\{(1,2),(3,4)\}", "{(3,4),(1,2)}"),
     ],
 )
 def test_equal_mathematics(left: str, right: str):
@@ -138,6 +142,8 @@ def test_equal_mathematics(left: str, right: str):
     [
         ("[1,2]", "(1,2)"),
         ("(1,2)", "(2,1)"),
+        ("(1,2)", "1,2"),
+        ("(1,2]", "(1,2)"),
         ("2,3", "2.3"),
         ("3,1", "31"),
         (r"\frac{1}{0}", "1"),

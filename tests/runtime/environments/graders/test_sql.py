@@ -63,6 +63,8 @@ async def test_a_statement_that_takes_too_long_or_too_much_is_stopped(
         await database.execute(endless)
     with pytest.raises(ToolError, match="too big"):
         await database.execute("SELECT zeroblob(100000000)")
+    many = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT hex(zeroblob(10000)) FROM c"
+    assert 40_000 < len(await database.execute(many)) < 70_000
     assert await database.execute("SELECT 1") == "[(1,)]"
 
 
