@@ -46,6 +46,8 @@ class AddedExamples:
     """Rows that the tenant has already."""
     num_raised: int = 0
     """Of those, rows that may teach only since this import: the earlier one was untrusted, or its key may not teach."""
+    teaches: bool = False
+    """Whether weights may learn from rows of this origin."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,13 @@ class Examples:
             query = select(Example).where(Example.tenant == origin.tenant, col(Example.digest).in_(wanted))
             known = {example.digest: example for example in session.exec(query)}
             keys = teaching_keys(session)
-            num_raised = sum(_raise(session, example, origin, keys) for example in known.values())
+            teaches = origin.trust is Trust.TRUSTED and _may_teach(origin.tenant, origin.key_id, keys)
+            num_raised = sum(teaches and _raise(session, example, origin, keys) for example in known.values())
             for digest, content in wanted.items():
                 if digest not in known:
                     session.add(make_example(content, origin, digest))
             num_added = len(wanted) - len(known)
-            return AddedExamples(num_added, len(contents) - num_added, num_raised)
+            return AddedExamples(num_added, len(contents) - num_added, num_raised, teaches)
 
         return await self._database.write(write)
 
@@ -221,16 +224,14 @@ def question_of(messages: Sequence[Message]) -> str:
     return question
 
 
+def _may_teach(tenant: str, key_id: str | None, keys: Collection[str]) -> bool:
+    """As `memory.teaching.example_teaches`, for one origin."""
+    return key_id in keys if key_id is not None else tenant == DEFAULT_TENANT
+
+
 def _raise(session: Session, example: Example, origin: Origin, keys: Collection[str]) -> bool:
-    """Let a known example teach where only the new import may; return whether that changed anything."""
-
-    def may_teach(key_id: str | None) -> bool:
-        return key_id in keys if key_id is not None else origin.tenant == DEFAULT_TENANT
-
-    trusts = origin.trust is Trust.TRUSTED
-    if not trusts or not may_teach(origin.key_id):
-        return False
-    if example.trust is Trust.TRUSTED and may_teach(example.key_id):
+    """Let a known example teach as one of an origin that may; return whether it did not before."""
+    if example.trust is Trust.TRUSTED and _may_teach(example.tenant, example.key_id, keys):
         return False
     example.trust, example.key_id = Trust.TRUSTED, origin.key_id
     session.add(example)

@@ -53,6 +53,7 @@ class ImportedRows(BaseModel):
     num_added: int
     num_known: int = Field(description="Rows that the tenant has already.")
     num_raised: int = Field(description="Known rows that weights may learn from only since this import.")
+    teaches: bool = Field(description="Whether weights may learn from rows of this request's key.")
     num_invalid: int
     errors: list[InvalidRow] = Field(description=f"The first {MAX_REPORTED_ERRORS} invalid lines.")
 

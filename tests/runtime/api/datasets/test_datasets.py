@@ -133,9 +133,9 @@ def test_what_is_imported_stays_in_its_tenant_and_teaches_as_its_key(world: Serv
     app = create("the app", "shop", "infer")
     other = create("another", "bakery", "learn")
     rows = lines_of(*(write_row(each, FORMATS["ratchet"]) for each in (DEMONSTRATION, CALL_ALONE, REWARDED)))
-    for headers, status in ((app, 403), (other, 200), (shop, 200)):
+    for headers, status, teaches in ((app, 403, None), (other, 200, False), (shop, 200, True)):
         answer = http.post("/v1/examples", content=rows, headers=LINES | headers)
-        assert answer.status_code == status
+        assert answer.status_code == status and answer.json().get("teaches") is teaches
     assert http.get("/v1/export/labels", headers=app).status_code == 403
     theirs = http.get("/v1/examples", headers=shop).json()["data"]
     assert len(theirs) == 3 and len(http.get("/v1/examples", headers=app).json()["data"]) == 3
