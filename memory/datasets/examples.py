@@ -157,7 +157,9 @@ class Examples:
         each key in turn. `""` among the environments stands for live traffic. Reads many rows: call it in a thread.
         """
         # rank within a key first: an import of thousands must not push out what others gave
-        rank = func.row_number().over(partition_by=(Example.tenant, Example.key_id), order_by=col(Example.id).desc())
+        rank = func.row_number().over(
+            partition_by=(col(Example.tenant), col(Example.key_id)), order_by=col(Example.id).desc()
+        )
         with self._database.read() as session:
             query = sql_select(Example).where(*self._learnable_conditions(session, kind, environments))
             rows = session.scalars(query.order_by(rank, col(Example.id).desc()).limit(limit)).all()

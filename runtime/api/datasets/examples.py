@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
@@ -249,6 +249,6 @@ async def delete_source(
     return DeletedExamples(num_deleted=await server.memory.examples.delete_source(source, tenant=caller.tenant))
 
 
-def _summarise(row: Example) -> dict[str, object]:
+def _summarise(row: Example) -> dict[str, Any]:
     fields = {name: getattr(row, name) for name in ExampleSummary.model_fields.keys() - {"num_messages"}}
     return {**fields, "num_messages": len(row.prompt) + len(row.completion) + len(row.rejected)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
@@ -24,7 +24,9 @@ from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/export", tags=["examples"])
 
-STREAMED = {OK: {"content": {NDJSON: {"schema": {"type": "string"}}}, "description": "One row per line."}}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    OK: {"content": {NDJSON: {"schema": {"type": "string"}}}, "description": "One row per line."}
+}
 
 
 @router.get(
