@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query
 from fastapi.responses import StreamingResponse
 
 from memory.datasets.exports import KINDS, ExportContent, ExportedRow, ExportQuery, Exports
@@ -18,7 +18,7 @@ from memory.formats.content import NotExpressible, Row
 from memory.formats.files import dump_line
 from memory.formats.registry import FORMATS, Format, find_format, require_holds, write_row
 from runtime.api.datasets.examples import NDJSON
-from runtime.api.errors import OK, BadRequest
+from runtime.api.errors import OK, BadRequest, NotFound, error_responses
 from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.services import Server
 
@@ -33,10 +33,10 @@ STREAMED: dict[int | str, dict[str, Any]] = {
     "/{content}",
     summary="Export episodes and examples",
     response_class=StreamingResponse,
-    responses=STREAMED,
+    responses={**STREAMED, **error_responses(NotFound)},
 )
 async def export_rows(
-    content: ExportContent,
+    content: Annotated[str, Path(description=f"One of {', '.join(ExportContent)}.")],
     server: Server,
     caller: RequestCaller,
     format: Annotated[str, Query(description=f"One of {', '.join(FORMATS)}.")] = "trl",
@@ -51,10 +51,14 @@ async def export_rows(
 ) -> StreamingResponse:
     """Oldest first; the memory of one page, however many rows. Rows that the format cannot hold are left out."""
     exports = server.memory.exports
-    query = ExportQuery(content, caller.tenant, environment, with_episodes=episodes, with_examples=imported)
+    if content not in set(ExportContent):
+        raise NotFound(f"there is no export {content[:80]!r}: use one of {', '.join(ExportContent)}", param="content")
+    query = ExportQuery(
+        ExportContent(content), caller.tenant, environment, with_episodes=episodes, with_examples=imported
+    )
     try:
         target = find_format(format)
-        require_holds(target, KINDS[content])
+        require_holds(target, KINDS[query.content])
     except ValueError as error:
         raise BadRequest(str(error), param="format", code="invalid_value") from None
     if after.partition("_")[0] not in ("", "trj", "exm"):
