@@ -6,9 +6,9 @@ Hazard: the token ids of training rows depend on the form. A second implementati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from memory.schema import Step, StepKind
+from memory.schema import StepKind
 
 Message = dict[str, Any]
 
@@ -42,12 +42,28 @@ def as_reply(content: str, tool_calls: Sequence[dict[str, Any]]) -> Message:
     return {"role": "assistant", "content": content.removesuffix("\n"), "tool_calls": list(tool_calls)}
 
 
-def restore_messages(steps: Sequence[Step]) -> list[Message]:
+class RecordedStep(Protocol):
+    """The parts of a step that messages are restored from: of a `Step`, or of a row of these columns."""
+
+    @property
+    def kind(self) -> StepKind: ...
+
+    @property
+    def content(self) -> str: ...
+
+    @property
+    def tool_calls(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def tool_call_id(self) -> str | None: ...
+
+
+def restore_messages(steps: Sequence[RecordedStep]) -> list[Message]:
     """Return the steps as the messages that the model was shown."""
     return [_as_message(step) for step in steps]
 
 
-def _as_message(step: Step) -> Message:
+def _as_message(step: RecordedStep) -> Message:
     if step.kind is StepKind.USER:
         return {"role": "user", "content": step.content}
     if step.kind is StepKind.TOOL:

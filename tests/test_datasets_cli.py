@@ -42,7 +42,8 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
 
 
 def questions(number: int) -> list[dict]:
-    return [{"question": f"What is {each} + 1?", "answer": str(each + 1)} for each in range(number)]
+    # what Python takes for the end of a line is text to JSON
+    return [{"question": f"What is {each}\u2028+\x851?", "answer": str(each + 1)} for each in range(number)]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_examples_are_listed_shown_counted_and_removed(cli: Callable, tmp_path: 
     cli("import", write_lines(tmp_path / "rows.jsonl", questions(3)), "--source", "sums")
     _, page = cli("examples", "list", "--limit", "2")
     assert len(page["data"]) == 2
-    assert cli("examples", "show", page["data"][0]["id"])[1]["prompt"][0]["content"] == "What is 2 + 1?"
+    assert cli("examples", "show", page["data"][0]["id"])[1]["prompt"][0]["content"] == "What is 2\u2028+\x851?"
     assert cli("examples", "count")[1]["data"][0]["num_examples"] == 3
     assert cli("examples", "remove", page["data"][0]["id"])[1]["num_deleted"] == 1
     assert cli("examples", "remove", "--source", "sums")[1]["num_deleted"] == 2

@@ -6,13 +6,16 @@ anybody in a prompt.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, or_
+from sqlalchemy import ColumnElement, delete, func, insert, or_, update
 from sqlalchemy import select as sql_select
 from sqlmodel import Session, col, select
 
@@ -22,6 +25,8 @@ from memory.schema import Example, Trust, new_id
 from memory.storage.database import Database
 from memory.teaching import DEFAULT_TENANT, Teacher, example_teaches, teaching_keys
 
+MAX_BATCH = 100
+"""Rows of one write."""
 CONTENT_FIELDS = tuple(field.name for field in dataclasses.fields(ExampleContent))
 
 
@@ -46,6 +51,8 @@ class AddedExamples:
     """Rows that the tenant has already."""
     num_raised: int = 0
     """Of those, rows that may teach only since this import: the earlier one was untrusted, or its key may not teach."""
+    teaches: bool = False
+    """Whether weights may learn from rows of this origin."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +76,19 @@ class Examples:
         self._success_reward = success_reward
 
     async def add(self, contents: Sequence[ExampleContent], origin: Origin) -> AddedExamples:
-        """Store examples, all or none; those that the tenant has are not stored again. Durable on return."""
-        wanted = {digest_content(content, origin.environment): content for content in contents}
+        """Store examples; those that the tenant has are not stored again. Durable on return.
 
-        def write(session: Session) -> AddedExamples:
-            query = select(Example).where(Example.tenant == origin.tenant, col(Example.digest).in_(wanted))
-            known = {example.digest: example for example in session.exec(query)}
-            keys = teaching_keys(session)
-            num_raised = sum(_raise(session, example, origin, keys) for example in known.values())
-            for digest, content in wanted.items():
-                if digest not in known:
-                    session.add(make_example(content, origin, digest))
-            num_added = len(wanted) - len(known)
-            return AddedExamples(num_added, len(contents) - num_added, num_raised)
-
-        return await self._database.write(write)
+        A failure of the storage may leave the first batches stored: adding all of them again completes them.
+        """
+        # a thread, because digests of megabytes block; batches, because the only writer serves requests in between
+        rows = list((await asyncio.to_thread(_make_rows, contents, origin)).values())
+        num_added = num_raised = 0
+        teaches = False
+        for start in range(0, len(rows), MAX_BATCH):
+            batch = rows[start : start + MAX_BATCH]
+            added, raised, teaches = await self._database.write(partial(_write_batch, rows=batch, origin=origin))
+            num_added, num_raised = num_added + added, num_raised + raised
+        return AddedExamples(num_added, len(contents) - num_added, num_raised, teaches)
 
     def get(self, example_id: str, *, tenant: str | None = None) -> Example:
         """Return one example. Raises: UnknownExample, also for one of another tenant."""
@@ -152,7 +157,9 @@ class Examples:
         each key in turn. `""` among the environments stands for live traffic. Reads many rows: call it in a thread.
         """
         # rank within a key first: an import of thousands must not push out what others gave
-        rank = func.row_number().over(partition_by=(Example.tenant, Example.key_id), order_by=col(Example.id).desc())
+        rank = func.row_number().over(
+            partition_by=(col(Example.tenant), col(Example.key_id)), order_by=col(Example.id).desc()
+        )
         with self._database.read() as session:
             query = sql_select(Example).where(*self._learnable_conditions(session, kind, environments))
             rows = session.scalars(query.order_by(rank, col(Example.id).desc()).limit(limit)).all()
@@ -197,12 +204,38 @@ def digest_content(content: ExampleContent, environment: str) -> str:
 
 def make_example(content: ExampleContent, origin: Origin, digest: str) -> Example:
     """Return the row of an example."""
-    return Example(
-        id=new_id("exm"),
-        digest=digest,
-        **{name: getattr(content, name) for name in CONTENT_FIELDS},
-        **vars(origin),
+    fields = {name: getattr(content, name) for name in CONTENT_FIELDS}
+    return Example(id=new_id("exm"), digest=digest, **fields, **vars(origin))
+
+
+def _make_rows(contents: Sequence[ExampleContent], origin: Origin) -> dict[str, dict[str, Any]]:
+    """Return the columns of each different example, by digest."""
+    by_digest = {digest_content(content, origin.environment): content for content in contents}
+    return {digest: vars(make_example(content, origin, digest)) for digest, content in by_digest.items()}
+
+
+def _write_batch(session: Session, *, rows: Sequence[dict[str, Any]], origin: Origin) -> tuple[int, int, bool]:
+    """Insert the rows that are not there; return their number, that of raised ones, and whether rows of this origin
+    teach."""
+    columns = (col(Example.digest), col(Example.id), col(Example.trust), col(Example.key_id))
+    query = sql_select(*columns).where(
+        col(Example.tenant) == origin.tenant, col(Example.digest).in_([row["digest"] for row in rows])
     )
+    known = {row.digest: row for row in session.execute(query)}
+    new = [{name: row[name] for name in Example.model_fields} for row in rows if row["digest"] not in known]
+    if new:
+        session.execute(insert(Example), new)
+    keys = teaching_keys(session)
+    teaches = origin.trust is Trust.TRUSTED and _may_teach(origin.tenant, origin.key_id, keys)
+    raised = [
+        row.id
+        for row in known.values()
+        if teaches and not (row.trust is Trust.TRUSTED and _may_teach(origin.tenant, row.key_id, keys))
+    ]
+    if raised:
+        values = {"trust": Trust.TRUSTED, "key_id": origin.key_id}
+        session.execute(update(Example).where(col(Example.id).in_(raised)).values(**values))
+    return len(new), len(raised), teaches
 
 
 def content_of(example: Example) -> ExampleContent:
@@ -221,20 +254,9 @@ def question_of(messages: Sequence[Message]) -> str:
     return question
 
 
-def _raise(session: Session, example: Example, origin: Origin, keys: Collection[str]) -> bool:
-    """Let a known example teach where only the new import may; return whether that changed anything."""
-
-    def may_teach(key_id: str | None) -> bool:
-        return key_id in keys if key_id is not None else origin.tenant == DEFAULT_TENANT
-
-    trusts = origin.trust is Trust.TRUSTED
-    if not trusts or not may_teach(origin.key_id):
-        return False
-    if example.trust is Trust.TRUSTED and may_teach(example.key_id):
-        return False
-    example.trust, example.key_id = Trust.TRUSTED, origin.key_id
-    session.add(example)
-    return True
+def _may_teach(tenant: str, key_id: str | None, keys: Collection[str]) -> bool:
+    """As `memory.teaching.example_teaches`, for one origin."""
+    return key_id in keys if key_id is not None else tenant == DEFAULT_TENANT
 
 
 def _require(session: Session, example_id: str, tenant: str | None) -> Example:

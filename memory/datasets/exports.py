@@ -12,13 +12,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import ColumnElement, Row, false, func
 from sqlalchemy import select as sql_select
 from sqlmodel import Session, col, select
 
-from memory.conversation import restore_messages
+from memory.conversation import RecordedStep, restore_messages
 from memory.datasets.examples import Examples, content_of
 from memory.formats.content import ExampleContent, ExampleKind, Message
 from memory.formats.messages import read_text
@@ -93,7 +93,8 @@ class _Episode:
 
     @property
     def replies(self) -> list[Message]:
-        return restore_messages(self.steps)
+        # a row has its columns as attributes, which its type does not say
+        return restore_messages(cast(Sequence[RecordedStep], self.steps))
 
     @property
     def may_teach(self) -> bool:

@@ -19,8 +19,8 @@ def recognise(row: Row) -> str | None:
 def read(row: Row) -> ExampleContent:
     """Return the example of a row. Raises: BadRow."""
     kinds = [kind.value for kind in ExampleKind]
-    if row["kind"] not in kinds:
-        raise BadRow(f"'kind' is {row['kind']!r}: use one of {', '.join(kinds)}")
+    if row.get("kind") not in kinds:
+        raise BadRow(f"'kind' is {row.get('kind')!r}: use one of {', '.join(kinds)}")
     kind = ExampleKind(row["kind"])
     is_good, reward, task = row.get("is_good"), row.get("reward"), row.get("task")
     if (kind is ExampleKind.LABEL) != isinstance(is_good, bool):
@@ -33,7 +33,7 @@ def read(row: Row) -> ExampleContent:
     has_rejected = kind is ExampleKind.PREFERENCE
     return ExampleContent(
         kind,
-        read_replies(row["completion"], "completion"),
+        read_replies(row.get("completion"), "completion"),
         prompt=read_messages(prompt, "prompt") if prompt else [],
         rejected=read_replies(row.get("rejected"), "rejected") if has_rejected else [],
         is_good=is_good,

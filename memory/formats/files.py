@@ -1,4 +1,4 @@
-"""Reads files of rows, one row at a time: JSON lines, or one JSON array; also compressed with gzip.
+"""Reads and writes files of rows, one row at a time: JSON lines, or one JSON array; also compressed with gzip.
 
 Invariant: memory holds one row of a file, whatever its size.
 """
@@ -21,6 +21,8 @@ MAX_LINE_BYTES = 8 * 2**20
 """Of one row. Longer ones are errors: a body of the server holds 16 MiB."""
 GZIP_MAGIC = b"\x1f\x8b"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Valid inside of JSON, and ends of a line to Python's splitlines, and so to httpx: as escapes they are none to anybody.
+SEPARATORS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,15 @@ class FileRow:
     error: str | None = None
     position: int = 0
     """Bytes of the file that are read so far; of a compressed one, compressed bytes."""
+
+
+def dump_line(row: Row) -> bytes:
+    """Return a row as one line of JSON in UTF-8, with its line feed."""
+    try:
+        line = json.dumps(row, ensure_ascii=False).translate(SEPARATORS).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        line = json.dumps(row).encode()
+    return line + b"\n"
 
 
 def parse_line(line: bytes) -> Row:

@@ -137,9 +137,10 @@ def read_text(value: object, where: str) -> str:
     if isinstance(value, str):
         return value
     parts = value if isinstance(value, list) else [value]
-    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if len(texts) < len(parts):
         raise BadRow(f"{where} must be text, or a list of text parts, not {_shorten(value)}: images are not learned")
-    return "\n".join(part["text"] for part in parts)
+    return "\n".join(texts)
 
 
 def read_tools(value: object, field: str = "tools") -> list[dict[str, Any]]:

@@ -21,14 +21,13 @@ def recognise(row: Row) -> str | None:
 
 def has_object_arguments(row: Row) -> bool:
     """Return whether a call of a conversation has an object as its arguments, not the text of one."""
-    calls = [
-        call
-        for message in row["messages"]
-        if isinstance(message, dict)
-        for call in message.get("tool_calls") or ()
-        if isinstance(call, dict)
-    ]
-    return any(isinstance(call.get("function", call).get("arguments"), dict) for call in calls)
+    for message in row["messages"]:
+        calls = message.get("tool_calls") if isinstance(message, dict) else None
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function", call) if isinstance(call, dict) else None
+            if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+                return True
+    return False
 
 
 def read(row: Row) -> ExampleContent:

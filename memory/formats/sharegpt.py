@@ -44,7 +44,7 @@ def read(row: Row) -> ExampleContent:
     Raises: BadRow.
     """
     field = "conversations" if "conversations" in row else "prompt"
-    turns = row[field]
+    turns = row.get(field)
     system = row.get("system")
     if isinstance(system, str) and system:
         turns = [{"from": "system", "value": system}, *turns] if isinstance(turns, list) else turns

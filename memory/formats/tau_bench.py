@@ -13,10 +13,10 @@ def recognise(row: Row) -> str | None:
 
 def read(row: Row) -> ExampleContent:
     """Return the demonstration of a trajectory, with its reward. Raises: BadRow."""
-    reward = row["reward"]
+    reward = row.get("reward")
     if isinstance(reward, bool) or not isinstance(reward, int | float) or not 0 <= reward <= 1:
         raise BadRow(f"'reward' is {reward!r}: it is a number from 0 to 1")
-    messages = read_messages(row["traj"], "traj")
+    messages = read_messages(row.get("traj"), "traj")
     require_trained(messages, "traj")
     task = row.get("task_id")
     return ExampleContent(

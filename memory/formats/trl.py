@@ -117,7 +117,7 @@ def recognise_instruction(row: Row) -> str | None:
 
 def read_instruction(row: Row) -> ExampleContent:
     """Return the preference of an instruction with two trajectories (arXiv 2503.12434). Raises: BadRow."""
-    prompt = read_turns(row["instruction"], "instruction")
+    prompt = read_turns(row.get("instruction"), "instruction")
     chosen, rejected = (read_replies(row.get(field), field) for field in ("chosen", "rejected"))
     if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:  # some files repeat it in both
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]

@@ -54,7 +54,8 @@ def read(row: Row) -> ExampleContent:
 
 
 def _parse(row: Row, field: str) -> list[Any]:
-    value = parse_json_text(row[field], field) if isinstance(row[field], str) else row[field]
+    value = row.get(field)
+    value = parse_json_text(value, field) if isinstance(value, str) else value
     if not isinstance(value, list):
         raise BadRow(f"{field!r} must be a list, or the JSON text of one")
     return value

@@ -43,10 +43,7 @@ class ExampleRenderer:
             Unstitchable: it cannot be rendered, or a row is too long.
         """
         row = example.example
-        rows = self._render(row.prompt, row.completion, row.tools)
-        if any(len(each.input_ids) > self._max_length_tokens for each in rows):
-            raise Unstitchable("too_long")
-        return rows
+        return self._render(row.prompt, row.completion, row.tools)
 
     def render_completion(self, example: TaughtExample) -> Row:
         """Return the row of a label, or of the chosen side of a preference: up to where the template would begin
@@ -73,10 +70,7 @@ class ExampleRenderer:
         return chosen, rejected
 
     def _render_side(self, example: TaughtExample, completion: Sequence[Message]) -> Row:
-        row = self._render(example.example.prompt, completion, example.example.tools)[0]
-        if len(row.input_ids) > self._max_length_tokens:
-            raise Unstitchable("too_long")
-        return row
+        return self._render(example.example.prompt, completion, example.example.tools)[0]
 
     def _render(
         self, prompt: Sequence[Message], completion: Sequence[Message], tools: Sequence[dict[str, Any]]
@@ -89,18 +83,32 @@ class ExampleRenderer:
                 continue
             if cleaned[position] != _bare(message):
                 raise Unstitchable(WITH_MARKS)
-            calls.append(self._render_call(cleaned[:position], cleaned[position], cleaned_tools))
+            prompt_ids, reply_ids = self._render_call(cleaned[:position], cleaned[position], cleaned_tools)
+            # at once: every call renders all that came before it, so a long conversation costs its square
+            if len(prompt_ids) + len(reply_ids) > self._max_length_tokens:
+                raise Unstitchable("too_long")
+            calls.append(
+                Step(
+                    trajectory_id="",
+                    position=len(calls),
+                    kind=StepKind.MODEL,
+                    prompt_token_ids=prompt_ids,
+                    output_token_ids=reply_ids,
+                )
+            )
         rows, _ = stitch(calls)
         return rows
 
-    def _render_call(self, before: list[Message], reply: Message, tools: list[dict[str, Any]]) -> Step:
+    def _render_call(
+        self, before: list[Message], reply: Message, tools: list[dict[str, Any]]
+    ) -> tuple[list[int], list[int]]:
+        """Return the token ids of the prompt and of the reply."""
         try:
-            prompt = render_prompt(self._tokenizer, before, tools)
-            output = render_reply_after(self._tokenizer, before, reply, tools)
+            prompt_ids = render_prompt(self._tokenizer, before, tools)
+            return prompt_ids, render_reply_after(self._tokenizer, before, reply, tools)
         # a template raises for a conversation that it does not allow: roles that do not alternate, several calls
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise Unstitchable(NOT_RENDERED) from error
-        return Step(trajectory_id="", position=0, kind=StepKind.MODEL, prompt_token_ids=prompt, output_token_ids=output)
 
     def _clean(self, messages: Iterable[Message]) -> list[Message]:
         return self._marks.clean_messages(map(_bare, messages))

@@ -6,7 +6,9 @@ because a single teacher drowns out nobody:
   serve all tenants, and the operator's own rows must not become the minority.
 - A key or a user keeps at least `floor` rows, the fewest that a training needs. Otherwise one thumbs-up by a second
   person would cut the hundreds of a server's only real user down to one.
-A reward measured by an environment has no claimant: it is bounded for its tenant only, and counts as others' rows.
+A reward measured by an environment has no claimant: it is bounded for its tenant only, and counts as others' rows. The
+same holds for examples imported in the default tenant: who may import there may also start cycles, and a first few wins
+must not cut a seed of hundreds down to their own number.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def _user_of(teacher: Teacher) -> Hashable | None:
 
 
 def _key_of(teacher: Teacher) -> Hashable | None:
-    return None if teacher.is_environment else teacher.key_id
+    is_operators_import = teacher.is_import and teacher.tenant == DEFAULT_TENANT
+    return None if teacher.is_environment or is_operators_import else teacher.key_id
 
 
 def _tenant_of(teacher: Teacher) -> Hashable | None:

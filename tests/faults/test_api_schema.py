@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,12 @@ PARTS = [slice(part, None, NUM_PARTS) for part in range(NUM_PARTS)]
 def world(tmp_path: Path) -> Iterator[PlayedWorld]:
     with PlayedWorld(tmp_path / "data", say("hello"), memory_config=FORGETFUL) as world:
         yield world
+
+
+@schemathesis.serializer("application/x-ndjson")
+def write_lines(_context: Any, value: object) -> bytes:
+    """Return what is drawn for a body of lines."""
+    return value.encode() if isinstance(value, str) else json.dumps(value).encode()
 
 
 def routes_of(page: dict[str, Any]) -> list[schemathesis.APIOperation]:

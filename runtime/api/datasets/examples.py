@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
@@ -53,6 +53,7 @@ class ImportedRows(BaseModel):
     num_added: int
     num_known: int = Field(description="Rows that the tenant has already.")
     num_raised: int = Field(description="Known rows that weights may learn from only since this import.")
+    teaches: bool = Field(description="Whether weights may learn from rows of this request's key.")
     num_invalid: int
     errors: list[InvalidRow] = Field(description=f"The first {MAX_REPORTED_ERRORS} invalid lines.")
 
@@ -248,6 +249,6 @@ async def delete_source(
     return DeletedExamples(num_deleted=await server.memory.examples.delete_source(source, tenant=caller.tenant))
 
 
-def _summarise(row: Example) -> dict[str, object]:
+def _summarise(row: Example) -> dict[str, Any]:
     fields = {name: getattr(row, name) for name in ExampleSummary.model_fields.keys() - {"num_messages"}}
     return {**fields, "num_messages": len(row.prompt) + len(row.completion) + len(row.rejected)}

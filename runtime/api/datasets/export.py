@@ -6,36 +6,37 @@ with a line that says that it is whole.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query
 from fastapi.responses import StreamingResponse
 
 from memory.datasets.exports import KINDS, ExportContent, ExportedRow, ExportQuery, Exports
 from memory.formats.content import NotExpressible, Row
+from memory.formats.files import dump_line
 from memory.formats.registry import FORMATS, Format, find_format, require_holds, write_row
-from memory.schema import dump_json
 from runtime.api.datasets.examples import NDJSON
-from runtime.api.errors import OK, BadRequest
+from runtime.api.errors import OK, BadRequest, NotFound, error_responses
 from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/export", tags=["examples"])
 
-STREAMED = {OK: {"content": {NDJSON: {"schema": {"type": "string"}}}, "description": "One row per line."}}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    OK: {"content": {NDJSON: {"schema": {"type": "string"}}}, "description": "One row per line."}
+}
 
 
 @router.get(
     "/{content}",
     summary="Export episodes and examples",
     response_class=StreamingResponse,
-    responses=STREAMED,
+    responses={**STREAMED, **error_responses(NotFound)},
 )
 async def export_rows(
-    content: ExportContent,
+    content: Annotated[str, Path(description=f"One of {', '.join(ExportContent)}.")],
     server: Server,
     caller: RequestCaller,
     format: Annotated[str, Query(description=f"One of {', '.join(FORMATS)}.")] = "trl",
@@ -50,10 +51,14 @@ async def export_rows(
 ) -> StreamingResponse:
     """Oldest first; the memory of one page, however many rows. Rows that the format cannot hold are left out."""
     exports = server.memory.exports
-    query = ExportQuery(content, caller.tenant, environment, with_episodes=episodes, with_examples=imported)
+    if content not in set(ExportContent):
+        raise NotFound(f"there is no export {content[:80]!r}: use one of {', '.join(ExportContent)}", param="content")
+    query = ExportQuery(
+        ExportContent(content), caller.tenant, environment, with_episodes=episodes, with_examples=imported
+    )
     try:
         target = find_format(format)
-        require_holds(target, KINDS[content])
+        require_holds(target, KINDS[query.content])
     except ValueError as error:
         raise BadRequest(str(error), param="format", code="invalid_value") from None
     if after.partition("_")[0] not in ("", "trj", "exm"):
@@ -72,18 +77,18 @@ def stream_rows(
     """Yield the lines of each page. Rows that the format cannot hold are counted in `left_out`, by reason."""
     for page in exports.read(query, after=after):
         rows = [row for exported in page for row in _write_rows(exported, target, left_out)]
-        yield b"".join(_line(row) for row in rows)
+        yield b"".join(dump_line(row) for row in rows)
 
 
 def _stream_with_cursors(exports: Exports, query: ExportQuery, target: Format, after: str) -> Iterator[bytes]:
-    yield _line({"total": exports.count(query, after=after)})
+    yield dump_line({"total": exports.count(query, after=after)})
     left_out: Counter[str] = Counter()
     num_rows = 0
     for page in exports.read(query, after=after):
         written = [(exported.cursor, _write_rows(exported, target, left_out)) for exported in page]
         num_rows += sum(len(rows) for _, rows in written)
-        yield b"".join(_line({"cursor": cursor, "rows": rows}) for cursor, rows in written)
-    yield _line({"done": True, "num_rows": num_rows, "left_out": dict(left_out)})
+        yield b"".join(dump_line({"cursor": cursor, "rows": rows}) for cursor, rows in written)
+    yield dump_line({"done": True, "num_rows": num_rows, "left_out": dict(left_out)})
 
 
 def _write_rows(exported: ExportedRow, target: Format, left_out: Counter[str]) -> list[Row]:
@@ -94,11 +99,3 @@ def _write_rows(exported: ExportedRow, target: Format, left_out: Counter[str]) -
         except NotExpressible as reason:
             left_out[str(reason)] += 1
     return rows
-
-
-def _line(row: Row) -> bytes:
-    # as stored rows are: no lone surrogate, which UTF-8 cannot hold
-    try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    except ValueError:
-        return dump_json(row).encode() + b"\n"

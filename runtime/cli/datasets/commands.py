@@ -146,19 +146,17 @@ def remove_examples(
     call_and_print(lambda client: client.delete(path, source=source), url, key, as_json, render)
 
 
-def _render_import(result: dict[str, Any]) -> Table:
-    from runtime.cli.render import make_table
-
-    table = make_table("file", "format", "#rows", "#added", "#there already", "#invalid", "recognised by")
+def _render_import(result: dict[str, Any]) -> str:
+    lines = []
     for each in result["files"]:
-        added = [str(each[name]) if name in each else "-" for name in ("num_added", "num_known")]
-        table.add_row(
-            *(each["file"], each["format"] or "-", str(each["num_rows"]), *added, str(each["num_invalid"])),
-            each["reason"],
-        )
-        for error in each["errors"]:
-            table.add_row(f"  {error}")
-    return table
+        counts = f"{each['num_rows']} rows, {each['num_invalid']} invalid"
+        if "num_added" in each:
+            counts += f", {each['num_added']} added, {each['num_known']} there already"
+        lines.append(f"{each['file']}: {each['format'] or 'no format'} ({each['reason']}); {counts}")
+        lines += [f"  {error}" for error in each["errors"]]
+    if any(each.get("teaches") is False for each in result["files"]):
+        lines.append("Weights do not learn from these rows: the key may not teach, or they are untrusted.")
+    return "\n".join(lines)
 
 
 def _render_export(result: dict[str, Any]) -> str:
@@ -171,8 +169,10 @@ def _render_examples(page: dict[str, Any]) -> Table:
 
     table = make_table("id", "kind", "environment", "source", "format", "#messages")
     for row in page["data"]:
-        cells = (row["id"], row["kind"], row["environment"] or "live", row["source"], row["format"])
-        table.add_row(*cells, str(row["num_messages"]))
+        cells = (row["kind"], row["environment"] or "live", row["source"], row["format"], str(row["num_messages"]))
+        table.add_row(row["id"], *cells)
+    # an id that is cut off is of no use
+    table.columns[0].min_width = max((len(row["id"]) for row in page["data"]), default=0)
     return table
 
 

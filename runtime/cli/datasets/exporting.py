@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from memory.formats.files import dump_line
 from runtime.cli.client import Client, ServerUnreachable
 from runtime.cli.output import BAD_USAGE, Failure
 
@@ -129,7 +130,7 @@ async def _receive(client: Client, request: ExportRequest, file: PartialFile, pr
         if "total" in event:
             progress.update(bar, total=event["total"])
         elif "cursor" in event:
-            lines += [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in event["rows"]]
+            lines += map(dump_line, event["rows"])
             cursor = event["cursor"]
             progress.advance(bar)
             if len(lines) >= ROWS_PER_CHECKPOINT:

@@ -6,7 +6,6 @@ imported. Sending rows again has no effect, so an import that broke off is run a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,7 +15,7 @@ from typing import Any
 from rich.progress import Progress, TaskID
 
 from memory.formats.content import BadRow, Row
-from memory.formats.files import FileRow, read_file
+from memory.formats.files import FileRow, dump_line, read_file
 from memory.formats.registry import AUTO, Format, find_format, recognise_rows
 from runtime.cli.client import Client
 from runtime.cli.output import BAD_USAGE, Failure
@@ -145,6 +144,7 @@ async def _send_file(
     client: Client, request: ImportRequest, checked: CheckedFile, progress: Progress
 ) -> dict[str, Any]:
     counts = {"num_added": 0, "num_known": 0, "num_raised": 0}
+    teaches: bool | None = None
     if checked.format is not None:
         bar = progress.add_task(f"sending {checked.path.name}", total=checked.path.stat().st_size)
         query = {
@@ -157,7 +157,9 @@ async def _send_file(
             added = await client.post_lines("/v1/examples", batch, **query)
             for name in counts:
                 counts[name] += added[name]
-    return {**checked.to_json(), **counts}
+            teaches = added["teaches"]
+    # None for a file without a valid row
+    return {**checked.to_json(), **counts, "teaches": teaches}
 
 
 def _make_batches(checked: CheckedFile, progress: Progress, bar: TaskID) -> Iterator[bytes]:
@@ -169,7 +171,7 @@ def _make_batches(checked: CheckedFile, progress: Progress, bar: TaskID) -> Iter
             row = _read(each, checked.format)
         except BadRow:
             continue
-        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        line = dump_line(row)
         values = sum(line.count(mark) for mark in (b",", b"[", b"{"))
         is_full = len(batch) == MAX_BATCH_ROWS or num_bytes + len(line) > MAX_BATCH_BYTES
         if batch and (is_full or num_values + values > MAX_BATCH_VALUES):

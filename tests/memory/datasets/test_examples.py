@@ -33,11 +33,13 @@ async def test_what_is_stored_is_read_as_it_was(memory: Memory):
 
 
 async def test_a_second_import_adds_nothing_and_a_tenant_has_each_row_once(memory: Memory):
-    assert await memory.examples.add([*ALL, PLAIN, PLAIN], KITCHEN) == AddedExamples(5, 1)
-    assert await memory.examples.add([PLAIN, *ALL], replace(KITCHEN, source="b.jsonl")) == AddedExamples(0, 5)
+    assert await memory.examples.add([*ALL, PLAIN, PLAIN], KITCHEN) == AddedExamples(5, 1, teaches=True)
+    assert await memory.examples.add([PLAIN, *ALL], replace(KITCHEN, source="b.jsonl")) == AddedExamples(
+        0, 5, teaches=True
+    )
     # the same words for another environment, with another label or of another tenant are other examples
-    assert await memory.examples.add([PLAIN], replace(KITCHEN, environment="")) == AddedExamples(1, 0)
-    assert await memory.examples.add([replace(LABEL, is_good=True)], KITCHEN) == AddedExamples(1, 0)
+    assert await memory.examples.add([PLAIN], replace(KITCHEN, environment="")) == AddedExamples(1, 0, teaches=True)
+    assert await memory.examples.add([replace(LABEL, is_good=True)], KITCHEN) == AddedExamples(1, 0, teaches=True)
     assert await memory.examples.add(ALL, replace(KITCHEN, tenant="shop")) == AddedExamples(4, 0)
     assert sum(number for *_, number in memory.examples.count()) == 7
 
@@ -92,7 +94,7 @@ async def test_an_example_teaches_from_the_moment_that_somebody_who_may_teach_im
     await memory.examples.add([DEMONSTRATION], replace(KITCHEN, trust=Trust.UNTRUSTED))
     assert learnable(memory) == []
     added = await memory.examples.add([PLAIN, DEMONSTRATION], KITCHEN)
-    assert added == AddedExamples(0, 2, num_raised=2) and len(learnable(memory)) == 2
+    assert added == AddedExamples(0, 2, num_raised=2, teaches=True) and len(learnable(memory)) == 2
     # and nobody takes it back by importing it once more
     assert await memory.examples.add([PLAIN], replace(KITCHEN, key_id=key.id)) == AddedExamples(0, 1)
     assert len(learnable(memory)) == 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from memory.formats.files import MAX_LINE_BYTES, read_file
+from memory.formats.files import MAX_LINE_BYTES, dump_line, parse_line, read_file
 
 ROWS = [{"question": f"What is {number} + 1?", "answer": str(number + 1)} for number in range(300)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -68,3 +68,11 @@ def test_reading_needs_the_memory_of_a_row_not_of_a_file(tmp_path: Path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+def test_a_row_is_one_line_to_everybody():
+    row = {"text": "a\u2028b\x85c\u2029d \N{EM DASH} \ud800"}
+    for text in (row, {"text": row["text"][:-1]}):
+        line = dump_line(text)
+        assert len(line.decode().splitlines()) == 1 and parse_line(line) == text
+    assert "\N{EM DASH}" in dump_line({"text": "\N{EM DASH}"}).decode()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from memory.datasets.examples import digest_content
 from memory.formats.content import BadRow, ExampleContent, ExampleKind, NotExpressible, is_trained
 from memory.formats.files import read_file
 from memory.formats.registry import FORMATS, find_format, recognise_row, recognise_rows, require_holds, write_row
@@ -224,3 +228,60 @@ def test_a_broken_call_of_a_model_is_left_out_where_objects_are_wanted():
     content = replace(PLAIN, completion=[say("assistant", "", tool_calls=[broken])], tools=[WEATHER])
     with pytest.raises(NotExpressible, match="no JSON object"):
         write_row(content, FORMATS["trl"])
+
+
+def test_no_row_whatever_breaks_a_reader():
+    """Rows of known fields with values of any type: they are read, or refused with a reason."""
+    dice = random.Random(5)
+    fields = sorted(
+        {name for each in FORMATS.values() for name in re.findall(r"\w+", each.fields)} | {"system", "input"}
+    )
+    inner = ["role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "id", "weight", "loss"]
+    texts = [
+        "",
+        "hi",
+        "user",
+        "assistant",
+        "tool",
+        "human",
+        "gpt",
+        "function_call",
+        "observation",
+        "[]",
+        "{",
+        '[{"name": 1}]',
+    ]
+
+    def anything(depth: int) -> Any:
+        kind = dice.randrange(8 if depth else 5)
+        if kind < 5:
+            return [None, dice.choice(texts), dice.choice([0, 1, -2, 0.5, float("nan")]), dice.random() < 0.5, "x"][
+                kind
+            ]
+        if kind == 5:
+            return [anything(depth - 1) for _ in range(dice.randrange(3))]
+        return {name: anything(depth - 1) for name in dice.sample([*fields, *inner], 4)}
+
+    def turns() -> list[dict[str, Any]]:
+        """Mostly well formed: what is wrong everywhere is refused at once."""
+        speakers = [("user", "human"), ("assistant", "gpt")] * dice.randrange(1, 3)
+        return [
+            {"role": role, "content": "hi", "from": speaker, "value": "hi"}
+            | {name: anything(2) for name in dice.sample(inner, dice.choice([0, 0, 0, 1]))}
+            for role, speaker in speakers
+        ]
+
+    num_read = num_refused = 0
+    for _ in range(4_000):
+        row = {name: turns() if dice.random() < 0.4 else anything(3) for name in dice.sample(fields, dice.randrange(7))}
+        for format_ in FORMATS.values():
+            format_.recognise(row)
+            try:
+                content = format_.read(row)
+            except BadRow as error:
+                assert str(error)
+                num_refused += 1
+            else:
+                num_read += 1
+                assert content.completion and digest_content(content, "")
+    assert num_read > 100 and num_refused > 10_000

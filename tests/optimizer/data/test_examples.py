@@ -13,7 +13,7 @@ from memory.formats.content import ExampleContent, ExampleKind, is_trained
 from memory.formats.files import read_file
 from memory.formats.registry import FORMATS
 from memory.teaching import Teacher
-from optimizer.config import DemonstrationConfig, PreferenceConfig, TeachingConfig
+from optimizer.config import DemonstrationConfig, PreferenceConfig
 from optimizer.data.demonstrations import build_demonstrations
 from optimizer.data.examples import ExampleRenderer
 from optimizer.data.preferences import build_preferences
@@ -127,17 +127,13 @@ def test_the_same_example_of_two_tenants_is_learned_once(tokenizer):
     assert len(built.rows) == 1 and built.counts["duplicate"] == 1
 
 
-def test_a_flood_of_one_key_keeps_to_the_bounds_of_teachers(tokenizer):
-    flood = [taught(replace(PLAIN, completion=[say("assistant", str(n))])) for n in range(30)]
-    built = build_demonstrations(
-        [live([("take carrot", "Taken.")], tokenizer=tokenizer)],
-        tokenizer,
-        config=DemonstrationConfig(min_rows=4),
-        max_length_tokens=4096,
-        teaching=TeachingConfig(max_rows_per_key=10),
-        examples=flood,
-    )
-    assert sum(row.is_imported for row in built.rows) == 4 and built.counts["over_key_cap"] == 20
+@pytest.mark.parametrize(("tenant", "num_kept"), [("", 30), ("shop", 1)])
+def test_a_flood_of_a_tenant_keeps_to_its_share_and_the_operators_seed_stays_whole(tokenizer, tenant, num_kept):
+    teacher = Teacher(tenant, "key_2", is_import=True)
+    flood = [taught(replace(PLAIN, completion=[say("assistant", str(n))]), teacher) for n in range(30)]
+    won = live([("take carrot", "Taken.")], tokenizer=tokenizer)
+    built = build([*flood], tokenizer, [replace(won, teacher=Teacher(is_environment=True))], min_rows=4)
+    assert sum(row.is_imported for row in built.rows) == num_kept and len(built.rows) == num_kept + 1
 
 
 def test_pairs_are_compared_behind_their_common_prompt(tokenizer):
