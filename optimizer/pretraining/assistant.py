@@ -204,7 +204,7 @@ def make_demonstrations(num_rows: int, seed: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Write demonstrations of an assistant.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)

@@ -95,7 +95,9 @@ def score_own_tokens_only() -> None:
     """
     # a private name of TRL, which pyproject.toml pins: in this module it decides nothing else, and
     # tests/optimizer/data/test_masks.py fails where it vanishes
-    trl_utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
+    trl_utils._use_triton = (  # pyright: ignore[reportPrivateImportUsage]
+        lambda device: device.type in ("cpu", "cuda", "xpu")
+    )
 
 
 def _die_with_parent() -> None:

@@ -144,7 +144,7 @@ for module in (lora_ops, torch_ops, punica_cpu):
 
 punica_cpu.PunicaWrapperCPU.add_lora_linear = add_lora_linear
 punica_cpu.PunicaWrapperCPU.update_metadata = _find_rows(punica_cpu.PunicaWrapperCPU.update_metadata)
-punica_cpu.PunicaWrapperCPU.rows_by_slot = ()  # until the first step
+setattr(punica_cpu.PunicaWrapperCPU, "rows_by_slot", ())  # noqa: B010 - an attribute that it lacks; until the first step
 for change in ("activate_adapter", "_deactivate_adapter", "remove_all_adapters"):
     setattr(LoRAModelManager, change, _forget_copies(getattr(LoRAModelManager, change)))
 

@@ -43,6 +43,7 @@ class ScriptedEngine:
         self.model_path = None
         self.max_model_len: int | None = None
         self.takes_tools = True
+        self.model_temperature = DEFAULT_TEMPERATURE
         self.log_path = log_path
         self.config = EngineConfig()
         self.is_ready = True
