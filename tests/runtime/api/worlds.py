@@ -26,6 +26,7 @@ from runtime.api.gateway.connections import server_config
 from runtime.api.services import Services
 from runtime.config import AgentConfig, EngineConfig
 from runtime.engine.client import Completion, Delta
+from runtime.engine.model_families import DEFAULT_TEMPERATURE
 from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.errors import PolicyError, UnknownTask
 from runtime.serving.hotswap import HotSwap
