@@ -168,10 +168,12 @@ class Examples:
             for row in sorted(rows, key=lambda row: row.id)
         ]
 
-    def count_learnable(self, kind: ExampleKind, *, environments: Collection[str]) -> int:
-        """Return how many examples weights may learn from."""
+    def count_learnable(self, kind: ExampleKind, *, environments: Collection[str], is_good: bool | None = None) -> int:
+        """Return how many examples weights may learn from; of labels, only the good or the bad ones with `is_good`."""
         with self._database.read() as session:
             conditions = self._learnable_conditions(session, kind, environments)
+            if is_good is not None:
+                conditions.append(col(Example.is_good) == is_good)
             return session.scalar(sql_select(func.count()).select_from(Example).where(*conditions)) or 0
 
     def count_without_teacher(self, *, environments: Collection[str]) -> int:

@@ -13,7 +13,7 @@ from memory.formats.content import ExampleKind
 from memory.records.feedback import Correction
 from optimizer.config import DemonstrationConfig, TeachingConfig
 from optimizer.data.corrections import stitch_correction
-from optimizer.data.examples import ExampleRenderer
+from optimizer.data.examples import render_examples
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_imitable, require_trusted
 from optimizer.data.stitching import Tokenizer, Unstitchable, plan_memory_removal, remove_memory, stitch
 from optimizer.errors import TemplateMismatch
@@ -175,7 +175,7 @@ def build_demonstrations(
         _take_shortest(episodes, config.per_task, built)
     # parallel to `rows`: bound_rows picks from both by position
     built.teachers += [teachers[row.trajectory_id] for row in built.rows[built.num_corrections :]]
-    _take_examples(examples, ExampleRenderer(tokenizer, max_length_tokens) if examples else None, built)
+    _take_examples(examples, tokenizer, max_length_tokens, built)
     # older corrections only fill up to the minimum
     num_missing = max(0, config.min_rows - built.num_examples)
     with_correction |= _take_corrections(
@@ -240,27 +240,14 @@ def _take_corrections(
 
 
 def _take_examples(
-    examples: Sequence[TaughtExample], renderer: ExampleRenderer | None, built: DemonstrationRows
+    examples: Sequence[TaughtExample], tokenizer: Tokenizer, max_length_tokens: int, built: DemonstrationRows
 ) -> None:
     """Add the rows of imported examples. They have no limit per task: somebody chose each of them."""
-    if renderer is None:
-        return
-    taken: set[tuple[tuple[int, ...], ...]] = set()
-    tasks: set[str] = set()
-    for each in examples:
-        try:
-            rows = renderer.render_demonstration(each)
-            tokens = tuple(tuple(row.input_ids) for row in rows)
-            if tokens in taken:  # two tenants imported the same file
-                raise Unstitchable("duplicate")
-        except Unstitchable as reason:
-            built.counts[str(reason)] += 1
-            continue
-        taken.add(tokens)
-        tasks.add(each.example.task or each.question)
+    rendered = render_examples(examples, tokenizer, max_length_tokens, built.counts)
+    for each, rows in rendered:
         built.rows += [Demonstration(each.example.id, row.input_ids, row.mask, is_imported=True) for row in rows]
         built.teachers += [(each.teacher,)] * len(rows)
-    built.num_tasks += len(tasks)
+    built.num_tasks += len({each.example.task or each.question for each, _ in rendered})
 
 
 def _newest_per_task(corrections: Sequence[Correction], most: int) -> tuple[list[Correction], list[Correction]]:

@@ -9,6 +9,7 @@ them; a reply with one leaves the example out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -36,23 +37,14 @@ class ExampleRenderer:
         tags = {token.content for token in tokens if not token.special and A_TAG.fullmatch(token.content)}
         self._marks = ChatMarks((token.content for token in tokens if token.special), tags - OWN_TAGS)
 
-    def render_demonstration(self, example: TaughtExample) -> list[Row]:
-        """Return the rows of a demonstration; every trained token is in exactly one of them.
+    def render(self, example: TaughtExample) -> list[Row]:
+        """Return the rows of a demonstration or a label; every token of its replies is trained in exactly one of them.
 
         Raises:
             Unstitchable: it cannot be rendered, or a row is too long.
         """
         row = example.example
         return self._render(row.prompt, row.completion, row.tools)
-
-    def render_completion(self, example: TaughtExample) -> Row:
-        """Return the row of a label, or of the chosen side of a preference: up to where the template would begin
-        another row.
-
-        Raises:
-            Unstitchable: it cannot be rendered, or the row is too long.
-        """
-        return self._render_side(example, example.example.completion)
 
     def render_pair(self, example: TaughtExample) -> tuple[Row, Row]:
         """Return the rows of both sides of a preference, which have the same prompt.
@@ -112,6 +104,28 @@ class ExampleRenderer:
 
     def _clean(self, messages: Iterable[Message]) -> list[Message]:
         return self._marks.clean_messages(map(_bare, messages))
+
+
+def render_examples(
+    examples: Sequence[TaughtExample], tokenizer: Tokenizer, max_length_tokens: int, counts: Counter[str]
+) -> list[tuple[TaughtExample, list[Row]]]:
+    """Return each demonstration or label with its rows; the others are counted by reason. Equal rows count once."""
+    if not examples:
+        return []
+    renderer = ExampleRenderer(tokenizer, max_length_tokens)
+    taken: dict[tuple[object, ...], tuple[TaughtExample, list[Row]]] = {}
+    for each in examples:
+        try:
+            rows = renderer.render(each)
+            # two tenants may import one file
+            key = (each.example.is_good, *(tuple(row.input_ids) for row in rows))
+            if key in taken:
+                raise Unstitchable("duplicate")
+        except Unstitchable as reason:
+            counts[str(reason)] += 1
+            continue
+        taken[key] = each, rows
+    return list(taken.values())
 
 
 def _bare(message: Message) -> Message:

@@ -107,6 +107,15 @@ async def test_weights_learn_from_trusted_successes_of_their_environment(memory:
     assert [row.reward for row in learnable(memory)] == [1.0]
 
 
+async def test_good_and_bad_labels_are_counted(memory: Memory):
+    await memory.examples.add([LABEL, replace(LABEL, is_good=True), replace(LABEL, prompt=[], is_good=True)], KITCHEN)
+    num = [
+        memory.examples.count_learnable(ExampleKind.LABEL, environments=("kitchen",), is_good=it)
+        for it in (True, False, None)
+    ]
+    assert num == [2, 1, 3]
+
+
 async def test_an_import_of_many_does_not_push_out_those_of_others(memory: Memory):
     key, _ = await memory.keys.create("a flood", ["learn", "teach"])
     await memory.examples.add([PLAIN, DEMONSTRATION], KITCHEN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,10 +16,10 @@ from memory.formats.registry import FORMATS
 from memory.teaching import Teacher
 from optimizer.config import DemonstrationConfig, PreferenceConfig
 from optimizer.data.demonstrations import build_demonstrations
-from optimizer.data.examples import ExampleRenderer
+from optimizer.data.examples import render_examples
 from optimizer.data.preferences import build_preferences
 from optimizer.data.shares import count_rows
-from optimizer.data.stitching import Unstitchable, render_prompt
+from optimizer.data.stitching import render_prompt
 from tests.memory.formats.rows import ASKED, DEMONSTRATION, LABEL, PLAIN, PREFERENCE, call, say
 from tests.optimizer.families import NAMES, make_tokenizer
 from tests.optimizer.worlds import live
@@ -149,11 +150,14 @@ def test_pairs_are_compared_behind_their_common_prompt(tokenizer):
     assert build_preferences([], tokenizer, examples=[taught(same)], **settings).counts["no_contrast"] == 1
 
 
-def test_a_label_is_rendered_as_one_row(tokenizer):
-    row = ExampleRenderer(tokenizer, 4096).render_completion(taught(LABEL))
-    assert own_text(tokenizer, row.input_ids, row.mask) == "Sun?<|im_end|>"
-    with pytest.raises(Unstitchable, match="too_long"):
-        ExampleRenderer(tokenizer, 10).render_completion(taught(LABEL))
+def test_labels_are_rendered_once_and_the_same_reply_may_be_good_and_bad(tokenizer):
+    counts: Counter[str] = Counter()
+    good = replace(LABEL, is_good=True)
+    rendered = render_examples([taught(LABEL), taught(good), taught(good)], tokenizer, 4096, counts)
+    assert [each.example.is_good for each, _ in rendered] == [False, True] and counts == {"duplicate": 1}
+    for _, (row,) in rendered:
+        assert own_text(tokenizer, row.input_ids, row.mask) == "Sun?<|im_end|>"
+    assert render_examples([taught(LABEL)], tokenizer, 10, counts) == [] and counts["too_long"] == 1
 
 
 def test_real_conversations_with_tools_are_trained_token_for_token(tokenizer):
