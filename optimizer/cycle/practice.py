@@ -17,7 +17,7 @@ from memory.schema import Task
 from memory.scopes import EVERYBODY
 from optimizer.cycle.artifacts import Critiques
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.needs import require_reachable
+from optimizer.cycle.needs import MeasureNeed, require_reachable
 from optimizer.errors import CompletionError
 from optimizer.insights.extraction import Extraction, extract_insights
 from optimizer.rewards import split
@@ -25,11 +25,11 @@ from optimizer.rewards import split
 log = structlog.get_logger()
 
 
-async def practice(context: CycleContext) -> None:
+async def practice(context: CycleContext, measure_need: MeasureNeed) -> None:
     """Play rounds of practice with the incumbent; extract insights from each before the next one begins.
 
     Raises:
-        TooFewTrajectories: the remaining rounds cannot bring enough demonstrations.
+        TooFewTrajectories: the remaining rounds cannot bring as many rows as `measure_need` asks for.
     """
     config = context.config
     rounds = config.practice_rounds
@@ -54,7 +54,7 @@ async def practice(context: CycleContext) -> None:
         await context.save_artifacts(num_practice_rounds=number + 1)
         # not after the last round: then the rows are built and counted exactly
         if rounds_left := rounds[number + 1 :]:
-            await asyncio.to_thread(require_reachable, context.memory, config, rounds_left)
+            await asyncio.to_thread(require_reachable, context.memory, config, measure_need, rounds_left)
 
 
 async def learn_insights(context: CycleContext) -> None:

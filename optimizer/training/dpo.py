@@ -1,4 +1,4 @@
-"""Trains an adapter on preferences, from an SFT adapter: `python -m optimizer.training.dpo spec.json`.
+"""Trains an adapter on preferences: `python -m optimizer.training.dpo spec.json`.
 
 Rows are token ids with masks, never text. TRL 1.16's DPO trainer counts every token after the prompt, tool output
 included, and tokenizes by itself; `MaskedDPOTrainer` and its collator replace exactly that, so that masked tokens have
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from transformers.data.data_collator import DataCollatorMixin
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -40,18 +40,14 @@ class MaskedPreferenceCollator(DataCollatorMixin):
         ids = [torch.tensor(row["prompt_ids"] + row[f"{side}_ids"]) for row, side in sides]
         masks = [torch.tensor([0] * len(row["prompt_ids"]) + row[f"{side}_mask"]) for row, side in sides]
         batch = {
-            "input_ids": _pad(ids, self.pad_token_id),  # (2 * num_rows, num_tokens)
-            "attention_mask": _pad([torch.ones_like(row) for row in ids], 0),
-            "completion_mask": _pad(masks, 0),
+            "input_ids": child.pad(ids, self.pad_token_id),  # (2 * num_rows, num_tokens)
+            "attention_mask": child.pad([torch.ones_like(row) for row in ids], 0),
+            "completion_mask": child.pad(masks, 0),
         }
         for key in ("ref_chosen_logps", "ref_rejected_logps"):
             if key in examples[0]:
                 batch[key] = torch.tensor([row[key] for row in examples])
         return batch
-
-
-def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 class MaskedDPOTrainer(child.WarmStart, DPOTrainer):
@@ -70,11 +66,7 @@ class MaskedDPOTrainer(child.WarmStart, DPOTrainer):
 
 def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> MaskedDPOTrainer:
     """Return the trainer; it starts from `spec.parent_adapter`, or from the bare base when there is none."""
-    model, tokenizer = child.load_base(spec)
-    if spec.parent_adapter is not None:
-        # is_trainable, and no `peft_config` below: TRL copies this adapter to a frozen "ref" as the reference, and
-        # raises if it gets both
-        model = PeftModel.from_pretrained(model, str(spec.parent_adapter), is_trainable=True)
+    model, tokenizer = child.load_start(spec)
     # the likelihood term keeps the chosen side from losing probability along with the rejected one
     losses = {"sigmoid": 1.0, "sft": spec.sft_weight} if spec.sft_weight else {"sigmoid": 1.0}
     return MaskedDPOTrainer(
