@@ -44,7 +44,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
 
 # Small: measured on models of a few million parameters. Middle: SFT measured on SmolLM2-135M (learning rates of 7e-4 to
 # 1e-3, batches of 4); its DPO lies between its neighbours and was not measured. Large: "LoRA Without Regret" for SFT,
-# ETO for DPO. KTO has the numbers of DPO, with its paper's loss weights, and was not measured.
+# ETO for DPO. KTO has the numbers of DPO, with its paper's loss weights; it, GRPO and distillation were not measured.
 RECIPES: tuple[tuple[float, Recipe], ...] = (
     (
         100e6,
@@ -57,6 +57,8 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
                 # luck")
                 "dpo": Hyperparameters(learning_rate=3e-4, epochs=3, batch_size=8, beta=0.1, sft_weight=1.0),
                 "kto": Hyperparameters(learning_rate=3e-4, epochs=3, batch_size=8, beta=0.1),
+                "grpo": Hyperparameters(learning_rate=3e-4, epochs=1, batch_size=32),
+                "distill": Hyperparameters(learning_rate=3e-4, epochs=1, batch_size=32),
             },
             rows_per_pass=8,
             gradient_checkpointing=False,
@@ -71,6 +73,8 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
                 "sft": Hyperparameters(learning_rate=7e-4, epochs=2, batch_size=4),
                 "dpo": Hyperparameters(learning_rate=5e-5, epochs=2, batch_size=4, beta=0.1, sft_weight=0.2),
                 "kto": Hyperparameters(learning_rate=5e-5, epochs=2, batch_size=4, beta=0.1),
+                "grpo": Hyperparameters(learning_rate=1e-4, epochs=1, batch_size=16),
+                "distill": Hyperparameters(learning_rate=1e-4, epochs=1, batch_size=16),
             },
             rows_per_pass=2,
             gradient_checkpointing=False,
@@ -86,6 +90,8 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
                 "sft": Hyperparameters(learning_rate=2e-4, epochs=3, batch_size=16),
                 "dpo": Hyperparameters(learning_rate=1e-5, epochs=1, batch_size=16, beta=0.1, sft_weight=0.1),
                 "kto": Hyperparameters(learning_rate=1e-5, epochs=1, batch_size=16, beta=0.1),
+                "grpo": Hyperparameters(learning_rate=2e-5, epochs=1, batch_size=32),
+                "distill": Hyperparameters(learning_rate=2e-5, epochs=1, batch_size=32),
             },
             rows_per_pass=2,
             gradient_checkpointing=True,
@@ -95,6 +101,8 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
 )
 METHOD_NAMES = tuple(RECIPES[0][1].methods)
 """The methods of learning that `optimizer.methods` may name; `cycle/methods.py` describes each."""
+PLAYING_METHODS = ("grpo", "distill")
+"""Those that play in every cycle, so they need an environment."""
 FIRST_METHOD = "sft"
 """The method that starts from the bare base in every cycle, so nothing can come before it."""
 
@@ -173,11 +181,26 @@ class PreferenceConfig(BaseModel, extra="forbid"):
     """"step": both sides end with the step that is weighed. "remainder": they run to the end of the episode (ETO), or
     to where the chat template breaks it into another row; the loss can then be met by making the loser's later steps
     unlikely, and leave the decision as it was."""
+    loss: Literal["sigmoid", "sigmoid_norm", "dmpo"] = "sigmoid"
+    """How DPO weighs the tokens of a side. "sigmoid": all alike, so a longer side weighs more. "sigmoid_norm": by the
+    mean of its tokens; it takes a larger `recipe.dpo_beta`, about 2. "dmpo": by turns, the earlier ones more, and as
+    much for a short side as for a long one (arXiv 2406.14868); it needs sides of several turns."""
+    discount: float = Field(default=0.7, gt=0, lt=1)
+    """DMPO: how fast the weight falls from turn to turn; near 0 the first turn alone counts."""
     max_extra_rounds: int = 5
     """The rejected side may take at most so many more model steps than the chosen one; it is cut there."""
     min_rows: int = 12
     """With fewer there is no DPO: the SFT policy itself becomes the candidate."""
     max_rows: int = 2000
+
+    @model_validator(mode="after")
+    def _has_turns_to_weigh(self) -> PreferenceConfig:
+        if self.loss == "dmpo" and self.scope == "step":
+            raise ValueError(
+                "preferences.loss = 'dmpo' weighs the turns of a side, and preferences.scope = 'step' leaves one: set "
+                "the scope to 'remainder'"
+            )
+        return self
 
 
 class LabelConfig(BaseModel, extra="forbid"):
@@ -188,6 +211,29 @@ class LabelConfig(BaseModel, extra="forbid"):
     min_rows: int = 12
     """Good rows, and as many bad ones: with fewer of either there is no KTO."""
     max_rows: int = 2000
+
+
+class RoundsConfig(BaseModel, extra="forbid"):
+    """How a method that learns from its own rollouts plays: each round with the policy of the round before."""
+
+    rounds: int = Field(default=2, ge=1)
+    num_tasks: int = Field(default=32, ge=1)
+    """The first so many of the practice tasks."""
+    num_tries: int = Field(default=4, ge=1)
+    """Rollouts of each task in a round."""
+    min_rows: int = 4
+    max_rows: int = 4000
+
+
+class GroupConfig(RoundsConfig):
+    """The groups of GRPO. `min_rows`: tasks whose rollouts differ in reward; with fewer the rounds end."""
+
+    num_tries: int = Field(default=8, ge=2)
+
+
+class RolloutConfig(RoundsConfig):
+    """The rollouts that distillation scores; as many are played with memory. `min_rows`: rollouts without memory; with
+    fewer the rounds end."""
 
 
 class TeachingConfig(BaseModel, extra="forbid"):
@@ -286,6 +332,8 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     demonstrations: DemonstrationConfig = DemonstrationConfig()
     preferences: PreferenceConfig = PreferenceConfig()
     labels: LabelConfig = LabelConfig()
+    groups: GroupConfig = GroupConfig()
+    rollouts: RolloutConfig = RolloutConfig()
     teaching: TeachingConfig = TeachingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     recipe: dict[str, Any] = {}
@@ -316,6 +364,11 @@ class OptimizerConfig(BaseModel, extra="forbid"):
             raise ValueError(
                 f"learn_from={self.learn_from!r} must name other environments than {self.environment!r}: live traffic "
                 "is proved on live tasks, by a cycle of its own (`learn --logged`)"
+            )
+        if not self.environment and (alone := set(self.methods) & set(PLAYING_METHODS)):
+            raise ValueError(
+                f"methods names {sorted(alone)!r}, which learns from its own rollouts: name an environment, or choose "
+                f"among {sorted(set(METHOD_NAMES) - set(PLAYING_METHODS))!r}"
             )
         choose_recipe(0, self.recipe)  # a wrong name must fail here, not after an hour of practice
         return self

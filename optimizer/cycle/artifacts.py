@@ -91,6 +91,9 @@ class CycleArtifacts(BaseModel):
     num_practice_rounds: int = 0
     num_explore_rounds: int = 0
     """Finished rounds, which a repeated stage does not play again."""
+    num_rounds: dict[str, int] = {}
+    num_rounds_played: dict[str, int] = {}
+    """Rounds of methods that train in rounds, trained and played, by the name of the method."""
     critiques: Critiques | None = None
     selection_tasks: list[str] | None = None
     selection: Selection | None = None

@@ -9,10 +9,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from optimizer.cycle.needs import Logged, Need, need_demonstrations, need_labels, need_preferences
+from optimizer.config import OptimizerConfig
+from optimizer.cycle.needs import (
+    Logged,
+    Need,
+    need_demonstrations,
+    need_groups,
+    need_labels,
+    need_preferences,
+    need_rollouts,
+)
+from optimizer.cycle.rounds import train_in_rounds
 from optimizer.cycle.stages import Method, MethodStage, build_rows, build_rows_and_train, explore, train
-from optimizer.data import demonstrations, labels, preferences
+from optimizer.data import demonstrations, groups, labels, preferences, rollouts
 from optimizer.training.footprint import PAIRWISE, UNPAIRED
+
+
+def _choose_preference_loss(config: OptimizerConfig) -> dict[str, str | float]:
+    wanted = config.preferences
+    if wanted.loss == "sigmoid":  # the usual one, which a spec does not name
+        return {}
+    return {"loss": wanted.loss, **({"discount": wanted.discount} if wanted.loss == "dmpo" else {})}
+
 
 # Names are stored in artefacts and manifests, and cells are called `<name>-on`, so a name has no hyphen; settings spell
 # `<name>_epochs`, so it has no underscore.
@@ -43,6 +61,7 @@ METHODS: tuple[Method, ...] = (
             MethodStage("dpo", build_rows_and_train),
         ),
         loss=PAIRWISE,
+        choose_loss=_choose_preference_loss,
         # without exploration, only the mistakes of logged policies can be compared
         reads_new_episodes_only=lambda config: config.explore_episodes > 0,
     ),
@@ -57,6 +76,31 @@ METHODS: tuple[Method, ...] = (
         note="KTO on good and bad answers",
         stages=(MethodStage("kto", build_rows_and_train),),
         loss=UNPAIRED,
+    ),
+    Method(
+        name="grpo",
+        title="GRPO",
+        rows="groups",
+        build=groups.build,
+        min_rows=lambda config: config.groups.min_rows,
+        measure_need=need_groups,
+        describe=groups.describe,
+        note="GRPO on groups of its own rollouts",
+        stages=(MethodStage("grpo", train_in_rounds),),
+        reads_new_episodes_only=lambda config: True,
+    ),
+    Method(
+        name="distill",
+        title="Distillation",
+        rows="rollouts",
+        build=rollouts.build,
+        min_rows=lambda config: config.rollouts.min_rows,
+        measure_need=need_rollouts,
+        describe=rollouts.describe,
+        note="on-policy distillation from itself with memory",
+        stages=(MethodStage("distill", train_in_rounds),),
+        reads_new_episodes_only=lambda config: True,
+        plays_with_memory=True,
     ),
 )
 
@@ -85,7 +129,8 @@ def choose_methods(logged: Logged) -> Choice:
     if config.methods:
         return _describe(config.methods, "as `optimizer.methods` says")
     if config.practice_episodes or config.explore_episodes:
-        return _describe(("sft", "dpo"), "practice will bring demonstrations, and tries of the same task pairs")
+        played = f"{config.practice_episodes} episodes of practice and {config.explore_episodes} of exploration"
+        return _describe(("sft", "dpo"), f"{played} are to be played, which bring demonstrations and pairs")
     sft, dpo, kto = list_methods(("sft", "dpo", "kto"))
     needs = {method.name: method.measure_need(logged, ()) for method in (sft, dpo, kto)}
     counts = ", ".join(_count(need) for need in needs.values())

@@ -207,5 +207,34 @@ def need_labels(logged: Logged, rounds: Sequence[int]) -> Need:
     )
 
 
+def need_groups(logged: Logged, rounds: Sequence[int]) -> Need:
+    """Return the need for tasks whose rollouts differ in reward, all of them still to be played."""
+    wanted, num_tasks = logged.config.groups, logged.config.num_practice_tasks
+    return Need(
+        name="groups",
+        needed=wanted.min_rows,
+        available=0,
+        playable=min(wanted.num_tasks, num_tasks),
+        detail=f"each round tries {min(wanted.num_tasks, num_tasks)} practice tasks {wanted.num_tries} times; those "
+        "whose tries are rewarded differently count",
+        mend="raise groups.num_tasks and num_practice_tasks, or lower groups.min_rows",
+    )
+
+
+def need_rollouts(logged: Logged, rounds: Sequence[int]) -> Need:
+    """Return the need for own rollouts of tasks for which memory has something to show, all still to be played."""
+    wanted, num_tasks = logged.config.rollouts, logged.config.num_practice_tasks
+    playable = min(wanted.num_tasks, num_tasks) * wanted.num_tries
+    return Need(
+        name="rollouts",
+        needed=wanted.min_rows,
+        available=0,
+        playable=playable,
+        detail=f"each round plays {playable} rollouts without memory and as many with it; those of tasks with a memory "
+        "count, if memory wins more",
+        mend="raise rollouts.num_tasks or rollouts.num_tries, or lower rollouts.min_rows",
+    )
+
+
 def _count_capped(trajectories: Iterable[Trajectory], per_task: int) -> int:
     return sum(min(per_task, number) for number in Counter(it.task_key for it in trajectories).values())

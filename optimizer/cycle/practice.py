@@ -15,6 +15,7 @@ import structlog
 
 from memory.schema import Task
 from memory.scopes import EVERYBODY
+from optimizer.config import RoundsConfig
 from optimizer.cycle.artifacts import Critiques
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.needs import MeasureNeed, require_reachable
@@ -151,6 +152,23 @@ async def explore(context: CycleContext, policy: int) -> None:
             label=f"exploration round {number + 1} of {len(rounds)}",
         )
         await context.save_artifacts(num_explore_rounds=number + 1)
+
+
+async def play_round(
+    context: CycleContext, policy: int, config: RoundsConfig, *, with_memory: bool, label: str
+) -> None:
+    """Let a policy try each of the first practice tasks several times without memory, and `with_memory` as often with
+    it; at temperature 1, where its log-probs are those that its tokens were sampled with."""
+    tasks = context.practice_tasks()[: config.num_tasks]
+    await context.prepare(tasks)
+    for use_memory in (False, True) if with_memory else (False,):
+        await context.play(
+            tasks * config.num_tries,
+            policy=policy,
+            use_memory=use_memory,
+            temperature=1.0,
+            label=f"{label}, with memory" if use_memory else label,
+        )
 
 
 async def _outcomes(context: CycleContext) -> dict[str, list[bool]]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from memory.adapters import digest_adapter, read_manifest
 from memory.schema import Policy, PolicyStage
-from optimizer.config import OptimizerConfig, plan_steps
+from optimizer.config import OptimizerConfig, RoundsConfig, plan_steps
 from optimizer.cycle import practice
 from optimizer.cycle.artifacts import VERSION_SUFFIX, RowsSummary, TrainedAdapter
 from optimizer.cycle.context import CycleContext
@@ -30,6 +30,7 @@ from optimizer.data.rows import BuiltRows, Material, count_tokens, read_rows, wr
 from optimizer.data.shares import count_rows
 from optimizer.errors import OptimizerError, TooFewTrajectories
 from optimizer.placement import Placement, place_training
+from optimizer.rewards import GradedTrajectory
 from optimizer.training.base import locate_base
 from optimizer.training.footprint import LIKELIHOOD, LossShape
 from optimizer.training.launch import read_finished
@@ -89,7 +90,17 @@ class Method:
     """Whether it continues the adapter of the methods before it in the cycle, and from the bare base where there is
     none; its candidate is chosen among that adapter and those after each of its epochs. False: it always starts from
     the base, and comes first."""
+    plays_with_memory: bool = False
+    """Whether its rounds, if it trains in rounds, are played with memory too."""
     loss: LossShape = LIKELIHOOD
+    choose_loss: Callable[[OptimizerConfig], dict[str, Any]] = lambda config: {}
+    """The fields of a training's spec that say which form of the loss is configured."""
+
+    def find_rounds(self, config: OptimizerConfig) -> RoundsConfig | None:
+        """Return how its rounds play; None for a method that trains once."""
+        section = getattr(config, self.rows)
+        return section if isinstance(section, RoundsConfig) else None
+
     reads_new_episodes_only: Callable[[OptimizerConfig], bool] = lambda config: False
     """Whether only episodes of this cycle become rows."""
 
@@ -121,17 +132,18 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     config = context.config
     placement = await place_training(context.memory, config, context.seams)
     material = Material(
-        trajectories=await context.read_pool(this_cycle_only=method.reads_new_episodes_only(config)),
+        trajectories=await _read_pool(context, method),
         corrections=await context.read_corrections(),
         tokenizer=await _load_tokenizer(context),
         config=config,
         max_length_tokens=placement.max_length_tokens(method.loss),
         base_model=context.memory.policies.get(0).base_model,
+        policy=await find_start(context, method),
         num_not_by_a_teacher=await asyncio.to_thread(_count_not_by_a_teacher, context),
     )
     built = await asyncio.to_thread(method.build, material)
-    # a later method may have too few rows: it is skipped in `train`
-    if _is_first(context, method):
+    # a later method or round may have too few rows: it is skipped in `train`
+    if _needs_rows(context, method):
         _require_enough(method, built, config, len(material.trajectories))
     if built.rows:
         write_rows(built.rows, _rows_path(context, method))
@@ -152,8 +164,23 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     return summary
 
 
-def _is_first(context: CycleContext, method: Method) -> bool:
-    return context.artifacts.methods[0] == method.name
+async def _read_pool(context: CycleContext, method: Method) -> list[GradedTrajectory]:
+    """Return the episodes that a method learns from, without those of the tasks that choose among policies."""
+    pool = await context.read_pool(this_cycle_only=method.reads_new_episodes_only(context.config))
+    # an earlier method of this cycle has had them played
+    choosing = {(context.config.environment, name) for name in context.artifacts.selection_tasks or ()}
+    return [each for each in pool if (each.trajectory.environment, each.trajectory.task) not in choosing]
+
+
+def _needs_rows(context: CycleContext, method: Method) -> bool:
+    """Whether the cycle has no adapter without this training."""
+    return context.artifacts.methods[0] == method.name and not context.artifacts.num_rounds.get(method.name)
+
+
+def _name_training(context: CycleContext, method: Method) -> str:
+    """Return the name of a method's training, or of the round that it is at."""
+    number = context.artifacts.num_rounds.get(method.name, 0)
+    return f"{method.name}.{number + 1}" if number else method.name
 
 
 def _rows_path(context: CycleContext, method: Method) -> Path:
@@ -192,13 +219,13 @@ async def train(context: CycleContext, method: Method) -> TrainedAdapter | None:
     Adapters are not stacked from cycle to cycle: a method continues an adapter of this cycle or starts from the base.
     """
     config, summary = context.config, context.artifacts.rows[method.rows]
-    if not _is_first(context, method) and not summary.has_enough(method.min_rows(config)):
+    if not _needs_rows(context, method) and not summary.has_enough(method.min_rows(config)):
         return None
     # free memory is measured anew: exploration may have taken an hour since the rows were built
     placement = await place_training(context.memory, config, context.seams)
     spec = await _specify(context, method, placement)
     if method.continues:
-        spec = await _add_early_adapters(context, spec)
+        spec = await _add_early_adapters(context, spec, name=_name_training(context, method))
     trained = await _train_and_register(context, spec, note=method.note)
     # after the last adapter: versions are drafted in order, and the final adapter reserved the lowest
     for early in spec.early_adapters:
@@ -261,21 +288,24 @@ async def _specify(context: CycleContext, method: Method, placement: Placement) 
     rows_path = _rows_path(context, method)
     # of the rows on disk, which are the ones the trainer will read
     lengths = await asyncio.to_thread(lambda: [count_tokens(row) for row in read_rows(rows_path)])
+    # a round's rows are worth less with each step away from the policy that sampled them
+    min_steps = recipe.min_steps if method.find_rounds(config) is None else 0
     batch_size, epochs = plan_steps(
-        len(lengths), batch_size=wanted.batch_size, epochs=wanted.epochs, min_steps=recipe.min_steps
+        len(lengths), batch_size=wanted.batch_size, epochs=wanted.epochs, min_steps=min_steps
     )
     parent = policies.get(await find_start(context, method))
     parent_adapter = None if parent.adapter_path is None else Path(parent.adapter_path)
     # lineage: the episodes behind the adapter that is continued are behind this one as well
     inherited = [] if parent_adapter is None else read_manifest(parent_adapter).trajectory_ids
-    version = await _reserve_version(context, method.name)
+    name = _name_training(context, method)
+    version = await _reserve_version(context, name)
     return TrainingSpec(
         kind=method.name,
         name=config.name,
         version=version,
         base_model=policies.get(0).base_model,
         output_dir=context.adapter_directory(version),
-        work_dir=context.directory / "training" / method.name,
+        work_dir=context.directory / "training" / name,
         rows_path=rows_path,
         parent=parent.version,
         parent_adapter=parent_adapter,
@@ -285,6 +315,7 @@ async def _specify(context: CycleContext, method: Method, placement: Placement) 
         epochs=epochs,
         beta=wanted.beta,
         sft_weight=wanted.sft_weight,
+        **method.choose_loss(config),
         lora_rank=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
         rows_per_pass=placement.rows_per_pass(method.loss, max(lengths)),
@@ -297,13 +328,13 @@ async def _specify(context: CycleContext, method: Method, placement: Placement) 
     )
 
 
-async def _add_early_adapters(context: CycleContext, spec: TrainingSpec) -> TrainingSpec:
+async def _add_early_adapters(context: CycleContext, spec: TrainingSpec, *, name: str) -> TrainingSpec:
     """Have an adapter written after each epoch but the last, so that the best can be chosen by playing."""
     num_epochs = math.ceil(spec.epochs)
     early = []
     # no early adapters where nothing can be played to choose among them
     for number in range(1, num_epochs) if context.config.num_selection_tasks and context.config.environment else ():
-        version = await _reserve_version(context, f"{spec.kind}-{number}")
+        version = await _reserve_version(context, f"{name}-{number}")
         output_dir = context.adapter_directory(version)
         early.append(EarlyAdapter(version=version, output_dir=output_dir, share=number / num_epochs))
     return spec.model_copy(update={"early_adapters": early})

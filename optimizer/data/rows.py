@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from memory.records.feedback import Correction
-from optimizer.config import DemonstrationConfig, LabelConfig, OptimizerConfig, PreferenceConfig, TeachingConfig
+from optimizer.config import (
+    DemonstrationConfig,
+    LabelConfig,
+    OptimizerConfig,
+    PreferenceConfig,
+    RoundsConfig,
+    TeachingConfig,
+)
 from optimizer.data.shares import Teachers, choose_rows
 from optimizer.data.stitching import Tokenizer, Unstitchable
 from optimizer.rewards import GradedTrajectory
@@ -37,6 +44,8 @@ class Material:
     max_length_tokens: int
     """Longer rows are left out."""
     base_model: str
+    policy: int = 0
+    """The version of the policy that will be trained, for methods that learn from its own rollouts alone."""
     num_not_by_a_teacher: int = 0
     """Rewarded trajectories and corrections that were left out because of the person who gave the feedback."""
 
@@ -87,7 +96,7 @@ def require_imitable(each: GradedTrajectory) -> None:
 
 def bound_rows(
     built: BuiltRows[RowT],
-    config: DemonstrationConfig | PreferenceConfig | LabelConfig,
+    config: DemonstrationConfig | PreferenceConfig | LabelConfig | RoundsConfig,
     teaching: TeachingConfig,
     seed: int,
     *,

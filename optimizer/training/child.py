@@ -304,6 +304,7 @@ def _summarize(state: TrainerState, num_rows: int, seconds: float) -> dict[str, 
         "rewards/margins",
         "logps/chosen",
         "logps/rejected",
+        "clip_ratio",
     ):
         values = [entry[key] for entry in steps if key in entry]
         if values:

@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from memory.adapters import read_manifest
 from memory.schema import CycleStage, PolicyStage
 from memory.store import Memory
-from optimizer.config import EvaluationConfig, LabelConfig, OptimizerConfig
+from optimizer.config import EvaluationConfig, GroupConfig, LabelConfig, OptimizerConfig, RolloutConfig
 from optimizer.cycle.cycle import open_cycle, run_cycle
 from optimizer.cycle.methods import choose_methods
 from optimizer.cycle.needs import Logged
+from optimizer.data.rows import read_rows
 from optimizer.errors import TooFewTrajectories
 from optimizer.seams import Seams
 from tests.memory.episodes import HashingEncoder
 from tests.optimizer.conversations import converse, margin
-from tests.optimizer.cycle.test_cycle import CONFIG, FakeTrainer, Kitchen
+from tests.optimizer.cycle.test_cycle import CONFIG, Died, FakeTrainer, Kitchen
 
 PLAYED = CONFIG.model_copy(
     update={
@@ -156,6 +158,8 @@ async def test_a_later_method_continues_the_checkpoint_that_was_chosen(memory, t
     artifacts = memory.cycles.get(cycle.id).artifacts
     assert artifacts["starts"] == {"dpo": 1, "kto": 3} and trainer.trained == ["sft", "dpo", "kto"]
     assert verdict["policy"] == artifacts["selection"]["chosen"] == 3
+    learned_from = {memory.trajectories.get(id_).task for id_ in artifacts["labels"]["trajectory_ids"]}
+    assert learned_from and not learned_from & set(artifacts["selection_tasks"])
 
 
 async def test_a_first_method_with_too_few_rows_ends_the_cycle(memory, tokenizer):
@@ -167,3 +171,88 @@ async def test_a_first_method_with_too_few_rows_ends_the_cycle(memory, tokenizer
         await run_cycle(memory, cycle.id, seams=seams)
 
     assert trainer.trained == []
+
+
+ROUNDS = PLAYED.model_copy(
+    update={
+        "methods": ["sft", "grpo"],
+        "groups": GroupConfig(rounds=2, num_tasks=6, num_tries=6, min_rows=1),
+        "num_selection_tasks": 12,
+    }
+)
+
+
+async def test_each_round_of_grpo_plays_with_the_policy_of_the_round_before(memory, tokenizer):
+    specs = []
+
+    async def train(spec, **more):
+        specs.append(spec)
+        return await FakeTrainer()(spec, **more)
+
+    seams = kitchen_seams(memory, tokenizer, train, {1: 0.2, 2: 0.45, 3: 1.1})
+    cycle = await open_cycle(memory, ROUNDS, seams=seams)
+
+    verdict = await run_cycle(memory, cycle.id, seams=seams)
+
+    assert [(spec.kind, spec.version, spec.parent) for spec in specs] == [("sft", 1, 0), ("grpo", 2, 1), ("grpo", 3, 2)]
+    of_last_round = {memory.trajectories.get(row["trajectory_id"]).policy for row in read_rows(specs[-1].rows_path)}
+    assert of_last_round == {2}
+    artifacts = memory.cycles.get(cycle.id).artifacts
+    assert artifacts["num_rounds"] == {"grpo": 2} and verdict["policy"] == artifacts["selection"]["chosen"] == 3
+    learned_from = read_manifest(Path(memory.policies.get(3).adapter_path)).trajectory_ids
+    assert {memory.trajectories.get(id_).policy for id_ in learned_from} == {0, 1, 2}
+
+
+async def test_a_round_that_makes_it_worse_is_not_passed_on(memory, tokenizer):
+    trainer, parents = FakeTrainer(), []
+
+    async def train(spec, **more):
+        parents.append(spec.parent)
+        return await trainer(spec, **more)
+
+    seams = kitchen_seams(memory, tokenizer, train, {1: 0.8, 2: -1.0, 3: 0.95})
+    cycle = await open_cycle(memory, ROUNDS, seams=seams)
+
+    await run_cycle(memory, cycle.id, seams=seams)
+
+    assert parents == [0, 1, 1]
+
+
+async def test_a_process_that_dies_between_rounds_goes_on_with_the_next(memory, tokenizer):
+    trainer, deaths = FakeTrainer(), [True]
+
+    async def train(spec, **more):
+        if spec.version == 3 and deaths:
+            deaths.pop()
+            raise Died
+        return await trainer(spec, **more)
+
+    kitchen = Kitchen(memory, tokenizer, skill={**dict.fromkeys(range(20), 0.5), 1: 0.2, 2: 0.45, 3: 1.1})
+    seams = Seams(rollout=kitchen.rollout, tasks=kitchen.tasks, train=train)
+    cycle = await open_cycle(memory, ROUNDS, seams=seams)
+    with pytest.raises(Died):
+        await run_cycle(memory, cycle.id, seams=seams)
+    num_played = kitchen.num_played
+
+    verdict = await run_cycle(memory, cycle.id, seams=seams)
+
+    assert trainer.trained == ["sft", "grpo", "grpo"] and verdict["policy"] == 3
+    cells, selection = 6 * 8, 12
+    assert kitchen.num_played == num_played + selection + cells  # no round is played again
+
+
+async def test_distillation_plays_with_and_without_memory_and_learns_where_memory_wins(memory, tokenizer):
+    trainer = FakeTrainer()
+    seams = kitchen_seams(memory, tokenizer, trainer, {1: 0.4, 2: 0.4})
+    update = {"methods": ["sft", "distill"], "rollouts": RolloutConfig(rounds=1, num_tasks=12, num_tries=4)}
+    cycle = await open_cycle(memory, PLAYED.model_copy(update=update), seams=seams)
+
+    await run_cycle(memory, cycle.id, seams=seams)
+
+    assert trainer.trained == ["sft", "distill"]
+    summary = memory.cycles.get(cycle.id).artifacts["rollouts"]
+    assert summary["won_with_memory"] > summary["won_without"]
+    rolled = [memory.trajectories.get(id_) for id_ in summary["trajectory_ids"]]
+    assert rolled and all(it.policy == 1 and not it.memory_text for it in rolled)
+    page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
+    assert "own rollouts of 12 tasks, to be scored with memory in view" in page

@@ -74,7 +74,7 @@ def test_an_entry_that_no_recipe_has_is_refused_with_the_settings(name: str):
 @pytest.mark.parametrize(
     ("methods", "said"),
     [
-        (["sft", "ppo"], r"\['ppo'\]; there is sft, dpo, kto"),
+        (["sft", "ppo"], r"\['ppo'\]; there is sft, dpo, kto, grpo, distill"),
         (["sft", "kto", "sft"], r"\['sft'\] more than once"),
         (["kto", "sft"], r"put it first: \['sft', 'kto'\]"),
     ],
@@ -82,6 +82,11 @@ def test_an_entry_that_no_recipe_has_is_refused_with_the_settings(name: str):
 def test_methods_that_are_no_sequence_are_refused_with_the_mend(methods, said):
     with pytest.raises(ValidationError, match=said):
         OptimizerConfig(methods=methods)
+
+
+def test_own_rollouts_need_an_environment():
+    with pytest.raises(ValidationError, match=r"\['grpo'\].*name an environment"):
+        OptimizerConfig(environment="", practice_episodes=0, explore_episodes=0, methods=["grpo"])
 
 
 def test_every_recipe_has_the_numbers_of_every_method():

@@ -51,8 +51,7 @@ def test_the_reference_is_the_policy_that_the_training_starts_from(spec, tokeniz
 
 
 def test_training_parts_good_rows_from_bad_ones(spec, tokenizer):
-    trainer = make_trainer(spec, tokenizer, dtype="float32")
-    trainer.args.num_train_epochs = 8
+    trainer = make_trainer(spec, tokenizer, dtype="float32", epochs=8)
 
     trainer.train()
     batch = next(iter(trainer.get_train_dataloader()))
