@@ -9,9 +9,22 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from memory.names import Name, NameOrEmpty
+
+
+class Hyperparameters(BaseModel, extra="forbid", frozen=True):
+    """The part of a recipe that belongs to one method."""
+
+    learning_rate: float
+    epochs: float
+    batch_size: int
+    """Rows in one optimizer step."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference."""
+    sft_weight: float = 0.0
+    """DPO: weight of the added likelihood term on the chosen side; keeps `logps/chosen` from falling."""
 
 
 class Recipe(BaseModel, extra="forbid", frozen=True):
@@ -20,17 +33,8 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     lora_rank: int
     """One of vLLM's ranks: 1, 8, 16, 32, 64, ..."""
     lora_alpha: int
-    sft_learning_rate: float
-    sft_epochs: float
-    sft_batch_size: int
-    """Rows in one optimizer step."""
-    dpo_learning_rate: float
-    dpo_epochs: float
-    dpo_batch_size: int
-    dpo_beta: float
-    """Strength of the pull towards the reference."""
-    dpo_sft_weight: float
-    """Weight of the added likelihood term on the chosen side; keeps `logps/chosen` from falling."""
+    methods: dict[str, Hyperparameters]
+    """By the name of the method."""
     rows_per_pass: int
     """Rows in one forward pass; the rest of a batch is accumulated. On a GPU fewer, if so many do not fit."""
     gradient_checkpointing: bool
@@ -40,23 +44,22 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
 
 # Small: measured on models of a few million parameters. Middle: SFT measured on SmolLM2-135M (learning rates of 7e-4 to
 # 1e-3, batches of 4); its DPO lies between its neighbours and was not measured. Large: "LoRA Without Regret" for SFT,
-# ETO for DPO.
+# ETO for DPO. KTO has the numbers of DPO, with its paper's loss weights; it, GRPO and distillation were not measured.
 RECIPES: tuple[tuple[float, Recipe], ...] = (
     (
         100e6,
         Recipe(
             lora_rank=16,
             lora_alpha=32,
-            sft_learning_rate=2e-3,
-            sft_epochs=5,
-            sft_batch_size=8,
-            # at 1e-3 the chosen side became unlikely too, and games ended in prose (docs/log.md, "DPO depended on
-            # luck")
-            dpo_learning_rate=3e-4,
-            dpo_epochs=3,
-            dpo_batch_size=8,
-            dpo_beta=0.1,
-            dpo_sft_weight=1.0,
+            methods={
+                "sft": Hyperparameters(learning_rate=2e-3, epochs=5, batch_size=8),
+                # at 1e-3 the chosen side became unlikely too, and games ended in prose (docs/log.md, "DPO depended on
+                # luck")
+                "dpo": Hyperparameters(learning_rate=3e-4, epochs=3, batch_size=8, beta=0.1, sft_weight=1.0),
+                "kto": Hyperparameters(learning_rate=3e-4, epochs=3, batch_size=8, beta=0.1),
+                "grpo": Hyperparameters(learning_rate=3e-4, epochs=1, batch_size=32),
+                "distill": Hyperparameters(learning_rate=3e-4, epochs=1, batch_size=32),
+            },
             rows_per_pass=8,
             gradient_checkpointing=False,
         ),
@@ -66,14 +69,13 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
         Recipe(
             lora_rank=16,
             lora_alpha=32,
-            sft_learning_rate=7e-4,
-            sft_epochs=2,
-            sft_batch_size=4,
-            dpo_learning_rate=5e-5,
-            dpo_epochs=2,
-            dpo_batch_size=4,
-            dpo_beta=0.1,
-            dpo_sft_weight=0.2,
+            methods={
+                "sft": Hyperparameters(learning_rate=7e-4, epochs=2, batch_size=4),
+                "dpo": Hyperparameters(learning_rate=5e-5, epochs=2, batch_size=4, beta=0.1, sft_weight=0.2),
+                "kto": Hyperparameters(learning_rate=5e-5, epochs=2, batch_size=4, beta=0.1),
+                "grpo": Hyperparameters(learning_rate=1e-4, epochs=1, batch_size=16),
+                "distill": Hyperparameters(learning_rate=1e-4, epochs=1, batch_size=16),
+            },
             rows_per_pass=2,
             gradient_checkpointing=False,
             min_steps=40,
@@ -84,32 +86,50 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
         Recipe(
             lora_rank=32,
             lora_alpha=32,
-            sft_learning_rate=2e-4,
-            sft_epochs=3,
-            sft_batch_size=16,
-            dpo_learning_rate=1e-5,
-            dpo_epochs=1,
-            dpo_batch_size=16,
-            dpo_beta=0.1,
-            dpo_sft_weight=0.1,
+            methods={
+                "sft": Hyperparameters(learning_rate=2e-4, epochs=3, batch_size=16),
+                "dpo": Hyperparameters(learning_rate=1e-5, epochs=1, batch_size=16, beta=0.1, sft_weight=0.1),
+                "kto": Hyperparameters(learning_rate=1e-5, epochs=1, batch_size=16, beta=0.1),
+                "grpo": Hyperparameters(learning_rate=2e-5, epochs=1, batch_size=32),
+                "distill": Hyperparameters(learning_rate=2e-5, epochs=1, batch_size=32),
+            },
             rows_per_pass=2,
             gradient_checkpointing=True,
             min_steps=40,
         ),
     ),
 )
+METHOD_NAMES = tuple(RECIPES[0][1].methods)
+"""The methods of learning that `optimizer.methods` may name; `cycle/methods.py` describes each."""
+PLAYING_METHODS = ("grpo", "distill")
+"""Those that play in every cycle, so they need an environment."""
+FIRST_METHOD = "sft"
+"""The method that starts from the bare base in every cycle, so nothing can come before it."""
 
 
 def choose_recipe(num_parameters: int, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Return the recipe for a base of `num_parameters`, with single entries replaced by `overrides`.
+    """Return the recipe for a base of `num_parameters`, with single entries replaced by `overrides`: by their name, or
+    by `<method>_<name>` for an entry of one method (`sft_epochs`).
 
     Raises:
         ValueError: an override names no entry of a recipe.
     """
     # the limits rise and the last is infinite: the first that is larger decides, and one always is
     recipe = next(recipe for limit, recipe in RECIPES if num_parameters < limit)
-    # validated anew, not copied with `model_copy(update=...)`, which would let wrong names and types through
-    return Recipe.model_validate({**recipe.model_dump(), **(overrides or {})})
+    entries = recipe.model_dump()
+    for name, value in (overrides or {}).items():
+        method, _, entry = name.partition("_")
+        if name in entries and name != "methods":
+            entries[name] = value
+        elif entry in entries["methods"].get(method, {}):
+            entries["methods"][method][entry] = value
+        else:
+            raise ValueError(
+                f"a recipe has no entry {name!r}; there is {', '.join(sorted(entries.keys() - {'methods'}))}, and "
+                f"<method>_{', <method>_'.join(Hyperparameters.model_fields)} for {', '.join(METHOD_NAMES)}"
+            )
+    # validated anew, not copied with `model_copy(update=...)`, which would let wrong types through
+    return Recipe.model_validate(entries)
 
 
 SMALLEST_BATCH = 4
@@ -161,11 +181,59 @@ class PreferenceConfig(BaseModel, extra="forbid"):
     """"step": both sides end with the step that is weighed. "remainder": they run to the end of the episode (ETO), or
     to where the chat template breaks it into another row; the loss can then be met by making the loser's later steps
     unlikely, and leave the decision as it was."""
+    loss: Literal["sigmoid", "sigmoid_norm", "dmpo"] = "sigmoid"
+    """How DPO weighs the tokens of a side. "sigmoid": all alike, so a longer side weighs more. "sigmoid_norm": by the
+    mean of its tokens; it takes a larger `recipe.dpo_beta`, about 2. "dmpo": by turns, the earlier ones more, and as
+    much for a short side as for a long one (arXiv 2406.14868); it needs sides of several turns."""
+    discount: float = Field(default=0.7, gt=0, lt=1)
+    """DMPO: how fast the weight falls from turn to turn; near 0 the first turn alone counts."""
     max_extra_rounds: int = 5
     """The rejected side may take at most so many more model steps than the chosen one; it is cut there."""
     min_rows: int = 12
     """With fewer there is no DPO: the SFT policy itself becomes the candidate."""
     max_rows: int = 2000
+
+    @model_validator(mode="after")
+    def _has_turns_to_weigh(self) -> PreferenceConfig:
+        if self.loss == "dmpo" and self.scope == "step":
+            raise ValueError(
+                "preferences.loss = 'dmpo' weighs the turns of a side, and preferences.scope = 'step' leaves one: set "
+                "the scope to 'remainder'"
+            )
+        return self
+
+
+class LabelConfig(BaseModel, extra="forbid"):
+    """Which episodes become good or bad examples of their own, without a pair."""
+
+    per_task: int = 4
+    """At most so many good and so many bad episodes of one task, the newest first."""
+    min_rows: int = 12
+    """Good rows, and as many bad ones: with fewer of either there is no KTO."""
+    max_rows: int = 2000
+
+
+class RoundsConfig(BaseModel, extra="forbid"):
+    """How a method that learns from its own rollouts plays: each round with the policy of the round before."""
+
+    rounds: int = Field(default=2, ge=1)
+    num_tasks: int = Field(default=32, ge=1)
+    """The first so many of the practice tasks."""
+    num_tries: int = Field(default=4, ge=1)
+    """Rollouts of each task in a round."""
+    min_rows: int = 4
+    max_rows: int = 4000
+
+
+class GroupConfig(RoundsConfig):
+    """The groups of GRPO. `min_rows`: tasks whose rollouts differ in reward; with fewer the rounds end."""
+
+    num_tries: int = Field(default=8, ge=2)
+
+
+class RolloutConfig(RoundsConfig):
+    """The rollouts that distillation scores; as many are played with memory. `min_rows`: rollouts without memory; with
+    fewer the rounds end."""
 
 
 class TeachingConfig(BaseModel, extra="forbid"):
@@ -243,6 +311,9 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     """Other environments whose logged episodes are learned from too. The gate plays held-out tasks of each as well."""
     name: Name = "ratchet"
     """Adapters are called `<name>-v<version>`."""
+    methods: list[str] = []
+    """The methods of learning, in their order, each from the adapter of the one before: `["sft", "dpo"]`,
+    `["sft", "kto"]`, `["kto"]`. Empty: those that the data allows; the report says which and why."""
     seed: int = 0
     num_practice_tasks: int = 64
     practice_episodes: int = 256
@@ -260,6 +331,9 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     """The newest so many rewarded trajectories are learned from."""
     demonstrations: DemonstrationConfig = DemonstrationConfig()
     preferences: PreferenceConfig = PreferenceConfig()
+    labels: LabelConfig = LabelConfig()
+    groups: GroupConfig = GroupConfig()
+    rollouts: RolloutConfig = RolloutConfig()
     teaching: TeachingConfig = TeachingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     recipe: dict[str, Any] = {}
@@ -291,7 +365,29 @@ class OptimizerConfig(BaseModel, extra="forbid"):
                 f"learn_from={self.learn_from!r} must name other environments than {self.environment!r}: live traffic "
                 "is proved on live tasks, by a cycle of its own (`learn --logged`)"
             )
+        if not self.environment and (alone := set(self.methods) & set(PLAYING_METHODS)):
+            raise ValueError(
+                f"methods names {sorted(alone)!r}, which learns from its own rollouts: name an environment, or choose "
+                f"among {sorted(set(METHOD_NAMES) - set(PLAYING_METHODS))!r}"
+            )
+        choose_recipe(0, self.recipe)  # a wrong name must fail here, not after an hour of practice
         return self
+
+    @field_validator("methods")
+    @classmethod
+    def _is_a_sequence(cls, methods: list[str]) -> list[str]:
+        unknown = [name for name in methods if name not in METHOD_NAMES]
+        if unknown:
+            raise ValueError(f"methods names {unknown!r}; there is {', '.join(METHOD_NAMES)}")
+        repeated = sorted({name for name in methods if methods.count(name) > 1})
+        if repeated:
+            raise ValueError(f"methods names {repeated!r} more than once; each trains once in a cycle")
+        if FIRST_METHOD in methods[1:]:
+            raise ValueError(
+                f"methods={methods!r}: {FIRST_METHOD!r} starts from the bare base, so what came before it would be "
+                f"lost; put it first: {[FIRST_METHOD, *(it for it in methods if it != FIRST_METHOD)]!r}"
+            )
+        return methods
 
     @property
     def practice_rounds(self) -> list[int]:

@@ -21,7 +21,7 @@ from typer.main import get_command
 import serve
 from memory.formats.registry import FORMATS, write_row
 from memory.schema import Split
-from optimizer.config import EvaluationConfig
+from optimizer.config import METHOD_NAMES, EvaluationConfig, choose_recipe
 from runtime.cli.output import run
 from runtime.config import LimitsConfig
 from runtime.environments.graders.registry import AnyGrader
@@ -38,6 +38,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 KEYS = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
 TOOLS = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+LEARNING = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
 GATE = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -173,6 +174,17 @@ def test_toml_about_the_gate_is_the_defaults_but_for_the_margin(tmp_path: Path):
     shown = serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).optimizer
     assert shown.evaluation == EvaluationConfig(noninferiority_margin=0.05)
     assert set(re.findall(r"`(max_\w+)`", GATE)) <= set(EvaluationConfig.model_fields)
+
+
+def test_the_page_on_learning_shows_settings_that_are_valid_and_every_method(tmp_path: Path):
+    (text,) = blocks("toml", LEARNING)
+    (tmp_path / "ratchet.toml").write_text(text)
+    shown = serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).optimizer
+    assert shown.methods == ["sft", "kto"]
+    assert choose_recipe(1, shown.recipe).methods["kto"].learning_rate == 5e-5
+    assert tuple(re.findall(r"^\| `(\w+)` \|", LEARNING, re.MULTILINE)) == METHOD_NAMES
+    assert f"{shown.demonstrations.min_rows} of them (`demonstrations.min_rows`)" in LEARNING
+    assert f"{shown.labels.min_rows} good and {shown.labels.min_rows} bad ones (`labels.min_rows`)" in LEARNING
 
 
 def test_the_command_on_the_page_about_the_gate_exists():

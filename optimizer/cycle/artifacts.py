@@ -31,6 +31,10 @@ class RowsSummary(BaseModel):
     """As `optimizer.data.shares.count_rows` returns them."""
     trajectory_ids: list[str] = []
 
+    def has_enough(self, min_rows: int) -> bool:
+        # an episode of several rows is one example; an older release stored the rows alone
+        return (self.model_extra or {}).get("num_examples", self.num_rows) >= min_rows
+
 
 class TrainedAdapter(BaseModel):
     """One finished training. Written after its policy was drafted."""
@@ -75,12 +79,21 @@ class CycleArtifacts(BaseModel):
 
     pool: str = ""
     """A sentence for people: whose episodes the weights learn from."""
+    methods: list[str] = ["sft", "dpo"]
+    """The methods of learning of this cycle, in their order; the default is that of releases with no choice."""
+    methods_reason: str = ""
+    """A sentence for people: why these methods."""
+    starts: dict[str, int] = {}
+    """The policy versions that methods continue, by the name of the method."""
     practice_offset: int | None = None
     practice_end: int | None = None
     """The practice tasks of this cycle: from the offset up to, not including, the end."""
     num_practice_rounds: int = 0
     num_explore_rounds: int = 0
     """Finished rounds, which a repeated stage does not play again."""
+    num_rounds: dict[str, int] = {}
+    num_rounds_played: dict[str, int] = {}
+    """Rounds of methods that train in rounds, trained and played, by the name of the method."""
     critiques: Critiques | None = None
     selection_tasks: list[str] | None = None
     selection: Selection | None = None

@@ -10,6 +10,7 @@ until `run_cycle` resumes it or `abandon_cycle` closes it.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from memory.schema import Cycle, CycleStage
@@ -17,24 +18,17 @@ from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle import release_gate
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.methods import METHODS
-from optimizer.cycle.needs import require_needs
-from optimizer.cycle.readiness import fit_to_environment, measure_needs, measure_surroundings
+from optimizer.cycle.methods import choose_methods, list_methods
+from optimizer.cycle.needs import Logged, require_needs
+from optimizer.cycle.readiness import fit_to_environment, measure_rows, measure_surroundings
 from optimizer.cycle.stages import Stage, collect
 from optimizer.errors import OptimizerError
 from optimizer.seams import Seams
 
-STAGES: tuple[Stage, ...] = (
-    Stage("collect", collect),
-    *(stage.bind(method) for method in METHODS for stage in method.stages),
-    Stage("evaluate", release_gate.evaluate),
-    Stage("settle", release_gate.decide),
-)
-
 
 async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | None = None) -> Cycle:
-    """Open a cycle with these settings and record its pool of episodes and its needs. With `seams`, the memory for its
-    trainings is checked as well.
+    """Open a cycle with these settings and record its pool of episodes, its methods of learning and its needs. With
+    `seams`, the memory for its trainings is checked as well.
 
     Raises:
         CycleInProgress: another cycle is open.
@@ -44,15 +38,20 @@ async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | 
     if seams is not None:
         config = fit_to_environment(config, seams)
     # before the GPUs are looked at, which loads packages: too few rows is the frequent error
-    needs = await measure_needs(memory, config)
+    logged = await asyncio.to_thread(Logged.read, memory, config)
+    choice = choose_methods(logged)
+    needs = measure_rows(logged, choice)
     require_needs(needs)
     if seams is not None:
-        needs += await measure_surroundings(memory, config, seams)
+        needs += await measure_surroundings(memory, config, seams, choice)
         require_needs(needs)
     # two writes: a crash in between leaves an open cycle without a note, which reports show as empty
     pool = describe_pool(await asyncio.to_thread(memory.trajectories.count_learnable), config)
     cycle = await memory.cycles.open(config.model_dump(mode="json"))
-    return await memory.cycles.save(cycle.id, artifacts={"pool": pool, "needs": [need.to_json() for need in needs]})
+    chosen = {"methods": list(choice.methods), "methods_reason": choice.reason}
+    return await memory.cycles.save(
+        cycle.id, artifacts={"pool": pool, **chosen, "needs": [need.to_json() for need in needs]}
+    )
 
 
 async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str, Any]:
@@ -63,7 +62,7 @@ async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str,
     """
     context = CycleContext(memory, seams, cycle_id)
     try:
-        for stage in list_remaining_stages(context.config, context.stage):
+        for stage in list_remaining_stages(context.config, context.artifacts.methods, context.stage):
             # Durable before the stage begins: after a crash a stage is repeated, never skipped.
             await context.enter(stage.name)
             await stage.run(context)
@@ -78,17 +77,24 @@ async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str,
     return verdict
 
 
-def list_remaining_stages(config: OptimizerConfig, position: str) -> list[Stage]:
-    """Return the stages from `position` on that the configuration needs.
+def list_remaining_stages(config: OptimizerConfig, methods: Sequence[str], position: str) -> list[Stage]:
+    """Return the stages of a cycle with these methods, from `position` on, that the configuration needs.
 
     Raises:
         OptimizerError: no method has a stage of that name: the cycle was opened by another version.
     """
+    chosen = list_methods(methods)
+    stages = [
+        Stage("collect", lambda context: collect(context, chosen[0])),
+        *(stage.bind(method) for method in chosen for stage in method.stages),
+        Stage("evaluate", release_gate.evaluate),
+        Stage("settle", release_gate.decide),
+    ]
     # names must be unique over all methods: the first of two is taken as the position
-    names = [stage.name for stage in STAGES]
+    names = [stage.name for stage in stages]
     if position not in names:
         raise OptimizerError(f"no method of learning has a stage {position!r}: cancel this cycle and start another")
-    return [stage for stage in STAGES[names.index(position) :] if stage.is_needed(config)]
+    return [stage for stage in stages[names.index(position) :] if stage.is_needed(config)]
 
 
 async def abandon_cycle(memory: Memory, cycle_id: str, reason: str) -> Cycle:

@@ -1,26 +1,39 @@
-"""The methods of learning that a cycle applies, in their order.
+"""The methods of learning that a cycle can apply, and the choice among them.
 
 To add one, write a module in `optimizer.data` that builds its rows, a trainer in `optimizer.training` under the
-method's name, and an entry in `METHODS`; stages, reports and evaluation follow from the entry.
+method's name, its numbers in every recipe, and an entry in `METHODS`; stages, reports and evaluation follow from it.
 """
 
 from __future__ import annotations
 
-from optimizer.cycle.needs import need_demonstrations, need_preferences
-from optimizer.cycle.stages import (
-    Hyperparameters,
-    Method,
-    MethodStage,
-    build_rows,
-    build_rows_and_train,
-    explore,
-    train,
-)
-from optimizer.data import demonstrations, preferences
-from optimizer.training.footprint import PAIRWISE
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-# Order: a method stands behind the one that it starts from. Names are stored in artefacts and manifests, and cells are
-# called `<name>-on`, so a name has no hyphen.
+from optimizer.config import OptimizerConfig
+from optimizer.cycle.needs import (
+    Logged,
+    Need,
+    need_demonstrations,
+    need_groups,
+    need_labels,
+    need_preferences,
+    need_rollouts,
+)
+from optimizer.cycle.rounds import train_in_rounds
+from optimizer.cycle.stages import Method, MethodStage, build_rows, build_rows_and_train, explore, train
+from optimizer.data import demonstrations, groups, labels, preferences, rollouts
+from optimizer.training.footprint import PAIRWISE, UNPAIRED
+
+
+def _choose_preference_loss(config: OptimizerConfig) -> dict[str, str | float]:
+    wanted = config.preferences
+    if wanted.loss == "sigmoid":  # the usual one, which a spec does not name
+        return {}
+    return {"loss": wanted.loss, **({"discount": wanted.discount} if wanted.loss == "dmpo" else {})}
+
+
+# Names are stored in artefacts and manifests, and cells are called `<name>-on`, so a name has no hyphen; settings spell
+# `<name>_epochs`, so it has no underscore.
 METHODS: tuple[Method, ...] = (
     Method(
         name="sft",
@@ -28,13 +41,11 @@ METHODS: tuple[Method, ...] = (
         rows="demonstrations",
         build=demonstrations.build,
         min_rows=lambda config: config.demonstrations.min_rows,
-        hyperparameters=lambda recipe: Hyperparameters(
-            learning_rate=recipe.sft_learning_rate, epochs=recipe.sft_epochs, batch_size=recipe.sft_batch_size
-        ),
         measure_need=need_demonstrations,
         describe=demonstrations.describe,
         note="SFT on its own successes",
         stages=(MethodStage("demonstrate", build_rows), MethodStage("sft", train)),
+        continues=False,
     ),
     Method(
         name="dpo",
@@ -42,24 +53,97 @@ METHODS: tuple[Method, ...] = (
         rows="preferences",
         build=preferences.build,
         min_rows=lambda config: config.preferences.min_rows,
-        hyperparameters=lambda recipe: Hyperparameters(
-            learning_rate=recipe.dpo_learning_rate,
-            epochs=recipe.dpo_epochs,
-            batch_size=recipe.dpo_batch_size,
-            beta=recipe.dpo_beta,
-            sft_weight=recipe.dpo_sft_weight,
-        ),
         measure_need=need_preferences,
         describe=preferences.describe,
-        note="DPO from the SFT adapter",
+        note="DPO on decisions that its tries weigh",
         stages=(
             MethodStage("explore", explore, is_needed=lambda config: bool(config.explore_episodes)),
             MethodStage("dpo", build_rows_and_train),
         ),
-        starts_from="sft",
         loss=PAIRWISE,
+        choose_loss=_choose_preference_loss,
         # without exploration, only the mistakes of logged policies can be compared
         reads_new_episodes_only=lambda config: config.explore_episodes > 0,
-        chooses_epoch=True,
+    ),
+    Method(
+        name="kto",
+        title="KTO",
+        rows="labels",
+        build=labels.build,
+        min_rows=lambda config: config.labels.min_rows,
+        measure_need=need_labels,
+        describe=labels.describe,
+        note="KTO on good and bad answers",
+        stages=(MethodStage("kto", build_rows_and_train),),
+        loss=UNPAIRED,
+    ),
+    Method(
+        name="grpo",
+        title="GRPO",
+        rows="groups",
+        build=groups.build,
+        min_rows=lambda config: config.groups.min_rows,
+        measure_need=need_groups,
+        describe=groups.describe,
+        note="GRPO on groups of its own rollouts",
+        stages=(MethodStage("grpo", train_in_rounds),),
+        reads_new_episodes_only=lambda config: True,
+    ),
+    Method(
+        name="distill",
+        title="Distillation",
+        rows="rollouts",
+        build=rollouts.build,
+        min_rows=lambda config: config.rollouts.min_rows,
+        measure_need=need_rollouts,
+        describe=rollouts.describe,
+        note="on-policy distillation from itself with memory",
+        stages=(MethodStage("distill", train_in_rounds),),
+        reads_new_episodes_only=lambda config: True,
+        plays_with_memory=True,
     ),
 )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The methods of a cycle, in their order, and a sentence for people that says why."""
+
+    methods: tuple[str, ...]
+    reason: str
+
+
+def list_methods(names: Sequence[str]) -> list[Method]:
+    """Return the methods of these names, in the order of the names."""
+    by_name = {method.name: method for method in METHODS}
+    return [by_name[name] for name in names]
+
+
+def choose_methods(logged: Logged) -> Choice:
+    """Return the configured methods, else those that the data allows.
+
+    Where something will be played, practice brings demonstrations and exploration brings pairs. Otherwise the log
+    decides: pairs are learned from by DPO, and labels without pairs by KTO, after SFT if there are demonstrations.
+    """
+    config = logged.config
+    if config.methods:
+        return _describe(config.methods, "as `optimizer.methods` says")
+    if config.practice_episodes or config.explore_episodes:
+        played = f"{config.practice_episodes} episodes of practice and {config.explore_episodes} of exploration"
+        return _describe(("sft", "dpo"), f"{played} are to be played, which bring demonstrations and pairs")
+    sft, dpo, kto = list_methods(("sft", "dpo", "kto"))
+    needs = {method.name: method.measure_need(logged, ()) for method in (sft, dpo, kto)}
+    counts = ", ".join(_count(need) for need in needs.values())
+    chosen = [name for name in ("sft",) if needs[name].is_met]
+    chosen += [name for name in ("dpo", "kto") if needs[name].is_met][:1]
+    # with nothing to learn from, the cycle is refused with the need of the first
+    return _describe(chosen or ("sft",), f"the log has {counts}")
+
+
+def _describe(names: Sequence[str], reason: str) -> Choice:
+    titles = ", then ".join(method.title for method in list_methods(names))
+    return Choice(tuple(names), f"methods of learning: {titles}, because {reason}")
+
+
+def _count(need: Need) -> str:
+    return f"{need.available} {need.name} ({need.needed} needed)"

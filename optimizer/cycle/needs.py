@@ -1,4 +1,4 @@
-"""Counts what a cycle will need before anything is played: demonstrations, preferences.
+"""Counts what a cycle will need before anything is played: demonstrations, preferences, labels.
 
 A count is what is logged and the most that playing can add, so a cycle is rejected only where it cannot train whatever
 its practice brings. The exact rows are built later, by `optimizer.data`, which may leave some out.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 from memory.formats.content import ExampleKind
 from memory.records.feedback import Correction
@@ -94,13 +94,19 @@ def explain(need: Need) -> str:
     )
 
 
-def require_reachable(memory: Memory, config: OptimizerConfig, rounds_left: Sequence[int]) -> None:
-    """Check that the remaining rounds can still bring enough demonstrations. Reads the database: call it in a thread.
+MeasureNeed = Callable[[Logged, Sequence[int]], Need]
+"""(logged episodes, rounds of practice to come) -> the rows that a method needs and those it can get."""
+
+
+def require_reachable(
+    memory: Memory, config: OptimizerConfig, measure_need: MeasureNeed, rounds_left: Sequence[int]
+) -> None:
+    """Check that the remaining rounds can still bring enough rows. Reads the database: call it in a thread.
 
     Raises:
         TooFewTrajectories: they cannot.
     """
-    require_needs([need_demonstrations(Logged.read(memory, config), rounds_left)])
+    require_needs([replace(measure_need(Logged.read(memory, config), rounds_left), is_required=True)])
 
 
 def need_demonstrations(logged: Logged, rounds: Sequence[int]) -> Need:
@@ -126,7 +132,6 @@ def need_demonstrations(logged: Logged, rounds: Sequence[int]) -> Need:
         needed=config.demonstrations.min_rows,
         available=available,
         playable=playable,
-        is_required=True,
         detail=f"{len(successes)} of {len(learnable)} rewarded trajectories are successes, {len(corrections)} replies "
         f"were corrected and {num_imported} demonstrations imported, which makes {available} demonstrations (of one "
         f"task at most {per_task} successes count)"
@@ -186,6 +191,57 @@ def need_preferences(logged: Logged, rounds: Sequence[int]) -> Need:
         detail=detail,
         mend="without them there is no DPO and the SFT policy is the candidate; have the same tasks tried several "
         "times, or raise explore_episodes",
+    )
+
+
+def need_labels(logged: Logged, rounds: Sequence[int]) -> Need:
+    """Return the need for good and for bad examples, which need no pair: that of the rarer of the two."""
+    learnable, config = logged.learnable, logged.config
+    wanted = config.labels
+    usable = [each for each in learnable if each.trajectory.may_teach]
+    num_good, num_bad = (
+        _count_capped((each.trajectory for each in usable if each.is_success is outcome), wanted.per_task)
+        for outcome in (True, False)
+    )
+    return Need(
+        name="labels",
+        needed=wanted.min_rows,
+        available=min(num_good, num_bad),
+        # all of them may be of the rarer kind
+        playable=sum(rounds),
+        detail=f"{num_good} rewarded trajectories are good examples and {num_bad} are bad ones (of one task at most "
+        f"{wanted.per_task} of each count); the rarer of the two decides",
+        mend="give feedback on more answers, on good and on bad ones (with keys, with one that has the scope 'teach'), "
+        "or lower labels.min_rows",
+    )
+
+
+def need_groups(logged: Logged, rounds: Sequence[int]) -> Need:
+    """Return the need for tasks whose rollouts differ in reward, all of them still to be played."""
+    wanted, num_tasks = logged.config.groups, logged.config.num_practice_tasks
+    return Need(
+        name="groups",
+        needed=wanted.min_rows,
+        available=0,
+        playable=min(wanted.num_tasks, num_tasks),
+        detail=f"each round tries {min(wanted.num_tasks, num_tasks)} practice tasks {wanted.num_tries} times; those "
+        "whose tries are rewarded differently count",
+        mend="raise groups.num_tasks and num_practice_tasks, or lower groups.min_rows",
+    )
+
+
+def need_rollouts(logged: Logged, rounds: Sequence[int]) -> Need:
+    """Return the need for own rollouts of tasks for which memory has something to show, all still to be played."""
+    wanted, num_tasks = logged.config.rollouts, logged.config.num_practice_tasks
+    playable = min(wanted.num_tasks, num_tasks) * wanted.num_tries
+    return Need(
+        name="rollouts",
+        needed=wanted.min_rows,
+        available=0,
+        playable=playable,
+        detail=f"each round plays {playable} rollouts without memory and as many with it; those of tasks with a memory "
+        "count, if memory wins more",
+        mend="raise rollouts.num_tasks or rollouts.num_tries, or lower rollouts.min_rows",
     )
 
 

@@ -15,9 +15,10 @@ import structlog
 
 from memory.schema import Task
 from memory.scopes import EVERYBODY
+from optimizer.config import RoundsConfig
 from optimizer.cycle.artifacts import Critiques
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.needs import require_reachable
+from optimizer.cycle.needs import MeasureNeed, require_reachable
 from optimizer.errors import CompletionError
 from optimizer.insights.extraction import Extraction, extract_insights
 from optimizer.rewards import split
@@ -25,11 +26,11 @@ from optimizer.rewards import split
 log = structlog.get_logger()
 
 
-async def practice(context: CycleContext) -> None:
+async def practice(context: CycleContext, measure_need: MeasureNeed) -> None:
     """Play rounds of practice with the incumbent; extract insights from each before the next one begins.
 
     Raises:
-        TooFewTrajectories: the remaining rounds cannot bring enough demonstrations.
+        TooFewTrajectories: the remaining rounds cannot bring as many rows as `measure_need` asks for.
     """
     config = context.config
     rounds = config.practice_rounds
@@ -54,7 +55,7 @@ async def practice(context: CycleContext) -> None:
         await context.save_artifacts(num_practice_rounds=number + 1)
         # not after the last round: then the rows are built and counted exactly
         if rounds_left := rounds[number + 1 :]:
-            await asyncio.to_thread(require_reachable, context.memory, config, rounds_left)
+            await asyncio.to_thread(require_reachable, context.memory, config, measure_need, rounds_left)
 
 
 async def learn_insights(context: CycleContext) -> None:
@@ -151,6 +152,23 @@ async def explore(context: CycleContext, policy: int) -> None:
             label=f"exploration round {number + 1} of {len(rounds)}",
         )
         await context.save_artifacts(num_explore_rounds=number + 1)
+
+
+async def play_round(
+    context: CycleContext, policy: int, config: RoundsConfig, *, with_memory: bool, label: str
+) -> None:
+    """Let a policy try each of the first practice tasks several times without memory, and `with_memory` as often with
+    it; at temperature 1, where its log-probs are those that its tokens were sampled with."""
+    tasks = context.practice_tasks()[: config.num_tasks]
+    await context.prepare(tasks)
+    for use_memory in (False, True) if with_memory else (False,):
+        await context.play(
+            tasks * config.num_tries,
+            policy=policy,
+            use_memory=use_memory,
+            temperature=1.0,
+            label=f"{label}, with memory" if use_memory else label,
+        )
 
 
 async def _outcomes(context: CycleContext) -> dict[str, list[bool]]:

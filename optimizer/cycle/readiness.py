@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from memory.schema import Split
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
-from optimizer.cycle.methods import METHODS
+from optimizer.cycle.methods import Choice, choose_methods, list_methods
 from optimizer.cycle.needs import CAPACITY, Logged, Need
 from optimizer.placement import Placement, place_training
 from optimizer.seams import Seams
@@ -24,17 +25,24 @@ async def measure_needs(memory: Memory, config: OptimizerConfig, seams: Seams | 
     if seams is not None:
         config = fit_to_environment(config, seams)
     logged = await asyncio.to_thread(Logged.read, memory, config)
-    needs = [method.measure_need(logged, config.practice_rounds) for method in METHODS]
-    return needs if seams is None else needs + await measure_surroundings(memory, config, seams)
+    choice = choose_methods(logged)
+    needs = measure_rows(logged, choice)
+    return needs if seams is None else needs + await measure_surroundings(memory, config, seams, choice)
 
 
-async def measure_surroundings(memory: Memory, config: OptimizerConfig, seams: Seams) -> list[Need]:
+def measure_rows(logged: Logged, choice: Choice) -> list[Need]:
+    """Return the needs for rows of the chosen methods; that of the first is required."""
+    needs = [method.measure_need(logged, logged.config.practice_rounds) for method in list_methods(choice.methods)]
+    return [replace(need, is_required=number == 0) for number, need in enumerate(needs)]
+
+
+async def measure_surroundings(memory: Memory, config: OptimizerConfig, seams: Seams, choice: Choice) -> list[Need]:
     """Return what a cycle needs besides rows: held-out tasks, and memory to train, for which packages are loaded.
 
     Raises: whatever `seams.tasks` raises for an environment that does not exist.
     """
     practice = [_need_practice_tasks(config, seams)] if config.practice_episodes or config.explore_episodes else []
-    return [*practice, _need_held_out_tasks(config, seams), await _need_capacity(memory, config, seams)]
+    return [*practice, _need_held_out_tasks(config, seams), await _need_capacity(memory, config, seams, choice)]
 
 
 def fit_to_environment(config: OptimizerConfig, seams: Seams) -> OptimizerConfig:
@@ -88,17 +96,17 @@ def _need_held_out_tasks(config: OptimizerConfig, seams: Seams) -> Need:
     )
 
 
-async def _need_capacity(memory: Memory, config: OptimizerConfig, seams: Seams) -> Need:
+async def _need_capacity(memory: Memory, config: OptimizerConfig, seams: Seams, choice: Choice) -> Need:
     try:
         placement = await place_training(memory, config, seams)
     # TrainingDoesNotFit is a ValueError too; other errors of `seams` must reach the caller
     except ValueError as error:  # no GPU has the memory, or the base's files are not on this machine
         return Need(CAPACITY, 1, 0, is_required=True, detail=str(error), mend="until then nothing is learned")
-    return Need(CAPACITY, 1, 1, is_required=True, detail=f"{placement}, {_describe_lengths(placement)}")
+    return Need(CAPACITY, 1, 1, is_required=True, detail=f"{placement}, {_describe_lengths(placement, choice)}")
 
 
-def _describe_lengths(placement: Placement) -> str:
-    first, *others = METHODS
+def _describe_lengths(placement: Placement, choice: Choice) -> str:
+    first, *others = list_methods(choice.methods)
     lengths = [f"rows of up to {placement.max_length_tokens(first.loss)} tokens ({first.title})"]
     lengths += [f"{placement.max_length_tokens(other.loss)} ({other.title})" for other in others]
     return " and ".join(lengths)

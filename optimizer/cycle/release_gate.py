@@ -16,7 +16,7 @@ from typing import Any
 
 from memory.schema import Policy, PolicyStage, StoredVerdict, Task, new_id
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.methods import METHODS
+from optimizer.cycle.methods import list_methods
 from optimizer.cycle.report import Evaluation, PlayedPolicy, write_report
 from optimizer.cycle.stages import nominate
 from optimizer.evaluation import decision
@@ -271,7 +271,7 @@ async def _act_on(
     """Write the report, close the entry, then move the candidate to the stage that the verdict leads to."""
     context, policies, entry = comparison.context, comparison.context.memory.policies, comparison.entry
     gate = await asyncio.to_thread(_describe_gate, comparison, verdict)
-    evaluation = Evaluation(cells, played, METHODS, verdict, gate)
+    evaluation = Evaluation(cells, played, list_methods(context.artifacts.methods), verdict, gate)
     # order: report, ledger, policy. A crash after any of them repeats the stage with the cells on disk
     report = await asyncio.to_thread(write_report, context, evaluation, keep_earlier=not comparison.is_in_cycle)
     sealed = comparison.sealed
@@ -346,7 +346,7 @@ def list_policies(context: CycleContext) -> list[PlayedPolicy]:
     the last training. Trainings after the one that the candidate came from are left out."""
     artifacts = context.artifacts
     policies, title = [PlayedPolicy("base", "base", 0)], ""
-    trained = [method for method in METHODS if method.name in artifacts.trained]
+    trained = [method for method in list_methods(artifacts.methods) if method.name in artifacts.trained]
     for method in trained:
         title = f"{title}+{method.title}" if title else method.title
         version = artifacts.trained[method.name].policy

@@ -85,6 +85,7 @@ def build_report(context: CycleContext, evaluation: Evaluation) -> dict[str, Any
         "opened_at": context.opened_at.isoformat(),
         "environment": context.config.environment,
         "pool": artifacts.pool,
+        "methods": {"names": artifacts.methods, "reason": artifacts.methods_reason},
         "verdict": evaluation.verdict.to_json(),
         "gate": evaluation.gate,
         "cells": {name: result.summary() for name, result in evaluation.cells.items()},

@@ -36,7 +36,10 @@ def render_markdown(report: dict[str, Any], methods: Sequence[Method]) -> str:
             "Tasks that changed",
             [_list_changed("Won", verdict["tasks_won"]), _list_changed("Lost", verdict["tasks_lost"])],
         ),
-        ("Data", [f"{report['pool'].capitalize()}." if report["pool"] else "", _render_data(report, methods)]),
+        (
+            "Data",
+            [_as_sentence(report["pool"]), _as_sentence(report["methods"]["reason"]), _render_data(report, methods)],
+        ),
         ("Training", [_render_training(report["training"])]),
         (
             "Insights",
@@ -171,13 +174,12 @@ def _render_data(report: dict[str, Any], methods: Sequence[Method]) -> str:
     data = [(method, report[method.rows]) for method in methods if report[method.rows]]
     paragraphs = [paragraph for method, rows in data for paragraph in method.describe(rows)]
     paragraphs += [_render_teachers(method.rows, rows) for method, rows in data]
-    titles = {method.name: method.title for method in methods}
+    before = ""
     for method in methods:
-        if method.starts_from is not None and method.name not in report["training"]:
-            before = titles[method.starts_from]
-            paragraphs.append(
-                f"Too few {method.rows} for {method.title}: the {before} policy itself was the candidate."
-            )
+        if method.name in report["training"]:
+            before = method.title
+        elif before:
+            paragraphs.append(f"Too few {method.rows} for {method.title}: it kept the {before} policy as it was.")
     if report.get("selection"):
         paragraphs.append(_render_selection(report["selection"]))
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
@@ -244,6 +246,10 @@ def _list_changed(title: str, tasks: list[str]) -> str:
         return ""
     more = f" and {len(tasks) - LISTED_TASKS} more" if len(tasks) > LISTED_TASKS else ""
     return f"{title} now ({len(tasks)}): {', '.join(tasks[:LISTED_TASKS])}{more}"
+
+
+def _as_sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def _yes(value: bool) -> str:

@@ -12,7 +12,7 @@ import asyncio
 import math
 import shutil
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +20,28 @@ from typing import Any
 
 from memory.adapters import digest_adapter, read_manifest
 from memory.schema import Policy, PolicyStage
-from optimizer.config import OptimizerConfig, Recipe, plan_steps
+from optimizer.config import OptimizerConfig, RoundsConfig, plan_steps
 from optimizer.cycle import practice
 from optimizer.cycle.artifacts import VERSION_SUFFIX, RowsSummary, TrainedAdapter
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.needs import Logged, Need
+from optimizer.cycle.needs import MeasureNeed
 from optimizer.cycle.selection import choose_policy
 from optimizer.data.rows import BuiltRows, Material, count_tokens, read_rows, write_rows
 from optimizer.data.shares import count_rows
 from optimizer.errors import OptimizerError, TooFewTrajectories
 from optimizer.placement import Placement, place_training
+from optimizer.rewards import GradedTrajectory
 from optimizer.training.base import locate_base
 from optimizer.training.footprint import LIKELIHOOD, LossShape
 from optimizer.training.launch import read_finished
 from optimizer.training.spec import EarlyAdapter, TrainingSpec
+
+MEASURES = (
+    ("accuracy", "rewards/accuracies"),
+    ("accuracy", "mean_token_accuracy"),
+    ("margin", "rewards/margins"),
+)
+"""A trainer's measures, as progress shows the first that it reports."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +67,6 @@ class MethodStage:
 
 
 @dataclass(frozen=True)
-class Hyperparameters:
-    """The part of a recipe that belongs to one method."""
-
-    learning_rate: float
-    epochs: float
-    batch_size: int
-    """Rows in one optimizer step."""
-    beta: float = 0.1
-    sft_weight: float = 0.0
-
-
-@dataclass(frozen=True)
 class Method:
     """One way to turn episodes into an adapter: its rows, its trainer and its stages.
 
@@ -84,33 +80,44 @@ class Method:
     """The name of its rows: of their artefact, their file and their section of the configuration."""
     build: Callable[[Material], BuiltRows[Any]]
     min_rows: Callable[[OptimizerConfig], int]
-    hyperparameters: Callable[[Recipe], Hyperparameters]
-    measure_need: Callable[[Logged, Sequence[int]], Need]
-    """(logged episodes, rounds of practice to come) -> the rows it needs and those it can get."""
+    measure_need: MeasureNeed
     describe: Callable[[dict[str, Any]], list[str]]
     """Summary of its rows, as stored -> paragraphs of the report."""
     note: str
     """Kept with each policy that it trains."""
     stages: tuple[MethodStage, ...]
-    starts_from: str | None = None
-    """The method whose adapter it continues; None: it starts from the bare base. With too few rows, a method that
-    continues another is skipped, and one that starts from the base ends the cycle with an error."""
+    continues: bool = True
+    """Whether it continues the adapter of the methods before it in the cycle, and from the bare base where there is
+    none; its candidate is chosen among that adapter and those after each of its epochs. False: it always starts from
+    the base, and comes first."""
+    plays_with_memory: bool = False
+    """Whether its rounds, if it trains in rounds, are played with memory too."""
     loss: LossShape = LIKELIHOOD
+    choose_loss: Callable[[OptimizerConfig], dict[str, Any]] = lambda config: {}
+    """The fields of a training's spec that say which form of the loss is configured."""
+
+    def find_rounds(self, config: OptimizerConfig) -> RoundsConfig | None:
+        """Return how its rounds play; None for a method that trains once."""
+        section = getattr(config, self.rows)
+        return section if isinstance(section, RoundsConfig) else None
+
     reads_new_episodes_only: Callable[[OptimizerConfig], bool] = lambda config: False
     """Whether only episodes of this cycle become rows."""
-    chooses_epoch: bool = False
-    """Whether the candidate is chosen among the adapters after each epoch and the one it started from."""
 
 
-async def collect(context: CycleContext) -> None:
-    """Play practice tasks that no earlier cycle has played, and extract insights."""
+async def collect(context: CycleContext, first: Method) -> None:
+    """Play practice tasks that no earlier cycle has played, and extract insights.
+
+    Raises:
+        TooFewTrajectories: the remaining rounds cannot bring enough rows for the first method of the cycle.
+    """
     for environment in context.config.learn_from:
         context.take_held_out(environment, 0)  # an unknown name fails here, not after an hour of training
     # chosen once: a repeated stage must play the same tasks
     if context.artifacts.practice_offset is None:
         offset = find_practice_offset(context)
         await context.save_artifacts(practice_offset=offset, practice_end=offset + context.config.num_practice_tasks)
-    await practice.practice(context)
+    await practice.practice(context, first.measure_need)
 
 
 def find_practice_offset(context: CycleContext) -> int:
@@ -130,29 +137,31 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
 
     Raises:
         TemplateMismatch: too few of the agent's own tokens could be trained.
-        TooFewTrajectories: a method that starts from the base has fewer rows than the configuration asks for.
+        TooFewTrajectories: the first method of the cycle has fewer rows than the configuration asks for.
     """
     config = context.config
     placement = await place_training(context.memory, config, context.seams)
     material = Material(
-        trajectories=await context.read_pool(this_cycle_only=method.reads_new_episodes_only(config)),
+        trajectories=await _read_pool(context, method),
         corrections=await context.read_corrections(),
         tokenizer=await _load_tokenizer(context),
         config=config,
         max_length_tokens=placement.max_length_tokens(method.loss),
         base_model=context.memory.policies.get(0).base_model,
+        policy=await find_start(context, method),
         num_not_by_a_teacher=await asyncio.to_thread(_count_not_by_a_teacher, context),
         examples=await context.read_examples(),
     )
     built = await asyncio.to_thread(method.build, material)
-    # a method that continues another one may have too few rows: it is skipped in `train`
-    if method.starts_from is None:
+    # a later method or round may have too few rows: it is skipped in `train`
+    if _needs_rows(context, method):
         _require_enough(method, built, config, len(material.trajectories))
     if built.rows:
         write_rows(built.rows, _rows_path(context, method))
     summary = RowsSummary.model_validate(
         {
             "num_rows": len(built.rows),
+            "num_examples": built.num_examples,
             "num_tasks": built.num_tasks,
             "max_length_tokens": material.max_length_tokens,
             **built.details(),
@@ -164,6 +173,25 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     # after the file: the summary says that the rows can be read
     await context.save_artifacts(**{method.rows: summary})
     return summary
+
+
+async def _read_pool(context: CycleContext, method: Method) -> list[GradedTrajectory]:
+    """Return the episodes that a method learns from, without those of the tasks that choose among policies."""
+    pool = await context.read_pool(this_cycle_only=method.reads_new_episodes_only(context.config))
+    # an earlier method of this cycle has had them played
+    choosing = {(context.config.environment, name) for name in context.artifacts.selection_tasks or ()}
+    return [each for each in pool if (each.trajectory.environment, each.trajectory.task) not in choosing]
+
+
+def _needs_rows(context: CycleContext, method: Method) -> bool:
+    """Whether the cycle has no adapter without this training."""
+    return context.artifacts.methods[0] == method.name and not context.artifacts.num_rounds.get(method.name)
+
+
+def _name_training(context: CycleContext, method: Method) -> str:
+    """Return the name of a method's training, or of the round that it is at."""
+    number = context.artifacts.num_rounds.get(method.name, 0)
+    return f"{method.name}.{number + 1}" if number else method.name
 
 
 def _rows_path(context: CycleContext, method: Method) -> Path:
@@ -203,23 +231,22 @@ async def train(context: CycleContext, method: Method) -> TrainedAdapter | None:
 
     Adapters are not stacked from cycle to cycle: a method continues an adapter of this cycle or starts from the base.
     """
-    config, artifacts = context.config, context.artifacts
-    summary = artifacts.rows[method.rows]
-    if method.starts_from is not None and summary.num_rows < method.min_rows(config):
+    config, summary = context.config, context.artifacts.rows[method.rows]
+    if not _needs_rows(context, method) and not summary.has_enough(method.min_rows(config)):
         return None
     # free memory is measured anew: exploration may have taken an hour since the rows were built
     placement = await place_training(context.memory, config, context.seams)
     spec = await _specify(context, method, placement)
-    if method.chooses_epoch:
-        spec = await _add_early_adapters(context, spec)
+    if method.continues:
+        spec = await _add_early_adapters(context, spec, name=_name_training(context, method))
     trained = await _train_and_register(context, spec, note=method.note)
     # after the last adapter: versions are drafted in order, and the final adapter reserved the lowest
     for early in spec.early_adapters:
         await _register(context, spec.at(early), note=f"{method.note}, after {early.share:.0%} of the steps")
-    if method.chooses_epoch:
-        assert spec.parent is not None
-        versions = [spec.parent, *(early.version for early in spec.early_adapters), spec.version]
-        await choose_policy(context, versions)
+    if method.continues:
+        # the base is no candidate
+        versions = [spec.parent] if spec.parent else []
+        await choose_policy(context, [*versions, *(early.version for early in spec.early_adapters), spec.version])
     return trained
 
 
@@ -231,8 +258,24 @@ async def build_rows_and_train(context: CycleContext, method: Method) -> Trained
 
 async def explore(context: CycleContext, method: Method) -> None:
     """Let the policy that a method continues make its own mistakes on the practice tasks."""
-    assert method.starts_from is not None
-    await practice.explore(context, context.artifacts.trained[method.starts_from].policy)
+    await practice.explore(context, await find_start(context, method))
+
+
+async def find_start(context: CycleContext, method: Method) -> int:
+    """Return the version of the policy that a method continues: the one chosen last in this cycle, else the one trained
+    last, else 0, the base."""
+    artifacts = context.artifacts
+    if not method.continues:
+        return 0
+    # saved: a repeated stage would find the policy that the method itself has chosen
+    if method.name not in artifacts.starts:
+        before = artifacts.methods[: artifacts.methods.index(method.name)]
+        version = max((artifacts.trained[name].policy for name in before if name in artifacts.trained), default=0)
+        chosen = None if artifacts.selection is None else artifacts.selection.chosen
+        if chosen is not None and any(name in artifacts.starts for name in before):
+            version = chosen
+        await context.save_artifacts(starts={**artifacts.starts, method.name: version})
+    return context.artifacts.starts[method.name]
 
 
 async def nominate(context: CycleContext) -> int:
@@ -253,35 +296,39 @@ async def nominate(context: CycleContext) -> int:
 
 async def _specify(context: CycleContext, method: Method, placement: Placement) -> TrainingSpec:
     """Return the spec of a training: the recipe's, with as many steps as its rows need and as memory allows."""
-    config, recipe, artifacts = context.config, placement.recipe, context.artifacts
-    wanted = method.hyperparameters(recipe)
+    config, recipe, policies = context.config, placement.recipe, context.memory.policies
+    wanted = recipe.methods[method.name]
     rows_path = _rows_path(context, method)
     # of the rows on disk, which are the ones the trainer will read
     lengths = await asyncio.to_thread(lambda: [count_tokens(row) for row in read_rows(rows_path)])
+    # a round's rows are worth less with each step away from the policy that sampled them
+    min_steps = recipe.min_steps if method.find_rounds(config) is None else 0
     batch_size, epochs = plan_steps(
-        len(lengths), batch_size=wanted.batch_size, epochs=wanted.epochs, min_steps=recipe.min_steps
+        len(lengths), batch_size=wanted.batch_size, epochs=wanted.epochs, min_steps=min_steps
     )
-    start = None if method.starts_from is None else artifacts.trained[method.starts_from]
+    parent = policies.get(await find_start(context, method))
+    parent_adapter = None if parent.adapter_path is None else Path(parent.adapter_path)
     # lineage: the episodes behind the adapter that is continued are behind this one as well
-    inherited = [] if start is None else read_manifest(Path(start.adapter)).trajectory_ids
-    version = await _reserve_version(context, method.name)
+    inherited = [] if parent_adapter is None else read_manifest(parent_adapter).trajectory_ids
+    name = _name_training(context, method)
+    version = await _reserve_version(context, name)
     return TrainingSpec(
         kind=method.name,
         name=config.name,
         version=version,
-        base_model=context.memory.policies.get(0).base_model,
+        base_model=policies.get(0).base_model,
         output_dir=context.adapter_directory(version),
-        work_dir=context.directory / "training" / method.name,
+        work_dir=context.directory / "training" / name,
         rows_path=rows_path,
-        # the bare base is a policy too, version 0
-        parent=0 if start is None else start.policy,
-        parent_adapter=None if start is None else Path(start.adapter),
-        trajectory_ids=sorted({*inherited, *artifacts.rows[method.rows].trajectory_ids}),
+        parent=parent.version,
+        parent_adapter=parent_adapter,
+        trajectory_ids=sorted({*inherited, *context.artifacts.rows[method.rows].trajectory_ids}),
         learning_rate=wanted.learning_rate,
         batch_size=batch_size,
         epochs=epochs,
         beta=wanted.beta,
         sft_weight=wanted.sft_weight,
+        **method.choose_loss(config),
         lora_rank=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
         rows_per_pass=placement.rows_per_pass(method.loss, max(lengths)),
@@ -294,13 +341,13 @@ async def _specify(context: CycleContext, method: Method, placement: Placement) 
     )
 
 
-async def _add_early_adapters(context: CycleContext, spec: TrainingSpec) -> TrainingSpec:
+async def _add_early_adapters(context: CycleContext, spec: TrainingSpec, *, name: str) -> TrainingSpec:
     """Have an adapter written after each epoch but the last, so that the best can be chosen by playing."""
     num_epochs = math.ceil(spec.epochs)
     early = []
     # no early adapters where nothing can be played to choose among them
     for number in range(1, num_epochs) if context.config.num_selection_tasks and context.config.environment else ():
-        version = await _reserve_version(context, f"{spec.kind}-{number}")
+        version = await _reserve_version(context, f"{name}-{number}")
         output_dir = context.adapter_directory(version)
         early.append(EarlyAdapter(version=version, output_dir=output_dir, share=number / num_epochs))
     return spec.model_copy(update={"early_adapters": early})
@@ -346,8 +393,11 @@ async def _train_and_register(context: CycleContext, spec: TrainingSpec, *, note
     """Train, and draft the policy that serves the adapter; both are skipped when they were done before."""
 
     async def on_step(step: dict[str, Any]) -> None:
-        accuracy = step.get("rewards/accuracies", step.get("mean_token_accuracy", 0.0))
-        message = f"loss {step['loss']:.3f}, accuracy {accuracy:.2f}"
+        message = f"loss {step['loss']:.3f}"
+        for name, key in MEASURES:
+            if key in step:
+                message += f", {name} {step[key]:.2f}"
+                break
         await context.report_progress(step["step"], step["total"], message)
 
     # the engine is back before the policy is drafted

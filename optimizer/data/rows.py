@@ -20,7 +20,14 @@ from typing import Any, Generic, TypeVar
 from memory.datasets.examples import TaughtExample
 from memory.formats.content import ExampleKind
 from memory.records.feedback import Correction
-from optimizer.config import DemonstrationConfig, OptimizerConfig, PreferenceConfig, TeachingConfig
+from optimizer.config import (
+    DemonstrationConfig,
+    LabelConfig,
+    OptimizerConfig,
+    PreferenceConfig,
+    RoundsConfig,
+    TeachingConfig,
+)
 from optimizer.data.shares import Teachers, choose_rows
 from optimizer.data.stitching import Tokenizer, Unstitchable
 from optimizer.rewards import GradedTrajectory
@@ -39,6 +46,8 @@ class Material:
     max_length_tokens: int
     """Longer rows are left out."""
     base_model: str
+    policy: int = 0
+    """The version of the policy that will be trained, for methods that learn from its own rollouts alone."""
     num_not_by_a_teacher: int = 0
     """Rewarded trajectories, corrections and imported examples that were left out because of who gave them."""
     examples: Mapping[ExampleKind, Sequence[TaughtExample]] = field(default_factory=dict)
@@ -91,13 +100,17 @@ def require_imitable(each: GradedTrajectory) -> None:
 
 def bound_rows(
     built: BuiltRows[RowT],
-    config: DemonstrationConfig | PreferenceConfig,
+    config: DemonstrationConfig | PreferenceConfig | LabelConfig | RoundsConfig,
     teaching: TeachingConfig,
     seed: int,
+    *,
+    floor: int | None = None,
 ) -> None:
-    """Leave out the rows over a teacher's bounds, then those over the total."""
+    """Leave out the rows over a teacher's bounds, then those over the total. `floor`: the rows that one teacher may
+    give in any case; None: as many as a training needs."""
     # order: the bounds of teachers first; a sample taken before would keep the share of a flood
-    kept = choose_rows(built.teachers, teaching, floor=config.min_rows, seed=seed, counts=built.counts)
+    floor = config.min_rows if floor is None else floor
+    kept = choose_rows(built.teachers, teaching, floor=floor, seed=seed, counts=built.counts)
     if len(kept) > config.max_rows:
         built.counts["over_total_cap"] += len(kept) - config.max_rows
         # seeded: a repeated stage must write the same file, or the digest of its training changes

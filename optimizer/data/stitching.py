@@ -202,6 +202,34 @@ def remove_memory(row: Row, edits: Sequence[SegmentEdit]) -> Row:
     )
 
 
+def insert_memory(row: Row, trajectory: Trajectory, memory_text: str, tokenizer: Tokenizer) -> Row:
+    """Return `row` with a memory segment in its first prompt, as if it had been shown to `trajectory`.
+
+    Raises:
+        Unstitchable: `rerender_mismatch`, when the prompt does not begin as the opening renders, or the template shows
+            no segment.
+    """
+    with_segment, without = (
+        render_prompt(tokenizer, messages, trajectory.tools)
+        for messages in (show_memory(trajectory.opening, memory_text), trajectory.opening)
+    )
+    first = count_common_prefix(with_segment, without)
+    after = min(len(without) - first, count_common_prefix(with_segment[::-1], without[::-1]))
+    end = len(without) - after
+    # up to and with the token behind the segment: a later call's prompt goes on differently
+    if with_segment == without or row.input_ids[: end + 1] != without[: end + 1]:
+        raise Unstitchable("rerender_mismatch")
+    inserted = with_segment[first : len(with_segment) - after]
+    shift = len(inserted) - (end - first)
+    return replace(
+        row,
+        input_ids=row.input_ids[:first] + inserted + row.input_ids[end:],
+        mask=row.mask[:first] + [0] * len(inserted) + row.mask[end:],
+        starts=[start + shift for start in row.starts],
+        num_prompt_tokens=row.num_prompt_tokens + shift,
+    )
+
+
 def _find_all(tokens: list[int], wanted: list[int]) -> list[int]:
     return [
         start

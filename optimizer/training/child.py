@@ -148,6 +148,21 @@ def load_base(spec: TrainingSpec) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def load_start(spec: TrainingSpec) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a training that continues `spec.parent_adapter`, or the bare base without one."""
+    model, tokenizer = load_base(spec)
+    if spec.parent_adapter is not None:
+        # is_trainable, and no `peft_config` for the trainer: TRL copies this adapter to a frozen "ref" as the
+        # reference, and raises if it gets both
+        model = PeftModel.from_pretrained(model, str(spec.parent_adapter), is_trainable=True)
+    return model, tokenizer
+
+
+def pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    """Return rows of different lengths as one tensor, (num_rows, num_tokens), padded on the right."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
 def lora_settings(spec: TrainingSpec) -> dict[str, Any]:
     """Return the LoRA that vLLM can serve: every linear layer but the head, no bias, no DoRA, no further modules."""
     return {
@@ -191,8 +206,8 @@ def trainer_arguments(spec: TrainingSpec, num_rows: int) -> dict[str, Any]:
         "bf16": multiplies_in_bfloat16(spec),
         "gradient_checkpointing": spec.gradient_checkpointing,
         "train_sampling_strategy": "group_by_length",
-        # SFT rows lack the column, and transformers measures their input_ids; preferences have no input_ids, so
-        # dpo.measure adds it
+        # rows of one sequence lack the column, and transformers measures their input_ids; preferences have no
+        # input_ids, so dpo.measure adds it
         "length_column_name": "length",
         "dataloader_num_workers": 0,
         "report_to": "none",
@@ -304,6 +319,7 @@ def _summarize(state: TrainerState, num_rows: int, seconds: float) -> dict[str, 
         "rewards/margins",
         "logps/chosen",
         "logps/rejected",
+        "clip_ratio",
     ):
         values = [entry[key] for entry in steps if key in entry]
         if values:

@@ -1,10 +1,13 @@
-"""Trains an adapter on preferences, from an SFT adapter: `python -m optimizer.training.dpo spec.json`.
+"""Trains an adapter on preferences: `python -m optimizer.training.dpo spec.json`.
 
 Rows are token ids with masks, never text. TRL 1.16's DPO trainer counts every token after the prompt, tool output
 included, and tokenizes by itself; `MaskedDPOTrainer` and its collator replace exactly that, so that masked tokens have
 no loss.
 
 The reference is the adapter as it was when training began: TRL keeps a frozen copy of it, "ref", beside "default".
+
+`spec.loss` may be "sigmoid_norm", TRL's length-normalised form, or "dmpo" (Shi et al. 2024, arXiv 2406.14868), which
+weighs the turns of a side. Departure from DMPO: the added likelihood term is weighed by the same numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from transformers.data.data_collator import DataCollatorMixin
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -40,9 +43,9 @@ class MaskedPreferenceCollator(DataCollatorMixin):
         ids = [torch.tensor(row["prompt_ids"] + row[f"{side}_ids"]) for row, side in sides]
         masks = [torch.tensor([0] * len(row["prompt_ids"]) + row[f"{side}_mask"]) for row, side in sides]
         batch = {
-            "input_ids": _pad(ids, self.pad_token_id),  # (2 * num_rows, num_tokens)
-            "attention_mask": _pad([torch.ones_like(row) for row in ids], 0),
-            "completion_mask": _pad(masks, 0),
+            "input_ids": child.pad(ids, self.pad_token_id),  # (2 * num_rows, num_tokens)
+            "attention_mask": child.pad([torch.ones_like(row) for row in ids], 0),
+            "completion_mask": child.pad(masks, 0),
         }
         for key in ("ref_chosen_logps", "ref_rejected_logps"):
             if key in examples[0]:
@@ -50,14 +53,55 @@ class MaskedPreferenceCollator(DataCollatorMixin):
         return batch
 
 
-def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+def weigh_turns(completion_mask: torch.Tensor, discount: float) -> torch.Tensor:
+    """Return DMPO's weight of each token, (num_rows, num_tokens): of the turn it lies in, 0 outside of turns.
+
+    The turn t of T weighs (discount^t - discount^T) / (1 - discount^T): 1 for the first, less for each later one. A
+    turn is a stretch of the agent's own tokens; a template always writes something between two.
+    """
+    own = completion_mask.bool()
+    is_first = own & ~torch.nn.functional.pad(own, (1, 0))[:, :-1]
+    turn = (is_first.cumsum(dim=1) - 1).clamp(min=0)
+    num_turns = is_first.sum(dim=1, keepdim=True).clamp(min=1)
+    # float64: near 1, the difference to 1 is lost in float32
+    base = torch.tensor(discount, dtype=torch.float64, device=own.device)
+    last = base**num_turns
+    return torch.where(own, (base**turn - last) / (1 - last), 0.0).float()
+
+
+@dataclass
+class WeighedModel:
+    """A model whose log-probs are multiplied by one weight for each token but the first."""
+
+    model: Any
+    weights: torch.Tensor
+
+    def __call__(self, **inputs: Any) -> Any:
+        outputs = self.model(**inputs)
+        outputs.log_probs = outputs.log_probs * self.weights.to(outputs.log_probs.device)
+        return outputs
 
 
 class MaskedDPOTrainer(child.WarmStart, DPOTrainer):
     """DPO over pre-tokenized rows with masks on both sides."""
 
-    # Both methods are private hooks of TRL 1.16: pyproject.toml pins trl, and tests/optimizer/data/test_masks.py fails
+    def __init__(self, *args: Any, discount: float | None = None, **kwargs: Any) -> None:
+        # before TRL's constructor, which computes the reference
+        self._discount = discount
+        super().__init__(*args, **kwargs)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        return super().compute_ref_log_probs(self._weigh(model, inputs), inputs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        return super()._compute_loss(self._weigh(model, inputs), inputs, return_outputs)
+
+    def _weigh(self, model: Any, inputs: dict[str, Any]) -> Any:
+        if self._discount is None:
+            return model
+        return WeighedModel(model, weigh_turns(inputs["completion_mask"], self._discount)[:, 1:])
+
+    # These methods are hooks of TRL 1.16: pyproject.toml pins trl, and tests/optimizer/data/test_masks.py fails
     # where they vanish.
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -70,13 +114,11 @@ class MaskedDPOTrainer(child.WarmStart, DPOTrainer):
 
 def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> MaskedDPOTrainer:
     """Return the trainer; it starts from `spec.parent_adapter`, or from the bare base when there is none."""
-    model, tokenizer = child.load_base(spec)
-    if spec.parent_adapter is not None:
-        # is_trainable, and no `peft_config` below: TRL copies this adapter to a frozen "ref" as the reference, and
-        # raises if it gets both
-        model = PeftModel.from_pretrained(model, str(spec.parent_adapter), is_trainable=True)
+    model, tokenizer = child.load_start(spec)
     # the likelihood term keeps the chosen side from losing probability along with the rejected one
-    losses = {"sigmoid": 1.0, "sft": spec.sft_weight} if spec.sft_weight else {"sigmoid": 1.0}
+    losses = {"sigmoid_norm" if spec.loss == "sigmoid_norm" else "sigmoid": 1.0}
+    if spec.sft_weight:
+        losses["sft"] = spec.sft_weight
     return MaskedDPOTrainer(
         model=model,
         args=DPOConfig(
@@ -89,6 +131,7 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> MaskedDPOTr
         ),
         data_collator=MaskedPreferenceCollator(tokenizer.pad_token_id),
         train_dataset=Dataset.from_list([measure(row) for row in rows]),
+        discount=spec.discount,
         processing_class=tokenizer,
         peft_config=None if spec.parent_adapter else LoraConfig(**child.lora_settings(spec)),
     )

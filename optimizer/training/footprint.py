@@ -44,6 +44,7 @@ class LossShape:
 
 
 LIKELIHOOD = LossShape()
+UNPAIRED = LossShape(has_reference=True)
 PAIRWISE = LossShape(sequences_per_row=2, has_reference=True)
 """The dearest of all: a machine that can train this can train any method."""
 

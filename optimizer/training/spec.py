@@ -27,6 +27,8 @@ SETTINGS = (
     "rows_per_pass",
     "beta",
     "sft_weight",
+    "loss",
+    "discount",
     "device",
     "dtype",
 )
@@ -43,6 +45,9 @@ NOT_DIGESTED = (
     "early_adapters",
 )
 """Fields about the device and the directories: the training is the same for any value of these."""
+
+
+ADDED_LATER = ("loss", "discount")
 
 
 class EarlyAdapter(BaseModel, extra="forbid"):
@@ -84,6 +89,10 @@ class TrainingSpec(BaseModel, extra="forbid"):
     rows_per_pass: int
     beta: float = 0.1
     sft_weight: float = 0.0
+    loss: Literal["", "sigmoid_norm", "dmpo"] = ""
+    """A form of the method's loss; empty: its usual one."""
+    discount: float | None = None
+    """Of later turns, where the loss has one."""
     gradient_checkpointing: bool = False
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -108,5 +117,7 @@ class TrainingSpec(BaseModel, extra="forbid"):
         """Return the digest that identifies this training: the spec and its rows, without device and directories."""
         # rows by content: the file of a repeated stage has the same path
         # JSON in the order of the fields: to reorder them changes every digest as well
-        spec = self.model_dump_json(exclude=set(NOT_DIGESTED))
+        # a field that came later is left out where it says nothing, so that older trainings keep their digest
+        unset = {name for name in ADDED_LATER if not getattr(self, name)}
+        spec = self.model_dump_json(exclude={*NOT_DIGESTED, *unset})
         return hashlib.sha256(spec.encode() + self.rows_path.read_bytes()).hexdigest()

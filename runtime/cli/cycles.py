@@ -86,9 +86,9 @@ def learn(
                 require_ready(needs)
                 cycle_id = await start_cycle(client, settings)
             console.print(f"cycle [bold]{cycle_id}[/]")
-            pool = (await client.get(f"/v1/cycles/{cycle_id}"))["artifacts"].get("pool")
-            if pool:
-                console.print(printable(pool), markup=False, highlight=False)
+            opened = (await client.get(f"/v1/cycles/{cycle_id}"))["artifacts"]
+            for note in filter(None, (opened.get("pool"), opened.get("methods_reason"))):
+                console.print(printable(note), markup=False, highlight=False)
             with render.CycleLines(console) as lines:
                 return await watch_cycle(client, cycle_id, lines.update)
 

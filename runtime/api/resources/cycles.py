@@ -114,7 +114,7 @@ class NeedList(BaseModel):
 async def check_cycle(
     server: Server, body: Annotated[CycleRequest | None, Body(openapi_examples=EXAMPLES)] = None
 ) -> NeedList:
-    """Counts demonstrations, preferences and held-out tasks, and checks the training hardware and the engine. Starts
+    """Counts the rows of each method and the held-out tasks, and checks the training hardware and the engine. Starts
     nothing."""
     needs = [NeedDetail(**need) for need in await server.cycles.check(body.settings if body else {})]
     needs.append(_check_engine(server))

@@ -9,6 +9,7 @@ from optimizer.cycle.artifacts import Critiques, CycleArtifacts, RowsSummary, Se
 from optimizer.cycle.cycle import list_remaining_stages
 from optimizer.errors import OptimizerError
 
+METHODS = ["sft", "dpo"]
 STORED = {
     "pool": "weights learn from 'kitchen' only",
     "needs": [{"name": "demonstrations"}],
@@ -28,6 +29,7 @@ def test_artefacts_that_an_earlier_release_stored_are_read():
     artifacts = CycleArtifacts.read(STORED)
     assert (artifacts.practice_offset, artifacts.practice_end, artifacts.num_practice_rounds) == (64, 128, 4)
     assert artifacts.rows["demonstrations"].counts == {"used": 3} and list(artifacts.rows) == ["demonstrations"]
+    assert artifacts.methods == METHODS  # the only ones it had
     assert artifacts.trained["sft"].policy == 4 and artifacts.versions == {"sft": 4, "dpo-1": 6}
     with pytest.raises(ValueError, match="no candidate yet"):
         assert artifacts.candidate_version
@@ -46,8 +48,13 @@ def test_what_is_stored_keeps_its_keys():
 def test_a_cycle_goes_on_at_its_position_with_the_stages_that_its_configuration_needs():
     playing, logged = OptimizerConfig(), OptimizerConfig(explore_episodes=0)
     every = ["collect", "demonstrate", "sft", "explore", "dpo", "evaluate", "settle"]
-    assert [stage.name for stage in list_remaining_stages(playing, "collect")] == every
-    assert [stage.name for stage in list_remaining_stages(logged, "sft")] == ["sft", "dpo", "evaluate", "settle"]
-    assert [stage.name for stage in list_remaining_stages(logged, "explore")] == ["dpo", "evaluate", "settle"]
+    assert [stage.name for stage in list_remaining_stages(playing, METHODS, "collect")] == every
+    assert [stage.name for stage in list_remaining_stages(logged, METHODS, "sft")] == [
+        "sft",
+        "dpo",
+        "evaluate",
+        "settle",
+    ]
+    assert [stage.name for stage in list_remaining_stages(logged, METHODS, "explore")] == ["dpo", "evaluate", "settle"]
     with pytest.raises(OptimizerError, match="'grpo'"):
-        list_remaining_stages(playing, "grpo")
+        list_remaining_stages(playing, METHODS, "grpo")

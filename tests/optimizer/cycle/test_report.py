@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from optimizer.cycle.methods import METHODS
+from optimizer.cycle.methods import list_methods
 from optimizer.cycle.report import PlayedPolicy, list_comparisons
 from optimizer.cycle.report_page import render_markdown
 
@@ -47,6 +47,7 @@ def a_report(num_tasks: int) -> dict[str, Any]:
         "cycle": "cyc_1",
         "environment": "",
         "pool": "weights learn from live traffic only",
+        "methods": {"names": ["sft", "dpo"], "reason": ""},
         "verdict": {
             "decision": "uninformative",
             "reason": "too few tasks were played by both",
@@ -71,7 +72,7 @@ def a_report(num_tasks: int) -> dict[str, Any]:
 
 
 def test_sections_about_nothing_are_left_out():
-    page = render_markdown(a_report(0), METHODS)
+    page = render_markdown(a_report(0), list_methods(("sft", "dpo")))
     titles = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
     assert titles == ["The gate", "Data", "Lineage"]
     for empty in ("None.", "none", "Not measured", "| ", "success.png", "0 preferences", "\n\n\n"):
@@ -81,7 +82,7 @@ def test_sections_about_nothing_are_left_out():
 
 @pytest.mark.parametrize("title", ["Success by stage", "On the same tasks", "Guards", "Tasks that changed"])
 def test_what_was_played_is_on_the_page(title: str):
-    page = render_markdown(a_report(2), METHODS)
+    page = render_markdown(a_report(2), list_methods(("sft", "dpo")))
     assert f"## {title}\n" in page and "Won now (2): task-0, task-1" in page and "Lost now" not in page
 
 

@@ -39,11 +39,8 @@ def spec(tiny_base, tmp_path):
             lora_rank=8,
             lora_alpha=16,
             learning_rate=1e-3,
-            epochs=1,
-            batch_size=2,
-            rows_per_pass=2,
             device="cpu",
-            **fields,
+            **{"epochs": 1, "batch_size": 2, "rows_per_pass": 2, **fields},
         )
 
     return make
@@ -176,7 +173,12 @@ def test_the_collator_masks_prompt_observations_and_padding():
 
 def test_the_hooks_that_are_replaced_exist_in_the_pinned_trl():
     assert version("trl").startswith("1.16.")
-    for hook in ("_prepare_dataset", "_set_signature_columns_if_needed"):
+    for hook in (
+        "_prepare_dataset",
+        "_set_signature_columns_if_needed",
+        "_compute_loss",
+        "compute_ref_log_probs",
+    ):
         assert hook in vars(DPOTrainer)
     assert "labels" in SFTTrainer._prepare_dataset.__code__.co_consts
 

@@ -1,0 +1,150 @@
+"""Builds groups: several own rollouts of one task, each with its advantage over the others.
+
+Pure functions. Only rollouts of the policy that will be trained count, without memory, at temperature 1: then the
+log-probs that this policy gives to the rows are those that they were sampled with.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optimizer.config import GroupConfig, TeachingConfig
+from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_trusted
+from optimizer.data.stitching import Unstitchable, stitch
+from optimizer.rewards import GradedTrajectory, refuse_held_out
+
+LEAST_SPREAD = 1e-6
+"""Between the rewards of a group; with less, all advantages are 0 and nothing is learned."""
+
+
+@dataclass(frozen=True)
+class RolloutRow:
+    """One row of a rollout; where `mask` is 1, its tokens become likelier or unlikelier by `advantage`."""
+
+    trajectory_id: str
+    input_ids: list[int]
+    mask: list[int]
+    advantage: float
+
+
+@dataclass
+class GroupRows(BuiltRows[RolloutRow]):
+    """Rollouts in groups, and the reasons for which everything else was left out."""
+
+    num_groups: int = 0
+    """Groups whose rewards differ."""
+    mean_reward: float = 0.0
+    """Of all rollouts of the policy, those of groups without a difference included."""
+
+    @property
+    def trajectory_ids(self) -> list[str]:
+        return sorted({row.trajectory_id for row in self.rows})
+
+    @property
+    def num_examples(self) -> int:
+        return self.num_groups
+
+    def details(self) -> dict[str, object]:
+        return {"num_groups": self.num_groups, "mean_reward": self.mean_reward}
+
+
+def build(material: Material) -> GroupRows:
+    """Return the groups of one round."""
+    return build_groups(
+        material.trajectories,
+        policy=material.policy,
+        config=material.config.groups,
+        max_length_tokens=material.max_length_tokens,
+        seed=material.config.seed,
+        teaching=material.config.teaching,
+    )
+
+
+def describe(summary: dict[str, Any]) -> list[str]:
+    """Return the paragraphs of a report about groups; `summary` as the cycle's row stores it."""
+    return [
+        f"{summary['num_groups']} groups of own rollouts of {summary['num_tasks']} tasks in the last round "
+        f"({summary['mean_reward']:.1%} mean reward; {list_counts(summary['tally'])})."
+    ]
+
+
+def build_groups(
+    graded: Iterable[GradedTrajectory],
+    *,
+    policy: int,
+    config: GroupConfig,
+    max_length_tokens: int,
+    seed: int = 0,
+    teaching: TeachingConfig | None = None,
+) -> GroupRows:
+    """Return the rollouts of `policy`, each with its leave-one-out advantage (RLOO, arXiv 2402.14740): its reward less
+    the mean of the others of its task.
+
+    That mean does not depend on the rollout itself, so it makes the gradient less noisy and leaves it as it is on
+    average; the advantage is not divided by the spread of a group, which would weigh up the tasks that are nearly
+    always or nearly never won (Dr. GRPO, arXiv 2503.20783).
+    """
+    graded = list(graded)
+    refuse_held_out(graded)
+    built = GroupRows()
+    by_task: dict[tuple[str, ...], list[GradedTrajectory]] = defaultdict(list)
+    for each in graded:
+        try:
+            _require_own(each, policy)
+        except Unstitchable as reason:
+            built.counts[str(reason)] += 1
+            continue
+        by_task[each.trajectory.task_key].append(each)
+    own = [each.reward for tries in by_task.values() for each in tries]
+    built.mean_reward = sum(own) / len(own) if own else 0.0
+    for _, tries in sorted(by_task.items()):
+        rewards = [each.reward for each in tries]
+        if max(rewards) - min(rewards) < LEAST_SPREAD:
+            built.counts["no_variance"] += 1
+            continue
+        built.num_groups += 1
+        for each, advantage in zip(tries, leave_one_out(rewards), strict=True):
+            rows = _take_rows(each, advantage, max_length_tokens, built.counts)
+            built.rows += rows
+            built.teachers += [(each.teacher,)] * len(rows)
+    built.num_tasks = built.num_groups
+    bound_rows(built, config, teaching or TeachingConfig(), seed)
+    return built
+
+
+def leave_one_out(rewards: Sequence[float]) -> list[float]:
+    """Return each reward less the mean of the others; there are at least two."""
+    total = sum(rewards)
+    return [reward - (total - reward) / (len(rewards) - 1) for reward in rewards]
+
+
+def require_played_by(each: GradedTrajectory, policy: int) -> None:
+    """Raise Unstitchable for an episode that another policy played, or this one with memory in its prompt."""
+    if each.trajectory.policy != policy:
+        raise Unstitchable("other_policy")
+    if each.trajectory.memory_text:
+        raise Unstitchable("with_memory")
+    require_trusted(each)
+
+
+def _require_own(each: GradedTrajectory, policy: int) -> None:
+    require_played_by(each, policy)
+    # None: not recorded; the rounds of a cycle play at 1
+    if each.trajectory.temperature not in (None, 1.0):
+        raise Unstitchable("other_temperature")
+
+
+def _take_rows(
+    each: GradedTrajectory, advantage: float, max_length_tokens: int, counts: Counter[str]
+) -> list[RolloutRow]:
+    try:
+        stitched, _ = stitch(each.steps)
+    except Unstitchable as reason:
+        counts[str(reason)] += 1
+        return []
+    rows = [row for row in stitched if len(row.input_ids) <= max_length_tokens]
+    counts["too_long"] += len(stitched) - len(rows)
+    return [RolloutRow(each.trajectory.id, row.input_ids, row.mask, advantage) for row in rows]

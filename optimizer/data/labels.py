@@ -1,0 +1,161 @@
+"""Builds labels: rows of tokens that are good or bad by themselves, without a pair, from thumbs and other rewards.
+
+Pure functions. A whole episode is judged, so each of its own tokens carries the label; the rest of the conversation is
+context. Hazard: one kind alone teaches nothing but to become likelier or unlikelier, so the rarer kind decides whether
+there is enough (`num_examples`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from memory.records.feedback import Correction
+from optimizer.config import LabelConfig, TeachingConfig
+from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_imitable, require_trusted
+from optimizer.data.shares import Teachers
+from optimizer.data.stitching import Tokenizer, Unstitchable, plan_memory_removal, remove_memory, stitch
+from optimizer.rewards import GradedTrajectory, refuse_held_out
+
+
+@dataclass(frozen=True)
+class Label:
+    """One row that is good or bad; the loss counts where `mask` is 1."""
+
+    trajectory_id: str
+    input_ids: list[int]
+    mask: list[int]
+    is_desirable: bool
+
+
+@dataclass
+class LabelRows(BuiltRows[Label]):
+    """Good and bad rows, and the reasons for which everything else was left out."""
+
+    @property
+    def trajectory_ids(self) -> list[str]:
+        return sorted({row.trajectory_id for row in self.rows})
+
+    @property
+    def num_examples(self) -> int:
+        """Episodes of the rarer kind; an episode counts once, however many rows it takes."""
+        return min(self._count(True), self._count(False))
+
+    def _count(self, is_desirable: bool) -> int:
+        return len({row.trajectory_id for row in self.rows if row.is_desirable is is_desirable})
+
+    def details(self) -> dict[str, object]:
+        return {"num_good": self._count(True), "num_bad": self._count(False)}
+
+
+def build(material: Material) -> LabelRows:
+    """Return the labels of a cycle."""
+    built = build_labels(
+        material.trajectories,
+        material.tokenizer,
+        config=material.config.labels,
+        max_length_tokens=material.max_length_tokens,
+        seed=material.config.seed,
+        corrections=material.corrections,
+        teaching=material.config.teaching,
+    )
+    built.counts["not_by_a_teacher"] = material.num_not_by_a_teacher
+    return built
+
+
+def describe(summary: dict[str, Any]) -> list[str]:
+    """Return the paragraphs of a report about labels; `summary` as the cycle's row stores it."""
+    return [
+        f"{summary['num_rows']} labels of {summary['num_tasks']} tasks: {summary['num_good']} good episodes and "
+        f"{summary['num_bad']} bad ones ({list_counts(summary['tally'])})."
+    ]
+
+
+def build_labels(
+    graded: Iterable[GradedTrajectory],
+    tokenizer: Tokenizer,
+    *,
+    config: LabelConfig,
+    max_length_tokens: int,
+    seed: int = 0,
+    corrections: Sequence[Correction] = (),
+    teaching: TeachingConfig | None = None,
+    imported: Sequence[tuple[Label, Teachers]] = (),
+) -> LabelRows:
+    """Return rows that are good or bad: successes that may be imitated, and failures. A success that somebody corrected
+    shows nothing; the better reply itself is a demonstration. `imported`: rows that were not played here.
+
+    The memory segment is taken out of every row, as it is from preferences, so that what is learned does not depend on
+    it. Of one task the newest episodes count, whose policy is nearest to the one that is trained.
+    """
+    graded = list(graded)
+    refuse_held_out(graded)
+    built = LabelRows()
+    corrected = {each.trajectory.id for each in corrections}
+    by_task: dict[tuple[object, ...], list[GradedTrajectory]] = defaultdict(list)
+    for each in graded:
+        by_task[*each.trajectory.task_key, each.is_success].append(each)
+    tasks = set()
+    for (*task, _), episodes in sorted(by_task.items()):
+        for each, rows in _take_newest(episodes, corrected, tokenizer, config, max_length_tokens, built.counts):
+            built.rows += rows
+            built.teachers += [(each.teacher,)] * len(rows)
+            tasks.add(tuple(task))
+    built.num_tasks = len(tasks)
+    built.rows += [label for label, _ in imported]
+    built.teachers += [teachers for _, teachers in imported]
+    # the floor of a teacher: as many good as bad rows as a training needs
+    bound_rows(built, config, teaching or TeachingConfig(), seed, floor=2 * config.min_rows)
+    return built
+
+
+def _take_newest(
+    episodes: Sequence[GradedTrajectory],
+    corrected: set[str],
+    tokenizer: Tokenizer,
+    config: LabelConfig,
+    max_length_tokens: int,
+    counts: Counter[str],
+) -> list[tuple[GradedTrajectory, list[Label]]]:
+    """Return the rows of the newest episodes of one task that ended alike, without repetitions."""
+    taken, seen = [], set()
+    # ids sort by time
+    for each in sorted(episodes, key=lambda each: each.trajectory.id, reverse=True):
+        if len(taken) == config.per_task:
+            counts["over_task_cap"] += 1
+            continue
+        try:
+            if each.is_success and each.trajectory.id in corrected:
+                raise Unstitchable("corrected")
+            rows = label_episode(each, tokenizer, max_length_tokens)
+        except Unstitchable as reason:
+            counts[str(reason)] += 1
+            continue
+        tokens = tuple(token for row in rows for token in row.input_ids)
+        if tokens in seen:
+            counts["duplicate"] += 1
+            continue
+        seen.add(tokens)
+        taken.append((each, rows))
+    return taken
+
+
+def label_episode(each: GradedTrajectory, tokenizer: Tokenizer, max_length_tokens: int) -> list[Label]:
+    """Return the rows of one episode, without the memory segment.
+
+    Raises:
+        Unstitchable: nothing may be learned from it, or it cannot be a row. A row that is too long, or whose prompt
+            cannot be rid of the memory segment, leaves out the whole episode: its label is about all of it.
+    """
+    # a page that makes the agent fail must not choose what is unlearned either
+    require_trusted(each)
+    if each.is_success:
+        require_imitable(each)
+    stitched, _ = stitch(each.steps)
+    edits = plan_memory_removal(each.trajectory, tokenizer)
+    rows = [remove_memory(row, edits) for row in stitched]
+    if any(len(row.input_ids) > max_length_tokens for row in rows):
+        raise Unstitchable("too_long")
+    return [Label(each.trajectory.id, row.input_ids, row.mask, each.is_success) for row in rows]

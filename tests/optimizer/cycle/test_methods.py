@@ -1,0 +1,258 @@
+"""Which methods of learning a cycle takes, and that each sequence of them ends in a candidate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memory.adapters import read_manifest
+from memory.schema import CycleStage, PolicyStage
+from memory.store import Memory
+from optimizer.config import EvaluationConfig, GroupConfig, LabelConfig, OptimizerConfig, RolloutConfig
+from optimizer.cycle.cycle import open_cycle, run_cycle
+from optimizer.cycle.methods import choose_methods
+from optimizer.cycle.needs import Logged
+from optimizer.data.rows import read_rows
+from optimizer.errors import TooFewTrajectories
+from optimizer.seams import Seams
+from tests.memory.episodes import HashingEncoder
+from tests.optimizer.conversations import converse, margin
+from tests.optimizer.cycle.test_cycle import CONFIG, Died, FakeTrainer, Kitchen
+
+PLAYED = CONFIG.model_copy(
+    update={
+        "practice_episodes": 24,
+        "explore_episodes": 24,
+        "labels": LabelConfig(min_rows=4),
+        "evaluation": EvaluationConfig(num_tasks=8, min_tasks=8, num_sealed_tasks=0),
+    }
+)
+LOGGED = {"environment": "", "practice_episodes": 0, "explore_episodes": 0}
+
+
+@pytest.fixture
+async def memory(tmp_path, tiny_base):
+    opened = Memory.open(tmp_path / "data", encoder=HashingEncoder())
+    await opened.policies.register_base(str(tiny_base))
+    yield opened
+    opened.close()
+
+
+async def cannot_play(*asked, **how):
+    raise AssertionError("there is nothing here that could be played")
+
+
+def choose(memory, **settings):
+    return choose_methods(Logged.read(memory, OptimizerConfig(**{**LOGGED, **settings})))
+
+
+async def test_sixty_thumbs_on_chat_end_in_a_trained_candidate(memory, tokenizer, tiny_base):
+    for number in range(60):
+        await converse(memory, tokenizer, number, is_good=number % 2 == 0)
+    recipe = {"lora_rank": 8, "sft_learning_rate": 5e-3, "sft_epochs": 1, "kto_learning_rate": 5e-3, "kto_epochs": 2}
+    config = OptimizerConfig(**LOGGED, recipe=recipe, device="cpu", dtype="float32", num_threads=1)
+    seams = Seams(rollout=cannot_play, tasks=cannot_play)  # with the real trainers
+    cycle = await open_cycle(memory, config, seams=seams)
+    assert cycle.artifacts["methods"] == ["sft", "kto"]
+
+    verdict = await run_cycle(memory, cycle.id, seams=seams)
+
+    candidate = memory.policies.get(verdict["policy"])
+    assert verdict["decision"] == "uninformative" and candidate.stage is PolicyStage.CANDIDATE
+    artifacts = memory.cycles.get(cycle.id).artifacts
+    assert artifacts["kto"]["policy"] == candidate.version and candidate.parent == artifacts["sft"]["policy"]
+    unseen = range(200, 208)
+    adapters = [None, Path(artifacts["sft"]["adapter"]), Path(candidate.adapter_path)]
+    base, imitated, refined = (margin(tiny_base, adapter, tokenizer, unseen) for adapter in adapters)
+    assert base < imitated < refined and refined > base + 5
+    page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
+    assert "Methods of learning: SFT, then KTO, because the log has 30 demonstrations (16 needed), 0 pref" in page
+    assert "60 labels of 60 tasks: 30 good episodes and 30 bad ones" in page
+
+
+async def test_thumbs_that_are_mostly_down_are_learned_from_without_imitation(memory, tokenizer):
+    for number in range(40):
+        await converse(memory, tokenizer, number, is_good=number % 3 == 0)
+    assert choose(memory).methods == ("kto",)
+    trainer = FakeTrainer()
+    seams = Seams(rollout=cannot_play, tasks=cannot_play, train=trainer)
+    cycle = await open_cycle(memory, OptimizerConfig(**LOGGED), seams=seams)
+
+    verdict = await run_cycle(memory, cycle.id, seams=seams)
+
+    assert trainer.trained == ["kto"] and memory.policies.get(verdict["policy"]).parent == 0
+    (teacher,) = memory.cycles.get(cycle.id).artifacts["labels"]["teachers"]
+    assert teacher["teacher"] == "feedback" and teacher["num_rows"] == 40
+
+
+async def test_thumbs_of_one_kind_alone_are_imitated_or_refused(memory, tokenizer):
+    for number in range(20):
+        await converse(memory, tokenizer, number, is_good=False)
+    with pytest.raises(TooFewTrajectories, match="16 are missing"):
+        await open_cycle(memory, OptimizerConfig(**LOGGED))
+    for number in range(20, 40):
+        await converse(memory, tokenizer, number, is_good=True)
+    assert choose(memory, labels={"min_rows": 21}).methods == ("sft",)
+
+
+async def test_pairs_in_the_log_are_preferred_to_labels(memory, tokenizer):
+    for number in range(40):
+        await converse(memory, tokenizer, number // 2, is_good=number % 2 == 0)
+
+    choice = choose(memory)
+
+    assert choice.methods == ("sft", "dpo")
+    assert "20 demonstrations (16 needed), 20 preferences (12 needed), 20 labels (12 needed)" in choice.reason
+
+
+async def test_feedback_of_a_key_that_does_not_teach_chooses_no_method(memory, tokenizer):
+    key, _ = await memory.keys.create("page", ["feedback"])
+    for number in range(40):
+        await converse(memory, tokenizer, number, is_good=number % 2 == 0, key_id=key.id)
+
+    assert "0 demonstrations (16 needed), 0 preferences (12 needed), 0 labels" in choose(memory).reason
+
+
+async def test_where_something_is_played_practice_and_exploration_come_first(memory):
+    assert choose(memory, environment="kitchen", practice_episodes=4, explore_episodes=4).methods == ("sft", "dpo")
+    assert choose(memory, environment="kitchen", practice_episodes=4, methods=["kto"]).methods == ("kto",)
+
+
+def kitchen_seams(memory, tokenizer, trainer, skill: dict[int, float]) -> Seams:
+    kitchen = Kitchen(memory, tokenizer, skill={**dict.fromkeys(range(20), 0.5), **skill})
+    return Seams(rollout=kitchen.rollout, tasks=kitchen.tasks, train=trainer)
+
+
+@pytest.mark.parametrize("methods", [["sft", "kto"], ["dpo"], ["sft", "kto", "dpo"]])
+async def test_each_method_continues_the_adapter_of_the_one_before(memory, tokenizer, methods):
+    trainer, parents = FakeTrainer(), {}
+
+    async def train(spec, **more):
+        parents[spec.version] = spec.parent
+        return await trainer(spec, **more)
+
+    seams = kitchen_seams(memory, tokenizer, train, {})
+    cycle = await open_cycle(memory, PLAYED.model_copy(update={"methods": methods}), seams=seams)
+    assert cycle.artifacts["methods"] == methods and "`optimizer.methods`" in cycle.artifacts["methods_reason"]
+
+    verdict = await run_cycle(memory, cycle.id, seams=seams)
+
+    assert trainer.trained == methods
+    assert list(parents.values()) == [0, *list(parents)[:-1]]
+    assert memory.cycles.get(cycle.id).stage == CycleStage.COMPLETED and verdict["policy"] == list(parents)[-1]
+    report = json.loads((memory.data_dir / "reports" / cycle.id / "report.json").read_text())
+    assert {"base-off", *(f"{name}-off" for name in methods)} <= set(report["cells"])
+
+
+async def test_a_later_method_continues_the_checkpoint_that_was_chosen(memory, tokenizer):
+    trainer = FakeTrainer()
+    # SFT is v1; DPO after each of three epochs v2, v3 and v4, of which v3 plays best; KTO's are no better
+    seams = kitchen_seams(memory, tokenizer, trainer, {3: 1.1})
+    update = {"methods": ["sft", "dpo", "kto"], "num_selection_tasks": 12}
+    cycle = await open_cycle(memory, PLAYED.model_copy(update=update), seams=seams)
+
+    verdict = await run_cycle(memory, cycle.id, seams=seams)
+
+    artifacts = memory.cycles.get(cycle.id).artifacts
+    assert artifacts["starts"] == {"dpo": 1, "kto": 3} and trainer.trained == ["sft", "dpo", "kto"]
+    assert verdict["policy"] == artifacts["selection"]["chosen"] == 3
+    learned_from = {memory.trajectories.get(id_).task for id_ in artifacts["labels"]["trajectory_ids"]}
+    assert learned_from and not learned_from & set(artifacts["selection_tasks"])
+
+
+async def test_a_first_method_with_too_few_rows_ends_the_cycle(memory, tokenizer):
+    trainer = FakeTrainer()
+    seams = kitchen_seams(memory, tokenizer, trainer, {0: 1.1})  # without a loss there is no pair
+    cycle = await open_cycle(memory, PLAYED.model_copy(update={"methods": ["dpo"]}), seams=seams)
+
+    with pytest.raises(TooFewTrajectories, match=r"0 preferences could be made.*4 are missing"):
+        await run_cycle(memory, cycle.id, seams=seams)
+
+    assert trainer.trained == []
+
+
+ROUNDS = PLAYED.model_copy(
+    update={
+        "methods": ["sft", "grpo"],
+        "groups": GroupConfig(rounds=2, num_tasks=6, num_tries=6, min_rows=1),
+        "num_selection_tasks": 12,
+    }
+)
+
+
+async def test_each_round_of_grpo_plays_with_the_policy_of_the_round_before(memory, tokenizer):
+    specs = []
+
+    async def train(spec, **more):
+        specs.append(spec)
+        return await FakeTrainer()(spec, **more)
+
+    seams = kitchen_seams(memory, tokenizer, train, {1: 0.2, 2: 0.45, 3: 1.1})
+    cycle = await open_cycle(memory, ROUNDS, seams=seams)
+
+    verdict = await run_cycle(memory, cycle.id, seams=seams)
+
+    assert [(spec.kind, spec.version, spec.parent) for spec in specs] == [("sft", 1, 0), ("grpo", 2, 1), ("grpo", 3, 2)]
+    of_last_round = {memory.trajectories.get(row["trajectory_id"]).policy for row in read_rows(specs[-1].rows_path)}
+    assert of_last_round == {2}
+    artifacts = memory.cycles.get(cycle.id).artifacts
+    assert artifacts["num_rounds"] == {"grpo": 2} and verdict["policy"] == artifacts["selection"]["chosen"] == 3
+    learned_from = read_manifest(Path(memory.policies.get(3).adapter_path)).trajectory_ids
+    assert {memory.trajectories.get(id_).policy for id_ in learned_from} == {0, 1, 2}
+
+
+async def test_a_round_that_makes_it_worse_is_not_passed_on(memory, tokenizer):
+    trainer, parents = FakeTrainer(), []
+
+    async def train(spec, **more):
+        parents.append(spec.parent)
+        return await trainer(spec, **more)
+
+    seams = kitchen_seams(memory, tokenizer, train, {1: 0.8, 2: -1.0, 3: 0.95})
+    cycle = await open_cycle(memory, ROUNDS, seams=seams)
+
+    await run_cycle(memory, cycle.id, seams=seams)
+
+    assert parents == [0, 1, 1]
+
+
+async def test_a_process_that_dies_between_rounds_goes_on_with_the_next(memory, tokenizer):
+    trainer, deaths = FakeTrainer(), [True]
+
+    async def train(spec, **more):
+        if spec.version == 3 and deaths:
+            deaths.pop()
+            raise Died
+        return await trainer(spec, **more)
+
+    kitchen = Kitchen(memory, tokenizer, skill={**dict.fromkeys(range(20), 0.5), 1: 0.2, 2: 0.45, 3: 1.1})
+    seams = Seams(rollout=kitchen.rollout, tasks=kitchen.tasks, train=train)
+    cycle = await open_cycle(memory, ROUNDS, seams=seams)
+    with pytest.raises(Died):
+        await run_cycle(memory, cycle.id, seams=seams)
+    num_played = kitchen.num_played
+
+    verdict = await run_cycle(memory, cycle.id, seams=seams)
+
+    assert trainer.trained == ["sft", "grpo", "grpo"] and verdict["policy"] == 3
+    cells, selection = 6 * 8, 12
+    assert kitchen.num_played == num_played + selection + cells  # no round is played again
+
+
+async def test_distillation_plays_with_and_without_memory_and_learns_where_memory_wins(memory, tokenizer):
+    trainer = FakeTrainer()
+    seams = kitchen_seams(memory, tokenizer, trainer, {1: 0.4, 2: 0.4})
+    update = {"methods": ["sft", "distill"], "rollouts": RolloutConfig(rounds=1, num_tasks=12, num_tries=4)}
+    cycle = await open_cycle(memory, PLAYED.model_copy(update=update), seams=seams)
+
+    await run_cycle(memory, cycle.id, seams=seams)
+
+    assert trainer.trained == ["sft", "distill"]
+    summary = memory.cycles.get(cycle.id).artifacts["rollouts"]
+    assert summary["won_with_memory"] > summary["won_without"]
+    rolled = [memory.trajectories.get(id_) for id_ in summary["trajectory_ids"]]
+    assert rolled and all(it.policy == 1 and not it.memory_text for it in rolled)
+    page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
+    assert "own rollouts of 12 tasks, to be scored with memory in view" in page

@@ -1,0 +1,79 @@
+"""Groups: which rollouts count, and their advantages."""
+
+from __future__ import annotations
+
+import pytest
+
+from memory.schema import Split, Trust
+from optimizer.config import GroupConfig
+from optimizer.data.groups import build_groups, leave_one_out
+from tests.optimizer.worlds import live
+
+STOVE = ("cook carrot with stove", "It is fried.")
+OVEN = ("cook carrot with oven", "It is roasted. You lose!")
+
+
+def group(graded, policy=0, max_length_tokens=4096, **config):
+    return build_groups(graded, policy=policy, config=GroupConfig(**config), max_length_tokens=max_length_tokens)
+
+
+def tries(tokenizer, *outcomes, **fields):
+    return [
+        live([STOVE if outcome else OVEN], tokenizer=tokenizer, is_success=outcome, **fields) for outcome in outcomes
+    ]
+
+
+@pytest.mark.parametrize("rewards", [[1.0, 0.0], [1.0, 0.0, 0.0, 0.5], [0.2, 0.9, 0.9]])
+def test_an_advantage_is_the_reward_less_the_mean_of_the_others(rewards):
+    for number, advantage in enumerate(leave_one_out(rewards)):
+        others = rewards[:number] + rewards[number + 1 :]
+        assert advantage == pytest.approx(rewards[number] - sum(others) / len(others))
+    assert sum(leave_one_out(rewards)) == pytest.approx(0)
+
+
+def test_a_group_without_variance_is_dropped_and_counted(tokenizer):
+    graded = tries(tokenizer, True, False, task="a") + tries(tokenizer, True, True, task="b")
+    graded += tries(tokenizer, False, task="c")
+
+    built = group(graded)
+
+    assert built.num_groups == built.num_examples == 1 and built.counts["no_variance"] == 2
+    assert sorted(row.advantage for row in built.rows) == [-1.0, 1.0]
+    assert built.mean_reward == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("policy", 3, "other_policy"),
+        ("memory_text", "<memory>", "with_memory"),
+        ("temperature", 0.0, "other_temperature"),
+        ("trust", Trust.UNTRUSTED, "untrusted"),
+    ],
+)
+def test_only_own_rollouts_as_they_are_sampled_count(tokenizer, field, value, reason):
+    own, strange = tries(tokenizer, True, False), tries(tokenizer, False)
+    setattr(strange[0].trajectory, field, value)
+
+    built = group(own + strange)
+
+    assert built.trajectory_ids == sorted(each.trajectory.id for each in own) and built.counts[reason] == 1
+
+
+def test_a_rollout_that_is_too_long_still_counts_for_the_others(tokenizer):
+    won, lost = tries(tokenizer, True, False)
+    long = live([STOVE] * 6, tokenizer=tokenizer, is_success=False)
+    limit = max(len(it.steps[0].prompt_token_ids) + len(it.steps[0].output_token_ids) for it in (won, lost))
+
+    built = group([won, lost, long], max_length_tokens=limit)
+
+    assert {row.trajectory_id: row.advantage for row in built.rows} == {
+        won.trajectory.id: 1.0,
+        lost.trajectory.id: -0.5,
+    }
+    assert built.counts["too_long"] == 1
+
+
+def test_a_held_out_rollout_is_in_no_group(tokenizer):
+    with pytest.raises(AssertionError, match="held-out"):
+        group(tries(tokenizer, True, False, split=Split.HELD_OUT))
