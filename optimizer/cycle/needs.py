@@ -62,6 +62,8 @@ class Logged:
     config: OptimizerConfig
     num_imported: Mapping[ExampleKind, int] = field(default_factory=dict)
     """Imported examples by kind."""
+    num_imported_good: int = 0
+    """Imported labels that say "good"."""
 
     @classmethod
     def read(cls, memory: Memory, config: OptimizerConfig) -> Logged:
@@ -73,6 +75,7 @@ class Logged:
             memory.policies.active().version,
             config,
             {kind: memory.examples.count_learnable(kind, environments=environments) for kind in ExampleKind},
+            memory.examples.count_learnable(ExampleKind.LABEL, environments=environments, is_good=True),
         )
 
 
@@ -203,14 +206,17 @@ def need_labels(logged: Logged, rounds: Sequence[int]) -> Need:
         _count_capped((each.trajectory for each in usable if each.is_success is outcome), wanted.per_task)
         for outcome in (True, False)
     )
+    num_imported = logged.num_imported.get(ExampleKind.LABEL, 0)
+    num_good += logged.num_imported_good
+    num_bad += num_imported - logged.num_imported_good
     return Need(
         name="labels",
         needed=wanted.min_rows,
         available=min(num_good, num_bad),
         # all of them may be of the rarer kind
         playable=sum(rounds),
-        detail=f"{num_good} rewarded trajectories are good examples and {num_bad} are bad ones (of one task at most "
-        f"{wanted.per_task} of each count); the rarer of the two decides",
+        detail=f"{num_good} rewarded trajectories or imported labels are good examples and {num_bad} are bad ones (of "
+        f"one task at most {wanted.per_task} trajectories of each count); the rarer of the two decides",
         mend="give feedback on more answers, on good and on bad ones (with keys, with one that has the scope 'teach'), "
         "or lower labels.min_rows",
     )

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from memory.datasets.examples import TaughtExample
+from memory.formats.content import ExampleKind
 from memory.records.feedback import Correction
 from optimizer.config import LabelConfig, TeachingConfig
+from optimizer.data.examples import render_examples
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_imitable, require_trusted
-from optimizer.data.shares import Teachers
 from optimizer.data.stitching import Tokenizer, Unstitchable, plan_memory_removal, remove_memory, stitch
 from optimizer.rewards import GradedTrajectory, refuse_held_out
 
@@ -28,6 +30,8 @@ class Label:
     input_ids: list[int]
     mask: list[int]
     is_desirable: bool
+    is_imported: bool = False
+    """Then `trajectory_id` is the id of an example, which is no trajectory."""
 
 
 @dataclass
@@ -36,7 +40,7 @@ class LabelRows(BuiltRows[Label]):
 
     @property
     def trajectory_ids(self) -> list[str]:
-        return sorted({row.trajectory_id for row in self.rows})
+        return sorted({row.trajectory_id for row in self.rows if not row.is_imported})
 
     @property
     def num_examples(self) -> int:
@@ -60,6 +64,7 @@ def build(material: Material) -> LabelRows:
         seed=material.config.seed,
         corrections=material.corrections,
         teaching=material.config.teaching,
+        examples=material.examples.get(ExampleKind.LABEL, ()),
     )
     built.counts["not_by_a_teacher"] = material.num_not_by_a_teacher
     return built
@@ -82,10 +87,10 @@ def build_labels(
     seed: int = 0,
     corrections: Sequence[Correction] = (),
     teaching: TeachingConfig | None = None,
-    imported: Sequence[tuple[Label, Teachers]] = (),
+    examples: Sequence[TaughtExample] = (),
 ) -> LabelRows:
     """Return rows that are good or bad: successes that may be imitated, and failures. A success that somebody corrected
-    shows nothing; the better reply itself is a demonstration. `imported`: rows that were not played here.
+    shows nothing; the better reply itself is a demonstration. Imported examples are added as they are.
 
     The memory segment is taken out of every row, as it is from preferences, so that what is learned does not depend on
     it. Of one task the newest episodes count, whose policy is nearest to the one that is trained.
@@ -104,11 +109,21 @@ def build_labels(
             built.teachers += [(each.teacher,)] * len(rows)
             tasks.add(tuple(task))
     built.num_tasks = len(tasks)
-    built.rows += [label for label, _ in imported]
-    built.teachers += [teachers for _, teachers in imported]
+    _take_examples(examples, tokenizer, max_length_tokens, built)
     # the floor of a teacher: as many good as bad rows as a training needs
     bound_rows(built, config, teaching or TeachingConfig(), seed, floor=2 * config.min_rows)
     return built
+
+
+def _take_examples(
+    examples: Sequence[TaughtExample], tokenizer: Tokenizer, max_length_tokens: int, built: LabelRows
+) -> None:
+    rendered = render_examples(examples, tokenizer, max_length_tokens, built.counts)
+    for each, rows in rendered:
+        is_good = bool(each.example.is_good)
+        built.rows += [Label(each.example.id, row.input_ids, row.mask, is_good, is_imported=True) for row in rows]
+        built.teachers += [(each.teacher,)] * len(rows)
+    built.num_tasks += len({each.example.task or each.question for each, _ in rendered})
 
 
 def _take_newest(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optimizer.pretraining.assistant_tools import FACTS, NAMES, PLACES, PRODUCTS, TOOLS, ToolTemplate
+from optimizer.pretraining.assistant_tools import FACTS, NAMES, PRODUCTS, TOOLS, TOWNS, ToolTemplate
 
 Row = dict[str, Any]
 
@@ -157,7 +157,7 @@ def draw_fact(draw: random.Random) -> tuple[str, str]:
 
 def draw_passage(draw: random.Random) -> tuple[str, str, str, str]:
     """Return a title, a passage, a question about it and the answer."""
-    product, place, person = draw.choice(PRODUCTS), draw.choice(PLACES), draw.choice(NAMES)
+    product, town, person = draw.choice(PRODUCTS), draw.choice(TOWNS), draw.choice(NAMES)
     year, price, days, number = (
         draw.randint(1950, 2025),
         draw.randint(3, 900),
@@ -166,26 +166,26 @@ def draw_passage(draw: random.Random) -> tuple[str, str, str, str]:
     )
     passage = draw.choice(
         [
-            f"The {product} was designed by {person} in {year} and is made in {place}. It costs {price} euros.",
-            f"{place} opened its {product} works in {year}. {person} leads the {number} people who work there.",
-            f"Orders of the {product} can be returned within {days} days. Write to {person} in {place} about it.",
+            f"The {product} was designed by {person} in {year} and is made in {town}. It costs {price} euros.",
+            f"{town} opened its {product} works in {year}. {person} leads the {number} people who work there.",
+            f"Orders of the {product} can be returned within {days} days. Write to {person} in {town} about it.",
         ]
     )
     about = {
         "designed": [
             (f"Who designed the {product}?", f"{person} designed the {product}."),
             (f"How much does the {product} cost?", f"The {product} costs {price} euros."),
-            (f"Where is the {product} made?", f"The {product} is made in {place}."),
+            (f"Where is the {product} made?", f"The {product} is made in {town}."),
             (f"When was the {product} designed?", f"The {product} was designed in {year}."),
         ],
         "opened": [
-            (f"Who leads the {product} works?", f"{person} leads the {product} works in {place}."),
+            (f"Who leads the {product} works?", f"{person} leads the {product} works in {town}."),
             (f"How many people work at the {product} works?", f"{number} people work there."),
             (f"When did the {product} works open?", f"The {product} works opened in {year}."),
         ],
         "returned": [
             (f"How long can I return a {product}?", f"You can return it within {days} days."),
-            (f"Whom do I ask about returning my {product}?", f"Write to {person} in {place}."),
+            (f"Whom do I ask about returning my {product}?", f"Write to {person} in {town}."),
         ],
     }
     choices = next(questions for word, questions in about.items() if word in passage)

@@ -19,7 +19,7 @@ NAMES = (
     "Lea Morrow",
     "Omar Keller",
 )
-PLACES = ("Ostervik", "Bremhaven", "Callowmere", "Port Sellen", "Grunau", "Tavistow", "Lakeridge", "Monte Verde")
+TOWNS = ("Ostervik", "Bremhaven", "Callowmere", "Port Sellen", "Grunau", "Tavistow", "Lakeridge", "Monte Verde")
 PRODUCTS = ("Halden lamp", "Corvus bicycle", "Pico kettle", "Marlin tent", "Aster desk", "Nimbus scale", "Tolva radio")
 CITIES = ("Oslo", "Lima", "Kyoto", "Porto", "Nairobi", "Denver", "Leipzig", "Cork", "Turin", "Hanoi")
 DATES = ("2026-03-04", "2026-05-17", "2026-08-09", "2026-10-30", "2027-01-12")
@@ -279,7 +279,7 @@ TOOLS: tuple[ToolTemplate, ...] = (
         "Get where a parcel is.",
         {"parcel": ("string", "The parcel's number", [f"PK{number}" for number in range(1013, 9999, 611)])},
         ("Where is parcel {parcel}?", "Track {parcel} for me.", "Has {parcel} arrived?"),
-        {"place": PLACES, "status": ("in transit", "delivered", "delayed")},
+        {"place": TOWNS, "status": ("in transit", "delivered", "delayed")},
         "Parcel {parcel} is {status}; it was last seen in {place}.",
         ("parcel",),
         "Where are {first} and {second}?",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
+from memory.datasets.examples import Origin, TaughtExample, make_example
+from memory.formats.content import ExampleContent, ExampleKind
 from memory.records.feedback import Correction
 from memory.schema import Split, Trust
 from memory.teaching import Teacher
@@ -19,7 +22,7 @@ OVEN = ("cook carrot with oven", "It is roasted. You lose!")
 MEMORY = "<memory>\nInsights:\n- fry the _ -> cook _ with stove\n</memory>"
 
 
-def label(graded, tokenizer, max_length_tokens=4096, corrections=(), teaching=None, imported=(), **config):
+def label(graded, tokenizer, max_length_tokens=4096, corrections=(), teaching=None, examples=(), **config):
     return build_labels(
         graded,
         tokenizer,
@@ -27,7 +30,7 @@ def label(graded, tokenizer, max_length_tokens=4096, corrections=(), teaching=No
         max_length_tokens=max_length_tokens,
         corrections=corrections,
         teaching=teaching,
-        imported=imported,
+        examples=examples,
     )
 
 
@@ -101,13 +104,21 @@ def test_one_teacher_gives_no_more_rows_than_the_bounds_allow(tokenizer):
     assert len(built.rows) == len(built.teachers) == 3 and built.counts["over_user_cap"] == 5
 
 
-def test_rows_that_were_not_played_here_count_under_the_same_bounds(tokenizer):
-    file = Teacher(key_id="key_2")
-    rows = [(Label(f"imp_{n}", [1, 2], [0, 1], bool(n % 2)), (file,)) for n in range(6)]
+def test_imported_labels_count_under_the_same_bounds_and_are_behind_no_trajectory(tokenizer):
+    def taught(number: int) -> TaughtExample:
+        prompt, reply = {"role": "user", "content": f"fry {number}?"}, {"role": "assistant", "content": "stove"}
+        content = ExampleContent(kind=ExampleKind.LABEL, prompt=[prompt], completion=[reply], is_good=bool(number % 2))
+        return TaughtExample(
+            make_example(content, Origin(environment="kitchen"), f"digest-{number}"), Teacher(key_id="key_2")
+        )
 
-    built = label([], tokenizer, imported=rows, teaching=TeachingConfig(max_rows_per_key=4))
+    examples = [taught(number) for number in range(6)]
+    built = label([], tokenizer, examples=examples, teaching=TeachingConfig(max_rows_per_key=4))
 
-    assert len(built.rows) == 4 and built.counts["over_key_cap"] == 2
+    assert len(built.rows) == 4 and built.counts["over_key_cap"] == 2 and built.trajectory_ids == []
+    assert {own_text(row, tokenizer) for row in built.rows} == {"stove<|im_end|>"}
+    every = label([], tokenizer, examples=examples)
+    assert Counter(row.is_desirable for row in every.rows) == {True: 3, False: 3} and every.num_tasks == 6
 
 
 def test_a_label_that_is_too_long_leaves_out_its_episode(tokenizer):
