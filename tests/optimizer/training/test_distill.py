@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from memory.adapters import digest_base, verify_adapter
 from optimizer.config import RolloutConfig
 from optimizer.data.rollouts import build_rollouts
 from optimizer.training import distill, grpo
+from optimizer.training.launch import train
 from tests.optimizer.data.test_masks import assert_only_own_tokens_count, head_gradient, sft_adapter, spec
 from tests.optimizer.data.test_rollouts import with_memory, without
 
@@ -56,3 +58,14 @@ def test_no_token_outweighs_all_others():
     row = {"teacher_ids": [1, 2, 3, 4], "input_ids": [1, 3, 4], "mask": [0, 1, 1]}
 
     assert distill.compare_with_teacher(row, [-1.0, -90.0], lambda ids, mask: [0.0, -90.0, -1.0]) == [-5.0, 5.0]
+
+
+async def test_its_process_leaves_an_adapter_that_an_engine_may_load(spec, tokenizer, sft_adapter, tiny_base):
+    graded = [with_memory(tokenizer), without(tokenizer)]
+    rows = build_rollouts(graded, tokenizer, policy=0, config=RolloutConfig(), max_length_tokens=2048).rows
+    made = spec("distill", rows, parent_adapter=sft_adapter, num_threads=1)
+
+    manifest = await train(made)
+
+    verify_adapter(made.output_dir, base_digest=digest_base(tiny_base), max_rank=16)
+    assert manifest.metrics["num_steps"] == 1 and manifest.metrics["clip_ratio/first"] == 0.0
