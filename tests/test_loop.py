@@ -343,7 +343,8 @@ async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Kept]:
     """The pocket model on the real vLLM, with TextWorld, composed and started by serve.py; the API alone is missing."""
     home = tmp_path_factory.mktemp("loop")
     (home / "ratchet.toml").touch()  # nobody's own settings
-    flags = ["--engine.kv_cache_gib", "1", "--engine.startup_seconds", "900", "--agent.max_output_tokens", "64"]
+    flags = ["--engine.model", "pocket", "--engine.kv_cache_gib", "1", "--engine.startup_seconds", "900"]
+    flags += ["--agent.max_output_tokens", "64"]
     settings = serve.read_all_settings(home / "ratchet.toml", {"data": str(home / "data")}, flags)
     phases = Phases(Console(), is_silent=True)
     async with contextlib.AsyncExitStack() as stack:
