@@ -20,7 +20,7 @@ from tests.runtime.api.worlds import ServedWorld
 
 NO_BARS = {"margin": -1.5, "min_tasks": 1, "num_tasks": 2, "false_promotion_rate": 0.49}
 # Learns from logged episodes, of which there are none: with sound settings a cycle is refused for that.
-LOGGED = OptimizerConfig(practice_episodes=0, explore_episodes=0)
+LOGGED = OptimizerConfig(environment="kitchen", practice_episodes=0, explore_episodes=0)
 
 Start = Callable[[str, dict[str, Any]], httpx.Response]
 

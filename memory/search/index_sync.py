@@ -67,6 +67,7 @@ class IndexSync:
         self._rebuilds: list[Future[None]] = []
         self._num_failures = 0
         self._is_reconciled = False
+        self._is_checked = False
         self.last_failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="ratchet-index-sync", daemon=True)
 
@@ -99,7 +100,10 @@ class IndexSync:
 
     @property
     def is_settled(self) -> bool:
-        """Whether both indexes hold exactly the searchable rows."""
+        """Whether both indexes hold exactly the searchable rows, as far as a check that was requested has shown."""
+        # in this order: `_open` changes the second before the first
+        if self._suspected.is_set() or not self._is_checked:
+            return False
         if not self._is_reconciled or self._rebuilds:
             return False
         with self._database.read() as session:
@@ -201,7 +205,9 @@ class IndexSync:
             self._queries.warm()
             if self._stopping.is_set():  # loading took seconds, and the directory may have another owner by now
                 raise IndexUnavailable("the index was closed while the encoder loaded")
-        if self._vector_index.is_open and (self._suspected.is_set() or not self._vector_index.is_whole):
+        is_suspected = self._suspected.is_set() or not self._is_checked
+        if self._vector_index.is_open and (is_suspected or not self._vector_index.is_whole):
+            self._is_checked = False
             # before the check: a request that comes during it starts another
             self._suspected.clear()
             self._vector_index.verify()
@@ -211,6 +217,7 @@ class IndexSync:
         if not self._is_reconciled:
             self._reconcile()
             self._is_reconciled = True
+        self._is_checked = True
 
     def _rebuild(self) -> None:
         """Refill the text index in one transaction, begin an empty vector index, and queue all rows for it."""

@@ -169,6 +169,29 @@ async def test_an_unreadable_chroma_directory_is_set_aside_and_rebuilt(tmp_path:
         assert len(await ids_found(memory, "insights", "roast")) >= 1
 
 
+async def test_an_index_that_is_being_checked_is_not_up_to_date(memory: Memory, monkeypatch: pytest.MonkeyPatch):
+    await memory.insights.apply([add("fry on the stove")])
+    await memory.index.drain()
+    begun, may_end = threading.Event(), threading.Event()
+    verify = memory.index._vector_index.verify
+
+    def verify_slowly() -> None:
+        begun.set()
+        may_end.wait(30)
+        verify()
+
+    monkeypatch.setattr(memory.index._vector_index, "verify", verify_slowly)
+    try:
+        memory.index._sync.request_check()
+        for _ in range(2):  # before the check, and while it is at work
+            with pytest.raises(TimeoutError, match="not up to date"):
+                await memory.index.drain(timeout_seconds=0.0)
+            assert await asyncio.to_thread(begun.wait, 30)
+    finally:
+        may_end.set()
+    await memory.index.drain()
+
+
 async def test_what_the_index_lost_or_kept_too_long_is_reconciled_at_the_start(tmp_path: Path, config: MemoryConfig):
     with Memory.open(tmp_path, config, encoder=HashingEncoder()) as memory:
         await memory.insights.apply([add("fry on the stove"), add("roast in the oven")])

@@ -415,7 +415,7 @@ async def test_what_a_cycle_needs_is_said_with_the_mend(memory, kitchen, trainer
     few = CONFIG.model_copy(update={"explore_episodes": 0, "evaluation": EvaluationConfig(num_tasks=20)})
     needs = {need.name: need for need in await measure_needs(memory, few, seams_of(kitchen, trainer))}
 
-    assert list(needs) == ["demonstrations", "preferences", "held-out tasks", "room to train"]
+    assert list(needs) == ["demonstrations", "preferences", "practice tasks", "held-out tasks", "room to train"]
     assert needs["demonstrations"].is_met and needs["room to train"].is_met
     pairs, held_out = needs["preferences"], needs["held-out tasks"]
     assert (pairs.needed, pairs.num_missing, pairs.is_required) == (4, 4, False) and "explore_episodes" in pairs.mend

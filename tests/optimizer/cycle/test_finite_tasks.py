@@ -11,6 +11,8 @@ from memory.schema import CycleStage, Split, Task
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.context import CycleContext
+from optimizer.cycle.methods import choose_methods
+from optimizer.cycle.needs import Logged, Need
 from optimizer.cycle.readiness import fit_to_environment, measure_surroundings
 from optimizer.cycle.selection import selection_tasks
 from optimizer.cycle.stages import find_practice_offset
@@ -44,6 +46,10 @@ async def open_context(memory: Memory, **changes) -> CycleContext:
     config = fit_to_environment(CONFIG, SEAMS).model_copy(update=changes)
     cycle = await memory.cycles.open(config.model_dump(mode="json"))
     return CycleContext(memory, SEAMS, cycle.id)
+
+
+async def surroundings(memory: Memory, config: OptimizerConfig, seams: Seams) -> list[Need]:
+    return await measure_surroundings(memory, config, seams, choose_methods(Logged.read(memory, config)))
 
 
 def numbers(tasks: list[Task]) -> list[int]:
@@ -86,7 +92,7 @@ async def test_none_is_left_to_choose_by_where_all_are_practised(memory: Memory)
 async def test_an_environment_without_practice_tasks_cannot_practise(memory: Memory, tiny_base: Path):
     await memory.policies.register_base(str(tiny_base))
     empty = replace(SEAMS, tasks=lambda environment, split, num_tasks, offset=0: [])
-    need, *_ = await measure_surroundings(memory, CONFIG, empty)
+    need, *_ = await surroundings(memory, CONFIG, empty)
     assert need.name == "practice tasks" and need.is_required and not need.is_met
     assert need.detail == "'sums' has no practice task"
     assert fit_to_environment(CONFIG, empty) == CONFIG
@@ -99,5 +105,5 @@ async def test_the_needs_say_how_few_tasks_are_used(memory: Memory, tiny_base: P
         (4, "4 tasks of 'sums' are played in 10 rounds, and 6 are left to choose a checkpoint by"),
     ]:
         config = fit_to_environment(CONFIG.model_copy(update={"num_practice_tasks": wanted}), SEAMS)
-        need, *_ = await measure_surroundings(memory, config, SEAMS)
+        need, *_ = await surroundings(memory, config, SEAMS)
         assert need.detail == expected

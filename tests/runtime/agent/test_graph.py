@@ -14,6 +14,7 @@ from memory.store import Memory
 from runtime.agent.graph import Agent
 from runtime.config import AgentConfig
 from runtime.engine.client import Delta
+from runtime.engine.model_families import DEFAULT_TEMPERATURE
 from runtime.engine.process import Engine
 from runtime.errors import UnknownEnvironment
 from runtime.serving.hotswap import HotSwap
@@ -334,7 +335,7 @@ async def test_an_environment_may_say_how_its_replies_are_sampled(agent: Agent, 
         played = await play(agent, levers.task("right"), **how)
         return played.temperature
 
-    assert await temperature() == AgentConfig().temperature
+    assert await temperature() == DEFAULT_TEMPERATURE
     levers.temperature = 0.0
     assert await temperature() == 0.0 and await temperature(temperature=1.0) == 1.0
 
