@@ -25,6 +25,7 @@ from rich.console import Console
 from optimizer.config import OptimizerConfig
 from runtime.cli.commands import add_commands
 from runtime.cli.cycles import add_cycle_commands
+from runtime.cli.datasets.teach import add_teach_command
 from runtime.cli.documents import add_document_commands
 from runtime.cli.keys import add_key_commands
 from runtime.cli.local import add_local_commands, refuse_written_password
@@ -232,6 +233,7 @@ add_document_commands(app)
 add_review_commands(app)
 add_local_commands(app, read_all_settings)
 add_key_commands(app, read_all_settings)
+add_teach_command(app, read_all_settings)
 
 
 @app.command(context_settings=OPEN_ENDED)

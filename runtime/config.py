@@ -182,6 +182,34 @@ class EnvironmentConfig(BaseModel, extra="forbid", validate_by_name=True, valida
         return self
 
 
+class TeacherConfig(BaseModel, extra="forbid"):
+    """The model that `serve.py teach` has play practice tasks: an endpoint with OpenAI's chat completions."""
+
+    url: str | None = Field(default=None, pattern=r"^https?://[^@\s]+$")
+    """Its address before `/chat/completions`: `https://host/v1`."""
+    model: str | None = None
+    """The model's name there."""
+    # Checked by the command: the message for an invalid setting quotes its value, which may be a key by mistake.
+    api_key: str | None = None
+    """Name of the environment variable that holds the endpoint's key; None sends none."""
+    max_tokens: int = Field(default=1_000_000, ge=1)
+    """Budget of one run, in tokens of prompts and replies together."""
+    max_cost: float | None = Field(default=None, gt=0)
+    """Budget of one run, in the currency of the prices; None bounds the tokens alone."""
+    prompt_price: float | None = Field(default=None, ge=0)
+    """Price of a million tokens of prompts."""
+    output_price: float | None = Field(default=None, ge=0)
+    """Price of a million tokens of replies."""
+
+    @model_validator(mode="after")
+    def _require_prices(self) -> TeacherConfig:
+        if (self.prompt_price is None) != (self.output_price is None):
+            raise ValueError("give both prompt_price and output_price, or neither")
+        if self.max_cost is not None and self.prompt_price is None:
+            raise ValueError("max_cost needs prompt_price and output_price, per million tokens")
+        return self
+
+
 class LimitsConfig(BaseModel, extra="forbid"):
     """Maximum sizes of a request. Larger ones are rejected, mostly before they are read."""
 
@@ -226,3 +254,4 @@ class RuntimeSettings(BaseModel, extra="forbid"):
     environments: dict[Name, EnvironmentConfig] = Field(default_factory=dict)
     """Environments beside TextWorld, by name. The names are stored with every episode."""
     server: ServerConfig = ServerConfig()
+    teacher: TeacherConfig = TeacherConfig()

@@ -33,6 +33,8 @@ class Reply:
     """The text of the request's `stop` that ended it."""
     output_ids: list[int] | None = None  # None: the characters
     pause_seconds: float = 0.0  # between two pieces of a stream
+    retry_after: str | None = None
+    """The header of a refusal."""
 
     @property
     def finish_reason(self) -> str:
@@ -138,7 +140,7 @@ class FakeEngine:
             if not isinstance(reply, Reply):
                 reply = await reply
             if reply.status != 200:
-                return _error(reply.status, reply.error)
+                return _error(reply.status, reply.error, retry_after=reply.retry_after)
             return await self._stream(request, body, reply) if body.get("stream") else self._answer(body, reply)
         except (asyncio.CancelledError, ConnectionResetError):
             self.broken_off_at.append((str(body["messages"][-1]["content"]), time.monotonic()))
@@ -152,7 +154,9 @@ class FakeEngine:
         choice |= {"stop_reason": reply.stopped_by}
         choice |= {"token_ids": _output_ids(reply), "logprobs": _logprobs(body, reply.content)}
         self.num_tokens += len(_output_ids(reply))
-        return web.json_response({"choices": [choice], "prompt_token_ids": self.render_prompt(body)})
+        prompt_ids = self.render_prompt(body)
+        usage = {"prompt_tokens": len(prompt_ids), "completion_tokens": len(_output_ids(reply))}
+        return web.json_response({"choices": [choice], "prompt_token_ids": prompt_ids, "usage": usage})
 
     def _calls(self, reply: Reply) -> list[dict[str, Any]]:
         """Each call with an id that no other has, as vLLM makes them."""
@@ -234,8 +238,10 @@ class FakeEngine:
         return web.Response(text=f'vllm:generation_tokens_total{{engine="0"}} {self.num_tokens}.0\n')
 
 
-def _error(status: int, message: str) -> web.Response:
-    return web.json_response({"error": {"message": message, "type": "Error", "code": status}}, status=status)
+def _error(status: int, message: str, *, retry_after: str | None = None) -> web.Response:
+    headers = None if retry_after is None else {"Retry-After": retry_after}
+    body = {"error": {"message": message, "type": "Error", "code": status}}
+    return web.json_response(body, status=status, headers=headers)
 
 
 def _logprobs(body: dict[str, Any], text: str) -> dict[str, Any] | None:

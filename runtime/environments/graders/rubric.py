@@ -58,7 +58,9 @@ class Rubric(Grader):
 
     def check(self, tools: Sequence[ToolDefinition], resources: GradingResources, *, has_database: bool) -> None:
         if resources.complete is None:
-            raise ValueError("the grader 'rubric' needs a critic, and the pocket model is none: serve a larger model")
+            raise ValueError(
+                "the grader 'rubric' needs a critic; the pocket model and `teach` have none: serve a larger model"
+            )
 
 
 def read_score(answer: str) -> Outcome:

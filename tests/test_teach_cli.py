@@ -1,0 +1,127 @@
+"""`teach` against a served world and a scripted teacher: what it solves is imported, and skipped the next time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import serve
+from memory.datasets.examples import Examples
+from memory.formats.content import ExampleKind
+from runtime.cli.output import run
+from tests.runtime.api.worlds import ServedWorld
+from tests.runtime.fake_engine import FakeEngine, Reply, call
+
+KEY = "sk-secret-of-the-teacher"
+COMMAND_LINE = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text(encoding="utf-8")
+
+
+def open_left(request: dict) -> Reply:
+    """Solve every task but those whose number ends with 3."""
+    asked = next(message["content"] for message in request["messages"] if message["role"] == "user")
+    return call("open", door="right" if asked.endswith("3") else "left")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[ServedWorld]:
+    with ServedWorld(tmp_path / "data") as world:
+        yield world
+
+
+@pytest.fixture
+def teacher() -> Iterator[FakeEngine]:
+    """A scripted endpoint in a thread of its own, since the command runs its own event loop."""
+    engine = FakeEngine(open_left)
+    engine.api_key = KEY
+    started, loop = threading.Event(), asyncio.new_event_loop()
+    ended = asyncio.Event()
+
+    async def serve_until_ended() -> None:
+        async with engine:
+            started.set()
+            await ended.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve_until_ended()), daemon=True)
+    thread.start()
+    assert started.wait(30)
+    yield engine
+    loop.call_soon_threadsafe(ended.set)
+    thread.join(30)
+    loop.close()
+
+
+@pytest.fixture
+def cli(
+    world: ServedWorld, teacher: FakeEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> Callable:
+    monkeypatch.delenv("RATCHET_KEY", raising=False)
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    config = tmp_path / "ratchet.toml"
+    config.write_text(
+        '[environments.doors]\nclass = "tests.runtime.api.worlds:Doors"\n'
+        f'[teacher]\nurl = "{teacher.url}/v1"\nmodel = "base"\napi_key = "TEACHER_KEY"\n'
+        "max_cost = 5\nprompt_price = 1\noutput_price = 2\n"
+    )
+
+    def call_command(*arguments: str) -> tuple[int, dict]:
+        options = ["--environment", "doors", "--url", world.url, "-c", str(config), "--json"]
+        code = run(serve.app, ["teach", *options, *arguments])
+        printed = capsys.readouterr().out
+        assert KEY not in printed
+        return code, json.loads(printed)
+
+    return call_command
+
+
+def learnable(examples: Examples) -> list[str | None]:
+    taught = examples.learnable(ExampleKind.DEMONSTRATION, environments=["doors"], limit=100)
+    return [each.example.task for each in taught]
+
+
+def test_what_a_teacher_solves_is_learnable_and_skipped_the_next_time(world: ServedWorld, cli: Callable, teacher):
+    code, taught = cli("--tasks", "5")
+    assert (code, taught["num_solved"], taught["num_unsolved"], taught["num_added"]) == (0, 4, 1, 4)
+    assert taught["teaches"] is True and taught["tokens_spent"] > 0 and taught["cost_left"] < 5
+    assert sorted(filter(None, learnable(world.memory.examples))) == ["0", "1", "2", "4"]
+    assert world.memory.examples.count() == [(ExampleKind.DEMONSTRATION, "doors", "teacher:base", 4)]
+    example = world.memory.examples.select()[0]
+    assert KEY not in json.dumps(example.model_dump(mode="json"))
+    num_requests = len(teacher.requests)
+    code, again = cli("--tasks", "6")
+    assert (again["num_skipped"], again["num_solved"], again["num_unsolved"]) == (4, 1, 1)
+    assert len(teacher.requests) == num_requests + 2
+    asked = [message["content"] for request in teacher.requests for message in request["messages"]]
+    assert not any(f"task {number}" in text for text in asked for number in range(50, 60))  # those are held out
+
+
+def test_a_teacher_that_fails_ends_the_command_with_its_figures(cli: Callable, teacher: FakeEngine):
+    teacher.api_key = "another"
+    code, taught = cli("--tasks", "3", "--concurrency", "1")
+    assert (code, taught["error_status"], taught["num_unplayed"]) == (1, 401, 3)
+    assert "TEACHER_KEY" in taught["stopped_by"] and taught["tokens_spent"] == 0
+
+
+def test_a_key_given_instead_of_its_variable_is_not_printed(cli: Callable, teacher: FakeEngine):
+    code, failed = cli("--teacher.api_key", "sk-pasted")
+    message = failed["error"]["message"]
+    assert code == 2 and "never the key itself" in message and "sk-pasted" not in message
+    code, failed = cli("--teacher.api_key", "NO_SUCH_KEY")
+    assert code == 2 and "'NO_SUCH_KEY'" in failed["error"]["message"] and teacher.requests == []
+
+
+def test_a_missing_teacher_is_named(cli: Callable):
+    code, failed = cli("--teacher.model", "none")
+    assert code == 2 and "teacher.model is not set" in failed["error"]["message"]
+
+
+def test_the_settings_of_a_teacher_in_the_documents_are_valid(tmp_path: Path):
+    (text,) = re.findall(r"^```toml\n(.*?)^```", COMMAND_LINE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "ratchet.toml").write_text(text)
+    shown = serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).teacher
+    assert shown.model is not None and shown.max_cost is not None
