@@ -6,7 +6,9 @@ import asyncio
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,12 @@ import pytest
 import serve
 from memory.datasets.examples import Examples
 from memory.formats.content import ExampleKind
+from memory.schema import Task, Trust
+from optimizer.data.examples import render_examples
 from runtime.cli.output import run
-from tests.runtime.api.worlds import ServedWorld
+from runtime.environments.base import Playthrough
+from tests.optimizer.families import NAMES, make_tokenizer
+from tests.runtime.api.worlds import Doors, ServedWorld
 from tests.runtime.fake_engine import FakeEngine, Reply, call
 
 KEY = "sk-secret-of-the-teacher"
@@ -26,6 +32,15 @@ def open_left(request: dict) -> Reply:
     """Solve every task but those whose number ends with 3."""
     asked = next(message["content"] for message in request["messages"] if message["role"] == "user")
     return call("open", door="right" if asked.endswith("3") else "left")
+
+
+class DoorsWithPages(Doors):
+    """Doors whose tool returns text that others wrote."""
+
+    async def start(self, task: Task) -> Playthrough:
+        playthrough = await super().start(task)
+        playthrough.tools = [replace(tool, is_trusted=False) for tool in playthrough.tools]
+        return playthrough
 
 
 @pytest.fixture
@@ -92,12 +107,29 @@ def test_what_a_teacher_solves_is_learnable_and_skipped_the_next_time(world: Ser
     assert world.memory.examples.count() == [(ExampleKind.DEMONSTRATION, "doors", "teacher:base", 4)]
     example = world.memory.examples.select()[0]
     assert KEY not in json.dumps(example.model_dump(mode="json"))
+    counts: Counter[str] = Counter()
+    rows = world.memory.examples.learnable(ExampleKind.DEMONSTRATION, environments=["doors"], limit=100)
+    rendered = render_examples(rows, make_tokenizer(NAMES[0]), 4096, counts)
+    assert len(rendered) == 4 and not counts and all(sum(row.mask) for _, rows in rendered for row in rows)
     num_requests = len(teacher.requests)
     code, again = cli("--tasks", "6")
     assert (again["num_skipped"], again["num_solved"], again["num_unsolved"]) == (4, 1, 1)
     assert len(teacher.requests) == num_requests + 2
     asked = [message["content"] for request in teacher.requests for message in request["messages"]]
     assert not any(f"task {number}" in text for text in asked for number in range(50, 60))  # those are held out
+
+
+def test_an_episode_that_read_untrusted_text_is_kept_and_never_learned(
+    world: ServedWorld, cli: Callable, tmp_path: Path
+):
+    config = tmp_path / "ratchet.toml"
+    config.write_text(
+        config.read_text().replace("tests.runtime.api.worlds:Doors", "tests.test_teach_cli:DoorsWithPages")
+    )
+    code, taught = cli("--tasks", "2")
+    assert (code, taught["num_solved"], taught["teaches"]) == (0, 2, False)
+    assert [example.trust for example in world.memory.examples.select()] == [Trust.UNTRUSTED] * 2
+    assert learnable(world.memory.examples) == []
 
 
 def test_a_teacher_that_fails_ends_the_command_with_its_figures(cli: Callable, teacher: FakeEngine):
