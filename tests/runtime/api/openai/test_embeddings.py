@@ -154,7 +154,7 @@ async def test_requests_take_turns_and_the_event_loop_goes_on(world: ServedWorld
         asked = {
             name: asyncio.ensure_future(client.embeddings.create(model="hashing", input=texts[name])) for name in texts
         }
-        while not slow.batches or world.services.embeddings._num_occupied < len(asked):
+        while not slow.batches or world.services.embeddings._num_occupied.total() < len(asked):
             await asyncio.sleep(0.01)
         answered = await client.get("/models", cast_to=object)  # while the encoder is at work
         assert answered and not any(each.done() for each in asked.values())
