@@ -55,10 +55,11 @@ async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | 
 
 
 async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str, Any]:
-    """Run the stages of an open cycle from its position to the end; return the verdict.
+    """Run the stages of an open cycle, from the stage on its row to the last; return the verdict.
 
     Raises:
-        OptimizerError: a stage could not do its work; the cycle is closed with the reason.
+        OptimizerError: a stage could not do its work. Whatever a stage raises closes the cycle: its row keeps the
+            reason.
     """
     context = CycleContext(memory, seams, cycle_id)
     try:
@@ -67,12 +68,13 @@ async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str,
             await context.enter(stage.name)
             await stage.run(context)
     # not BaseException: a cancellation must leave the row open, or a restart of the server would end the cycle
-    except Exception as error:  # recorded on the row, then raised again
+    except Exception as error:
         await memory.cycles.save(cycle_id, stage=CycleStage.ERROR, error=_explain(error))
         raise
     verdict = context.artifacts.verdict
     assert verdict is not None, "the last stage saves the verdict"
-    # after the policy has moved: a crash before this line repeats `settle`, which finds its ledger entry closed
+    # after `settle`, the last stage, has promoted or rejected: a crash before this line repeats it, and it finds that
+    # its comparison was settled
     await memory.cycles.save(cycle_id, stage=CycleStage.COMPLETED, verdict=verdict)
     return verdict
 

@@ -101,31 +101,29 @@ class Agent:
                 )
 
     async def rollout(self, request: TurnRequest) -> Turn:
-        """Play one turn; its steps, stage and reward are durable when it returns.
+        """Play one turn, a request and its answer; its steps, stage and reward are durable when it returns.
 
-        If the messages continue an open episode, its steps are appended to that episode's trajectory, under the policy
-        and with the memory segment that the episode began with. A turn that ends in calls of the client's tools leaves
-        the trajectory RUNNING: the client is expected back.
+        An episode is one or more turns, and a trajectory is its record. If the messages continue an open episode, its
+        steps are appended to that episode's trajectory, under the policy and with the memories in the prompt that the
+        episode began with. A turn that ends in calls of the client's tools leaves the trajectory RUNNING: the client is
+        expected back.
 
         Raises:
             ValueError: there is neither a task of an environment nor a message, or two tools have the same name.
             EpisodeBusy: another request of the episode is being answered.
             UnknownEnvironment, UnknownPolicy, AdapterError, EngineError: the episode could not be opened.
+            Exception: whatever an environment raises when it starts the task.
         """
         environment = self.environment(request.environment) if request.environment is not None else None
         self._check(request, environment)
-        # The lock outside the lease: a busy episode is rejected without waiting for the engine.
+        # Entered before the lease: a busy episode is rejected without waiting for the engine.
         with self.open_episodes.enter(request) as open_episode:
-            pinned = (
-                open_episode.resumption.trajectory.policy if open_episode.resumption is not None else request.policy
-            )
+            resumption = open_episode.resumption
+            version = request.policy if resumption is None else resumption.trajectory.policy
             # Leased before the record opens and until it is closed: a leased policy is never unloaded.
-            async with self._hotswap.lease(pinned) as actor:
-                playthrough = None
-                if environment is not None and request.task is not None:
-                    playthrough = await environment.start(request.task)
-                # Nothing may await between `start` and `_play`, which closes the playthrough whatever happens.
-                episode = self._make_episode(request, open_episode, actor, environment, playthrough)
+            async with self._hotswap.lease(version) as actor:
+                episode = await self._start_episode(request, open_episode, actor, environment)
+                # Nothing may await here: from now on `_play` closes the playthrough of the task, whatever happens.
                 try:
                     trajectory = await self._play_traced(episode)
                 finally:
@@ -139,6 +137,19 @@ class Agent:
         if environment is None and not request.messages:
             raise ValueError("nothing was asked: give a task of an environment, or at least one message")
         _require_distinct_names(() if environment is not None else self._tools, request.tools)
+
+    async def _start_episode(
+        self, request: TurnRequest, open_episode: OpenEpisode, actor: Actor, environment: Environment | None
+    ) -> Episode:
+        """Start the task, if there is one, and return its episode."""
+        if environment is None or request.task is None:
+            return self._make_episode(request, open_episode, actor, environment, None)
+        playthrough = await environment.start(request.task)
+        try:
+            return self._make_episode(request, open_episode, actor, environment, playthrough)
+        except Exception:  # a plug-in's playthrough may fail to give its opening or its tools
+            await playthrough.close()
+            raise
 
     def _make_episode(
         self,

@@ -94,7 +94,7 @@ class HotSwap:
         self._active: int | None = None
         self._retired: int | None = None
         self._swapping = asyncio.Lock()
-        self._clock = itertools.count(1)
+        self._num_uses = itertools.count(1)
         self._unloading: set[asyncio.Future[None]] = set()
         self._base_digest: str | None = None
         self._closed_reason: str | None = None
@@ -122,9 +122,8 @@ class HotSwap:
 
     @property
     def loaded_versions(self) -> set[int]:
-        return {
-            version for version, loaded in list(self._loaded.items()) if loaded.is_loaded
-        }  # other threads read this
+        # a copy: other threads read this
+        return {version for version, loaded in list(self._loaded.items()) if loaded.is_loaded}
 
     @property
     def num_leases(self) -> int:
@@ -170,7 +169,7 @@ class HotSwap:
         # before any `await`: a counted lease keeps the policy loaded and the engine running.
         self._require_open()
         loaded.num_leases += 1
-        loaded.last_used = next(self._clock)
+        loaded.last_used = next(self._num_uses)
         try:
             if not loaded.is_loaded:
                 async with loaded.lock:
@@ -187,19 +186,23 @@ class HotSwap:
     async def activate(self, version: int) -> None:
         """Make `version` the policy of all new leases. If it raises, the policy before stays active.
 
-        For boot and for `follow` only: everybody else writes the row and calls `wait_for`.
+        For boot and for `follow` only, which watches the table of policies: everybody else makes the policy's row the
+        active one and calls `wait_for`.
 
         Raises:
-            UnknownPolicy, AdapterError, EngineError
+            UnknownPolicy: no policy has that version.
+            AdapterError: its adapter cannot be loaded, or its log-probs are not those that the trainer measured.
+            EngineError: the engine does not answer.
         """
-        # Lock order: `_swapping`, then an entry's lock; leases take only the latter.
+        # Lock order: `_swapping`, then a policy's own lock; leases take only the latter.
         async with self._swapping:
-            loaded = self._entry_of(version)
-            loaded.last_used = next(self._clock)
-            async with loaded.lock:
-                await self._load(loaded)
-                await self._probe(loaded)
-                self._activate(loaded)
+            policy = self._entry_of(version)
+            policy.last_used = next(self._num_uses)
+            async with policy.lock:
+                await self._load(policy)
+                await self._probe(policy)
+                self._activate(policy)
+        # After the swap: the drained ones may take a while, and the next swap need not wait for them.
         for drained in self._drain():
             await self._unload(drained)
 

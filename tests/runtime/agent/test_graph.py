@@ -21,7 +21,7 @@ from runtime.serving.hotswap import HotSwap
 from runtime.tools.functions import tool_from_function
 from tests.rollouts import play
 from tests.runtime.fake_engine import FakeEngine, Reply, call, ids_of, say
-from tests.runtime.levers import Levers
+from tests.runtime.levers import LeverGame, Levers
 
 
 def pulls(*levers: str):
@@ -348,6 +348,19 @@ async def test_the_policys_own_prompt_goes_before_the_environments(
     trajectory = await play(agent, levers.task("left"), policy=policy.version)
     assert trajectory.opening[0] == {"role": "system", "content": "Pull well."}
     assert trajectory.policy == policy.version
+
+
+async def test_a_task_whose_opening_fails_is_closed_and_keeps_no_policy(
+    agent: Agent, memory: Memory, hotswap: HotSwap, levers: Levers, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(game: LeverGame) -> None:
+        raise KeyError("planted")
+
+    monkeypatch.setattr(LeverGame, "opening", property(fail))
+    with pytest.raises(KeyError, match="planted"):
+        await play(agent, levers.task("left"))
+    assert [game.num_closed for game in levers.started] == [1]
+    assert hotswap.num_leases == 0 and memory.trajectories.select() == []
 
 
 async def test_what_cannot_open_is_refused_by_name_and_leaves_no_record(agent: Agent, memory: Memory, levers: Levers):
