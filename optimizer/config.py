@@ -229,6 +229,9 @@ class GroupConfig(RoundsConfig):
     """The groups of GRPO. `min_rows`: tasks whose rollouts differ in reward; with fewer the rounds end."""
 
     num_tries: int = Field(default=8, ge=2)
+    token_price: float = Field(default=0.0, ge=0)
+    """Share of its reward that a rollout loses for every 1,000 tokens that it wrote, at most a half in all; 0 makes
+    tokens free. With it, groups whose rollouts all won teach the shorter ones."""
 
 
 class RolloutConfig(RoundsConfig):

@@ -18,6 +18,8 @@ from optimizer.rewards import GradedTrajectory, refuse_held_out
 
 LEAST_SPREAD = 1e-6
 """Between the rewards of a group; with less, all advantages are 0 and nothing is learned."""
+MOST_OF_REWARD = 0.5
+"""Share that tokens can cost: a long success stays far above a failure."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class GroupRows(BuiltRows[RolloutRow]):
     num_groups: int = 0
     """Groups whose rewards differ."""
     mean_reward: float = 0.0
-    """Of all rollouts of the policy, those of groups without a difference included."""
+    """Of all rollouts of the policy, those of groups without a difference included; tokens are not priced in it."""
 
     @property
     def trajectory_ids(self) -> list[str]:
@@ -86,6 +88,9 @@ def build_groups(
     That mean does not depend on the rollout itself, so it makes the gradient less noisy and leaves it as it is on
     average; the advantage is not divided by the spread of a group, which would weigh up the tasks that are nearly
     always or nearly never won (Dr. GRPO, arXiv 2503.20783).
+
+    `config.token_price` makes tokens cost a share of the reward, after OPTIMA (arXiv 2410.08115). There tokens are
+    subtracted; here what was lost stays at 0, so that nothing is gained by failing sooner.
     """
     graded = list(graded)
     refuse_held_out(graded)
@@ -101,7 +106,7 @@ def build_groups(
     own = [each.reward for tries in by_task.values() for each in tries]
     built.mean_reward = sum(own) / len(own) if own else 0.0
     for _, tries in sorted(by_task.items()):
-        rewards = [each.reward for each in tries]
+        rewards = [_price(each, config.token_price) for each in tries]
         if max(rewards) - min(rewards) < LEAST_SPREAD:
             built.counts["no_variance"] += 1
             continue
@@ -113,6 +118,12 @@ def build_groups(
     built.num_tasks = built.num_groups
     bound_rows(built, config, teaching or TeachingConfig(), seed)
     return built
+
+
+def _price(each: GradedTrajectory, token_price: float) -> float:
+    """Return the reward less the price of the rollout's own tokens."""
+    num_tokens = sum(len(step.output_token_ids or ()) for step in each.model_steps)
+    return each.reward * (1 - min(MOST_OF_REWARD, token_price * num_tokens / 1000))
 
 
 def leave_one_out(rewards: Sequence[float]) -> list[float]:

@@ -77,3 +77,26 @@ def test_a_rollout_that_is_too_long_still_counts_for_the_others(tokenizer):
 def test_a_held_out_rollout_is_in_no_group(tokenizer):
     with pytest.raises(AssertionError, match="held-out"):
         group(tries(tokenizer, True, False, split=Split.HELD_OUT))
+
+
+def test_with_a_price_on_tokens_the_shorter_of_two_successes_is_the_better_one(tokenizer):
+    short, long = (live([STOVE] * n, tokenizer=tokenizer, is_success=True) for n in (1, 3))
+    assert group([short, long]).rows == []
+
+    built = group([short, long], token_price=1.0)
+
+    advantages = {row.trajectory_id: row.advantage for row in built.rows}
+    assert advantages[short.trajectory.id] == pytest.approx(-advantages[long.trajectory.id])
+    assert advantages[short.trajectory.id] > 0
+    assert built.mean_reward == 1.0
+
+
+def test_at_any_price_a_long_success_beats_a_short_failure_and_failures_are_alike(tokenizer):
+    won = live([STOVE] * 3, tokenizer=tokenizer, is_success=True)
+    failures = [live([OVEN] * n, tokenizer=tokenizer, is_success=False) for n in (1, 3)]
+
+    built = group([won, *failures], token_price=1000.0)
+
+    advantages = {row.trajectory_id: row.advantage for row in built.rows}
+    assert advantages == {won.trajectory.id: 0.5, **{each.trajectory.id: -0.25 for each in failures}}
+    assert group(failures, token_price=1000.0).counts["no_variance"] == 1
