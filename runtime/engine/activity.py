@@ -18,7 +18,7 @@ HELD_UP_SHARE = 0.2
 BUSY_SHARE = 0.1
 """... and is runnable during this share of the time: idle threads that poll a few hundred times a second wait too, but
 briefly."""
-STOPPED, DISK = "Tt", "D"
+STOPPED, DISK, RUNNABLE = "Tt", "D", "R"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,12 @@ def is_held_up(
     if any(_is_stopped(before[pid], after[pid]) for pid in both):
         return False
     others = both - {without} or both
-    return any(after[pid].state == DISK or _waits(before[pid], after[pid], seconds) for pid in others)
+    return any(
+        after[pid].state == DISK
+        or _waits(before[pid], after[pid], seconds)
+        or _never_ran(before[pid].threads.get(pid), after[pid].threads.get(pid), after[pid].state)
+        for pid in others
+    )
 
 
 def _is_stopped(before: ProcessActivity, after: ProcessActivity) -> bool:
@@ -66,6 +71,14 @@ def _waits(before: ProcessActivity, after: ProcessActivity, seconds: float) -> b
         if ran + waited >= BUSY_SHARE * seconds and waited >= HELD_UP_SHARE * (ran + waited):
             return True
     return False
+
+
+def _never_ran(before: tuple[float, float] | None, after: tuple[float, float] | None, state: str) -> bool:
+    """Return whether a process's main thread still waits in the queue and did not run since.
+
+    Linux adds the time in the queue only when a thread leaves it, so this long wait shows in no figure.
+    """
+    return state == RUNNABLE and before is not None and before == after
 
 
 def _read_stat(name: str) -> list[str] | None:

@@ -125,3 +125,9 @@ def test_an_engine_that_runs_in_circles_is_not_held_up_and_one_that_waits_is():
     assert is_held_up(activity(0, 0), activity(0.2, 7.0), 7.5)
     assert not is_held_up(activity(0, 0), activity(0.2, 7.0), 7.5, without=2)
     assert not is_held_up({}, {}, 7.5)
+
+
+@pytest.mark.parametrize(("state", "expected"), [("R", True), ("S", False), ("T", False)])
+def test_a_process_that_waited_in_the_queue_all_the_time_is_held_up_although_no_figure_grew(state: str, expected: bool):
+    core = {2: ProcessActivity(state, {2: (3.0, 1.0), 3: (0.5, 0.0)})}
+    assert is_held_up(core, core, 1.0) is expected
