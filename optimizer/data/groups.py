@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from memory.records.trajectories import measure
 from optimizer.config import GroupConfig, TeachingConfig
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_trusted
 from optimizer.data.stitching import Unstitchable, stitch
@@ -19,7 +20,7 @@ from optimizer.rewards import GradedTrajectory, refuse_held_out
 LEAST_SPREAD = 1e-6
 """Between the rewards of a group; with less, all advantages are 0 and nothing is learned."""
 MOST_OF_REWARD = 0.5
-"""Share that tokens can cost: a long success stays far above a failure."""
+"""Share that tokens can cost. A failure without reward never beats a long success; one with more than a half can."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def build_groups(
 
 def _price(each: GradedTrajectory, token_price: float) -> float:
     """Return the reward less the price of the rollout's own tokens."""
-    num_tokens = sum(len(step.output_token_ids or ()) for step in each.model_steps)
+    num_tokens = measure(each.steps).output_tokens
     return each.reward * (1 - min(MOST_OF_REWARD, token_price * num_tokens / 1000))
 
 

@@ -196,13 +196,12 @@ class HotSwap:
         """
         # Lock order: `_swapping`, then a policy's own lock; leases take only the latter.
         async with self._swapping:
-            policy = self._entry_of(version)
-            policy.last_used = next(self._num_uses)
-            async with policy.lock:
-                await self._load(policy)
-                await self._probe(policy)
-                self._activate(policy)
-        # After the swap: the drained ones may take a while, and the next swap need not wait for them.
+            loaded = self._entry_of(version)
+            loaded.last_used = next(self._num_uses)
+            async with loaded.lock:
+                await self._load(loaded)
+                await self._probe(loaded)
+                self._activate(loaded)
         for drained in self._drain():
             await self._unload(drained)
 

@@ -152,10 +152,11 @@ class Teacher:
         phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else "unknown status"
         head = f"the teacher {self.model!r} at {self.url} answered {status} {phrase}"
         if status in (401, 403):
-            variable = f"the environment variable {self._key_name}" if self._key_name else "teacher.api_key"
-            mend = f"the key is refused: give {variable} a valid one"
-            if not self._key_name:
-                mend = "set teacher.api_key to the name of the environment variable that holds its key"
+            mend = (
+                f"the key is refused: give the environment variable {self._key_name} a valid one"
+                if self._key_name
+                else "set teacher.api_key to the name of the environment variable that holds its key"
+            )
             return f"{head}: {mend}"  # without the message, which may quote a part of the key
         if status == 429:
             mend = "its rate limit or quota is used up: run the command again later, or with a lower --concurrency"

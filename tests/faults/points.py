@@ -94,7 +94,7 @@ POINTS = [
         ("rollback", Policies.rollback, "_retire(session,"),
         ("rollback", Policies.rollback, "_activate(session, policy"),
         ("rollback", Policies.rollback, "return policy"),
-        ("swap", HotSwap.activate, "await self._load(policy)"),
+        ("swap", HotSwap.activate, "await self._load(loaded)"),
         ("swap", HotSwap._load, "await asyncio.to_thread(self._verify"),
         ("swap", HotSwap._load, "await self._engine.client.load_adapter("),
         ("swap", HotSwap.activate, "await self._probe("),
