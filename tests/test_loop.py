@@ -301,12 +301,12 @@ async def test_a_planted_worse_candidate_is_rejected_and_the_incumbent_stays_on(
 RIGHT = ("fry the _ -> cook _ with stove", "roast the _ -> cook _ with oven")
 RIGHT += tuple(f"{cut} the _ -> {cut} _ with knife" for cut in ("chop", "slice", "dice"))
 NUM_AT_ONCE = 32
-NUM_PRACTICE = 40
+NUM_PRACTICE = 32  # as many as are played at once
 SMALL = {
     **{"num_practice_tasks": 24, "practice_episodes": 48, "explore_episodes": 32, "num_selection_tasks": 0},
     "demonstrations": {"min_rows": 8},
     "preferences": {"min_rows": 2},
-    "evaluation": {"num_tasks": 20, "min_tasks": 20},
+    "evaluation": {"num_tasks": 16, "min_tasks": 16, "num_sealed_tasks": 8},
     "recipe": {"sft_epochs": 2, "dpo_epochs": 1},
 }
 CYCLE_SECONDS = 1800

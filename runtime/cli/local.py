@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
 def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
     """Add the commands to the command line."""
-
+    _add_row_commands(app, read_settings)
     _add_task_commands(app, read_settings)
+    _add_doctor(app, read_settings)
 
+
+def _add_row_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
     @app.command("rebuild-index")
     def rebuild_index(
         config: Config = None, data: Data = None, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False
@@ -66,6 +69,8 @@ def add_local_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
 
         run_command(work, as_json=as_json, render=lambda copied: f"copied: {_list_nonzero(copied['counts'])}")
 
+
+def _add_doctor(app: typer.Typer, read_settings: ReadSettings) -> None:
     @app.command(context_settings=OPEN_ENDED)
     def doctor(
         context: typer.Context,

@@ -2,11 +2,11 @@
 
     python -m tests.bench.pass_through --litellm-venv DIR [--json FILE]
 
-DIR is made, and `litellm[proxy]` installed there, if it is not there yet. Both servers are one process and ask the same
-engine, which thinks for a fixed time; ours finds what memory has and has the episode on the disk before it answers, the
-proxy keeps nothing. Looked for is the highest rate, of requests that come by a clock, at which 99 % are answered within
-50 ms and none fails: rates rise in steps until that ends, then the gap is halved. At the end each side is asked at half
-of its own best rate, at the best rate of the other, and alone.
+DIR is created, and `litellm[proxy]` installed there, if it does not exist. Both servers are one process and ask the same
+engine, which takes a fixed time; ours searches memory and has the episode on the disk before it answers, the proxy
+stores nothing. The result is the highest rate at which 99 % of the requests, sent by a clock, are answered within 50 ms
+and none fails: rates rise in steps until one is too high, then the gap is halved. At the end each side is measured at
+half of its own best rate, at the best rate of the other, and with one request at a time.
 """
 
 from __future__ import annotations

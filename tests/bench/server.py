@@ -1,7 +1,6 @@
-"""Our server as people start it, `serve.py serve`, for one benchmark; and a client that costs next to nothing.
+"""Our server as users start it, `serve.py serve`, for one benchmark; and a client that costs next to nothing.
 
-Refuses to know what is asked. What is kept lies in a directory that is deleted at the end: on the disk under `TMPDIR`,
-which should be one whose `fsync` tells the truth.
+Its data directory is deleted at the end. It lies under `TMPDIR`, which should be on a disk whose `fsync` is honest.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ CONFIGS = {
     "never dearer": EvaluationConfig(allow_dearer=False),
 }
 Dice = np.random.Generator
-BY_CHANCE = {"0.1 % of the rows poisoned": 0.05}
-"""What harms next to nothing is promoted as often as what changed nothing: within the gate's error budget."""
+BY_CHANCE = dict.fromkeys(["verbosity", "0.1 % of the rows poisoned", "1 % of the rows poisoned"], 0.03)
+"""What harms nothing, or next to nothing, is promoted by chance, no more often than a first comparison may err."""
 
 INCUMBENT = Cell("incumbent", 0, False)
 CANDIDATE = Cell("candidate", 1, False)
