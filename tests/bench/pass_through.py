@@ -2,7 +2,7 @@
 
     python -m tests.bench.pass_through --litellm-venv DIR [--json FILE]
 
-DIR is created, and `litellm[proxy]` installed there, if it does not exist. Both servers are one process and ask the same
+DIR is created, with `litellm[proxy]` in it, if it does not exist. Both servers are one process and ask the same
 engine, which takes a fixed time; ours searches memory and has the episode on the disk before it answers, the proxy
 stores nothing. The result is the highest rate at which 99 % of the requests, sent by a clock, are answered within 50 ms
 and none fails: rates rise in steps until one is too high, then the gap is halved. At the end each side is measured at
