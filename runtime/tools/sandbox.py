@@ -92,6 +92,12 @@ def find_bwrap() -> str:
     return path
 
 
+def describe_refusal(refused: ToolRefused, needed_by: str) -> str:
+    """Return the reason of a refusal in the words of another user of the sandbox than the tool."""
+    reason = str(refused).replace("the tool 'run_python'", needed_by)
+    return reason.replace(", or set tools.python = false", "")
+
+
 async def check_sandbox(tool: Tool) -> None:
     """Run a small program in the sandbox. Raises: ToolRefused if it fails, for instance because the kernel forbids
     it."""
