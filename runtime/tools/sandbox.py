@@ -49,6 +49,8 @@ class SandboxLimits:
     num_processes: int = 8
     """Including threads."""
     tmp_bytes: int = 64 * 2**20
+    num_files: int = 64
+    """Open at the same time, by each process."""
 
     def as_rlimits(self) -> dict[str, int]:
         return {
@@ -56,7 +58,7 @@ class SandboxLimits:
             "RLIMIT_AS": self.memory_bytes,
             "RLIMIT_NPROC": self.num_processes,
             "RLIMIT_FSIZE": self.tmp_bytes,
-            "RLIMIT_NOFILE": 64,
+            "RLIMIT_NOFILE": self.num_files,
             "RLIMIT_CORE": 0,
         }
 

@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+from runtime.environments.base import Outcome
 from runtime.environments.benchmarks.agentbench_os import PublishedTask, read_published
 from runtime.environments.benchmarks.published import LeftOut
 from runtime.environments.graders.base import GradingResources, Submission
+from runtime.environments.graders.machine import Checks, Run
+from runtime.environments.graders.text import Exact
+from runtime.environments.machines.machine import Machine, Script
 from runtime.environments.task_files.machine import NO_ANSWER, open_machine
 from runtime.environments.task_files.rows import TaskRow
 from runtime.errors import ToolError, ToolRefused
@@ -25,45 +30,58 @@ from runtime.errors import ToolError, ToolRefused
 MAX_MACHINES = 2
 
 
-async def grade_reference(task: PublishedTask) -> str | None:
+@asynccontextmanager
+async def started(row: TaskRow) -> AsyncIterator[Machine]:
+    """Yield the machine of a row as its task begins. Raises: ToolRefused."""
+    assert row.machine is not None
+    machine = open_machine(row.name, row.machine)
+    await machine.start()
+    try:
+        yield machine
+    finally:
+        await machine.close()
+
+
+async def grade(row: TaskRow, answer: str, before: Script | None = None) -> Outcome:
+    """Return the outcome of an answer in a fresh machine in which `before` was run. Raises: ToolRefused, ToolError."""
+    async with started(row) as machine:
+        if before is not None:
+            await machine.run_script(before)
+        return await row.grader.grade(Submission(answer, machine=machine), GradingResources())
+
+
+async def grade_reference(row: TaskRow, example: Script | None) -> str | None:
     """Return why the authors' solution is refused, None if it is accepted. Raises: ToolRefused, ToolError."""
-    row = TaskRow.model_validate(task.content)
-    assert row.machine is not None
-    machine = open_machine(row.name, row.machine)
-    try:
-        await machine.start()
-        answer = NO_ANSWER
-        if row.grader.type == "exact":
-            answer = task.content["grader"]["answer"]
-        elif task.example is not None:
-            finished = await machine.run_script(task.example)
-            uses_output = any("compare" in check for check in task.content["grader"]["checks"])
-            answer = finished.stdout if uses_output or "argv" in json.dumps(task.content["grader"]) else NO_ANSWER
-        outcome = await row.grader.grade(Submission(answer, machine=machine), GradingResources())
-        return None if outcome.value == 1.0 else outcome.reason
-    finally:
-        await machine.close()
+    if isinstance(row.grader, Exact):
+        outcome = await grade(row, str(row.grader.answer))
+    elif isinstance(row.grader, Checks) and example is not None and row.grader.checks[0] == Run(run=example):
+        async with started(row) as machine:
+            answer = (await machine.run_script(example)).stdout
+            outcome = await row.grader.grade(Submission(answer, machine=machine), GradingResources())
+        if outcome.value < 1.0:  # in another machine: some examples change what they count
+            outcome = await grade(row, answer)
+    elif example is not None:
+        async with started(row) as machine:
+            answer = (await machine.run_script(example)).stdout
+        outcome = await grade(row, answer or NO_ANSWER, before=example)
+    else:
+        return "no solution is published"
+    return None if outcome.value == 1.0 else outcome.reason
 
 
-async def grade_empty(task: PublishedTask) -> str | None:
+async def grade_empty(row: TaskRow) -> str | None:
     """Return None if an empty answer is refused, else why not. Raises: ToolRefused, ToolError."""
-    row = TaskRow.model_validate(task.content)
-    assert row.machine is not None
-    machine = open_machine(row.name, row.machine)
-    try:
-        await machine.start()
-        outcome = await row.grader.grade(Submission("", machine=machine), GradingResources())
-        return None if outcome.value == 0.0 else "an empty answer is accepted"
-    finally:
-        await machine.close()
+    outcome = await grade(row, "")
+    return None if outcome.value == 0.0 else "an empty answer is accepted"
 
 
 async def check_task(task: PublishedTask) -> dict[str, str | None]:
     """Return what failed, by kind of check; None where nothing did."""
+    row = TaskRow.model_validate(task.content)
     results: dict[str, str | None] = {}
-    for name, grade in (("reference", grade_reference), ("empty", grade_empty)):
+    for name, graded in (("reference", grade_reference(row, task.example)), ("empty", grade_empty(row))):
         try:
-            results[name] = await grade(task)
+            results[name] = await graded
         except (ToolError, ToolRefused) as error:
             results[name] = f"no machine: {error}"
     return results

@@ -43,6 +43,10 @@ _BY_NAME = {f"{name}.py": name for name in COMPARISONS} | {f"{name}-match.py": n
 _IMPOSSIBLE = (
     (re.compile(r"\bapt(-get)? +(update|install|remove)\b"), "it installs packages, and a machine has no network"),
     (re.compile(r"\brunuser\b"), "its check reads files as several users, and a machine has one"),
+    (
+        re.compile(r"\bfind / [^|;]*\Z"),
+        "its check must read all files, and some in /usr are the host's administrator's",
+    ),
     (re.compile(r"\bch(mod|own)\b[^\n;&|]* /usr/s?bin/"), "it changes a program in /usr/bin, which is the host's"),
 )
 

@@ -38,7 +38,8 @@ COMMAND_SECONDS = 30.0
 GRACE_SECONDS = 10.0
 """Added to the time of a script before the machine counts as lost."""
 MAX_OUTPUT_BYTES = 2**16
-LIMITS = SandboxLimits(cpu_seconds=60, memory_bytes=2**30, num_processes=64, tmp_bytes=2**28)
+# Many files: tasks of AgentBench write `echo 123321>/var/x`, which opens x as file number 123321.
+LIMITS = SandboxLimits(cpu_seconds=60, memory_bytes=2**30, num_processes=128, tmp_bytes=2**28, num_files=2**18)
 SYSTEM_DIRECTORIES = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 USR_DIRECTORIES = (*SYSTEM_DIRECTORIES, "libexec", "share", "include", "games")
 OWN_DIRECTORIES = (

@@ -43,7 +43,10 @@ def main() -> None:
         os.chmod(path, 0o600)
     os.chmod("/tmp", 0o1777)
     for name, limit in settings["limits"].items():
-        resource.setrlimit(getattr(resource, name), (limit, limit))
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        lower = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (lower, lower))
     supervisor = Supervisor(settings["environment"], settings["script_path"], settings["max_bytes"])
     send({"id": 0})
     for line in sys.stdin:
