@@ -4,30 +4,72 @@
 
 Nothing is measured of a model. The example of a task runs in its machine; its output is the answer, or, where checks
 do not begin with it, the state that it leaves. Of a task with an expected answer that answer is the solution. The empty
-answer is given in a fresh machine. Tasks that fail are printed with the reason.
+answer is given in a fresh machine. Tasks that fail are printed with the reason. Where the published scripts lie beside
+the data, those that compare are run too, in a machine, and their verdicts compared with the grader's own.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from runtime.environments.base import Outcome
-from runtime.environments.benchmarks.agentbench_os import PublishedTask, read_published
+from runtime.environments.benchmarks.agentbench_os import COMPARING, PublishedTask, digest, read_published
 from runtime.environments.benchmarks.published import LeftOut
 from runtime.environments.graders.base import GradingResources, Submission
-from runtime.environments.graders.machine import Checks, Run
+from runtime.environments.graders.machine import COMPARISONS, Checks, Run
 from runtime.environments.graders.text import Exact
-from runtime.environments.machines.machine import Machine, Script
+from runtime.environments.machines.machine import Machine, MachineSpec, Script
 from runtime.environments.task_files.machine import NO_ANSWER, open_machine
 from runtime.environments.task_files.rows import TaskRow
 from runtime.errors import ToolError, ToolRefused
 
 MAX_MACHINES = 2
+VALUES = (
+    *(
+        "",
+        "\n",
+        "0",
+        "3",
+        "3\n",
+        " 03",
+        "-3",
+        "3.0",
+        "3_0",
+        "30",
+        "٣",
+        "three",
+        "None",
+        "3 3",
+        "4K",
+        "4KB",
+        "4.0K",
+        "4096",
+    ),
+    *(
+        "4096B",
+        "2Byte",
+        "1M",
+        "1024K",
+        "1 G",
+        "1024M",
+        "K",
+        "1T",
+        "1P",
+        "a\nb",
+        "a\r\nb\n",
+        "a\rb",
+        "b",
+        "A",
+        "/a/b",
+        "9" * 50,
+    ),
+)
 
 
 @asynccontextmanager
@@ -98,6 +140,25 @@ async def check_all(tasks: list[PublishedTask]) -> dict[str, dict[str, str | Non
     return dict(await asyncio.gather(*map(check, tasks)))
 
 
+async def compare_rules(directory: Path) -> tuple[int, list[str]]:
+    """Return how many verdicts of comparing scripts and the grader were compared, and the different ones."""
+    scripts = {COMPARING[digest(path)]: path for path in directory.glob("scripts/*/check/*.py")}
+    num_verdicts, different = 0, list[str]()
+    machine = Machine(MachineSpec())
+    await machine.start()
+    try:
+        for rule, path in scripts.items():
+            script = Script(language="python", code=path.read_text(encoding="utf-8"))
+            for answer, expected in itertools.product(VALUES, VALUES):
+                theirs = (await machine.run_script(script, answer, expected)).status == 0
+                num_verdicts += 1
+                if COMPARISONS[rule](answer, expected) != theirs:
+                    different.append(f"{rule}: {answer!r}, {expected!r}: published {theirs}")
+    finally:
+        await machine.close()
+    return num_verdicts, different
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
@@ -125,6 +186,10 @@ def main() -> None:
         accepted, refused = (sum(each[kind] is None for each in mine) for kind in ("reference", "empty"))
         print(f"{group}: {accepted} of {len(mine)} references accepted, {refused} empty answers refused")
     print(f"{len(results)} tasks, {len(left_out)} left out")
+    num_verdicts, different = asyncio.run(compare_rules(arguments.directory))
+    for each in different:
+        print(each)
+    print(f"{num_verdicts - len(different)} of {num_verdicts} verdicts of comparing scripts agree")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ PUBLISHED = ("data/dev.json", "data/[0-9]/*.json", "train_*/*.json")
 COPIED = ("os_*.json",)
 """Files of a folder without the published scripts."""
 # SHA-256 of the published scripts that compare and look at nothing: they are compared here, where no model reaches.
-_COMPARING = {
+COMPARING = {
     "1f1fd1b34581794346c577bea54d50c87a547f483e552259cb66563c25f5fed8": "integer",
     "9717a8a15f466f93ef02606257fe3ab3bb0c0ed1d1804783d8d393d16b6ad533": "integer",
     "c0afd9384f5c2e492b5c158731e5fefb000692c4ba6a6be89f168aca7e89faec": "string",
@@ -204,7 +204,7 @@ def _read_check(check: AnyScript | None, example: Script | None, scripts: Path) 
         return {"run": example.model_dump()}
     if isinstance(check, PublishedScript) and check.file is not None:
         file = scripts / check.file
-        name = _COMPARING.get(_digest(file)) if file.exists() else _BY_NAME.get(file.name)
+        name = COMPARING.get(digest(file)) if file.exists() else _BY_NAME.get(file.name)
         if name is not None:
             return {"compare": name}
     return {"run": _read_script(check, scripts).model_dump()}
@@ -221,5 +221,6 @@ def _read_script(script: AnyScript, scripts: Path) -> Script:
     return Script(language=script.language, code=file.read_text(encoding="utf-8"))
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """Return a file's SHA-256, as `COMPARING` has it."""
     return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -33,7 +33,8 @@ from runtime.tools.sandbox import SandboxLimits, describe_refusal, drop_root_com
 
 PYTHON = "/usr/bin/python3"
 START_SECONDS = 30.0
-SCRIPT_SECONDS = 60.0
+SCRIPT_SECONDS = 90.0
+"""One setup of AgentBench sleeps for a minute."""
 COMMAND_SECONDS = 30.0
 GRACE_SECONDS = 10.0
 """Added to the time of a script before the machine counts as lost."""
@@ -72,7 +73,8 @@ class Script(BaseModel, extra="forbid"):
     def command(self, arguments: Sequence[str], seed: int) -> list[str]:
         """Return the command that runs it; `$RANDOM` begins with `seed`."""
         if self.language == "python":
-            return [PYTHON, "-I", "-S", "-c", self.code, *arguments]
+            # Without packages of /usr/local, where a model can write, but with `exit`, which comes with them.
+            return [PYTHON, "-I", "-S", "-c", f"import site; site.setquit(); del site\n{self.code}", *arguments]
         return ["/bin/bash", "-c", f"RANDOM={seed}\n{self.code}", "--", *arguments]
 
 

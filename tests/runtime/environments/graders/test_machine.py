@@ -110,11 +110,23 @@ async def test_programs_that_a_model_installs_deceive_no_comparison():
     assert (await grade(checks, "7", *fakes, "hash -r; wc")).value == 0.0
 
 
+FILL = """
+import subprocess, time
+try:
+    while True:
+        subprocess.Popen(["sleep", "100"])
+except OSError:  # no more processes
+    open("full", "w")
+    time.sleep(100)
+"""
+
+
 @needs_machine
 async def test_a_machine_that_its_model_broke_earns_nothing():
     checks = make(run("echo 1"), {"compare": "integer"})
-    fill = "import subprocess\nwhile True: subprocess.Popen(['sleep', '100'])"
-    outcome = await grade(checks, "1", f'python3 -c "{fill}"')
+    outcome = await grade(
+        checks, "1", f"cat > fill.py <<'E'\n{FILL}E", "python3 fill.py & until [ -e full ]; do :; done"
+    )
     assert outcome.value == 0.0 and "Resource temporarily unavailable" in outcome.reason
 
 

@@ -51,9 +51,9 @@ async def test_a_script_has_an_environment_of_its_own_and_its_arguments():
     async with started(start="cd /tmp; number=3") as machine:
         finished = await machine.run_script(Script(code='pwd; echo "$number|$1|$2"; exit 4'), "a 'b", "\0c\n")
         assert (finished.status, finished.stdout, finished.stderr) == (4, "/root\n|a 'b|c\n\n", "")
-        python = Script(language="python", code="import sys; print(sys.argv[1:]); print('no', file=sys.stderr)")
+        python = Script(language="python", code="from sys import *; print(argv[1:]); print('no', file=stderr); exit(3)")
         finished = await machine.run_script(python, "x")
-        assert (finished.status, finished.stdout, finished.stderr) == (0, "['x']\n", "no\n")
+        assert (finished.status, finished.stdout, finished.stderr) == (3, "['x']\n", "no\n")
 
 
 @needs_machine
