@@ -63,10 +63,11 @@ def make_task_file(benchmark: str, source: Path, out: Path) -> MadeFile:
     lines, splits, kinds, content = list[str](), Counter[str](), Counter[str](), dict[str, Any]()
     left_out = list[str]()
     try:
-        for content in BENCHMARKS[benchmark](source):
-            if isinstance(content, LeftOut):
-                left_out.append(content.reason)
+        for task in BENCHMARKS[benchmark](source):
+            if isinstance(task, LeftOut):
+                left_out.append(task.reason)
                 continue
+            content = task
             row = TaskRow.model_validate(content)
             content["split"] = row.final_split
             if row.final_split != "practice":
