@@ -35,7 +35,7 @@ def test_make_writes_a_task_file_that_check_accepts(tmp_path: Path, capsys):
     out = tmp_path / "gsm8k.jsonl"
     assert call(capsys, "tasks", "make", "gsm8k", tmp_path, out) == (
         0,
-        {"path": str(out), "num_tasks": 1, "splits": {"practice": 1}, "kinds": {"arithmetic": 1}},
+        {"path": str(out), "num_tasks": 1, "splits": {"practice": 1}, "kinds": {"arithmetic": 1}, "left_out": []},
     )
     code, checked = call(capsys, "tasks", "check", out)
     assert (code, checked["graders"], checked["num_demonstrations"]) == (0, {"numeric": 1}, 1)

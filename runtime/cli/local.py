@@ -113,7 +113,9 @@ def _add_task_commands(app: typer.Typer, read_settings: ReadSettings) -> None:
 def _add_make(tasks: typer.Typer) -> None:
     @tasks.command()
     def make(
-        benchmark: Annotated[str, typer.Argument(help="agentbench-db, bfcl, gsm8k, humaneval, math500 or mbpp.")],
+        benchmark: Annotated[
+            str, typer.Argument(help="agentbench-db, agentbench-os, beerqa, bfcl, gsm8k, humaneval, math500 or mbpp.")
+        ],
         source: Annotated[Path, typer.Argument(help="The published files: a folder, or one of them.")],
         out: Annotated[Path, typer.Argument(help="The task file to write, e.g. bfcl.jsonl.")],
         as_json: Json = False,
@@ -198,7 +200,7 @@ def _describe_tasks(counted: Mapping[str, Any]) -> str:
         lines.append(f"graders: {_list_counts(counted['graders'])}")
         wrong = len(counted["problems"])
         lines.append(f"{counted['num_demonstrations']} demonstrations graded, {wrong} of them wrong")
-    return "\n".join([*lines, *counted.get("problems", ())])
+    return "\n".join([*lines, *counted.get("left_out", ()), *counted.get("problems", ())])
 
 
 def _list_counts(counts: Mapping[str, int]) -> str:

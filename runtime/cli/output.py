@@ -66,7 +66,8 @@ def print_result(result: dict[str, Any], *, as_json: bool, render: Renderer) -> 
         rendered = render(printable(result))
         if rendered == "":
             return
-        Console(highlight=False, markup=False).print(rendered, soft_wrap=isinstance(rendered, str))
+        # `tasks.jsonl:100:` is a line, not a picture.
+        Console(highlight=False, markup=False, emoji=False).print(rendered, soft_wrap=isinstance(rendered, str))
 
 
 async def _raising_failures(work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
@@ -121,6 +122,6 @@ def _print_error(message: str, exit_code: int, as_json: bool, body: Mapping[str,
     if as_json:
         print(printable_json(json.dumps({"error": {**body, "message": message}}, ensure_ascii=False)), flush=True)
     else:
-        console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        console = Console(file=sys.stderr, highlight=False, soft_wrap=True, emoji=False)
         console.print(f"error: {printable(message)}", style="red", markup=False)
     return exit_code

@@ -49,6 +49,8 @@ class SandboxLimits:
     num_processes: int = 8
     """Including threads."""
     tmp_bytes: int = 64 * 2**20
+    num_files: int = 64
+    """Open at the same time, by each process."""
 
     def as_rlimits(self) -> dict[str, int]:
         return {
@@ -56,7 +58,7 @@ class SandboxLimits:
             "RLIMIT_AS": self.memory_bytes,
             "RLIMIT_NPROC": self.num_processes,
             "RLIMIT_FSIZE": self.tmp_bytes,
-            "RLIMIT_NOFILE": 64,
+            "RLIMIT_NOFILE": self.num_files,
             "RLIMIT_CORE": 0,
         }
 
@@ -90,6 +92,12 @@ def find_bwrap() -> str:
             "(apt install bubblewrap), or set tools.python = false"
         )
     return path
+
+
+def describe_refusal(refused: ToolRefused, needed_by: str) -> str:
+    """Return the reason of a refusal in the words of another user of the sandbox than the tool."""
+    reason = str(refused).replace("the tool 'run_python'", needed_by)
+    return reason.replace(", or set tools.python = false", "")
 
 
 async def check_sandbox(tool: Tool) -> None:

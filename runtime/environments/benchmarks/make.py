@@ -9,24 +9,27 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from runtime.environments.benchmarks.agentbench import read_agentbench
+from runtime.environments.benchmarks.agentbench_os import read_agentbench_os
 from runtime.environments.benchmarks.bfcl import read_bfcl
 from runtime.environments.benchmarks.mathematics import read_gsm8k, read_math500
 from runtime.environments.benchmarks.programs import read_humaneval, read_mbpp
+from runtime.environments.benchmarks.published import LeftOut
 from runtime.environments.benchmarks.reading import read_beerqa
 from runtime.environments.task_files.reader import describe_error
 from runtime.environments.task_files.rows import TaskRow
 
-Rows = Iterator[dict[str, Any]]
+Rows = Iterator[dict[str, Any]] | Iterator[dict[str, Any] | LeftOut]
 
 BENCHMARKS: Mapping[str, Callable[[Path], Rows]] = {
     "agentbench-db": read_agentbench,
+    "agentbench-os": read_agentbench_os,
     "beerqa": read_beerqa,
     "bfcl": read_bfcl,
     "gsm8k": read_gsm8k,
@@ -44,6 +47,8 @@ class MadeFile:
     num_tasks: int
     splits: dict[str, int]
     kinds: dict[str, int]
+    left_out: list[str] = field(default_factory=list)
+    """Published tasks that cannot be tasks here: file, line and reason."""
 
 
 def make_task_file(benchmark: str, source: Path, out: Path) -> MadeFile:
@@ -56,8 +61,13 @@ def make_task_file(benchmark: str, source: Path, out: Path) -> MadeFile:
     if benchmark not in BENCHMARKS:
         raise ValueError(f"no benchmark is called {benchmark!r}; there is: {', '.join(BENCHMARKS)}")
     lines, splits, kinds, content = list[str](), Counter[str](), Counter[str](), dict[str, Any]()
+    left_out = list[str]()
     try:
-        for content in BENCHMARKS[benchmark](source):
+        for task in BENCHMARKS[benchmark](source):
+            if isinstance(task, LeftOut):
+                left_out.append(task.reason)
+                continue
+            content = task
             row = TaskRow.model_validate(content)
             content["split"] = row.final_split
             if row.final_split != "practice":
@@ -75,4 +85,4 @@ def make_task_file(benchmark: str, source: Path, out: Path) -> MadeFile:
     partial = out.with_name(f"{out.name}.partial")
     partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     partial.replace(out)
-    return MadeFile(out, len(lines), dict(splits), dict(kinds))
+    return MadeFile(out, len(lines), dict(splits), dict(kinds), left_out)

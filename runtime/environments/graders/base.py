@@ -20,6 +20,7 @@ from runtime.environments.base import Outcome
 from runtime.tools.base import parse_arguments
 
 if TYPE_CHECKING:
+    from runtime.environments.machines.machine import Machine
     from runtime.environments.sql_database import SqlDatabase
 
 QUOTED_CHARS = 200
@@ -36,12 +37,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Submission:
-    """The end of an episode: the last reply's text and calls, the task's tools, and its database if it has one."""
+    """The end of an episode: the last reply's text and calls, the task's tools, and its database or machine if it has
+    one."""
 
     text: str
     calls: Sequence[Call] = ()
     tools: Sequence[ToolDefinition] = ()
     database: SqlDatabase | None = None
+    machine: Machine | None = None
 
 
 class Complete(Protocol):

@@ -21,7 +21,7 @@ from runtime.environments.base import Outcome
 from runtime.environments.graders.base import Grader, GradingResources, Submission, quote, right, wrong
 from runtime.environments.graders.text import find_fenced_blocks
 from runtime.errors import ToolError, ToolRefused
-from runtime.tools.sandbox import SandboxLimits, find_bwrap, run_in_sandbox, sandboxed_python
+from runtime.tools.sandbox import SandboxLimits, describe_refusal, find_bwrap, run_in_sandbox, sandboxed_python
 
 RUN_SECONDS = 15.0
 FUNCTION_SECONDS = 60.0
@@ -52,8 +52,7 @@ class UnitTests(Grader):
         try:
             sandboxed_python(find_bwrap(), SandboxLimits())
         except ToolRefused as refused:
-            reason = str(refused).replace("the tool 'run_python'", "the grader 'unit_tests'")
-            raise ValueError(reason.replace(", or set tools.python = false", "")) from None
+            raise ValueError(describe_refusal(refused, "the grader 'unit_tests'")) from None
 
 
 def find_code(text: str, entry_point: str) -> str:

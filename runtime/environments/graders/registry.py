@@ -9,6 +9,7 @@ from pydantic import Field
 from runtime.environments.graders.code import Function, UnitTests
 from runtime.environments.graders.function_calls import FunctionCall
 from runtime.environments.graders.latex import LatexAnswer
+from runtime.environments.graders.machine import Checks
 from runtime.environments.graders.numeric import Numeric
 from runtime.environments.graders.rubric import Rubric
 from runtime.environments.graders.sql import DatabaseState, Values
@@ -26,6 +27,7 @@ AnyGrader = Annotated[
     | Function
     | Rubric
     | DatabaseState
-    | Values,
+    | Values
+    | Checks,
     Field(discriminator="type"),
 ]

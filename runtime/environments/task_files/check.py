@@ -12,7 +12,7 @@ from memory.schema import Task
 from runtime.environments.base import Outcome
 from runtime.environments.graders.base import GradingFunction, GradingResources
 from runtime.environments.graders.rubric import Rubric
-from runtime.environments.task_files.environment import TaskPlaythrough
+from runtime.environments.task_files.machine import start_playthrough
 from runtime.environments.task_files.reader import index_task_file, read_row
 from runtime.environments.task_files.rows import TaskRow, to_split
 from runtime.tools.base import run_tool
@@ -60,7 +60,7 @@ async def _answer_nothing(messages: list[dict[str, Any]], *, schema: dict[str, A
 async def _play_demonstration(row: TaskRow, resources: GradingResources) -> Outcome:
     """Play a demonstration as a policy would have played it."""
     task = Task(environment=None, name=row.name, kind=row.kind, split=to_split(row.final_split))
-    playthrough = TaskPlaythrough(task, row, resources)
+    playthrough = await start_playthrough(task, row, resources)
     tools = {tool.name: tool for tool in playthrough.tools}
     for message in row.demonstration or ():
         if message.role != "assistant" or playthrough.is_done:

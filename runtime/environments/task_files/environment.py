@@ -1,42 +1,26 @@
-"""The environment of a task file: a reply, or calls that are graded and not run, or work on a database.
+"""The environment of a task file: a reply, or calls that are graded and not run, or work on a database or machine.
 
-A row without a database ends with the first reply: its text and calls are what is graded. A row with one is played with
-`execute_sql` until `submit_answer` is called, or a reply makes no call.
-Invariant: the reward depends on the row and the policy's doing alone; a world that is broken (no sandbox, no critic)
-fails the episode instead of rewarding it with 0.
+A row without a database or machine ends with the first reply: its text and calls are what is graded. One with a
+database is played with `execute_sql` until `submit_answer` is called, one with a machine with `bash` until `answer` or
+`finish` is called; both end when a reply makes no call.
+Invariant: a file that changed under the server starts no task.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from memory.records.exemplars import render_call
 from memory.schema import Split, Task
-from runtime.engine.client import Message, ToolCall
-from runtime.environments.base import Environment, Outcome, Playthrough
-from runtime.environments.graders.base import GradingResources, Submission, read_submission
-from runtime.environments.sql_database import STATEMENT_SECONDS, SqlDatabase
+from runtime.engine.client import Message
+from runtime.environments.base import Environment
+from runtime.environments.graders.base import GradingResources
+from runtime.environments.task_files.machine import start_playthrough
+from runtime.environments.task_files.playthrough import TaskPlaythrough
 from runtime.environments.task_files.reader import TaskIndex, TaskNames, index_task_file, read_row
-from runtime.environments.task_files.rows import SEALED, TaskRow, last_user_text, to_split
-from runtime.errors import ToolError, UnknownTask
-from runtime.tools.base import Tool
-
-EXECUTE_SQL = {
-    "type": "object",
-    "properties": {"statement": {"type": "string", "description": "one SQL statement, in SQLite's dialect"}},
-    "required": ["statement"],
-}
-SUBMIT_ANSWER = {
-    "type": "object",
-    "properties": {
-        "values": {"type": "array", "items": {"type": "string"}, "description": "the values of the answer, each once"}
-    },
-    "required": ["values"],
-}
+from runtime.environments.task_files.rows import SEALED, TaskRow, to_split
+from runtime.errors import UnknownTask
 
 
 class TaskFile(Environment):
@@ -74,7 +58,7 @@ class TaskFile(Environment):
         return [self.task(name) for name in self._index.names[SEALED][:num_tasks]]
 
     async def start(self, task: Task) -> TaskPlaythrough:
-        return TaskPlaythrough(task, await self._read(task), self._resources)
+        return await start_playthrough(task, await self._read(task), self._resources)
 
     async def demonstrate(self, task: Task) -> list[Message] | None:
         row = await self._read(task)
@@ -96,66 +80,3 @@ def open_task_file(name: str, path: Path, resources: GradingResources, *, names_
     index = index_task_file(path, resources, task_names.read())
     task_names.add(index)
     return TaskFile(name, index, resources, **options)
-
-
-class TaskPlaythrough(Playthrough):
-    """One started row."""
-
-    def __init__(self, task: Task, row: TaskRow, resources: GradingResources) -> None:
-        self.task = task
-        self._row = row
-        self._resources = resources
-        self._opening = row.opening
-        self._submission: Submission | None = None
-        self._database = SqlDatabase(row.database) if row.database is not None else None
-        self.task_text = last_user_text(self._opening)
-        self.tools = self._database_tools() if row.database is not None else _graded_tools(row)
-
-    @property
-    def opening(self) -> Sequence[Message]:
-        return self._opening
-
-    def read_reply(self, text: str, calls: Sequence[ToolCall]) -> None:
-        if self._database is not None and calls:
-            return  # they run
-        self._submission = read_submission(text, calls, self._row.definitions, self._database)
-        self.is_done = True
-        if calls:
-            self.closing_text = "\n".join(filter(None, [text, *map(render_call, calls)]))
-
-    async def close(self) -> Outcome:
-        try:
-            if self._submission is None:
-                return Outcome(0.0, "there was no answer")
-            return await self._row.grader.grade(self._submission, self._resources)
-        finally:
-            if self._database is not None:
-                await self._database.close()
-
-    def _database_tools(self) -> list[Tool]:
-        execute = "Run one SQL statement on the database and return its rows."
-        submit = "Give the final answer. Where the task was to change the database, any value will do."
-        return [
-            Tool("execute_sql", execute, EXECUTE_SQL, self._execute, timeout_seconds=4 * STATEMENT_SECONDS),
-            Tool("submit_answer", submit, SUBMIT_ANSWER, self._submit),
-        ]
-
-    async def _execute(self, arguments: dict[str, Any]) -> str:
-        assert self._database is not None
-        return await self._database.execute(arguments["statement"])
-
-    async def _submit(self, arguments: dict[str, Any]) -> str:
-        text = json.dumps(arguments["values"], ensure_ascii=False)
-        self._submission = Submission(text, database=self._database)
-        self.is_done, self.closing_text = True, text
-        return text
-
-
-def _graded_tools(row: TaskRow) -> list[Tool]:
-    """Return the row's tools, whose calls end the task before they could run."""
-
-    async def refuse(arguments: dict[str, Any]) -> str:
-        raise ToolError("this call is graded, and not run")
-
-    functions = [tool.function for tool in row.tools]
-    return [Tool(it.name, it.description, dict(it.parameters), refuse) for it in functions]

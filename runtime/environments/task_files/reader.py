@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from runtime.environments.graders.base import GradingResources
+from runtime.environments.machines.machine import require_machines
 from runtime.environments.task_files.rows import SPLITS, TaskRow, digest_content
 from runtime.errors import EnvironmentRefused, TaskChanged
 
@@ -164,6 +165,8 @@ def _read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 def _require_gradable(row: TaskRow, resources: GradingResources) -> None:
     try:
+        if row.machine is not None:
+            require_machines()
         row.grader.check(row.definitions, resources, has_database=row.database is not None)
     except ValueError as error:
         raise ValueError(f"task {row.name!r}: {error}") from None

@@ -17,7 +17,9 @@ from pydantic import BaseModel, Field, JsonValue, field_validator, model_validat
 
 from memory.schema import Split
 from runtime.engine.client import Message, ToolDefinition
+from runtime.environments.graders.machine import Checks
 from runtime.environments.graders.registry import AnyGrader
+from runtime.environments.machines.machine import MachineSpec
 from runtime.environments.sql_database import Table
 
 SEALED = "sealed"
@@ -112,6 +114,8 @@ class TaskRow(BaseModel, extra="forbid"):
     """The model's calls of these end the task and are graded; nothing runs them."""
     database: list[Table] | None = None
     """Tables that the model works on with `execute_sql` and `submit_answer`; excludes `tools`."""
+    machine: MachineSpec | None = None
+    """A Linux that the model works on with `bash`, `answer` and `finish`; excludes `tools` and `database`."""
     grader: AnyGrader
     demonstration: list[RowMessage] | None = None
     """Messages that solve the task; `serve.py tasks check` grades the last of them."""
@@ -122,8 +126,13 @@ class TaskRow(BaseModel, extra="forbid"):
             raise ValueError(f"the last message must be a user's or a tool's, not {self.messages[-1].role!r}")
         if any(message.role == "system" for message in self.messages[1:]):
             raise ValueError("a system message must be the first one")
-        if self.tools and self.database is not None:
-            raise ValueError("a row with a database brings its tools: leave `tools` out")
+        worlds = [name for name in ("database", "machine") if getattr(self, name) is not None]
+        if self.tools and worlds:
+            raise ValueError(f"a row with a {worlds[0]} brings its tools: leave `tools` out")
+        if len(worlds) > 1:
+            raise ValueError("a row has a database or a machine, not both")
+        if isinstance(self.grader, Checks) and self.machine is None:
+            raise ValueError("the grader 'checks' needs a machine: give the row one")
         names = [tool.function.name for tool in self.tools]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two tools are called {twice!r}: rename one")

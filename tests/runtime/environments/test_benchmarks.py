@@ -59,6 +59,7 @@ def test_functions_that_are_offered_together_stay_together():
         ("humaneval", "humaneval", {"held-out": 164}),
         ("mbpp", "mbpp_py", {"practice": 162, "held-out": 235}),
         ("agentbench-db", "agentbench", {"practice": 60, "held-out": 300}),
+        ("agentbench-os", "agentbench", {"practice": 40, "held-out": 23}),
     ],
 )
 def test_test_sets_are_held_out(benchmark: str, folder: str, expected: dict[str, int], tmp_path: Path):
@@ -92,7 +93,9 @@ def test_what_is_not_the_benchmark_writes_nothing(tmp_path: Path):
     out = tmp_path / "out.jsonl"
     with pytest.raises(ValueError, match=r"is not gsm8k as it is published: KeyError\('answer'\)"):
         make_task_file("gsm8k", tmp_path, out)
-    with pytest.raises(ValueError, match="no benchmark is called 'gsm9k'; there is: agentbench-db, beerqa, bfcl"):
+    with pytest.raises(
+        ValueError, match="no benchmark is called 'gsm9k'; there is: agentbench-db, agentbench-os, beerqa, bfcl"
+    ):
         make_task_file("gsm9k", tmp_path, out)
     with pytest.raises(ValueError, match=r"holds no file 'HumanEval.jsonl\*'"):
         make_task_file("humaneval", tmp_path, out)
