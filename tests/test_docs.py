@@ -11,11 +11,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+import uvicorn
 from typer.main import get_command
 
 import serve
@@ -31,7 +35,7 @@ from runtime.tools.base import run_tool
 from runtime.tools.toolbox import Toolbox
 from tests.memory.formats.rows import DEMONSTRATION, LABEL, PREFERENCE
 from tests.runtime.api.playing import PlayedWorld
-from tests.runtime.api.worlds import ServedWorld
+from tests.runtime.api.worlds import ServedWorld, eventually
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,6 +46,20 @@ LEARNING = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
 GATE = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+@contextmanager
+def serve_app(app: Any) -> Iterator[str]:
+    """Serve an ASGI application on the loopback; yield its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert eventually(lambda: server.started)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -219,9 +237,16 @@ TASKS = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 
 
 async def test_the_task_file_in_the_documents_is_valid_and_its_rows_can_be_solved(tmp_path: Path, monkeypatch):
-    graders, _ = blocks("python", TASKS)
+    graders, critic, _ = blocks("python", TASKS)
     (tmp_path / "my_graders.py").write_text(graders)
-    (tmp_path / "ratchet.toml").write_text(blocks("toml", TASKS)[0])
+    exec(compile(critic, "my_critic.py", "exec"), namespace := {})
+    with serve_app(namespace["app"]) as url:
+        configuration = blocks("toml", TASKS)[0].replace("http://127.0.0.1:9000", url)
+        (tmp_path / "ratchet.toml").write_text(configuration)
+        await _solve_the_documented_tasks(tmp_path, monkeypatch)
+
+
+async def _solve_the_documented_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = blocks("jsonl", TASKS)[0]
     if shutil.which("bwrap") is None:  # a row with unit tests is refused without the sandbox
         lines = "".join(line for line in lines.splitlines(keepends=True) if "unit_tests" not in line)
@@ -238,11 +263,16 @@ async def test_the_task_file_in_the_documents_is_valid_and_its_rows_can_be_solve
         "area": r"\boxed{4\pi}",
         "stock": "kiwi",
         "haiku": "Rain\nfalls\nsoftly",
+        "thanks": "Thank you, Ada!",
     }
     for name, text in solutions.items():
         playthrough = await environment.start(environment.task(name))
         playthrough.read_reply(text, [])
         assert (await playthrough.close()).value == 1.0, name
+    playthrough = await environment.start(environment.task("thanks"))
+    playthrough.read_reply("Well done, Ada.", [])
+    outcome = await playthrough.close()
+    assert (outcome.value, outcome.reason) == (pytest.approx(0.4), "0.2: curt; 1: the reply contains the answer")
 
 
 def test_the_table_of_graders_in_the_documents_is_complete():
@@ -257,7 +287,7 @@ def test_the_table_of_graders_in_the_documents_is_complete():
 
 
 async def test_the_class_in_the_documents_is_an_environment(tmp_path: Path, monkeypatch):
-    _, code = blocks("python", TASKS)
+    *_, code = blocks("python", TASKS)
     assert len([line for line in code.splitlines() if line.strip()]) <= 36
     (tmp_path / "guess.py").write_text(code)
     (tmp_path / "ratchet.toml").write_text(blocks("toml", TASKS)[1])

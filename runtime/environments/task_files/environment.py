@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class TaskPlaythrough(Playthrough):
     def read_reply(self, text: str, calls: Sequence[ToolCall]) -> None:
         if self._database is not None and calls:
             return  # they run
-        self._submission = read_submission(text, calls, self._row.definitions, self._database)
+        self._submission = self._name(read_submission(text, calls, self._row.definitions, self._database))
         self.is_done = True
         if calls:
             self.closing_text = "\n".join(filter(None, [text, *map(render_call, calls)]))
@@ -131,6 +132,10 @@ class TaskPlaythrough(Playthrough):
         finally:
             if self._database is not None:
                 await self._database.close()
+
+    def _name(self, submission: Submission) -> Submission:
+        """Add the task, for graders that send it elsewhere."""
+        return replace(submission, task=self._row.name, messages=self._opening)
 
     def _database_tools(self) -> list[Tool]:
         execute = "Run one SQL statement on the database and return its rows."
@@ -146,7 +151,7 @@ class TaskPlaythrough(Playthrough):
 
     async def _submit(self, arguments: dict[str, Any]) -> str:
         text = json.dumps(arguments["values"], ensure_ascii=False)
-        self._submission = Submission(text, database=self._database)
+        self._submission = self._name(Submission(text, database=self._database))
         self.is_done, self.closing_text = True, text
         return text
 
