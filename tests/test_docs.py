@@ -24,6 +24,7 @@ from typer.main import get_command
 
 import serve
 from memory.formats.registry import FORMATS, write_row
+from memory.records.trajectory_queries import TRAINING_TRUST
 from memory.schema import Split
 from optimizer.config import METHOD_NAMES, EvaluationConfig, choose_recipe
 from runtime.cli.output import run
@@ -200,7 +201,9 @@ def test_the_page_on_learning_shows_settings_that_are_valid_and_every_method(tmp
     shown = serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).optimizer
     assert shown.methods == ["sft", "kto"]
     assert choose_recipe(1, shown.recipe).methods["kto"].learning_rate == 5e-5
-    assert tuple(re.findall(r"^\| `(\w+)` \|", LEARNING, re.MULTILINE)) == METHOD_NAMES
+    methods, rewards = LEARNING.split("## Rewards")
+    assert tuple(re.findall(r"^\| `(\w+)` \|", methods, re.MULTILINE)) == METHOD_NAMES
+    assert tuple(re.findall(r"^\| `(\w+)` \|", rewards, re.MULTILINE)) == TRAINING_TRUST
     assert f"{shown.demonstrations.min_rows} of them (`demonstrations.min_rows`)" in LEARNING
     assert f"{shown.labels.min_rows} good and {shown.labels.min_rows} bad ones (`labels.min_rows`)" in LEARNING
 
@@ -312,7 +315,7 @@ def test_the_configuration_of_scienceworld_in_the_documents_is_valid(tmp_path: P
 
 def test_the_commands_about_tasks_exist_with_their_options():
     root = get_command(serve.app)
-    lines = [line for block in blocks("sh", TASKS) for line in block.splitlines()]
+    lines = [line for block in blocks("sh", TASKS + LEARNING) for line in block.splitlines()]
     assert len(lines) >= 10
     for line in lines:
         _, verb, *words = shlex.split(line)
