@@ -1,11 +1,12 @@
 """Scores prompts: `python -m optimizer.training.score spec.json` writes log p(yes) - log p(no) of each.
 
-The model is `parent_adapter` on the base, or the bare base without one. Rows have `input_ids` and the two answers'
-token ids in `answers`; the file of margins appears whole or not at all.
+The model is `parent_adapter` on the base. Rows have `input_ids`, the two answers' token ids in `answers`, and `is_base`
+where the bare base is asked instead; the file of margins appears whole or not at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from typing import Any
@@ -27,8 +28,11 @@ def score(spec: TrainingSpec, rows: list[dict[str, Any]], reporter: child.Report
     margins = []
     for number, row in enumerate(rows, start=1):
         ids = torch.tensor([row["input_ids"]], device=device)  # (1, num_tokens): no padding, so no attention mask
-        # float32 before the softmax, whose steps would be coarse in bfloat16; the last position predicts the answer
-        logprobs = model(input_ids=ids, logits_to_keep=1).logits[0, -1].float().log_softmax(dim=-1)  # (vocabulary,)
+        # the last position predicts the answer
+        with model.disable_adapter() if row["is_base"] else contextlib.nullcontext():
+            logits = model(input_ids=ids, logits_to_keep=1).logits[0, -1]  # (vocabulary,)
+        # float32 before the softmax: bfloat16 has coarse steps
+        logprobs = logits.float().log_softmax(dim=-1)
         yes, no = (float(logprobs[token]) for token in row["answers"])
         margins.append(yes - no)
         reporter.emit("step", step=number, total=len(rows))

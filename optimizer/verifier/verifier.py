@@ -114,10 +114,12 @@ async def train_verifier(setup: VerifierSetup) -> dict[str, Any]:
     version = setup.next()
     spec = _specify(setup, version, base_model, shape.num_parameters, parts["training"], question)
     await setup.train(spec, on_step=setup.on_step, num_attempts=setup.config.training_attempts)
-    margins = await _score(setup, spec, [*parts["calibration"], *parts["test"]], question)
-    base_margins = await _score(setup, spec, parts["test"], question, is_base=True)
-    num_calibrated = len(parts["calibration"])
-    calibration = fit(margins[:num_calibrated], [each.is_success for each in parts["calibration"]])
+    calibrating, test = parts["calibration"], parts["test"]
+    prompts = [_ask(each, question) for each in (*calibrating, *test)]
+    prompts += [_ask(each, question, is_base=True) for each in test]
+    margins = await _score(setup, spec, prompts)
+    calibration = fit(margins[: len(calibrating)], [each.is_success for each in calibrating])
+    measured, base_margins = margins[len(calibrating) : -len(test)], margins[-len(test) :]
     report = {
         "object": "verifier",
         "version": version,
@@ -128,7 +130,7 @@ async def train_verifier(setup: VerifierSetup) -> dict[str, Any]:
         "counts": dict(counts),
         "parts": {name: describe_part(part) for name, part in parts.items()},
         "calibration": asdict(calibration),
-        **measure(parts["test"], margins[num_calibrated:], base_margins, calibration, setup.config.seed),
+        **measure(test, measured, base_margins, calibration, setup.config.seed),
     }
     report["description"] = describe(report)
     _write_report(setup.directory(version), spec, report)
@@ -154,7 +156,7 @@ async def grade_ungraded(setup: VerifierSetup, *, limit: int) -> dict[str, Any]:
         _render_ungraded, setup, tokenizer, question, report["max_length_tokens"], limit, counts
     )
     examples = [VerifierExample(trajectory.id, trajectory.task_key, ids, False, False) for trajectory, ids in prompts]
-    margins = await _score(setup, spec, examples, question)
+    margins = await _score(setup, spec, [_ask(each, question) for each in examples])
     calibration = Calibration(**report["calibration"])
     decisions = calibration.decide(margins).tolist()
     for each, is_success, probability in zip(
@@ -248,35 +250,30 @@ def _specify(
     )
 
 
-async def _score(
-    setup: VerifierSetup,
-    spec: TrainingSpec,
-    examples: Sequence[VerifierExample],
-    question: Question,
-    *,
-    is_base: bool = False,
-) -> list[float]:
-    """Return the margin of each example, of the verifier or of its untrained base."""
-    if not examples:
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a scoring."""
+
+    input_ids: list[int]
+    answers: tuple[int, int]
+    """Token ids of yes and no."""
+    is_base: bool
+    """Whether the untrained base is asked."""
+
+
+def _ask(example: VerifierExample, question: Question, *, is_base: bool = False) -> Prompt:
+    return Prompt(example.prompt_ids, (question.yes, question.no), is_base)
+
+
+async def _score(setup: VerifierSetup, spec: TrainingSpec, prompts: Sequence[Prompt]) -> list[float]:
+    """Return the margin of each prompt."""
+    if not prompts:
         return []
     work_dir = spec.work_dir.parent / "scoring"
     rows_path = work_dir / "rows.jsonl"
-    write_rows([_Prompt(each.prompt_ids, (question.yes, question.no)) for each in examples], rows_path)
-    scoring = spec.model_copy(
-        update={
-            "kind": "score",
-            "rows_path": rows_path,
-            "work_dir": work_dir,
-            "parent_adapter": None if is_base else spec.output_dir,
-        }
-    )
-    return await setup.score(scoring, on_step=setup.on_step)
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    input_ids: list[int]
-    answers: tuple[int, int]
+    write_rows(prompts, rows_path)
+    where = {"rows_path": rows_path, "work_dir": work_dir, "parent_adapter": spec.output_dir}
+    return await setup.score(spec.model_copy(update={"kind": "score", **where}), on_step=setup.on_step)
 
 
 def _render_ungraded(

@@ -141,9 +141,8 @@ async def test_too_few_episodes_are_refused_with_their_numbers(memory: Memory):
 class ScriptedVerifier:
     """Trains nothing, and answers by what it is told of each prompt."""
 
-    def __init__(self, tokenizer: Any, *, is_right: bool = True) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.is_right = is_right
         self.trained: list[TrainingSpec] = []
 
     async def train(self, spec: TrainingSpec, **_: Any) -> None:
@@ -151,11 +150,10 @@ class ScriptedVerifier:
 
     async def score(self, spec: TrainingSpec, **_: Any) -> list[float]:
         rows = [json.loads(line) for line in spec.rows_path.read_text().splitlines()]
-        if spec.parent_adapter is None:
-            return [0.0] * len(rows)
         texts = [self.tokenizer.decode(row["input_ids"]) for row in rows]
         good = [any(f"{verb} the" in it and f"with {at}" in it for verb, at in APPLIANCES.items()) for it in texts]
-        return [2.0 if is_good is self.is_right else -2.0 for is_good in good]
+        margins = [2.0 if is_good else -2.0 for is_good in good]
+        return [0.0 if row["is_base"] else margin for row, margin in zip(rows, margins, strict=True)]
 
 
 async def test_the_report_says_whether_people_agree(memory: Memory):
@@ -208,6 +206,7 @@ async def test_a_verifier_grades_only_what_it_was_made_for(memory: Memory):
         await grade_ungraded(replace(setup, environments=["garden"]), limit=5)
 
 
+@pytest.mark.timeout(900)
 async def test_the_pocket_model_learns_to_verify_a_rule_of_its_kitchen(memory: Memory):
     await memory.policies.register_base(POCKET)
     tokenizer = load_tokenizer(POCKET)
