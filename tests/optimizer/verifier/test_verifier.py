@@ -33,7 +33,7 @@ from tests.optimizer.worlds import live
 POCKET = str(Path(__file__).parents[3] / "runtime" / "pocket")
 FOODS = ("carrot", "onion", "banana", "pork chop", "red potato", "white tuna", "purple potato", "yellow potato", "egg")
 FOODS = (*FOODS, "apple", "lettuce", "parsley", "pepper", "salmon", "tomato", "cheese")
-APPLIANCES = {"fry": "stove", "roast": "oven"}
+RECIPES = (1, 2)
 CONFIG = OptimizerConfig(environment="kitchen", device="cpu", num_threads=1)
 
 
@@ -44,18 +44,18 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
 
 
 def toy(tokenizer: Any) -> list[GradedTrajectory]:
-    """Return one good and one bad episode of each task: the recipe names the appliance by its verb."""
+    """Return one good and one bad episode of each task: food is fried on the stove, never in the oven."""
     return [
         live(
             [(f"cook {food} with {appliance}", "You hear a click.")],
             tokenizer=tokenizer,
-            task=f"{verb}-{food}",
-            text=f"Recipe: {verb} the {food}.",
-            is_success=APPLIANCES[verb] == appliance,
+            task=f"{number}-{food}",
+            text=f"Recipe {number}: fry the {food}.",
+            is_success=appliance == "stove",
         )
+        for number in RECIPES
         for food in FOODS
-        for verb in APPLIANCES
-        for appliance in APPLIANCES.values()
+        for appliance in ("stove", "oven")
     ]
 
 
@@ -124,7 +124,7 @@ def test_no_task_is_in_two_parts(tokenizer, seed: int):
     examples, _ = examples_of(toy(tokenizer), tokenizer)
     parts = split_by_task(examples, seed)
     tasks = [{each.task for each in part} for part in parts.values()]
-    assert sum(map(len, tasks)) == len(set.union(*tasks)) == len(FOODS) * len(APPLIANCES)
+    assert sum(map(len, tasks)) == len(set.union(*tasks)) == len(FOODS) * len(RECIPES)
     assert sum(map(len, parts.values())) == len(examples)
     assert list(map(len, tasks)) == [19, 7, 6]
 
@@ -151,8 +151,7 @@ class ScriptedVerifier:
     async def score(self, spec: TrainingSpec, **_: Any) -> list[float]:
         rows = [json.loads(line) for line in spec.rows_path.read_text().splitlines()]
         texts = [self.tokenizer.decode(row["input_ids"]) for row in rows]
-        good = [any(f"{verb} the" in it and f"with {at}" in it for verb, at in APPLIANCES.items()) for it in texts]
-        margins = [2.0 if is_good else -2.0 for is_good in good]
+        margins = [2.0 if "with stove" in text else -2.0 for text in texts]
         return [0.0 if row["is_base"] else margin for row, margin in zip(rows, margins, strict=True)]
 
 
@@ -207,7 +206,7 @@ async def test_a_verifier_grades_only_what_it_was_made_for(memory: Memory):
 
 
 @pytest.mark.timeout(900)
-async def test_the_pocket_model_learns_to_verify_a_rule_of_its_kitchen(memory: Memory):
+async def test_the_pocket_model_learns_to_tell_the_stove_from_the_oven(memory: Memory):
     await memory.policies.register_base(POCKET)
     tokenizer = load_tokenizer(POCKET)
     for episode in toy(tokenizer):
@@ -216,7 +215,6 @@ async def test_the_pocket_model_learns_to_verify_a_rule_of_its_kitchen(memory: M
 
     report = await train_verifier(setup)
 
-    print(json.dumps({key: report[key] for key in ("auc", "auc_interval", "base_auc", "brier", "agreement")}))
     assert report["auc"] > 0.85 and report["auc_interval"][0] > 0.5
     fresh = toy(tokenizer)[:4]
     for episode in fresh:
