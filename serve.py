@@ -3,6 +3,7 @@
     serve.py serve      opens memory, starts the engine, activates the policy, answers, learns on request
     serve.py doctor     checks everything that an answer depends on
     serve.py keys       manages API keys, in the data directory or through the server that has it
+    serve.py verifier   trains a verifier, and has it grade episodes, in the data directory
     serve.py ...        every other command talks to the running server (runtime/cli/)
 
 Hazard: heavy packages are imported inside functions, so that a client command starts without them.
@@ -26,6 +27,7 @@ from optimizer.config import OptimizerConfig
 from runtime.cli.commands import add_commands
 from runtime.cli.cycles import add_cycle_commands
 from runtime.cli.datasets.teach import add_teach_command
+from runtime.cli.datasets.verifier import OnStep, add_verifier_commands
 from runtime.cli.documents import add_document_commands
 from runtime.cli.keys import add_key_commands
 from runtime.cli.local import add_local_commands, refuse_written_password
@@ -192,6 +194,22 @@ async def check_training(memory: Memory, config: OptimizerConfig, seams: Seams) 
     return Check("training", True, str(placement))
 
 
+async def verify(
+    settings: RuntimeSettings, memory: Memory, environments: Sequence[str], *, limit: int | None, on_step: OnStep
+) -> dict[str, Any]:
+    """Train a verifier, or with a `limit` have the newest one grade so many episodes."""
+    from optimizer.errors import OptimizerError
+    from optimizer.verifier.verifier import VerifierSetup, grade_ungraded, train_verifier
+
+    assert isinstance(settings, Settings)
+    learned = environments or settings.optimizer.pool_environments
+    setup = VerifierSetup(memory, settings.optimizer, learned, on_step=on_step)
+    try:
+        return await (train_verifier(setup) if limit is None else grade_ungraded(setup, limit=limit))
+    except (OptimizerError, ValueError) as error:
+        raise Failure(str(error)) from error
+
+
 class Critic:
     """The base model as the optimizer's critic, whichever policy is active."""
 
@@ -234,6 +252,7 @@ add_review_commands(app)
 add_local_commands(app, read_all_settings)
 add_key_commands(app, read_all_settings)
 add_teach_command(app, read_all_settings)
+add_verifier_commands(app, read_all_settings, verify)
 
 
 @app.command(context_settings=OPEN_ENDED)

@@ -405,6 +405,8 @@ class RewardSource(StrEnum):
     JUDGE = "judge"
     USER = "user"
     CODE = "code"
+    VERIFIER = "verifier"
+    """A model that was trained here on the others' rewards. It counts for rows of training data alone."""
 
 
 class Reward(SQLModel, table=True):

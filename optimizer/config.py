@@ -230,8 +230,8 @@ class GroupConfig(RoundsConfig):
 
     num_tries: int = Field(default=8, ge=2)
     token_price: float = Field(default=0.0, ge=0)
-    """Share of its reward that a rollout loses for every 1,000 tokens that it wrote, at most a half in all; 0 makes
-    tokens free. With it, groups whose rollouts all won teach the shorter ones."""
+    """Share of its lead over the next lower reward of its task that a rollout loses for every 1,000 tokens that it
+    wrote, at most a half in all; 0 makes tokens free. With it, groups whose rollouts all won teach the shorter ones."""
 
 
 class RolloutConfig(RoundsConfig):

@@ -154,6 +154,18 @@ class ToolsConfig(BaseModel, extra="forbid"):
     """By the tool's name."""
 
 
+class CriticConfig(BaseModel, extra="forbid"):
+    """A model or a program behind a URL that rewards replies (docs/tasks.md)."""
+
+    url: str = Field(pattern=r"^https?://[^@\s]+$")
+    """Its address; a private one is the operator's choice."""
+    # Checked where it is read: the message for an invalid setting quotes its value, which may be a key by mistake.
+    api_key: str | None = None
+    """Name of the environment variable that holds its key; None sends none."""
+    timeout_seconds: float = Field(default=60.0, gt=0, le=600)
+    """Maximum duration of one try."""
+
+
 class EnvironmentConfig(BaseModel, extra="forbid", validate_by_name=True, validate_by_alias=True):
     """One environment beside TextWorld: a task file, or a class; neither names a plug-in, by the section's name."""
 
@@ -161,6 +173,8 @@ class EnvironmentConfig(BaseModel, extra="forbid", validate_by_name=True, valida
     """A JSONL file of tasks with graders (docs/tasks.md)."""
     functions: dict[str, str] = Field(default_factory=dict)
     """Python functions that the file's grader "function" may name: name -> `package.module:function`."""
+    critics: dict[Name, CriticConfig] = Field(default_factory=dict)
+    """Critics that the file's grader "url" may name."""
     system_prompt: str = ""
     """Of the file's tasks that bring no system message."""
     temperature: float | None = Field(default=0.0, ge=0, le=2)
@@ -176,7 +190,13 @@ class EnvironmentConfig(BaseModel, extra="forbid", validate_by_name=True, valida
     def _is_one_kind(self) -> EnvironmentConfig:
         if self.tasks is not None and (self.class_path is not None or self.options):
             raise ValueError("give either tasks, or a class with options")
-        of_a_file = self.model_fields_set & {"functions", "system_prompt", "temperature", "max_output_tokens"}
+        of_a_file = self.model_fields_set & {
+            "functions",
+            "critics",
+            "system_prompt",
+            "temperature",
+            "max_output_tokens",
+        }
         if self.tasks is None and of_a_file:
             raise ValueError(f"{min(of_a_file)} belongs to a task file: give tasks, or leave it to the class")
         return self

@@ -7,6 +7,7 @@
     │   │   ├── EngineBusy       it is at capacity
     │   │   └── EngineLost       it died during the call, or was not there: the same call may succeed when it is back
     │   ├── ToolError            a tool failed; the message is shown to the model
+    │   ├── CriticFailed         a critic behind a URL gave no reward, so the episode has none
     │   └── BudgetExceeded       the episode ran out of steps, tokens, seconds or context
     ├── GameNotCompiled          a task of an environment could not be prepared
     ├── EngineError              the engine cannot be started or is not ready
@@ -54,6 +55,10 @@ class EngineLost(PolicyError):
 
 class ToolError(EpisodeError):
     """Raised by a tool that fails, with a message for the model."""
+
+
+class CriticFailed(EpisodeError):
+    """A critic behind a URL gave no reward. The message names it, and neither its address nor its key."""
 
 
 class BudgetExceeded(EpisodeError):

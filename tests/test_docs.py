@@ -11,15 +11,20 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+import uvicorn
 from typer.main import get_command
 
 import serve
 from memory.formats.registry import FORMATS, write_row
+from memory.records.trajectory_queries import TRAINING_TRUST
 from memory.schema import Split
 from optimizer.config import METHOD_NAMES, EvaluationConfig, choose_recipe
 from runtime.cli.output import run
@@ -32,7 +37,7 @@ from runtime.tools.toolbox import Toolbox
 from tests.machines import find_reason
 from tests.memory.formats.rows import DEMONSTRATION, LABEL, PREFERENCE
 from tests.runtime.api.playing import PlayedWorld
-from tests.runtime.api.worlds import ServedWorld
+from tests.runtime.api.worlds import ServedWorld, eventually
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,6 +48,20 @@ LEARNING = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
 GATE = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+@contextmanager
+def serve_app(app: Any) -> Iterator[str]:
+    """Serve an ASGI application on the loopback; yield its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert eventually(lambda: server.started)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -183,7 +202,9 @@ def test_the_page_on_learning_shows_settings_that_are_valid_and_every_method(tmp
     shown = serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).optimizer
     assert shown.methods == ["sft", "kto"]
     assert choose_recipe(1, shown.recipe).methods["kto"].learning_rate == 5e-5
-    assert tuple(re.findall(r"^\| `(\w+)` \|", LEARNING, re.MULTILINE)) == METHOD_NAMES
+    methods, rewards = LEARNING.split("## Rewards")
+    assert tuple(re.findall(r"^\| `(\w+)` \|", methods, re.MULTILINE)) == METHOD_NAMES
+    assert tuple(re.findall(r"^\| `(\w+)` \|", rewards, re.MULTILINE)) == TRAINING_TRUST
     assert f"{shown.demonstrations.min_rows} of them (`demonstrations.min_rows`)" in LEARNING
     assert f"{shown.labels.min_rows} good and {shown.labels.min_rows} bad ones (`labels.min_rows`)" in LEARNING
 
@@ -220,9 +241,16 @@ TASKS = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 
 
 async def test_the_task_file_in_the_documents_is_valid_and_its_rows_can_be_solved(tmp_path: Path, monkeypatch):
-    graders, _ = blocks("python", TASKS)
+    graders, critic, _ = blocks("python", TASKS)
     (tmp_path / "my_graders.py").write_text(graders)
-    (tmp_path / "ratchet.toml").write_text(blocks("toml", TASKS)[0])
+    exec(compile(critic, "my_critic.py", "exec"), namespace := {})
+    with serve_app(namespace["app"]) as url:
+        configuration = blocks("toml", TASKS)[0].replace("http://127.0.0.1:9000", url)
+        (tmp_path / "ratchet.toml").write_text(configuration)
+        await _solve_the_documented_tasks(tmp_path, monkeypatch)
+
+
+async def _solve_the_documented_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = blocks("jsonl", TASKS)[0]
     if find_reason():  # rows with unit tests or a machine are refused without the sandbox
         kept = [line for line in lines.splitlines(keepends=True) if not re.search("unit_tests|machine", line)]
@@ -241,6 +269,7 @@ async def test_the_task_file_in_the_documents_is_valid_and_its_rows_can_be_solve
         "stock": "kiwi",
         "haiku": "Rain\nfalls\nsoftly",
         "logs": "1",
+        "thanks": "Thank you, Ada!",
     }
     if find_reason():
         del solutions["logs"]
@@ -248,6 +277,10 @@ async def test_the_task_file_in_the_documents_is_valid_and_its_rows_can_be_solve
         playthrough = await environment.start(environment.task(name))
         playthrough.read_reply(text, [])
         assert (await playthrough.close()).value == 1.0, name
+    playthrough = await environment.start(environment.task("thanks"))
+    playthrough.read_reply("Well done, Ada.", [])
+    outcome = await playthrough.close()
+    assert (outcome.value, outcome.reason) == (pytest.approx(0.4), "0.2: curt; 1: the reply contains the answer")
 
 
 def test_the_table_of_graders_in_the_documents_is_complete():
@@ -262,7 +295,7 @@ def test_the_table_of_graders_in_the_documents_is_complete():
 
 
 async def test_the_class_in_the_documents_is_an_environment(tmp_path: Path, monkeypatch):
-    _, code = blocks("python", TASKS)
+    *_, code = blocks("python", TASKS)
     assert len([line for line in code.splitlines() if line.strip()]) <= 36
     (tmp_path / "guess.py").write_text(code)
     (tmp_path / "ratchet.toml").write_text(blocks("toml", TASKS)[1])
@@ -293,7 +326,7 @@ def test_the_configuration_of_agentbench_in_the_documents_is_valid(tmp_path: Pat
 
 def test_the_commands_about_tasks_exist_with_their_options():
     root = get_command(serve.app)
-    lines = [line for block in blocks("sh", TASKS) for line in block.splitlines()]
+    lines = [line for block in blocks("sh", TASKS + LEARNING) for line in block.splitlines()]
     assert len(lines) >= 10
     for line in lines:
         _, verb, *words = shlex.split(line)

@@ -29,7 +29,9 @@ from memory.records.trajectory_queries import (
     INSERT_TRAJECTORY,
     IS_CORRECTED,
     IS_ONE_CORRECTED,
+    REWARD_TRUST,
     SIZE,
+    TRAINING_TRUST,
     effective_reward_of,
     last_handover,
     learnable_conditions,
@@ -52,7 +54,7 @@ from memory.schema import (
 )
 from memory.scopes import Scopes, is_shown
 from memory.storage.database import Database
-from memory.teaching import OPERATOR, Teacher, reward_teaches, teaching_keys
+from memory.teaching import DEFAULT_TENANT, OPERATOR, Teacher, reward_teaches, teaching_keys
 from memory.trust import Exchange, digest_exchange, is_trusted, trust_of
 
 # As memory.schema.TokenIds stores them.
@@ -80,7 +82,8 @@ class GradedTrajectory:
     reward: float
     is_success: bool
     teacher: Teacher = OPERATOR
-    """The source of the reward."""
+    """Who gave the reward."""
+    source: RewardSource = RewardSource.ENVIRONMENT
 
     @property
     def model_steps(self) -> list[Step]:
@@ -185,8 +188,13 @@ class Trajectories:
         key_id: str | None = None,
         user_id: str = "",
     ) -> Reward:
-        """Add a reward, with its key and person, inside the caller's transaction. Raises: UnknownTrajectory."""
+        """Add a reward, with its key and person, inside the caller's transaction.
+
+        Raises: UnknownTrajectory; ValueError for a verifier's grade of a held-out task, which only measures.
+        """
         trajectory = _require(session, trajectory_id)
+        if source is RewardSource.VERIFIER and trajectory.split is Split.HELD_OUT:
+            raise ValueError(f"trajectory {trajectory_id!r} is of a held-out task: no verifier may grade it")
         reward = Reward(
             id=new_id("rew"),
             trajectory_id=trajectory_id,
@@ -361,7 +369,10 @@ class Trajectories:
         return reward
 
     def reward_for_weights(self, trajectory_id: str) -> float | None:
-        """Return the effective reward among those that may teach the weights (memory/teaching.py)."""
+        """Return the effective reward among those that may teach the weights (memory/teaching.py).
+
+        Never a verifier's: the release gate grades by this, and a model's grade proves nothing.
+        """
         with self._database.read() as session:
             conditions = [reward_teaches(teaching_keys(session))]
             reward = effective_reward_of(col(Trajectory.id), conditions=conditions)
@@ -406,7 +417,8 @@ class Trajectories:
 
         They are finished, rewarded and not held out. With `since`, they were closed or rewarded after it, because
         feedback may come late. `environments` narrows them down; `""` among them stands for live traffic. With
-        `is_for_weights`, only rewards that may teach the weights count (memory/teaching.py).
+        `is_for_weights`, only rewards that may teach the weights count (memory/teaching.py), and a verifier's grade
+        where there is no other.
         """
         query = select(Trajectory, Reward)
         if since is not None:
@@ -419,11 +431,17 @@ class Trajectories:
             query = query.where(func.coalesce(Trajectory.environment, "").in_(environments))
         with self._database.read() as session:
             conditions = [reward_teaches(teaching_keys(session))] if is_for_weights else []
-            query = query.where(*learnable_conditions(conditions))
+            sources = TRAINING_TRUST if is_for_weights else REWARD_TRUST
+            query = query.where(*learnable_conditions(conditions, sources))
             rows = session.exec(query.order_by(col(Trajectory.id))).all()
         return [
             GradedTrajectory(
-                trajectory, [], reward.value, reward.value >= self.success_reward, _teacher_of(trajectory, reward)
+                trajectory,
+                [],
+                reward.value,
+                reward.value >= self.success_reward,
+                _teacher_of(trajectory, reward),
+                reward.source,
             )
             for trajectory, reward in rows
         ]
@@ -436,9 +454,26 @@ class Trajectories:
         environment = func.coalesce(Trajectory.environment, "")
         with self._database.read() as session:
             conditions = [reward_teaches(teaching_keys(session))] if is_for_weights else []
-            is_learnable = and_(*learnable_conditions(conditions))
+            is_learnable = and_(*learnable_conditions(conditions, TRAINING_TRUST))
             query = sql_select(environment, func.count()).select_from(Trajectory).join(Reward, is_learnable)
             return {name: num for name, num in session.execute(query.group_by(environment))}
+
+    def ungraded(self, environments: Collection[str], *, limit: int) -> list[Trajectory]:
+        """Return the newest episodes of the default tenant that a verifier may grade, oldest first: finished, trusted,
+        not held out, without any reward or correction. `""` among the environments stands for live traffic."""
+        has_reward = exists().where(col(Reward.trajectory_id) == Trajectory.id)
+        query = select(Trajectory).where(
+            Trajectory.stage == TrajectoryStage.FINISHED,
+            Trajectory.split != Split.HELD_OUT,
+            Trajectory.tenant == DEFAULT_TENANT,
+            func.coalesce(Trajectory.environment, "").in_(environments),
+            is_trusted(Trajectory),
+            ~has_reward,
+            ~IS_CORRECTED,
+        )
+        with self._database.read() as session:
+            newest = session.exec(query.order_by(col(Trajectory.id).desc()).limit(limit)).all()
+        return list(newest)[::-1]
 
     def held_out_tasks(self) -> set[tuple[str, str]]:
         """Return (tenant, task) and (tenant, task text) of every held-out task that a client played."""

@@ -20,6 +20,7 @@ from sqlalchemy import (
     exists,
     func,
     insert,
+    or_,
     select,
 )
 from sqlalchemy.orm import aliased
@@ -33,20 +34,28 @@ REWARD_TRUST = (
     RewardSource.ENVIRONMENT,
     RewardSource.JUDGE,
 )  # most trusted first
+TRAINING_TRUST = (*REWARD_TRUST, RewardSource.VERIFIER)
+"""The same for rows of training data. A verifier learned from the other rewards, so nothing may be proved, shown or
+reported by its grades: only a query that asks for this order sees them."""
 
 
 def effective_reward_of(
-    trajectory_id: SQLColumnExpression[str], column: str = "value", conditions: Sequence[ColumnElement[bool]] = ()
+    trajectory_id: SQLColumnExpression[str],
+    column: str = "value",
+    conditions: Sequence[ColumnElement[bool]] = (),
+    sources: Sequence[RewardSource] = REWARD_TRUST,
 ) -> ScalarSelect[Any]:
     """Return the subquery for a column of the reward that counts: the newest of the most trusted source.
 
-    Only rewards that meet the `conditions` are considered. The subquery runs once for each row of the result, so a
-    page of trajectories costs a page of look-ups.
+    Only rewards of the `sources`, the most trusted first, that meet the `conditions` are considered. The subquery runs
+    once for each row of the result, so a page of trajectories costs a page of look-ups.
     """
-    rank = case({source: position for position, source in enumerate(REWARD_TRUST)}, value=col(Reward.source))
+    rank = case({source: position for position, source in enumerate(sources)}, value=col(Reward.source))
+    # not IN: storage/sql.py compiles a statement once, and the list of an IN is expanded at each execution
+    is_counted = or_(*(col(Reward.source) == source for source in sources))
     return (
         select(getattr(Reward, column))
-        .where(col(Reward.trajectory_id) == trajectory_id, *conditions)
+        .where(col(Reward.trajectory_id) == trajectory_id, is_counted, *conditions)
         .order_by(rank, col(Reward.id).desc())
         .limit(1)
         .correlate(Trajectory)  # only: the enclosing query may select rewards of its own
@@ -54,13 +63,15 @@ def effective_reward_of(
     )
 
 
-def learnable_conditions(reward_conditions: Sequence[ColumnElement[bool]]) -> list[ColumnElement[bool]]:
+def learnable_conditions(
+    reward_conditions: Sequence[ColumnElement[bool]], sources: Sequence[RewardSource]
+) -> list[ColumnElement[bool]]:
     """Return the conditions that join each learnable trajectory with the reward that counts for it."""
     return [
         col(Trajectory.stage) == TrajectoryStage.FINISHED,
         col(Trajectory.split) != Split.HELD_OUT,
         col(Reward.trajectory_id) == Trajectory.id,
-        col(Reward.id) == effective_reward_of(col(Trajectory.id), "id", reward_conditions),
+        col(Reward.id) == effective_reward_of(col(Trajectory.id), "id", reward_conditions, sources),
     ]
 
 

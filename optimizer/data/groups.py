@@ -19,8 +19,8 @@ from optimizer.rewards import GradedTrajectory, refuse_held_out
 
 LEAST_SPREAD = 1e-6
 """Between the rewards of a group; with less, all advantages are 0 and nothing is learned."""
-MOST_OF_REWARD = 0.5
-"""Share that tokens can cost. A failure without reward never beats a long success; one with more than a half can."""
+MOST_OF_LEAD = 0.5
+"""Share of a rollout's lead that tokens can cost. Below 1, or a long success would equal a worse rollout."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def build_groups(
     average; the advantage is not divided by the spread of a group, which would weigh up the tasks that are nearly
     always or nearly never won (Dr. GRPO, arXiv 2503.20783).
 
-    `config.token_price` makes tokens cost a share of the reward, after OPTIMA (arXiv 2410.08115). There tokens are
-    subtracted; here what was lost stays at 0, so that nothing is gained by failing sooner.
+    `config.token_price` makes tokens cost a share of the reward, after OPTIMA (arXiv 2410.08115); see `price_tokens`.
     """
     graded = list(graded)
     refuse_held_out(graded)
@@ -107,7 +106,8 @@ def build_groups(
     own = [each.reward for tries in by_task.values() for each in tries]
     built.mean_reward = sum(own) / len(own) if own else 0.0
     for _, tries in sorted(by_task.items()):
-        rewards = [_price(each, config.token_price) for each in tries]
+        num_tokens = [measure(each.steps).output_tokens for each in tries]
+        rewards = price_tokens([each.reward for each in tries], num_tokens, config.token_price)
         if max(rewards) - min(rewards) < LEAST_SPREAD:
             built.counts["no_variance"] += 1
             continue
@@ -121,10 +121,19 @@ def build_groups(
     return built
 
 
-def _price(each: GradedTrajectory, token_price: float) -> float:
-    """Return the reward less the price of the rollout's own tokens."""
-    num_tokens = measure(each.steps).output_tokens
-    return each.reward * (1 - min(MOST_OF_REWARD, token_price * num_tokens / 1000))
+def price_tokens(rewards: Sequence[float], num_tokens: Sequence[int], token_price: float) -> list[float]:
+    """Return the rewards of one task's rollouts less the price of their tokens.
+
+    OPTIMA subtracts tokens from the reward. Here they cost a share of a rollout's lead: its reward less the next lower
+    one of its task, or less 0 where it is the lowest. So the order of different rewards stays, at any price; a rollout
+    without reward stays at 0, so that nothing is gained by failing sooner; and every rollout keeps half of its reward.
+    """
+    levels = sorted({0.0, *rewards})
+    lower = dict(zip(levels[1:], levels, strict=False))
+    return [
+        reward - min(MOST_OF_LEAD, token_price * length / 1000) * (reward - lower.get(reward, 0.0))
+        for reward, length in zip(rewards, num_tokens, strict=True)
+    ]
 
 
 def leave_one_out(rewards: Sequence[float]) -> list[float]:

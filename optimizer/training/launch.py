@@ -66,6 +66,27 @@ async def train(spec: TrainingSpec, *, on_step: OnStep | None = None, num_attemp
     raise TrainingError(_explain(spec, exit_code, last_step, num_attempts))
 
 
+async def score(spec: TrainingSpec, *, on_step: OnStep | None = None) -> list[float]:
+    """Return the margin log p(yes) - log p(no) of each row of a spec of the kind "score".
+
+    Raises:
+        TrainingError: the process died.
+    """
+    spec.work_dir.mkdir(parents=True, exist_ok=True)
+    margins_path(spec).unlink(missing_ok=True)
+    spec_path = spec.work_dir / "score.json"
+    spec_path.write_text(spec.model_dump_json(indent=1), encoding="utf-8")
+    exit_code, last_step = await _run_child(spec, spec_path, on_step)
+    if exit_code or not margins_path(spec).exists():
+        raise TrainingError(_explain(spec, exit_code, last_step, 1))
+    return json.loads(margins_path(spec).read_text(encoding="utf-8"))
+
+
+def margins_path(spec: TrainingSpec) -> Path:
+    """Return the file that a scoring writes."""
+    return spec.work_dir / "margins.json"
+
+
 def read_finished(spec: TrainingSpec) -> Manifest | None:
     """Return the manifest in `output_dir` if this spec was trained to its end before."""
     if not spec.output_dir.exists():

@@ -147,17 +147,11 @@ def _add_check(tasks: typer.Typer, read_settings: ReadSettings) -> None:
         async def work() -> dict[str, Any]:
             from dataclasses import asdict
 
-            from runtime.environments.registry import load_functions
+            from runtime.environments.registry import load_resources
             from runtime.environments.task_files.check import check_task_file
 
             try:
-                functions = {
-                    key: function
-                    for name, environment in settings.environments.items()
-                    if environment.tasks is not None and environment.tasks.resolve() == file.resolve()
-                    for key, function in load_functions(name, environment).items()
-                }
-                return asdict(await check_task_file(file, functions))
+                return asdict(await check_task_file(file, load_resources(file, settings.environments)))
             except ValueError as error:
                 raise Failure(str(error)) from error
 

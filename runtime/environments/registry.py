@@ -9,6 +9,8 @@ Hazard: names are stored in rows: renaming an environment orphans its trajectori
 from __future__ import annotations
 
 import importlib
+import os
+import re
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -18,6 +20,7 @@ from memory.names import check_name
 from runtime.config import EnvironmentConfig
 from runtime.environments.base import Environment
 from runtime.environments.graders.base import Complete, GradingFunction, GradingResources
+from runtime.environments.graders.critic import Critic
 from runtime.environments.task_files.environment import open_task_file
 from runtime.environments.textworld import TextWorld
 from runtime.errors import EnvironmentRefused
@@ -52,7 +55,7 @@ def _open(
         return open_task_file(
             name,
             config.tasks,
-            GradingResources(load_functions(name, config), complete),
+            GradingResources(load_functions(name, config), complete, open_critics(name, config, os.environ)),
             names_path=directory / f"{name}.names.json",
             system_prompt=config.system_prompt,
             temperature=config.temperature,
@@ -93,6 +96,38 @@ def load_functions(name: str, config: EnvironmentConfig) -> dict[str, GradingFun
             raise EnvironmentRefused(f"environments.{name}.functions: {path!r} is no function")
         functions[key] = function
     return functions
+
+
+def load_resources(file: Path, configured: Mapping[str, EnvironmentConfig]) -> GradingResources:
+    """Return what the environments that are made of a task file give to its graders. Raises: EnvironmentRefused."""
+    functions: dict[str, GradingFunction] = {}
+    critics: dict[str, Critic] = {}
+    for name, config in configured.items():
+        if config.tasks is not None and config.tasks.resolve() == file.resolve():
+            functions |= load_functions(name, config)
+            critics |= open_critics(name, config, os.environ)
+    return GradingResources(functions, critics=critics)
+
+
+def open_critics(name: str, config: EnvironmentConfig, environ: Mapping[str, str]) -> dict[str, Critic]:
+    """Return the critics behind URLs that an environment's task file may name.
+
+    Raises:
+        EnvironmentRefused: the variable with the key of one is missing.
+    """
+    critics: dict[str, Critic] = {}
+    for key, critic in config.critics.items():
+        api_key = environ.get(critic.api_key, "") if critic.api_key is not None else None
+        if api_key == "":
+            # Quoted only where it cannot be the key itself, given by mistake.
+            is_variable = re.fullmatch(r"[A-Z_][A-Z0-9_]*", critic.api_key or "")
+            shown = repr(critic.api_key) if is_variable else "a variable"
+            raise EnvironmentRefused(
+                f"environments.{name}.critics.{key}.api_key names {shown}, which is not set: it is the name of an "
+                "environment variable such as CRITIC_KEY, never the key itself"
+            )
+        critics[key] = Critic(key, critic, api_key=api_key)
+    return critics
 
 
 def _construct(name: str, made: object, options: Mapping[str, Any]) -> Environment:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel
 
-from runtime.engine.client import ToolCall, ToolDefinition
+from runtime.engine.client import Message, ToolCall, ToolDefinition
 from runtime.environments.base import Outcome
 from runtime.tools.base import parse_arguments
 
 if TYPE_CHECKING:
+    from runtime.environments.graders.critic import Critic
     from runtime.environments.machines.machine import Machine
     from runtime.environments.sql_database import SqlDatabase
 
@@ -45,6 +46,10 @@ class Submission:
     tools: Sequence[ToolDefinition] = ()
     database: SqlDatabase | None = None
     machine: Machine | None = None
+    task: str = ""
+    """The task's name."""
+    messages: Sequence[Message] = ()
+    """The messages that the task opens with."""
 
 
 class Complete(Protocol):
@@ -63,7 +68,9 @@ class GradingResources:
 
     functions: Mapping[str, GradingFunction] = field(default_factory=dict)
     complete: Complete | None = None
-    """None: there is no critic."""
+    """None: the base model is no critic."""
+    critics: Mapping[str, Critic] = field(default_factory=dict)
+    """Critics behind URLs, by name."""
 
 
 class Grader(BaseModel, ABC, extra="forbid"):
@@ -76,6 +83,11 @@ class Grader(BaseModel, ABC, extra="forbid"):
     def check(self, tools: Sequence[ToolDefinition], resources: GradingResources, *, has_database: bool) -> None:
         """Raise ValueError if the task cannot be graded here; called when the file is read."""
         return
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether a critic is asked."""
+        return False
 
 
 def read_submission(

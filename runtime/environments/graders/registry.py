@@ -7,6 +7,8 @@ from typing import Annotated
 from pydantic import Field
 
 from runtime.environments.graders.code import Function, UnitTests
+from runtime.environments.graders.composed import All, Part, Weighted
+from runtime.environments.graders.critic import Url
 from runtime.environments.graders.function_calls import FunctionCall
 from runtime.environments.graders.latex import LatexAnswer
 from runtime.environments.graders.machine import Checks
@@ -26,8 +28,13 @@ AnyGrader = Annotated[
     | UnitTests
     | Function
     | Rubric
+    | Url
     | DatabaseState
     | Values
-    | Checks,
+    | Checks
+    | All
+    | Weighted,
     Field(discriminator="type"),
 ]
+for composed in (Part, All, Weighted):
+    composed.model_rebuild(_types_namespace={"AnyGrader": AnyGrader})

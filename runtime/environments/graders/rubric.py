@@ -62,6 +62,10 @@ class Rubric(Grader):
                 "the grader 'rubric' needs a critic; the pocket model and `teach` have none: serve a larger model"
             )
 
+    @property
+    def needs_critic(self) -> bool:
+        return True
+
 
 def read_score(answer: str) -> Outcome:
     """Return the outcome that a critic's answer gives.

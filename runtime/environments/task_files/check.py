@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from memory.schema import Task
 from runtime.environments.base import Outcome
-from runtime.environments.graders.base import GradingFunction, GradingResources
-from runtime.environments.graders.rubric import Rubric
+from runtime.environments.graders.base import GradingResources
 from runtime.environments.task_files.machine import start_playthrough
 from runtime.environments.task_files.reader import index_task_file, read_row
 from runtime.environments.task_files.rows import TaskRow, to_split
@@ -27,24 +25,24 @@ class CheckedFile:
     kinds: dict[str, int]
     graders: dict[str, int]
     num_demonstrations: int = 0
-    """Those that were graded; a rubric's are not, because it takes a model."""
+    """Those that were graded; those that take a critic are not."""
     problems: list[str] = field(default_factory=list)
 
 
-async def check_task_file(path: Path, functions: Mapping[str, GradingFunction] | None = None) -> CheckedFile:
+async def check_task_file(path: Path, resources: GradingResources | None = None) -> CheckedFile:
     """Return what a file holds.
 
     Raises:
         EnvironmentRefused: it is missing, or rows are invalid; the message names each by file and line.
     """
-    resources = GradingResources(functions or {}, _answer_nothing)
+    resources = replace(resources or GradingResources(), complete=_answer_nothing)
     index = index_task_file(path, resources)
     splits, kinds = (Counter(getattr(it, of) for it in index.positions.values()) for of in ("split", "kind"))
     checked = CheckedFile(len(index.positions), dict(splits), dict(kinds), {})
     for name, position in index.positions.items():
         row = read_row(path, position)
         checked.graders[row.grader.type] = checked.graders.get(row.grader.type, 0) + 1
-        if row.demonstration is None or isinstance(row.grader, Rubric):
+        if row.demonstration is None or row.grader.needs_critic:
             continue
         checked.num_demonstrations += 1
         outcome = await _play_demonstration(row, resources)

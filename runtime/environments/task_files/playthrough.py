@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from memory.records.exemplars import render_call
@@ -63,7 +64,8 @@ class TaskPlaythrough(Playthrough):
         try:
             if self._submission is None:
                 return Outcome(0.0, "there was no answer")
-            return await self._row.grader.grade(self._submission, self._resources)
+            named = replace(self._submission, task=self._row.name, messages=self._opening)
+            return await self._row.grader.grade(named, self._resources)
         finally:
             if self._database is not None:
                 await self._database.close()

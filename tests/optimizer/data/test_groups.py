@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memory.records.trajectories import measure
 from memory.schema import Split, Trust
 from optimizer.config import GroupConfig
-from optimizer.data.groups import build_groups, leave_one_out
+from optimizer.data.groups import build_groups, leave_one_out, price_tokens
 from tests.optimizer.worlds import live
 
 STOVE = ("cook carrot with stove", "It is fried.")
@@ -100,3 +105,31 @@ def test_at_any_price_a_long_success_beats_a_short_failure_and_failures_are_alik
     advantages = {row.trajectory_id: row.advantage for row in built.rows}
     assert advantages == {won.trajectory.id: 0.5, **{each.trajectory.id: -0.25 for each in failures}}
     assert group(failures, token_price=1000.0).counts["no_variance"] == 1
+
+
+def test_a_long_success_beats_a_short_failure_with_a_partial_reward(tokenizer):
+    won = live([STOVE] * 3, tokenizer=tokenizer, is_success=True)
+    partial = replace(live([OVEN], tokenizer=tokenizer, is_success=False), reward=0.9)
+    # a price that takes a tenth of the short one, and much more of the long one
+    price = 0.1 * 1000 / measure(partial.steps).output_tokens
+
+    advantages = {row.trajectory_id: row.advantage for row in group([won, partial], token_price=price).rows}
+
+    assert advantages[won.trajectory.id] > 0 > advantages[partial.trajectory.id]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 100_000)), min_size=1, max_size=8),
+    st.floats(0, 1e6),
+)
+def test_a_price_on_tokens_never_reverses_the_order_of_rewards(tries, token_price):
+    rewards, num_tokens = zip(*tries, strict=True)
+
+    priced = price_tokens(rewards, num_tokens, token_price)
+
+    for reward, length, value in zip(rewards, num_tokens, priced, strict=True):
+        assert reward / 2 <= value <= reward
+        for other_reward, other_length, other_value in zip(rewards, num_tokens, priced, strict=True):
+            assert other_reward >= reward or other_value <= value
+            assert other_reward > reward - 1e-9 or other_value < value
+            assert other_reward != reward or other_length < length or other_value <= value

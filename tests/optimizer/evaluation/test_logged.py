@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from memory.schema import (
     Feedback,
     Policy,
+    Reward,
     RewardSource,
     Split,
     Step,
@@ -212,3 +213,18 @@ async def test_feedback_of_a_key_that_does_not_teach_decides_nothing(memory, can
     ours, theirs = read_logged_cells(memory, candidate, memory.policies.get(0))
 
     assert len(ours.played) == NUM_TASKS and ours.success == theirs.success == 0.0
+
+
+async def test_a_verifiers_grades_decide_nothing_even_where_a_row_came_in_by_another_way(memory, candidate):
+    graded = []
+    for task in range(NUM_TASKS):
+        graded.append(await log(memory, candidate.version, task, None))
+        await log(memory, 0, task, None)
+    rows = [Reward(id=new_id("rew"), trajectory_id=it, value=1.0, source=RewardSource.VERIFIER) for it in graded]
+    await memory.database.write(lambda session: session.add_all(rows))
+
+    ours, theirs = read_logged_cells(memory, candidate, memory.policies.get(0))
+
+    assert len(memory.trajectories.rewards(graded[0])) == 1
+    assert [cell.num_successes for cell in (ours, theirs)] == [0, 0]
+    assert decide(memory, candidate).decision is Decision.UNINFORMATIVE
