@@ -5,7 +5,6 @@ One step decides each task, and many follow that decide nothing, so that whole e
 
 from __future__ import annotations
 
-import random
 import re
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -47,8 +46,7 @@ from tests.test_loop import Cook
 FIRST_HELD_OUT = 500
 NUM_STEPS_AFTER = 7
 """With so many steps between the decision and its end, a loss is no evidence against any of them."""
-SHARE_RED = 0.4
-NUM_POINTS, NUM_WAYS, NUM_ROLLOUTS = 6, 4, 2
+NUM_POINTS, NUM_WAYS, NUM_ROLLOUTS = 6, 3, 2
 CONFIG = OptimizerConfig.model_validate(
     {
         **{"environment": "vault", "methods": ["search"], "num_practice_tasks": 8, "num_selection_tasks": 0},
@@ -72,6 +70,7 @@ class Vault(Environment):
 
     name = "vault"
     system_prompt = "You explore."
+    temperature = 0.0
 
     def __init__(self) -> None:
         self.num_started = 0
@@ -119,7 +118,11 @@ class Walk(Playthrough):
 
 
 class Explorer(Cook):
-    """The base opens the red door now and then; an adapter, the one that it was taught."""
+    """The base opens the red door of a vault every second time; an adapter, the one that it was taught."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer)
+        self.num_opened: Counter[str] = Counter()
 
     async def reply(self, body: dict[str, Any]) -> Reply:
         seen = body["messages"][-1]["content"]
@@ -133,8 +136,11 @@ class Explorer(Cook):
         taught = ""
         if body["model"] in self.adapters:
             taught = read_manifest(self.adapters[body["model"]]).settings["taught"]
-        is_lucky = body["temperature"] > 0 and random.Random(body["seed"]).random() < SHARE_RED
-        return taught or ("red" if is_lucky else "blue")
+        if taught or body["temperature"] == 0:
+            return taught or "blue"
+        task = next(message["content"] for message in body["messages"] if message["role"] == "user")
+        self.num_opened[task] += 1
+        return "red" if self.num_opened[task] % 2 else "blue"
 
 
 class DoorTrainer:
@@ -278,7 +284,7 @@ async def test_search_finds_the_step_that_decides_where_whole_episodes_do_not(wo
     assert whole.rows == [] and whole.counts["no_evidence"] > 0
 
     rows = world.trainer.rows["search"]
-    assert len(rows) >= 2
+    assert len(rows) == NUM_POINTS
     by_id = {it.id: it for it in world.episodes()}
     for row in rows:
         assert tokenizer.decode(row["chosen_ids"]).count("open red") == 1
@@ -298,8 +304,8 @@ async def test_search_finds_the_step_that_decides_where_whole_episodes_do_not(wo
 
 async def test_the_budget_holds_and_is_told_before_anything_is_played(world: World):
     needs = {need.name: need for need in await measure_needs(world.memory, CONFIG, world.seams)}
-    assert "plays 12 own episodes and at most 48 branches" in needs["branches"].detail
-    assert "60 episodes at the most in all" in needs["branches"].detail and needs["replay"].is_met
+    assert "plays 12 own episodes and at most 36 branches" in needs["branches"].detail
+    assert "48 episodes at the most in all" in needs["branches"].detail and needs["replay"].is_met
     assert world.vault.num_started == 0
 
     cycle_id = await world.learn()
@@ -309,7 +315,9 @@ async def test_the_budget_holds_and_is_told_before_anything_is_played(world: Wor
     assert len(world.episodes()) - len(world.branches()) == CONFIG.practice_episodes + 12
     at_points = Counter((it.branch_of, it.branch_position) for it in world.branches())
     firsts = {key: number for key, number in at_points.items() if key[0] not in {it.id for it in world.branches()}}
-    assert len(firsts) == summary["num_points"] and set(firsts.values()) == {NUM_WAYS}
+    assert len(firsts) == summary["num_points"] == NUM_POINTS and set(firsts.values()) == {NUM_WAYS}
+    # of three ways on, two are the same: the other one is tried once more
+    assert summary["num_branches"] == NUM_POINTS * (NUM_WAYS + 1) and summary["num_rows"] == NUM_POINTS
     assert f"{summary['num_branches']} branches at {summary['num_points']} steps" in world.report(cycle_id)
 
 
