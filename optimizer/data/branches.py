@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from memory.schema import Step
+from memory.schema import Split, Step
 from optimizer.config import BranchConfig, TeachingConfig
 from optimizer.data.groups import require_played_by
 from optimizer.data.preferences import Preference
@@ -117,13 +117,16 @@ def choose_points(
 
 
 def _take_own(graded: Iterable[GradedTrajectory], policy: int) -> Iterator[GradedTrajectory]:
-    """Yield the episodes that a search of this policy may branch from, oldest first."""
+    """Yield the practice episodes that a search of this policy may branch from, oldest first."""
     for each in sorted(graded, key=lambda each: each.trajectory.id):
+        trajectory = each.trajectory
         try:
             require_played_by(each, policy)
         except Unstitchable:
             continue
-        if each.trajectory.branch_of is None:
+        # a client's episode is its owner's: nobody else goes on with it
+        is_clients = bool(trajectory.tenant or trajectory.user_id or trajectory.key_id)
+        if trajectory.branch_of is None and trajectory.split is Split.PRACTICE and not is_clients:
             yield each
 
 
