@@ -261,11 +261,6 @@ class BranchConfig(RoundsConfig):
     each differ by that when a single one of the four had luck."""
     min_rows: int = 12
 
-    @property
-    def num_episodes(self) -> int:
-        """Episodes of one round at the most."""
-        return self.num_tasks * self.num_tries + self.num_points * self.num_ways * self.num_rollouts
-
 
 class TeachingConfig(BaseModel, extra="forbid"):
     """How much of the rows one teacher may give, so that a flood of feedback doesn't steer everybody's weights."""

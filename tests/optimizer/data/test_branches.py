@@ -75,8 +75,16 @@ def test_tasks_take_turns_the_won_ones_first_and_the_number_is_bounded(tokenizer
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("policy", 3), ("memory_text", "<memory>"), ("trust", Trust.UNTRUSTED), ("branch_of", "trj_of_another")]
-    + [("tenant", "acme"), ("user_id", "jane"), ("key_id", "key_1"), ("split", Split.LIVE)],
+    [
+        ("policy", 3),
+        ("memory_text", "<memory>"),
+        ("trust", Trust.UNTRUSTED),
+        ("branch_of", "trj_of_another"),
+        ("tenant", "acme"),
+        ("user_id", "jane"),
+        ("key_id", "key_1"),
+        ("split", Split.LIVE),
+    ],
 )
 def test_only_own_episodes_are_branched_from(tokenizer, field, value):
     lost = episode(tokenizer, [LOOK, *BLUE])
