@@ -130,6 +130,8 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
 
 def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: Critic | None) -> Seams:
     """Return the functions through which the optimizer reaches the runtime, which it may not import."""
+    import runtime.errors
+    from optimizer.errors import ReplayMismatch
     from optimizer.seams import Seams, Serving, unknown_context
     from runtime.agent.turn import TurnRequest
 
@@ -138,6 +140,12 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: C
             TurnRequest(task=task, policy=policy, use_memory=use_memory, temperature=temperature, seed=seed)
         )
         return turn.trajectory
+
+    async def branch(origin: Trajectory, *, position: int, temperature: float, seed: int) -> Trajectory:
+        try:
+            return await agent.branch(origin, position=position, temperature=temperature, seed=seed)
+        except runtime.errors.ReplayMismatch as error:
+            raise ReplayMismatch(str(error)) from error
 
     def serving(environment: str) -> Serving:
         temperature = agent.temperature_of(agent.environment(environment) if environment else None)
@@ -148,6 +156,7 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: C
 
     return Seams(
         rollout=rollout,
+        branching=lambda environment: branch if agent.environment(environment).can_replay else None,
         sealed_tasks=lambda environment, num_tasks: agent.environment(environment).sealed_tasks(num_tasks),
         serving=serving,
         tasks=lambda environment, split, num_tasks, offset=0: agent.environment(environment).tasks(

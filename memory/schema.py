@@ -319,6 +319,11 @@ class Trajectory(SQLModel, table=True):
     shown and learned from."""
     retired_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     """When an operator retired it: it is not shown from then on."""
+    branch_of: str | None = None
+    """The trajectory whose beginning this one replays; None for an episode of its own. A branch is never shown, and
+    only the method of learning that played it learns from it: its beginning is evidence elsewhere already."""
+    branch_position: int | None = None
+    """Position of the first step that is not replayed. The replayed steps before it have no token ids."""
 
     @property
     def task_key(self) -> tuple[str, str, str]:

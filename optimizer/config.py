@@ -44,7 +44,8 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
 
 # Small: measured on models of a few million parameters. Middle: SFT measured on SmolLM2-135M (learning rates of 7e-4 to
 # 1e-3, batches of 4); its DPO lies between its neighbours and was not measured. Large: "LoRA Without Regret" for SFT,
-# ETO for DPO. KTO has the numbers of DPO, with its paper's loss weights; it, GRPO and distillation were not measured.
+# ETO for DPO. KTO has the numbers of DPO, with its paper's loss weights, and search has them unchanged; these two, GRPO
+# and distillation were not measured.
 RECIPES: tuple[tuple[float, Recipe], ...] = (
     (
         100e6,
@@ -59,6 +60,7 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
                 "kto": Hyperparameters(learning_rate=3e-4, epochs=3, batch_size=8, beta=0.1),
                 "grpo": Hyperparameters(learning_rate=3e-4, epochs=1, batch_size=32),
                 "distill": Hyperparameters(learning_rate=3e-4, epochs=1, batch_size=32),
+                "search": Hyperparameters(learning_rate=3e-4, epochs=3, batch_size=8, beta=0.1, sft_weight=1.0),
             },
             rows_per_pass=8,
             gradient_checkpointing=False,
@@ -75,6 +77,7 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
                 "kto": Hyperparameters(learning_rate=5e-5, epochs=2, batch_size=4, beta=0.1),
                 "grpo": Hyperparameters(learning_rate=1e-4, epochs=1, batch_size=16),
                 "distill": Hyperparameters(learning_rate=1e-4, epochs=1, batch_size=16),
+                "search": Hyperparameters(learning_rate=5e-5, epochs=2, batch_size=4, beta=0.1, sft_weight=0.2),
             },
             rows_per_pass=2,
             gradient_checkpointing=False,
@@ -92,6 +95,7 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
                 "kto": Hyperparameters(learning_rate=1e-5, epochs=1, batch_size=16, beta=0.1),
                 "grpo": Hyperparameters(learning_rate=2e-5, epochs=1, batch_size=32),
                 "distill": Hyperparameters(learning_rate=2e-5, epochs=1, batch_size=32),
+                "search": Hyperparameters(learning_rate=1e-5, epochs=1, batch_size=16, beta=0.1, sft_weight=0.1),
             },
             rows_per_pass=2,
             gradient_checkpointing=True,
@@ -101,7 +105,7 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
 )
 METHOD_NAMES = tuple(RECIPES[0][1].methods)
 """The methods of learning that `optimizer.methods` may name; `cycle/methods.py` describes each."""
-PLAYING_METHODS = ("grpo", "distill")
+PLAYING_METHODS = ("grpo", "distill", "search")
 """Those that play in every cycle, so they need an environment."""
 FIRST_METHOD = "sft"
 """The method that starts from the bare base in every cycle, so nothing can come before it."""
@@ -239,6 +243,25 @@ class RolloutConfig(RoundsConfig):
     fewer the rounds end."""
 
 
+class BranchConfig(RoundsConfig):
+    """The branches of search: ways on from a step of an own episode. `num_tries`: the own episodes of each task that
+    are branched from. `min_rows`: preferences; with fewer the rounds end."""
+
+    rounds: int = Field(default=1, ge=1)
+    num_tries: int = Field(default=2, ge=1)
+    num_points: int = Field(default=24, ge=1)
+    """Steps at which a round branches, at the most."""
+    num_ways: int = Field(default=4, ge=2)
+    """Ways on that are sampled at a step."""
+    num_rollouts: int = Field(default=2, ge=1)
+    """Episodes that value a way, at the most: its own, and more that repeat its reply where the ways ended
+    differently. With one, luck in later steps is taken for the worth of a reply."""
+    margin: float = Field(default=0.6, gt=0, le=1)
+    """Least difference between the mean rewards of two ways for a preference. Above one half, because two rollouts of
+    each differ by that when a single one of the four had luck."""
+    min_rows: int = 12
+
+
 class TeachingConfig(BaseModel, extra="forbid"):
     """How much of the rows one teacher may give, so that a flood of feedback doesn't steer everybody's weights."""
 
@@ -337,6 +360,7 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     labels: LabelConfig = LabelConfig()
     groups: GroupConfig = GroupConfig()
     rollouts: RolloutConfig = RolloutConfig()
+    branches: BranchConfig = BranchConfig()
     teaching: TeachingConfig = TeachingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     recipe: dict[str, Any] = {}

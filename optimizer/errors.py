@@ -3,8 +3,11 @@
 OptimizerError
 |-- TooFewTrajectories   a cycle has less to learn from than it needs; carries the number missing (a ValueError)
 |-- TemplateMismatch     the chat template keeps too many of the agent's own tokens from being trained
+|-- CannotReplay         a method would branch episodes of an environment that cannot be replayed (a ValueError)
 |-- TrainingDoesNotFit   no GPU has the memory for it; names the settings with which one would (a ValueError)
 `-- TrainingError        a trainer died; carries the tail of its log
+
+ReplayMismatch           an environment answered replayed calls differently; costs one branch point, never the cycle
 
 CompletionError          a model gave no answer; costs one critique, never the cycle
 `-- PromptTooLong        the messages exceed the model's context: shorter ones may succeed
@@ -31,6 +34,14 @@ class TemplateMismatch(OptimizerError):
 
 class TrainingError(OptimizerError):
     """A trainer ended without an adapter."""
+
+
+class CannotReplay(OptimizerError, ValueError):
+    """The episodes of an environment cannot be replayed; nothing was played."""
+
+
+class ReplayMismatch(Exception):
+    """Raised through the `Branch` seam: the environment did not answer as it did; the message says how."""
 
 
 class CompletionError(Exception):

@@ -25,6 +25,7 @@ def grade(
     environments: Collection[str] | None = None,
     limit: int | None = None,
     is_for_weights: bool = False,
+    with_branches: bool = False,
 ) -> list[GradedTrajectory]:
     """Return the learnable trajectories with their steps, oldest first; of more than `limit`, the newest of each
     teacher. With `is_for_weights`, by the rewards of those who may teach the weights alone.
@@ -33,7 +34,11 @@ def grade(
     in a thread when there may be many.
     """
     learnable = memory.trajectories.learnable(
-        since=since, environment=environment, environments=environments, is_for_weights=is_for_weights
+        since=since,
+        environment=environment,
+        environments=environments,
+        is_for_weights=is_for_weights,
+        with_branches=with_branches,
     )
     # by id, not by time: ids sort by a sequence that a clock set back does not reverse (memory/schema.py, new_id)
     learnable.sort(key=lambda graded: graded.trajectory.id)

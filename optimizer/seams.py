@@ -27,6 +27,17 @@ class Rollout(Protocol):
         ...
 
 
+class Branch(Protocol):
+    async def __call__(self, origin: Trajectory, *, position: int, temperature: float, seed: int) -> Trajectory:
+        """Start the task of `origin` again, replay its steps before `position`, and have the same policy play on from
+        there to the end; return the closed trajectory. It belongs to whom `origin` does.
+
+        Raises:
+            ReplayMismatch: the environment did not answer as in `origin`; nothing was recorded.
+        """
+        ...
+
+
 class Complete(Protocol):
     async def __call__(self, messages: list[dict[str, Any]], *, schema: dict[str, Any], max_tokens: int) -> str:
         """Answer `messages` with a model that can write prose, in JSON of `schema` where the engine can hold it to
@@ -115,6 +126,11 @@ def no_sealed_tasks(environment: str, num_tasks: int) -> list[Task]:
     return []
 
 
+def branch_nowhere(environment: str) -> Branch | None:
+    """The `Seams.branching` of compositions without environments that can be replayed."""
+    return None
+
+
 def serve_greedily(environment: str) -> Serving:
     """The `Seams.serving` of environments whose replies are not sampled."""
     return Serving()
@@ -134,6 +150,8 @@ class Seams:
     sealed_tasks: ListSealedTasks = no_sealed_tasks
     serving: Callable[[str], Serving] = serve_greedily
     """Environment -> the defaults of its users; `""` is live traffic."""
+    branching: Callable[[str], Branch | None] = branch_nowhere
+    """Environment -> the function that plays branches in it; None where its episodes cannot be replayed."""
     complete: Complete | None = None
     """None: no model here writes prose, so insights come from counting."""
     context_tokens: ContextTokens = unknown_context

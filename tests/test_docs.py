@@ -26,7 +26,7 @@ import serve
 from memory.formats.registry import FORMATS, write_row
 from memory.records.trajectory_queries import TRAINING_TRUST
 from memory.schema import Split
-from optimizer.config import METHOD_NAMES, EvaluationConfig, choose_recipe
+from optimizer.config import METHOD_NAMES, EvaluationConfig, OptimizerConfig, choose_recipe
 from runtime.cli.output import run
 from runtime.config import LimitsConfig
 from runtime.environments.graders.registry import AnyGrader
@@ -196,16 +196,25 @@ def test_toml_about_the_gate_is_the_defaults_but_for_the_margin(tmp_path: Path):
     assert set(re.findall(r"`(max_\w+)`", GATE)) <= set(EvaluationConfig.model_fields)
 
 
+def read_optimizer(directory: Path, toml: str) -> OptimizerConfig:
+    (directory / "ratchet.toml").write_text(toml)
+    return serve.read_all_settings(directory / "ratchet.toml", {}, []).optimizer
+
+
 def test_the_page_on_learning_shows_settings_that_are_valid_and_every_method(tmp_path: Path):
-    (text,) = blocks("toml", LEARNING)
-    (tmp_path / "ratchet.toml").write_text(text)
-    shown = serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).optimizer
-    assert shown.methods == ["sft", "kto"]
+    shown, searching = (read_optimizer(tmp_path, text) for text in blocks("toml", LEARNING))
+    assert (shown.methods, searching.methods) == (["sft", "kto"], ["sft", "search"])
     assert choose_recipe(1, shown.recipe).methods["kto"].learning_rate == 5e-5
     methods, rewards = LEARNING.split("## Rewards")
     assert tuple(re.findall(r"^\| `(\w+)` \|", methods, re.MULTILINE)) == METHOD_NAMES
     assert tuple(re.findall(r"^\| `(\w+)` \|", rewards, re.MULTILINE)) == TRAINING_TRUST
     assert f"{shown.demonstrations.min_rows} of them (`demonstrations.min_rows`)" in LEARNING
+    branches = OptimizerConfig().branches
+    for name in ("num_points", "num_ways", "num_rollouts", "margin"):
+        assert f"`branches.{name}` ({getattr(branches, name)})" in LEARNING
+    num_own = branches.num_tasks * branches.num_tries
+    num_branches = branches.num_points * branches.num_ways * branches.num_rollouts
+    assert f"at most {num_own} own episodes and {num_branches} branches" in LEARNING
     assert f"{shown.labels.min_rows} good and {shown.labels.min_rows} bad ones (`labels.min_rows`)" in LEARNING
 
 

@@ -190,6 +190,9 @@ class Exports:
         ]
         if query.environment is not None:
             conditions.append(func.coalesce(Trajectory.environment, "") == query.environment)
+        if query.content is not ExportContent.TRAJECTORIES:
+            # the beginning of a branch is exported with its origin
+            conditions.append(col(Trajectory.branch_of).is_(None))
         return conditions
 
     def _read_page(self, session: Session, query: ExportQuery, after: str) -> list[_Episode]:
@@ -267,6 +270,7 @@ class Exports:
                 col(Trajectory.task) == won.task,
                 col(Trajectory.tenant) == won.tenant,
                 col(Trajectory.stage) == TrajectoryStage.FINISHED,
+                col(Trajectory.branch_of).is_(None),
                 reward < self._success_reward,
             )
             .order_by(col(Trajectory.id).desc())
@@ -278,7 +282,7 @@ class Exports:
 
 def _columns(reward: ColumnElement[Any]) -> list[Any]:
     names = ("id", "tenant", "environment", "task", "split", "policy", "stage", "trust", "approved_at")
-    names += ("exemplar_text", "opening", "tools", "num_invalid_tool_calls", "opened_at")
+    names += ("exemplar_text", "opening", "tools", "num_invalid_tool_calls", "opened_at", "branch_of")
     return [*(getattr(Trajectory, name) for name in names), reward]
 
 
@@ -339,4 +343,5 @@ def _describe(trajectory: Row[Any]) -> dict[str, Any]:
         "policy": f"v{trajectory.policy}",
         "stage": trajectory.stage.value,
         "opened_at": trajectory.opened_at.isoformat(),
+        **({} if trajectory.branch_of is None else {"branch_of": trajectory.branch_of}),
     }

@@ -213,6 +213,8 @@ class Trajectories:
         """Queue a closed trajectory for the index if it may have become, or ceased to be, an exemplar."""
         if trajectory.stage is not TrajectoryStage.FINISHED or trajectory.split is Split.HELD_OUT:
             return
+        if trajectory.branch_of is not None:
+            return
         reward = session.scalar(EFFECTIVE_REWARD, {"trajectory_id": trajectory.id})
         is_corrected = session.scalar(IS_ONE_CORRECTED, {"trajectory_id": trajectory.id})
         if reward is not None or is_corrected:
@@ -395,13 +397,14 @@ class Trajectories:
         )
 
     def successes(self, *columns: ColumnElement[Any]) -> Select:
-        """Return the query for finished successes that are not held out, with further `columns`.
+        """Return the query for finished successes that are neither held out nor branches, with further `columns`.
 
         An episode whose answer was corrected counts as a success, with the correction in place of the answer.
         """
         return sql_select(Trajectory, *columns).where(
             col(Trajectory.stage) == TrajectoryStage.FINISHED,
             col(Trajectory.split) != Split.HELD_OUT,
+            col(Trajectory.branch_of).is_(None),
             or_(effective_reward_of(col(Trajectory.id)) >= self.success_reward, IS_CORRECTED),
         )
 
@@ -412,13 +415,15 @@ class Trajectories:
         environment: str | None = None,
         environments: Collection[str] | None = None,
         is_for_weights: bool = False,
+        with_branches: bool = False,
     ) -> list[GradedTrajectory]:
         """Return the trajectories of all tenants that may be learned from, oldest first, without their steps.
 
         They are finished, rewarded and not held out. With `since`, they were closed or rewarded after it, because
         feedback may come late. `environments` narrows them down; `""` among them stands for live traffic. With
         `is_for_weights`, only rewards that may teach the weights count (memory/teaching.py), and a verifier's grade
-        where there is no other.
+        where there is no other. Branches are no evidence of their own: they are left out unless `with_branches` asks
+        for them.
         """
         query = select(Trajectory, Reward)
         if since is not None:
@@ -432,7 +437,7 @@ class Trajectories:
         with self._database.read() as session:
             conditions = [reward_teaches(teaching_keys(session))] if is_for_weights else []
             sources = TRAINING_TRUST if is_for_weights else REWARD_TRUST
-            query = query.where(*learnable_conditions(conditions, sources))
+            query = query.where(*learnable_conditions(conditions, sources, with_branches=with_branches))
             rows = session.exec(query.order_by(col(Trajectory.id))).all()
         return [
             GradedTrajectory(

@@ -64,10 +64,14 @@ def effective_reward_of(
 
 
 def learnable_conditions(
-    reward_conditions: Sequence[ColumnElement[bool]], sources: Sequence[RewardSource]
+    reward_conditions: Sequence[ColumnElement[bool]],
+    sources: Sequence[RewardSource],
+    *,
+    with_branches: bool = False,
 ) -> list[ColumnElement[bool]]:
     """Return the conditions that join each learnable trajectory with the reward that counts for it."""
     return [
+        *([] if with_branches else [col(Trajectory.branch_of).is_(None)]),
         col(Trajectory.stage) == TrajectoryStage.FINISHED,
         col(Trajectory.split) != Split.HELD_OUT,
         col(Reward.trajectory_id) == Trajectory.id,

@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from optimizer.data.branches import BranchPoint
+
 VERSION_SUFFIX = "_version"
 
 
@@ -94,6 +96,8 @@ class CycleArtifacts(BaseModel):
     num_rounds: dict[str, int] = {}
     num_rounds_played: dict[str, int] = {}
     """Rounds of methods that train in rounds, trained and played, by the name of the method."""
+    branch_points: dict[str, list[BranchPoint]] = {}
+    """The steps at which a search branches, by the number of its round."""
     critiques: Critiques | None = None
     selection_tasks: list[str] | None = None
     selection: Selection | None = None

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from optimizer.seams import Seams, Serving
 PROGRESS_INTERVAL_SECONDS = 0.5
 
 WithTrajectory = TypeVar("WithTrajectory", GradedTrajectory, Correction)
+Played = TypeVar("Played")
 
 
 @dataclass
@@ -99,13 +101,18 @@ class CycleContext:
         return random.Random(f"{self.config.seed}/{self.cycle_id}/{names}").getrandbits(31)
 
     async def read_pool(
-        self, *, this_cycle_only: bool = False, any_environment: bool = False, is_for_weights: bool = True
+        self,
+        *,
+        this_cycle_only: bool = False,
+        any_environment: bool = False,
+        is_for_weights: bool = True,
+        with_branches: bool = False,
     ) -> list[GradedTrajectory]:
         """Return the episodes that may be learned from, oldest first, without held-out tasks.
 
         Weights are proved by the gate of this cycle, so they learn only from episodes of its own environments, and from
         rewards of those who may teach. Insights have scopes of their own: with `any_environment` and
-        `is_for_weights=False` all episodes are returned.
+        `is_for_weights=False` all episodes are returned. Branches are among them only `with_branches`.
         """
         since = self.opened_at if this_cycle_only else None
         environments = None if any_environment else self.config.pool_environments
@@ -116,6 +123,7 @@ class CycleContext:
             environments=environments,
             limit=self.config.max_pool,
             is_for_weights=is_for_weights,
+            with_branches=with_branches,
         )
         # after the limit, so fewer than max_pool may be left
         return await self._drop_held_out(graded)
@@ -251,25 +259,29 @@ class CycleContext:
         self, tasks: Sequence[Task], *, policy: int, use_memory: bool, temperature: float, label: str
     ) -> list[Trajectory]:
         """Play every task once, at most `concurrency` at a time; `label` makes the seeds of this round its own."""
+
+        async def play_one(position: int, task: Task) -> Trajectory:
+            return await self.seams.rollout(
+                task, policy=policy, use_memory=use_memory, temperature=temperature, seed=self.seed(label, position)
+            )
+
+        return await self.play_all([partial(play_one, *each) for each in enumerate(tasks)], label)
+
+    async def play_all(self, episodes: Sequence[Callable[[], Awaitable[Played]]], label: str) -> list[Played]:
+        """Await every episode, at most `concurrency` at a time, and show the progress of it."""
         semaphore = asyncio.Semaphore(self.config.concurrency)
         num_done = 0
 
-        async def play_one(position: int, task: Task) -> Trajectory:
+        async def play_one(episode: Callable[[], Awaitable[Played]]) -> Played:
             nonlocal num_done
             async with semaphore:
-                trajectory = await self.seams.rollout(
-                    task,
-                    policy=policy,
-                    use_memory=use_memory,
-                    temperature=temperature,
-                    seed=self.seed(label, position),
-                )
+                played = await episode()
             num_done += 1
-            await self.report_progress(num_done, len(tasks), label)
-            return trajectory
+            await self.report_progress(num_done, len(episodes), label)
+            return played
 
         # one rollout that raises cancels all others: an episode that goes wrong must come back as FAILED instead
         # (seams.Rollout)
         async with asyncio.TaskGroup() as group:
-            episodes = [group.create_task(play_one(position, task)) for position, task in enumerate(tasks)]
-        return [episode.result() for episode in episodes]
+            running = [group.create_task(play_one(episode)) for episode in episodes]
+        return [each.result() for each in running]

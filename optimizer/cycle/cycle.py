@@ -17,6 +17,7 @@ from memory.schema import Cycle, CycleStage
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle import release_gate
+from optimizer.cycle.branching import require_replay
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.methods import choose_methods, list_methods
 from optimizer.cycle.needs import Logged, require_needs
@@ -32,6 +33,7 @@ async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | 
 
     Raises:
         CycleInProgress: another cycle is open.
+        CannotReplay: a method replays episodes, and the environment cannot be replayed.
         TrainingDoesNotFit: no GPU has the memory for it.
         TooFewTrajectories: logged episodes and practice together are not enough to train on.
     """
@@ -63,6 +65,10 @@ async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str,
     """
     context = CycleContext(memory, seams, cycle_id)
     try:
+        # before anything is played
+        for method in list_methods(context.artifacts.methods):
+            if method.play_on is not None:
+                require_replay(seams, context.config.environment, method)
         for stage in list_remaining_stages(context.config, context.artifacts.methods, context.stage):
             # Durable before the stage begins: after a crash a stage is repeated, never skipped.
             await context.enter(stage.name)

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optimizer.config import OptimizerConfig
+from optimizer.cycle.branching import play_branches
 from optimizer.cycle.needs import (
     Logged,
     Need,
+    need_branches,
     need_demonstrations,
     need_groups,
     need_labels,
@@ -21,7 +23,7 @@ from optimizer.cycle.needs import (
 )
 from optimizer.cycle.rounds import train_in_rounds
 from optimizer.cycle.stages import Method, MethodStage, build_rows, build_rows_and_train, explore, train
-from optimizer.data import demonstrations, groups, labels, preferences, rollouts
+from optimizer.data import branches, demonstrations, groups, labels, preferences, rollouts
 from optimizer.training.footprint import PAIRWISE, UNPAIRED
 
 
@@ -101,6 +103,20 @@ METHODS: tuple[Method, ...] = (
         stages=(MethodStage("distill", train_in_rounds),),
         reads_new_episodes_only=lambda config: True,
         plays_with_memory=True,
+    ),
+    Method(
+        name="search",
+        title="Search",
+        rows="branches",
+        build=branches.build,
+        min_rows=lambda config: config.branches.min_rows,
+        measure_need=need_branches,
+        describe=branches.describe,
+        note="DPO on ways on from steps of its own episodes",
+        stages=(MethodStage("search", train_in_rounds),),
+        play_on=play_branches,
+        loss=PAIRWISE,
+        reads_new_episodes_only=lambda config: True,
     ),
 )
 

@@ -18,10 +18,12 @@ from memory.schema import Trajectory
 from memory.statistics import wilson_interval
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
-from optimizer.errors import TooFewTrajectories, TrainingDoesNotFit
+from optimizer.errors import CannotReplay, TooFewTrajectories, TrainingDoesNotFit
 
 CAPACITY = "room to train"
 """The name of the need for memory on a GPU; shown by the HTTP API."""
+REPLAY = "replay"
+"""The name of the need for an environment that can be replayed."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,14 @@ class Logged:
 
 
 def require_needs(needs: Iterable[Need]) -> None:
-    """Raise TrainingDoesNotFit or TooFewTrajectories for a required need that is not met."""
+    """Raise TrainingDoesNotFit, CannotReplay or TooFewTrajectories for a required need that is not met."""
     for need in needs:
         if need.is_met or not need.is_required:
             continue
         if need.name == CAPACITY:
             raise TrainingDoesNotFit(need.detail)
+        if need.name == REPLAY:
+            raise CannotReplay(need.detail)
         raise TooFewTrajectories(explain(need), num_missing=need.num_missing)
 
 
@@ -248,6 +252,24 @@ def need_rollouts(logged: Logged, rounds: Sequence[int]) -> Need:
         detail=f"each round plays {playable} rollouts without memory and as many with it; those of tasks with a memory "
         "count, if memory wins more",
         mend="raise rollouts.num_tasks or rollouts.num_tries, or lower rollouts.min_rows",
+    )
+
+
+def need_branches(logged: Logged, rounds: Sequence[int]) -> Need:
+    """Return the need for preferences between ways on, all of them still to be played."""
+    wanted, num_tasks = logged.config.branches, logged.config.num_practice_tasks
+    num_own = min(wanted.num_tasks, num_tasks) * wanted.num_tries
+    num_branches = wanted.num_points * wanted.num_ways * wanted.num_rollouts
+    return Need(
+        name="branches",
+        needed=wanted.min_rows,
+        available=0,
+        # of a point at the most: one half of its ways better than each of the other half
+        playable=wanted.num_points * (wanted.num_ways**2 // 4),
+        detail=f"each of {wanted.rounds} rounds plays {num_own} own episodes and at most {num_branches} branches of "
+        f"them ({wanted.num_points} steps, {wanted.num_ways} ways on from each, {wanted.num_rollouts} episodes for a "
+        f"way), {wanted.rounds * (num_own + num_branches)} episodes at the most in all",
+        mend="raise branches.num_points or branches.num_ways, or lower branches.min_rows",
     )
 
 

@@ -11,8 +11,11 @@ from dataclasses import replace
 from memory.schema import Split
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
+from optimizer.cycle.branching import require_replay
 from optimizer.cycle.methods import Choice, choose_methods, list_methods
-from optimizer.cycle.needs import CAPACITY, Logged, Need
+from optimizer.cycle.needs import CAPACITY, REPLAY, Logged, Need
+from optimizer.cycle.stages import Method
+from optimizer.errors import CannotReplay
 from optimizer.placement import Placement, place_training
 from optimizer.seams import Seams
 
@@ -42,7 +45,9 @@ async def measure_surroundings(memory: Memory, config: OptimizerConfig, seams: S
     Raises: whatever `seams.tasks` raises for an environment that does not exist.
     """
     practice = [_need_practice_tasks(config, seams)] if config.practice_episodes or config.explore_episodes else []
-    return [*practice, _need_held_out_tasks(config, seams), await _need_capacity(memory, config, seams, choice)]
+    replays = [_need_replay(config, seams, method) for method in list_methods(choice.methods) if method.play_on]
+    capacity = await _need_capacity(memory, config, seams, choice)
+    return [*replays, *practice, _need_held_out_tasks(config, seams), capacity]
 
 
 def fit_to_environment(config: OptimizerConfig, seams: Seams) -> OptimizerConfig:
@@ -71,6 +76,14 @@ def _need_practice_tasks(config: OptimizerConfig, seams: Seams) -> Need:
         detail=detail if available else f"{config.environment!r} has no practice task",
         mend="give the environment tasks of the split practice, or set practice_episodes and explore_episodes to 0",
     )
+
+
+def _need_replay(config: OptimizerConfig, seams: Seams, method: Method) -> Need:
+    try:
+        require_replay(seams, config.environment, method)
+    except CannotReplay as error:
+        return Need(REPLAY, 1, 0, is_required=True, detail=str(error), mend="until then nothing is played")
+    return Need(REPLAY, 1, 1, is_required=True, detail=f"episodes of {config.environment!r} can be replayed")
 
 
 def _need_held_out_tasks(config: OptimizerConfig, seams: Seams) -> Need:

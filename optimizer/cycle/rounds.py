@@ -22,11 +22,13 @@ async def train_in_rounds(context: CycleContext, method: Method) -> None:
     assert config is not None, f"the method {method.name!r} has no rounds"
     for number in range(context.artifacts.num_rounds.get(method.name, 0), config.rounds):
         start = await find_start(context, method)
+        label = f"{method.title} round {number + 1} of {config.rounds}"
         if context.artifacts.num_rounds_played.get(method.name, 0) <= number:
-            label = f"{method.title} round {number + 1} of {config.rounds}"
             await practice.play_round(context, start, config, with_memory=method.plays_with_memory, label=label)
             played = {**context.artifacts.num_rounds_played, method.name: number + 1}
             await context.save_artifacts(num_rounds_played=played)
+        if method.play_on is not None:
+            await method.play_on(context, method, start, label)
         await build_rows(context, method)
         trained = await train(context, method)
         if trained is None:

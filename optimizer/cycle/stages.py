@@ -66,6 +66,10 @@ class MethodStage:
         return Stage(self.name, lambda context: self.run(context, method), self.is_needed)
 
 
+PlayOn = Callable[[CycleContext, "Method", int, str], Awaitable[None]]
+"""`await play_on(context, method, policy, label)`; repeated after a crash, it plays what is missing."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to turn episodes into an adapter: its rows, its trainer and its stages.
@@ -92,6 +96,8 @@ class Method:
     the base, and comes first."""
     plays_with_memory: bool = False
     """Whether its rounds, if it trains in rounds, are played with memory too."""
+    play_on: PlayOn | None = None
+    """What its rounds play once their own episodes are played: branches of them. It replays the environment."""
     loss: LossShape = LIKELIHOOD
     choose_loss: Callable[[OptimizerConfig], dict[str, Any]] = lambda config: {}
     """The fields of a training's spec that say which form of the loss is configured."""
@@ -142,13 +148,14 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     config = context.config
     placement = await place_training(context.memory, config, context.seams)
     material = Material(
-        trajectories=await _read_pool(context, method),
+        trajectories=await read_episodes(context, method),
         corrections=await context.read_corrections(),
         tokenizer=await _load_tokenizer(context),
         config=config,
         max_length_tokens=placement.max_length_tokens(method.loss),
         base_model=context.memory.policies.get(0).base_model,
         policy=await find_start(context, method),
+        branch_points=context.artifacts.branch_points.get(name_round(context, method), ()),
         num_not_by_a_teacher=await asyncio.to_thread(_count_not_by_a_teacher, context),
         examples=await context.read_examples(),
     )
@@ -175,9 +182,11 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     return summary
 
 
-async def _read_pool(context: CycleContext, method: Method) -> list[GradedTrajectory]:
+async def read_episodes(context: CycleContext, method: Method) -> list[GradedTrajectory]:
     """Return the episodes that a method learns from, without those of the tasks that choose among policies."""
-    pool = await context.read_pool(this_cycle_only=method.reads_new_episodes_only(context.config))
+    pool = await context.read_pool(
+        this_cycle_only=method.reads_new_episodes_only(context.config), with_branches=method.play_on is not None
+    )
     # an earlier method of this cycle has had them played
     choosing = {(context.config.environment, name) for name in context.artifacts.selection_tasks or ()}
     return [each for each in pool if (each.trajectory.environment, each.trajectory.task) not in choosing]
@@ -188,8 +197,8 @@ def _needs_rows(context: CycleContext, method: Method) -> bool:
     return context.artifacts.methods[0] == method.name and not context.artifacts.num_rounds.get(method.name)
 
 
-def _name_training(context: CycleContext, method: Method) -> str:
-    """Return the name of a method's training, or of the round that it is at."""
+def name_round(context: CycleContext, method: Method) -> str:
+    """Return the name of a method's training, which is that of the round that it is at."""
     number = context.artifacts.num_rounds.get(method.name, 0)
     return f"{method.name}.{number + 1}" if number else method.name
 
@@ -238,7 +247,7 @@ async def train(context: CycleContext, method: Method) -> TrainedAdapter | None:
     placement = await place_training(context.memory, config, context.seams)
     spec = await _specify(context, method, placement)
     if method.continues:
-        spec = await _add_early_adapters(context, spec, name=_name_training(context, method))
+        spec = await _add_early_adapters(context, spec, name=name_round(context, method))
     trained = await _train_and_register(context, spec, note=method.note)
     # after the last adapter: versions are drafted in order, and the final adapter reserved the lowest
     for early in spec.early_adapters:
@@ -310,7 +319,7 @@ async def _specify(context: CycleContext, method: Method, placement: Placement) 
     parent_adapter = None if parent.adapter_path is None else Path(parent.adapter_path)
     # lineage: the episodes behind the adapter that is continued are behind this one as well
     inherited = [] if parent_adapter is None else read_manifest(parent_adapter).trajectory_ids
-    name = _name_training(context, method)
+    name = name_round(context, method)
     version = await _reserve_version(context, name)
     return TrainingSpec(
         kind=method.name,

@@ -50,6 +50,8 @@ class Material:
     """The version of the policy that will be trained, for methods that learn from its own rollouts alone."""
     num_not_by_a_teacher: int = 0
     """Rewarded trajectories, corrections and imported examples that were left out because of who gave them."""
+    branch_points: Sequence[Any] = ()
+    """The steps at which a search branched, as `optimizer.data.branches.BranchPoint`."""
     examples: Mapping[ExampleKind, Sequence[TaughtExample]] = field(default_factory=dict)
     """Imported examples by kind; a kind without any may be absent."""
 

@@ -144,8 +144,9 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     return {**{column: row[column] for column in COLUMNS}, "length": length}
 
 
-def main() -> None:
-    spec, reporter = child.start(sys.argv, "dpo")
+def main(kind: str = "dpo") -> None:
+    """Train on the preferences of a method, `kind`."""
+    spec, reporter = child.start(sys.argv, kind)
     rows = read_rows(spec.rows_path)
     trainer = build_trainer(spec, rows)
     child.train_and_write(trainer, spec, reporter, child.choose_probe(rows[0]["prompt_ids"] + rows[0]["chosen_ids"]))

@@ -32,8 +32,9 @@ from memory.schema import RewardSource, Split, Trajectory, TrajectoryStage, new_
 from memory.store import Memory
 from runtime.agent.nodes import act, resume, retrieve, use_tools
 from runtime.agent.open_episodes import OpenEpisode, OpenEpisodes
+from runtime.agent.replay import replay
 from runtime.agent.state import Budget, Episode, EpisodeState
-from runtime.agent.turn import Turn, TurnRequest
+from runtime.agent.turn import Origin, Turn, TurnRequest
 from runtime.config import AgentConfig
 from runtime.engine.cache_salts import CacheSalts
 from runtime.engine.client import Message, ToolDefinition
@@ -112,6 +113,7 @@ class Agent:
             ValueError: there is neither a task of an environment nor a message, or two tools have the same name.
             EpisodeBusy: another request of the episode is being answered.
             UnknownEnvironment, UnknownPolicy, AdapterError, EngineError: the episode could not be opened.
+            ReplayMismatch: it is a branch, and the environment did not answer as in its origin; nothing was recorded.
             Exception: whatever an environment raises when it starts the task.
         """
         environment = self.environment(request.environment) if request.environment is not None else None
@@ -131,9 +133,35 @@ class Agent:
                         request.on_usage(episode.budget.num_tokens)
                 return self._make_turn(episode, trajectory)
 
+    async def branch(self, origin: Trajectory, *, position: int, temperature: float, seed: int) -> Trajectory:
+        """Play a branch: start the task of a recorded episode again, replay its steps before `position`, and have its
+        policy play on from there. The branch belongs to whom the episode does.
+
+        Raises: as `rollout`.
+        """
+        steps = await asyncio.to_thread(self._memory.trajectories.steps, origin.id)
+        environment = self.environment(origin.environment or "")
+        request = TurnRequest(
+            task=environment.task(origin.task or ""),
+            origin=Origin(origin, steps[:position]),
+            tenant=origin.tenant,
+            user_id=origin.user_id,
+            key_id=origin.key_id,
+            is_shared=origin.is_shared,
+            policy=origin.policy,
+            temperature=temperature,
+            seed=seed,
+        )
+        return (await self.rollout(request)).trajectory
+
     def _check(self, request: TurnRequest, environment: Environment | None) -> None:
         if environment is not None and request.tools:
             raise ValueError(f"a task of {environment.name!r} brings its own tools: send none with it")
+        if request.origin is not None and (environment is None or not environment.can_replay):
+            raise ValueError(
+                f"trajectory {request.origin.trajectory.id!r} cannot be replayed: "
+                f"{request.environment or 'live traffic'!r} does not start again in the same state"
+            )
         if environment is None and not request.messages:
             raise ValueError("nothing was asked: give a task of an environment, or at least one message")
         _require_distinct_names(() if environment is not None else self._tools, request.tools)
@@ -146,8 +174,12 @@ class Agent:
             return self._make_episode(request, open_episode, actor, environment, None)
         playthrough = await environment.start(request.task)
         try:
-            return self._make_episode(request, open_episode, actor, environment, playthrough)
-        except Exception:  # a plug-in's playthrough may fail to give its opening or its tools
+            episode = self._make_episode(request, open_episode, actor, environment, playthrough)
+            if request.origin is not None:
+                await replay(episode, request.origin)
+            return episode
+        # A plug-in's playthrough may fail to give its opening or its tools, and a replay may be cancelled.
+        except BaseException:
             await playthrough.close()
             raise
 

@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 from langgraph.runtime import Runtime
 
-from memory.conversation import show_memory
+from memory.conversation import restore_messages, show_memory
 from memory.errors import StorageError, StoreError
 from memory.schema import Split, Step, StepKind, Trajectory, Trust, now
 from runtime.agent.client_stream import ClientStream
@@ -26,38 +26,26 @@ from runtime.tools.base import ToolResult, invalid_call, parse_arguments, run_to
 
 log = structlog.get_logger()
 
+REPLAYED_FIELDS = ("content", "tool_name", "tool_call_id", "error", "finish_reason")
+
 
 async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
-    """Retrieve memories for the task and open the trajectory with them; they stay the same for the whole episode."""
+    """Retrieve memories for the task and open the trajectory with them; they stay the same for the whole episode. A
+    branch begins with the memories of its origin, and with the steps that were replayed."""
     episode = runtime.context
-    request, task = episode.request, episode.request.task
-    environment, kind = (task.environment, task.kind) if task else (None, "chat")
-    memory_text, memory_ids = "", []
-    if episode.use_memory:
-        recollection = await episode.memory.retrieval.retrieve(
-            environment=environment,
-            kind=kind,
-            task=task.name if task else None,
-            query_text=episode.task_text,
-            # A task's own episodes would show it its answer.
-            exclude_task=task.name if task else None,
-            tenant=request.tenant,
-            user_id=episode.reader,
-            episode_id=episode.episode_id,
-            conversation=episode.opening,
-        )
-        memory_text, memory_ids = recollection.text, recollection.ids
+    request, task, origin = episode.request, episode.request.task, episode.request.origin
+    memory_text, memory_ids = await _recall(episode)
     trajectory = Trajectory(
         id=episode.trajectory_id,
         tenant=request.tenant,
-        trust=_trust_of_opening(episode, memory_ids),
+        trust=_trust_of_opening(episode, memory_ids) if origin is None else origin.trajectory.trust,
         user_id=request.user_id,
         key_id=request.key_id,
         is_shared=request.is_shared,
         episode_id=episode.episode_id,
-        environment=environment,
+        environment=task.environment if task else None,
         task=task.name if task else None,
-        kind=kind,
+        kind=task.kind if task else "chat",
         split=task.split if task else Split.LIVE,
         task_text=episode.task_text,
         policy=episode.actor.version,
@@ -66,6 +54,8 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
         memory_text=memory_text,
         memory_ids=memory_ids,
         temperature=episode.temperature,
+        branch_of=origin.trajectory.id if origin else None,
+        branch_position=len(origin.steps) if origin else None,
     )
     # Set before it is durable: a write that began cannot be cancelled, and an open trajectory must be closed.
     episode.trajectory = trajectory
@@ -75,7 +65,34 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
         episode.trajectory = None  # no row was written, so there is nothing to close
         raise
     episode.announce()
-    return {"messages": show_memory(episode.opening, memory_text)}
+    replayed = origin.steps if origin else ()
+    for step in replayed:
+        # Without token ids: they were sampled once, in the origin.
+        copied = {name: getattr(step, name) for name in REPLAYED_FIELDS}
+        await _record(episode, step.kind, tool_calls=step.tool_calls, **copied)
+    return {"messages": [*show_memory(episode.opening, memory_text), *restore_messages(replayed)]}
+
+
+async def _recall(episode: Episode) -> tuple[str, list[str]]:
+    """Return the memory segment and the ids of what is in it; empty without memory."""
+    request, task = episode.request, episode.request.task
+    if request.origin is not None:
+        return request.origin.trajectory.memory_text, request.origin.trajectory.memory_ids
+    if not episode.use_memory:
+        return "", []
+    recollection = await episode.memory.retrieval.retrieve(
+        environment=task.environment if task else None,
+        kind=task.kind if task else "chat",
+        task=task.name if task else None,
+        query_text=episode.task_text,
+        # A task's own episodes would show it its answer.
+        exclude_task=task.name if task else None,
+        tenant=request.tenant,
+        user_id=episode.reader,
+        episode_id=episode.episode_id,
+        conversation=episode.opening,
+    )
+    return recollection.text, recollection.ids
 
 
 async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
@@ -211,7 +228,7 @@ async def use_tools(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSt
     episode = runtime.context
     messages: list[Message] = []
     for call in state.get("calls", []):
-        result, seconds = await _run_call(episode, call)
+        result, seconds = await run_call(episode, call)
         episode.num_invalid_tool_calls += result.is_invalid
         if not result.is_trusted:
             await _distrust(episode)
@@ -241,7 +258,8 @@ def _is_well_formed(call: ToolCall) -> bool:
     return True
 
 
-async def _run_call(episode: Episode, call: ToolCall) -> tuple[ToolResult, float]:
+async def run_call(episode: Episode, call: ToolCall) -> tuple[ToolResult, float]:
+    """Run one call of the server's tools; return its result and the seconds it took."""
     started = time.monotonic()
     name = call["function"]["name"]
     tool = episode.tools.get(name)

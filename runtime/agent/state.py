@@ -62,8 +62,12 @@ class Budget:
 
     def spend(self, completion: Completion) -> None:
         """Count one model call and its tokens."""
+        self.charge(completion.num_tokens)
+
+    def charge(self, num_tokens: int) -> None:
+        """Count one model call of so many tokens, prompt and output."""
         self.num_steps += 1
-        self.num_tokens += completion.num_tokens
+        self.num_tokens += num_tokens
 
 
 @dataclass

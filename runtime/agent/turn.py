@@ -29,6 +29,15 @@ class TurnStart:
     first_position: int
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The recorded episode that a branch leaves, and its steps up to there, which are replayed."""
+
+    trajectory: Trajectory
+    steps: Sequence[Step]
+    """They end before a model call: the one that the branch makes anew."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TurnRequest:
     """One request to the agent. The API and the composition root make it; only the agent reads it.
@@ -49,6 +58,8 @@ class TurnRequest:
     """The person whom the request is made for; empty: not named."""
     key_id: str | None = None
     """The API key of the request."""
+    origin: Origin | None = None
+    """Set for a branch: its `task` is started again, these steps are replayed, and the policy plays on."""
     is_shared: bool = False
     """Whether the whole tenant may be shown memories of this episode."""
     episode_id: str | None = None

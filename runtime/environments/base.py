@@ -64,6 +64,9 @@ class Environment(ABC):
     max_output_tokens: int = 512
     """Maximum tokens of one model call unless the request sets one. A move is short; long replies would slow practice
     and evaluation down."""
+    can_replay: bool = True
+    """Whether the same calls get the same answers after every start. False where chance or the outside world has a part
+    in them: then no episode can branch."""
 
     @abstractmethod
     def task(self, name: str) -> Task:

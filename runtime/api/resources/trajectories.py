@@ -47,6 +47,10 @@ class TrajectorySummary(BaseModel):
     prompt_tokens: int
     output_tokens: int
     num_invalid_tool_calls: int
+    branch_of: str | None
+    """The trajectory whose first steps a branch replays; null for an episode of its own."""
+    branch_position: int | None
+    """Number of the replayed steps."""
     opened_at: datetime
     closed_at: datetime | None
 

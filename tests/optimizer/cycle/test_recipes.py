@@ -74,7 +74,7 @@ def test_an_entry_that_no_recipe_has_is_refused_with_the_settings(name: str):
 @pytest.mark.parametrize(
     ("methods", "said"),
     [
-        (["sft", "ppo"], r"\['ppo'\]; there is sft, dpo, kto, grpo, distill"),
+        (["sft", "ppo"], r"\['ppo'\]; there is sft, dpo, kto, grpo, distill, search"),
         (["sft", "kto", "sft"], r"\['sft'\] more than once"),
         (["kto", "sft"], r"put it first: \['sft', 'kto'\]"),
     ],

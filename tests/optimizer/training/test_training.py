@@ -153,6 +153,15 @@ async def test_sft_then_dpo_leave_adapters_that_an_engine_may_wear(spec_for, tin
     assert await train(dpo) == refined  # done before: nothing is trained again
 
 
+async def test_search_trains_as_dpo_does_under_its_own_name(spec_for):
+    search, dpo = spec_for("search", version=3), spec_for("dpo")
+
+    trained, reference = await train(search), await train(dpo)
+
+    assert (trained.kind, reference.kind) == ("search", "dpo") and trained.metrics["rewards/margins/last"] > 0
+    assert trained.metrics["loss/last"] == reference.metrics["loss/last"]
+
+
 async def test_adapters_left_on_the_way_are_whole_and_less_trained_than_the_last(spec_for, tiny_base, tmp_path):
     sft = spec_for("sft")
     await train(sft)
