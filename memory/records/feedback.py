@@ -31,8 +31,8 @@ from memory.schema import (
     new_id,
 )
 from memory.storage.database import Database
-from memory.team import is_actors
 from memory.teaching import OPERATOR, Teacher, correction_teaches, teaching_keys
+from memory.team import is_actors
 
 # Not `trajectory_id`: a retry may resolve the same episode to a newer trajectory.
 BODY = ("target", "step", "name", "value", "comment", "correction", "source", "tags")
@@ -172,7 +172,9 @@ def _require_target(session: Session, values: dict[str, Any]) -> Trajectory:
     if position is None:
         return target
     query = sql_select(col(Step.kind), col(Step.role))
-    step = session.execute(query.where(col(Step.trajectory_id) == trajectory_id, col(Step.position) == position)).first()
+    step = session.execute(
+        query.where(col(Step.trajectory_id) == trajectory_id, col(Step.position) == position)
+    ).first()
     if step is None:
         raise UnknownStep(f"trajectory {trajectory_id!r} has no step {position!r}: read it to see which there are")
     if values["correction"] is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from memory.records.trajectories import measure
 from optimizer.config import GroupConfig, TeachingConfig
+from optimizer.data.roles import RolePart, split_roles
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_trusted
 from optimizer.data.stitching import Unstitchable, stitch
 from optimizer.rewards import GradedTrajectory, refuse_held_out
@@ -38,7 +39,7 @@ class GroupRows(BuiltRows[RolloutRow]):
     """Rollouts in groups, and the reasons for which everything else was left out."""
 
     num_groups: int = 0
-    """Groups whose rewards differ."""
+    """Groups whose rewards differ; those of a team's roles in one task count once."""
     mean_reward: float = 0.0
     """Of all rollouts of the policy, those of groups without a difference included; tokens are not priced in it."""
 
@@ -96,35 +97,51 @@ def build_groups(
     graded = list(graded)
     refuse_held_out(graded)
     built = GroupRows()
-    by_task: dict[tuple[str, ...], list[GradedTrajectory]] = defaultdict(list)
+    own: list[GradedTrajectory] = []
     for each in graded:
         try:
             _require_own(each, policy)
         except Unstitchable as reason:
             built.counts[str(reason)] += 1
             continue
+        own.append(each)
+    # the tasks in the order of their first rollouts, as the mean was always summed
+    by_task: dict[tuple[str, ...], list[GradedTrajectory]] = defaultdict(list)
+    for each in own:
         by_task[each.trajectory.task_key].append(each)
-    own = [each.reward for tries in by_task.values() for each in tries]
-    built.mean_reward = sum(own) / len(own) if own else 0.0
-    for _, tries in sorted(by_task.items()):
-        rewards = [_price(each, config.token_price) for each in tries]
+    rewards = [each.reward for tries in by_task.values() for each in tries]
+    built.mean_reward = sum(rewards) / len(rewards) if rewards else 0.0
+    tasks = set()
+    for (*task, _), tries in sorted(_group_tries(split_roles(own)).items()):
+        rewards = [_price(parts, config.token_price) for parts in tries]
         if max(rewards) - min(rewards) < LEAST_SPREAD:
             built.counts["no_variance"] += 1
             continue
-        built.num_groups += 1
-        for each, advantage in zip(tries, leave_one_out(rewards), strict=True):
-            rows = _take_rows(each, advantage, max_length_tokens, built.counts)
-            built.rows += rows
-            built.teachers += [(each.teacher,)] * len(rows)
-    built.num_tasks = built.num_groups
+        tasks.add(tuple(task))
+        for parts, advantage in zip(tries, leave_one_out(rewards), strict=True):
+            for each in parts:
+                rows = _take_rows(each, advantage, max_length_tokens, built.counts)
+                built.rows += rows
+                built.teachers += [(each.teacher,)] * len(rows)
+    built.num_tasks = built.num_groups = len(tasks)
     bound_rows(built, config, teaching or TeachingConfig(), seed)
     return built
 
 
-def _price(each: GradedTrajectory, token_price: float) -> float:
-    """Return the reward less the price of the rollout's own tokens."""
-    num_tokens = measure(each.steps).output_tokens
-    return each.reward * (1 - min(MOST_OF_REWARD, token_price * num_tokens / 1000))
+def _group_tries(parts: Iterable[RolePart]) -> dict[tuple[str, ...], list[list[RolePart]]]:
+    """Return the parts of each rollout, by task and role: several where the checker was asked more than once."""
+    tries: dict[tuple[str, ...], dict[str, list[RolePart]]] = defaultdict(lambda: defaultdict(list))
+    for part in parts:
+        tries[part.task_key][part.trajectory.id].append(part)
+    return {key: list(by_rollout.values()) for key, by_rollout in tries.items()}
+
+
+def _price(parts: Sequence[RolePart], token_price: float) -> float:
+    """Return the mean reward of a role in one rollout less the price of the rollout's own tokens, those of all roles:
+    a long plan costs the actor, too."""
+    num_tokens = measure(parts[0].episode.steps).output_tokens
+    reward = sum(part.reward for part in parts) / len(parts)
+    return reward * (1 - min(MOST_OF_REWARD, token_price * num_tokens / 1000))
 
 
 def leave_one_out(rewards: Sequence[float]) -> list[float]:
