@@ -146,8 +146,9 @@ def build_demonstrations(
     examples: Sequence[TaughtExample] = (),
 ) -> DemonstrationRows:
     """Return the rows to imitate: corrections, successes that nobody corrected, few per task and role, the shortest
-    first, and imported examples. Mostly without their memory segment. Corrections over the limit of their task are added where
-    the rows would otherwise be fewer than a training needs, because nothing is left that they could drown out."""
+    first, and imported examples. Mostly without their memory segment. Corrections over the limit of their task are
+    added where the rows would otherwise be fewer than a training needs, because nothing is left that they could drown
+    out."""
     graded = list(graded)
     refuse_held_out(graded)
     refuse_held_out(corrections)
@@ -192,7 +193,7 @@ def build_demonstrations(
 
 @dataclass(frozen=True)
 class _Episode:
-    """The rows of one success of a role, and the length of their prompts before and after the memory segment is removed."""
+    """The rows of one success of a role; the length of their prompts before and after the memory segment is removed."""
 
     trajectory_id: str
     rows: list[Demonstration]
@@ -270,8 +271,8 @@ def _keeps_memory(each: GradedTrajectory | Correction, config: DemonstrationConf
 def _demonstrate(
     each: RolePart, tokenizer: Tokenizer, keeps_memory: bool, max_length_tokens: int, built: DemonstrationRows
 ) -> _Episode:
-    """Return the rows of one success of a role. A row whose prompt cannot be rid of the memory segment is left out alone, because
-    the other calls have contexts of their own; a row that is too long leaves out the whole episode."""
+    """Return the rows of one success of a role. A row whose prompt cannot be rid of the memory segment is left out
+    alone, because the other calls have contexts of their own; a row that is too long leaves out all of them."""
     trajectory = each.trajectory
     stitched, joints = stitch(each.steps)
     has_memory = each.has_memory and keeps_memory

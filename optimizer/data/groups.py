@@ -105,12 +105,7 @@ def build_groups(
             built.counts[str(reason)] += 1
             continue
         own.append(each)
-    # the tasks in the order of their first rollouts, as the mean was always summed
-    by_task: dict[tuple[str, ...], list[GradedTrajectory]] = defaultdict(list)
-    for each in own:
-        by_task[each.trajectory.task_key].append(each)
-    rewards = [each.reward for tries in by_task.values() for each in tries]
-    built.mean_reward = sum(rewards) / len(rewards) if rewards else 0.0
+    built.mean_reward = sum(each.reward for each in own) / len(own) if own else 0.0
     tasks = set()
     for (*task, _), tries in sorted(_group_tries(split_roles(own)).items()):
         rewards = [_price(parts, config.token_price) for parts in tries]

@@ -1,4 +1,4 @@
-"""Joins the model calls of one role in one trajectory into token rows, and takes the memory segment out of their prompts.
+"""Joins the model calls of one role in a trajectory into token rows, and takes the memory segment out of their prompts.
 
 Output tokens are never rendered again: they are the ones the engine sampled. A chat template may write an earlier reply
 a little differently into the next prompt than it was sampled (whitespace around a tool call, JSON separators, removed
