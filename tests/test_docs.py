@@ -21,9 +21,10 @@ from typer.main import get_command
 import serve
 from memory.formats.registry import FORMATS, write_row
 from memory.schema import Split
+from memory.team import Role
 from optimizer.config import METHOD_NAMES, EvaluationConfig, choose_recipe
 from runtime.cli.output import run
-from runtime.config import LimitsConfig
+from runtime.config import AgentConfig, LimitsConfig
 from runtime.environments.graders.registry import AnyGrader
 from runtime.environments.registry import open_environments
 from runtime.environments.science_world import ScienceWorld
@@ -177,9 +178,11 @@ def test_toml_about_the_gate_is_the_defaults_but_for_the_margin(tmp_path: Path):
 
 
 def test_the_page_on_learning_shows_settings_that_are_valid_and_every_method(tmp_path: Path):
-    (text,) = blocks("toml", LEARNING)
-    (tmp_path / "ratchet.toml").write_text(text)
-    shown = serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).optimizer
+    text, team = blocks("toml", LEARNING)
+    (tmp_path / "ratchet.toml").write_text(text + team)
+    settings = serve.read_all_settings(tmp_path / "ratchet.toml", {}, [])
+    shown = settings.optimizer
+    assert settings.agent == AgentConfig(team=tuple(Role))
     assert shown.methods == ["sft", "kto"]
     assert choose_recipe(1, shown.recipe).methods["kto"].learning_rate == 5e-5
     assert tuple(re.findall(r"^\| `(\w+)` \|", LEARNING, re.MULTILINE)) == METHOD_NAMES
