@@ -24,7 +24,7 @@ from runtime.agent.state import Episode, EpisodeState
 from runtime.agent.team import MAX_ROLE_TOKENS, check_messages, plan_messages
 from runtime.engine.client import Completion, Message, ToolCall
 from runtime.engine.model_families import holds_unparsed_call
-from runtime.errors import BudgetExceeded, EngineLost
+from runtime.errors import BudgetExceeded, EngineLost, PolicyError
 from runtime.tools.base import ToolResult, invalid_call, parse_arguments, run_tool
 
 log = structlog.get_logger()
@@ -210,13 +210,14 @@ def _is_checked(episode: Episode) -> bool:
 
 
 async def _ask_checker(episode: Episode, answer: str) -> Check:
-    """Return the checker's decision. An answer that it could not read, or whose check cannot be read, is accepted: a
-    checker must never cost an answer."""
+    """Return the checker's decision. An answer that it could not read, because the budget was spent or the engine
+    failed, or whose check cannot be read, is accepted: a checker must never cost an answer."""
     # The last step is the answer itself.
     messages = check_messages(episode.opening, episode.all_steps[:-1], answer)
     try:
         completion = await _ask_policy(episode, messages, Role.CHECKER)
-    except BudgetExceeded:
+    except (BudgetExceeded, PolicyError) as error:
+        log.warning("an answer is not checked", error=type(error).__name__)
         episode.telemetry.check("skipped")
         return Check(True)
     episode.budget.spend(completion)

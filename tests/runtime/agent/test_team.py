@@ -239,6 +239,14 @@ async def test_a_budget_that_ends_while_an_answer_is_checked_does_not_cost_the_a
     assert count_checks(agent.telemetry.registry) == {"skipped": 1.0}
 
 
+async def test_an_engine_that_fails_the_check_does_not_cost_the_answer(make_team, fake: FakeEngine):
+    fake.script = cast(planner=["Add."], actor=["5"], checker=[Reply(status=400, error="no")])
+    agent = make_team()
+    trajectory = await play(agent, messages=ASK)
+    assert (trajectory.stage, trajectory.answer) == ("finished", "5")
+    assert count_checks(agent.telemetry.registry) == {"skipped": 1.0}
+
+
 async def test_time_that_ends_while_the_actor_answers_again_leaves_its_first_answer(
     make_team, memory: Memory, fake: FakeEngine
 ):
