@@ -95,12 +95,16 @@ class _Episode:
 
     @property
     def replies(self) -> list[Message]:
-        # a row has its columns as attributes, which its type does not say
-        return restore_messages(cast(Sequence[RecordedStep], self.steps))
+        return restore_messages(self.recorded_steps)
 
     def replies_before(self, position: int) -> int:
         """Return how many of `replies` come before the step at a position."""
-        return sum(is_actors(step) for step in self.steps[:position])
+        return sum(is_actors(step) for step in self.recorded_steps[:position])
+
+    @property
+    def recorded_steps(self) -> Sequence[RecordedStep]:
+        # a row has its columns as attributes, which its type does not say
+        return cast(Sequence[RecordedStep], self.steps)
 
     @property
     def may_teach(self) -> bool:

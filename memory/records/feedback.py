@@ -171,16 +171,12 @@ def _require_target(session: Session, values: dict[str, Any]) -> Trajectory:
         raise UnknownTrajectory(f"no trajectory has the id {trajectory_id!r}: give feedback an existing target")
     if position is None:
         return target
-    query = sql_select(col(Step.kind), col(Step.role))
-    step = session.execute(
-        query.where(col(Step.trajectory_id) == trajectory_id, col(Step.position) == position)
-    ).first()
+    step = session.get(Step, (trajectory_id, position))
     if step is None:
         raise UnknownStep(f"trajectory {trajectory_id!r} has no step {position!r}: read it to see which there are")
-    if values["correction"] is not None:
-        writer = step.kind.value if step.kind is not StepKind.MODEL else None if is_actors(step) else step.role.value
-        if writer is not None:
-            raise ValueError(f"step {position!r} of {trajectory_id!r} is a {writer}'s: correct a reply of the model")
+    if values["correction"] is not None and (step.kind is not StepKind.MODEL or not is_actors(step)):
+        writer = step.role or step.kind
+        raise ValueError(f"step {position!r} of {trajectory_id!r} is a {writer.value}'s: correct a reply of the model")
     return target
 
 
