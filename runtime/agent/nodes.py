@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -20,7 +21,7 @@ from memory.schema import Split, Step, StepKind, Trajectory, Trust, now
 from memory.team import Check, Role, read_check, show_plan, write_note
 from runtime.agent.client_stream import ClientStream, HeldStream
 from runtime.agent.resume import digest, exchanges_of, last_handover, text_of
-from runtime.agent.state import Episode, EpisodeState
+from runtime.agent.state import Episode, EpisodeState, UncheckedAnswer
 from runtime.agent.team import MAX_ROLE_TOKENS, check_messages, plan_messages
 from runtime.engine.client import Completion, Message, ToolCall
 from runtime.engine.model_families import holds_unparsed_call
@@ -144,7 +145,8 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     )
     if is_checked:
         return _await_check(episode, completion)
-    await _release(episode)
+    if episode.held is not None:
+        await episode.held.release()
     # Although the turn may go on: if its budget ends it, this is the answer that is recorded.
     episode.answer = completion.content
     change: EpisodeState = {"messages": [completion.as_message()], "calls": server_calls, "is_unchecked": False}
@@ -164,18 +166,19 @@ async def check(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     """Let the checker read an answer: it is accepted, or the actor gets a note and answers again."""
     episode = runtime.context
     assert episode.unchecked is not None
-    decision = await _ask_checker(episode, episode.unchecked.content)
+    decision = await _ask_checker(episode, episode.unchecked.reply.content)
     if decision.accepts or not episode.budget.has_capacity:
         await accept_answer(episode)
         return {"answer": episode.answer}
     episode.num_notes_left -= 1
+    episode.unchecked = replace(episode.unchecked, stream=None)
     note = write_note(decision.note)
     await _record(episode, StepKind.USER, content=note, role=Role.CHECKER)
     return {"messages": [{"role": "user", "content": note}], "answer": None}
 
 
 def _await_check(episode: Episode, completion: Completion) -> EpisodeState:
-    episode.unchecked = completion
+    episode.unchecked, episode.held = UncheckedAnswer(completion, episode.held), None
     episode.num_invalid_tool_calls += _is_broken_call(episode, completion)
     return {
         "messages": [completion.as_message()],
@@ -190,18 +193,14 @@ async def accept_answer(episode: Episode) -> None:
 
     Also for an answer that was sent back, where a limit ended the episode before the actor gave another one.
     """
-    reply, episode.unchecked = episode.unchecked, None
-    if reply is None or (episode.playthrough is not None and episode.playthrough.is_done):
+    unchecked, episode.unchecked = episode.unchecked, None
+    if unchecked is None or (episode.playthrough is not None and episode.playthrough.is_done):
         return
+    reply = unchecked.reply
     episode.reply, episode.answer, episode.text = reply, reply.content, episode.text + reply.content
-    await _release(episode)
+    if unchecked.stream is not None:
+        await unchecked.stream.release()
     _read_reply(episode, reply)
-
-
-async def _release(episode: Episode) -> None:
-    held, episode.held = episode.held, None
-    if held is not None:
-        await held.release()
 
 
 def _is_checked(episode: Episode) -> bool:
@@ -292,7 +291,6 @@ def _stream_of(episode: Episode, role: Role) -> ClientStream | HeldStream | None
     if on_delta is None or role is not Role.ACTOR:
         return None
     stream = ClientStream(on_delta, episode.client_tool_names)
-    # Replaced also by nothing: the deltas of an answer that was sent back must not follow those of the next one.
     episode.held = HeldStream(stream) if _is_checked(episode) else None
     return episode.held or stream
 

@@ -75,6 +75,15 @@ class Budget:
         self.num_tokens += completion.num_tokens
 
 
+@dataclass(frozen=True)
+class UncheckedAnswer:
+    """An answer that neither the environment nor the client has read, because the checker has not accepted it."""
+
+    reply: Completion
+    stream: HeldStream | None
+    """Its deltas; None without a stream, and for an answer that was sent back, which the client must not see whole."""
+
+
 @dataclass
 class Episode:
     """An episode during one turn. The agent makes it from a `TurnRequest` and ends it as a `Turn`; the nodes read and
@@ -105,10 +114,10 @@ class Episode:
     """The roles of a team; empty for a single agent."""
     num_notes_left: int = 0
     """How often the checker may still send an answer back."""
-    unchecked: Completion | None = None
-    """An answer that the checker has not accepted: neither the environment nor the client has read it yet."""
+    unchecked: UncheckedAnswer | None = None
+    """The last answer that is not accepted."""
     held: HeldStream | None = None
-    """The deltas of the last reply, while the client must not see them."""
+    """The deltas of the reply that is being written, if it may be an answer to check."""
     resumption: Resumption | None = None
     """The state that the client continues from; None where the episode opens with this request."""
     trajectory: Trajectory | None = None

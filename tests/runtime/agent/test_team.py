@@ -260,6 +260,19 @@ async def test_time_that_ends_while_the_actor_answers_again_leaves_its_first_ans
     assert memory.trajectories.effective_reward(trajectory.id) == 1.0
 
 
+async def test_a_stream_that_time_cuts_shows_no_part_of_an_answer_that_was_not_accepted(make_team, fake: FakeEngine):
+    heard: list[str] = []
+
+    async def on_delta(delta: Delta) -> None:
+        heard.append(delta.text)
+
+    slow = Reply("seven", pause_seconds=0.5)
+    fake.script = cast(planner=["Add."], actor=["six", slow], checker=["REVISE: no"])
+    trajectory = await play(make_team(max_notes=2, max_seconds=1.5), messages=ASK, on_delta=on_delta)
+    assert (heard, trajectory.answer) == ([], "six")
+    assert trajectory.error == "BudgetExceeded: no answer within 1.5 seconds"
+
+
 async def test_the_requests_own_parameters_are_the_actors_alone(make_team, fake: FakeEngine):
     fake.script = cast(planner=["Add."], actor=["5"], checker=["ACCEPT"])
     await play(make_team(), messages=ASK, sampling={"stop": ["."]}, tenant="acme", seed=7, max_tokens=2000)
