@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from memory.schema import StepKind
+from memory.team import Role, is_actors
 
 Message = dict[str, Any]
 
@@ -57,10 +58,13 @@ class RecordedStep(Protocol):
     @property
     def tool_call_id(self) -> str | None: ...
 
+    @property
+    def role(self) -> Role | None: ...
+
 
 def restore_messages(steps: Sequence[RecordedStep]) -> list[Message]:
-    """Return the steps as the messages that the model was shown."""
-    return [_as_message(step) for step in steps]
+    """Return the steps as the messages that the model was shown; of a team's, those that the actor was shown."""
+    return [_as_message(step) for step in steps if is_actors(step)]
 
 
 def _as_message(step: RecordedStep) -> Message:

@@ -42,6 +42,7 @@ from sqlalchemy import (
 from sqlmodel import Field, SQLModel
 
 from memory.formats.content import ExampleKind
+from memory.team import Role
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ID = re.compile(r"[a-z]+_([0-9a-f]{12})[0-9a-f]{16}")
@@ -353,7 +354,7 @@ class StepKind(StrEnum):
 
     MODEL = "model"
     TOOL = "tool"
-    USER = "user"  # a client's message beside the results of its tools
+    USER = "user"  # a client's message beside the results of its tools, or a checker's note to the actor
 
 
 class Step(SQLModel, table=True):
@@ -384,6 +385,8 @@ class Step(SQLModel, table=True):
     handover_digest: str | None = None
     """Set on a reply that hands tool calls to the client: digest of the beginning that its next request must have."""
     created_at: datetime = Field(default_factory=now, sa_type=UtcDateTime)
+    role: Role | None = Field(default=None, sa_type=enum_column(Role))
+    """Of a team's model call, and of a checker's note to the actor; None for a single agent."""
 
 
 class StoredResponse(SQLModel, table=True):

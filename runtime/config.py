@@ -6,12 +6,13 @@ Invariant: unknown keys are errors. `settings.py` reads the values from files, v
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StringConstraints, model_validator
+from pydantic import BaseModel, Field, StringConstraints, field_validator, model_validator
 
 from memory.config import MemoryConfig
 from memory.names import Name
+from memory.team import Role
 
 
 class EngineConfig(BaseModel, extra="forbid"):
@@ -88,6 +89,23 @@ class AgentConfig(BaseModel, extra="forbid"):
     temperature: float | None = Field(default=None, ge=0, le=2)
     """Sampling temperature unless the request or the environment sets one; None is the embedded model's own, and 0.7
     for every other model."""
+    team: tuple[Role, ...] = (Role.ACTOR,)
+    """The roles in which the policy plays an episode: ["planner", "actor", "checker"], or fewer. The actor alone is a
+    single agent."""
+    team_plays: Literal["all", "practice"] = "all"
+    """The episodes that the team plays; with "practice" a single agent plays all others."""
+    max_notes: int = Field(default=1, ge=1)
+    """How often the checker may send an answer back in one episode."""
+
+    @field_validator("team")
+    @classmethod
+    def _require_actor(cls, team: tuple[Role, ...]) -> tuple[Role, ...]:
+        if Role.ACTOR not in team:
+            raise ValueError('a team needs somebody who answers: add "actor"')
+        twice = [role.value for role in Role if team.count(role) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]!r} is there twice: name each role once")
+        return team
 
 
 class McpServerConfig(BaseModel, extra="forbid"):

@@ -26,9 +26,10 @@ import serve
 from memory.formats.registry import FORMATS, write_row
 from memory.records.trajectory_queries import TRAINING_TRUST
 from memory.schema import Split
+from memory.team import Role
 from optimizer.config import METHOD_NAMES, EvaluationConfig, OptimizerConfig, choose_recipe
 from runtime.cli.output import run
-from runtime.config import LimitsConfig
+from runtime.config import AgentConfig, LimitsConfig
 from runtime.environments.graders.registry import AnyGrader
 from runtime.environments.registry import open_environments
 from runtime.environments.science_world import ScienceWorld
@@ -202,8 +203,11 @@ def read_optimizer(directory: Path, toml: str) -> OptimizerConfig:
 
 
 def test_the_page_on_learning_shows_settings_that_are_valid_and_every_method(tmp_path: Path):
-    shown, searching = (read_optimizer(tmp_path, text) for text in blocks("toml", LEARNING))
-    assert (shown.methods, searching.methods) == (["sft", "kto"], ["sft", "search"])
+    learning, searching, team = blocks("toml", LEARNING)
+    shown = read_optimizer(tmp_path, learning)
+    assert (shown.methods, read_optimizer(tmp_path, searching).methods) == (["sft", "kto"], ["sft", "search"])
+    (tmp_path / "ratchet.toml").write_text(team)
+    assert serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).agent == AgentConfig(team=tuple(Role))
     assert choose_recipe(1, shown.recipe).methods["kto"].learning_rate == 5e-5
     methods, rewards = LEARNING.split("## Rewards")
     assert tuple(re.findall(r"^\| `(\w+)` \|", methods, re.MULTILINE)) == METHOD_NAMES

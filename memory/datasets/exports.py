@@ -27,6 +27,7 @@ from memory.records.trajectories import Trajectories
 from memory.records.trajectory_queries import effective_reward_of
 from memory.schema import Example, Feedback, Split, Step, Trajectory, TrajectoryStage, Trust
 from memory.storage.database import Database
+from memory.team import Role, find_plan, is_actors, show_plan
 
 PAGE_TRAJECTORIES = 32
 PAGE_EXAMPLES = 100
@@ -89,12 +90,21 @@ class _Episode:
 
     @property
     def opening(self) -> list[Message]:
-        return [{**each, "content": read_text(each.get("content"), "content")} for each in self.trajectory.opening]
+        opening = show_plan(self.trajectory.opening, find_plan(self.steps))
+        return [{**each, "content": read_text(each.get("content"), "content")} for each in opening]
 
     @property
     def replies(self) -> list[Message]:
+        return restore_messages(self.recorded_steps)
+
+    def replies_before(self, position: int) -> int:
+        """Return how many of `replies` come before the step at a position."""
+        return sum(is_actors(step) for step in self.recorded_steps[:position])
+
+    @property
+    def recorded_steps(self) -> Sequence[RecordedStep]:
         # a row has its columns as attributes, which its type does not say
-        return restore_messages(cast(Sequence[RecordedStep], self.steps))
+        return cast(Sequence[RecordedStep], self.steps)
 
     @property
     def may_teach(self) -> bool:
@@ -213,7 +223,7 @@ class Exports:
                 replies,
                 prompt=episode.opening,
                 reward=episode.reward,
-                extra=_describe(episode.trajectory),
+                extra=_describe(episode.trajectory) | _describe_team(episode.steps),
             )
         elif episode.may_teach:
             match query.content:
@@ -229,7 +239,7 @@ class Exports:
 
     def _demonstrations(self, episode: _Episode, replies: list[Message]) -> Iterator[ExampleContent]:
         for position, text in episode.corrections:
-            prompt = [*episode.opening, *replies[:position]]
+            prompt = [*episode.opening, *replies[: episode.replies_before(position)]]
             yield episode.describe(
                 ExampleKind.DEMONSTRATION, [{"role": "assistant", "content": text}], prompt=prompt, reward=None
             )
@@ -249,8 +259,8 @@ class Exports:
             yield episode.describe(
                 ExampleKind.PREFERENCE,
                 [{"role": "assistant", "content": text}],
-                prompt=[*episode.opening, *replies[:position]],
-                rejected=[replies[position]],
+                prompt=[*episode.opening, *replies[: episode.replies_before(position)]],
+                rejected=[replies[episode.replies_before(position)]],
             )
         is_won = episode.trajectory.stage is TrajectoryStage.FINISHED and self._is_success(episode.reward)
         if is_won and not episode.corrections and episode.trajectory.task:
@@ -290,7 +300,10 @@ def _with_steps(session: Session, rows: Sequence[Row[Any]]) -> list[_Episode]:
     # without token ids, which are most of a step; as plain rows, which cost a third of objects
     statement = (
         sql_select(
-            *(getattr(Step, name) for name in ("trajectory_id", "kind", "content", "tool_calls", "tool_call_id"))
+            *(
+                getattr(Step, name)
+                for name in ("trajectory_id", "kind", "content", "tool_calls", "tool_call_id", "role", "position")
+            )
         )
         .where(col(Step.trajectory_id).in_([row.id for row in rows]))
         .order_by(col(Step.trajectory_id), col(Step.position))
@@ -345,3 +358,14 @@ def _describe(trajectory: Row[Any]) -> dict[str, Any]:
         "opened_at": trajectory.opened_at.isoformat(),
         **({} if trajectory.branch_of is None else {"branch_of": trajectory.branch_of}),
     }
+
+
+def _describe_team(steps: Sequence[Row[Any]]) -> dict[str, Any]:
+    """Return the role of each call of a team, and the texts that are no messages of the actor's conversation."""
+    team = [
+        {"position": step.position, "role": step.role.value}
+        | ({} if step.role is Role.ACTOR else {"content": step.content})
+        for step in steps
+        if step.role is not None
+    ]
+    return {"team": team} if team else {}

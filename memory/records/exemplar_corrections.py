@@ -13,7 +13,8 @@ from __future__ import annotations
 from sqlmodel import Session, col, select
 
 from memory.records.feedback import position_of_reply
-from memory.schema import Feedback, Step, StepKind, Trajectory
+from memory.records.trajectory_queries import IS_REPLY
+from memory.schema import Feedback, Step, Trajectory
 from memory.scopes import EVERYBODY, Scopes
 from memory.teaching import correction_teaches, teaching_keys
 
@@ -33,7 +34,7 @@ def choose_correction(
     session: Session, trajectory: Trajectory, corrections: list[Feedback], scopes: Scopes
 ) -> Feedback | None:
     """Return the correction to show in place of the last reply; None when the episode must not be shown."""
-    replies = select(Step.position).where(Step.trajectory_id == trajectory.id, Step.kind == StepKind.MODEL)
+    replies = select(Step.position).where(Step.trajectory_id == trajectory.id, IS_REPLY)
     last_reply = session.scalar(replies.order_by(col(Step.position).desc()).limit(1))
     if last_reply is None or any(position_of_reply(session, each) != last_reply for each in corrections):
         return None

@@ -14,6 +14,7 @@ from sqlmodel import Session, col, select
 from memory.records.exemplar_corrections import choose_correction, find_corrections, is_approved_since
 from memory.schema import Step, StepKind, Trajectory
 from memory.scopes import Scopes
+from memory.team import read_by_client
 
 # optimizer/pretraining/corpus.py cuts the exemplars that the pocket model is pretrained on by the same limits.
 MAX_LINES = 3
@@ -28,6 +29,7 @@ def read_exemplar(session: Session, trajectory: Trajectory, scopes: Scopes) -> s
     if is_reworded and (not corrections or is_approved_since(trajectory, corrections[0])):
         return trajectory.exemplar_text
     steps = session.exec(select(Step).where(Step.trajectory_id == trajectory.id).order_by(col(Step.position))).all()
+    steps = read_by_client(steps)
     if not corrections:
         return render_exemplar(trajectory.task_text, steps)
     chosen = choose_correction(session, trajectory, corrections, scopes)

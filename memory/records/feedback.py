@@ -17,6 +17,7 @@ from sqlmodel import Session, col, select
 
 from memory.errors import FeedbackConflict, UnknownStep, UnknownTrajectory
 from memory.records.trajectories import Trajectories, check_reward
+from memory.records.trajectory_queries import IS_REPLY
 from memory.schema import (
     Feedback,
     RewardSource,
@@ -31,6 +32,7 @@ from memory.schema import (
 )
 from memory.storage.database import Database
 from memory.teaching import OPERATOR, Teacher, correction_teaches, teaching_keys
+from memory.team import is_actors
 
 # Not `trajectory_id`: a retry may resolve the same episode to a newer trajectory.
 BODY = ("target", "step", "name", "value", "comment", "correction", "source", "tags")
@@ -169,12 +171,12 @@ def _require_target(session: Session, values: dict[str, Any]) -> Trajectory:
         raise UnknownTrajectory(f"no trajectory has the id {trajectory_id!r}: give feedback an existing target")
     if position is None:
         return target
-    query = sql_select(col(Step.kind))
-    kind = session.scalar(query.where(col(Step.trajectory_id) == trajectory_id, col(Step.position) == position))
-    if kind is None:
+    step = session.get(Step, (trajectory_id, position))
+    if step is None:
         raise UnknownStep(f"trajectory {trajectory_id!r} has no step {position!r}: read it to see which there are")
-    if values["correction"] is not None and kind is not StepKind.MODEL:
-        raise ValueError(f"step {position!r} of {trajectory_id!r} is a {kind.value}'s: correct a reply of the model")
+    if values["correction"] is not None and (step.kind is not StepKind.MODEL or not is_actors(step)):
+        writer = step.role or step.kind
+        raise ValueError(f"step {position!r} of {trajectory_id!r} is a {writer.value}'s: correct a reply of the model")
     return target
 
 
@@ -186,7 +188,7 @@ def position_of_reply(session: Session, feedback: Feedback) -> int | None:
         select(Step.position, Step.handover_digest)
         .where(
             Step.trajectory_id == feedback.trajectory_id,
-            Step.kind == StepKind.MODEL,
+            IS_REPLY,
             col(Step.position) >= (feedback.answer_start or 0),
         )
         .order_by(col(Step.position))

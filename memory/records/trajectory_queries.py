@@ -15,6 +15,7 @@ from sqlalchemy import (
     ScalarSelect,
     Select,
     SQLColumnExpression,
+    and_,
     bindparam,
     case,
     exists,
@@ -27,6 +28,7 @@ from sqlalchemy.orm import aliased
 from sqlmodel import SQLModel, col
 
 from memory.schema import Feedback, Reward, RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage
+from memory.team import Role
 
 REWARD_TRUST = (
     RewardSource.USER,
@@ -116,6 +118,8 @@ def _build_step_insert() -> Insert:
     return statement.execution_options(preserve_rowcount=True)  # psycopg drops the row count otherwise
 
 
+IS_REPLY = and_(col(Step.kind) == StepKind.MODEL, or_(col(Step.role).is_(None), col(Step.role) == Role.ACTOR))
+"""A model call that wrote to the client or called tools; a team's plan and checks did not."""
 _HAS_CORRECTION = exists().where(col(Feedback.correction).is_not(None))
 IS_CORRECTED = _HAS_CORRECTION.where(col(Feedback.trajectory_id) == Trajectory.id).correlate(Trajectory)
 IS_ONE_CORRECTED = select(_HAS_CORRECTION.where(col(Feedback.trajectory_id) == bindparam("trajectory_id")))

@@ -14,6 +14,7 @@ from memory.records.feedback import Correction
 from optimizer.config import DemonstrationConfig, TeachingConfig
 from optimizer.data.corrections import stitch_correction
 from optimizer.data.examples import render_examples
+from optimizer.data.roles import RolePart, split_roles
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_imitable, require_trusted
 from optimizer.data.stitching import Tokenizer, Unstitchable, plan_memory_removal, remove_memory, stitch
 from optimizer.errors import TemplateMismatch
@@ -144,9 +145,10 @@ def build_demonstrations(
     teaching: TeachingConfig | None = None,
     examples: Sequence[TaughtExample] = (),
 ) -> DemonstrationRows:
-    """Return the rows to imitate: corrections, successes that nobody corrected, few per task, the shortest first, and
-    imported examples. Mostly without their memory segment. Corrections over the limit of their task are added where
-    the rows would otherwise be fewer than a training needs, because nothing is left that they could drown out."""
+    """Return the rows to imitate: corrections, successes that nobody corrected, few per task and role, the shortest
+    first, and imported examples. Mostly without their memory segment. Corrections over the limit of their task are
+    added where the rows would otherwise be fewer than a training needs, because nothing is left that they could drown
+    out."""
     graded = list(graded)
     refuse_held_out(graded)
     refuse_held_out(corrections)
@@ -160,7 +162,7 @@ def build_demonstrations(
     corrected = {each.trajectory.id for each in corrections}
     teachers = {each.trajectory.id: (each.teacher,) for each in graded}
     by_task: dict[tuple[str, ...], list[_Episode]] = defaultdict(list)
-    for each in graded:
+    for each in split_roles(graded):
         try:
             require_imitable(each)
             if each.trajectory.id in corrected:
@@ -170,9 +172,10 @@ def build_demonstrations(
             built.counts[str(reason)] += 1
             continue
         if episode.rows:
-            by_task[each.trajectory.task_key].append(episode)
+            by_task[each.task_key].append(episode)
     for _, episodes in sorted(by_task.items()):
         _take_shortest(episodes, config.per_task, built)
+    built.num_tasks = len({tuple(task) for *task, _ in by_task})
     # parallel to `rows`: bound_rows picks from both by position
     built.teachers += [teachers[row.trajectory_id] for row in built.rows[built.num_corrections :]]
     _take_examples(examples, tokenizer, max_length_tokens, built)
@@ -190,7 +193,7 @@ def build_demonstrations(
 
 @dataclass(frozen=True)
 class _Episode:
-    """The rows of one success, and the length of their prompts before and after the memory segment is removed."""
+    """The rows of one success of a role; the length of their prompts before and after the memory segment is removed."""
 
     trajectory_id: str
     rows: list[Demonstration]
@@ -266,14 +269,14 @@ def _keeps_memory(each: GradedTrajectory | Correction, config: DemonstrationConf
 
 
 def _demonstrate(
-    each: GradedTrajectory, tokenizer: Tokenizer, keeps_memory: bool, max_length_tokens: int, built: DemonstrationRows
+    each: RolePart, tokenizer: Tokenizer, keeps_memory: bool, max_length_tokens: int, built: DemonstrationRows
 ) -> _Episode:
-    """Return the rows of one success. A row whose prompt cannot be rid of the memory segment is left out alone, because
-    the other calls have contexts of their own; a row that is too long leaves out the whole episode."""
+    """Return the rows of one success of a role. A row whose prompt cannot be rid of the memory segment is left out
+    alone, because the other calls have contexts of their own; a row that is too long leaves out all of them."""
     trajectory = each.trajectory
     stitched, joints = stitch(each.steps)
-    has_memory = bool(trajectory.memory_text) and keeps_memory
-    edits = [] if has_memory else plan_memory_removal(trajectory, tokenizer)
+    has_memory = each.has_memory and keeps_memory
+    edits = [] if has_memory else each.plan_memory_removal(tokenizer)
     rows, untrained = [], Counter[str]()
     tokens_shown = tokens_kept = 0
     for row in stitched:
@@ -312,4 +315,3 @@ def _take_shortest(episodes: Sequence[_Episode], per_task: int, built: Demonstra
             built.rows += episode.rows
             built.tokens_shown += episode.tokens_shown
             built.tokens_kept += episode.tokens_kept
-    built.num_tasks += bool(outputs)

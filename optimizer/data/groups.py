@@ -13,6 +13,7 @@ from typing import Any
 
 from memory.records.trajectories import measure
 from optimizer.config import GroupConfig, TeachingConfig
+from optimizer.data.roles import RolePart, split_roles
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_trusted
 from optimizer.data.stitching import Unstitchable, stitch
 from optimizer.rewards import GradedTrajectory, refuse_held_out
@@ -38,7 +39,7 @@ class GroupRows(BuiltRows[RolloutRow]):
     """Rollouts in groups, and the reasons for which everything else was left out."""
 
     num_groups: int = 0
-    """Groups whose rewards differ."""
+    """Groups whose rewards differ; those of a team's roles in one task count once."""
     mean_reward: float = 0.0
     """Of all rollouts of the policy, those of groups without a difference included; tokens are not priced in it."""
 
@@ -95,28 +96,31 @@ def build_groups(
     graded = list(graded)
     refuse_held_out(graded)
     built = GroupRows()
-    by_task: dict[tuple[str, ...], list[GradedTrajectory]] = defaultdict(list)
+    own: list[GradedTrajectory] = []
     for each in graded:
         try:
             _require_own(each, policy)
         except Unstitchable as reason:
             built.counts[str(reason)] += 1
             continue
-        by_task[each.trajectory.task_key].append(each)
-    own = [each.reward for tries in by_task.values() for each in tries]
-    built.mean_reward = sum(own) / len(own) if own else 0.0
-    for _, tries in sorted(by_task.items()):
-        num_tokens = [measure(each.steps).output_tokens for each in tries]
-        rewards = price_tokens([each.reward for each in tries], num_tokens, config.token_price)
+        own.append(each)
+    built.mean_reward = sum(each.reward for each in own) / len(own) if own else 0.0
+    tasks = set()
+    for (*task, _), tries in sorted(_group_tries(split_roles(own)).items()):
+        # a long plan costs the actor, too: the tokens are those of all roles
+        num_tokens = [measure(parts[0].episode.steps).output_tokens for parts in tries]
+        means = [sum(part.reward for part in parts) / len(parts) for parts in tries]
+        rewards = price_tokens(means, num_tokens, config.token_price)
         if max(rewards) - min(rewards) < LEAST_SPREAD:
             built.counts["no_variance"] += 1
             continue
-        built.num_groups += 1
-        for each, advantage in zip(tries, leave_one_out(rewards), strict=True):
-            rows = _take_rows(each, advantage, max_length_tokens, built.counts)
-            built.rows += rows
-            built.teachers += [(each.teacher,)] * len(rows)
-    built.num_tasks = built.num_groups
+        tasks.add(tuple(task))
+        for parts, advantage in zip(tries, leave_one_out(rewards), strict=True):
+            for each in parts:
+                rows = _take_rows(each, advantage, max_length_tokens, built.counts)
+                built.rows += rows
+                built.teachers += [(each.teacher,)] * len(rows)
+    built.num_tasks = built.num_groups = len(tasks)
     bound_rows(built, config, teaching or TeachingConfig(), seed)
     return built
 
@@ -134,6 +138,14 @@ def price_tokens(rewards: Sequence[float], num_tokens: Sequence[int], token_pric
         reward - min(MOST_OF_LEAD, token_price * length / 1000) * (reward - lower.get(reward, 0.0))
         for reward, length in zip(rewards, num_tokens, strict=True)
     ]
+
+
+def _group_tries(parts: Iterable[RolePart]) -> dict[tuple[str, ...], list[list[RolePart]]]:
+    """Return the parts of each rollout, by task and role: several where the checker was asked more than once."""
+    tries: dict[tuple[str, ...], dict[str, list[RolePart]]] = defaultdict(lambda: defaultdict(list))
+    for part in parts:
+        tries[part.task_key][part.trajectory.id].append(part)
+    return {key: list(by_rollout.values()) for key, by_rollout in tries.items()}
 
 
 def leave_one_out(rewards: Sequence[float]) -> list[float]:

@@ -17,8 +17,9 @@ from memory.formats.content import ExampleKind
 from memory.records.feedback import Correction
 from optimizer.config import LabelConfig, TeachingConfig
 from optimizer.data.examples import render_examples
+from optimizer.data.roles import RolePart, split_roles
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_imitable, require_trusted
-from optimizer.data.stitching import Tokenizer, Unstitchable, plan_memory_removal, remove_memory, stitch
+from optimizer.data.stitching import Tokenizer, Unstitchable, remove_memory, stitch
 from optimizer.rewards import GradedTrajectory, refuse_held_out
 
 
@@ -99,11 +100,11 @@ def build_labels(
     refuse_held_out(graded)
     built = LabelRows()
     corrected = {each.trajectory.id for each in corrections}
-    by_task: dict[tuple[object, ...], list[GradedTrajectory]] = defaultdict(list)
-    for each in graded:
-        by_task[*each.trajectory.task_key, each.is_success].append(each)
+    by_task: dict[tuple[object, ...], list[RolePart]] = defaultdict(list)
+    for each in split_roles(graded):
+        by_task[*each.task_key, each.is_success].append(each)
     tasks = set()
-    for (*task, _), episodes in sorted(by_task.items()):
+    for (*task, _, _), episodes in sorted(by_task.items()):
         for each, rows in _take_newest(episodes, corrected, tokenizer, config, max_length_tokens, built.counts):
             built.rows += rows
             built.teachers += [(each.teacher,)] * len(rows)
@@ -127,14 +128,14 @@ def _take_examples(
 
 
 def _take_newest(
-    episodes: Sequence[GradedTrajectory],
+    episodes: Sequence[RolePart],
     corrected: set[str],
     tokenizer: Tokenizer,
     config: LabelConfig,
     max_length_tokens: int,
     counts: Counter[str],
-) -> list[tuple[GradedTrajectory, list[Label]]]:
-    """Return the rows of the newest episodes of one task that ended alike, without repetitions."""
+) -> list[tuple[RolePart, list[Label]]]:
+    """Return the rows of the newest episodes of one role in one task that ended alike, without repetitions."""
     taken, seen = [], set()
     # ids sort by time
     for each in sorted(episodes, key=lambda each: each.trajectory.id, reverse=True):
@@ -157,8 +158,8 @@ def _take_newest(
     return taken
 
 
-def label_episode(each: GradedTrajectory, tokenizer: Tokenizer, max_length_tokens: int) -> list[Label]:
-    """Return the rows of one episode, without the memory segment.
+def label_episode(each: RolePart, tokenizer: Tokenizer, max_length_tokens: int) -> list[Label]:
+    """Return the rows of one role in one episode, without the memory segment.
 
     Raises:
         Unstitchable: nothing may be learned from it, or it cannot be a row. A row that is too long, or whose prompt
@@ -169,7 +170,7 @@ def label_episode(each: GradedTrajectory, tokenizer: Tokenizer, max_length_token
     if each.is_success:
         require_imitable(each)
     stitched, _ = stitch(each.steps)
-    edits = plan_memory_removal(each.trajectory, tokenizer)
+    edits = each.plan_memory_removal(tokenizer)
     rows = [remove_memory(row, edits) for row in stitched]
     if any(len(row.input_ids) > max_length_tokens for row in rows):
         raise Unstitchable("too_long")

@@ -17,13 +17,13 @@ from memory.formats.content import ExampleKind
 from memory.records.feedback import Correction
 from optimizer.config import PreferenceConfig, TeachingConfig
 from optimizer.data.examples import ExampleRenderer
+from optimizer.data.roles import RolePart, split_roles
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_imitable, require_trusted
 from optimizer.data.stitching import (
     Row,
     SegmentEdit,
     Tokenizer,
     Unstitchable,
-    plan_memory_removal,
     remove_memory,
     stitch,
 )
@@ -110,17 +110,20 @@ def build_preferences(
     kept = [each for each in graded if not (each.is_success and each.trajectory.id in corrected)]
     if len(kept) < len(graded):
         built.counts["corrected"] += len(graded) - len(kept)
-    by_task: dict[tuple[str, ...], list[GradedTrajectory]] = defaultdict(list)
-    for each in kept:
-        by_task[each.trajectory.task_key].append(each)
-    for _, tries in sorted(by_task.items()):
+    # by role too: replies of two roles are never compared
+    by_task: dict[tuple[str, ...], list[RolePart]] = defaultdict(list)
+    for each in split_roles(kept):
+        by_task[each.task_key].append(each)
+    tasks = set()
+    for (*task, _), tries in sorted(by_task.items()):
         # a task needs both a win and a loss
         if len({each.is_success for each in tries}) == 2:
             found = _weigh_task(tries, tokenizer, config, max_length_tokens, built.counts)
             built.rows += found
-            built.num_tasks += bool(found)
+            tasks |= {tuple(task)} if found else set()
         else:
             built.counts["no_contrast"] += 1
+    built.num_tasks = len(tasks)
     teachers = {each.trajectory.id: each.teacher for each in graded}
     built.teachers = [(teachers[row.chosen_trajectory_id], teachers[row.rejected_trajectory_id]) for row in built.rows]
     _take_examples(examples, tokenizer, max_length_tokens, built)
@@ -160,13 +163,13 @@ def _take_examples(
 
 
 def _weigh_task(
-    tries: Sequence[GradedTrajectory],
+    tries: Sequence[RolePart],
     tokenizer: Tokenizer,
     config: PreferenceConfig,
     max_length_tokens: int,
     counts: Counter[str],
 ) -> list[Preference]:
-    """Return the preferences of one task, the surest first."""
+    """Return the preferences of one role in one task, the surest first."""
     sides = []
     for each in tries:
         try:
@@ -201,9 +204,9 @@ def _weigh_task(
 
 @dataclass(frozen=True)
 class _Side:
-    """One try of a task, stitched; the memory segment of a row is removed on first use."""
+    """One role in one try of a task, stitched; the memory segment of a row is removed on first use."""
 
-    graded: GradedTrajectory
+    graded: RolePart
     rows: list[Row]
     edits: list[SegmentEdit]
     _bare: dict[int, Row] = field(default_factory=dict, compare=False)
@@ -220,13 +223,13 @@ class _Side:
         return row.start_of(step) + len(self.graded.model_steps[step].output_token_ids or ())
 
 
-def _stitch_side(each: GradedTrajectory, tokenizer: Tokenizer, counts: Counter[str]) -> _Side:
+def _stitch_side(each: RolePart, tokenizer: Tokenizer, counts: Counter[str]) -> _Side:
     require_trusted(each)  # a page that makes the agent fail must not choose what is unlearned either
     if each.is_success:
         require_imitable(each)
     rows, joints = stitch(each.steps)
     counts["fork"] += joints["fork"]
-    return _Side(each, rows, plan_memory_removal(each.trajectory, tokenizer))
+    return _Side(each, rows, each.plan_memory_removal(tokenizer))
 
 
 @dataclass
@@ -270,8 +273,8 @@ class _Reply:
 
 
 def _steps_left(side: _Side, step: int) -> int:
-    """Return how many other replies followed; a repeated reply counts once."""
-    replies = [tuple(model_step.output_token_ids or ()) for model_step in side.graded.model_steps[step:]]
+    """Return how many other replies of the actor followed; a repeated reply counts once."""
+    replies = [tuple(model_step.output_token_ids or ()) for model_step in side.graded.replies_from(step)]
     return len(set(replies)) - 1
 
 

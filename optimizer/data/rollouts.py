@@ -12,8 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from memory.team import Role
 from optimizer.config import RolloutConfig, TeachingConfig
 from optimizer.data.groups import require_played_by
+from optimizer.data.roles import split_roles
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts
 from optimizer.data.stitching import Tokenizer, Unstitchable, insert_memory, stitch
 from optimizer.rewards import GradedTrajectory, refuse_held_out
@@ -88,6 +90,8 @@ def build_rollouts(
     task; nothing where it did not win more with memory than without."""
     graded = list(graded)
     refuse_held_out(graded)
+    # memory is shown to the actor alone, so it has nothing to teach to the others
+    graded = [part for part in split_roles(graded) if part.role is Role.ACTOR]
     built = ScoredRolloutRows()
     shown = _find_memories(graded, policy)
     own: list[GradedTrajectory] = []

@@ -1,4 +1,4 @@
-"""Joins the model calls of one trajectory into token rows, and takes the memory segment out of their prompts.
+"""Joins the model calls of one role in a trajectory into token rows, and takes the memory segment out of their prompts.
 
 Output tokens are never rendered again: they are the ones the engine sampled. A chat template may write an earlier reply
 a little differently into the next prompt than it was sampled (whitespace around a tool call, JSON separators, removed
@@ -87,7 +87,7 @@ class Unstitchable(ValueError):
 
 
 def stitch(steps: Sequence[Step]) -> tuple[list[Row], Counter[str]]:
-    """Join the model calls of one trajectory into rows; return them and the number of joints by their kind.
+    """Join the model calls of one role in one trajectory into rows; return them and the number of joints by their kind.
 
     clean: the row so far is the beginning of the next prompt, and the row goes on. fork: it is not, and the next call
     begins a new row with its own captured prompt.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from memory.records.exemplars import render_call
 from memory.schema import Step, StepKind
+from memory.team import is_actors
 from optimizer.insights.parsing import MAX_OPERATIONS, InsightScope
 from optimizer.rewards import GradedTrajectory
 
@@ -179,7 +180,8 @@ def _write_episode(each: GradedTrajectory, comments: Sequence[str], max_chars: i
 
 
 def _write_step(step: Step, max_chars: int) -> list[str]:
-    lines = [shorten(step.content, max_chars)]
+    text = shorten(step.content, max_chars)
+    lines = [text if is_actors(step) else f"The {step.role}: {text}"]
     if step.kind is StepKind.MODEL:
         lines += [f"> {shorten(render_call(call), max_chars)}" for call in step.tool_calls]
     return lines

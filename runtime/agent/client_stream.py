@@ -45,6 +45,28 @@ class ClientStream:
         return {"index": self._client_index[index], "function": {"arguments": piece["function"]["arguments"]}}
 
 
+class HeldStream:
+    """Holds the deltas of one reply back until it is known that its client may see them."""
+
+    def __init__(self, stream: ClientStream) -> None:
+        self._stream = stream
+        self._deltas: list[Delta] = []
+
+    @property
+    def has_sent(self) -> bool:
+        return self._stream.has_sent
+
+    async def __call__(self, delta: Delta) -> None:
+        """Keep a delta."""
+        self._deltas.append(delta)
+
+    async def release(self) -> None:
+        """Pass on what was held back, once."""
+        deltas, self._deltas = self._deltas, []
+        for delta in deltas:
+            await self._stream(delta)
+
+
 def _join(beginning: ToolCall | None, piece: ToolCall) -> ToolCall:
     if beginning is None:
         return piece

@@ -1,10 +1,13 @@
-"""The agent: a graph of three nodes, and `rollout`, which plays one turn through it and records every step.
+"""The agent: a graph of nodes, and `rollout`, which plays one turn through it and records every step.
 
     retrieve ─┬> act ─> use_tools
       resume ─┘  │ ^       │ │
                  │ └───────┘ │      until an answer, the end of the environment's task, a spent budget, or a call that
                  v           v      the client has to run
                 end         end
+
+A team has two nodes more: retrieve ─> plan ─> act, and act ─> check ─> end, or back to act with a note. All its roles
+are calls of one policy.
 
 A user's request, a practice episode and an evaluation take this same path: find the episode, lease the policy, play,
 reward, close the trajectory. Where a reply calls tools of the client, the trajectory stays open for its next request.
@@ -30,7 +33,8 @@ from memory.conversation import restore_messages, show_memory
 from memory.records.trajectories import measure
 from memory.schema import RewardSource, Split, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
-from runtime.agent.nodes import act, resume, retrieve, use_tools
+from memory.team import Role, find_plan, is_note, show_plan
+from runtime.agent.nodes import accept_answer, act, check, plan, resume, retrieve, use_tools
 from runtime.agent.open_episodes import OpenEpisode, OpenEpisodes
 from runtime.agent.replay import replay
 from runtime.agent.state import Budget, Episode, EpisodeState
@@ -75,6 +79,7 @@ class Agent:
         self.open_episodes = OpenEpisodes(memory, idle_seconds=self._config.client_idle_seconds)
         self._salts = CacheSalts()
         self._graph = build_graph()
+        self._team_graph = build_graph(self._config.team)
 
     def environment(self, name: str) -> Environment:
         """Return the environment called `name`. Raises: UnknownEnvironment."""
@@ -226,6 +231,9 @@ class Agent:
             temperature=self.temperature_of(environment) if request.temperature is None else request.temperature,
             # The salt comes last: a client must not choose another tenant's part of the prefix cache.
             sampling={**request.sampling, **self._salts.for_tenant(request.tenant)},
+            salts=self._salts.for_tenant(request.tenant),
+            team=() if request.origin else self._team_for(split),
+            num_notes_left=config.max_notes,
         )
         if resumption is not None:
             episode.resumption = resumption
@@ -233,7 +241,13 @@ class Agent:
             # `resumption.steps` have no token ids (`OpenEpisodes._find`): nothing here may measure or store them again.
             episode.first_position = len(resumption.steps)
             episode.num_invalid_tool_calls = resumption.trajectory.num_invalid_tool_calls
+            episode.num_notes_left -= sum(map(is_note, resumption.steps))
         return episode
+
+    def _team_for(self, split: Split) -> Sequence[Role]:
+        """Return the roles of a team; none where a single agent plays."""
+        plays = self._config.team_plays == "all" or split is Split.PRACTICE
+        return self._config.team if plays and len(self._config.team) > 1 else ()
 
     def _make_turn(self, episode: Episode, trajectory: Trajectory) -> Turn:
         """Return the turn that is over."""
@@ -311,10 +325,12 @@ class Agent:
         limit = asyncio.timeout(self._config.max_seconds)
         # Two nodes a step and some to spare: the budget has to end an episode, never LangGraph's own limit.
         config: RunnableConfig = {"recursion_limit": 2 * self._config.max_steps + 10}
+        graph = self._team_graph if episode.team else self._graph
         try:
             async with limit:
-                state = await self._graph.ainvoke(_begin_state(episode), context=episode, config=config)
+                state = await graph.ainvoke(_begin_state(episode), context=episode, config=config)
         except BudgetExceeded as exceeded:
+            await accept_answer(episode)
             return _describe(exceeded)
         except TimeoutError:
             # A tool's or a client's own TimeoutError is a failure of the episode, not its budget.
@@ -322,6 +338,7 @@ class Agent:
                 raise
             if episode.lost is not None:  # the engine's failure; as the policy's it would teach something false
                 raise episode.lost from None
+            await accept_answer(episode)
             return _describe(BudgetExceeded(f"no answer within {self._config.max_seconds:g} seconds"))
         episode.answer = state["answer"]
         episode.is_handed_over = state.get("is_handed_over", False)
@@ -375,17 +392,27 @@ async def _close(episode: Episode, stage: TrajectoryStage, error: str | None) ->
     )
 
 
-def build_graph() -> CompiledStateGraph[EpisodeState, Episode, EpisodeState, EpisodeState]:
-    """Return the compiled graph."""
+def build_graph(team: Sequence[Role] = ()) -> CompiledStateGraph[EpisodeState, Episode, EpisodeState, EpisodeState]:
+    """Return the compiled graph of a single agent, or of a team with these roles."""
     graph = StateGraph(EpisodeState, context_schema=Episode)
     graph.add_node("retrieve", retrieve)
     graph.add_node("resume", resume)
     graph.add_node("act", act)
     graph.add_node("use_tools", use_tools)
     graph.add_conditional_edges(START, _begin, ["resume", "retrieve"])
-    graph.add_edge("retrieve", "act")
     graph.add_edge("resume", "act")
-    graph.add_conditional_edges("act", _end_or("use_tools"), ["use_tools", END])
+    if Role.PLANNER in team:
+        graph.add_node("plan", plan)
+        graph.add_edge("retrieve", "plan")
+        graph.add_edge("plan", "act")
+    else:
+        graph.add_edge("retrieve", "act")
+    if Role.CHECKER in team:
+        graph.add_node("check", check)
+        graph.add_conditional_edges("act", _after_team_act, ["use_tools", "check", END])
+        graph.add_conditional_edges("check", _end_or("act"), ["act", END])
+    else:
+        graph.add_conditional_edges("act", _end_or("use_tools"), ["use_tools", END])
     graph.add_conditional_edges("use_tools", _end_or("act"), ["act", END])
     return graph.compile()
 
@@ -397,6 +424,12 @@ def build_graph() -> CompiledStateGraph[EpisodeState, Episode, EpisodeState, Epi
 async def _begin(state: EpisodeState) -> str:
     """Return the first node: a resumed episode begins with messages, a new one without."""
     return "resume" if state.get("messages") else "retrieve"
+
+
+async def _after_team_act(state: EpisodeState) -> str:
+    if state.get("is_unchecked"):
+        return "check"
+    return "use_tools" if state.get("answer") is None else END
 
 
 def _end_or(node: str) -> Callable[[EpisodeState], Awaitable[str]]:
@@ -411,8 +444,9 @@ def _begin_state(episode: Episode) -> EpisodeState:
     if episode.resumption is None:
         return {"messages": []}
     # Must equal what `retrieve` returned in the first turn, or the prefix cache and the stitching of token ids miss.
-    opening = show_memory(episode.opening, episode.record.memory_text)
-    return {"messages": [*opening, *restore_messages(episode.resumption.steps)]}
+    steps = episode.resumption.steps
+    opening = show_memory(show_plan(episode.opening, find_plan(steps)), episode.record.memory_text)
+    return {"messages": [*opening, *restore_messages(steps)]}
 
 
 def _require_distinct_names(server_tools: Sequence[Tool], definitions: Sequence[ToolDefinition]) -> None:

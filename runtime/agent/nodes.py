@@ -1,4 +1,5 @@
-"""The nodes of the agent's graph: retrieve or resume, then act and use_tools alternately.
+"""The nodes of the agent's graph: retrieve or resume, then act and use_tools alternately; in a team, plan before them
+and check after them.
 
 A node takes the state and the episode, and returns the change of the state; LangGraph appends the returned messages.
 Invariant: a step is durable in its trajectory before the next one starts.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -16,17 +18,20 @@ from langgraph.runtime import Runtime
 from memory.conversation import restore_messages, show_memory
 from memory.errors import StorageError, StoreError
 from memory.schema import Split, Step, StepKind, Trajectory, Trust, now
-from runtime.agent.client_stream import ClientStream
+from memory.team import Check, Role, read_check, show_plan, write_note
+from runtime.agent.client_stream import ClientStream, HeldStream
 from runtime.agent.resume import digest, exchanges_of, last_handover, text_of
-from runtime.agent.state import Episode, EpisodeState
+from runtime.agent.state import Episode, EpisodeState, UncheckedAnswer
+from runtime.agent.team import MAX_ROLE_TOKENS, check_messages, plan_messages
 from runtime.engine.client import Completion, Message, ToolCall
 from runtime.engine.model_families import holds_unparsed_call
-from runtime.errors import EngineLost
+from runtime.errors import BudgetExceeded, EngineLost, PolicyError
 from runtime.tools.base import ToolResult, invalid_call, parse_arguments, run_tool
 
 log = structlog.get_logger()
 
 REPLAYED_FIELDS = ("content", "tool_name", "tool_call_id", "error", "finish_reason")
+UNREADABLE = "the check is neither ACCEPT nor REVISE with a note"
 
 
 async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
@@ -70,6 +75,8 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
         # Without token ids: they were sampled once, in the origin.
         copied = {name: getattr(step, name) for name in REPLAYED_FIELDS}
         await _record(episode, step.kind, tool_calls=step.tool_calls, **copied)
+    if Role.PLANNER in episode.team:
+        return {}  # its plan belongs into the last message, and LangGraph only appends to them
     return {"messages": [*show_memory(episode.opening, memory_text), *restore_messages(replayed)]}
 
 
@@ -93,6 +100,17 @@ async def _recall(episode: Episode) -> tuple[str, list[str]]:
         conversation=episode.opening,
     )
     return recollection.text, recollection.ids
+
+
+async def plan(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
+    """Write the plan, once an episode, and show it to the actor."""
+    episode = runtime.context
+    messages = plan_messages(episode.opening, episode.definitions)
+    completion = await _ask_policy(episode, messages, Role.PLANNER)
+    episode.budget.spend(completion)
+    await _record_call(episode, completion, role=Role.PLANNER)
+    shown = show_plan(episode.opening, completion.content)
+    return {"messages": show_memory(shown, episode.record.memory_text)}
 
 
 async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
@@ -129,60 +147,136 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     client_tools = episode.client_tool_names
     completion = await _ask_policy(episode, state.get("messages", []))
     episode.budget.spend(completion)
-    episode.reply, episode.text = completion, episode.text + completion.content
+    is_checked = _is_checked(episode) and not completion.tool_calls
+    if not is_checked:
+        episode.reply, episode.text = completion, episode.text + completion.content
     client_calls = [call for call in completion.tool_calls if call["function"]["name"] in client_tools]
     server_calls = [call for call in completion.tool_calls if call["function"]["name"] not in client_tools]
     # Recorded before any of its calls runs: after a crash in a tool the trajectory must show the call.
-    await _record(
+    await _record_call(
         episode,
-        StepKind.MODEL,
-        content=completion.content,
+        completion,
         tool_calls=completion.tool_calls,
-        finish_reason=completion.finish_reason,
-        prompt_token_ids=completion.prompt_token_ids,
-        output_token_ids=completion.output_token_ids,
-        seconds=completion.seconds,
         handover_digest=_digest_handover(episode, client_calls) if client_calls else None,
+        role=episode.role,
     )
+    if is_checked:
+        return _await_check(episode, completion)
+    if episode.held is not None:
+        await episode.held.release()
     # Although the turn may go on: if its budget ends it, this is the answer that is recorded.
     episode.answer = completion.content
-    change: EpisodeState = {"messages": [completion.as_message()], "calls": server_calls}
+    change: EpisodeState = {"messages": [completion.as_message()], "calls": server_calls, "is_unchecked": False}
     if _ends_task(episode, completion):
         return {**change, "calls": [], "answer": episode.answer}
     if client_calls:
         episode.num_invalid_tool_calls += sum(not _is_well_formed(call) for call in client_calls)
         change["is_handed_over"] = True
-    elif not server_calls and episode.definitions and holds_unparsed_call(completion.content):
+    elif not server_calls and _is_broken_call(episode, completion):
         episode.num_invalid_tool_calls += 1
     if not server_calls:
         change["answer"] = completion.content
     return change
 
 
+async def check(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
+    """Let the checker read an answer: it is accepted, or the actor gets a note and answers again."""
+    episode = runtime.context
+    assert episode.unchecked is not None
+    decision = await _ask_checker(episode, episode.unchecked.reply.content)
+    if decision.accepts or not episode.budget.has_capacity:
+        await accept_answer(episode)
+        return {"answer": episode.answer}
+    episode.num_notes_left -= 1
+    episode.unchecked = replace(episode.unchecked, stream=None)
+    note = write_note(decision.note)
+    await _record(episode, StepKind.USER, content=note, role=Role.CHECKER)
+    return {"messages": [{"role": "user", "content": note}], "answer": None}
+
+
+def _await_check(episode: Episode, completion: Completion) -> EpisodeState:
+    episode.unchecked, episode.held = UncheckedAnswer(completion, episode.held), None
+    episode.num_invalid_tool_calls += _is_broken_call(episode, completion)
+    return {
+        "messages": [completion.as_message()],
+        "calls": [],
+        "answer": completion.content,
+        "is_unchecked": True,
+    }
+
+
+async def accept_answer(episode: Episode) -> None:
+    """Let the environment and the client read the last answer, if they have not yet.
+
+    Also for an answer that was sent back, where a limit ended the episode before the actor gave another one.
+    """
+    unchecked, episode.unchecked = episode.unchecked, None
+    if unchecked is None or (episode.playthrough is not None and episode.playthrough.is_done):
+        return
+    reply = unchecked.reply
+    episode.reply, episode.answer, episode.text = reply, reply.content, episode.text + reply.content
+    if unchecked.stream is not None:
+        await unchecked.stream.release()
+    _read_reply(episode, reply)
+
+
+def _is_checked(episode: Episode) -> bool:
+    """Whether the checker reads the actor's next answer before anybody else does."""
+    return Role.CHECKER in episode.team and episode.num_notes_left > 0
+
+
+async def _ask_checker(episode: Episode, answer: str) -> Check:
+    """Return the checker's decision. An answer that it could not read, because the budget was spent or the engine
+    failed, or whose check cannot be read, is accepted: a checker must never cost an answer."""
+    # The last step is the answer itself.
+    messages = check_messages(episode.opening, episode.all_steps[:-1], answer)
+    try:
+        completion = await _ask_policy(episode, messages, Role.CHECKER)
+    except (BudgetExceeded, PolicyError) as error:
+        log.warning("an answer is not checked", error=type(error).__name__)
+        episode.telemetry.check("skipped")
+        return Check(True)
+    episode.budget.spend(completion)
+    decision = read_check(completion.content)
+    await _record_call(episode, completion, role=Role.CHECKER, error=None if decision else UNREADABLE)
+    episode.telemetry.check("unreadable" if decision is None else "accepted" if decision.accepts else "sent_back")
+    return decision or Check(True)
+
+
 def _ends_task(episode: Episode, completion: Completion) -> bool:
     """Let the environment's task read the reply; return whether it ends the task, so that none of its calls runs."""
-    playthrough = episode.playthrough
-    if playthrough is None:
-        return False
-    playthrough.read_reply(completion.content, completion.tool_calls)
-    if not playthrough.is_done:
+    if not _read_reply(episode, completion):
         return False
     # Counted here, because `use_tools` and its checks come no more.
     calls = completion.tool_calls
     episode.num_invalid_tool_calls += sum(
         not _is_well_formed(call) or call["function"]["name"] not in episode.tools for call in calls
     )
-    if not calls and episode.definitions and holds_unparsed_call(completion.content):
-        episode.num_invalid_tool_calls += 1
-    episode.answer = playthrough.closing_text or completion.content
+    episode.num_invalid_tool_calls += not calls and _is_broken_call(episode, completion)
     return True
 
 
-async def _ask_policy(episode: Episode, messages: Sequence[Message]) -> Completion:
+def _read_reply(episode: Episode, completion: Completion) -> bool:
+    """Let the environment's task read the reply; return whether the task is over, with its closing text as answer."""
+    playthrough = episode.playthrough
+    if playthrough is None:
+        return False
+    playthrough.read_reply(completion.content, completion.tool_calls)
+    if playthrough.is_done:
+        episode.answer = playthrough.closing_text or completion.content
+    return playthrough.is_done
+
+
+def _is_broken_call(episode: Episode, completion: Completion) -> bool:
+    """Whether a reply without calls holds one that the engine could not parse."""
+    return bool(episode.definitions) and holds_unparsed_call(completion.content)
+
+
+async def _ask_policy(episode: Episode, messages: Sequence[Message], role: Role = Role.ACTOR) -> Completion:
     """Return the policy's reply. If the engine dies before the client received a piece, wait for it and call again."""
-    stream = _stream_of(episode)
+    stream = _stream_of(episode, role)
     try:
-        return await _call_model(episode, messages, stream)
+        return await _call_model(episode, messages, stream, role)
     except EngineLost as lost:
         if stream is not None and stream.has_sent:
             raise
@@ -191,23 +285,31 @@ async def _ask_policy(episode: Episode, messages: Sequence[Message]) -> Completi
     await episode.actor.engine.recover()  # limited by the episode's own time
     episode.lost = None
     # Once: a request that kills the engine kills it twice at most.
-    return await _call_model(episode, messages, _stream_of(episode))
+    return await _call_model(episode, messages, _stream_of(episode, role), role)
 
 
-async def _call_model(episode: Episode, messages: Sequence[Message], stream: ClientStream | None) -> Completion:
-    sampling = {"temperature": episode.temperature, "max_tokens": episode.budget.require(), "seed": _seed_of(episode)}
+async def _call_model(
+    episode: Episode, messages: Sequence[Message], stream: ClientStream | HeldStream | None, role: Role
+) -> Completion:
+    is_actor, max_tokens = role is Role.ACTOR, episode.budget.require()
+    # The request's tools, and its parameters such as a format of the answer, are the actor's alone.
+    tools, further = (episode.definitions, episode.sampling) if is_actor else ([], episode.salts)
+    max_tokens = max_tokens if is_actor else min(max_tokens, MAX_ROLE_TOKENS)
+    sampling = {"temperature": episode.temperature, "max_tokens": max_tokens, "seed": _seed_of(episode)}
     request = {"model": episode.actor.served_name, **sampling}
     with episode.telemetry.model_call(f"v{episode.actor.version}", episode.episode_id, messages, request) as replied:
-        completion = await episode.actor.complete(
-            messages, episode.definitions, **sampling, on_delta=stream, **episode.sampling
-        )
+        completion = await episode.actor.complete(messages, tools, **sampling, on_delta=stream, **further)
         replied(completion)
     return completion
 
 
-def _stream_of(episode: Episode) -> ClientStream | None:
+def _stream_of(episode: Episode, role: Role) -> ClientStream | HeldStream | None:
     on_delta = episode.request.on_delta
-    return None if on_delta is None else ClientStream(on_delta, episode.client_tool_names)
+    if on_delta is None or role is not Role.ACTOR:
+        return None
+    stream = ClientStream(on_delta, episode.client_tool_names)
+    episode.held = HeldStream(stream) if _is_checked(episode) else None
+    return episode.held or stream
 
 
 def _seed_of(episode: Episode) -> int | None:
@@ -290,6 +392,20 @@ async def _distrust(episode: Episode) -> None:
     if episode.record.trust is Trust.TRUSTED:
         await episode.memory.trajectories.distrust(episode.record.id)
         episode.record.trust = Trust.UNTRUSTED
+
+
+async def _record_call(episode: Episode, completion: Completion, **values: Any) -> None:
+    """Append a model call to the trajectory; durable when it returns."""
+    await _record(
+        episode,
+        StepKind.MODEL,
+        content=completion.content,
+        finish_reason=completion.finish_reason,
+        prompt_token_ids=completion.prompt_token_ids,
+        output_token_ids=completion.output_token_ids,
+        seconds=completion.seconds,
+        **values,
+    )
 
 
 async def _record(episode: Episode, kind: StepKind, *, tool_calls: Sequence[ToolCall] = (), **values: Any) -> None:

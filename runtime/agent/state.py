@@ -7,12 +7,14 @@ into the state, but hands `Episode` to every node as the same object, so nodes c
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypedDict
 
 from memory.schema import Step, Trajectory
 from memory.store import Memory
+from memory.team import Role
+from runtime.agent.client_stream import HeldStream
 from runtime.agent.resume import Resumption
 from runtime.agent.turn import TurnRequest, TurnStart
 from runtime.engine.client import Completion, Message, ToolCall, ToolDefinition
@@ -35,6 +37,8 @@ class EpisodeState(TypedDict, total=False):
     """Whether the client has calls of the last reply to run, once the server's own are done."""
     answer: str | None
     """Set when the turn is over."""
+    is_unchecked: bool
+    """Whether the checker has to read the answer first."""
 
 
 @dataclass
@@ -60,6 +64,11 @@ class Budget:
         # The prompt is not known yet, so the total may be exceeded by one call's prompt.
         return min(self.max_output_tokens, self.max_total_tokens - self.num_tokens)
 
+    @property
+    def has_capacity(self) -> bool:
+        """Whether another model call may be made."""
+        return self.num_steps < self.max_steps and self.num_tokens < self.max_total_tokens
+
     def spend(self, completion: Completion) -> None:
         """Count one model call and its tokens."""
         self.charge(completion.num_tokens)
@@ -68,6 +77,15 @@ class Budget:
         """Count one model call of so many tokens, prompt and output."""
         self.num_steps += 1
         self.num_tokens += num_tokens
+
+
+@dataclass(frozen=True)
+class UncheckedAnswer:
+    """An answer that neither the environment nor the client has read, because the checker has not accepted it."""
+
+    reply: Completion
+    stream: HeldStream | None
+    """Its deltas; None without a stream, and for an answer that was sent back, which the client must not see whole."""
 
 
 @dataclass
@@ -93,6 +111,17 @@ class Episode:
     use_memory: bool
     temperature: float
     sampling: Mapping[str, Any]
+    """Further parameters of the actor's calls."""
+    salts: Mapping[str, Any] = field(default_factory=dict)
+    """Further parameters of the planner's and checker's calls."""
+    team: Sequence[Role] = ()
+    """The roles of a team; empty for a single agent."""
+    num_notes_left: int = 0
+    """How often the checker may still send an answer back."""
+    unchecked: UncheckedAnswer | None = None
+    """The last answer that is not accepted."""
+    held: HeldStream | None = None
+    """The deltas of the reply that is being written, if it may be an answer to check."""
     resumption: Resumption | None = None
     """The state that the client continues from; None where the episode opens with this request."""
     trajectory: Trajectory | None = None
@@ -104,9 +133,9 @@ class Episode:
     num_invalid_tool_calls: int = 0
     """Of the whole episode."""
     text: str = ""
-    """All text that the model wrote in this turn."""
+    """All text that the actor wrote in this turn, without answers that are unchecked."""
     reply: Completion | None = None
-    """The last reply."""
+    """The actor's last reply."""
     is_handed_over: bool = False
     """Whether the trajectory stays open because the client has calls to run."""
     lost: EngineLost | None = None
@@ -123,6 +152,16 @@ class Episode:
         """The trajectory, once it is open."""
         assert self.trajectory is not None
         return self.trajectory
+
+    @property
+    def role(self) -> Role | None:
+        """The actor's role as its steps are recorded; None for a single agent."""
+        return Role.ACTOR if self.team else None
+
+    @property
+    def all_steps(self) -> list[Step]:
+        """The steps of all turns so far."""
+        return [*(self.resumption.steps if self.resumption is not None else ()), *self.steps]
 
     @property
     def next_position(self) -> int:

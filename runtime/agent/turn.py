@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from memory.records.trajectories import TrajectorySize
 from memory.schema import Step, StepKind, Task, Trajectory, TrajectoryStage
+from memory.team import is_actors
 from runtime.engine.client import Message, OnDelta, ToolCall, ToolDefinition
 
 
@@ -114,8 +115,9 @@ class Turn:
 
     @property
     def last_call(self) -> Step | None:
-        """The last model call, if there was one."""
-        return next((step for step in reversed(self.steps) if step.kind is StepKind.MODEL), None)
+        """The last model call that wrote to the client, if there was one: not a team's plan or check."""
+        calls = (step for step in reversed(self.steps) if step.kind is StepKind.MODEL and is_actors(step))
+        return next(calls, None)
 
     @property
     def answer(self) -> str | None:

@@ -117,6 +117,9 @@ class Telemetry:
         self._tokens = Counter("ratchet_tokens", "Tokens of model calls.", ("direction",), registry=registry)
         self._prompt_tokens = self._tokens.labels("prompt")
         self._output_tokens = self._tokens.labels("output")
+        self._checks = Counter(
+            "ratchet_checks", "Answers that a team's checker was to read.", ("outcome",), registry=registry
+        )
         self._shed = Counter(
             "ratchet_shed", "Requests turned away for the load's sake.", ("reason",), registry=registry
         )
@@ -195,6 +198,10 @@ class Telemetry:
             self._tool_seconds.labels(name).observe(seconds)
             if (spent := _spent.get()) is not None:
                 spent.tool_seconds += seconds
+
+    def check(self, outcome: str) -> None:
+        """Count an answer that a team's checker was to read: accepted, sent_back, unreadable or skipped."""
+        self._checks.labels(outcome).inc()
 
     def shed(self, reason: str) -> None:
         """Count a request that was rejected because of load. `reason` is an error's code: one of few."""

@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from memory.conversation import show_memory
+from memory.conversation import restore_messages, show_memory
 from memory.schema import Split, Step, StepKind, Trajectory, TrajectoryStage, new_id
+from memory.team import Role, show_plan
 from optimizer.data.stitching import render_prompt
 from optimizer.rewards import GradedTrajectory
 
@@ -76,6 +77,53 @@ def live(
         ]
     trajectory.num_steps = len(steps)
     return GradedTrajectory(trajectory, steps, 1.0 if is_success else 0.0, is_success)
+
+
+def live_team(
+    *,
+    tokenizer: Any,
+    plan: str = "Take it, then cook it.",
+    command: str = "take carrot",
+    answers: Sequence[str] = ("It is done.",),
+    checks: Sequence[str] = ("ACCEPT",),
+    is_success: bool = True,
+    memory_text: str = "",
+    task: str = "1",
+    reward: float | None = None,
+) -> GradedTrajectory:
+    """Return the record of a team's episode: a plan, one move, then answers and checks in turn, with token ids."""
+    played = live([], task=task, is_success=is_success, memory_text=memory_text)
+    trajectory, steps = played.trajectory, played.steps
+
+    def add(messages: list[dict[str, Any]], role: Role, text: str, **fields: Any) -> None:
+        said = tokenizer(f"{text or say(command)}<|im_end|>", add_special_tokens=False)["input_ids"]
+        tokens = {"prompt_token_ids": render_prompt(tokenizer, messages, [ACT] if role is Role.ACTOR else [])}
+        tokens["output_token_ids"] = said
+        finish = "tool_calls" if not text else "stop"
+        steps.append(
+            _step(trajectory, steps, StepKind.MODEL, content=text, role=role, finish_reason=finish, **tokens, **fields)
+        )
+
+    def ask(prompt: str) -> list[dict[str, Any]]:
+        done = str([message["content"] for message in [*trajectory.opening, *restore_messages(steps)]])
+        return [{"role": "system", "content": prompt}, {"role": "user", "content": done}]
+
+    messages = list(trajectory.opening)
+    add(ask("Plan."), Role.PLANNER, plan)
+    messages = show_memory(show_plan(trajectory.opening, plan), memory_text)
+    add(messages, Role.ACTOR, "", tool_calls=[call(command)])
+    steps.append(_step(trajectory, steps, StepKind.TOOL, content="Taken.", tool_name="act", tool_call_id="call_0"))
+    messages += restore_messages(steps[1:])
+    for number, answer in enumerate(answers):
+        add(messages, Role.ACTOR, answer)
+        messages.append({"role": "assistant", "content": answer})
+        if number < len(checks):
+            add(ask("Check."), Role.CHECKER, checks[number])
+        if number < len(answers) - 1:
+            steps.append(_step(trajectory, steps, StepKind.USER, content="Again.", role=Role.CHECKER))
+            messages.append({"role": "user", "content": "Again."})
+    value = played.reward if reward is None else reward
+    return GradedTrajectory(trajectory, steps, value, is_success)
 
 
 def _step(trajectory: Trajectory, steps: list[Step], kind: StepKind, **fields: Any) -> Step:

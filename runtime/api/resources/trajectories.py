@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from memory.records.trajectories import TrajectoryWithReward
 from memory.schema import RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage
+from memory.team import Role
 from runtime.api.errors import Conflict, NotFound, error_responses
 from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.openai.answer_ids import trajectory_of
@@ -68,6 +69,8 @@ class StepDetail(BaseModel):
 
     position: int
     kind: StepKind
+    role: Role | None
+    """In a team: who made the call, or wrote the note."""
     content: str
     tool_calls: list[JsonObject]
     tool_name: str | None
