@@ -329,8 +329,18 @@ def _metadata(row: IndexedRow) -> dict[str, str | bool]:
     return fields | dict(zip(TENANT_COLUMNS, _partition_of(row), strict=True))
 
 
+def _pad(row_ids: Sequence[str]) -> list[str]:
+    """Return the ids and as many that no row has as make their number a power of two.
+
+    Chroma prepares an SQL statement for each number of ids and keeps a hundred on each connection, tens of megabytes in
+    all; a process whose persons collect memories would meet a new number for hours.
+    """
+    num_padded = 1 << max(0, len(row_ids) - 1).bit_length()
+    return [*row_ids, *(f"~{number}" for number in range(num_padded - len(row_ids)))]
+
+
 def _delete(chroma: Collection, row_ids: Sequence[str]) -> None:
-    present = chroma.get(ids=list(row_ids), include=[])["ids"]
+    present = chroma.get(ids=_pad(row_ids), include=[])["ids"]
     if present:
         chroma.delete(ids=present)
 
@@ -339,7 +349,7 @@ def _compare(chroma: Collection, vector: numpy.ndarray, row_ids: Sequence[str]) 
     """Return (distance, row id) of those of the rows that a Chroma collection holds."""
     import numpy
 
-    stored = chroma.get(ids=list(row_ids), include=["embeddings"])
+    stored = chroma.get(ids=_pad(row_ids), include=["embeddings"])
     if not stored["ids"]:
         return []
     vectors = numpy.asarray(stored["embeddings"], dtype="float32")  # (num_rows, dim)
