@@ -1,10 +1,7 @@
 """The composition of Ratchet and its command line: the only file that imports memory, runtime and optimizer.
 
     serve.py serve      opens memory, starts the engine, activates the policy, answers, learns on request
-    serve.py doctor     checks everything that an answer depends on
-    serve.py keys       manages API keys, in the data directory or through the server that has it
-    serve.py verifier   trains a verifier, and has it grade episodes, in the data directory
-    serve.py ...        every other command talks to the running server (runtime/cli/)
+    serve.py ...        the other commands: runtime/cli/; most of them talk to the running server
 
 Hazard: heavy packages are imported inside functions, so that a client command starts without them.
 """
@@ -25,15 +22,12 @@ from rich.console import Console
 
 from optimizer.config import OptimizerConfig
 from runtime.cli.commands import add_commands
-from runtime.cli.cycles import add_cycle_commands
 from runtime.cli.datasets.teach import add_teach_command
-from runtime.cli.datasets.verifier import OnStep, add_verifier_commands
-from runtime.cli.documents import add_document_commands
+from runtime.cli.datasets.verifier import add_verifier_commands
 from runtime.cli.keys import add_key_commands
 from runtime.cli.local import add_local_commands, refuse_written_password
 from runtime.cli.options import OPEN_ENDED, Config, Data, Json
 from runtime.cli.output import Failure, exit_process, progress_console, run, run_command
-from runtime.cli.reviews import add_review_commands
 from runtime.cli.server_process import prepare_environment, run_server
 from runtime.config import RuntimeSettings
 from runtime.settings import BadSettings, overlay, parse_flags, read_settings
@@ -130,8 +124,6 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
 
 def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: Critic | None) -> Seams:
     """Return the functions through which the optimizer reaches the runtime, which it may not import."""
-    import runtime.errors
-    from optimizer.errors import ReplayMismatch
     from optimizer.seams import Seams, Serving, unknown_context
     from runtime.agent.turn import TurnRequest
 
@@ -140,12 +132,6 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: C
             TurnRequest(task=task, policy=policy, use_memory=use_memory, temperature=temperature, seed=seed)
         )
         return turn.trajectory
-
-    async def branch(origin: Trajectory, *, position: int, temperature: float, seed: int) -> Trajectory:
-        try:
-            return await agent.branch(origin, position=position, temperature=temperature, seed=seed)
-        except runtime.errors.ReplayMismatch as error:
-            raise ReplayMismatch(str(error)) from error
 
     def serving(environment: str) -> Serving:
         temperature = agent.temperature_of(agent.environment(environment) if environment else None)
@@ -156,7 +142,7 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: C
 
     return Seams(
         rollout=rollout,
-        branching=lambda environment: branch if agent.environment(environment).can_replay else None,
+        branching=lambda environment: agent.branch if agent.environment(environment).can_replay else None,
         sealed_tasks=lambda environment, num_tasks: agent.environment(environment).sealed_tasks(num_tasks),
         serving=serving,
         tasks=lambda environment, split, num_tasks, offset=0: agent.environment(environment).tasks(
@@ -203,19 +189,15 @@ async def check_training(memory: Memory, config: OptimizerConfig, seams: Seams) 
     return Check("training", True, str(placement))
 
 
-async def verify(
-    settings: RuntimeSettings, memory: Memory, environments: Sequence[str], *, limit: int | None, on_step: OnStep
-) -> dict[str, Any]:
-    """Train a verifier, or with a `limit` have the newest one grade so many episodes."""
+async def verify(settings: RuntimeSettings, memory: Memory, names: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Train a verifier, or have the newest one grade: see `run_verifier`."""
     from optimizer.errors import OptimizerError
-    from optimizer.verifier.verifier import VerifierSetup, grade_ungraded, train_verifier
+    from optimizer.verifier.verifier import run_verifier
 
     assert isinstance(settings, Settings)
-    learned = environments or settings.optimizer.pool_environments
-    setup = VerifierSetup(memory, settings.optimizer, learned, on_step=on_step)
     try:
-        return await (train_verifier(setup) if limit is None else grade_ungraded(setup, limit=limit))
-    except (OptimizerError, ValueError) as error:
+        return await run_verifier(memory, settings.optimizer, names, **options)
+    except OptimizerError as error:
         raise Failure(str(error)) from error
 
 
@@ -255,9 +237,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 add_commands(app)
-add_cycle_commands(app)
-add_document_commands(app)
-add_review_commands(app)
 add_local_commands(app, read_all_settings)
 add_key_commands(app, read_all_settings)
 add_teach_command(app, read_all_settings)
@@ -299,24 +278,15 @@ def pretrain(
     as_json: Json = False,
 ) -> None:
     """Make a pocket model from scratch: play, train. Started again, it goes on where it stopped."""
-    from rich.progress import track
 
     async def work() -> dict[str, Any]:
         from optimizer.pretraining.train import Recipe, pretrain_in
-        from runtime.environments.textworld import TextWorld
-        from runtime.environments.textworld_expert import write_transcripts
+        from runtime.cli.play import play_transcripts
 
-        transcripts = out / "transcripts.json"
-        # Written as a whole at the end: an interrupted run plays again, with the games that are compiled already.
-        if not transcripts.exists():
-            bar = iter(track(range(games), "compiling games", console=progress_console(as_json)))
-
-            def advance(num_done: int, num_games: int) -> None:
-                next(bar, None)
-
-            await write_transcripts(TextWorld(out / "games"), transcripts, num_games=games, on_progress=advance)
+        console = progress_console(as_json)
+        await play_transcripts(out, num_games=games, console=console)
         recipe = Recipe(seed=seed) if tokens is None else Recipe(seed=seed, num_tokens=tokens)
-        return await asyncio.to_thread(pretrain_in, out, recipe, console=progress_console(as_json))
+        return await asyncio.to_thread(pretrain_in, out, recipe, console=console)
 
     run_command(work, as_json=as_json, render=lambda made: f"{made['num_parameters']} parameters in {made['model']}")
 

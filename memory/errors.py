@@ -25,6 +25,7 @@
     |   +-- IndexDamaged         the vector index must be reopened or rebuilt
     +-- DocumentTooLong          more passages than are allowed (also a ValueError)
     +-- AdapterRefused           an adapter directory that must not be loaded
+    ReplayMismatch               an environment did not answer the calls of a recorded episode as it did then
 
 Invalid arguments are plain `ValueError`s.
 """
@@ -137,3 +138,8 @@ class IndexDamaged(IndexUnavailable):
 
 class AdapterRefused(StoreError):
     """The adapter directory failed verification; the engine must never load it."""
+
+
+class ReplayMismatch(Exception):
+    """An environment did not answer the calls of a recorded episode as it did then; the message says how. Nothing was
+    recorded, and one branch of a search is lost, never the cycle."""

@@ -7,7 +7,6 @@ OptimizerError
 |-- TrainingDoesNotFit   no GPU has the memory for it; names the settings with which one would (a ValueError)
 `-- TrainingError        a trainer died; carries the tail of its log
 
-ReplayMismatch           an environment answered replayed calls differently; costs one branch point, never the cycle
 
 CompletionError          a model gave no answer; costs one critique, never the cycle
 `-- PromptTooLong        the messages exceed the model's context: shorter ones may succeed
@@ -38,10 +37,6 @@ class TrainingError(OptimizerError):
 
 class CannotReplay(OptimizerError, ValueError):
     """The episodes of an environment cannot be replayed; nothing was played."""
-
-
-class ReplayMismatch(Exception):
-    """Raised through the `Branch` seam: the environment did not answer as it did; the message says how."""
 
 
 class CompletionError(Exception):

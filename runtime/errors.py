@@ -10,7 +10,6 @@
     │   ├── CriticFailed         a critic behind a URL gave no reward, so the episode has none
     │   └── BudgetExceeded       the episode ran out of steps, tokens, seconds or context
     ├── GameNotCompiled          a task of an environment could not be prepared
-    ├── ReplayMismatch           an environment did not answer replayed calls as it did before
     ├── EngineError              the engine cannot be started or is not ready
     │   └── EngineInMaintenance  it is stopped for maintenance and comes back by itself
     ├── EpisodeBusy              another request for this episode is being answered
@@ -68,10 +67,6 @@ class BudgetExceeded(EpisodeError):
 
 class GameNotCompiled(Exception):
     """A compiler died or took too long. The message ends with the end of its standard error."""
-
-
-class ReplayMismatch(Exception):
-    """An environment did not answer the calls of a recorded episode as it did then. Nothing was recorded."""
 
 
 class EngineError(Exception):

@@ -202,12 +202,15 @@ def read_optimizer(directory: Path, toml: str) -> OptimizerConfig:
     return serve.read_all_settings(directory / "ratchet.toml", {}, []).optimizer
 
 
-def test_the_page_on_learning_shows_settings_that_are_valid_and_every_method(tmp_path: Path):
-    learning, searching, team = blocks("toml", LEARNING)
-    shown = read_optimizer(tmp_path, learning)
-    assert (shown.methods, read_optimizer(tmp_path, searching).methods) == (["sft", "kto"], ["sft", "search"])
-    (tmp_path / "ratchet.toml").write_text(team)
+def test_the_page_on_learning_shows_a_team_with_the_defaults(tmp_path: Path):
+    (text,) = (text for text in blocks("toml", LEARNING) if "[agent]" in text)
+    (tmp_path / "ratchet.toml").write_text(text)
     assert serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).agent == AgentConfig(team=tuple(Role))
+
+
+def test_the_page_on_learning_shows_settings_that_are_valid_and_every_method(tmp_path: Path):
+    shown, searching, _ = (read_optimizer(tmp_path, text) for text in blocks("toml", LEARNING))
+    assert (shown.methods, searching.methods) == (["sft", "kto"], ["sft", "search"])
     assert choose_recipe(1, shown.recipe).methods["kto"].learning_rate == 5e-5
     methods, rewards = LEARNING.split("## Rewards")
     assert tuple(re.findall(r"^\| `(\w+)` \|", methods, re.MULTILINE)) == METHOD_NAMES

@@ -18,6 +18,7 @@ import pytest
 import serve
 from memory.adapters import read_manifest
 from memory.datasets.exports import ExportContent, ExportQuery
+from memory.errors import ReplayMismatch
 from memory.schema import RewardSource, Split, StepKind, Task, Trajectory, TrajectoryStage
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
@@ -34,7 +35,6 @@ from runtime.config import AgentConfig, EngineConfig
 from runtime.engine.model_families import POCKET_MODEL
 from runtime.engine.process import Engine
 from runtime.environments.base import Environment, Outcome, Playthrough
-from runtime.errors import ReplayMismatch
 from runtime.serving.hotswap import HotSwap
 from runtime.tools.base import Tool
 from tests.memory.episodes import PATIENT, HashingEncoder

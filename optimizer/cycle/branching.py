@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from memory.errors import ReplayMismatch
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.stages import Method, name_round, read_episodes
 from optimizer.data.branches import BranchPoint, Key, choose_points, group_branches, list_ways
-from optimizer.errors import CannotReplay, ReplayMismatch
+from optimizer.errors import CannotReplay
 from optimizer.rewards import GradedTrajectory
 from optimizer.seams import Branch, Seams
 

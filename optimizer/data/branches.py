@@ -124,16 +124,13 @@ def _take_own(graded: Iterable[GradedTrajectory], policy: int) -> Iterator[Grade
             require_played_by(each, policy)
         except Unstitchable:
             continue
+        # a replay would take a plan for a reply
+        if any(step.role is not None for step in each.steps):
+            continue
         # a client's episode is its owner's: nobody else goes on with it
         is_clients = bool(trajectory.tenant or trajectory.user_id or trajectory.key_id)
-        if trajectory.branch_of is not None or trajectory.split is not Split.PRACTICE or is_clients:
-            continue
-        if not _is_of_team(each):  # a branch is played by a single agent, who has no plan and answers to nobody
+        if trajectory.branch_of is None and trajectory.split is Split.PRACTICE and not is_clients:
             yield each
-
-
-def _is_of_team(each: GradedTrajectory) -> bool:
-    return any(step.role is not None for step in each.steps)
 
 
 def _list_points(tries: Sequence[GradedTrajectory]) -> list[BranchPoint]:
@@ -257,7 +254,7 @@ def build_branches(
     graded = list(graded)
     refuse_held_out(graded)
     built = BranchRows(num_points=len(points), num_own=len(list(_take_own(graded, policy))))
-    built.counts["of_a_team"] += sum(map(_is_of_team, graded))
+    built.counts["by_a_team"] = sum(any(step.role is not None for step in each.steps) for each in graded)
     own = {each.trajectory.id: each for each in graded}
     branches = group_branches(graded, policy)
     built.origins = {each.trajectory.id: origin for (origin, _), those in branches.items() for each in those}

@@ -107,10 +107,9 @@ def build_groups(
     built.mean_reward = sum(each.reward for each in own) / len(own) if own else 0.0
     tasks = set()
     for (*task, _), tries in sorted(_group_tries(split_roles(own)).items()):
-        # a long plan costs the actor, too: the tokens are those of all roles
+        # all roles' tokens: a long plan costs the actor, too
         num_tokens = [measure(parts[0].episode.steps).output_tokens for parts in tries]
-        means = [sum(part.reward for part in parts) / len(parts) for parts in tries]
-        rewards = price_tokens(means, num_tokens, config.token_price)
+        rewards = price_tokens([_mean_reward(parts) for parts in tries], num_tokens, config.token_price)
         if max(rewards) - min(rewards) < LEAST_SPREAD:
             built.counts["no_variance"] += 1
             continue
@@ -123,6 +122,18 @@ def build_groups(
     built.num_tasks = built.num_groups = len(tasks)
     bound_rows(built, config, teaching or TeachingConfig(), seed)
     return built
+
+
+def _group_tries(parts: Iterable[RolePart]) -> dict[tuple[str, ...], list[list[RolePart]]]:
+    """Return the parts of each rollout, by task and role: several where the checker was asked more than once."""
+    tries: dict[tuple[str, ...], dict[str, list[RolePart]]] = defaultdict(lambda: defaultdict(list))
+    for part in parts:
+        tries[part.task_key][part.trajectory.id].append(part)
+    return {key: list(by_rollout.values()) for key, by_rollout in tries.items()}
+
+
+def _mean_reward(parts: Sequence[RolePart]) -> float:
+    return sum(part.reward for part in parts) / len(parts)
 
 
 def price_tokens(rewards: Sequence[float], num_tokens: Sequence[int], token_price: float) -> list[float]:
@@ -138,14 +149,6 @@ def price_tokens(rewards: Sequence[float], num_tokens: Sequence[int], token_pric
         reward - min(MOST_OF_LEAD, token_price * length / 1000) * (reward - lower.get(reward, 0.0))
         for reward, length in zip(rewards, num_tokens, strict=True)
     ]
-
-
-def _group_tries(parts: Iterable[RolePart]) -> dict[tuple[str, ...], list[list[RolePart]]]:
-    """Return the parts of each rollout, by task and role: several where the checker was asked more than once."""
-    tries: dict[tuple[str, ...], dict[str, list[RolePart]]] = defaultdict(lambda: defaultdict(list))
-    for part in parts:
-        tries[part.task_key][part.trajectory.id].append(part)
-    return {key: list(by_rollout.values()) for key, by_rollout in tries.items()}
 
 
 def leave_one_out(rewards: Sequence[float]) -> list[float]:

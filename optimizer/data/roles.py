@@ -67,7 +67,7 @@ def _split(each: GradedTrajectory) -> Iterator[RolePart]:
 
 
 def _take(each: GradedTrajectory, role: Role, steps: list[Step], reward: float, is_success: bool) -> RolePart:
-    return RolePart(each.trajectory, steps, reward, is_success, each.teacher, role=role, episode=each)
+    return RolePart(each.trajectory, steps, reward, is_success, each.teacher, each.source, role=role, episode=each)
 
 
 def _credit_check(each: GradedTrajectory, check: Step) -> tuple[float, bool]:

@@ -17,6 +17,7 @@ import jinja2
 
 from memory.records.trajectories import GradedTrajectory
 from memory.schema import RewardSource, Step, Trajectory
+from memory.team import is_actors
 from optimizer.data.stitching import Tokenizer, Unstitchable, plan_memory_removal, remove_memory, render_text, stitch
 
 QUESTION = "Did the assistant do what was asked? Answer yes or no."
@@ -98,7 +99,7 @@ def render_episode(
     """
     if not trajectory.may_teach:
         raise Unstitchable("untrusted")
-    rows, _ = stitch(steps)
+    rows, _ = stitch([step for step in steps if is_actors(step)])
     # The last row: where the template rewrites earlier replies, its prompt holds all of them as context.
     row = remove_memory(rows[-1], plan_memory_removal(trajectory, tokenizer))
     prompt = question.put_to(row.input_ids)

@@ -88,6 +88,20 @@ class VerifierSetup:
         return base_model
 
 
+async def run_verifier(
+    memory: Memory,
+    config: OptimizerConfig,
+    environments: Sequence[str],
+    *,
+    limit: int | None = None,
+    on_step: OnStep | None = None,
+) -> dict[str, Any]:
+    """Train a verifier, or with a `limit` have the newest one grade so many episodes; return the report. Without
+    `environments`, of those that the configuration learns from. Raises: ValueError, OptimizerError."""
+    setup = VerifierSetup(memory, config, environments or config.pool_environments, on_step=on_step)
+    return await (train_verifier(setup) if limit is None else grade_ungraded(setup, limit=limit))
+
+
 async def train_verifier(setup: VerifierSetup) -> dict[str, Any]:
     """Train, calibrate and measure a verifier; return its report, which is stored beside it.
 

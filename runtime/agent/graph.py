@@ -167,6 +167,11 @@ class Agent:
                 f"trajectory {request.origin.trajectory.id!r} cannot be replayed: "
                 f"{request.environment or 'live traffic'!r} does not start again in the same state"
             )
+        if request.origin is not None and any(step.role is not None for step in request.origin.steps):
+            raise ValueError(
+                f"trajectory {request.origin.trajectory.id!r} was played by a team, which is not replayed: branch from "
+                'an episode of a single agent (agent.team = ["actor"])'
+            )
         if environment is None and not request.messages:
             raise ValueError("nothing was asked: give a task of an environment, or at least one message")
         _require_distinct_names(() if environment is not None else self._tools, request.tools)
@@ -232,7 +237,8 @@ class Agent:
             # The salt comes last: a client must not choose another tenant's part of the prefix cache.
             sampling={**request.sampling, **self._salts.for_tenant(request.tenant)},
             salts=self._salts.for_tenant(request.tenant),
-            team=() if request.origin else self._team_for(split),
+            # A branch goes on as its origin began: with a single agent.
+            team=() if request.origin is not None else self._team_for(split),
             num_notes_left=config.max_notes,
         )
         if resumption is not None:

@@ -70,13 +70,14 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
         episode.trajectory = None  # no row was written, so there is nothing to close
         raise
     episode.announce()
+    if Role.PLANNER in episode.team:
+        # The plan belongs into the last of these messages, and LangGraph only appends to them: `plan` returns them.
+        return {}
     replayed = origin.steps if origin else ()
     for step in replayed:
         # Without token ids: they were sampled once, in the origin.
         copied = {name: getattr(step, name) for name in REPLAYED_FIELDS}
         await _record(episode, step.kind, tool_calls=step.tool_calls, **copied)
-    if Role.PLANNER in episode.team:
-        return {}  # its plan belongs into the last message, and LangGraph only appends to them
     return {"messages": [*show_memory(episode.opening, memory_text), *restore_messages(replayed)]}
 
 

@@ -6,12 +6,12 @@ Flow: opening and tools compared -> each reply read, each call run, each result 
 
 from __future__ import annotations
 
+from memory.errors import ReplayMismatch
 from memory.schema import Step, StepKind, clean
 from runtime.agent.nodes import run_call
 from runtime.agent.state import Episode
 from runtime.agent.turn import Origin
 from runtime.engine.client import ToolCall
-from runtime.errors import ReplayMismatch
 
 SHOWN_CHARS = 200
 

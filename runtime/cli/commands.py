@@ -11,18 +11,24 @@ from typing import Annotated, Any
 import typer
 
 from runtime.cli.chat import chat
+from runtime.cli.cycles import add_cycle_commands
 from runtime.cli.datasets.commands import add_dataset_commands
+from runtime.cli.documents import add_document_commands
 from runtime.cli.options import DEFAULT_URL, Json, Key, Url, connect, get_and_print, is_on, post_and_print
 from runtime.cli.output import progress_console, run_command
+from runtime.cli.reviews import add_review_commands
 
 trajectories = typer.Typer(help="Recorded episodes, step by step.", no_args_is_help=True)
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add the commands, `chat` and those about training data to the command line."""
+    """Add every command that talks to the running server to the command line."""
     for command in (chat, play, policies, promote, rollback, feedback):
         app.command()(command)
     app.add_typer(trajectories, name="trajectories")
+    add_cycle_commands(app)
+    add_document_commands(app)
+    add_review_commands(app)
     add_dataset_commands(app)
 
 

@@ -1,4 +1,4 @@
-"""Plays many tasks through a running server and summarizes the episodes.
+"""Plays many tasks through a running server and summarizes the episodes; and plays the games of a pretraining.
 
 Steps: list the tasks, have the server prepare them, play each with one chat completion, a bounded number concurrently.
 Invariant: a failed episode counts as not successful, and is also counted separately.
@@ -10,10 +10,14 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from memory.statistics import wilson_interval
 from runtime.cli.client import Client, ErrorReply
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PREPARED_TOGETHER = 16
 """Tasks in one request for preparation: few enough to show progress, enough to keep all compilers busy."""
@@ -165,3 +169,22 @@ def summarize(request: PlayRequest, episodes: Sequence[dict[str, Any]], *, secon
         "seconds": round(seconds, 3),
         "episodes": list(episodes),
     }
+
+
+async def play_transcripts(directory: Path, *, num_games: int, console: Console) -> None:
+    """Write `transcripts.json` in `directory`, unless it is there: an interrupted run plays again, with the games that
+    are compiled already, because the file is written as a whole at the end."""
+    from rich.progress import track
+
+    from runtime.environments.textworld import TextWorld
+    from runtime.environments.textworld_expert import write_transcripts
+
+    transcripts = directory / "transcripts.json"
+    if transcripts.exists():
+        return
+    bar = iter(track(range(num_games), "compiling games", console=console))
+
+    def advance(num_done: int, num_games: int) -> None:
+        next(bar, None)
+
+    await write_transcripts(TextWorld(directory / "games"), transcripts, num_games=num_games, on_progress=advance)

@@ -35,6 +35,7 @@ class VerifierWork(Protocol):
         settings: RuntimeSettings,
         memory: Memory,
         environments: Sequence[str],
+        /,
         *,
         limit: int | None,
         on_step: OnStep,

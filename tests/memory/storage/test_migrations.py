@@ -181,12 +181,12 @@ def test_steps_of_the_version_before_teams_have_no_role_and_go_back_as_they_were
 ):
     run_revisions(location, *ROWS_BEFORE_TENANTS[:2], upgrade_to="0002")
     step = "INSERT INTO steps (trajectory_id, position, kind, content, seconds, created_at) VALUES "
-    run_revisions(location, f"{step}('trj_1', 0, 'model', 'hello', 0, {MOMENT})", upgrade_to="0012")
+    run_revisions(location, f"{step}('trj_1', 0, 'model', 'hello', 0, {MOMENT})", upgrade_to="0013")
     with Memory.open(tmp_path, config, encoder=encoder) as memory:
         (row,) = memory.trajectories.steps("trj_1")
         assert (row.content, row.role) == ("hello", None)
         assert memory.database.check() == []
-    run_revisions(location, downgrade_to="0012")
+    run_revisions(location, downgrade_to="0013")
     with connect(location) as connection:
         assert "role" not in {column["name"] for column in inspect(connection).get_columns("steps")}
         assert connection.exec_driver_sql("SELECT content FROM steps").all() == [("hello",)]

@@ -6,13 +6,22 @@ import pytest
 
 from memory.conversation import restore_messages
 from memory.team import Role
-from optimizer.config import DemonstrationConfig, GroupConfig, LabelConfig, PreferenceConfig, RolloutConfig
+from optimizer.config import (
+    BranchConfig,
+    DemonstrationConfig,
+    GroupConfig,
+    LabelConfig,
+    PreferenceConfig,
+    RolloutConfig,
+)
+from optimizer.data.branches import build_branches, choose_points
 from optimizer.data.demonstrations import build_demonstrations
 from optimizer.data.groups import build_groups
 from optimizer.data.labels import build_labels
 from optimizer.data.preferences import build_preferences
 from optimizer.data.roles import split_roles
 from optimizer.data.rollouts import build_rollouts
+from optimizer.verifier.rows import frame_question, render_episode
 from tests.optimizer.worlds import live, live_team, say
 
 MEMORY = "<memory>\nInsights:\n- fry the _ -> cook _ with stove\n</memory>"
@@ -155,6 +164,15 @@ def test_distillation_teaches_the_actor_alone(tokenizer):
     built = build_rollouts([shown, own], tokenizer, policy=0, config=RolloutConfig(), max_length_tokens=8192)
     (row,) = built.rows
     assert "cook _ with stove" in tokenizer.decode(row.teacher_ids) and "A plan" in tokenizer.decode(row.input_ids)
+
+
+def test_a_search_does_not_branch_from_a_team_and_a_verifier_reads_the_actor(tokenizer):
+    lost = live_team(tokenizer=tokenizer, is_success=False)
+    assert choose_points([lost], policy=0, config=BranchConfig()) == []
+    built = build_branches([lost], policy=0, points=[], config=BranchConfig(), max_length_tokens=8192)
+    assert built.counts["by_a_team"] == 1
+    prompt = render_episode(lost.trajectory, lost.steps, tokenizer, frame_question(tokenizer), 8192)
+    assert "It is done." in (text := tokenizer.decode(prompt)) and "ACCEPT" not in text
 
 
 def test_a_single_agents_episode_is_one_part_with_all_of_its_steps(tokenizer):

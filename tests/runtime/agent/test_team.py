@@ -322,6 +322,14 @@ async def test_an_episode_whose_client_comes_back_is_planned_once_and_checked_at
     assert roles == [Role.PLANNER, Role.ACTOR, None, Role.ACTOR, Role.CHECKER]
 
 
+async def test_an_episode_of_a_team_is_not_branched_from(make_team, fake: FakeEngine):
+    agent = make_team(environments={"sums": Sums()})
+    fake.script = cast(planner=["Add."], actor=["5"], checker=["ACCEPT"])
+    trajectory = await play(agent, Sums().task("5"))
+    with pytest.raises(ValueError, match="was played by a team, which is not replayed: branch from"):
+        await agent.branch(trajectory, position=1, temperature=1.0, seed=0)
+
+
 async def test_a_team_that_only_practises_leaves_all_other_episodes_to_a_single_agent(make_team, fake: FakeEngine):
     agent = make_team(environments={"sums": Sums()}, team_plays="practice")
     fake.script = cast(planner=["Add."], actor=["5"], checker=["ACCEPT"])
