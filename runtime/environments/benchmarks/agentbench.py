@@ -12,6 +12,7 @@ from typing import Any
 
 from runtime.environments.benchmarks.published import list_files, read_json_lines
 
+SPLITS = {"dev": "practice", "standard": "held-out"}
 CHANGES = ("INSERT", "UPDATE", "DELETE")
 PROMPT = (
     "You work on an SQLite database to answer a question or to change the database as asked. Run statements with "
@@ -20,14 +21,16 @@ PROMPT = (
 
 
 def read_agentbench(source: Path) -> Iterator[dict[str, Any]]:
-    """Yield the tasks of `dbbench_dev.jsonl` (practice) and `dbbench_standard.jsonl` (held-out)."""
-    for path in list_files(source, "dbbench_*.jsonl"):
-        is_practice = path.stem.endswith("dev")
+    """Yield the tasks of `dev.jsonl` (practice) and `standard.jsonl` (held-out), with or without `dbbench_` before."""
+    for path in list_files(source, "*.jsonl"):
+        part = path.stem.removeprefix("dbbench_")
+        if part not in SPLITS:
+            raise ValueError(f"{str(path)!r} is neither dev.jsonl nor standard.jsonl of AgentBench's database tasks")
         for number, row in enumerate(read_json_lines(path)):
             question = f"{row['description']}\n{row.get('add_description', '')}".strip()
             yield {
-                "name": f"{path.stem}-{number}",
-                "split": "practice" if is_practice else "held-out",
+                "name": f"dbbench_{part}-{number}",
+                "split": SPLITS[part],
                 "kind": f"sql-{row['type'][0].split('-')[0].lower()}",
                 "messages": [{"role": "system", "content": PROMPT}, {"role": "user", "content": question}],
                 "database": [_read_table(row["table"])],

@@ -74,6 +74,15 @@ def test_test_sets_are_held_out(benchmark: str, folder: str, expected: dict[str,
     assert all("demonstration" not in row for row in rows if row["split"] != "practice")
 
 
+def test_agentbenchs_database_tasks_are_found_under_the_names_of_its_repository(tmp_path: Path):
+    (tmp_path / "dbbench").mkdir()
+    for part in ("dev", "standard"):
+        shutil.copy(find_shared(f"agentbench/dbbench_{part}.jsonl"), tmp_path / "dbbench" / f"{part}.jsonl")
+    make_task_file("agentbench-db", tmp_path / "dbbench", tmp_path / "out.jsonl")
+    make_task_file("agentbench-db", find_shared("agentbench"), tmp_path / "same.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "same.jsonl").read_bytes()
+
+
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="no 'bwrap' on the PATH: install bubblewrap to run code")
 async def test_published_solutions_of_humaneval_pass_and_their_stumps_do_not(tmp_path: Path):
     import gzip
