@@ -197,7 +197,7 @@ async def verify(settings: RuntimeSettings, memory: Memory, names: Sequence[str]
     assert isinstance(settings, Settings)
     try:
         return await run_verifier(memory, settings.optimizer, names, **options)
-    except OptimizerError as error:
+    except (OptimizerError, ValueError) as error:
         raise Failure(str(error)) from error
 
 

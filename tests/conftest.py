@@ -1,17 +1,35 @@
-"""The order of the tests, which two workers take up file by file: those that start an engine first, many short ones
-last, so that both end at about the same time. And what becomes of a test that hangs: how long it may take, where that
+"""The order of the tests, which workers take up file by file: those that start an engine first, many short ones last,
+so that all end at about the same time. And what becomes of a test that hangs: how long it may take, where that
 is longer than pyproject.toml says, and that it is tried once."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from logging.handlers import RotatingFileHandler
 from typing import Any
 
 import pytest
+import structlog
 from xdist.scheduler import LoadFileScheduling
 
 ENGINE_SECONDS = 1800
 """The first test of a module pays for the start of its engine, and for a model's training."""
 SLOW_SECONDS = 6 * 3600
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """Undo what a command in the test's own process does to the logs: it sends all of them to a file from then on."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    opened = [it for it in root.handlers if isinstance(it, RotatingFileHandler) and it not in handlers]
+    if opened:
+        for handler in opened:
+            handler.close()
+        root.handlers, root.level = handlers, level
+        structlog.reset_defaults()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

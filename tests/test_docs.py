@@ -54,7 +54,7 @@ DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 @contextmanager
 def serve_app(app: Any) -> Iterator[str]:
     """Serve an ASGI application on the loopback; yield its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

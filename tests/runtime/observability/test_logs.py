@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,9 @@ from runtime.observability.logs import send_logs_to
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[Path]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+def log(tmp_path: Path) -> Path:
     send_logs_to(tmp_path / "ratchet.log")
-    yield tmp_path / "ratchet.log"
-    for handler in root.handlers:
-        handler.close()
-    root.handlers, root.level = handlers, level
-    structlog.reset_defaults()
+    return tmp_path / "ratchet.log"
 
 
 @pytest.mark.parametrize("logger", ["uvicorn.error", "structlog"])

@@ -173,11 +173,11 @@ async def test_nothing_of_the_host_is_reached(command: str, said: str, monkeypat
 async def test_a_bomb_of_processes_harms_its_machine_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(machines, "COMMAND_SECONDS", 2.0)
     async with started() as other, started() as machine:
-        bombing = asyncio.ensure_future(machine.run_command("bomb() { bomb | bomb & }; bomb; sleep 100"))
+        bombing = asyncio.ensure_future(machine.run_command("explode() { explode | explode & }; explode; sleep 100"))
         await asyncio.sleep(1)
         assert await other.run_command("for n in {1..20}; do sleep 0 & done; wait; echo fine") == "fine\n"
         await bombing
-    assert not find_processes("bomb")
+    assert not find_processes("explode")
 
 
 def find_processes(*words: str) -> list[str]:
