@@ -125,7 +125,7 @@ def _add_make(tasks: typer.Typer) -> None:
         async def work() -> dict[str, Any]:
             from dataclasses import asdict
 
-            from runtime.environments.benchmarks.make import make_task_file
+            from runtime.environments.converters.make import make_task_file
 
             try:
                 made = await asyncio.to_thread(make_task_file, benchmark, source, out)

@@ -19,8 +19,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from runtime.environments.base import Outcome
-from runtime.environments.benchmarks.agentbench_os import COMPARING, PublishedTask, digest, read_published
-from runtime.environments.benchmarks.published import LeftOut
+from runtime.environments.converters.agentbench_os import COMPARING, PublishedTask, digest, read_published
+from runtime.environments.converters.published import LeftOut
 from runtime.environments.graders.base import GradingResources, Submission
 from runtime.environments.graders.machine import COMPARISONS, Checks, Run
 from runtime.environments.graders.text import Exact

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from runtime.environments.benchmarks.bfcl import to_name, to_tool
-from runtime.environments.benchmarks.published import read_json_lines
+from runtime.environments.converters.bfcl import to_name, to_tool
+from runtime.environments.converters.published import read_json_lines
 from runtime.environments.graders.base import Call
 from runtime.environments.graders.function_calls import find_problem
 

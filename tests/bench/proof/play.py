@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runtime.environments.benchmarks.make import make_task_file
+from runtime.environments.converters.make import make_task_file
 from tests.bench.measure import machine
 from tests.bench.proof.plan import Run, Subject
 from tests.bench.server import ROOT, OurServer

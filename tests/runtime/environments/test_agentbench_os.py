@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from runtime.environments.benchmarks.agentbench_os import PublishedTask, read_agentbench_os, read_published
-from runtime.environments.benchmarks.make import make_task_file
-from runtime.environments.benchmarks.published import LeftOut, read_json_list
+from runtime.environments.converters.agentbench_os import PublishedTask, read_agentbench_os, read_published
+from runtime.environments.converters.make import make_task_file
+from runtime.environments.converters.published import LeftOut, read_json_list
 from tests.bench.agentbench_os import check_all
 from tests.machines import needs_machine
 from tests.shared_data import find_shared

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from runtime.environments.benchmarks.bfcl import divide_by_function
-from runtime.environments.benchmarks.make import make_task_file
+from runtime.environments.converters.bfcl import divide_by_function
+from runtime.environments.converters.make import make_task_file
 from runtime.environments.graders.base import GradingResources, Submission
 from runtime.environments.graders.code import UnitTests
 from runtime.environments.task_files.check import check_task_file
@@ -119,7 +119,7 @@ def test_what_is_not_the_benchmark_writes_nothing(tmp_path: Path):
 def test_gsm8k_demonstrations_are_free_of_the_calculators_marks():
     rows = read_shared_rows("gsm8k/train.jsonl")
     assert any("<<" in row["answer"] for row in rows)
-    from runtime.environments.benchmarks.mathematics import read_gsm8k
+    from runtime.environments.converters.mathematics import read_gsm8k
 
     tasks = list(read_gsm8k(find_shared("gsm8k/train.jsonl")))
     assert not any("<<" in task["demonstration"][0]["content"] for task in tasks)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.environments.benchmarks.agentbench import read_agentbench
+from runtime.environments.converters.agentbench import read_agentbench
 from runtime.environments.graders.base import GradingResources, Submission
 from runtime.environments.graders.sql import DatabaseState
 from runtime.environments.sql_database import SqlDatabase, Table

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.environments.benchmarks.published import list_files, read_json_lines
+from runtime.environments.converters.published import list_files, read_json_lines
 
 _CALCULATION = re.compile(r"<<[^>]*>>")
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from runtime.environments.benchmarks.published import LeftOut, read_json_list
+from runtime.environments.converters.published import LeftOut, read_json_list
 from runtime.environments.graders.machine import COMPARISONS
 from runtime.environments.machines.machine import Script
 from runtime.environments.task_files.reader import MAX_PROBLEMS, describe_error

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.environments.benchmarks.published import read_json_lines
+from runtime.environments.converters.published import read_json_lines
 from runtime.environments.graders.base import GradingResources
 from runtime.environments.graders.function_calls import FunctionCall
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.environments.benchmarks.published import list_files
+from runtime.environments.converters.published import list_files
 
 
 def read_beerqa(source: Path) -> Iterator[dict[str, Any]]:

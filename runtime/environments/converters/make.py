@@ -15,13 +15,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from runtime.environments.benchmarks.agentbench import read_agentbench
-from runtime.environments.benchmarks.agentbench_os import read_agentbench_os
-from runtime.environments.benchmarks.bfcl import read_bfcl
-from runtime.environments.benchmarks.mathematics import read_gsm8k, read_math500
-from runtime.environments.benchmarks.programs import read_humaneval, read_mbpp
-from runtime.environments.benchmarks.published import LeftOut
-from runtime.environments.benchmarks.reading import read_beerqa
+from runtime.environments.converters.agentbench import read_agentbench
+from runtime.environments.converters.agentbench_os import read_agentbench_os
+from runtime.environments.converters.bfcl import read_bfcl
+from runtime.environments.converters.mathematics import read_gsm8k, read_math500
+from runtime.environments.converters.programs import read_humaneval, read_mbpp
+from runtime.environments.converters.published import LeftOut
+from runtime.environments.converters.reading import read_beerqa
 from runtime.environments.task_files.reader import describe_error
 from runtime.environments.task_files.rows import TaskRow
 

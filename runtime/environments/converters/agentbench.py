@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.environments.benchmarks.published import list_files, read_json_lines
+from runtime.environments.converters.published import list_files, read_json_lines
 
 SPLITS = {"dev": "practice", "standard": "held-out"}
 CHANGES = ("INSERT", "UPDATE", "DELETE")
