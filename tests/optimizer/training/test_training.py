@@ -129,7 +129,7 @@ def test_a_training_is_the_same_on_whichever_gpu_it_goes_on(spec_for):
     assert spec.model_copy(update={"batch_size": 2}).digest() != spec.digest()
 
 
-async def test_sft_then_dpo_leave_adapters_that_an_engine_may_wear(spec_for, tiny_base):
+async def test_sft_then_dpo_leave_adapters_that_an_engine_may_load(spec_for, tiny_base):
     steps = []
 
     async def on_step(told):

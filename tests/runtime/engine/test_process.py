@@ -381,7 +381,7 @@ async def test_json_holds_no_white_space_to_run_into(real: Engine):
 
 
 @on_real_engine
-async def test_an_engine_killed_in_mid_episode_fails_who_heard_of_it_and_comes_back_dressed_for_the_others(
+async def test_an_engine_killed_in_mid_episode_fails_who_heard_of_it_and_comes_back_with_its_adapters_for_the_others(
     real: Engine, memory: Memory, adapters: list[Path]
 ):
     await register(memory, adapters[:1])
