@@ -481,7 +481,7 @@ async def test_a_planted_worse_adapter_is_not_promoted(real: Kept):
 
 
 async def plant_spoiled_copy(memory: Memory, policy: Policy) -> Policy:
-    """Register a candidate that wears a spoiled copy of a policy's adapter, honestly recorded."""
+    """Register a candidate with a spoiled copy of a policy's adapter, honestly recorded."""
     original, version = Path(policy.adapter_path), len(memory.policies.select())
     final = original.with_name(f"spoiled-v{version}")
     await asyncio.to_thread(write_spoiled_copy, original, final, version=version, parent=policy.version)

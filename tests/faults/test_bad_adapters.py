@@ -20,7 +20,7 @@ __all__ = ["base_dir", "engine", "fake", "hotswap", "make_policy", "memory"]
 
 @pytest.fixture
 async def following(hotswap: HotSwap):
-    """The loop that wears whatever becomes active."""
+    """The loop that activates whatever policy becomes active."""
     task = asyncio.create_task(hotswap.follow())
     await wait_until(lambda: hotswap.active_version == 0)
     yield task

@@ -1,4 +1,4 @@
-"""An engine that is dead, or alive and stuck: found, started again, dressed as before; its callers wait."""
+"""An engine that is dead, or alive and stuck: found, started again with its adapters; its callers wait."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_pause_and_the_time_of_a_probe_are_ten_seconds_together():
 
 
 @pytest.mark.parametrize("how", ["dead", "zombie"])
-async def test_it_is_started_again_and_dressed_as_before_and_nobody_notices(start: Start, how: str):
+async def test_it_is_started_again_with_its_adapters_and_nobody_notices(start: Start, how: str):
     engine, agent, memory = await start(probe_interval_seconds=0.05, probe_timeout_seconds=1.5)
     worn, before = await engine.client.adapters(), engine.pid
     assert worn == {"pocket-v1", "pocket-v2"}

@@ -108,7 +108,7 @@ class Turns:
         self.tell("active", len(self.memory.policies.activations()), self.memory.policies.active().version)
 
     def flaws(self) -> list[str]:
-        """Return what is wrong with what is kept: the file, who acts, and the adapters that policies wear."""
+        """Return what is wrong with what is kept: the file, who acts, and the adapters of the policies."""
         policies = self.memory.policies
         found = list(self.memory.database.check())
         if policies.activations()[-1].version != policies.active().version:

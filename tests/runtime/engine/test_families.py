@@ -1,4 +1,4 @@
-"""Every family of models is served by one path: loaded, parsed by its own parser, dressed with an adapter."""
+"""Every family of models is served by one path: loaded, parsed by its own parser, adapted by a LoRA."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARSERS = {"qwen3": "hermes", "llama": "llama3_json", "mistral": "mistral"}
 
 
 @pytest.mark.parametrize("family", CALLS)
-async def test_a_family_is_loaded_parsed_and_dressed(family: str, tmp_path: Path):
+async def test_a_family_is_loaded_parsed_and_adapted(family: str, tmp_path: Path):
     from tests.runtime import tiny_models
 
     messages = [{"role": "user", "content": "go"}]

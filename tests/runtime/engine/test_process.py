@@ -107,13 +107,13 @@ async def test_a_child_whose_end_was_broken_off_is_waited_for_at_the_stop(tmp_pa
 
 
 async def test_a_zombie_is_not_ready_until_a_token_comes_again(engine: Engine, fake: FakeEngine):
-    dressed = asyncio.Event()
+    is_reloaded = asyncio.Event()
 
-    async def dress() -> None:
+    async def reload_adapters() -> None:
         assert not engine.is_ready
-        dressed.set()
+        is_reloaded.set()
 
-    engine.on_restart = dress
+    engine.on_restart = reload_adapters
     watching = asyncio.create_task(engine.watch())
     fake.is_zombie = True
     async with asyncio.timeout(5):
@@ -121,7 +121,7 @@ async def test_a_zombie_is_not_ready_until_a_token_comes_again(engine: Engine, f
             await asyncio.sleep(0.01)
     fake.is_zombie = False
     await engine.wait_until_ready(5)
-    assert dressed.is_set()
+    assert is_reloaded.is_set()
     watching.cancel()
 
 
