@@ -16,7 +16,15 @@ from tests.bench.proof.plan import SUBJECTS, Subject
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
-LABELS = {"base": "base", "sft": "SFT", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "distill": "on-policy distillation"}
+LABELS = {
+    "base": "base",
+    "sft": "SFT",
+    "dpo": "DPO",
+    "kto": "KTO",
+    "grpo": "GRPO",
+    "distill": "on-policy distillation",
+    "search": "search",
+}
 EXPLANATION = """
 Every run is a whole cycle on a server of its own: demonstrations of practice tasks are imported where the base never
 wins, the methods train one after the other, and the release gate plays the same held-out tasks as every policy,

@@ -80,7 +80,7 @@ SUBJECTS = (
     ),
     Subject("textworld", "the pocket model on TextWorld", model="pocket", environment="textworld"),
 )
-SEQUENCES: tuple[tuple[str, ...], ...] = (("sft", "dpo"), ("sft", "kto"), ("sft", "grpo"), ("sft", "distill"))
+SEQUENCES = tuple(("sft", method) for method in ("dpo", "kto", "grpo", "distill", "search"))
 SEEDS = (0, 1, 2)
 
 
