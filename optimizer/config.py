@@ -430,3 +430,22 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     def pool_environments(self) -> tuple[str, ...]:
         """Whose episodes are learned from; `""` stands for live traffic."""
         return (self.environment, *self.learn_from)
+
+    def plan_training(self, recipe: Recipe, method: str, num_rows: int, *, min_steps: int) -> dict[str, Any]:
+        """Return what recipe and configuration decide of the spec of a training on `num_rows`."""
+        wanted = recipe.methods[method]
+        batch_size, epochs = plan_steps(
+            num_rows, batch_size=wanted.batch_size, epochs=wanted.epochs, min_steps=min_steps
+        )
+        return {
+            "learning_rate": wanted.learning_rate,
+            "batch_size": batch_size,
+            "epochs": epochs,
+            "lora_rank": recipe.lora_rank,
+            "lora_alpha": recipe.lora_alpha,
+            "gradient_checkpointing": recipe.gradient_checkpointing,
+            "seed": self.seed,
+            "device": self.device,
+            "dtype": self.dtype,
+            "num_threads": self.num_threads,
+        }

@@ -45,17 +45,19 @@ from runtime.agent.graph import Agent
 from runtime.api.services import Services
 from runtime.cli import server_process
 from runtime.cli.render import Phases
-from runtime.config import AgentConfig, EngineConfig
+from runtime.config import AgentConfig
 from runtime.engine.model_families import POCKET_MODEL
-from runtime.engine.process import Engine
 from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.serving.hotswap import LEAST_CHANGE_NATS, TOLERANCE_NATS, HotSwap, mean_distance
 from runtime.tools.base import Tool
 from tests.memory.episodes import PATIENT, HashingEncoder
 from tests.optimizer.worlds import ACT, say
+from tests.played_engine import serve_played, tokenizer
 from tests.rollouts import play
 from tests.runtime.conftest import write_adapter
 from tests.runtime.fake_engine import FakeEngine, Reply, call
+
+__all__ = ["tokenizer"]
 
 FOODS = ("carrot", "onion", "banana", "pork", "pepper", "salmon", "apple", "egg")
 FIRST_HELD_OUT = 500
@@ -201,27 +203,14 @@ class World:
         return await run_cycle(self.memory, cycle.id, seams=seams)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(POCKET_MODEL)
-
-
 @pytest.fixture
 async def world(tmp_path: Path, tokenizer: Any) -> AsyncIterator[World]:
-    with Memory.open(tmp_path / "data", PATIENT, encoder=HashingEncoder()) as memory:
-        async with Cook(tokenizer) as played:
-            engine = Engine(EngineConfig(url=played.url), memory.data_dir)
-            await engine.start()
-            await memory.policies.register_base(str(POCKET_MODEL))
-            hotswap, kitchen = HotSwap(memory.policies, engine), Kitchen()
-            await hotswap.activate(0)
-            following = asyncio.create_task(hotswap.follow())
-            agent = Agent(memory, hotswap, {"kitchen": kitchen}, AgentConfig(max_steps=4))
-            yield World(memory, played, hotswap, agent, kitchen, QuickTrainer(tokenizer))
-            await server_process.cancel_and_wait(following)
-            await engine.stop()
+    played, kitchen = Cook(tokenizer), Kitchen()
+    async with serve_played(tmp_path / "data", played) as (memory, _, hotswap):
+        following = asyncio.create_task(hotswap.follow())
+        agent = Agent(memory, hotswap, {"kitchen": kitchen}, AgentConfig(max_steps=4))
+        yield World(memory, played, hotswap, agent, kitchen, QuickTrainer(tokenizer))
+        await server_process.cancel_and_wait(following)
 
 
 async def until(holds: Any, seconds: float = 60.0) -> None:

@@ -31,18 +31,18 @@ from optimizer.rewards import grade
 from optimizer.seams import Seams
 from optimizer.training.launch import read_finished
 from runtime.agent.graph import Agent
-from runtime.config import AgentConfig, EngineConfig
+from runtime.config import AgentConfig
 from runtime.engine.model_families import POCKET_MODEL
-from runtime.engine.process import Engine
 from runtime.environments.base import Environment, Outcome, Playthrough
-from runtime.serving.hotswap import HotSwap
 from runtime.tools.base import Tool
-from tests.memory.episodes import PATIENT, HashingEncoder
 from tests.optimizer.worlds import ACT
+from tests.played_engine import serve_played, tokenizer
 from tests.rollouts import play
 from tests.runtime.conftest import write_adapter
 from tests.runtime.fake_engine import Reply, call
 from tests.test_loop import Cook
+
+__all__ = ["tokenizer"]
 
 FIRST_HELD_OUT = 500
 NUM_STEPS_AFTER = 7
@@ -192,28 +192,15 @@ class World:
         return (self.memory.data_dir / "reports" / cycle_id / "report.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(POCKET_MODEL)
-
-
 @pytest.fixture
 async def world(tmp_path: Path, tokenizer: Any) -> AsyncIterator[World]:
-    with Memory.open(tmp_path / "data", PATIENT, encoder=HashingEncoder()) as memory:
-        async with Explorer(tokenizer) as played:
-            engine = Engine(EngineConfig(url=played.url), memory.data_dir)
-            await engine.start()
-            await memory.policies.register_base(str(POCKET_MODEL))
-            hotswap, vault, trainer = HotSwap(memory.policies, engine), Vault(), DoorTrainer(tokenizer)
-            await hotswap.activate(0)
-            agent = Agent(memory, hotswap, {"vault": vault}, AgentConfig(max_steps=12))
-            composed = serve.make_seams(agent, engine, SimpleNamespace(window=None), None)  # pyright: ignore
-            default = Seams(rollout=composed.rollout, tasks=composed.tasks)
-            kept = {name: getattr(default, name) for name in ("inspect_machine", "open_window")}
-            yield World(memory, agent, vault, trainer, replace(composed, train=trainer, **kept))
-            await engine.stop()
+    vault, trainer = Vault(), DoorTrainer(tokenizer)
+    async with serve_played(tmp_path / "data", Explorer(tokenizer)) as (memory, engine, hotswap):
+        agent = Agent(memory, hotswap, {"vault": vault}, AgentConfig(max_steps=12))
+        composed = serve.make_seams(agent, engine, SimpleNamespace(window=None), None)  # pyright: ignore
+        default = Seams(rollout=composed.rollout, tasks=composed.tasks)
+        kept = {name: getattr(default, name) for name in ("inspect_machine", "open_window")}
+        yield World(memory, agent, vault, trainer, replace(composed, train=trainer, **kept))
 
 
 async def branch_at(world: World, origin: Trajectory, position: int, seed: int = 0) -> Trajectory:

@@ -11,18 +11,16 @@ import pytest
 from aiohttp import web
 
 from memory.schema import Split
-from memory.store import Memory
 from optimizer.data.rows import read_rows
 from optimizer.data.stitching import render_prompt
 from runtime.agent.graph import Agent
 from runtime.agent.team import PLANNER_PROMPT
-from runtime.config import AgentConfig, EngineConfig
-from runtime.engine.model_families import POCKET_MODEL
-from runtime.engine.process import Engine
-from runtime.serving.hotswap import HotSwap
-from tests.memory.episodes import PATIENT, HashingEncoder
+from runtime.config import AgentConfig
+from tests.played_engine import serve_played, tokenizer
 from tests.runtime.fake_engine import Reply
 from tests.test_loop import BY_HAND, Cook, Kitchen, QuickTrainer, World
+
+__all__ = ["tokenizer"]
 
 PLAN = "Read the book, then fry."
 
@@ -63,26 +61,13 @@ class ReadingTrainer(QuickTrainer):
         return await super().__call__(spec, **how)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(POCKET_MODEL)
-
-
 @pytest.fixture
 async def world(tmp_path: Path, tokenizer: Any) -> AsyncIterator[World]:
-    with Memory.open(tmp_path / "data", PATIENT, encoder=HashingEncoder()) as memory:
-        async with TeamCook(tokenizer) as played:
-            engine = Engine(EngineConfig(url=played.url), memory.data_dir)
-            await engine.start()
-            await memory.policies.register_base(str(POCKET_MODEL))
-            hotswap, kitchen = HotSwap(memory.policies, engine), Kitchen()
-            await hotswap.activate(0)
-            config = {"max_steps": 6, "team": ["planner", "actor", "checker"], "team_plays": "practice"}
-            agent = Agent(memory, hotswap, {"kitchen": kitchen}, AgentConfig.model_validate(config))
-            yield World(memory, played, hotswap, agent, kitchen, ReadingTrainer(tokenizer))
-            await engine.stop()
+    played, kitchen = TeamCook(tokenizer), Kitchen()
+    async with serve_played(tmp_path / "data", played) as (memory, _, hotswap):
+        config = {"max_steps": 6, "team": ["planner", "actor", "checker"], "team_plays": "practice"}
+        agent = Agent(memory, hotswap, {"kitchen": kitchen}, AgentConfig.model_validate(config))
+        yield World(memory, played, hotswap, agent, kitchen, ReadingTrainer(tokenizer))
 
 
 async def test_an_adapter_learned_from_a_teams_practice_serves_a_single_agent_and_the_team(world: World):

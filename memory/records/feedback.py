@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import Select, func, insert
 from sqlalchemy import select as sql_select
+from sqlalchemy.orm import load_only
 from sqlmodel import Session, col, select
 
 from memory.errors import FeedbackConflict, UnknownStep, UnknownTrajectory
@@ -171,7 +172,9 @@ def _require_target(session: Session, values: dict[str, Any]) -> Trajectory:
         raise UnknownTrajectory(f"no trajectory has the id {trajectory_id!r}: give feedback an existing target")
     if position is None:
         return target
-    step = session.get(Step, (trajectory_id, position))
+    # the whole step holds all its token ids
+    columns = load_only(Step.kind, Step.role)  # pyright: ignore[reportArgumentType] (columns, outside of an instance)
+    step = session.get(Step, (trajectory_id, position), options=[columns])
     if step is None:
         raise UnknownStep(f"trajectory {trajectory_id!r} has no step {position!r}: read it to see which there are")
     if values["correction"] is not None and (step.kind is not StepKind.MODEL or not is_actors(step)):

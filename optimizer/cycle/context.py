@@ -24,7 +24,7 @@ from memory.schema import Split, Task, Trajectory
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.artifacts import CycleArtifacts, to_json
-from optimizer.rewards import GradedTrajectory, grade
+from optimizer.rewards import GradedTrajectory, grade, is_held_out_by_clients
 from optimizer.seams import Seams, Serving
 
 PROGRESS_INTERVAL_SECONDS = 0.5
@@ -178,11 +178,10 @@ class CycleContext:
         held_out_by_clients = await asyncio.to_thread(self.memory.trajectories.held_out_tasks)
 
         def measures(tenant: str, environment: str | None, task: str | None, text: str) -> bool:
-            # live traffic has no environment: it is held out by what its clients named, tenant by tenant, so that no
-            # tenant can withhold another's log from learning
             if environment is not None:
                 return (environment, task) in held_out
-            return any((tenant, it) in held_out_by_clients for it in (task, text))
+            # live traffic has no environment: it is held out by what its clients named
+            return is_held_out_by_clients(held_out_by_clients, tenant, task, text)
 
         return measures
 

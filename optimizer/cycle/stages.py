@@ -20,7 +20,7 @@ from typing import Any
 
 from memory.adapters import digest_adapter, read_manifest
 from memory.schema import Policy, PolicyStage
-from optimizer.config import OptimizerConfig, RoundsConfig, plan_steps
+from optimizer.config import OptimizerConfig, RoundsConfig
 from optimizer.cycle import practice
 from optimizer.cycle.artifacts import VERSION_SUFFIX, RowsSummary, TrainedAdapter
 from optimizer.cycle.context import CycleContext
@@ -31,7 +31,7 @@ from optimizer.data.shares import count_rows
 from optimizer.errors import OptimizerError, TooFewTrajectories
 from optimizer.placement import Placement, place_training
 from optimizer.rewards import GradedTrajectory
-from optimizer.training.base import locate_base
+from optimizer.training.base import load_tokenizer
 from optimizer.training.footprint import LIKELIHOOD, LossShape
 from optimizer.training.launch import read_finished
 from optimizer.training.spec import EarlyAdapter, TrainingSpec
@@ -150,7 +150,7 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     material = Material(
         trajectories=await read_episodes(context, method),
         corrections=await context.read_corrections(),
-        tokenizer=await _load_tokenizer(context),
+        tokenizer=await asyncio.to_thread(load_tokenizer, context.memory.policies.get(0).base_model),
         config=config,
         max_length_tokens=placement.max_length_tokens(method.loss),
         base_model=context.memory.policies.get(0).base_model,
@@ -306,15 +306,11 @@ async def nominate(context: CycleContext) -> int:
 async def _specify(context: CycleContext, method: Method, placement: Placement) -> TrainingSpec:
     """Return the spec of a training: the recipe's, with as many steps as its rows need and as memory allows."""
     config, recipe, policies = context.config, placement.recipe, context.memory.policies
-    wanted = recipe.methods[method.name]
     rows_path = _rows_path(context, method)
     # of the rows on disk, which are the ones the trainer will read
     lengths = await asyncio.to_thread(lambda: [count_tokens(row) for row in read_rows(rows_path)])
     # a round's rows are worth less with each step away from the policy that sampled them
     min_steps = recipe.min_steps if method.find_rounds(config) is None else 0
-    batch_size, epochs = plan_steps(
-        len(lengths), batch_size=wanted.batch_size, epochs=wanted.epochs, min_steps=min_steps
-    )
     parent = policies.get(await find_start(context, method))
     parent_adapter = None if parent.adapter_path is None else Path(parent.adapter_path)
     # lineage: the episodes behind the adapter that is continued are behind this one as well
@@ -332,21 +328,12 @@ async def _specify(context: CycleContext, method: Method, placement: Placement) 
         parent=parent.version,
         parent_adapter=parent_adapter,
         trajectory_ids=sorted({*inherited, *context.artifacts.rows[method.rows].trajectory_ids}),
-        learning_rate=wanted.learning_rate,
-        batch_size=batch_size,
-        epochs=epochs,
-        beta=wanted.beta,
-        sft_weight=wanted.sft_weight,
+        **config.plan_training(recipe, method.name, len(lengths), min_steps=min_steps),
+        beta=recipe.methods[method.name].beta,
+        sft_weight=recipe.methods[method.name].sft_weight,
         **method.choose_loss(config),
-        lora_rank=recipe.lora_rank,
-        lora_alpha=recipe.lora_alpha,
         rows_per_pass=placement.rows_per_pass(method.loss, max(lengths)),
         visible_device=placement.visible_device,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        seed=config.seed,
-        device=config.device,
-        dtype=config.dtype,
-        num_threads=config.num_threads,
     )
 
 
@@ -360,15 +347,6 @@ async def _add_early_adapters(context: CycleContext, spec: TrainingSpec, *, name
         output_dir = context.adapter_directory(version)
         early.append(EarlyAdapter(version=version, output_dir=output_dir, share=number / num_epochs))
     return spec.model_copy(update={"early_adapters": early})
-
-
-async def _load_tokenizer(context: CycleContext) -> Any:
-    def load() -> Any:
-        from transformers import AutoTokenizer  # seconds of import that only a cycle needs
-
-        return AutoTokenizer.from_pretrained(locate_base(context.memory.policies.get(0).base_model))
-
-    return await asyncio.to_thread(load)
 
 
 async def _reserve_version(context: CycleContext, name: str) -> int:

@@ -33,6 +33,13 @@ def locate_base(base_model: str) -> Path:
         ) from error
 
 
+def load_tokenizer(base_model: str) -> Any:
+    """Return the tokenizer of `base_model`; blocks for seconds. Raises: ValueError."""
+    from transformers import AutoTokenizer  # seconds of import
+
+    return AutoTokenizer.from_pretrained(locate_base(base_model))
+
+
 def count_parameters(base_dir: Path) -> int:
     """Return the number of parameters. Raises ValueError: the directory holds no safetensors file."""
     return sum(math.prod(shape) for shape in read_headers(base_dir).values())

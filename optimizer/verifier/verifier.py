@@ -20,13 +20,13 @@ from memory.names import path_below
 from memory.records.trajectories import GradedTrajectory
 from memory.schema import RewardSource, Trajectory
 from memory.store import Memory
-from optimizer.config import OptimizerConfig, choose_recipe, plan_steps
+from optimizer.config import OptimizerConfig, choose_recipe
 from optimizer.data.rows import write_rows
 from optimizer.data.stitching import Unstitchable
 from optimizer.errors import TooFewTrajectories
-from optimizer.rewards import grade
+from optimizer.rewards import grade, is_held_out_by_clients
 from optimizer.seams import Train
-from optimizer.training.base import locate_base
+from optimizer.training.base import load_tokenizer, locate_base
 from optimizer.training.footprint import read_shape
 from optimizer.training.launch import OnStep, score, train
 from optimizer.training.spec import TrainingSpec
@@ -189,12 +189,6 @@ async def grade_ungraded(setup: VerifierSetup, *, limit: int) -> dict[str, Any]:
     }
 
 
-def load_tokenizer(base_model: str) -> Any:
-    from transformers import AutoTokenizer  # seconds of import
-
-    return AutoTokenizer.from_pretrained(locate_base(base_model))
-
-
 def _read_graded(setup: VerifierSetup) -> list[GradedTrajectory]:
     limit = setup.config.max_pool
     graded = grade(setup.memory, environments=setup.environments, limit=limit, is_for_weights=True)
@@ -204,8 +198,9 @@ def _read_graded(setup: VerifierSetup) -> list[GradedTrajectory]:
 
 def _is_held_out(trajectory: Trajectory, measures: set[tuple[str, str]]) -> bool:
     """Whether clients hold out the task of a live episode, by its name or its text."""
-    named = {(trajectory.tenant, it) for it in (trajectory.task, trajectory.task_text)}
-    return trajectory.environment is None and bool(named & measures)
+    return trajectory.environment is None and is_held_out_by_clients(
+        measures, trajectory.tenant, trajectory.task, trajectory.task_text
+    )
 
 
 def _require_enough(parts: dict[str, list[VerifierExample]]) -> None:
@@ -233,10 +228,6 @@ def _specify(
     """Write the rows and return the spec: that of SFT, whose only trained token is the answer."""
     config, directory = setup.config, setup.directory(version)
     recipe = choose_recipe(num_parameters, config.recipe)
-    wanted = recipe.methods["sft"]
-    batch_size, epochs = plan_steps(
-        len(examples), batch_size=wanted.batch_size, epochs=wanted.epochs, min_steps=recipe.min_steps
-    )
     rows_path = directory / "rows.jsonl"
     write_rows([to_row(each, question) for each in examples], rows_path)
     return TrainingSpec(
@@ -248,19 +239,10 @@ def _specify(
         output_dir=directory / "adapter",
         work_dir=directory / "training",
         trajectory_ids=sorted(each.trajectory_id for each in examples),
-        lora_rank=recipe.lora_rank,
-        lora_alpha=recipe.lora_alpha,
-        learning_rate=wanted.learning_rate,
-        epochs=epochs,
-        batch_size=batch_size,
+        **config.plan_training(recipe, "sft", len(examples), min_steps=recipe.min_steps),
         rows_per_pass=recipe.rows_per_pass,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        seed=config.seed,
-        device=config.device,
-        dtype=config.dtype,
         # One GPU: TRL would wrap the model in DataParallel, which it refuses.
         visible_device=config.gpu if config.gpu.isdecimal() else "0",
-        num_threads=config.num_threads,
     )
 
 

@@ -16,6 +16,7 @@ from memory.schema import Feedback, RewardSource, Split, TrajectoryStage, Trust
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.errors import TooFewTrajectories
+from optimizer.training.base import load_tokenizer
 from optimizer.training.spec import TrainingSpec
 from optimizer.verifier.report import describe
 from optimizer.verifier.rows import (
@@ -26,7 +27,7 @@ from optimizer.verifier.rows import (
     split_by_task,
     to_row,
 )
-from optimizer.verifier.verifier import VerifierSetup, grade_ungraded, load_tokenizer, train_verifier
+from optimizer.verifier.verifier import VerifierSetup, grade_ungraded, train_verifier
 from tests.memory.episodes import PATIENT, HashingEncoder
 from tests.optimizer.worlds import live
 
