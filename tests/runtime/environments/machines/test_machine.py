@@ -191,18 +191,27 @@ def find_processes(*words: str) -> list[str]:
     return [line for line in lines if any(word in line for word in words)]
 
 
+def wait_until_there(word: str) -> list[str]:
+    """A program in the background has its own command line only once it was given time to start."""
+    return wait_for_processes(word, are_there=True)
+
+
 def wait_until_gone(word: str) -> list[str]:
-    deadline = time.monotonic() + 5
-    while (left := find_processes(word)) and time.monotonic() < deadline:
+    return wait_for_processes(word, are_there=False)
+
+
+def wait_for_processes(word: str, *, are_there: bool) -> list[str]:
+    deadline = time.monotonic() + 10
+    while bool(found := find_processes(word)) != are_there and time.monotonic() < deadline:
         time.sleep(0.05)
-    return left
+    return found
 
 
 @needs_machine
 async def test_nothing_outlives_the_machine():
     async with started(start="nohup setsid sleep 86401 > /dev/null 2>&1 &") as machine:
         await machine.run_command("(setsid nohup sh -c 'trap \"\" TERM HUP; sleep 86401; sleep 86401' &) ; disown -a")
-        assert find_processes("sleep 86401")
+        assert wait_until_there("sleep 86401")
     assert wait_until_gone("sleep 86401") == []
 
 
@@ -226,7 +235,7 @@ def test_nothing_outlives_a_server_that_is_killed():
     assert server.stdout is not None
     with server:
         assert server.stdout.readline() == "started\n"
-        assert find_processes("sleep 86402")
+        assert wait_until_there("sleep 86402")
         server.send_signal(signal.SIGKILL)
         # Not to the end of its output: the machine has its own.
         server.wait()
