@@ -743,5 +743,5 @@ class Outbox(SQLModel, table=True):
     collection: str  # insights | exemplars | passages
     row_id: str
     is_removed: bool = False
-    is_worded: bool = False
+    is_in_text_index: bool = False
     """Whether the text index holds it. The row is deleted when the vector index does, too."""

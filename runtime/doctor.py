@@ -74,7 +74,7 @@ def check_index(memory: Memory) -> Check:
         return Check("index", False, str(error), "serve.py rebuild-index")
     contents = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing yet"
     if not memory.index.has_vectors:
-        return Check("index", True, f"by word only, meanings are still loading: {contents}")
+        return Check("index", True, f"by word only, the encoder is still loading: {contents}")
     return Check("index", True, f"by meaning and by word: {contents}")
 
 

@@ -442,8 +442,8 @@ async def test_a_trained_adapter_is_on_the_engine_what_it_was_in_the_trainer(rea
     engine, policy = real.services.engine, real.memory.policies.get(version)
     manifest = read_manifest(Path(policy.adapter_path))
     fingerprint = manifest.fingerprint
-    async with real.services.hotswap.lease(version) as actor:
-        served = await engine.client.token_logprobs(actor.served_name, fingerprint.token_ids)
+    async with real.services.hotswap.lease(version) as leased:
+        served = await engine.client.token_logprobs(leased.served_name, fingerprint.token_ids)
     bare = await engine.client.token_logprobs(engine.model, fingerprint.token_ids)
 
     assert (manifest.kind, policy.adapter_digest) == (kind, adapters.digest_adapter(Path(policy.adapter_path)))

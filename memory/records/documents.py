@@ -69,7 +69,8 @@ class Documents:
     ) -> Document:
         """Store a document, given as text or as the path of a UTF-8 file; return its row.
 
-        The same content again changes nothing but the trust. Raises: ValueError for a blank title, an empty document or
+        The same content again, under any title, changes nothing but the trust: the document that has it is returned
+        under its own title. Raises: ValueError for a blank title, an empty document or
         a file that is not UTF-8 text; DocumentTooLong for more passages than are allowed; OSError for an unreadable
         file.
         """
@@ -288,7 +289,7 @@ def _queue_passages(document_id: str, *, is_removed: bool) -> Insert:
     """Return the statement that queues all passages of a document for the index."""
     passages = select(literal("passages"), Passage.id, literal(is_removed), literal(False))
     passages = passages.where(col(Passage.document_id) == document_id).order_by(col(Passage.position))
-    return insert(Outbox).from_select(["collection", "row_id", "is_removed", "is_worded"], passages)
+    return insert(Outbox).from_select(["collection", "row_id", "is_removed", "is_in_text_index"], passages)
 
 
 def read_passages(session: Session, passage_ids: Sequence[str], tenant: str) -> dict[str, PassageOfDocument]:

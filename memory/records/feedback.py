@@ -62,7 +62,8 @@ class FeedbackRecords:
         """Number of posts since the start by kind: bool, number, text, comment, correction. A post may have several."""
 
     async def post(self, feedback: Feedback) -> tuple[Feedback, bool]:
-        """Store feedback; return (its row, whether it is new). A bool or a number also becomes a reward.
+        """Store feedback; return (its row, whether it is new). A bool or a number also becomes a reward of
+        the whole episode, whatever its name, unless it is of one step.
 
         Feedback without a person counts as given by the person of the trajectory. Raises: UnknownTrajectory;
         UnknownStep; FeedbackConflict for a known id with another body; ValueError for a number outside [0, 1], and for

@@ -105,7 +105,7 @@ def _rows_after(session: Session, last_id: int) -> Iterator[tuple[OutboxEntry, b
         # An outbox row names a row of one of three tables; their ids have different prefixes and never collide.
         tenant = func.coalesce(Insight.tenant, Trajectory.tenant, Document.tenant)
         query = (
-            select(col(Outbox.id), col(Outbox.collection), col(Outbox.row_id), tenant, col(Outbox.is_worded))
+            select(col(Outbox.id), col(Outbox.collection), col(Outbox.row_id), tenant, col(Outbox.is_in_text_index))
             .where(col(Outbox.id) > last_id)
             .outerjoin(Insight, col(Insight.id) == Outbox.row_id)
             .outerjoin(Trajectory, col(Trajectory.id) == Outbox.row_id)

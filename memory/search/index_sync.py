@@ -1,8 +1,8 @@
 """Keeps both indexes in step with the rows: one thread that drains the outbox and repairs a damaged index.
 
-Order: an outbox row is written to the text index and marked (`is_worded`), then to the vector index, and only then
-deleted. An outbox row means "read this row again", so processing it twice is harmless, and a repair puts the rows that
-differ back into the outbox.
+Order: an outbox row is written to the text index and marked (`is_in_text_index`), then to the vector index, and only
+then deleted. An outbox row means "read this row again", so processing it twice is harmless, and a repair puts the rows
+that differ back into the outbox.
 
 Invariant: an empty outbox after the first reconciliation means that both indexes hold exactly the searchable rows.
 """
@@ -161,7 +161,7 @@ class IndexSync:
 
         # Write, then mark: a crash in between repeats the batch.
         self._text_index.write(replace)
-        marked = update(Outbox).where(col(Outbox.id).in_([it.id for it in batch])).values(is_worded=True)
+        marked = update(Outbox).where(col(Outbox.id).in_([it.id for it in batch])).values(is_in_text_index=True)
         self._database.write_sync(lambda session: session.execute(marked))
         self._backlog.queue_for_vector_index(batch)
         return len(batch) == TEXT_BATCH
@@ -248,7 +248,8 @@ class IndexSync:
 
     def _queue(self, collection: str, row_ids: Iterable[str], *, is_in_text_index: bool) -> None:
         values = [
-            {"collection": collection, "row_id": row_id, "is_worded": is_in_text_index} for row_id in sorted(row_ids)
+            {"collection": collection, "row_id": row_id, "is_in_text_index": is_in_text_index}
+            for row_id in sorted(row_ids)
         ]
         if values:
             self._database.write_sync(lambda session: session.execute(insert(Outbox), values))

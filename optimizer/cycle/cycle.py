@@ -29,7 +29,8 @@ from optimizer.seams import Seams
 
 async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | None = None) -> Cycle:
     """Open a cycle with these settings and record its pool of episodes, its methods of learning and its needs. With
-    `seams`, the memory for its trainings is checked as well.
+    `seams`, the functions that reach the runtime, the held-out tasks and the GPU memory for its trainings are checked
+    as well.
 
     Raises:
         CycleInProgress: another cycle is open.
@@ -60,8 +61,8 @@ async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str,
     """Run the stages of an open cycle, from the stage on its row to the last; return the verdict.
 
     Raises:
-        OptimizerError: a stage could not do its work. Whatever a stage raises closes the cycle: its row keeps the
-            reason.
+        OptimizerError: a stage could not do its work. Whatever a stage raises closes the cycle, and its row keeps the
+            reason; a cancellation alone leaves it open.
     """
     context = CycleContext(memory, seams, cycle_id)
     try:
@@ -79,8 +80,8 @@ async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str,
         raise
     verdict = context.artifacts.verdict
     assert verdict is not None, "the last stage saves the verdict"
-    # after `settle`, the last stage, has promoted or rejected: a crash before this line repeats it, and it finds that
-    # its comparison was settled
+    # `settle`, the last stage, has promoted or rejected. A crash before this line repeats that stage, which finds the
+    # comparison settled and changes nothing
     await memory.cycles.save(cycle_id, stage=CycleStage.COMPLETED, verdict=verdict)
     return verdict
 

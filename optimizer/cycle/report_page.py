@@ -65,10 +65,10 @@ def _render_cells(cells: dict[str, dict[str, Any]]) -> str:
             "success (pass@1)",
             "95 % interval",
             "pass@tries",
-            "turns",
-            "prompt tokens / turn",
-            "output tokens / turn",
-            "invalid calls / turn",
+            "model calls",
+            "prompt tokens / call",
+            "output tokens / call",
+            "invalid tool calls / call",
             "broken",
             "cut",
         ],
@@ -163,9 +163,9 @@ def _played_by(report: dict[str, Any]) -> str:
 
 def _render_saving(saving: dict[str, Any]) -> str:
     return (
-        f"Prompt tokens per turn: {saving['prompt_tokens_per_turn_before']:.0f} for the base with memory, "
+        f"Prompt tokens per model call: {saving['prompt_tokens_per_turn_before']:.0f} for the base with memory, "
         f"{saving['prompt_tokens_per_turn_after']:.0f} for {saving['final']} without: {saving['share']:.0%} less "
-        f"({saving['tokens_per_turn']:.0f} tokens a turn, 95 % interval {saving['low']:.0f} to {saving['high']:.0f}), "
+        f"({saving['tokens_per_turn']:.0f} tokens a call, 95 % interval {saving['low']:.0f} to {saving['high']:.0f}), "
         f"at {saving['success_before']:.1%} success before and {saving['success_after']:.1%} after."
     )
 

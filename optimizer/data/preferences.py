@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import combinations
 from typing import Any
 
 from memory.datasets.examples import TaughtExample
@@ -182,7 +182,8 @@ def _weigh_task(
         counts["prompts_differ"] += 1
     for replies in nodes.values():
         # quadratic in the different replies to one prompt; the tries of a task bound them
-        for better, worse in permutations(replies.values(), 2):
+        for pair in combinations(replies.values(), 2):
+            worse, better = sorted(pair, key=lambda reply: reply.value)
             if not better.wins or not worse.losses:
                 continue
             if not _is_evident(better, worse):

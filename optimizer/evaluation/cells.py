@@ -52,7 +52,7 @@ class EpisodeSummary:
     is_truncated: bool
     """A budget of steps or tokens ended it."""
     num_calls: int
-    """Model calls. Stored and reported as turns."""
+    """Model calls; in files `STORED_CALLS`."""
     prompt_tokens: int
     output_tokens: int
     num_invalid_tool_calls: int

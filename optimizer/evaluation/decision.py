@@ -212,22 +212,23 @@ def _measure_guards(pairs: Sequence[Pair], config: EvaluationConfig) -> list[Gua
     makes more of them in all, and that is not a fault.
     """
     guards = [
-        _compare_counts(pairs, "invalid tool calls per turn", "num_invalid_tool_calls", config.max_extra_invalid_rate),
-        _compare_counts(pairs, "output tokens per turn", "output_tokens", config.max_tokens_ratio, as_ratio=True),
-        _compare_counts(pairs, "prompt tokens per turn", "prompt_tokens", config.max_tokens_ratio, as_ratio=True),
+        _compare_counts(
+            pairs, "invalid tool calls per model call", "num_invalid_tool_calls", config.max_extra_invalid_rate
+        ),
+        _compare_counts(pairs, "output tokens per model call", "output_tokens", config.max_tokens_ratio, as_ratio=True),
+        _compare_counts(pairs, "prompt tokens per model call", "prompt_tokens", config.max_tokens_ratio, as_ratio=True),
     ]
     both_won = [
         Pair(pair.task, *([episode for episode in side if episode.is_success] for side in (pair.ours, pair.theirs)))
         for pair in pairs
         if share_won(pair.ours) and share_won(pair.theirs)
     ]
-    # a policy that survives longer makes more calls, so only tasks that both won are compared
     if len(both_won) >= MIN_TASKS_FOR_CALLS:
         # means over tries per task: the task is the unit, however many tries it had
         means = [[_mean(side, "num_calls") for side in sides] for sides in _sides(both_won)]
         ones = [1.0] * len(both_won)
         calls = compare_rates((means[0], ones), (means[1], ones), as_ratio=True)
-        guards.append(_as_guard("turns on tasks both won", calls, config.max_turns_ratio, is_hard=False))
+        guards.append(_as_guard("model calls on tasks both won", calls, config.max_turns_ratio, is_hard=False))
     return guards
 
 
@@ -258,7 +259,7 @@ def _compare_without_memory(
     pairs = pair_tasks(ours, theirs)
     if _doubt(ours, theirs, pairs, config) or not _are_kept(_measure_guards(pairs, config)):
         return None
-    confidence = 1 - 2 * alpha / 2  # one-sided, with half of the look's share: the other half is for "better"
+    confidence = 1 - 2 * (alpha / 2)  # one-sided, with half of the look's share: the other half is for "better"
     paired = compare_pairs(pairs, confidence)
     saved = [_tokens_per_episode(pair.theirs) - _tokens_per_episode(pair.ours) for pair in pairs]
     mean, low, _ = mean_interval(saved, confidence)

@@ -1,4 +1,5 @@
-"""The few statistics that a verdict stands on: intervals for a share, for a paired difference, and an exact test.
+"""The few statistics that a verdict stands on: the exact sign-flip test, and intervals for a paired difference, a mean
+and a comparison of rates. That of a share is `memory.statistics.wilson_interval`.
 
 All intervals are two-sided, 95 % unless asked otherwise.
 """

@@ -46,7 +46,7 @@ from runtime.environments.base import Environment, Outcome, Playthrough, find_en
 from runtime.errors import BudgetExceeded
 from runtime.observability.telemetry import Telemetry
 from runtime.serving.hotswap import HotSwap
-from runtime.serving.policy import Actor
+from runtime.serving.policy import LeasedPolicy
 from runtime.tools.base import Tool
 from runtime.tools.recorded import tools_for
 
@@ -128,9 +128,10 @@ class Agent:
             resumption = open_episode.resumption
             version = request.policy if resumption is None else resumption.trajectory.policy
             # Leased before the record opens and until it is closed: a leased policy is never unloaded.
-            async with self._hotswap.lease(version) as actor:
-                episode = await self._start_episode(request, open_episode, actor, environment)
-                # Nothing may await here: from now on `_play` closes the playthrough of the task, whatever happens.
+            async with self._hotswap.lease(version) as leased:
+                episode = await self._start_episode(request, open_episode, leased, environment)
+                # No `await` between the line above and the one below, which closes the task's playthrough whatever
+                # happens: a cancellation here would leave it open.
                 try:
                     trajectory = await self._play_traced(episode)
                 finally:
@@ -177,14 +178,14 @@ class Agent:
         _require_distinct_names(() if environment is not None else self._tools, request.tools)
 
     async def _start_episode(
-        self, request: TurnRequest, open_episode: OpenEpisode, actor: Actor, environment: Environment | None
+        self, request: TurnRequest, open_episode: OpenEpisode, leased: LeasedPolicy, environment: Environment | None
     ) -> Episode:
         """Start the task, if there is one, and return its episode."""
         if environment is None or request.task is None:
-            return self._make_episode(request, open_episode, actor, environment, None)
+            return self._make_episode(request, open_episode, leased, environment, None)
         playthrough = await environment.start(request.task)
         try:
-            episode = self._make_episode(request, open_episode, actor, environment, playthrough)
+            episode = self._make_episode(request, open_episode, leased, environment, playthrough)
             if request.origin is not None:
                 await replay(episode, request.origin)
             return episode
@@ -197,7 +198,7 @@ class Agent:
         self,
         request: TurnRequest,
         open_episode: OpenEpisode,
-        actor: Actor,
+        leased: LeasedPolicy,
         environment: Environment | None,
         playthrough: Playthrough | None,
     ) -> Episode:
@@ -213,12 +214,12 @@ class Agent:
             opening, task_text = resumption.trajectory.opening, resumption.trajectory.task_text
         else:
             spoken = _first_messages(request, playthrough)
-            opening, task_text = self._with_system_prompt(spoken, actor, environment), _last_user_text(spoken)
+            opening, task_text = self._with_system_prompt(spoken, leased, environment), _last_user_text(spoken)
         episode = Episode(
             request=request,
             memory=self._memory,
             telemetry=self.telemetry,
-            actor=actor,
+            leased=leased,
             reader=reader,
             episode_id=open_episode.episode_id,
             # Drawn here and not when the row is written: spans and logs carry it from the first node on.
@@ -232,7 +233,7 @@ class Agent:
                 max_total_tokens=config.max_total_tokens,
                 max_output_tokens=request.max_tokens or self.output_tokens_of(environment),
             ),
-            use_memory=self._uses_memory(actor) if request.use_memory is None else request.use_memory,
+            use_memory=self._uses_memory(leased) if request.use_memory is None else request.use_memory,
             temperature=self.temperature_of(environment) if request.temperature is None else request.temperature,
             # The salt comes last: a client must not choose another tenant's part of the prefix cache.
             sampling={**request.sampling, **self._salts.for_tenant(request.tenant)},
@@ -272,8 +273,8 @@ class Agent:
             stop_sequence=episode.reply.stop_sequence if episode.reply is not None else None,
         )
 
-    def _uses_memory(self, actor: Actor) -> bool:
-        return self.serve_with_memory if actor.policy.use_memory is None else actor.policy.use_memory
+    def _uses_memory(self, leased: LeasedPolicy) -> bool:
+        return self.serve_with_memory if leased.policy.use_memory is None else leased.policy.use_memory
 
     def _tools_for(self, split: Split, playthrough: Playthrough | None, tenant: str, reader: str) -> list[Tool]:
         tools = playthrough.tools if playthrough else self._tools
@@ -281,11 +282,11 @@ class Agent:
         return tools_for(split, tools, partial(recorded_result, tenant=tenant, user_id=reader))
 
     def _with_system_prompt(
-        self, opening: list[Message], actor: Actor, environment: Environment | None
+        self, opening: list[Message], leased: LeasedPolicy, environment: Environment | None
     ) -> list[Message]:
         if opening[0].get("role") in ("system", "developer"):
             return opening
-        prompt = actor.policy.system_prompt
+        prompt = leased.policy.system_prompt
         # An empty prompt of a policy is a decision too, and sends none.
         if prompt is None:
             prompt = environment.system_prompt if environment is not None else self._config.system_prompt
@@ -294,7 +295,7 @@ class Agent:
     async def _play_traced(self, episode: Episode) -> Trajectory:
         """Play the turn with its ids bound to logs and spans."""
         names = {"trajectory_id": episode.trajectory_id, "episode_id": episode.episode_id}
-        policy = f"v{episode.actor.version}"
+        policy = f"v{episode.leased.version}"
         with (
             structlog.contextvars.bound_contextvars(**names),
             self.telemetry.tracing.invoke_agent(**names, policy=policy) as note,

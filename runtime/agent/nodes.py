@@ -53,7 +53,7 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
         kind=task.kind if task else "chat",
         split=task.split if task else Split.LIVE,
         task_text=episode.task_text,
-        policy=episode.actor.version,
+        policy=episode.leased.version,
         opening=episode.opening,
         tools=episode.definitions,
         memory_text=memory_text,
@@ -283,7 +283,7 @@ async def _ask_policy(episode: Episode, messages: Sequence[Message], role: Role 
             raise
         log.warning("waiting for the engine", error=str(lost))
         episode.lost = lost
-    await episode.actor.engine.recover()  # limited by the episode's own time
+    await episode.leased.engine.recover()  # limited by the episode's own time
     episode.lost = None
     # Once: a request that kills the engine kills it twice at most.
     return await _call_model(episode, messages, _stream_of(episode, role), role)
@@ -297,9 +297,9 @@ async def _call_model(
     tools, further = (episode.definitions, episode.sampling) if is_actor else ([], episode.salts)
     max_tokens = max_tokens if is_actor else min(max_tokens, MAX_ROLE_TOKENS)
     sampling = {"temperature": episode.temperature, "max_tokens": max_tokens, "seed": _seed_of(episode)}
-    request = {"model": episode.actor.served_name, **sampling}
-    with episode.telemetry.model_call(f"v{episode.actor.version}", episode.episode_id, messages, request) as replied:
-        completion = await episode.actor.complete(messages, tools, **sampling, on_delta=stream, **further)
+    request = {"model": episode.leased.served_name, **sampling}
+    with episode.telemetry.model_call(f"v{episode.leased.version}", episode.episode_id, messages, request) as replied:
+        completion = await episode.leased.complete(messages, tools, **sampling, on_delta=stream, **further)
         replied(completion)
     return completion
 

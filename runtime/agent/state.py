@@ -21,7 +21,7 @@ from runtime.engine.client import Completion, Message, ToolCall, ToolDefinition
 from runtime.environments.base import Playthrough
 from runtime.errors import BudgetExceeded, EngineLost
 from runtime.observability.telemetry import Telemetry
-from runtime.serving.policy import Actor
+from runtime.serving.policy import LeasedPolicy
 from runtime.tools.base import Tool
 
 
@@ -96,7 +96,7 @@ class Episode:
     request: TurnRequest
     memory: Memory
     telemetry: Telemetry
-    actor: Actor
+    leased: LeasedPolicy
     reader: str
     """The person whose own memories may be shown in it; empty: nobody's."""
     episode_id: str

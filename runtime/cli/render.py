@@ -72,7 +72,7 @@ def play_summary(played: dict[str, Any]) -> RenderableType:
     """Return the table at the end of `play`."""
     num_tasks, num_turns = max(1, played["num_tasks"]), max(1, played["num_turns"])
     table = make_table(
-        "policy", "memory", "#tasks", "#success", "#95 % interval", "#turns", "#prompt tokens", "#output tokens"
+        "policy", "memory", "#tasks", "#success", "#95 % interval", "#calls", "#prompt tokens", "#output tokens"
     )
     table.add_row(
         str(played["policy"]),
@@ -81,8 +81,8 @@ def play_summary(played: dict[str, Any]) -> RenderableType:
         Text(percent(played["success"]), style="bold"),
         f"{100 * played['low']:.1f} .. {100 * played['high']:.1f} %",
         f"{played['num_turns'] / num_tasks:.1f}",
-        f"{played['prompt_tokens'] / num_turns:.0f} a turn",
-        f"{played['output_tokens'] / num_turns:.0f} a turn",
+        f"{played['prompt_tokens'] / num_turns:.0f} a call",
+        f"{played['output_tokens'] / num_turns:.0f} a call",
     )
     rate = f"{played['seconds']:.1f} s, {played['num_tasks'] / max(played['seconds'], 1e-9):.1f} episodes/s"
     invalid = f"{played['num_invalid_tool_calls']} invalid tool calls"

@@ -6,10 +6,12 @@
     probe     compare log-probs: they must differ from the base's and match the trainer's, because vLLM serves an
               adapter whose modules match nothing as the bare base, without an error (vLLM#34186)
     activate  new leases get it; leases under way keep the policy they have
-    drain     find the policies that no lease uses any more
-    unload    remove them from the engine, except the active and the retired one, so that a rollback loads nothing
+    drain     find the loaded policies that no lease uses any more
+    unload    remove them from the engine, except the active one, the retired one, so that a rollback loads nothing, and
+              the two that were used last
 
-After boot only `follow`, the follower of the policy rows, activates; everybody else writes a row and may `wait_for` it.
+Only `follow`, which watches the policy rows, and boot (`activate`, or the first lease) activate; everybody else writes
+a row and may `wait_for` it.
 A policy that cannot be loaded or fails the probe leaves the one before active.
 
 Invariants: a lease is one policy from its beginning to its end; a leased policy is loaded; a name on the engine means
@@ -33,7 +35,7 @@ from memory.records.policies import Policies
 from memory.schema import Policy
 from runtime.engine.process import Engine
 from runtime.errors import AdapterError, EngineError, EngineInMaintenance, PolicyError
-from runtime.serving.policy import Actor
+from runtime.serving.policy import LeasedPolicy
 
 log = structlog.get_logger()
 
@@ -149,7 +151,7 @@ class HotSwap:
             raise EngineInMaintenance(f"the engine is stopped for a while: {self._closed_reason}; ask again later")
 
     @contextlib.asynccontextmanager
-    async def lease(self, version: int | None = None) -> AsyncIterator[Actor]:
+    async def lease(self, version: int | None = None) -> AsyncIterator[LeasedPolicy]:
         """Yield the policy `version`, or the active one, loaded and probed; it stays loaded until the lease ends.
 
         Raises:
@@ -175,7 +177,7 @@ class HotSwap:
                 async with loaded.lock:
                     await self._load(loaded)
                     await self._probe(loaded)
-            yield Actor(loaded.policy, loaded.served_name, self._engine)
+            yield LeasedPolicy(loaded.policy, loaded.served_name, self._engine)
         finally:
             loaded.num_leases -= 1
             if loaded.num_leases == 0:

@@ -1,6 +1,6 @@
 """A policy that is ready to act: a base model, an adapter or none, and a prompt, under one version.
 
-Invariant: an actor has the same weights and prompt for its whole life.
+Invariant: a leased policy has the same weights and prompt for its whole life.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from runtime.engine.process import Engine
 
 
 @dataclass(frozen=True)
-class Actor:
-    """One loaded policy. A lease of `HotSwap` makes it; the agent calls it."""
+class LeasedPolicy:
+    """One policy that stays loaded. A lease of `HotSwap` makes it; the agent calls it."""
 
     policy: Policy
     served_name: str

@@ -13,7 +13,7 @@ import structlog
 from runtime.engine.client import Message
 from runtime.errors import PolicyError
 from runtime.serving.hotswap import HotSwap
-from runtime.serving.policy import Actor
+from runtime.serving.policy import LeasedPolicy
 
 log = structlog.get_logger()
 
@@ -61,6 +61,8 @@ class TextCompletion:
             return base_model.get("max_model_len")
 
 
-async def _complete_in_json(base: Actor, messages: Sequence[Message], schema: dict[str, Any], max_tokens: int) -> str:
+async def _complete_in_json(
+    base: LeasedPolicy, messages: Sequence[Message], schema: dict[str, Any], max_tokens: int
+) -> str:
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
     return (await base.complete(messages, max_tokens=max_tokens, response_format=form)).content

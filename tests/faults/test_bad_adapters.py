@@ -49,8 +49,8 @@ async def test_a_spoiled_adapter_that_is_promoted_never_reaches_the_engine(
     await wait_until(lambda: hotswap.refusal is not None)
     assert reason in hotswap.refusal and policy.adapter_path in hotswap.refusal
     assert (fake.ever_loaded, hotswap.active_version) == ([], 0)
-    async with hotswap.lease() as actor:
-        await actor.complete([{"role": "user", "content": "hi"}])
+    async with hotswap.lease() as leased:
+        await leased.complete([{"role": "user", "content": "hi"}])
 
 
 async def test_a_path_that_leads_elsewhere_is_refused(

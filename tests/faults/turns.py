@@ -52,9 +52,9 @@ class Turns:
 
     async def act(self) -> int:
         """Answer with the active policy, loaded and proved; return its version."""
-        async with self.hotswap.lease() as actor:
-            await actor.complete([{"role": "user", "content": "hi"}])
-            return actor.version
+        async with self.hotswap.lease() as leased:
+            await leased.complete([{"role": "user", "content": "hi"}])
+            return leased.version
 
     async def turn(self) -> None:
         await self.log()

@@ -60,8 +60,8 @@ class FeedbackRequest(Target):
     value: FeedbackValue = Field(
         default=None,
         union_mode="smart",  # `true` and 1 must stay apart: retries compare bodies as JSON
-        description="true, false, a number in [0, 1], or a word such as `thumbs_up`: a reward. Under another `name` "
-        "than `reward`, a category or a text is stored unchanged.",
+        description="true, false or a number in [0, 1]: a reward of the whole episode, whatever the `name`. A text "
+        "under the name `reward` is a word such as `thumbs_up`; under another one it is a category, stored unchanged.",
     )
     comment: str | None = None
     correction: str | None = Field(

@@ -38,7 +38,9 @@ async def test_what_was_left_out_for_being_too_much_is_read_again(memory: Memory
     monkeypatch.setattr(backlog_module, "MAX_WAITING", 3)
     monkeypatch.setattr(backlog_module, "PAGE", 2)
     memory.index._sync.stop()
-    rows = [Outbox(collection="passages", row_id=f"psg_{number}", is_worded=number % 2 == 0) for number in range(20)]
+    rows = [
+        Outbox(collection="passages", row_id=f"psg_{number}", is_in_text_index=number % 2 == 0) for number in range(20)
+    ]
     await memory.database.write(lambda session: session.add_all(rows))
     seen: list[str] = []
     backlog = Backlog()
@@ -52,7 +54,7 @@ async def test_what_was_left_out_for_being_too_much_is_read_again(memory: Memory
 
         def finish(session, worded=worded, held=held) -> None:
             for entry in worded:
-                session.get_one(Outbox, entry.id).is_worded = True
+                session.get_one(Outbox, entry.id).is_in_text_index = True
             session.flush()
             for entry in held:
                 session.delete(session.get_one(Outbox, entry.id))

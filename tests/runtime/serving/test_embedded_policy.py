@@ -17,8 +17,8 @@ async def test_the_adapter_of_the_program_becomes_policy_v1_and_can_be_rolled_ba
     (shipped / "README.md").write_text("how it was made")
     policy = await install_embedded_policy(memory.policies, memory.data_dir / "adapters", shipped)
     await hotswap.activate(memory.policies.active().version)
-    async with hotswap.lease() as actor:
-        assert (actor.version, actor.served_name) == (1, "pocket-v1")
+    async with hotswap.lease() as leased:
+        assert (leased.version, leased.served_name) == (1, "pocket-v1")
     assert Path(policy.adapter_path).parent == memory.data_dir / "adapters"
     assert {path.name for path in Path(policy.adapter_path).iterdir()} == {
         "manifest.json",

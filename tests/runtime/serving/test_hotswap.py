@@ -21,8 +21,8 @@ async def wait_until(condition, seconds: float = 3.0) -> None:
 
 
 async def test_boot_is_the_first_swap(hotswap: HotSwap):
-    async with hotswap.lease() as actor:
-        assert (actor.version, actor.served_name) == (0, "base")
+    async with hotswap.lease() as leased:
+        assert (leased.version, leased.served_name) == (0, "base")
 
 
 async def test_an_episode_keeps_its_policy_while_another_takes_over(hotswap: HotSwap, make_policy: MakePolicy):
@@ -84,11 +84,11 @@ async def test_the_old_policy_is_drained_before_it_is_unloaded(
     monkeypatch.setattr("runtime.serving.hotswap.NUM_IDLE_KEPT", 0)
     policies = [await make_policy() for _ in range(3)]
     await hotswap.activate(policies[0].version)
-    async with hotswap.lease() as actor:
+    async with hotswap.lease() as leased:
         await hotswap.activate(policies[1].version)
         await hotswap.activate(policies[2].version)
-        assert actor.served_name in fake.adapters
-    await wait_until(lambda: actor.served_name not in fake.adapters)
+        assert leased.served_name in fake.adapters
+    await wait_until(lambda: leased.served_name not in fake.adapters)
 
 
 async def test_an_adapter_served_as_the_bare_base_is_refused(
@@ -150,8 +150,8 @@ async def test_a_restarted_engine_loads_the_active_and_the_leased_policies(
         fake.forget_adapters()
         await hotswap.reload_adapters()
         assert fake.adapters.keys() == {"pocket-v1", "pocket-v2"}
-    async with hotswap.lease(idle.version) as actor:
-        assert actor.served_name in fake.adapters
+    async with hotswap.lease(idle.version) as leased:
+        assert leased.served_name in fake.adapters
 
 
 async def test_simultaneous_leases_of_a_new_policy_load_it_once(
@@ -160,8 +160,8 @@ async def test_simultaneous_leases_of_a_new_policy_load_it_once(
     policy = await make_policy()
 
     async def lease_once() -> int:
-        async with hotswap.lease(policy.version) as actor:
-            return actor.version
+        async with hotswap.lease(policy.version) as leased:
+            return leased.version
 
     assert await asyncio.gather(*(lease_once() for _ in range(20))) == [policy.version] * 20
     assert fake.ever_loaded == ["pocket-v1"]
@@ -176,9 +176,9 @@ async def test_many_swaps_under_many_leases_never_serve_an_unloaded_adapter(
     async def stream() -> int:
         num_calls = 0
         while not done.is_set():
-            async with hotswap.lease() as actor:
+            async with hotswap.lease() as leased:
                 for _ in range(3):
-                    await actor.complete([{"role": "user", "content": "hi"}])
+                    await leased.complete([{"role": "user", "content": "hi"}])
                     num_calls += 1
         return num_calls
 
