@@ -98,6 +98,21 @@ async def test_an_environment_without_practice_tasks_cannot_practise(memory: Mem
     assert fit_to_environment(CONFIG, empty) == CONFIG
 
 
+async def test_a_method_that_plays_in_rounds_needs_practice_tasks_where_nothing_else_plays(
+    memory: Memory, tiny_base: Path
+):
+    await memory.policies.register_base(str(tiny_base))
+    empty = replace(SEAMS, tasks=lambda environment, split, num_tasks, offset=0: [])
+    config = CONFIG.model_copy(update={"practice_episodes": 0, "explore_episodes": 0, "methods": ["sft", "grpo"]})
+    need, *_ = await surroundings(memory, config, empty)
+    assert need.name == "practice tasks" and need.is_required and not need.is_met
+    assert need.mend.endswith("leave out grpo, which plays them too")
+    need, *_ = await surroundings(memory, fit_to_environment(config, SEAMS), SEAMS)
+    assert need.detail.startswith("10 tasks of 'sums' are played in 2 rounds")
+    need, *_ = await surroundings(memory, config.model_copy(update={"methods": ["sft", "dpo"]}), empty)
+    assert need.name == "held-out tasks"
+
+
 async def test_the_needs_say_how_few_tasks_are_used(memory: Memory, tiny_base: Path):
     await memory.policies.register_base(str(tiny_base))
     for wanted, expected in [
