@@ -51,7 +51,7 @@ DRAIN_SLACK_SECONDS = 30.0
 
 
 class Settings(RuntimeSettings):
-    """Every setting of the program; docs/operations.md and `serve.py serve --help` say how to give one."""
+    """Every setting of the program; README.md and `serve.py serve --help` say how to give one."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -91,7 +91,7 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     # It takes `engine.on_restart`: one engine has one HotSwap.
     hotswap = HotSwap(memory.policies, engine, max_lora_rank=settings.engine.max_lora_rank)
     # Without one, insights come from counting.
-    critic = Critic(TextCompletion(hotswap)) if engine.can_converse else None
+    critic = Critic(TextCompletion(hotswap)) if engine.can_judge else None
     complete = critic.complete if critic is not None else None
     environments = open_environments(settings.environments, memory.data_dir / "environments", complete)
     toolbox = Toolbox(settings.tools, memory.retrieval.find_passages, memory.data_dir / "logs")

@@ -161,6 +161,14 @@ def test_a_second_learn_is_told_of_the_first_and_can_watch_it(world: ServedWorld
     assert code == 0 and learned["cycle"] == cycle
 
 
+def test_a_cycle_is_cancelled(world: ServedWorld, as_json: AsJson, cli: Cli) -> None:
+    world.learner.is_held = True
+    cycle = httpx.post(f"{world.url}/v1/cycles", trust_env=False).json()["id"]
+    assert cli("learn", "--cancel", cycle) == (0, f"{cycle} is cancelled\n")
+    code, refused = as_json("learn", "--cancel", cycle)
+    assert code == 1 and "has ended" in refused["error"]["message"]
+
+
 def test_policies_promote_and_rollback(as_json: AsJson, cli: Cli) -> None:
     as_json("learn")
     assert as_json("policies")[1]["active"] == "v1"

@@ -43,7 +43,7 @@ from runtime.config import AgentConfig
 from runtime.engine.cache_salts import CacheSalts
 from runtime.engine.client import Message, ToolDefinition
 from runtime.environments.base import Environment, Outcome, Playthrough, find_environment
-from runtime.errors import BudgetExceeded
+from runtime.errors import BudgetExceeded, EnvironmentRefused
 from runtime.observability.telemetry import Telemetry
 from runtime.serving.hotswap import HotSwap
 from runtime.serving.policy import LeasedPolicy
@@ -119,7 +119,8 @@ class Agent:
             EpisodeBusy: another request of the episode is being answered.
             UnknownEnvironment, UnknownPolicy, AdapterError, EngineError: the episode could not be opened.
             ReplayMismatch: it is a branch, and the environment did not answer as in its origin; nothing was recorded.
-            Exception: whatever an environment raises when it starts the task.
+            EnvironmentRefused: the environment can start no task.
+            Exception: it is a branch, and its task did not start.
         """
         environment = self.environment(request.environment) if request.environment is not None else None
         self._check(request, environment)
@@ -180,10 +181,18 @@ class Agent:
     async def _start_episode(
         self, request: TurnRequest, open_episode: OpenEpisode, leased: LeasedPolicy, environment: Environment | None
     ) -> Episode:
-        """Start the task, if there is one, and return its episode."""
+        """Start the task, if there is one, and return its episode. Of a task that does not start, it is an episode that
+        fails as soon as it is recorded: one broken task must not end whatever plays many of them."""
         if environment is None or request.task is None:
             return self._make_episode(request, open_episode, leased, environment, None)
-        playthrough = await environment.start(request.task)
+        try:
+            playthrough = await environment.start(request.task)
+        except EnvironmentRefused:  # no task of it starts here
+            raise
+        except Exception as error:
+            if request.origin is not None:  # of a branch that is not like its origin, nothing is recorded
+                raise
+            return self._make_episode(request, open_episode, leased, environment, None, start_error=error)
         try:
             episode = self._make_episode(request, open_episode, leased, environment, playthrough)
             if request.origin is not None:
@@ -201,6 +210,7 @@ class Agent:
         leased: LeasedPolicy,
         environment: Environment | None,
         playthrough: Playthrough | None,
+        start_error: Exception | None = None,
     ) -> Episode:
         """Return the episode at its opening, or where its client continues it."""
         config, task, resumption = self._config, request.task, open_episode.resumption
@@ -225,6 +235,7 @@ class Agent:
             # Drawn here and not when the row is written: spans and logs carry it from the first node on.
             trajectory_id=resumption.trajectory.id if resumption is not None else new_id("trj"),
             playthrough=playthrough,
+            start_error=start_error,
             opening=opening,
             task_text=task_text,
             tools={tool.name: tool for tool in self._tools_for(split, playthrough, request.tenant, reader)},
@@ -284,7 +295,7 @@ class Agent:
     def _with_system_prompt(
         self, opening: list[Message], leased: LeasedPolicy, environment: Environment | None
     ) -> list[Message]:
-        if opening[0].get("role") in ("system", "developer"):
+        if not opening or opening[0].get("role") in ("system", "developer"):
             return opening
         prompt = leased.policy.system_prompt
         # An empty prompt of a policy is a decision too, and sends none.

@@ -70,6 +70,8 @@ async def retrieve(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSta
         episode.trajectory = None  # no row was written, so there is nothing to close
         raise
     episode.announce()
+    if episode.start_error is not None:
+        raise episode.start_error
     if Role.PLANNER in episode.team:
         # The plan belongs into the last of these messages, and LangGraph only appends to them: `plan` returns them.
         return {}
@@ -86,7 +88,8 @@ async def _recall(episode: Episode) -> tuple[str, list[str]]:
     request, task = episode.request, episode.request.task
     if request.origin is not None:
         return request.origin.trajectory.memory_text, request.origin.trajectory.memory_ids
-    if not episode.use_memory:
+    # A task that did not start has no text to search with.
+    if not episode.use_memory or episode.start_error is not None:
         return "", []
     recollection = await episode.memory.retrieval.retrieve(
         environment=task.environment if task else None,

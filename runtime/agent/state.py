@@ -102,6 +102,8 @@ class Episode:
     episode_id: str
     trajectory_id: str
     playthrough: Playthrough | None
+    start_error: Exception | None
+    """Why the environment did not start the task; raised once the trajectory is open."""
     opening: list[Message]
     """The messages before the first reply, system prompt included, without the memory that is shown."""
     task_text: str

@@ -118,6 +118,7 @@ def list_trajectories(
     policy: str | None = None,
     stage: str | None = None,
     success: bool | None = None,
+    user: Annotated[str | None, typer.Option(help="Only episodes of this person.")] = None,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: Json = False,
@@ -137,6 +138,7 @@ def list_trajectories(
         policy=policy,
         stage=stage,
         success=success,
+        user=user,
     )
 
 

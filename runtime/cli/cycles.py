@@ -1,6 +1,7 @@
 """The commands about cycles: learn, judge, cycles, report.
 
-A cycle runs in the server: interrupting `learn` only stops watching, and `learn --cycle ID` continues.
+A cycle runs in the server: interrupting `learn` only stops watching, `learn --cycle ID` continues, and
+`learn --cancel ID` stops the cycle.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runtime.cli.options import DEFAULT_URL, Json, Key, Url, call_and_print, connect, get_and_print
+from runtime.cli.options import DEFAULT_URL, Json, Key, Url, call_and_print, connect, get_and_print, post_and_print
 from runtime.cli.output import BAD_USAGE, INTERRUPTED, Failure, progress_console, run_command
 from runtime.cli.printable import printable
 
@@ -48,6 +49,7 @@ def learn(
     ] = None,
     cycle: Annotated[str | None, typer.Option(help="Watch this cycle instead of starting one.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Print the cycle's needs and start nothing.")] = False,
+    cancel: Annotated[str | None, typer.Option(help="Cancel this cycle; its records stay.")] = None,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: Json = False,
@@ -58,6 +60,9 @@ def learn(
     """
     from runtime.cli import render
 
+    if cancel is not None:
+        post_and_print(f"/v1/cycles/{cancel}/cancel", url, key, as_json, lambda cycle: f"{cycle['id']} is cancelled")
+        return
     if logged and (environment or practice or explore):
         raise Failure("--logged plays nothing: leave --environment, --practice and --explore out", exit_code=BAD_USAGE)
     settings = nest(
@@ -97,7 +102,7 @@ def learn(
     except KeyboardInterrupt:  # the cycle itself runs in the server and continues
         if cycle_id is None:
             raise
-        message = f"no longer watching; the cycle goes on: watch it with `learn --cycle {cycle_id}`"
+        message = f"no longer watching; the cycle goes on: watch it with `learn --cycle {cycle_id}`, or `--cancel` it"
         raise Failure(message, exit_code=INTERRUPTED, cycle=cycle_id) from None
 
 

@@ -77,7 +77,7 @@ def list_documents(url: Url = DEFAULT_URL, key: Key = None, as_json: Json = Fals
 @documents.command("search")
 def search_documents(
     query: Annotated[str, typer.Argument(help="A question, or words.")],
-    limit: Annotated[int, typer.Option(min=1, max=50, help="Maximum number of passages.")] = 5,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="Maximum number of passages.")] = 5,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: Json = False,

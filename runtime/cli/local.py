@@ -224,7 +224,8 @@ async def examine(settings: RuntimeSettings, phases: Phases) -> dict[str, Any]:
     with memory:
         phases.begin("checking memory")
         results = await asyncio.to_thread(checks.check_at_rest, memory)
-        engine = Engine(settings.engine, memory.data_dir, on_progress=phases.begin)
+        made_for = memory.policies.find_base_model()
+        engine = Engine(settings.engine, memory.data_dir, made_for=made_for, on_progress=phases.begin)
         try:
             await engine.start()
             results += await checks.check_engine(engine)

@@ -14,7 +14,7 @@ exemplars = typer.Typer(help="Past successes that prompts show: list, approve, r
 Id = Annotated[str, typer.Argument(metavar="ID", help="An id from the list.")]
 Text = Annotated[str | None, typer.Option(help="A text that replaces the recorded one.")]
 Status = Annotated[
-    str | None, typer.Option(help="active (the default), pending (not shown to all yet), approved or retired.")
+    str | None, typer.Option(help="active (the default), pending (not shown to all yet), approved, retired or removed.")
 ]
 
 

@@ -147,6 +147,11 @@ class Engine:
         return self.embedded is None or self.embedded.can_converse
 
     @property
+    def can_judge(self) -> bool:
+        """Whether its model can be a critic, as all may but an embedded one that says otherwise."""
+        return self.embedded is None or self.embedded.can_judge
+
+    @property
     def model_temperature(self) -> float:
         """The sampling temperature that suits its model."""
         return DEFAULT_TEMPERATURE if self.embedded is None else self.embedded.temperature

@@ -55,7 +55,7 @@ def begin_response(request: ResponseRequest, start: TurnStart, instructions: str
         "top_p": request.top_p if request.top_p is not None else 1.0,
         "truncation": "disabled",
         "usage": None,
-        "user": (request.model_extra or {}).get("user"),
+        "user": request.user,
     }
 
 

@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 
 from memory.errors import UnknownPolicy
-from memory.schema import PolicyStage, RewardSource, Split, StepKind, TrajectoryStage, Trust
+from memory.schema import PolicyStage, RewardSource, Split, StepKind, Task, TrajectoryStage, Trust
 from memory.store import Memory
 from runtime.agent.graph import Agent
 from runtime.config import AgentConfig
 from runtime.engine.client import Delta
 from runtime.engine.model_families import DEFAULT_TEMPERATURE
 from runtime.engine.process import Engine
-from runtime.errors import UnknownEnvironment
+from runtime.errors import ToolRefused, UnknownEnvironment
 from runtime.serving.hotswap import HotSwap
 from runtime.tools.functions import tool_from_function
 from tests.rollouts import play
@@ -361,6 +361,26 @@ async def test_a_task_whose_opening_fails_is_closed_and_keeps_no_policy(
         await play(agent, levers.task("left"))
     assert [game.num_closed for game in levers.started] == [1]
     assert hotswap.num_leases == 0 and memory.trajectories.select() == []
+
+
+async def test_a_task_that_does_not_start_is_an_episode_that_failed(
+    agent: Agent, memory: Memory, fake: FakeEngine, hotswap: HotSwap, levers: Levers, monkeypatch: pytest.MonkeyPatch
+):
+    start = levers.start
+
+    async def refuse(task: Task) -> LeverGame:
+        if task.name == "right":
+            raise ToolRefused("the machine cannot be set up: no such user")
+        return await start(task)
+
+    monkeypatch.setattr(levers, "start", refuse)
+    fake.script = pulls("left")
+    broken, played = await asyncio.gather(play(agent, levers.task("right")), play(agent, levers.task("left")))
+    assert (broken.stage, played.stage) == (TrajectoryStage.FAILED, TrajectoryStage.FINISHED)
+    assert broken.error == "ToolRefused: the machine cannot be set up: no such user"
+    assert (broken.environment, broken.task, broken.opening) == ("levers", "right", [])
+    assert memory.trajectories.steps(broken.id) == [] and hotswap.num_leases == 0
+    assert memory.trajectories.with_reward(broken).reward is None
 
 
 async def test_what_cannot_open_is_refused_by_name_and_leaves_no_record(agent: Agent, memory: Memory, levers: Levers):

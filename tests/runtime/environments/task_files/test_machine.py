@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from memory.schema import StepKind
+from memory.schema import StepKind, TrajectoryStage
 from memory.store import Memory
 from runtime.agent.graph import Agent
 from runtime.agent.turn import TurnRequest
@@ -110,8 +110,10 @@ async def test_an_episode_that_runs_out_of_steps_earns_nothing_and_its_machine_e
 async def test_a_setup_that_fails_rewards_nobody(memory: Memory, hotswap: HotSwap, fake: FakeEngine, tmp_path: Path):
     broken = {**COUNT, "machine": {"setup": [{"code": "echo no such user >&2; exit 3"}]}}
     agent = open_agent(memory, hotswap, tmp_path, broken)
-    with pytest.raises(ToolRefused, match="the machine's setup ended with status 3: no such user"):
-        await agent.rollout(TurnRequest(task=agent.environment("os").task("count")))
+    turn = await agent.rollout(TurnRequest(task=agent.environment("os").task("count")))
+    assert (turn.trajectory.stage, turn.reward) == (TrajectoryStage.FAILED, None)
+    assert turn.trajectory.error is not None
+    assert "the machine's setup ended with status 3: no such user" in turn.trajectory.error
 
 
 @needs_machine
