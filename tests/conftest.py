@@ -7,11 +7,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from logging.handlers import RotatingFileHandler
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
 from xdist.scheduler import LoadFileScheduling
+
+if TYPE_CHECKING:
+    from tests.runtime.api.worlds import ServedWorld
 
 ENGINE_SECONDS = 1800
 """The first test of a module pays for the start of its engine, and for a model's training."""
@@ -30,6 +34,15 @@ def logs_as_before() -> Iterator[None]:
             handler.close()
         root.handlers, root.level = handlers, level
         structlog.reset_defaults()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[ServedWorld]:
+    """A server of this test's own, in a thread, with a scripted learner and a fresh data directory."""
+    from tests.runtime.api.worlds import ServedWorld  # not at the top: every test would wait for FastAPI
+
+    with ServedWorld(tmp_path / "data") as world:
+        yield world
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -27,12 +27,6 @@ HEAVY = ("torch", "transformers", "langgraph", "chromadb", "fastapi", "sqlmodel"
 
 Cli = Callable[..., tuple[int, str]]
 AsJson = Callable[..., tuple[int, dict]]
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[ServedWorld]:
-    with ServedWorld(tmp_path / "data") as world:
-        yield world
 
 
 @pytest.fixture

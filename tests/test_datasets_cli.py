@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,6 @@ from runtime.cli.output import run
 from tests.memory.formats.rows import ASKED, PREFERENCE, say
 from tests.runtime.api.worlds import ServedWorld
 from tests.shared_data import find_shared
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[ServedWorld]:
-    with ServedWorld(tmp_path / "data") as world:
-        yield world
 
 
 @pytest.fixture

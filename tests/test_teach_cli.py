@@ -44,12 +44,6 @@ class DoorsWithPages(Doors):
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[ServedWorld]:
-    with ServedWorld(tmp_path / "data") as world:
-        yield world
-
-
-@pytest.fixture
 def teacher() -> Iterator[FakeEngine]:
     """A scripted endpoint in a thread of its own, since the command runs its own event loop."""
     engine = FakeEngine(open_left)

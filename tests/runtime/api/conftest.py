@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
@@ -11,12 +10,6 @@ import pytest
 
 from tests.runtime.api.playing import FORGETFUL, PlayedWorld
 from tests.runtime.api.worlds import ServedWorld
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[ServedWorld]:
-    with ServedWorld(tmp_path / "data") as world:
-        yield world
 
 
 @pytest.fixture(scope="module")

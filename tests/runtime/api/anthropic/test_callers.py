@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import anthropic
@@ -17,12 +16,6 @@ from tests.runtime.api.worlds import ServedWorld, eventually
 
 HI = [{"role": "user", "content": "hi"}]
 BODY = {"model": "agent", "max_tokens": 64, "messages": HI}
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[ServedWorld]:
-    with ServedWorld(tmp_path / "data") as world:
-        yield world
 
 
 def ask(client: anthropic.Anthropic, text: str, **metadata: str) -> anthropic.types.Message:
