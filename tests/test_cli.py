@@ -147,7 +147,7 @@ def test_a_cycle_that_fails_says_why_and_fails_the_verb(world: ServedWorld, as_j
 
 def test_a_second_learn_is_told_of_the_first_and_can_watch_it(world: ServedWorld, as_json: AsJson) -> None:
     world.learner.is_held = True
-    cycle = httpx.post(f"{world.url}/v1/cycles", trust_env=False).json()["id"]
+    cycle = httpx.post(f"{world.url}/v1/cycles", trust_env=False, timeout=60).json()["id"]
     code, refused = as_json("learn")
     assert code == 1 and cycle in refused["error"]["message"]
     threading.Timer(0.5, lambda: setattr(world.learner, "is_held", False)).start()
@@ -157,7 +157,7 @@ def test_a_second_learn_is_told_of_the_first_and_can_watch_it(world: ServedWorld
 
 def test_a_cycle_is_cancelled(world: ServedWorld, as_json: AsJson, cli: Cli) -> None:
     world.learner.is_held = True
-    cycle = httpx.post(f"{world.url}/v1/cycles", trust_env=False).json()["id"]
+    cycle = httpx.post(f"{world.url}/v1/cycles", trust_env=False, timeout=60).json()["id"]
     assert cli("learn", "--cancel", cycle) == (0, f"{cycle} is cancelled\n")
     code, refused = as_json("learn", "--cancel", cycle)
     assert code == 1 and "has ended" in refused["error"]["message"]
@@ -183,8 +183,8 @@ def test_memories_are_approved_edited_and_retired(world: ServedWorld, as_json: A
     lesson = InsightOperation(OperationKind.ADD, "", "chat", "be brief", user_id="jane")
     (insight,) = asyncio.run(world.memory.insights.apply([lesson]))
     said = {"model": "agent", "messages": [{"role": "user", "content": "hi"}], "user": "jane"}
-    exemplar = httpx.post(f"{world.url}/v1/chat/completions", json=said, trust_env=False).json()["id"]
-    httpx.post(f"{world.url}/v1/feedback", json={"target": exemplar, "value": True}, trust_env=False)
+    exemplar = httpx.post(f"{world.url}/v1/chat/completions", json=said, trust_env=False, timeout=60).json()["id"]
+    httpx.post(f"{world.url}/v1/feedback", json={"target": exemplar, "value": True}, trust_env=False, timeout=60)
 
     assert [row["id"] for row in as_json("insights", "--status", "pending")[1]["data"]] == [insight.id]
     assert "jane" in cli("insights")[1] and "jane" in cli("exemplars", "list", "--status", "pending")[1]

@@ -187,7 +187,7 @@ def test_the_list_of_trajectories_shows_the_question_in_80_columns(cli, as_json)
 def test_no_stored_text_reaches_the_terminal_as_an_escape_sequence(world: ServedWorld, cli, as_json) -> None:
     answer = as_json("chat", f"Hello {ESCAPES}")[1]
     as_json("feedback", answer["id"], "good", "--comment", f"fine {ESCAPES}")
-    http = httpx.Client(base_url=world.url, trust_env=False)
+    http = httpx.Client(base_url=world.url, trust_env=False, timeout=60)
     document = http.post("/v1/documents", json={"title": f"T {ESCAPES}", "text": f"Zebras have stripes {ESCAPES}"})
     http.close()
     assert document.status_code == 201

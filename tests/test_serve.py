@@ -93,7 +93,7 @@ def test_a_password_may_come_from_the_environment(tmp_path: Path, monkeypatch: p
 def test_a_started_server_answers(server) -> None:
     facts, _ = server
     body = {"model": "agent", "messages": [{"role": "user", "content": "hello"}]}
-    assert httpx.get(f"{facts['url']}/readyz", trust_env=False).status_code == 200
+    assert httpx.get(f"{facts['url']}/readyz", trust_env=False, timeout=60).status_code == 200
     answer = httpx.post(f"{facts['url']}/v1/chat/completions", json=body, trust_env=False, timeout=30).json()
     assert answer["choices"][0]["message"]["content"] == "said hello"
 
@@ -102,7 +102,7 @@ def test_a_configured_tool_is_offered_to_the_model(server) -> None:
     facts, _ = server
     body = {"model": "agent", "messages": [{"role": "user", "content": "hello"}]}
     answer = httpx.post(f"{facts['url']}/v1/chat/completions", json=body, trust_env=False, timeout=30).json()
-    trajectory = httpx.get(f"{facts['url']}/v1/trajectories/{answer['id']}", trust_env=False).json()
+    trajectory = httpx.get(f"{facts['url']}/v1/trajectories/{answer['id']}", trust_env=False, timeout=60).json()
     assert [tool["function"]["name"] for tool in trajectory["tools"]] == ["search_documents"]
 
 
@@ -169,10 +169,10 @@ def test_a_server_with_keys_may_listen_anywhere_and_asks_everybody(engine_url: s
         facts = json.loads(process.stdout.readline())
         url = facts["url"].replace("0.0.0.0", "127.0.0.1")
         assert facts["requires_key"] is True
-        assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
-        assert httpx.get(f"{url}/v1/models", trust_env=False).status_code == 401
+        assert httpx.get(f"{url}/readyz", trust_env=False, timeout=60).status_code == 200
+        assert httpx.get(f"{url}/v1/models", trust_env=False, timeout=60).status_code == 401
         mine = {"Authorization": f"Bearer {key}"}
-        assert httpx.get(f"{url}/v1/models", headers=mine, trust_env=False).status_code == 200
+        assert httpx.get(f"{url}/v1/models", headers=mine, trust_env=False, timeout=60).status_code == 200
         beside, known = run_cli("keys", "list", *at), run_cli("keys", "list", "--key", key, *at)
         assert json.loads(beside.stdout)["error"]["code"] == "invalid_api_key"  # the owner was asked, and asked back
         assert [row["name"] for row in json.loads(known.stdout)["data"]] == ["operator"]

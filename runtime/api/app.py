@@ -134,7 +134,9 @@ def create_app(services: Services) -> FastAPI:
         summary="An agent runtime with self-improving memory.",
         description=DESCRIPTION,
         openapi_tags=TAGS,
-        docs_url=None,  # served by docs_page, without a network
+        # All three are served by docs_page: off the event loop, without a network.
+        openapi_url=None,
+        docs_url=None,
         redoc_url=None,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
@@ -155,7 +157,7 @@ def create_app(services: Services) -> FastAPI:
     # Outside CORS, which answers preflights itself: a request under a foreign host name must not reach even that.
     app.add_middleware(OriginCheck, config=services.server)
     app.add_middleware(RequestMetrics, telemetry=services.agent.telemetry)
-    app.openapi = partial(describe_api, app)  # FastAPI calls it on every request of /openapi.json
+    app.state.description = docs_page.ApiDescription(partial(describe_api, app))
     return app
 
 

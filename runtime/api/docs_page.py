@@ -1,16 +1,21 @@
-"""The API's documentation pages, `/docs` and `/redoc`.
+"""The API's description, `/openapi.json`, and the pages that show it, `/docs` and `/redoc`.
 
 Scripts and styles come from the package `fastapi_offline`, so that the pages work without a network.
+Hazard: these routes need no key, so nothing here may take the event loop's time.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import FileResponse, HTMLResponse, Response
 
 from runtime.api.errors import NotFound
 
@@ -25,6 +30,27 @@ ASSETS = {
 ASSETS_URL = "/docs/assets"
 OPENAPI_URL = "/openapi.json"
 TITLE = "Ratchet"
+
+
+class ApiDescription:
+    """The OpenAPI document as bytes, made at the first request, once: that takes most of a second."""
+
+    def __init__(self, describe: Callable[[], dict[str, Any]]) -> None:
+        self._describe = describe
+        self._lock = asyncio.Lock()
+        self._body: bytes | None = None
+
+    async def read(self) -> bytes:
+        async with self._lock:
+            if self._body is None:
+                self._body = await asyncio.to_thread(lambda: json.dumps(self._describe()).encode())
+            return self._body
+
+
+@router.get(OPENAPI_URL)
+async def send_description(request: Request) -> Response:
+    description: ApiDescription = request.app.state.description
+    return Response(await description.read(), media_type="application/json")
 
 
 @router.get("/docs")

@@ -81,7 +81,7 @@ def test_a_head_without_an_end_is_cut_off(
     opened = connect(world, sockets, head)
     # Beyond the limit, what waits in the sockets' buffers.
     assert send_until_refused(opened, piece) < 20_000_000
-    assert httpx.get(f"{world.url}/healthz", trust_env=False).status_code == 200
+    assert httpx.get(f"{world.url}/healthz", trust_env=False, timeout=60).status_code == 200
 
 
 def test_a_head_that_is_complete_but_too_long_is_refused(world: ServedWorld, sockets: contextlib.ExitStack) -> None:
@@ -139,7 +139,9 @@ def test_connections_that_wait_make_room_for_new_ones(world: ServedWorld, socket
 
 def test_bodies_that_nobody_asked_for_are_not_kept(world: ServedWorld, sockets: contextlib.ExitStack) -> None:
     """Where keys are needed, what comes without one is refused by its head."""
-    httpx.post(f"{world.url}/v1/keys", json={"name": "a", "scopes": ["admin"]}, trust_env=False).raise_for_status()
+    httpx.post(
+        f"{world.url}/v1/keys", json={"name": "a", "scopes": ["admin"]}, trust_env=False, timeout=60
+    ).raise_for_status()
     opened = connect(world, sockets, POST % b"/v1/chat/completions" + b"Content-Length: 300000\r\n\r\n")
     opened.settimeout(5)
     assert opened.recv(12) == b"HTTP/1.1 401"

@@ -63,7 +63,7 @@ def _heap_mb() -> float:
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[ServedWorld]:
     with ServedWorld(tmp_path / "data") as world:
-        httpx.get(f"{world.url}/healthz", trust_env=False)
+        httpx.get(f"{world.url}/healthz", trust_env=False, timeout=60)
         yield world
 
 
@@ -96,7 +96,9 @@ def send_unfinished_head(opened: socket.socket) -> None:
 
 
 def test_unfinished_bodies_without_a_key_take_no_memory(world: ServedWorld) -> None:
-    httpx.post(f"{world.url}/v1/keys", json={"name": "a", "scopes": ["admin"]}, trust_env=False).raise_for_status()
+    httpx.post(
+        f"{world.url}/v1/keys", json={"name": "a", "scopes": ["admin"]}, trust_env=False, timeout=60
+    ).raise_for_status()
     assert send_from_many(world, send_unfinished_body) < SPARE_MB
 
 
