@@ -378,7 +378,7 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     num_threads: int = 2
     """Threads of the trainer on a CPU."""
     training_attempts: int = Field(default=2, ge=1)
-    """How often a trainer that died is started again, each time from its last checkpoint."""
+    """How often a trainer is started at the most; one that died goes on from its last checkpoint."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> OptimizerConfig:

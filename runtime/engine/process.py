@@ -165,7 +165,8 @@ class Engine:
 
         Raises:
             EngineError: it does not come up; the message holds the last errors of its log and the log's path.
-            ValueError: the settings name no model, or one of an unknown family.
+            ValueError: the settings name no model, or what is neither a directory of one nor an id.
+            OSError: the hub, or an embedded model's package, does not have it or cannot be reached.
         """
         # On any failure, Ctrl-C included, no half-started child may stay behind.
         async with contextlib.AsyncExitStack() as on_failure:

@@ -1,7 +1,8 @@
 """Makes task files of published benchmarks: `make_task_file("gsm8k", source, out)`.
 
-Invariants: test sets become held-out tasks and nothing else, and held-out rows have no demonstration. Every row is
-validated before the file appears, complete or not at all.
+Invariants: published test sets become held-out tasks and nothing else (BeerQA's files are divided by the names of
+their questions), and held-out rows have no demonstration. Every row is validated before the file appears, complete or
+not at all.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class TaskRow(BaseModel, extra="forbid"):
     """A Linux that the model works on with `bash`, `answer` and `finish`; excludes `tools` and `database`."""
     grader: AnyGrader
     demonstration: list[RowMessage] | None = None
-    """Messages that solve the task; `serve.py tasks check` grades the last of them."""
+    """Messages that solve the task; `serve.py tasks check` plays them as a policy's replies and grades the end."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> TaskRow:
