@@ -14,6 +14,7 @@ from runtime.serving.hotswap import HotSwap
 from tests.memory.spoiled import DAMAGES
 from tests.runtime.conftest import MakePolicy, base_dir, engine, fake, hotswap, make_policy, memory
 from tests.runtime.fake_engine import FakeEngine
+from tests.waiting import wait_until
 
 __all__ = ["base_dir", "engine", "fake", "hotswap", "make_policy", "memory"]
 
@@ -25,12 +26,6 @@ async def following(hotswap: HotSwap):
     await wait_until(lambda: hotswap.active_version == 0)
     yield task
     task.cancel()
-
-
-async def wait_until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES)

@@ -22,6 +22,7 @@ from runtime.serving.hotswap import HotSwap
 from tests.memory.episodes import HashingEncoder
 from tests.rollouts import play
 from tests.runtime.conftest import base_dir, write_adapter
+from tests.waiting import wait_until
 
 __all__ = ["base_dir"]
 
@@ -56,12 +57,6 @@ async def start(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch)
         ended = step()
         if asyncio.iscoroutine(ended):
             await ended
-
-
-async def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def test_the_pause_and_the_time_of_a_probe_are_ten_seconds_together():

@@ -44,7 +44,7 @@ class LeverGame(Playthrough):
     def __init__(self, task: Task) -> None:
         self.task = task
         self.task_text = "Three levers are before you."
-        self.tools = [Tool("pull", "Pull a lever.", PULL, self._pull, timeout_seconds=0.5)]
+        self.tools = [Tool("pull", "Pull a lever.", PULL, self._pull, timeout_seconds=30)]
         self.pulled: list[str] = []
         self.num_closed = 0
         self.fails_to_close = False

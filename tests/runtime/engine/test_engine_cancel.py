@@ -136,16 +136,16 @@ async def expect_cancelled(engine: PlayedEngine, script: Path, how: str, number:
 
     task = asyncio.create_task(run())
     ready = asyncio.create_task(engine._ready.wait())
-    await asyncio.wait({task, ready}, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({task, ready}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
     # What a healthy engine's watcher waits for never ends, and so is no moment between an end and the next step.
     is_reached = stepped.has_cancelled
     assert is_reached or engine.is_ready, f"neither cancelled nor ready after {stepped.num_waits} waits"
     if is_reached:
-        await asyncio.wait({task}, timeout=5)
+        await asyncio.wait({task}, timeout=30)
         assert task.cancelled(), f"swallowed at wait {number} of {how!r} ({is_late=})"
     ready.cancel()
     task.cancel()
-    await asyncio.wait({task, ready}, timeout=5)
+    await asyncio.wait({task, ready}, timeout=30)
     async with asyncio.timeout(10):
         await engine.stop()
         while len(asyncio.all_tasks()) > 1 or living(script):

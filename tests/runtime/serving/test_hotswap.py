@@ -12,12 +12,7 @@ from runtime.errors import AdapterError
 from runtime.serving.hotswap import HotSwap
 from tests.runtime.conftest import MakePolicy
 from tests.runtime.fake_engine import FakeEngine
-
-
-async def wait_until(condition, seconds: float = 3.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
+from tests.waiting import wait_until
 
 
 async def test_boot_is_the_first_swap(hotswap: HotSwap):

@@ -1,0 +1,15 @@
+"""Waiting for what another task or thread does. The limit is for a busy machine: it is reached by what never comes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+SECONDS = 60.0
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    """Return once the condition holds. Raises TimeoutError after `SECONDS`."""
+    async with asyncio.timeout(SECONDS):
+        while not condition():
+            await asyncio.sleep(0.005)
