@@ -234,6 +234,7 @@ def plot_success(cells: dict[str, dict[str, Any]], titles: Mapping[str, str], pa
     axes.set_ylabel("held-out tasks won, %")
     axes.set_ylim(bottom=0)
     axes.set_title("Success by stage, with 95 % intervals")
-    axes.legend(frameon=False)
+    # beside the axes: looking for the best place in them takes as long as a second, and then matplotlib warns
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -257,6 +257,8 @@ async def test_a_machine_that_is_broken_says_so(monkeypatch: pytest.MonkeyPatch)
     async with started() as machine:
         assert machine._process is not None
         machine._process.kill()
+        # It may answer until the kernel has ended what runs in it.
+        assert machine._process.stdout is not None and await machine._process.stdout.read() == b""
         with pytest.raises(ToolError, match="the machine has stopped working"):
             await machine.run_command("echo 1")
         await machine.close()

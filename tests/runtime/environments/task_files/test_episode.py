@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 
-from memory.schema import Split, StepKind
+from memory.schema import Split, StepKind, TrajectoryStage
 from memory.store import Memory
 from runtime.agent.graph import Agent
-from runtime.agent.turn import TurnRequest
 from runtime.config import AgentConfig, EnvironmentConfig
 from runtime.environments.base import Environment
 from runtime.environments.registry import open_environments
-from runtime.errors import TaskChanged
 from runtime.serving.hotswap import HotSwap
 from tests.rollouts import play
 from tests.runtime.fake_engine import FakeEngine, Reply, call, ids_of, say
@@ -161,5 +159,8 @@ async def test_a_file_that_changed_under_the_server_starts_no_task(
     agent: Agent, environment: Environment, tmp_path: Path
 ):
     write_tasks(tmp_path / "tasks.jsonl", {**ADD, "grader": {"type": "numeric", "answer": 5}}, PARIS, STOCK)
-    with pytest.raises(TaskChanged, match=r"tasks.jsonl:1 has changed since the server read it: restart the server"):
-        await agent.rollout(TurnRequest(task=environment.task("add")))
+    trajectory = await play(agent, environment.task("add"))
+    assert (trajectory.stage, trajectory.error) == (
+        TrajectoryStage.FAILED,
+        f"TaskChanged: {tmp_path / 'tasks.jsonl'}:1 has changed since the server read it: restart the server",
+    )
