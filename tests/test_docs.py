@@ -38,7 +38,8 @@ from runtime.tools.toolbox import Toolbox
 from tests.machines import find_reason
 from tests.memory.formats.rows import DEMONSTRATION, LABEL, PREFERENCE
 from tests.runtime.api.playing import PlayedWorld
-from tests.runtime.api.worlds import ServedWorld, eventually
+from tests.runtime.api.worlds import ServedWorld
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

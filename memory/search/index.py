@@ -71,7 +71,7 @@ class MemoryIndex:
         self.num_without_vectors = 0
         """Number of queries since the start that were answered without the vector index."""
         # The keys are label values of a metric: dashboards know them by these names.
-        self.seconds = {stage: Histogram() for stage in ("words", "encoding", "vectors")}
+        self.seconds = {stage: Histogram() for stage in ("words", "encoding", "meanings")}
         text_index.write(text_index.create)
 
     def start(self) -> None:
@@ -210,7 +210,7 @@ class MemoryIndex:
                     vector = await self._queries.encode(query.text)
             compared = await self._rows_to_compare(query, text_search)
             search = _VectorSearch(lambda: self._vector_index.find(query, vector, compared=compared))
-            with self.seconds["vectors"].measure():
+            with self.seconds["meanings"].measure():
                 return await self._result_of(search)
         except IndexDamaged:
             self._sync.request_check()
@@ -254,7 +254,7 @@ class MemoryIndex:
             async with asyncio.timeout(self._config.encoding_deadline_seconds):
                 vector = await self._queries.encode(query.text)  # cached by the first search
             search = _VectorSearch(lambda: self._vector_index.compare(query, vector, row_ids))
-            with self.seconds["vectors"].measure():
+            with self.seconds["meanings"].measure():
                 return dict(await self._result_of(search))
         except IndexDamaged:
             self._sync.request_check()

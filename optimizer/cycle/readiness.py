@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from memory.schema import Split
@@ -46,7 +46,7 @@ async def measure_surroundings(memory: Memory, config: OptimizerConfig, seams: S
     Raises: whatever `seams.tasks` raises for an environment that does not exist.
     """
     methods = list_methods(choice.methods)
-    in_rounds = [method for method in methods if method.find_rounds(config) is not None]
+    in_rounds = {method.name: rounds.rounds for method in methods if (rounds := method.find_rounds(config))}
     plays = config.practice_episodes or config.explore_episodes or in_rounds
     practice = [_need_practice_tasks(config, seams, in_rounds)] if plays else []
     replays = [_need_replay(config, seams, method) for method in methods if method.play_on]
@@ -64,19 +64,18 @@ def fit_to_environment(config: OptimizerConfig, seams: Seams) -> OptimizerConfig
     return config.model_copy(update={"num_practice_tasks": available or config.num_practice_tasks})
 
 
-def _need_practice_tasks(config: OptimizerConfig, seams: Seams, in_rounds: Sequence[Method]) -> Need:
-    """Return the need for tasks to play; the methods `in_rounds` play them whatever practice and exploration do."""
+def _need_practice_tasks(config: OptimizerConfig, seams: Seams, in_rounds: Mapping[str, int]) -> Need:
+    """Return the need for tasks to play; the methods `in_rounds`, name to number, play them in any case."""
     num_wanted = config.num_practice_tasks + config.num_selection_tasks
     listed = len(seams.tasks(config.environment, Split.PRACTICE, num_wanted))
     available = min(listed, config.num_practice_tasks)
-    num_rounds = len(config.practice_rounds) + len(config.explore_rounds)
-    num_rounds += sum(rounds.rounds for method in in_rounds if (rounds := method.find_rounds(config)))
+    num_rounds = len(config.practice_rounds) + len(config.explore_rounds) + sum(in_rounds.values())
     detail = f"{available} tasks of {config.environment!r} are played in {num_rounds} rounds"
     if listed < num_wanted:
         detail += f", and {listed - available} are left to choose a checkpoint by"
     mend = "give the environment tasks of the split practice, or set practice_episodes and explore_episodes to 0"
     if in_rounds:
-        mend += f" and leave out {' and '.join(method.name for method in in_rounds)}, which plays them too"
+        mend += f" and leave out {' and '.join(in_rounds)}, which plays them too"
     return Need(
         name="practice tasks",
         needed=1,

@@ -187,10 +187,9 @@ class Agent:
             return self._make_episode(request, open_episode, leased, environment, None)
         try:
             playthrough = await environment.start(request.task)
-        except EnvironmentRefused:  # no task of it starts here
-            raise
         except Exception as error:
-            if request.origin is not None:  # of a branch that is not like its origin, nothing is recorded
+            # Of a branch that is not like its origin, nothing is recorded; an environment may be able to start no task.
+            if request.origin is not None or isinstance(error, EnvironmentRefused):
                 raise
             return self._make_episode(request, open_episode, leased, environment, None, start_error=error)
         try:

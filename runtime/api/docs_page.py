@@ -7,7 +7,6 @@ Hazard: these routes need no key, so nothing here may take the event loop's time
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
-from fastapi.responses import FileResponse, HTMLResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
 from runtime.api.errors import NotFound
 
@@ -43,11 +42,11 @@ class ApiDescription:
     async def read(self) -> bytes:
         async with self._lock:
             if self._body is None:
-                self._body = await asyncio.to_thread(lambda: json.dumps(self._describe()).encode())
+                self._body = await asyncio.to_thread(lambda: bytes(JSONResponse(self._describe()).body))
             return self._body
 
 
-@router.get(OPENAPI_URL)
+@router.api_route(OPENAPI_URL, methods=["GET", "HEAD"])
 async def send_description(request: Request) -> Response:
     description: ApiDescription = request.app.state.description
     return Response(await description.read(), media_type="application/json")

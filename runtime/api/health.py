@@ -60,7 +60,7 @@ def require_ready(server: Services) -> None:
         raise NotReady("the engine is starting, or being restarted: no token generated yet")
     if server.hotswap.active_version is None:
         # The code's old word stays: codes are part of the API.
-        raise NotReady(f"no policy is served yet: {server.hotswap.refusal or 'in a moment'}", code="policy_not_active")
+        raise NotReady(f"no policy is served yet: {server.hotswap.refusal or 'in a moment'}", code="policy_not_worn")
 
 
 @router.get("/healthz", summary="Is the process alive?")

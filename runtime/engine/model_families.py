@@ -28,8 +28,6 @@ class EmbeddedModel:
     """Returns its directory, and makes it first where it does not exist. Raises OSError or ValueError."""
     can_converse: bool
     """Whether it answers questions and writes prose; one that cannot plays games alone."""
-    can_judge: bool
-    """Whether it can be the critic: write insights and score replies."""
     temperature: float
     """Sampling temperature in requests that set none."""
     adapter: Path | None = None
@@ -42,7 +40,6 @@ EMBEDDED = {
         locate=locate_smollm2,
         make=make_smollm2,
         can_converse=True,
-        can_judge=False,  # of six answers as a critic none could be read
         adapter=Path(__file__).parents[1] / "smollm2" / "adapter",
         temperature=0.0,  # the bare model, asked for the capital of France, it says Paris in 1 of 1; at 0.7, in 7 of 16
     ),
@@ -51,7 +48,6 @@ EMBEDDED = {
         locate=lambda: POCKET_MODEL,
         make=lambda: POCKET_MODEL,
         can_converse=False,
-        can_judge=False,
         temperature=0.7,
     ),
 }

@@ -148,8 +148,8 @@ class Engine:
 
     @property
     def can_judge(self) -> bool:
-        """Whether its model can be a critic, as all may but an embedded one that says otherwise."""
-        return self.embedded is None or self.embedded.can_judge
+        """Whether its model can be the critic, which the embedded ones are too small for (docs/models.md)."""
+        return self.embedded is None
 
     @property
     def model_temperature(self) -> float:

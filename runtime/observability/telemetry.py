@@ -46,14 +46,14 @@ STATE_METRICS = {
     "retrieval": StateMetric(
         "ratchet_retrieval_seconds", "Finding memories, by stage; `all` is one question.", ("stage",)
     ),
-    "by_word_alone": StateMetric(
-        "ratchet_retrieval_without_vectors", "Questions that the vector index did not answer."
-    ),
     # Names and labels are what docs/grafana.json reads, old words among them.
+    "by_word_alone": StateMetric(
+        "ratchet_retrieval_without_meanings", "Questions that the vector index did not answer."
+    ),
     "policy": StateMetric(
         "ratchet_policy_info",
         "1 for each policy that acts, may act soon, or is loaded.",
-        ("policy", "stage", "base_model", "adapter", "active"),
+        ("policy", "stage", "base_model", "adapter", "worn"),
     ),
     "loaded": StateMetric("ratchet_policies_loaded", "Policies that the engine serves now."),
     "swaps": StateMetric("ratchet_swaps", "How often another policy was put on."),

@@ -13,8 +13,8 @@ import pytest
 
 from memory.schema import TrajectoryStage
 from tests.runtime.api.playing import FORGETFUL, PlayedWorld
-from tests.runtime.api.worlds import eventually
 from tests.runtime.fake_engine import Reply
+from tests.waiting import eventually
 
 NUM_AT_ONCE = 8
 FREED_SECONDS = 0.5

@@ -14,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.runtime.api.gateway.test_routes import ask
 from tests.runtime.api.gateway.test_routes import play as open_a_door
 from tests.runtime.api.playing import FORGETFUL, WEATHER, PlayedWorld
-from tests.runtime.api.worlds import ServedWorld, eventually
+from tests.runtime.api.worlds import ServedWorld
+from tests.waiting import eventually
 
 DASHBOARD = Path(__file__).parents[3] / "docs" / "grafana.json"
 

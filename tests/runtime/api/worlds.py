@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -260,13 +259,3 @@ def error_code(answer: httpx.Response) -> str:
     """Return the code of an error in the shape of either API."""
     error = answer.json()["error"]
     return error["code"] if "code" in error else error["details"]["error_code"]
-
-
-def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
-    """Wait until something holds; return whether it came to."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True

@@ -29,6 +29,7 @@ from runtime.serving.hotswap import HotSwap, mean_distance
 from tests.rollouts import play
 from tests.runtime.fake_engine import LOOK, FakeEngine
 from tests.runtime.levers import Levers
+from tests.waiting import wait_until
 
 
 def test_a_parser_that_is_named_is_taken(base_dir: Path):
@@ -116,9 +117,7 @@ async def test_a_zombie_is_not_ready_until_a_token_comes_again(engine: Engine, f
     engine.on_restart = reload_adapters
     watching = asyncio.create_task(engine.watch())
     fake.is_zombie = True
-    async with asyncio.timeout(30):
-        while engine.is_ready:
-            await asyncio.sleep(0.01)
+    await wait_until(lambda: not engine.is_ready)
     fake.is_zombie = False
     await engine.wait_until_ready(30)
     assert is_reloaded.is_set()

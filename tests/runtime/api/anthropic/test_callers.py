@@ -12,7 +12,8 @@ import pytest
 from memory.schema import Scope, TrajectoryStage
 from runtime.config import EngineConfig
 from runtime.maintenance import Maintenance
-from tests.runtime.api.worlds import ServedWorld, eventually
+from tests.runtime.api.worlds import ServedWorld
+from tests.waiting import eventually
 
 HI = [{"role": "user", "content": "hi"}]
 BODY = {"model": "agent", "max_tokens": 64, "messages": HI}

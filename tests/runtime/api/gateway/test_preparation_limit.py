@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from runtime.api.gateway.preparation_limit import MAX_PER_KEY, MAX_PER_TENANT
-from tests.runtime.api.worlds import Doors, ServedWorld, eventually
+from tests.runtime.api.worlds import Doors, ServedWorld
+from tests.waiting import eventually
 
 
 class SlowDoors(Doors):

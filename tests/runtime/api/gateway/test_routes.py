@@ -10,7 +10,8 @@ from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import RewardSource
 from runtime.doctor import Check
 from runtime.maintenance import Maintenance
-from tests.runtime.api.worlds import ServedWorld, eventually
+from tests.runtime.api.worlds import ServedWorld
+from tests.waiting import eventually
 
 
 def ask(http: httpx.Client, text: str = "hello", **metadata: str) -> str:

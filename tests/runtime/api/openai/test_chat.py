@@ -9,7 +9,8 @@ import openai
 import pytest
 
 from memory.schema import TrajectoryStage
-from tests.runtime.api.worlds import ServedWorld, eventually
+from tests.runtime.api.worlds import ServedWorld
+from tests.waiting import eventually
 
 WEATHER = {
     "type": "function",

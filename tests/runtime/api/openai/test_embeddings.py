@@ -19,7 +19,8 @@ from memory.schema import Scope
 from runtime.api.gateway.admission import ConcurrencyLimit
 from runtime.api.openai.embeddings import ENCODE_BATCH
 from tests.memory.episodes import DIM, MAX_WORDS, HashingEncoder
-from tests.runtime.api.worlds import ServedWorld, error_code, eventually
+from tests.runtime.api.worlds import ServedWorld, error_code
+from tests.waiting import eventually
 
 TEXTS = ["rain in Oslo", "sunshine in Rome", "rain in Rome"]
 

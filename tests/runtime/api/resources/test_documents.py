@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from memory.schema import Scope
-from tests.runtime.api.worlds import ServedWorld, eventually
+from tests.runtime.api.worlds import ServedWorld
+from tests.waiting import eventually
 
 
 def add(http: httpx.Client, title: str, text: str) -> str:

@@ -17,7 +17,8 @@ from runtime.api.errors import Forbidden
 from runtime.api.gateway.permissions import OPEN_PATHS, ROUTE_PERMISSIONS, Caller, is_open, require_permission
 from runtime.tools.documents import document_search
 from tests.runtime.api.playing import WEATHER
-from tests.runtime.api.worlds import ServedWorld, error_code, eventually
+from tests.runtime.api.worlds import ServedWorld, error_code
+from tests.waiting import eventually
 
 ALL_BUT_ADMIN = ["infer", "feedback", "learn"]
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -24,6 +23,7 @@ from runtime.environments.machines.syscall_filter import make_filter
 from runtime.errors import ToolError, ToolRefused
 from runtime.tools.sandbox import SandboxLimits
 from tests.machines import needs_machine
+from tests.waiting import eventually
 
 
 @asynccontextmanager
@@ -193,18 +193,13 @@ def find_processes(*words: str) -> list[str]:
 
 def wait_until_there(word: str) -> list[str]:
     """A program in the background has its own command line only once it was given time to start."""
-    return wait_for_processes(word, are_there=True)
+    eventually(lambda: bool(find_processes(word)))
+    return find_processes(word)
 
 
 def wait_until_gone(word: str) -> list[str]:
-    return wait_for_processes(word, are_there=False)
-
-
-def wait_for_processes(word: str, *, are_there: bool) -> list[str]:
-    deadline = time.monotonic() + 10
-    while bool(found := find_processes(word)) != are_there and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return found
+    eventually(lambda: not find_processes(word))
+    return find_processes(word)
 
 
 @needs_machine
