@@ -85,6 +85,8 @@ class CycleArtifacts(BaseModel):
     """The methods of learning of this cycle, in their order; the default is that of releases with no choice."""
     methods_reason: str = ""
     """A sentence for people: why these methods."""
+    stage_seconds: dict[str, float] = {}
+    """By the name of the stage, in their order."""
     starts: dict[str, int] = {}
     """The policy versions that methods continue, by the name of the method."""
     practice_offset: int | None = None

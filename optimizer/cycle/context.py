@@ -84,6 +84,11 @@ class CycleContext:
         await self.memory.cycles.save(self.cycle_id, stage=stage, progress=progress)
         self.stage = stage
 
+    async def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add to the time that a stage has taken; what a process took that died in it is not counted."""
+        before = self.artifacts.stage_seconds
+        await self.save_artifacts(stage_seconds={**before, stage: round(before.get(stage, 0.0) + seconds, 1)})
+
     async def report_progress(self, done: int, total: int, message: str) -> None:
         """Show how far the stage is; calls in quick succession are dropped, but never the last of a count."""
         now = time.monotonic()

@@ -10,6 +10,7 @@ until `run_cycle` resumes it or `abandon_cycle` closes it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,7 +74,9 @@ async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str,
         for stage in list_remaining_stages(context.config, context.artifacts.methods, context.stage):
             # Durable before the stage begins: after a crash a stage is repeated, never skipped.
             await context.enter(stage.name)
+            began = time.monotonic()
             await stage.run(context)
+            await context.add_seconds(stage.name, time.monotonic() - began)
     # not BaseException: a cancellation must leave the row open, or a restart of the server would end the cycle
     except Exception as error:
         await memory.cycles.save(cycle_id, stage=CycleStage.ERROR, error=_explain(error))
@@ -87,23 +90,26 @@ async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str,
 
 
 def list_remaining_stages(config: OptimizerConfig, methods: Sequence[str], position: str) -> list[Stage]:
-    """Return the stages of a cycle with these methods, from `position` on, that the configuration needs.
+    """Return the stages of a cycle with these methods, from `position` on, that the configuration needs. A stage that
+    two methods share runs once, for the first of them.
 
     Raises:
         OptimizerError: no method has a stage of that name: the cycle was opened by another version.
     """
     chosen = list_methods(methods)
-    stages = [
+    every_stage = (
         Stage("collect", lambda context: collect(context, chosen[0])),
         *(stage.bind(method) for method in chosen for stage in method.stages),
         Stage("evaluate", release_gate.evaluate),
         Stage("settle", release_gate.decide),
-    ]
-    # names must be unique over all methods: the first of two is taken as the position
-    names = [stage.name for stage in stages]
+    )
+    stages: dict[str, Stage] = {}
+    for stage in every_stage:
+        stages.setdefault(stage.name, stage)
+    names = list(stages)
     if position not in names:
         raise OptimizerError(f"no method of learning has a stage {position!r}: cancel this cycle and start another")
-    return [stage for stage in stages[names.index(position) :] if stage.is_needed(config)]
+    return [stages[name] for name in names[names.index(position) :] if stages[name].is_needed(config)]
 
 
 async def abandon_cycle(memory: Memory, cycle_id: str, reason: str) -> Cycle:

@@ -34,6 +34,8 @@ def _choose_preference_loss(config: OptimizerConfig) -> dict[str, str | float]:
     return {"loss": wanted.loss, **({"discount": wanted.discount} if wanted.loss == "dmpo" else {})}
 
 
+EXPLORE = MethodStage("explore", explore, is_needed=lambda config: bool(config.explore_episodes))
+
 # Names are stored in artefacts and manifests, and cells are called `<name>-on`, so a name has no hyphen; settings spell
 # `<name>_epochs`, so it has no underscore.
 METHODS: tuple[Method, ...] = (
@@ -58,10 +60,7 @@ METHODS: tuple[Method, ...] = (
         measure_need=need_preferences,
         describe=preferences.describe,
         note="DPO on decisions that its tries weigh",
-        stages=(
-            MethodStage("explore", explore, is_needed=lambda config: bool(config.explore_episodes)),
-            MethodStage("dpo", build_rows_and_train),
-        ),
+        stages=(EXPLORE, MethodStage("dpo", build_rows_and_train)),
         loss=PAIRWISE,
         choose_loss=_choose_preference_loss,
         # without exploration, only the mistakes of logged policies can be compared
@@ -76,7 +75,7 @@ METHODS: tuple[Method, ...] = (
         measure_need=need_labels,
         describe=labels.describe,
         note="KTO on good and bad answers",
-        stages=(MethodStage("kto", build_rows_and_train),),
+        stages=(EXPLORE, MethodStage("kto", build_rows_and_train)),
         loss=UNPAIRED,
     ),
     Method(

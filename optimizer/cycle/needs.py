@@ -218,7 +218,7 @@ def need_labels(logged: Logged, rounds: Sequence[int]) -> Need:
         needed=wanted.min_rows,
         available=min(num_good, num_bad),
         # all of them may be of the rarer kind
-        playable=sum(rounds),
+        playable=sum(rounds) + config.explore_episodes,
         detail=f"{num_good} rewarded trajectories or imported labels are good examples and {num_bad} are bad ones (of "
         f"one task at most {wanted.per_task} trajectories of each count); the rarer of the two decides",
         mend="give feedback on more answers, on good and on bad ones (with keys, with one that has the scope 'teach'), "

@@ -12,6 +12,7 @@ import asyncio
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 from memory.schema import Policy, PolicyStage, StoredVerdict, Task, new_id
@@ -342,32 +343,34 @@ def _describe_gate(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
 
 
 def list_policies(context: CycleContext) -> list[PlayedPolicy]:
-    """Return the policies whose cells are played: the base, each training of this cycle, and the candidate in place of
-    the last training. Trainings after the one that the candidate came from are left out."""
+    """Return the policies whose cells are played: the base, and after each training the policy that the next one
+    continued, which may be an adapter of an earlier epoch; after the last the candidate. A training whose adapters were
+    not kept is left out."""
     artifacts = context.artifacts
     policies, title = [PlayedPolicy("base", "base", 0)], ""
     trained = [method for method in list_methods(artifacts.methods) if method.name in artifacts.trained]
-    for method in trained:
-        title = f"{title}+{method.title}" if title else method.title
-        version = artifacts.trained[method.name].policy
-        if method is trained[-1]:  # the candidate may be an adapter of an earlier epoch
+    for method, after in zip_longest(trained, trained[1:]):
+        if after is None:
             version = artifacts.candidate_version
+        else:  # the reserved version is that of the first training, which continued what was kept before
+            version = context.memory.policies.get(artifacts.versions[after.name]).parent or 0
+        if version == policies[-1].version:
+            continue
+        title = f"{title}+{method.title}" if title else method.title
         policies.append(PlayedPolicy(method.name, title, version))
-        if version == artifacts.candidate:
-            break
     return policies
 
 
 def list_cells(context: CycleContext) -> list[Cell]:
-    """Return the cells to play: each policy with memory off and on, and the incumbent as it serves."""
+    """Return the cells to play: each policy with memory off, and on where users are served with it; and the
+    contestants."""
+    uses = (False, True) if context.gate_serving(context.config.environment).use_memory else (False,)
     cells = [
         Cell(f"{policy.name}-{'on' if use_memory else 'off'}", policy.version, use_memory)
         for policy in list_policies(context)
-        for use_memory in (False, True)
+        for use_memory in uses
     ]
-    if context.artifacts.incumbent != 0:
-        cells.append(list_contestants(context)[1])
-    return cells
+    return list(dict.fromkeys([*cells, *list_contestants(context)]))
 
 
 def list_contestants(context: CycleContext) -> list[Cell]:

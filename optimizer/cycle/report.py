@@ -26,7 +26,7 @@ COLOURS = {"off": "#4c72b0", "on": "#dd8452"}
 
 @dataclass(frozen=True)
 class PlayedPolicy:
-    """One policy of the evaluation, of which two cells are played: `<name>-off` and `<name>-on`."""
+    """One policy of the evaluation; its cells are `<name>-off` and `<name>-on`."""
 
     name: str
     title: str
@@ -111,6 +111,7 @@ def build_report(context: CycleContext, evaluation: Evaluation) -> dict[str, Any
             for insight in context.memory.insights.active(context.config.environment, scope=EVERYBODY)
         ],
         "critiques": to_json(artifacts.critiques),
+        "stage_seconds": artifacts.stage_seconds,
         "lineage": [
             {"policy": policy.name, "note": policy.note, "adapter": policy.adapter_path}
             for policy in context.memory.policies.lineage(artifacts.candidate_version)

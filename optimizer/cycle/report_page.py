@@ -41,6 +41,7 @@ def render_markdown(report: dict[str, Any], methods: Sequence[Method]) -> str:
             [_as_sentence(report["pool"]), _as_sentence(report["methods"]["reason"]), _render_data(report, methods)],
         ),
         ("Training", [_render_training(report["training"])]),
+        ("Time", [_render_time(report["stage_seconds"])]),
         (
             "Insights",
             [
@@ -219,6 +220,12 @@ def _render_training(training: dict[str, Any]) -> str:
             [f"{name} (v{trained['policy']})", recipe, f"{metrics['num_steps']}", f"{metrics['seconds']:.0f}", shown]
         )
     return _table(["", "recipe", "steps", "seconds", "first and last fifth"], rows)
+
+
+def _render_time(stage_seconds: dict[str, float]) -> str:
+    total = sum(stage_seconds.values())
+    rows = [[stage, f"{seconds / 60:.1f}", f"{seconds / total:.0%}"] for stage, seconds in stage_seconds.items()]
+    return _table(["stage", "minutes", "share"], rows)
 
 
 def _render_critiques(critiques: dict[str, Any]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from memory.store import DATABASE_NAME
 from runtime.environments.converters.make import make_task_file
 from tests.bench.measure import machine
 from tests.bench.proof.plan import Run, Subject
@@ -20,9 +23,10 @@ CYCLE_SECONDS = 4 * 3600.0
 
 
 def play(run: Run) -> dict[str, Any]:
-    """Return what the run came to: {"run", "cells", "methods", "verdict", "minutes", "machine"}.
+    """Return what the run came to: {"run", "cells", "training", "selection", "verdict", "minutes", "stage_seconds",
+    "tokens", "machine"}.
 
-    `cells`: name -> {task: share of its tries that were won}, memory off.
+    `cells`: name -> {task: share of its tries that were won}, memory off. `tokens`: those of all episodes.
     """
     with tempfile.TemporaryDirectory(prefix="proof-") as made:
         home = Path(made)
@@ -38,9 +42,10 @@ def play(run: Run) -> dict[str, Any]:
         return {
             "run": {"subject": run.subject.name, "methods": list(run.methods), "seed": run.seed},
             "cells": read_cells(home / "data"),
-            "training": said["report"]["training"],
+            **{name: said["report"][name] for name in ("training", "selection", "stage_seconds")},
             "verdict": {name: said[name] for name in ("verdict", "reason", "policy")},
             "minutes": round(minutes, 1),
+            "tokens": count_tokens(home / "data" / DATABASE_NAME),
             "machine": machine(),
         }
 
@@ -81,6 +86,13 @@ def read_cells(data: Path) -> dict[str, dict[str, float]]:
             task: sum(tries) / len(tries) for task, tries in won.items()
         }
     return cells
+
+
+def count_tokens(database: Path) -> dict[str, int]:
+    """Return the tokens of all episodes of a server that has stopped."""
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        row = connection.execute("SELECT sum(prompt_tokens), sum(output_tokens) FROM trajectories").fetchone()
+    return {"prompt": row[0], "output": row[1]}
 
 
 def call(url: str, *command: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from memory.adapters import read_manifest
 from memory.schema import CycleStage, PolicyStage
 from memory.store import Memory
 from optimizer.config import EvaluationConfig, GroupConfig, LabelConfig, OptimizerConfig, RolloutConfig
-from optimizer.cycle.cycle import open_cycle, run_cycle
+from optimizer.cycle.cycle import list_remaining_stages, open_cycle, run_cycle
 from optimizer.cycle.methods import choose_methods
 from optimizer.cycle.needs import Logged
 from optimizer.data.rows import read_rows
@@ -146,6 +146,27 @@ async def test_each_method_continues_the_adapter_of_the_one_before(memory, token
     assert {"base-off", *(f"{name}-off" for name in methods)} <= set(report["cells"])
 
 
+async def test_labels_are_found_in_episodes_of_the_policy_that_is_continued(memory, tokenizer):
+    trainer = FakeTrainer()
+    # practice alone has only won: there would be nothing bad to learn from
+    seams = kitchen_seams(memory, tokenizer, trainer, {0: 1.1})
+    cycle = await open_cycle(memory, PLAYED.model_copy(update={"methods": ["sft", "kto"]}), seams=seams)
+
+    await run_cycle(memory, cycle.id, seams=seams)
+
+    artifacts = memory.cycles.get(cycle.id).artifacts
+    assert trainer.trained == ["sft", "kto"] and artifacts["labels"]["num_bad"] >= 4
+    assert list(artifacts["stage_seconds"]) == ["collect", "demonstrate", "sft", "explore", "kto", "evaluate", "settle"]
+    page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
+    assert "## Time" in page and "| explore | 0." in page
+
+
+def test_methods_that_explore_share_the_episodes_of_the_first():
+    stages = list_remaining_stages(PLAYED, ["sft", "kto", "dpo"], "collect")
+    names = ["collect", "demonstrate", "sft", "explore", "kto", "dpo", "evaluate", "settle"]
+    assert [stage.name for stage in stages] == names
+
+
 async def test_a_later_method_continues_the_checkpoint_that_was_chosen(memory, tokenizer):
     trainer = FakeTrainer()
     # SFT is v1; DPO after each of three epochs v2, v3 and v4, of which v3 plays best; KTO's are no better
@@ -158,6 +179,13 @@ async def test_a_later_method_continues_the_checkpoint_that_was_chosen(memory, t
     artifacts = memory.cycles.get(cycle.id).artifacts
     assert artifacts["starts"] == {"dpo": 1, "kto": 3} and trainer.trained == ["sft", "dpo", "kto"]
     assert verdict["policy"] == artifacts["selection"]["chosen"] == 3
+    report = json.loads((memory.data_dir / "reports" / cycle.id / "report.json").read_text())
+    # KTO's were not kept, and v3 is DPO's
+    assert {name: cell["policy"] for name, cell in report["cells"].items() if name.endswith("-off")} == {
+        "base-off": 0,
+        "sft-off": 1,
+        "dpo-off": 3,
+    }
     learned_from = {memory.trajectories.get(id_).task for id_ in artifacts["labels"]["trajectory_ids"]}
     assert learned_from and not learned_from & set(artifacts["selection_tasks"])
 

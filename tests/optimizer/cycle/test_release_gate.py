@@ -285,6 +285,8 @@ async def test_the_verdict_compares_both_as_they_serve(world, use_memory):
 
     assert verdict["candidate"]["use_memory"] is verdict["incumbent"]["use_memory"] is use_memory
     assert world.memory.policies.active().use_memory is None
+    # what is never served with memory is not played with it
+    assert {play[3] for play in world.played} == ({True, False} if use_memory else {False})
 
 
 async def test_what_is_no_worse_and_cheaper_without_memory_is_promoted_and_then_served_without(world):

@@ -65,6 +65,7 @@ def a_report(num_tasks: int) -> dict[str, Any]:
         "demonstrations": {"num_rows": 1, "num_tasks": 1, "num_with_memory": 0, "tally": {}, "teachers": []},
         "preferences": {},
         "training": {},
+        "stage_seconds": {},
         "insights": [],
         "critiques": None,
         "lineage": [{"policy": "v1", "note": "SFT"}],
