@@ -108,7 +108,7 @@ METHOD_NAMES = tuple(RECIPES[0][1].methods)
 PLAYING_METHODS = ("grpo", "distill", "search")
 """Those that play in every cycle, so they need an environment."""
 FIRST_METHOD = "sft"
-"""The method that starts from the bare base in every cycle, so nothing can come before it."""
+"""The method that continues no other of its cycle, so nothing can come before it."""
 
 
 def choose_recipe(num_parameters: int, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -411,7 +411,7 @@ class OptimizerConfig(BaseModel, extra="forbid"):
             raise ValueError(f"methods names {repeated!r} more than once; each trains once in a cycle")
         if FIRST_METHOD in methods[1:]:
             raise ValueError(
-                f"methods={methods!r}: {FIRST_METHOD!r} starts from the bare base, so what came before it would be "
+                f"methods={methods!r}: {FIRST_METHOD!r} continues no other method, so what came before it would be "
                 f"lost; put it first: {[FIRST_METHOD, *(it for it in methods if it != FIRST_METHOD)]!r}"
             )
         return methods

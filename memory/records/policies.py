@@ -215,6 +215,11 @@ class Policies:
                 policies.append(_require(session, policies[-1].parent))
         return policies
 
+    def root(self) -> int:
+        """Return the version that the active policy descends from and that no cycle made: the bare base, or the adapter
+        that came with an embedded model."""
+        return next(policy.version for policy in self.lineage(self.active().version) if policy.cycle_id is None)
+
     def activations(self) -> list[Activation]:
         """Return all activations, oldest first."""
         with self._database.read() as session:

@@ -87,6 +87,8 @@ class CycleArtifacts(BaseModel):
     """A sentence for people: why these methods."""
     stage_seconds: dict[str, float] = {}
     """By the name of the stage, in their order."""
+    root: int = 0
+    """The policy version that the first training starts from: the bare base, or a policy that no cycle made."""
     starts: dict[str, int] = {}
     """The policy versions that methods continue, by the name of the method."""
     practice_offset: int | None = None

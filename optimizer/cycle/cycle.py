@@ -52,7 +52,8 @@ async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | 
     # two writes: a crash in between leaves an open cycle without a note, which reports show as empty
     pool = describe_pool(await asyncio.to_thread(memory.trajectories.count_learnable), config)
     cycle = await memory.cycles.open(config.model_dump(mode="json"))
-    chosen = {"methods": list(choice.methods), "methods_reason": choice.reason}
+    root = await asyncio.to_thread(memory.policies.root)
+    chosen = {"methods": list(choice.methods), "methods_reason": choice.reason, "root": root}
     return await memory.cycles.save(
         cycle.id, artifacts={"pool": pool, **chosen, "needs": [need.to_json() for need in needs]}
     )

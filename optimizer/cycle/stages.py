@@ -91,9 +91,9 @@ class Method:
     """Kept with each policy that it trains."""
     stages: tuple[MethodStage, ...]
     continues: bool = True
-    """Whether it continues the adapter of the methods before it in the cycle, and from the bare base where there is
-    none; its candidate is chosen among that adapter and those after each of its epochs. False: it always starts from
-    the base, and comes first."""
+    """Whether it continues the adapter of the methods before it in the cycle, and the cycle's root where there is none;
+    its candidate is chosen among that adapter and those after each of its epochs. False: it always starts from the
+    root, and comes first."""
     plays_with_memory: bool = False
     """Whether its rounds, if it trains in rounds, are played with memory too."""
     play_on: PlayOn | None = None
@@ -238,7 +238,7 @@ def _list_reasons(counts: Counter[str]) -> str:
 async def train(context: CycleContext, method: Method) -> TrainedAdapter | None:
     """Train an adapter on the rows of a method and draft the policy that serves it; None with too few rows.
 
-    Adapters are not stacked from cycle to cycle: a method continues an adapter of this cycle or starts from the base.
+    Adapters are not stacked from cycle to cycle: a method continues an adapter of this cycle, or starts from the root.
     """
     config, summary = context.config, context.artifacts.rows[method.rows]
     if not _needs_rows(context, method) and not summary.has_enough(method.min_rows(config)):
@@ -253,8 +253,8 @@ async def train(context: CycleContext, method: Method) -> TrainedAdapter | None:
     for early in spec.early_adapters:
         await _register(context, spec.at(early), note=f"{method.note}, after {early.share:.0%} of the steps")
     if method.continues:
-        # the base is no candidate
-        versions = [spec.parent] if spec.parent else []
+        # the root is no candidate
+        versions = [] if spec.parent in (None, context.artifacts.root) else [spec.parent]
         await choose_policy(context, [*versions, *(early.version for early in spec.early_adapters), spec.version])
     return trained
 
@@ -272,14 +272,15 @@ async def explore(context: CycleContext, method: Method) -> None:
 
 async def find_start(context: CycleContext, method: Method) -> int:
     """Return the version of the policy that a method continues: the one chosen last in this cycle, else the one trained
-    last, else 0, the base."""
+    last, else the cycle's root."""
     artifacts = context.artifacts
     if not method.continues:
-        return 0
+        return artifacts.root
     # saved: a repeated stage would find the policy that the method itself has chosen
     if method.name not in artifacts.starts:
         before = artifacts.methods[: artifacts.methods.index(method.name)]
-        version = max((artifacts.trained[name].policy for name in before if name in artifacts.trained), default=0)
+        trained = [artifacts.trained[name].policy for name in before if name in artifacts.trained]
+        version = max(trained, default=artifacts.root)
         chosen = None if artifacts.selection is None else artifacts.selection.chosen
         if chosen is not None and any(name in artifacts.starts for name in before):
             version = chosen
@@ -314,7 +315,11 @@ async def _specify(context: CycleContext, method: Method, placement: Placement) 
     parent = policies.get(await find_start(context, method))
     parent_adapter = None if parent.adapter_path is None else Path(parent.adapter_path)
     # lineage: the episodes behind the adapter that is continued are behind this one as well
-    inherited = [] if parent_adapter is None else read_manifest(parent_adapter).trajectory_ids
+    inherited, plan = [], config.plan_training(recipe, method.name, len(lengths), min_steps=min_steps)
+    if parent_adapter is not None:
+        manifest = read_manifest(parent_adapter)
+        inherited = manifest.trajectory_ids
+        plan |= {name: manifest.settings[name] for name in ("lora_rank", "lora_alpha")}
     name = name_round(context, method)
     version = await _reserve_version(context, name)
     return TrainingSpec(
@@ -328,7 +333,7 @@ async def _specify(context: CycleContext, method: Method, placement: Placement) 
         parent=parent.version,
         parent_adapter=parent_adapter,
         trajectory_ids=sorted({*inherited, *context.artifacts.rows[method.rows].trajectory_ids}),
-        **config.plan_training(recipe, method.name, len(lengths), min_steps=min_steps),
+        **plan,
         beta=recipe.methods[method.name].beta,
         sft_weight=recipe.methods[method.name].sft_weight,
         **method.choose_loss(config),

@@ -25,8 +25,8 @@ class WarmSFTTrainer(child.WarmStart, SFTTrainer):
 
 
 def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> WarmSFTTrainer:
-    """Return TRL's SFT trainer over pre-tokenized rows."""
-    model, tokenizer = child.load_base(spec)
+    """Return TRL's SFT trainer over pre-tokenized rows; it starts from `spec.parent_adapter`, or from the bare base."""
+    model, tokenizer = child.load_start(spec)
     return WarmSFTTrainer(
         model=model,
         args=SFTConfig(
@@ -38,7 +38,7 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> WarmSFTTrai
         ),
         train_dataset=Dataset.from_list([label(row) for row in rows]),
         processing_class=tokenizer,
-        peft_config=LoraConfig(**child.lora_settings(spec)),
+        peft_config=None if spec.parent_adapter else LoraConfig(**child.lora_settings(spec)),
     )
 
 

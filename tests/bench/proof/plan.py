@@ -27,6 +27,8 @@ class Subject:
     """Demonstrations of practice tasks that are imported before the cycle. A model that never wins needs them."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the cycle."""
+    max_output_tokens: int = 0
+    """Of one reply, where there is a task file; more than any right one takes. The bare base writes on to the limit."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ SUBJECTS = (
         source=SHARED / "bfcl",
         kinds=("simple_python", "multiple", "live_simple"),
         num_demonstrations=200,
+        max_output_tokens=160,
         settings={
             "practice_episodes": 0,
             "explore_episodes": 512,
@@ -69,6 +72,7 @@ SUBJECTS = (
         benchmark="beerqa",
         source=SHARED / "beerqa_1000" / "beerqa_train_subsample.json",
         num_demonstrations=200,
+        max_output_tokens=64,
         settings={
             "practice_episodes": 0,
             "explore_episodes": 512,

@@ -32,6 +32,7 @@ def play(run: Run) -> dict[str, Any]:
         home = Path(made)
         flags = write_tasks(run.subject, home)
         with OurServer("--engine.model", run.subject.model, *flags, data=home / "data") as server:
+            start_from_base(server.url)
             seed_server(run, home, server.url)
             began = time.monotonic()
             settings = {**run.subject.settings, "methods": list(run.methods), "seed": run.seed}
@@ -50,6 +51,12 @@ def play(run: Run) -> dict[str, Any]:
         }
 
 
+def start_from_base(url: str) -> None:
+    """Take out of service the adapter that the model came with, so that the cycle starts from the bare base."""
+    if call(url, "policies")["active"] != "v0":
+        call(url, "rollback")
+
+
 def write_tasks(subject: Subject, home: Path) -> list[str]:
     """Write the task file of a subject; return the flags that make it an environment."""
     if subject.benchmark is None or subject.source is None:
@@ -59,7 +66,8 @@ def write_tasks(subject: Subject, home: Path) -> list[str]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     kept = [row for row in rows if not subject.kinds or row["kind"] in subject.kinds]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
-    return [f"--environments.{subject.environment}.tasks", str(path)]
+    section = f"--environments.{subject.environment}"
+    return [f"{section}.tasks", str(path), f"{section}.max_output_tokens", str(subject.max_output_tokens)]
 
 
 def seed_server(run: Run, home: Path, url: str) -> None:

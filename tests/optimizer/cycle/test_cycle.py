@@ -28,6 +28,7 @@ from optimizer.errors import CompletionError, TemplateMismatch, TooFewTrajectori
 from optimizer.placement import Gpu, Machine
 from optimizer.seams import Seams
 from optimizer.training.launch import read_finished
+from optimizer.training.spec import TrainingSpec
 from tests.memory.episodes import HashingEncoder
 from tests.optimizer.worlds import ACT, call, live
 
@@ -483,6 +484,47 @@ async def test_feedback_of_a_key_that_does_not_teach_is_counted_and_not_learned(
     made = memory.cycles.get(cycle.id).artifacts["demonstrations"]
     assert made["num_rows"] == 6 and made["tally"]["not_by_a_teacher"] == 6
     assert [(it["key_id"], it["key_name"]) for it in made["teachers"]] == [(teacher.id, "app")]
+
+
+async def test_every_cycle_continues_the_adapter_that_came_with_the_model_and_not_that_of_the_cycle_before(
+    memory, kitchen, trainer, tmp_path
+):
+    shipped = TrainingSpec(
+        kind="sft",
+        name="shipped",
+        version=1,
+        base_model="base",
+        output_dir=tmp_path / "shipped",
+        work_dir=tmp_path / "work",
+        rows_path=tmp_path / "rows",
+        trajectory_ids=["their-1"],
+        lora_rank=4,
+        lora_alpha=8,
+        learning_rate=1e-3,
+        epochs=1,
+        batch_size=4,
+        rows_per_pass=4,
+    )
+    shipped.rows_path.write_text("")
+    await trainer(shipped)
+    policy = await memory.policies.draft(adapter_path=str(shipped.output_dir), adapter_digest="")
+    await memory.policies.promote(policy.version)
+    specs = []
+
+    async def train(spec, **more):
+        specs.append(spec)
+        return await trainer(spec, **more)
+
+    kitchen.skill = {**dict.fromkeys(range(20), 0.6), 1: 0.3}
+    seams = Seams(rollout=kitchen.rollout, tasks=kitchen.tasks, train=train)
+    for _ in range(2):
+        cycle = await open_cycle(memory, CONFIG)
+        await run_cycle(memory, cycle.id, seams=seams)
+
+    starts = [(spec.kind, spec.version, spec.parent) for spec in specs]
+    assert [start for start in starts if start[0] == "sft"] == [("sft", 2, 1), ("sft", starts[-2][1], 1)]
+    assert all(spec.lora_rank == 4 and "their-1" in spec.trajectory_ids for spec in specs)
+    assert memory.policies.root() == 1
 
 
 async def test_the_next_cycle_practices_on_other_tasks_and_measures_the_new_incumbent(memory, kitchen, trainer):
