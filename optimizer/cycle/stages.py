@@ -166,8 +166,12 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     # a later method or round may have too few rows: it is skipped in `train`
     if _needs_rows(context, method):
         _require_enough(method, built, config, len(material.trajectories))
+    rows_path = _rows_path(context, method)
     if built.rows:
-        write_rows(built.rows, _rows_path(context, method))
+        write_rows(built.rows, rows_path)
+    else:
+        # those of the round before
+        rows_path.unlink(missing_ok=True)
     summary = RowsSummary.model_validate(
         {
             "num_rows": len(built.rows),

@@ -218,6 +218,17 @@ async def test_a_round_that_makes_it_worse_is_not_passed_on(memory, tokenizer):
     assert parents == [0, 1, 1]
 
 
+async def test_a_round_without_rows_ends_the_training_and_leaves_none_of_the_round_before(memory, tokenizer):
+    trainer = FakeTrainer()
+    seams = kitchen_seams(memory, tokenizer, trainer, {2: 1.1})  # what always wins has no group
+    cycle = await open_cycle(memory, ROUNDS, seams=seams)
+
+    await run_cycle(memory, cycle.id, seams=seams)
+
+    assert trainer.trained == ["sft", "grpo"]
+    assert [it.name for it in (memory.data_dir / "cycles" / cycle.id).glob("*.jsonl")] == ["demonstrations.jsonl"]
+
+
 async def test_a_process_that_dies_between_rounds_goes_on_with_the_next(memory, tokenizer):
     trainer, deaths = FakeTrainer(), [True]
 
