@@ -139,13 +139,16 @@ def find_practice_offset(context: CycleContext) -> int:
 
 
 async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
-    """Build the rows of a method from the episodes that weights may learn from, and write them to its file.
+    """Build the rows of a method from the episodes that weights may learn from, and write them to its file; where its
+    training has begun, return their summary.
 
     Raises:
         TemplateMismatch: too few of the agent's own tokens could be trained.
         TooFewTrajectories: the first method of the cycle has fewer rows than the configuration asks for.
     """
     config = context.config
+    if _has_begun(context, method):
+        return context.artifacts.rows[method.rows]
     placement = await place_training(context.memory, config, context.seams)
     material = Material(
         trajectories=await read_episodes(context, method),
@@ -163,8 +166,12 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     # a later method or round may have too few rows: it is skipped in `train`
     if _needs_rows(context, method):
         _require_enough(method, built, config, len(material.trajectories))
+    rows_path = _rows_path(context, method)
     if built.rows:
-        write_rows(built.rows, _rows_path(context, method))
+        write_rows(built.rows, rows_path)
+    else:
+        # those of the round before
+        rows_path.unlink(missing_ok=True)
     summary = RowsSummary.model_validate(
         {
             "num_rows": len(built.rows),
@@ -180,6 +187,14 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     # after the file: the summary says that the rows can be read
     await context.save_artifacts(**{method.rows: summary})
     return summary
+
+
+def _has_begun(context: CycleContext, method: Method) -> bool:
+    """Whether the training of this round has begun, which keeps the rows that it was specified with."""
+    # built anew they may differ, by a thumb that arrived meanwhile: the finished adapter would be of another spec. The
+    # version is reserved after the rows of its round were written
+    is_specified = name_round(context, method) in context.artifacts.versions
+    return is_specified and method.rows in context.artifacts.rows and _rows_path(context, method).exists()
 
 
 async def read_episodes(context: CycleContext, method: Method) -> list[GradedTrajectory]:

@@ -39,7 +39,7 @@ class GroupRows(BuiltRows[RolloutRow]):
     """Rollouts in groups, and the reasons for which everything else was left out."""
 
     num_groups: int = 0
-    """Groups whose rewards differ; those of a team's roles in one task count once."""
+    """Groups whose rewards differ and that have rows; those of a team's roles in one task count once."""
     mean_reward: float = 0.0
     """Of all rollouts of the policy, those of groups without a difference included; tokens are not priced in it."""
 
@@ -99,28 +99,28 @@ def build_groups(
     own: list[GradedTrajectory] = []
     for each in graded:
         try:
-            _require_own(each, policy)
+            require_sampled_by(each, policy)
         except Unstitchable as reason:
             built.counts[str(reason)] += 1
             continue
         own.append(each)
     built.mean_reward = sum(each.reward for each in own) / len(own) if own else 0.0
-    tasks = set()
-    for (*task, _), tries in sorted(_group_tries(split_roles(own)).items()):
+    for _, tries in sorted(_group_tries(split_roles(own)).items()):
         # all roles' tokens: a long plan costs the actor, too
         num_tokens = [measure(parts[0].episode.steps).output_tokens for parts in tries]
         rewards = price_tokens([_mean_reward(parts) for parts in tries], num_tokens, config.token_price)
         if max(rewards) - min(rewards) < LEAST_SPREAD:
             built.counts["no_variance"] += 1
             continue
-        tasks.add(tuple(task))
         for parts, advantage in zip(tries, leave_one_out(rewards), strict=True):
             for each in parts:
                 rows = _take_rows(each, advantage, max_length_tokens, built.counts)
                 built.rows += rows
                 built.teachers += [(each.teacher,)] * len(rows)
-    built.num_tasks = built.num_groups = len(tasks)
     bound_rows(built, config, teaching or TeachingConfig(), seed)
+    # of the rows that are left: a group without any teaches nothing
+    tasks = {each.trajectory.id: each.trajectory.task_key for each in own}
+    built.num_tasks = built.num_groups = len({tasks[row.trajectory_id] for row in built.rows})
     return built
 
 
@@ -166,11 +166,18 @@ def require_played_by(each: GradedTrajectory, policy: int) -> None:
     require_trusted(each)
 
 
-def _require_own(each: GradedTrajectory, policy: int) -> None:
+def require_sampled_by(each: GradedTrajectory, policy: int) -> None:
+    """Raise Unstitchable for an episode whose tokens this policy did not sample as they are scored: without memory, at
+    temperature 1."""
     require_played_by(each, policy)
-    # None: not recorded; the rounds of a cycle play at 1
-    if each.trajectory.temperature not in (None, 1.0):
+    if not is_sampled(each):
         raise Unstitchable("other_temperature")
+
+
+def is_sampled(each: GradedTrajectory) -> bool:
+    """Whether an episode was played at temperature 1."""
+    # None: not recorded; the rounds of a cycle play at 1
+    return each.trajectory.temperature in (None, 1.0)
 
 
 def _take_rows(

@@ -189,6 +189,9 @@ def _weigh_task(
             if not _is_evident(better, worse):
                 counts["no_evidence"] += 1
                 continue
+            if better.best is None:
+                counts["no_imitable_win"] += 1
+                continue
             preference = _weigh(better.best, worse.worst, config)
             length = max(len(preference.chosen_ids), len(preference.rejected_ids))
             # both sides are padded to the longer one
@@ -210,6 +213,8 @@ class _Side:
     graded: RolePart
     rows: list[Row]
     edits: list[SegmentEdit]
+    is_imitable: bool
+    """Whether it may be a chosen side. A win that may not is evidence all the same, as a loss of its kind is."""
     _bare: dict[int, Row] = field(default_factory=dict, compare=False)
 
     def bare_row(self, step: int) -> Row:
@@ -226,11 +231,17 @@ class _Side:
 
 def _stitch_side(each: RolePart, tokenizer: Tokenizer, counts: Counter[str]) -> _Side:
     require_trusted(each)  # a page that makes the agent fail must not choose what is unlearned either
-    if each.is_success:
-        require_imitable(each)
     rows, joints = stitch(each.steps)
     counts["fork"] += joints["fork"]
-    return _Side(each, rows, each.plan_memory_removal(tokenizer))
+    return _Side(each, rows, each.plan_memory_removal(tokenizer), _is_imitable(each))
+
+
+def _is_imitable(each: RolePart) -> bool:
+    try:
+        require_imitable(each)
+    except Unstitchable:
+        return False
+    return True
 
 
 @dataclass
@@ -262,14 +273,14 @@ class _Reply:
         return (self.wins + 0.5) / (self.wins + blame + 1)
 
     @property
-    def best(self) -> tuple[_Side, int]:
-        """The win that needed the fewest steps more."""
-        # raises ValueError without a win: ask `wins` first (and `losses` before `worst`)
-        return min((it for it in self.tries if it[0].graded.is_success), key=_order)
+    def best(self) -> tuple[_Side, int] | None:
+        """Of the wins that may be imitated, the one that needed the fewest steps more; None without any."""
+        return min((it for it in self.tries if it[0].is_imitable), key=_order, default=None)
 
     @property
     def worst(self) -> tuple[_Side, int]:
         """The loss that followed soonest."""
+        # raises ValueError without a loss: ask `losses` first
         return min((it for it in self.tries if not it[0].graded.is_success), key=_order)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from memory.team import Role
 from optimizer.config import RolloutConfig, TeachingConfig
-from optimizer.data.groups import require_played_by
+from optimizer.data.groups import is_sampled, require_sampled_by
 from optimizer.data.roles import split_roles
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts
 from optimizer.data.stitching import Tokenizer, Unstitchable, insert_memory, stitch
@@ -99,7 +99,7 @@ def build_rollouts(
         if each.trajectory.policy == policy and each.trajectory.memory_text:
             continue
         try:
-            require_played_by(each, policy)
+            require_sampled_by(each, policy)
             if each.trajectory.task_key not in shown:
                 raise Unstitchable("no_memory")
         except Unstitchable as reason:
@@ -125,11 +125,11 @@ def build_rollouts(
 def _find_memories(
     graded: Sequence[GradedTrajectory], policy: int
 ) -> dict[tuple[str, str, str], list[GradedTrajectory]]:
-    """Return the episodes of a policy with memory, by task, oldest first."""
+    """Return the episodes that a policy sampled with memory, by task, oldest first."""
     shown: dict[tuple[str, str, str], list[GradedTrajectory]] = {}
     for each in sorted(graded, key=lambda each: each.trajectory.id):
         trajectory = each.trajectory
-        if trajectory.policy == policy and trajectory.memory_text and trajectory.may_teach:
+        if trajectory.policy == policy and trajectory.memory_text and trajectory.may_teach and is_sampled(each):
             shown.setdefault(trajectory.task_key, []).append(each)
     return shown
 

@@ -79,9 +79,10 @@ def _rows_by_group(
 ) -> dict[Hashable, list[int]]:
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for position in kept:
-        # a set: a preference whose two sides have one teacher counts once
-        for group in {group_of(teacher) for teacher in teachers[position]} - {None}:
-            groups[group].append(position)
+        # once for a preference whose two sides have one teacher; no set, whose order is another one in each process
+        for group in dict.fromkeys(map(group_of, teachers[position])):
+            if group is not None:
+                groups[group].append(position)
     return groups
 
 

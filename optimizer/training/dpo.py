@@ -71,35 +71,56 @@ def weigh_turns(completion_mask: torch.Tensor, discount: float) -> torch.Tensor:
 
 @dataclass
 class WeighedModel:
-    """A model whose log-probs are multiplied by one weight for each token but the first."""
+    """A model whose log-probs are multiplied by one weight for each token but the first, and kept."""
 
     model: Any
-    weights: torch.Tensor
+    weights: torch.Tensor | None
+    """None: 1 for every token."""
+    log_probs: torch.Tensor | None = None
+    """Of the last call, both sides; 0 where nothing is trained."""
 
     def __call__(self, **inputs: Any) -> Any:
         outputs = self.model(**inputs)
-        outputs.log_probs = outputs.log_probs * self.weights.to(outputs.log_probs.device)
+        if self.weights is not None:
+            outputs.log_probs = outputs.log_probs * self.weights.to(outputs.log_probs.device)
+        self.log_probs = outputs.log_probs
         return outputs
 
 
-class MaskedDPOTrainer(child.WarmStart, DPOTrainer):
-    """DPO over pre-tokenized rows with masks on both sides."""
+def measure_likelihood_loss(log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+    """Return the mean over the chosen sides of each one's mean loss over its own tokens."""
+    # TRL's own term, "sft", is the mean over all tokens of a pass: it would depend on the rows that share one
+    chosen, num_tokens = log_probs.chunk(2)[0], completion_mask.chunk(2)[0].sum(dim=1)
+    return -(chosen.sum(dim=1) / num_tokens.clamp(min=1)).mean()
 
-    def __init__(self, *args: Any, discount: float | None = None, **kwargs: Any) -> None:
+
+class MaskedDPOTrainer(child.WarmStart, DPOTrainer):
+    """DPO over pre-tokenized rows with masks on both sides, with the likelihood of the chosen one added."""
+
+    def __init__(
+        self, *args: Any, discount: float | None = None, likelihood_weight: float = 0.0, **kwargs: Any
+    ) -> None:
         # before TRL's constructor, which computes the reference
-        self._discount = discount
+        self._discount, self._likelihood_weight = discount, likelihood_weight
         super().__init__(*args, **kwargs)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         return super().compute_ref_log_probs(self._weigh(model, inputs), inputs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        return super()._compute_loss(self._weigh(model, inputs), inputs, return_outputs)
+        weighed = self._weigh(model, inputs)
+        # nobody asks for the outputs: there is no evaluation
+        loss = super()._compute_loss(weighed, inputs, False)
+        if self._likelihood_weight:
+            assert weighed.log_probs is not None
+            loss = loss + self._likelihood_weight * measure_likelihood_loss(
+                weighed.log_probs, inputs["completion_mask"]
+            )
+        return loss
 
-    def _weigh(self, model: Any, inputs: dict[str, Any]) -> Any:
-        if self._discount is None:
-            return model
-        return WeighedModel(model, weigh_turns(inputs["completion_mask"], self._discount)[:, 1:])
+    def _weigh(self, model: Any, inputs: dict[str, Any]) -> WeighedModel:
+        weights = None if self._discount is None else weigh_turns(inputs["completion_mask"], self._discount)[:, 1:]
+        return WeighedModel(model, weights)
 
     # These methods are hooks of TRL 1.16: pyproject.toml pins trl, and tests/optimizer/data/test_masks.py fails
     # where they vanish.
@@ -115,23 +136,20 @@ class MaskedDPOTrainer(child.WarmStart, DPOTrainer):
 def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> MaskedDPOTrainer:
     """Return the trainer; it starts from `spec.parent_adapter`, or from the bare base when there is none."""
     model, tokenizer = child.load_start(spec)
-    # the likelihood term keeps the chosen side from losing probability along with the rejected one
-    losses = {"sigmoid_norm" if spec.loss == "sigmoid_norm" else "sigmoid": 1.0}
-    if spec.sft_weight:
-        losses["sft"] = spec.sft_weight
     return MaskedDPOTrainer(
         model=model,
         args=DPOConfig(
             **child.trainer_arguments(spec, len(rows)),
             beta=spec.beta,
-            loss_type=list(losses),
-            loss_weights=list(losses.values()),
+            loss_type=["sigmoid_norm" if spec.loss == "sigmoid_norm" else "sigmoid"],
             # the reference is computed once for all rows, before the first step; the collator passes the numbers on
             precompute_ref_log_probs=True,
         ),
         data_collator=MaskedPreferenceCollator(tokenizer.pad_token_id),
         train_dataset=Dataset.from_list([measure(row) for row in rows]),
         discount=spec.discount,
+        # keeps the chosen side from losing probability along with the rejected one
+        likelihood_weight=spec.sft_weight,
         processing_class=tokenizer,
         peft_config=None if spec.parent_adapter else LoraConfig(**child.lora_settings(spec)),
     )

@@ -5,13 +5,15 @@ A margin is log p(yes) - log p(no). Pure functions; arrays are one number an epi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import rankdata
+
+from memory.statistics import wilson_interval
 
 NUM_RESAMPLES = 2_000
 
@@ -76,20 +78,35 @@ def auc_interval(
     scores: Sequence[float], labels: Sequence[bool], tasks: Sequence[object], seed: int = 0
 ) -> tuple[float, float]:
     """Return the 95 % interval of the AUC, by a bootstrap over tasks: episodes of one task resemble each other."""
+    x, y = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
+    # A resample of one kind alone has no AUC.
+    values = [
+        measure_auc(x[picked].tolist(), y[picked].tolist())
+        for picked in _resample(tasks, seed)
+        if 0 < y[picked].sum() < len(picked)
+    ]
+    low, high = np.quantile(values, [0.025, 0.975]) if values else (0.0, 1.0)
+    return float(low), float(high)
+
+
+def share_interval(is_right: Sequence[bool], tasks: Sequence[object], seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of a share of episodes, by the same bootstrap; never narrower than Wilson's over
+    episodes, which has a width where all of them are alike."""
+    right = np.asarray(is_right, dtype=float)
+    low, high = np.quantile([right[picked].mean() for picked in _resample(tasks, seed)], [0.025, 0.975])
+    least, most = wilson_interval(sum(is_right), len(is_right))
+    return min(float(low), least), max(float(high), most)
+
+
+def _resample(tasks: Sequence[object], seed: int) -> Iterator[np.ndarray]:
+    """Yield the positions of the episodes of as many tasks as there are, drawn with replacement."""
     by_task: dict[object, list[int]] = {}
     for position, task in enumerate(tasks):
         by_task.setdefault(task, []).append(position)
     groups = [np.asarray(positions) for positions in by_task.values()]
-    x, y = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     random = np.random.default_rng(seed)
-    values = []
     for _ in range(NUM_RESAMPLES):
-        picked = np.concatenate([groups[number] for number in random.integers(0, len(groups), len(groups))])
-        # A resample of one kind alone has no AUC.
-        if 0 < y[picked].sum() < len(picked):
-            values.append(measure_auc(x[picked].tolist(), y[picked].tolist()))
-    low, high = np.quantile(values, [0.025, 0.975]) if values else (0.0, 1.0)
-    return float(low), float(high)
+        yield np.concatenate([groups[number] for number in random.integers(0, len(groups), len(groups))])
 
 
 def measure_brier(probabilities: np.ndarray, labels: Sequence[bool]) -> float:

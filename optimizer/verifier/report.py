@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from memory.statistics import wilson_interval
-from optimizer.verifier.calibration import Calibration, auc_interval, measure_auc, measure_brier
+from optimizer.verifier.calibration import Calibration, auc_interval, measure_auc, measure_brier, share_interval
 from optimizer.verifier.rows import VerifierExample
 
 
@@ -20,14 +19,18 @@ def measure(
     """Return the figures of a verifier on tasks that neither its weights nor its threshold have seen."""
     labels, tasks = [each.is_success for each in test], [each.task for each in test]
     is_right = [bool(it) is label for it, label in zip(calibration.decide(margins).tolist(), labels, strict=True)]
-    by_people = [right for right, each in zip(is_right, test, strict=True) if each.is_by_person]
+    by_people = [position for position, each in enumerate(test) if each.is_by_person]
     return {
         "auc": measure_auc(margins, labels),
         "auc_interval": auc_interval(margins, labels, tasks, seed),
         "base_auc": measure_auc(base_margins, labels),
         "brier": measure_brier(calibration.probabilities(margins), labels),
-        "agreement": _describe_share(is_right),
-        "agreement_with_people": _describe_share(by_people) if by_people else None,
+        "agreement": _describe_share(is_right, tasks, seed),
+        "agreement_with_people": _describe_share(
+            [is_right[it] for it in by_people], [tasks[it] for it in by_people], seed
+        )
+        if by_people
+        else None,
     }
 
 
@@ -59,8 +62,8 @@ def describe_part(part: Sequence[VerifierExample]) -> dict[str, int]:
     }
 
 
-def _describe_share(is_right: Sequence[bool]) -> dict[str, Any]:
-    low, high = wilson_interval(sum(is_right), len(is_right))
+def _describe_share(is_right: Sequence[bool], tasks: Sequence[object], seed: int) -> dict[str, Any]:
+    low, high = share_interval(is_right, tasks, seed)
     return {"num_right": sum(is_right), "num_episodes": len(is_right), "low": low, "high": high}
 
 

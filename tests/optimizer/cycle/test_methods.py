@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memory.adapters import read_manifest
-from memory.schema import CycleStage, PolicyStage
+from memory.schema import CycleStage, PolicyStage, RewardSource
 from memory.store import Memory
 from optimizer.config import EvaluationConfig, GroupConfig, LabelConfig, OptimizerConfig, RolloutConfig
 from optimizer.cycle.cycle import list_remaining_stages, open_cycle, run_cycle
@@ -246,6 +246,17 @@ async def test_a_round_that_makes_it_worse_is_not_passed_on(memory, tokenizer):
     assert parents == [0, 1, 1]
 
 
+async def test_a_round_without_rows_ends_the_training_and_leaves_none_of_the_round_before(memory, tokenizer):
+    trainer = FakeTrainer()
+    seams = kitchen_seams(memory, tokenizer, trainer, {2: 1.1})  # what always wins has no group
+    cycle = await open_cycle(memory, ROUNDS, seams=seams)
+
+    await run_cycle(memory, cycle.id, seams=seams)
+
+    assert trainer.trained == ["sft", "grpo"]
+    assert [it.name for it in (memory.data_dir / "cycles" / cycle.id).glob("*.jsonl")] == ["demonstrations.jsonl"]
+
+
 async def test_a_process_that_dies_between_rounds_goes_on_with_the_next(memory, tokenizer):
     trainer, deaths = FakeTrainer(), [True]
 
@@ -267,6 +278,33 @@ async def test_a_process_that_dies_between_rounds_goes_on_with_the_next(memory, 
     assert trainer.trained == ["sft", "grpo", "grpo"] and verdict["policy"] == 3
     cells, selection = 6 * 8, 12
     assert kitchen.num_played == num_played + selection + cells  # no round is played again
+
+
+@pytest.mark.parametrize(("method", "rows"), [("dpo", "preferences"), ("grpo", "groups")])
+async def test_a_thumb_that_arrives_after_a_training_leaves_its_rows_as_they_were(memory, tokenizer, method, rows):
+    trainer, deaths = FakeTrainer(), [True]
+
+    async def train(spec, **more):
+        manifest = await trainer(spec, **more)
+        if spec.kind == method and deaths:
+            deaths.pop()
+            raise Died
+        return manifest
+
+    seams = kitchen_seams(memory, tokenizer, train, {})
+    update = {"methods": ["sft", method], "groups": ROUNDS.groups.model_copy(update={"rounds": 1})}
+    cycle = await open_cycle(memory, ROUNDS.model_copy(update=update), seams=seams)
+    with pytest.raises(Died):
+        await run_cycle(memory, cycle.id, seams=seams)
+    before = memory.cycles.get(cycle.id).artifacts[rows]
+    for id_ in before["trajectory_ids"]:
+        await memory.trajectories.reward(id_, 0.0, RewardSource.USER)
+
+    await run_cycle(memory, cycle.id, seams=seams)
+
+    closed = memory.cycles.get(cycle.id)
+    assert closed.stage == CycleStage.COMPLETED and trainer.trained == ["sft", method]
+    assert closed.artifacts[rows] == before and closed.artifacts[method]["policy"] > 1
 
 
 async def test_distillation_plays_with_and_without_memory_and_learns_where_memory_wins(memory, tokenizer):

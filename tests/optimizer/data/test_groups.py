@@ -79,6 +79,23 @@ def test_a_rollout_that_is_too_long_still_counts_for_the_others(tokenizer):
     assert built.counts["too_long"] == 1
 
 
+def test_a_group_without_a_row_is_not_counted(tokenizer):
+    graded = [each for task in "abcd" for each in tries(tokenizer, True, False, task=task)]
+
+    built = group(graded, max_length_tokens=10)
+
+    assert (built.rows, built.num_examples, built.num_tasks) == ([], 0, 0) and built.counts["too_long"] == 8
+
+
+def test_a_group_whose_rows_are_over_the_cap_is_not_counted(tokenizer):
+    graded = [each for task in "abcd" for each in tries(tokenizer, True, False, task=task)]
+
+    built = group(graded, max_rows=2)
+
+    tasks = {each.trajectory.id: each.trajectory.task for each in graded}
+    assert built.num_groups == built.num_tasks == len({tasks[row.trajectory_id] for row in built.rows}) < 4
+
+
 def test_a_held_out_rollout_is_in_no_group(tokenizer):
     with pytest.raises(AssertionError, match="held-out"):
         group(tries(tokenizer, True, False, split=Split.HELD_OUT))

@@ -85,6 +85,18 @@ def test_only_memory_of_the_same_policy_task_and_trust_is_in_view(tokenizer):
     assert not built.rows and built.counts["no_memory"] == 1
 
 
+def test_only_rollouts_at_temperature_one_are_scored_and_show_whether_memory_wins(tokenizer):
+    shown, own, cold = with_memory(tokenizer), without(tokenizer), without(tokenizer)
+    cold_with_memory = with_memory(tokenizer, is_success=False)
+    for each in (cold, cold_with_memory):
+        each.trajectory.temperature = 0.3
+
+    built = score([shown, own, cold, cold_with_memory], tokenizer)
+
+    assert built.trajectory_ids == [own.trajectory.id] and built.counts["other_temperature"] == 1
+    assert built.won_with_memory == 1.0
+
+
 def test_a_rollout_that_would_be_too_long_with_memory_is_left_out(tokenizer):
     own = without(tokenizer)
     (row,) = stitch(own.steps)[0]

@@ -157,6 +157,27 @@ def test_a_reply_that_loses_no_more_often_than_another_is_not_rejected_for_it(to
     assert built.rows == [] and built.counts["no_evidence"] == 1
 
 
+def test_a_win_with_an_invalid_call_is_evidence_for_its_replies(tokenizer):
+    clumsy = [live([TAKE, STOVE], tokenizer=tokenizer, num_invalid_tool_calls=1) for _ in range(3)]
+    lost = live([TAKE, STOVE], tokenizer=tokenizer, is_success=False)
+    won = live([TAKE, OVEN], tokenizer=tokenizer)
+
+    built = weigh([*clumsy, lost, won], tokenizer)
+
+    assert built.rows == [] and built.counts["no_evidence"] == 1
+
+
+def test_a_win_with_an_invalid_call_is_no_chosen_side(tokenizer):
+    clumsy = live([TAKE, STOVE], tokenizer=tokenizer, num_invalid_tool_calls=1)
+    won = live([TAKE, STOVE, EAT], tokenizer=tokenizer)
+    lost = live([TAKE, OVEN], tokenizer=tokenizer, is_success=False)
+
+    without, built = weigh([clumsy, lost], tokenizer), weigh([clumsy, won, lost], tokenizer)
+
+    assert without.rows == [] and without.counts["no_imitable_win"] == 1
+    assert [row.chosen_trajectory_id for row in built.rows] == [won.trajectory.id]
+
+
 def test_going_in_circles_is_a_failure_to_learn_from_and_is_cut_short(tokenizer):
     won = live([TAKE, STOVE, EAT], tokenizer=tokenizer)
     rambling = live([TAKE, *(("look", f"A kitchen, {n}.") for n in range(9))], tokenizer=tokenizer, is_success=False)

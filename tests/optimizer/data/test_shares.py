@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 from memory.records.trajectories import GradedTrajectory
 from memory.teaching import Teacher
@@ -66,6 +70,29 @@ def test_a_preference_counts_for_both_who_judged_its_sides():
     assert sum(SHOP in rows[position] for position in kept) == 3
     counted = count_rows(rows, {})
     assert {each["teacher"]: each["num_rows"] for each in counted} == {"environment": 13, "feedback": 10}
+
+
+def test_a_repeated_stage_in_another_process_keeps_the_same_rows():
+    code = """
+from collections import Counter
+from memory.teaching import Teacher
+from optimizer.config import TeachingConfig
+from optimizer.data.shares import choose_rows
+rows = [(Teacher("", "key_app", f"user{n}"), Teacher("", "key_app", f"user{n + 1}")) for n in range(9)] * 9
+print(choose_rows(rows, TeachingConfig(max_rows_per_user=5, max_share=1), floor=1, seed=0, counts=Counter()))
+"""
+    kept = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            cwd=Path(__file__).parents[3],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in (0, 3)  # of a set of two users they make both orders
+    }
+    assert len(kept) == 1
 
 
 def test_the_report_names_keys_and_no_persons():

@@ -79,6 +79,35 @@ def test_the_length_normalised_form_does_not_weigh_a_longer_side_more(spec, toke
     assert ratio[0].item() == pytest.approx(ratio[1].item(), rel=1e-2) and (per_side > 0).all()
 
 
+@pytest.mark.parametrize("fields", [{}, {"loss": "dmpo", "discount": 0.5}])
+def test_the_loss_does_not_depend_on_how_many_preferences_fit_into_a_pass(spec, tokenizer, sft_adapter, fields):
+    long = [(f"open door {number}", "It is open.") for number in range(3)]
+    graded = [
+        live(moves, tokenizer=tokenizer, task=task, is_success=moves[0] != LOST[0])
+        for task, won in (("a", WON), ("b", WON), ("c", long), ("d", [*long, *WON]))
+        for moves in (won, LOST)
+    ]
+    config = PreferenceConfig(scope="remainder")
+    rows = build_preferences(graded, tokenizer, config=config, max_length_tokens=2048).rows
+    made = spec("dpo", rows, dtype="float32", parent_adapter=sft_adapter, sft_weight=1.0, **fields)
+    trainer = dpo.build_trainer(made, dpo.read_rows(made.rows_path))
+    measured = list(trainer.train_dataset)
+
+    def loss(*of_pass):
+        with torch.no_grad():
+            return trainer.compute_loss(trainer.model, trainer.data_collator(list(of_pass))).item()
+
+    assert len(measured) == 4
+    assert loss(*measured) == pytest.approx(sum(map(loss, measured)) / len(measured), rel=1e-5)
+
+
+def test_a_long_chosen_side_is_not_likelier_made_than_a_short_one():
+    log_probs = torch.tensor([[-1.0, -1.0, -1.0, -1.0], [0.0, -5.0, 0.0, 0.0], [-9.0] * 4, [-9.0] * 4])
+    mask = torch.tensor([[0, 1, 1, 1, 1], [0, 0, 1, 0, 0], [1] * 5, [1] * 5])
+
+    assert dpo.measure_likelihood_loss(log_probs, mask).item() == pytest.approx((1 + 5) / 2)
+
+
 def test_dmpo_on_single_decisions_is_refused_with_the_mend():
     with pytest.raises(ValidationError, match="set the scope to 'remainder'"):
         OptimizerConfig.model_validate({"preferences": {"loss": "dmpo"}})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optimizer.verifier.calibration import auc_interval, fit, measure_auc, measure_brier
+from optimizer.verifier.calibration import auc_interval, fit, measure_auc, measure_brier, share_interval
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,15 @@ def test_an_interval_over_tasks_is_wider_than_one_over_their_repeated_episodes()
     over_episodes = auc_interval(scores, labels, list(range(100)))
     assert over_tasks[0] <= measure_auc(scores, labels) <= over_tasks[1]
     assert over_tasks[1] - over_tasks[0] > over_episodes[1] - over_episodes[0]
+
+
+def test_an_agreement_on_repeated_episodes_of_few_tasks_is_less_certain():
+    is_right = [True, True, True, False] * 10
+    tasks = list(range(4)) * 10
+    over_tasks, over_episodes = share_interval(is_right, tasks), share_interval(is_right, list(range(40)))
+    assert over_tasks[0] < over_episodes[0] < 0.75 < over_episodes[1] < over_tasks[1]
+
+
+def test_an_agreement_without_an_error_is_not_certain():
+    low, high = share_interval([True] * 12, [0, 1, 2] * 4)
+    assert 0.7 < low < 0.8 and high == 1.0
