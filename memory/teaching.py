@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from enum import StrEnum
 
 from sqlalchemy import ColumnElement, and_, or_
 from sqlmodel import Session, col, select
@@ -19,6 +20,18 @@ from memory.schema import ApiKey, Example, Feedback, Reward, RewardSource, Scope
 DEFAULT_TENANT = ""
 
 
+class TeacherKind(StrEnum):
+    """What a teacher gave."""
+
+    FEEDBACK = "feedback"
+    ENVIRONMENT = "environment"
+    """A reward that an environment measured."""
+    IMPORT = "import"
+    """Examples that were imported."""
+    VERIFIER = "verifier"
+    """The grade of a model that was trained on rewards."""
+
+
 @dataclass(frozen=True)
 class Teacher:
     """The source of a reward or a correction."""
@@ -26,10 +39,7 @@ class Teacher:
     tenant: str = DEFAULT_TENANT
     key_id: str | None = None
     user_id: str = ""
-    is_environment: bool = False
-    """Whether an environment measured the reward."""
-    is_import: bool = False
-    """Whether it gave examples that were imported."""
+    kind: TeacherKind = TeacherKind.FEEDBACK
 
 
 OPERATOR = Teacher()

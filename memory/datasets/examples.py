@@ -23,7 +23,7 @@ from memory.errors import UnknownExample
 from memory.formats.content import ExampleContent, ExampleKind, Message
 from memory.schema import Example, Trust, new_id
 from memory.storage.database import Database
-from memory.teaching import DEFAULT_TENANT, Teacher, example_teaches, teaching_keys
+from memory.teaching import DEFAULT_TENANT, Teacher, TeacherKind, example_teaches, teaching_keys
 
 MAX_BATCH = 100
 """Rows of one write."""
@@ -164,7 +164,7 @@ class Examples:
             query = sql_select(Example).where(*self._learnable_conditions(session, kind, environments))
             rows = session.scalars(query.order_by(rank, col(Example.id).desc()).limit(limit)).all()
         return [
-            TaughtExample(row, Teacher(row.tenant, row.key_id, is_import=True))
+            TaughtExample(row, Teacher(row.tenant, row.key_id, kind=TeacherKind.IMPORT))
             for row in sorted(rows, key=lambda row: row.id)
         ]
 

@@ -54,7 +54,7 @@ from memory.schema import (
 )
 from memory.scopes import Scopes, is_shown
 from memory.storage.database import Database
-from memory.teaching import DEFAULT_TENANT, OPERATOR, Teacher, reward_teaches, teaching_keys
+from memory.teaching import DEFAULT_TENANT, OPERATOR, Teacher, TeacherKind, reward_teaches, teaching_keys
 from memory.trust import Exchange, digest_exchange, is_trusted, trust_of
 
 # As memory.schema.TokenIds stores them.
@@ -619,5 +619,6 @@ def _outcome_of(trajectory: Trajectory) -> str:
 
 def _teacher_of(trajectory: Trajectory, reward: Reward) -> Teacher:
     if reward.source is RewardSource.ENVIRONMENT:
-        return Teacher(trajectory.tenant, trajectory.key_id, trajectory.user_id, is_environment=True)
-    return Teacher(trajectory.tenant, reward.key_id, reward.user_id)
+        return Teacher(trajectory.tenant, trajectory.key_id, trajectory.user_id, TeacherKind.ENVIRONMENT)
+    kind = TeacherKind.VERIFIER if reward.source is RewardSource.VERIFIER else TeacherKind.FEEDBACK
+    return Teacher(trajectory.tenant, reward.key_id, reward.user_id, kind)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from memory.scopes import EVERYBODY
+from memory.teaching import TeacherKind
 from optimizer.cycle.artifacts import to_json
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.report_page import render_markdown
@@ -20,6 +21,7 @@ from optimizer.cycle.stages import Method
 from optimizer.evaluation.cells import CellResult, EpisodeSummary, compare_pairs, pair_tasks, share_won
 from optimizer.evaluation.decision import Verdict
 from optimizer.evaluation.intervals import bootstrap_mean
+from optimizer.verifier.report import read_newest
 
 COLOURS = {"off": "#4c72b0", "on": "#dd8452"}
 
@@ -79,6 +81,7 @@ def _set_aside(directory: Path) -> None:
 def build_report(context: CycleContext, evaluation: Evaluation) -> dict[str, Any]:
     """Return the whole report as plain values; the keys are a stored format."""
     artifacts, methods = context.artifacts, evaluation.methods
+    kinds = {teacher["teacher"] for summary in artifacts.rows.values() for teacher in summary.teachers}
     rows = {method.rows: artifacts.rows.get(method.rows) for method in methods}
     return {
         "cycle": context.cycle_id,
@@ -92,6 +95,7 @@ def build_report(context: CycleContext, evaluation: Evaluation) -> dict[str, Any
         "comparisons": compare_cells(evaluation.cells, evaluation.policies),
         "saving": measure_saving(evaluation.cells, evaluation.policies),
         **{name: {} if summary is None else _without_ids(to_json(summary)) for name, summary in rows.items()},
+        "verifier": read_newest(context.memory.data_dir / "verifiers") if TeacherKind.VERIFIER in kinds else None,
         "selection": to_json(artifacts.selection),
         "training": {
             method.name: to_json(artifacts.trained[method.name])

@@ -181,6 +181,8 @@ def _render_data(report: dict[str, Any], methods: Sequence[Method]) -> str:
             before = method.title
         elif before:
             paragraphs.append(f"Too few {method.rows} for {method.title}: it kept the {before} policy as it was.")
+    if report["verifier"]:
+        paragraphs.append(report["verifier"]["description"])
     if report.get("selection"):
         paragraphs.append(_render_selection(report["selection"]))
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)

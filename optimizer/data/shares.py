@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from memory.teaching import DEFAULT_TENANT, Teacher
+from memory.teaching import DEFAULT_TENANT, Teacher, TeacherKind
 from optimizer.config import TeachingConfig
 
 Teachers = tuple[Teacher, ...]
@@ -27,12 +27,12 @@ Teachers = tuple[Teacher, ...]
 
 
 def _user_of(teacher: Teacher) -> Hashable | None:
-    return None if teacher.is_environment or not teacher.user_id else (teacher.tenant, teacher.user_id)
+    return None if teacher.kind is TeacherKind.ENVIRONMENT or not teacher.user_id else (teacher.tenant, teacher.user_id)
 
 
 def _key_of(teacher: Teacher) -> Hashable | None:
-    is_operators_import = teacher.is_import and teacher.tenant == DEFAULT_TENANT
-    return None if teacher.is_environment or is_operators_import else teacher.key_id
+    is_operators_import = teacher.kind is TeacherKind.IMPORT and teacher.tenant == DEFAULT_TENANT
+    return None if teacher.kind is TeacherKind.ENVIRONMENT or is_operators_import else teacher.key_id
 
 
 def _tenant_of(teacher: Teacher) -> Hashable | None:
@@ -105,7 +105,7 @@ def count_rows(teachers: Sequence[Teachers], key_names: Mapping[str, str]) -> li
     return [
         {
             "tenant": teacher.tenant,
-            "teacher": _name_kind(teacher),
+            "teacher": teacher.kind.value,
             "key_id": teacher.key_id,
             "key_name": key_names.get(teacher.key_id or ""),
             "user": hash_user(teacher.tenant, teacher.user_id),
@@ -115,14 +115,8 @@ def count_rows(teachers: Sequence[Teachers], key_names: Mapping[str, str]) -> li
     ]
 
 
-def _name_kind(teacher: Teacher) -> str:
-    if teacher.is_import:
-        return "import"
-    return "environment" if teacher.is_environment else "feedback"
-
-
 def _order(teacher: Teacher) -> tuple[str, ...]:
-    return (teacher.tenant, teacher.key_id or "", teacher.user_id, _name_kind(teacher))
+    return (teacher.tenant, teacher.key_id or "", teacher.user_id, teacher.kind.value)
 
 
 def hash_user(tenant: str, user_id: str) -> str:

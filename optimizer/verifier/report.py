@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from optimizer.verifier.calibration import Calibration, auc_interval, measure_auc, measure_brier, share_interval
@@ -50,6 +52,17 @@ def describe(report: dict[str, Any]) -> str:
         "Its grades count for training data alone, where nobody else gave a reward; the release gate never sees them.",
     ]
     return "\n".join(lines)
+
+
+def find_newest(home: Path) -> int:
+    """Return the number of the newest verifier in a directory of verifiers that was measured; 0 if there is none."""
+    return max((int(path.parent.name[1:]) for path in home.glob("v*/report.json")), default=0)
+
+
+def read_newest(home: Path) -> dict[str, Any] | None:
+    """Return the report of the newest verifier; None if there is none."""
+    version = find_newest(home)
+    return json.loads((home / f"v{version}" / "report.json").read_text(encoding="utf-8")) if version else None
 
 
 def describe_part(part: Sequence[VerifierExample]) -> dict[str, int]:

@@ -31,7 +31,7 @@ from optimizer.training.footprint import read_shape
 from optimizer.training.launch import OnStep, score, train
 from optimizer.training.spec import TrainingSpec
 from optimizer.verifier.calibration import Calibration, fit
-from optimizer.verifier.report import describe, describe_part, measure
+from optimizer.verifier.report import describe, describe_part, find_newest, measure
 from optimizer.verifier.rows import (
     Question,
     VerifierExample,
@@ -74,7 +74,7 @@ class VerifierSetup:
 
     def newest(self) -> int:
         """Return the number of the newest verifier that was measured; 0 if there is none."""
-        return max((int(path.parent.name[1:]) for path in self.home.glob("v*/report.json")), default=0)
+        return find_newest(self.home)
 
     def next(self) -> int:
         """Return a number that no verifier has had, one that was not finished included."""

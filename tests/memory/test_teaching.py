@@ -6,7 +6,7 @@ import pytest
 
 from memory.schema import Feedback, TrajectoryStage
 from memory.store import Memory
-from memory.teaching import Teacher, teaches
+from memory.teaching import Teacher, TeacherKind, teaches
 from tests.memory.episodes import play
 
 
@@ -87,7 +87,7 @@ async def test_the_teacher_is_whoever_gave_the_reward_that_counts(memory: Memory
     assert teachers == {
         praised.id: Teacher("", key_id, "anna"),
         judged.id: Teacher("", key_id, "ben"),
-        measured.id: Teacher(is_environment=True),
+        measured.id: Teacher(kind=TeacherKind.ENVIRONMENT),
     }
 
 

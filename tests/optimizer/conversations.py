@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from memory.schema import Feedback, Step, StepKind, Trajectory, TrajectoryStage, new_id
+from memory.schema import Feedback, RewardSource, Step, StepKind, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
 from optimizer.data.stitching import render_prompt
 
@@ -23,8 +23,10 @@ def reply(tokenizer: Any, number: int, text: str) -> tuple[list[dict[str, Any]],
     return opening, render_prompt(tokenizer, opening, []), said
 
 
-async def converse(memory: Memory, tokenizer: Any, number: int, *, is_good: bool, **feedback: Any) -> Trajectory:
-    """Record one conversation and a thumb on it."""
+async def converse(
+    memory: Memory, tokenizer: Any, number: int, *, is_good: bool, by_verifier: bool = False, **feedback: Any
+) -> Trajectory:
+    """Record one conversation and a thumb on it, or the grade of a verifier."""
     text = GOOD if is_good else BAD
     opening, prompt, said = reply(tokenizer, number, text)
     trajectory = await memory.trajectories.open(
@@ -47,7 +49,10 @@ async def converse(memory: Memory, tokenizer: Any, number: int, *, is_good: bool
     )
     await memory.trajectories.append(step, trajectory=trajectory)
     closed = await memory.trajectories.close(trajectory.id, stage=TrajectoryStage.FINISHED, answer=step.content)
-    await memory.feedback.post(Feedback(trajectory_id=trajectory.id, value=is_good, **feedback))
+    if by_verifier:
+        await memory.trajectories.reward(trajectory.id, float(is_good), RewardSource.VERIFIER)
+    else:
+        await memory.feedback.post(Feedback(trajectory_id=trajectory.id, value=is_good, **feedback))
     return closed
 
 

@@ -87,6 +87,21 @@ async def test_thumbs_that_are_mostly_down_are_learned_from_without_imitation(me
     assert teacher["teacher"] == "feedback" and teacher["num_rows"] == 40
 
 
+async def test_a_report_names_the_rows_that_a_verifier_graded_and_how_far_it_agrees(memory, tokenizer):
+    for number in range(40):
+        await converse(memory, tokenizer, number, is_good=number % 3 == 0, by_verifier=True)
+    verifier = memory.data_dir / "verifiers" / "v2"
+    verifier.mkdir(parents=True)
+    (verifier / "report.json").write_text(json.dumps({"description": "it agrees with 19 of 20 rewards"}))
+    seams = Seams(rollout=cannot_play, tasks=cannot_play, train=FakeTrainer())
+    cycle = await open_cycle(memory, OptimizerConfig(**LOGGED), seams=seams)
+
+    await run_cycle(memory, cycle.id, seams=seams)
+
+    page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
+    assert "| default | verifier | none | unnamed | 40 |" in page and "it agrees with 19 of 20 rewards" in page
+
+
 async def test_thumbs_of_one_kind_alone_are_imitated_or_refused(memory, tokenizer):
     for number in range(20):
         await converse(memory, tokenizer, number, is_good=False)

@@ -66,6 +66,7 @@ def a_report(num_tasks: int) -> dict[str, Any]:
         "preferences": {},
         "training": {},
         "stage_seconds": {},
+        "verifier": None,
         "insights": [],
         "critiques": None,
         "lineage": [{"policy": "v1", "note": "SFT"}],

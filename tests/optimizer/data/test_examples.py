@@ -13,7 +13,7 @@ from memory.datasets.examples import Origin, TaughtExample, digest_content, make
 from memory.formats.content import ExampleContent, ExampleKind, is_trained
 from memory.formats.files import read_file
 from memory.formats.registry import FORMATS
-from memory.teaching import Teacher
+from memory.teaching import Teacher, TeacherKind
 from optimizer.config import DemonstrationConfig, PreferenceConfig
 from optimizer.data.demonstrations import build_demonstrations
 from optimizer.data.examples import render_examples
@@ -25,7 +25,7 @@ from tests.optimizer.families import NAMES, make_tokenizer
 from tests.optimizer.worlds import live
 from tests.shared_data import find_shared
 
-IMPORTER = Teacher("", "key_1", is_import=True)
+IMPORTER = Teacher("", "key_1", kind=TeacherKind.IMPORT)
 
 
 def taught(content: ExampleContent, teacher: Teacher = IMPORTER) -> TaughtExample:
@@ -124,16 +124,16 @@ def test_a_template_that_allows_no_such_conversation_is_counted():
 
 
 def test_the_same_example_of_two_tenants_is_learned_once(tokenizer):
-    built = build([taught(PLAIN), taught(PLAIN, Teacher("shop", "key_2", is_import=True))], tokenizer)
+    built = build([taught(PLAIN), taught(PLAIN, Teacher("shop", "key_2", kind=TeacherKind.IMPORT))], tokenizer)
     assert len(built.rows) == 1 and built.counts["duplicate"] == 1
 
 
 @pytest.mark.parametrize(("tenant", "num_kept"), [("", 30), ("shop", 1)])
 def test_a_flood_of_a_tenant_keeps_to_its_share_and_the_operators_seed_stays_whole(tokenizer, tenant, num_kept):
-    teacher = Teacher(tenant, "key_2", is_import=True)
+    teacher = Teacher(tenant, "key_2", kind=TeacherKind.IMPORT)
     flood = [taught(replace(PLAIN, completion=[say("assistant", str(n))]), teacher) for n in range(30)]
     won = live([("take carrot", "Taken.")], tokenizer=tokenizer)
-    built = build([*flood], tokenizer, [replace(won, teacher=Teacher(is_environment=True))], min_rows=4)
+    built = build([*flood], tokenizer, [replace(won, teacher=Teacher(kind=TeacherKind.ENVIRONMENT))], min_rows=4)
     assert sum(row.is_imported for row in built.rows) == num_kept and len(built.rows) == num_kept + 1
 
 

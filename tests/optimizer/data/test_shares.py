@@ -9,12 +9,12 @@ from collections import Counter
 from pathlib import Path
 
 from memory.records.trajectories import GradedTrajectory
-from memory.teaching import Teacher
+from memory.teaching import Teacher, TeacherKind
 from optimizer.config import TeachingConfig
 from optimizer.data.shares import choose_rows, count_rows
 from optimizer.rewards import choose_newest
 
-PRACTICE = Teacher(is_environment=True)
+PRACTICE = Teacher(kind=TeacherKind.ENVIRONMENT)
 SHOP = Teacher("shop", "key_shop")
 APP = Teacher("", "key_app")
 ANNA, BEN = (Teacher("", "key_app", name) for name in ("anna@example.org", "ben@example.org"))
