@@ -4,6 +4,7 @@ is longer than pyproject.toml says, and that it is tried once."""
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 from collections.abc import Iterator
 from logging.handlers import RotatingFileHandler
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from xdist.scheduler import LoadFileScheduling
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 ENGINE_SECONDS = 1800
 """The first test of a module pays for the start of its engine, and for a model's training."""
 SLOW_SECONDS = 6 * 3600
+STACKS_SHARE = 0.9
+"""Of a test's time, after which it says where it stands."""
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +74,19 @@ class OnceEach(LoadFileScheduling):
                 del workload[file]  # a worker that is given nothing to do never asks for more
         super().remove_node(node)
         return ended
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """Print all stacks shortly before a test's time is up: what pytest-timeout prints then is lost in a worker."""
+    marker = item.get_closest_marker("timeout")
+    seconds = float(marker.args[0] if marker else item.config.getini("timeout"))
+    # the real standard error; pytest has no public name for it
+    faulthandler.dump_traceback_later(STACKS_SHARE * seconds, file=item.config.stash[fault_handler_stderr_fd_key])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -47,7 +47,7 @@ def add_teach_command(app: typer.Typer, read_settings: ReadSettings) -> None:
         key: Key = None,
         as_json: Json = False,
     ) -> None:
-        """Have the model of [teacher] play practice tasks; what it solves is learned by the next cycle.
+        """Have the model of the section `teacher` play practice tasks; what it solves is learned by the next cycle.
 
         Tasks that a teacher has solved before are skipped, so a run that broke off is simply started again.
         """
