@@ -17,6 +17,8 @@ from runtime.engine.client import Message, ToolCall
 from runtime.errors import UnknownEnvironment
 from runtime.tools.base import Tool
 
+MAX_FAILURE_CHARS = 500
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -96,6 +98,11 @@ class Environment(ABC):
     @abstractmethod
     async def start(self, task: Task) -> Playthrough:
         """Start `task` from its beginning."""
+
+
+def describe_failure(task: Task, error: Exception) -> str:
+    """Return, in one line, which task could not be played and why."""
+    return f"{task.name!r}: {' '.join(f'{type(error).__name__}: {error}'.split())[:MAX_FAILURE_CHARS]}"
 
 
 def find_environment(environments: Mapping[str, Environment], name: str) -> Environment:
