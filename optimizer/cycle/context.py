@@ -16,15 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from memory.datasets.examples import TaughtExample
+from memory.datasets.examples import TaughtExample, user_texts_of
 from memory.formats.content import ExampleKind
+from memory.held_out import is_held_out_by_clients
 from memory.names import path_below
 from memory.records.feedback import Correction
 from memory.schema import Split, Task, Trajectory
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.artifacts import CycleArtifacts, to_json
-from optimizer.rewards import GradedTrajectory, grade, is_held_out_by_clients
+from optimizer.rewards import GradedTrajectory, grade
 from optimizer.seams import Seams, Serving
 
 PROGRESS_INTERVAL_SECONDS = 0.5
@@ -154,7 +155,7 @@ class CycleContext:
 
         def is_held_out(each: TaughtExample) -> bool:
             row = each.example
-            return measures(row.tenant, row.environment or None, row.task, each.question)
+            return measures(row.tenant, row.environment or None, row.task, user_texts_of(row))
 
         return {kind: [each for each in rows if not is_held_out(each)] for kind, rows in examples.items()}
 
@@ -167,21 +168,26 @@ class CycleContext:
         measures = await self._find_measuring()
 
         def is_held_out(trajectory: Trajectory) -> bool:
-            return measures(trajectory.tenant, trajectory.environment, trajectory.task, trajectory.task_text)
+            return measures(trajectory.tenant, trajectory.environment, trajectory.task, [trajectory.task_text])
 
         return [each for each in candidates if not is_held_out(each.trajectory)]
 
-    async def _find_measuring(self) -> Callable[[str, str | None, str | None, str], bool]:
-        """Return whether a task measures, as a function of (tenant, environment, task, text)."""
+    async def _find_measuring(self) -> Callable[[str, str | None, str | None, Sequence[str]], bool]:
+        """Return whether a task measures, as a function of (tenant, environment, task, texts of users)."""
         # by name: a client may have played a held-out task without marking it
         held_out = {(task.environment, task.name) for task in self._measuring_tasks()}
         held_out_by_clients = await asyncio.to_thread(self.memory.trajectories.held_out_tasks)
 
-        def measures(tenant: str, environment: str | None, task: str | None, text: str) -> bool:
-            if environment is not None:
-                return (environment, task) in held_out
+        def measures(tenant: str, environment: str | None, task: str | None, texts: Sequence[str]) -> bool:
             # live traffic has no environment: it is held out by what its clients named
-            return is_held_out_by_clients(held_out_by_clients, tenant, task, text)
+            if is_held_out_by_clients(held_out_by_clients, tenant, environment, task, texts):
+                return True
+            # by text as well: a row of a published test set may have no name, or another one
+            return (environment, task) in held_out or any(
+                self.seams.holds_out(each, task if each == environment else None, text)
+                for each in filter(None, self.config.pool_environments)
+                for text in texts
+            )
 
         return measures
 

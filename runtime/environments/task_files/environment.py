@@ -57,6 +57,13 @@ class TaskFile(Environment):
     def sealed_tasks(self, num_tasks: int) -> list[Task]:
         return [self.task(name) for name in self._index.names[SEALED][:num_tasks]]
 
+    def holds_out(self, name: str | None, text: str) -> bool:
+        position = self._index.positions.get(name or "")
+        # The name first: two tasks may ask the same of different databases.
+        if position is not None:
+            return to_split(position.split) is Split.HELD_OUT
+        return self._index.is_held_out(text)
+
     async def start(self, task: Task) -> TaskPlaythrough:
         return await start_playthrough(task, await self._read(task), self._resources)
 
