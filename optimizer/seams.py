@@ -127,14 +127,14 @@ def no_sealed_tasks(environment: str, num_tasks: int) -> list[Task]:
 
 
 class HoldsOut(Protocol):
-    def __call__(self, environment: str, task: str | None, text: str) -> bool:
-        """Return whether a task of the environment only measures: by its name or, where it has no task of that name,
-        by the text that a user asks with."""
+    def __call__(self, environment: str, task: str | None, texts: Sequence[str]) -> bool:
+        """Return whether a task of the environment is held out or sealed: by its name or, where the environment has no
+        task of that name, by what its users say."""
         ...
 
 
-def holds_out_nothing(environment: str, task: str | None, text: str) -> bool:
-    """The `HoldsOut` of environments that know their tasks by their listings alone."""
+def holds_out_nothing(environment: str, task: str | None, texts: Sequence[str]) -> bool:
+    """The `HoldsOut` of compositions whose tasks are all for practice."""
     return False
 
 

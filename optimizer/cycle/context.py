@@ -174,19 +174,16 @@ class CycleContext:
 
     async def _find_measuring(self) -> Callable[[str, str | None, str | None, Sequence[str]], bool]:
         """Return whether a task measures, as a function of (tenant, environment, task, texts of users)."""
-        # by name: a client may have played a held-out task without marking it
-        held_out = {(task.environment, task.name) for task in self._measuring_tasks()}
         held_out_by_clients = await asyncio.to_thread(self.memory.trajectories.held_out_tasks)
 
         def measures(tenant: str, environment: str | None, task: str | None, texts: Sequence[str]) -> bool:
             # live traffic has no environment: it is held out by what its clients named
             if is_held_out_by_clients(held_out_by_clients, tenant, environment, task, texts):
                 return True
-            # by text as well: a row of a published test set may have no name, or another one
-            return (environment, task) in held_out or any(
-                self.seams.holds_out(each, task if each == environment else None, text)
+            # a client may play a held-out task without marking it; a row of a published test set may have no name
+            return any(
+                self.seams.holds_out(each, task if each == environment else None, texts)
                 for each in filter(None, self.config.pool_environments)
-                for text in texts
             )
 
         return measures
@@ -232,16 +229,6 @@ class CycleContext:
     def num_gate_tasks(self, environment: str) -> int:
         """Return how many tasks the gate plays in an environment."""
         return self.config.evaluation.count_tasks(self.seams.serving(environment).temperature)
-
-    def _measuring_tasks(self) -> list[Task]:
-        """Return every held-out task that a gate has played or will play in this cycle, and the sealed ones."""
-        tasks: list[Task] = []
-        for environment in filter(None, self.config.pool_environments):
-            # from 0: the blocks of earlier gates may be played again, once the last task has been
-            end = self.memory.verdicts.held_out_end(environment) + self.num_gate_tasks(environment)
-            tasks += self.seams.tasks(environment, Split.HELD_OUT, end, 0)
-            tasks += self.seams.sealed_tasks(environment, self.config.evaluation.num_sealed_tasks)
-        return tasks
 
     async def prepare(self, tasks: Sequence[Task]) -> None:
         """Make tasks ready to start, and show the progress of it."""

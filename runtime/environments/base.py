@@ -86,10 +86,13 @@ class Environment(ABC):
         """Return up to `num_tasks` held-out tasks that `tasks` never returns; only a cycle's report plays them."""
         return []
 
-    def holds_out(self, name: str | None, text: str) -> bool:
-        """Whether a task only measures: by its name or, where no task here has that name, because a held-out or sealed
-        one asks `text`. False where that is not known without starting tasks, whose listings then decide."""
-        return False
+    def holds_out(self, name: str | None, texts: Sequence[str]) -> bool:
+        """Whether a task is held out or sealed: by its name or, where no task here has that name and what tasks ask is
+        known without starting them, because one that is asks one of `texts`."""
+        try:
+            return name is not None and self.task(name).split is Split.HELD_OUT
+        except ValueError:  # UnknownTask, or what a class makes of a name of another form
+            return False
 
     async def prepare(self, tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
         """Do slow work of starting these tasks ahead of time; call `on_progress(num_done, num_total)` after each."""

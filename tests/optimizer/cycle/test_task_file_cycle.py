@@ -166,6 +166,7 @@ async def test_imported_rows_of_tasks_that_measure_are_not_learned_whatever_they
         example(held_out, "a later turn", before=greeted),
         example(sealed, "sealed"),
         example("Make it blue.", "by name", task="held-out-29"),
+        ExampleContent(ExampleKind.DEMONSTRATION, [{"role": "assistant", "content": "unasked"}], task="sealed-5"),
         example(practice, "learned"),
         example(held_out, "learned by name", task="practice-0"),  # one question may be that of two tasks
     ]

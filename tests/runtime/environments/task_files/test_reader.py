@@ -199,10 +199,10 @@ def test_a_task_is_held_out_by_its_name_and_without_one_by_its_question_whatever
             row("f", split="held-out", messages=same),
         )
     )
-    assert [file.holds_out(name, "") for name in "abcd"] == [False, True, True, True]
+    assert [file.holds_out(name, []) for name in "abcd"] == [False, True, True, True]
     texts = ["What is a?", "What is b?", "What is c?", "And 3 + 3?", "2 + 2?", ""]
     for name in (None, "another's"):
-        assert [file.holds_out(name, text) for text in texts] == [False, True, True, True, False, False]
-    assert file.holds_out(None, "\n What  is\tb? ") and not file.holds_out(None, "What isb?")
+        assert [file.holds_out(name, [text]) for text in texts] == [False, True, True, True, False, False]
+    assert file.holds_out(None, ["Hello.", "\n What  is\tb? "]) and not file.holds_out(None, ["What isb?"])
     # one question over two databases: the name tells them apart
-    assert [file.holds_out(name, same[0]["content"]) for name in ("e", "f", None)] == [False, True, True]
+    assert [file.holds_out(name, [same[0]["content"]]) for name in ("e", "f", None)] == [False, True, True]
