@@ -78,9 +78,3 @@ def refuse_held_out(graded: Iterable[GradedTrajectory | Correction]) -> None:
                 f"trajectory {each.trajectory.id!r} is of the held-out task {each.trajectory.task!r}; "
                 "nothing may be learned from it"
             )
-
-
-def is_held_out_by_clients(held_out: Collection[tuple[str, str]], tenant: str, task: str | None, text: str) -> bool:
-    """Whether a live task is among those that clients hold out, (tenant, name or text) each: tenant by tenant, so that
-    no tenant can withhold another's log from learning."""
-    return any((tenant, it) in held_out for it in (task, text))

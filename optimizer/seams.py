@@ -126,6 +126,18 @@ def no_sealed_tasks(environment: str, num_tasks: int) -> list[Task]:
     return []
 
 
+class HoldsOut(Protocol):
+    def __call__(self, environment: str, task: str | None, texts: Sequence[str]) -> bool:
+        """Return whether a task of the environment is held out or sealed: by its name or, where the environment has no
+        task of that name, by what its users say."""
+        ...
+
+
+def holds_out_nothing(environment: str, task: str | None, texts: Sequence[str]) -> bool:
+    """The `HoldsOut` of compositions whose tasks are all for practice."""
+    return False
+
+
 def branch_nowhere(environment: str) -> Branch | None:
     """The `Seams.branching` of compositions without environments that can be replayed."""
     return None
@@ -148,6 +160,7 @@ class Seams:
     tasks: ListTasks
     prepare: Prepare = prepare_nothing
     sealed_tasks: ListSealedTasks = no_sealed_tasks
+    holds_out: HoldsOut = holds_out_nothing
     serving: Callable[[str], Serving] = serve_greedily
     """Environment -> the defaults of its users; `""` is live traffic."""
     branching: Callable[[str], Branch | None] = branch_nowhere

@@ -9,12 +9,16 @@ from typing import Any, cast
 import pytest
 
 import serve
+from memory.schema import Task
 from runtime.api.services import Services
 from runtime.cli.output import run
 from runtime.config import EnvironmentConfig
-from runtime.environments.base import Environment
+from runtime.engine.client import Message
+from runtime.environments.base import Environment, Playthrough
 from runtime.environments.registry import open_environments
+from runtime.errors import EnvironmentRefused, ToolError
 from tests.runtime.api.playing import PlayedWorld
+from tests.runtime.api.worlds import Doors
 from tests.runtime.fake_engine import Reply
 
 SUM = {"messages": [{"role": "user", "content": "2 + 2?"}], "grader": {"type": "numeric", "answer": 4}}
@@ -93,6 +97,57 @@ def test_demonstrations_of_practice_tasks_become_rows_of_messages_and_tools(tmp_
     assert code == 1 and failed["error"]["message"] == "no practice task of 'mine' has a demonstration"
     code, failed = call(capsys, "tasks", "demonstrations", "yours", "out.jsonl")
     assert code == 1 and "no environment is called 'yours'; there is: textworld" in failed["error"]["message"]
+
+
+class ShownDoors(Doors):
+    """Doors whose practice tasks have a demonstration; one of them is torn, and one of the doors is stuck."""
+
+    torn, stuck = ("1",), ("2",)
+
+    async def demonstrate(self, task: Task) -> list[Message] | None:
+        if task.name in self.torn:
+            raise OSError("the page is\ntorn")
+        return [{"role": "user", "content": "Open a door."}, {"role": "assistant", "content": "Left."}]
+
+    async def start(self, task: Task) -> Playthrough:
+        if task.name in self.stuck:
+            raise ToolError("the door is stuck")
+        return await super().start(task)
+
+
+class ShutDoors(ShownDoors):
+    """Doors none of which starts."""
+
+    torn, stuck = (), tuple(map(str, range(50)))
+
+
+class NoDoors(ShownDoors):
+    """Doors that are not there."""
+
+    async def start(self, task: Task) -> Playthrough:
+        raise EnvironmentRefused("doors needs a house: build one")
+
+
+def test_a_task_that_fails_is_left_out_of_the_demonstrations_and_named(tmp_path: Path, capsys, monkeypatch):
+    def configure(name: str) -> None:
+        (tmp_path / "ratchet.toml").write_text(f'[environments.doors]\nclass = "tests.test_tasks_cli:{name}"\n')
+
+    monkeypatch.chdir(tmp_path)
+    configure("ShownDoors")
+    command = ("tasks", "demonstrations", "doors", "out.jsonl", "--limit", "5")
+    failures = ["'1': OSError: the page is torn", "'2': ToolError: the door is stuck"]
+    assert call(capsys, *command) == (0, {"path": "out.jsonl", "num_written": 3, "failures": failures})
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
+    assert run(serve.app, list(command)) == 0
+    assert [f"left out: {failure}" for failure in failures] == capsys.readouterr().out.splitlines()[1:]
+    configure("ShutDoors")
+    code, failed = call(capsys, *command)
+    assert code == 1 and failed["error"]["message"] == (
+        "no practice task of 'doors' has a demonstration; 5 failed, the first is '0': ToolError: the door is stuck"
+    )
+    configure("NoDoors")
+    code, failed = call(capsys, *command)
+    assert code == 1 and failed["error"]["message"] == "doors needs a house: build one"
 
 
 def test_play_plays_a_task_file_through_the_server(tmp_path: Path, capsys):

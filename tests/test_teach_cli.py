@@ -20,6 +20,7 @@ from memory.schema import Task, Trust
 from optimizer.data.examples import render_examples
 from runtime.cli.output import run
 from runtime.environments.base import Playthrough
+from runtime.errors import EnvironmentRefused
 from tests.optimizer.families import NAMES, make_tokenizer
 from tests.runtime.api.worlds import Doors, ServedWorld
 from tests.runtime.fake_engine import FakeEngine, Reply, call
@@ -41,6 +42,22 @@ class DoorsWithPages(Doors):
         playthrough = await super().start(task)
         playthrough.tools = [replace(tool, is_trusted=False) for tool in playthrough.tools]
         return playthrough
+
+
+class DoorsThatStick(Doors):
+    """Doors one of whose tasks does not start."""
+
+    async def start(self, task: Task) -> Playthrough:
+        if task.name == "2":
+            raise OSError("the door is stuck")
+        return await super().start(task)
+
+
+class NoDoors(Doors):
+    """Doors that are not there."""
+
+    async def start(self, task: Task) -> Playthrough:
+        raise EnvironmentRefused("doors needs a house: build one")
 
 
 @pytest.fixture
@@ -88,6 +105,12 @@ def cli(
     return call_command
 
 
+def replace_doors(config: Path, name: str) -> None:
+    """Configure a class of this module instead of the doors."""
+    text = config.read_text().replace("tests.runtime.api.worlds:Doors", f"tests.test_teach_cli:{name}")
+    config.write_text(text)
+
+
 def learnable(examples: Examples) -> list[str | None]:
     taught = examples.learnable(ExampleKind.DEMONSTRATION, environments=["doors"], limit=100)
     return [each.example.task for each in taught]
@@ -116,10 +139,7 @@ def test_what_a_teacher_solves_is_learnable_and_skipped_the_next_time(world: Ser
 def test_an_episode_that_read_untrusted_text_is_kept_and_never_learned(
     world: ServedWorld, cli: Callable, tmp_path: Path
 ):
-    config = tmp_path / "ratchet.toml"
-    config.write_text(
-        config.read_text().replace("tests.runtime.api.worlds:Doors", "tests.test_teach_cli:DoorsWithPages")
-    )
+    replace_doors(tmp_path / "ratchet.toml", "DoorsWithPages")
     code, taught = cli("--tasks", "2")
     assert (code, taught["num_solved"], taught["teaches"]) == (0, 2, False)
     assert [example.trust for example in world.memory.examples.select()] == [Trust.UNTRUSTED] * 2
@@ -131,6 +151,30 @@ def test_a_teacher_that_fails_ends_the_command_with_its_figures(cli: Callable, t
     code, taught = cli("--tasks", "3", "--concurrency", "1")
     assert (code, taught["error_status"], taught["num_unplayed"]) == (1, 401, 3)
     assert "TEACHER_KEY" in taught["stopped_by"] and taught["tokens_spent"] == 0
+
+
+def test_a_task_whose_environment_fails_is_named_and_the_others_are_taught(
+    world: ServedWorld, cli: Callable, teacher: FakeEngine, tmp_path: Path, capsys
+):
+    config = tmp_path / "ratchet.toml"
+    replace_doors(config, "DoorsThatStick")
+    code, taught = cli("--tasks", "5")
+    assert (code, taught["num_solved"], taught["num_unsolved"], taught["num_failed"]) == (0, 3, 1, 1)
+    assert taught["failures"] == ["'2': OSError: the door is stuck"] and taught["stopped_by"] is None
+    command = ["teach", "--environment", "doors", "--url", world.url, "-c", str(config), "--tasks", "5"]
+    assert run(serve.app, command) == 0
+    printed = capsys.readouterr().out
+    assert "solved 0 of 2 tasks played (1 of them failed)" in printed
+    assert "failed: '2': OSError: the door is stuck" in printed
+
+
+def test_an_environment_that_can_start_no_task_ends_the_command_with_its_figures(
+    cli: Callable, teacher: FakeEngine, tmp_path: Path
+):
+    replace_doors(tmp_path / "ratchet.toml", "NoDoors")
+    code, taught = cli("--tasks", "3")
+    assert (code, taught["num_unplayed"], taught["num_failed"], taught["tokens_spent"]) == (1, 3, 0, 0)
+    assert taught["stopped_by"] == "doors needs a house: build one" and teacher.requests == []
 
 
 def test_a_key_given_instead_of_its_variable_is_not_printed(cli: Callable, teacher: FakeEngine):

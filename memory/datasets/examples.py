@@ -245,6 +245,11 @@ def content_of(example: Example) -> ExampleContent:
     return ExampleContent(**{name: getattr(example, name) for name in CONTENT_FIELDS})
 
 
+def user_texts_of(example: Example) -> list[str]:
+    """Return the texts of all users' messages."""
+    return [message["content"] for message in (*example.prompt, *example.completion) if message["role"] == "user"]
+
+
 def question_of(messages: Sequence[Message]) -> str:
     """Return the text of the last user's message before the first reply; empty where there is none."""
     question = ""

@@ -9,7 +9,7 @@ none of these either, until an operator approved it. Memory segments are left ou
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, cast
@@ -19,9 +19,10 @@ from sqlalchemy import select as sql_select
 from sqlmodel import Session, col, select
 
 from memory.conversation import RecordedStep, restore_messages
-from memory.datasets.examples import Examples, content_of
+from memory.datasets.examples import Examples, content_of, user_texts_of
 from memory.formats.content import ExampleContent, ExampleKind, Message
 from memory.formats.messages import read_text
+from memory.held_out import is_held_out_by_clients
 from memory.records.feedback import position_of_reply
 from memory.records.trajectories import Trajectories
 from memory.records.trajectory_queries import effective_reward_of
@@ -43,6 +44,8 @@ class ExportContent(StrEnum):
     LABELS = "labels"  # rewarded episodes as good or bad; imported labels
 
 
+HeldOut = Collection[tuple[str, str]]
+"""As `Trajectories.held_out_tasks`."""
 KINDS = {
     ExportContent.TRAJECTORIES: ExampleKind.DEMONSTRATION,
     ExportContent.DEMONSTRATIONS: ExampleKind.DEMONSTRATION,
@@ -108,10 +111,15 @@ class _Episode:
 
     @property
     def may_teach(self) -> bool:
-        """As `Trajectory.may_teach`, and not held out."""
+        """As `Trajectory.may_teach`, and not held out by its split."""
         row = self.trajectory
         is_approved = row.approved_at is not None and row.exemplar_text is None
         return row.split is not Split.HELD_OUT and (row.trust is Trust.TRUSTED or is_approved)
+
+    def is_held_out(self, held_out: HeldOut) -> bool:
+        """Whether clients hold its task out."""
+        row = self.trajectory
+        return is_held_out_by_clients(held_out, row.tenant, row.environment, row.task, [row.task_text])
 
     def describe(self, kind: ExampleKind, completion: list[Message], **fields: Any) -> ExampleContent:
         return ExampleContent(
@@ -124,6 +132,7 @@ class Exports:
 
     def __init__(self, database: Database, trajectories: Trajectories, examples: Examples) -> None:
         self._database = database
+        self._trajectories = trajectories
         self._examples = examples
         self._success_reward = trajectories.success_reward
 
@@ -135,11 +144,12 @@ class Exports:
         kind, _, _ = after.partition("_")
         if after and kind not in ("trj", "exm"):
             raise ValueError(f"there is no cursor {after!r}: pass one that an export returned, or none to begin")
+        held_out = self._trajectories.held_out_tasks()
         if query.with_episodes and kind != "exm":
-            yield from self._read_episodes(query, after)
+            yield from self._read_episodes(query, after, held_out)
         # an imported demonstration is no trajectory: nobody lived it here
         if query.with_examples and query.content is not ExportContent.TRAJECTORIES:
-            yield from self._read_examples(query, after if kind == "exm" else "")
+            yield from self._read_examples(query, after if kind == "exm" else "", held_out)
 
     def count(self, query: ExportQuery, *, after: str = "") -> int:
         """Return how many trajectories and examples `read` will go through, for a progress bar."""
@@ -160,7 +170,7 @@ class Exports:
                 num += session.scalar(sql_select(func.count()).select_from(Example).where(*conditions)) or 0
         return num
 
-    def _read_examples(self, query: ExportQuery, after: str) -> Iterator[list[ExportedRow]]:
+    def _read_examples(self, query: ExportQuery, after: str, held_out: HeldOut) -> Iterator[list[ExportedRow]]:
         while page := self._examples.read_page(
             after_id=after,
             limit=PAGE_EXAMPLES,
@@ -170,21 +180,27 @@ class Exports:
         ):
             after = page[-1].id
             yield [
-                ExportedRow(example.id, [content_of(example)] if self._is_exported(example) else [], example.format)
+                ExportedRow(
+                    example.id, [content_of(example)] if self._is_exported(example, held_out) else [], example.format
+                )
                 for example in page
             ]
 
-    def _is_exported(self, example: Example) -> bool:
-        """Whether an example is what its kind says: untrusted ones and failed demonstrations are not."""
+    def _is_exported(self, example: Example, held_out: HeldOut) -> bool:
+        """Whether an example is what its kind says: untrusted ones and failed demonstrations are not, nor those of
+        tasks that clients hold out."""
+        row = example
+        if is_held_out_by_clients(held_out, row.tenant, row.environment, row.task, user_texts_of(row)):
+            return False
         is_success = example.reward is None or example.reward >= self._success_reward
         return example.trust is Trust.TRUSTED and (is_success or example.kind is not ExampleKind.DEMONSTRATION)
 
-    def _read_episodes(self, query: ExportQuery, after: str) -> Iterator[list[ExportedRow]]:
+    def _read_episodes(self, query: ExportQuery, after: str, held_out: HeldOut) -> Iterator[list[ExportedRow]]:
         while True:
             with self._database.read() as session:
                 episodes = self._read_page(session, query, after)
                 rows = [
-                    ExportedRow(each.trajectory.id, list(self._contents_of(session, query, each)), OWN_FORMAT)
+                    ExportedRow(each.trajectory.id, list(self._contents_of(session, query, each, held_out)), OWN_FORMAT)
                     for each in episodes
                 ]
             if not episodes:
@@ -213,7 +229,9 @@ class Exports:
             return _with_steps(session, rows)
         return _with_corrections(session, _with_steps(session, rows))
 
-    def _contents_of(self, session: Session, query: ExportQuery, episode: _Episode) -> Iterator[ExampleContent]:
+    def _contents_of(
+        self, session: Session, query: ExportQuery, episode: _Episode, held_out: HeldOut
+    ) -> Iterator[ExampleContent]:
         replies = episode.replies
         if not any(reply["role"] == "assistant" for reply in replies):
             return  # it failed before the model said anything
@@ -225,12 +243,12 @@ class Exports:
                 reward=episode.reward,
                 extra=_describe(episode.trajectory) | _describe_team(episode.steps),
             )
-        elif episode.may_teach:
+        elif episode.may_teach and not episode.is_held_out(held_out):
             match query.content:
                 case ExportContent.DEMONSTRATIONS:
                     yield from self._demonstrations(episode, replies)
                 case ExportContent.PREFERENCES:
-                    yield from self._preferences(session, episode, replies)
+                    yield from self._preferences(session, episode, replies, held_out)
                 case ExportContent.LABELS:
                     yield from self._labels(episode, replies)
 
@@ -254,7 +272,9 @@ class Exports:
             is_good = self._is_success(episode.reward) and not episode.corrections
             yield episode.describe(ExampleKind.LABEL, replies, prompt=episode.opening, is_good=is_good)
 
-    def _preferences(self, session: Session, episode: _Episode, replies: list[Message]) -> Iterator[ExampleContent]:
+    def _preferences(
+        self, session: Session, episode: _Episode, replies: list[Message], held_out: HeldOut
+    ) -> Iterator[ExampleContent]:
         for position, text in episode.corrections:
             yield episode.describe(
                 ExampleKind.PREFERENCE,
@@ -265,7 +285,7 @@ class Exports:
         is_won = episode.trajectory.stage is TrajectoryStage.FINISHED and self._is_success(episode.reward)
         if is_won and not episode.corrections and episode.trajectory.task:
             loss = self._find_loss(session, episode.trajectory)
-            if loss is not None:
+            if loss is not None and not loss.is_held_out(held_out):
                 yield from _pair(episode, loss)
 
     def _find_loss(self, session: Session, won: Row[Any]) -> _Episode | None:
@@ -291,7 +311,7 @@ class Exports:
 
 
 def _columns(reward: ColumnElement[Any]) -> list[Any]:
-    names = ("id", "tenant", "environment", "task", "split", "policy", "stage", "trust", "approved_at")
+    names = ("id", "tenant", "environment", "task", "task_text", "split", "policy", "stage", "trust", "approved_at")
     names += ("exemplar_text", "opening", "tools", "num_invalid_tool_calls", "opened_at", "branch_of")
     return [*(getattr(Trajectory, name) for name in names), reward]
 

@@ -22,6 +22,7 @@ from sqlalchemy.orm import aliased, defer
 from sqlmodel import Session, col, select
 
 from memory.errors import IllegalMove, UnknownPolicy, UnknownTrajectory
+from memory.held_out import normalize_text
 from memory.records.tool_results import find_result
 from memory.records.trajectory_queries import (
     EFFECTIVE_REWARD,
@@ -481,14 +482,17 @@ class Trajectories:
         return list(newest)[::-1]
 
     def held_out_tasks(self) -> set[tuple[str, str]]:
-        """Return (tenant, task) and (tenant, task text) of every held-out task that a client played."""
+        """Return (tenant, task) and (tenant, task text), both normalized, of every held-out task that a client
+        played."""
         query = (
             select(Trajectory.tenant, Trajectory.task, Trajectory.task_text)
             .where(Trajectory.split == Split.HELD_OUT, col(Trajectory.environment).is_(None))
             .distinct()
         )
         with self._database.read() as session:
-            return {(tenant, it) for tenant, task, text in session.exec(query) for it in (task, text) if it}
+            rows = session.exec(query).all()
+        named = ((tenant, normalize_text(it or "")) for tenant, *names in rows for it in names)
+        return {(tenant, it) for tenant, it in named if it}
 
     def select(
         self,

@@ -16,15 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from memory.datasets.examples import TaughtExample
+from memory.datasets.examples import TaughtExample, user_texts_of
 from memory.formats.content import ExampleKind
+from memory.held_out import is_held_out_by_clients
 from memory.names import path_below
 from memory.records.feedback import Correction
 from memory.schema import Split, Task, Trajectory
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.artifacts import CycleArtifacts, to_json
-from optimizer.rewards import GradedTrajectory, grade, is_held_out_by_clients
+from optimizer.rewards import GradedTrajectory, grade
 from optimizer.seams import Seams, Serving
 
 PROGRESS_INTERVAL_SECONDS = 0.5
@@ -159,7 +160,7 @@ class CycleContext:
 
         def is_held_out(each: TaughtExample) -> bool:
             row = each.example
-            return measures(row.tenant, row.environment or None, row.task, each.question)
+            return measures(row.tenant, row.environment or None, row.task, user_texts_of(row))
 
         return {kind: [each for each in rows if not is_held_out(each)] for kind, rows in examples.items()}
 
@@ -172,21 +173,23 @@ class CycleContext:
         measures = await self._find_measuring()
 
         def is_held_out(trajectory: Trajectory) -> bool:
-            return measures(trajectory.tenant, trajectory.environment, trajectory.task, trajectory.task_text)
+            return measures(trajectory.tenant, trajectory.environment, trajectory.task, [trajectory.task_text])
 
         return [each for each in candidates if not is_held_out(each.trajectory)]
 
-    async def _find_measuring(self) -> Callable[[str, str | None, str | None, str], bool]:
-        """Return whether a task measures, as a function of (tenant, environment, task, text)."""
-        # by name: a client may have played a held-out task without marking it
-        held_out = {(task.environment, task.name) for task in self._measuring_tasks()}
+    async def _find_measuring(self) -> Callable[[str, str | None, str | None, Sequence[str]], bool]:
+        """Return whether a task measures, as a function of (tenant, environment, task, texts of users)."""
         held_out_by_clients = await asyncio.to_thread(self.memory.trajectories.held_out_tasks)
 
-        def measures(tenant: str, environment: str | None, task: str | None, text: str) -> bool:
-            if environment is not None:
-                return (environment, task) in held_out
+        def measures(tenant: str, environment: str | None, task: str | None, texts: Sequence[str]) -> bool:
             # live traffic has no environment: it is held out by what its clients named
-            return is_held_out_by_clients(held_out_by_clients, tenant, task, text)
+            if is_held_out_by_clients(held_out_by_clients, tenant, environment, task, texts):
+                return True
+            # a client may play a held-out task without marking it; a row of a published test set may have no name
+            return any(
+                self.seams.holds_out(each, task if each == environment else None, texts)
+                for each in filter(None, self.config.pool_environments)
+            )
 
         return measures
 
@@ -231,16 +234,6 @@ class CycleContext:
     def num_gate_tasks(self, environment: str) -> int:
         """Return how many tasks the gate plays in an environment."""
         return self.config.evaluation.count_tasks(self.seams.serving(environment).temperature)
-
-    def _measuring_tasks(self) -> list[Task]:
-        """Return every held-out task that a gate has played or will play in this cycle, and the sealed ones."""
-        tasks: list[Task] = []
-        for environment in filter(None, self.config.pool_environments):
-            # from 0: the blocks of earlier gates may be played again, once the last task has been
-            end = self.memory.verdicts.held_out_end(environment) + self.num_gate_tasks(environment)
-            tasks += self.seams.tasks(environment, Split.HELD_OUT, end, 0)
-            tasks += self.seams.sealed_tasks(environment, self.config.evaluation.num_sealed_tasks)
-        return tasks
 
     async def prepare(self, tasks: Sequence[Task]) -> None:
         """Make tasks ready to start, and show the progress of it."""

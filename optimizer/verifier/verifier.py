@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from memory.held_out import is_held_out_by_clients
 from memory.names import path_below
 from memory.records.trajectories import GradedTrajectory
 from memory.schema import RewardSource, Trajectory
@@ -24,7 +25,7 @@ from optimizer.config import OptimizerConfig, choose_recipe
 from optimizer.data.rows import write_rows
 from optimizer.data.stitching import Unstitchable
 from optimizer.errors import TooFewTrajectories
-from optimizer.rewards import grade, is_held_out_by_clients
+from optimizer.rewards import grade
 from optimizer.seams import Train
 from optimizer.training.base import load_tokenizer, locate_base
 from optimizer.training.footprint import read_shape
@@ -198,9 +199,8 @@ def _read_graded(setup: VerifierSetup) -> list[GradedTrajectory]:
 
 def _is_held_out(trajectory: Trajectory, measures: set[tuple[str, str]]) -> bool:
     """Whether clients hold out the task of a live episode, by its name or its text."""
-    return trajectory.environment is None and is_held_out_by_clients(
-        measures, trajectory.tenant, trajectory.task, trajectory.task_text
-    )
+    it = trajectory
+    return is_held_out_by_clients(measures, it.tenant, it.environment, it.task, [it.task_text])
 
 
 def _require_enough(parts: dict[str, list[VerifierExample]]) -> None:

@@ -178,11 +178,9 @@ def _add_demonstrations(tasks: typer.Typer, read_settings: ReadSettings) -> None
                 written = await write_demonstrations(settings.environments, environment, out, num_tasks=limit)
             except (ValueError, OSError) as error:
                 raise Failure(str(error)) from error
-            return {"path": str(out), "num_written": written}
+            return {"path": str(out), "num_written": len(written.rows), "failures": written.failures}
 
-        run_command(
-            work, as_json=as_json, render=lambda done: f"{done['num_written']} demonstrations in {done['path']}"
-        )
+        run_command(work, as_json=as_json, render=_describe_demonstrations)
 
 
 def _describe_tasks(counted: Mapping[str, Any]) -> str:
@@ -195,6 +193,11 @@ def _describe_tasks(counted: Mapping[str, Any]) -> str:
         wrong = len(counted["problems"])
         lines.append(f"{counted['num_demonstrations']} demonstrations graded, {wrong} of them wrong")
     return "\n".join([*lines, *counted.get("left_out", ()), *counted.get("problems", ())])
+
+
+def _describe_demonstrations(written: Mapping[str, Any]) -> str:
+    failed = [f"left out: {failure}" for failure in written["failures"]]
+    return "\n".join([f"{written['num_written']} demonstrations in {written['path']}", *failed])
 
 
 def _list_counts(counts: Mapping[str, int]) -> str:

@@ -17,6 +17,8 @@ from runtime.engine.client import Message, ToolCall
 from runtime.errors import UnknownEnvironment
 from runtime.tools.base import Tool
 
+MAX_FAILURE_CHARS = 500
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -84,6 +86,14 @@ class Environment(ABC):
         """Return up to `num_tasks` held-out tasks that `tasks` never returns; only a cycle's report plays them."""
         return []
 
+    def holds_out(self, name: str | None, texts: Sequence[str]) -> bool:
+        """Whether a task is held out or sealed: by its name or, where no task here has that name and what tasks ask is
+        known without starting them, because one that is asks one of `texts`."""
+        try:
+            return name is not None and self.task(name).split is Split.HELD_OUT
+        except ValueError:  # UnknownTask, or what a class makes of a name of another form
+            return False
+
     async def prepare(self, tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
         """Do slow work of starting these tasks ahead of time; call `on_progress(num_done, num_total)` after each."""
         return
@@ -96,6 +106,11 @@ class Environment(ABC):
     @abstractmethod
     async def start(self, task: Task) -> Playthrough:
         """Start `task` from its beginning."""
+
+
+def describe_failure(task: Task, error: Exception) -> str:
+    """Return, in one line, which task could not be played and why."""
+    return f"{task.name!r}: {' '.join(f'{type(error).__name__}: {error}'.split())[:MAX_FAILURE_CHARS]}"
 
 
 def find_environment(environments: Mapping[str, Environment], name: str) -> Environment:

@@ -7,37 +7,61 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from memory.schema import Split, Task
 from runtime.config import EnvironmentConfig
-from runtime.environments.base import Environment, find_environment
+from runtime.environments.base import Environment, describe_failure, find_environment
 from runtime.environments.registry import open_environments
+from runtime.errors import EnvironmentRefused
+
+
+@dataclass
+class Demonstrations:
+    """Rows of SFT data, and the tasks that failed, each with its error."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
 
 async def write_demonstrations(
     configured: Mapping[str, EnvironmentConfig], name: str, out: Path, *, num_tasks: int
-) -> int:
-    """Write a row `{"messages", "tools"}` for each of the first practice tasks that has a demonstration; return their
-    number.
+) -> Demonstrations:
+    """Write a row `{"messages", "tools"}` for each of the first practice tasks that has a demonstration.
 
     Raises:
-        UnknownEnvironment, EnvironmentRefused; ValueError if no task has a demonstration.
+        UnknownEnvironment, EnvironmentRefused; ValueError if there is no row.
     """
     # Only this environment, and names that are remembered nowhere: the data directory belongs to the server.
     with tempfile.TemporaryDirectory() as directory:
         chosen = {name: configured[name]} if name in configured else {}
         environment = find_environment(open_environments(chosen, Path(directory), _answer_nothing), name)
-        tasks = environment.tasks(Split.PRACTICE, num_tasks)
-        rows = [row for task in tasks if (row := await _make_row(environment, task)) is not None]
-    if not rows:
-        raise ValueError(f"no practice task of {name!r} has a demonstration")
+        made = await _make_rows(environment, environment.tasks(Split.PRACTICE, num_tasks))
+    if not made.rows:
+        failed = f"; {len(made.failures)} failed, the first is {made.failures[0]}" if made.failures else ""
+        raise ValueError(f"no practice task of {name!r} has a demonstration{failed}")
     partial = out.with_name(f"{out.name}.partial")
-    partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    partial.write_text("".join(f"{json.dumps(row)}\n" for row in made.rows), encoding="utf-8")
     partial.replace(out)
-    return len(rows)
+    return made
+
+
+async def _make_rows(environment: Environment, tasks: Sequence[Task]) -> Demonstrations:
+    made = Demonstrations()
+    for task in tasks:
+        try:
+            row = await _make_row(environment, task)
+        except EnvironmentRefused:  # no other task would escape it
+            raise
+        except Exception as error:  # an episode's edge: an environment may raise anything
+            made.failures.append(describe_failure(task, error))
+            continue
+        if row is not None:
+            made.rows.append(row)
+    return made
 
 
 async def _make_row(environment: Environment, task: Task) -> dict[str, Any] | None:
@@ -47,8 +71,10 @@ async def _make_row(environment: Environment, task: Task) -> dict[str, Any] | No
     if environment.system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": environment.system_prompt}, *messages]
     playthrough = await environment.start(task)
-    tools = [tool.definition() for tool in playthrough.tools]
-    await playthrough.close()
+    try:
+        tools = [tool.definition() for tool in playthrough.tools]
+    finally:
+        await playthrough.close()
     return {"messages": messages, "tools": tools}
 
 

@@ -1,8 +1,8 @@
 """A teacher plays practice tasks of an environment; the episodes that the environment rewards are kept.
 
 Keeping only rewarded episodes is rejection sampling, as in RFT (arXiv 2308.01825) and AgentTuning (arXiv 2310.12823).
-Invariants: a teacher is shown practice tasks only. An episode that failed is counted and stored nowhere. A kept one is
-saved before the next task of its slot starts, so that an interruption loses none.
+Invariants: a teacher is shown practice tasks only. An episode that failed is counted and stored nowhere, and ends
+nothing but itself. A kept one is saved before the next task of its slot starts, so that an interruption loses none.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any
 
 from memory.schema import Split, Task
 from runtime.engine.client import Message, ToolDefinition
-from runtime.environments.base import Environment, Playthrough
-from runtime.errors import GameNotCompiled
+from runtime.environments.base import Environment, Playthrough, describe_failure
+from runtime.errors import EnvironmentRefused
 from runtime.teacher.budget import BudgetSpent
 from runtime.teacher.endpoint import Teacher, TeacherError, TeacherReply
 from runtime.tools.base import Tool, parse_arguments, run_tool
 from runtime.tools.recorded import tools_for
+
+MAX_NAMED_FAILURES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +69,24 @@ class TeachingCounts:
     num_solved: int = 0
     num_unsolved: int = 0
     num_failed: int = 0
-    """Tasks that could not be prepared, or ran out of time."""
+    """Tasks whose environment failed, or that ran out of time."""
+    failures: list[str] = field(default_factory=list)
+    """The first of these tasks, each with its error."""
     num_unplayed: int = 0
-    """Tasks that were not begun, or not ended, because the budget was spent or the teacher failed."""
+    """Tasks that were not begun, or not ended, because of `stopped_by`."""
     stopped_by: str | None = None
     """Why tasks were left unplayed."""
     error_status: int | None = None
     """The endpoint's status, where it failed with one."""
     has_teacher_failed: bool = False
+    is_environment_refused: bool = False
+    """Whether the environment can start no task."""
+
+    def note_failure(self, task: Task, error: Exception) -> None:
+        """Count a task that failed."""
+        self.num_failed += 1
+        if len(self.failures) < MAX_NAMED_FAILURES:
+            self.failures.append(describe_failure(task, error))
 
 
 Save = Callable[[TaughtEpisode], Awaitable[None]]
@@ -91,7 +103,7 @@ async def teach(
     concurrency: int,
     on_taught: OnTaught,
 ) -> TeachingCounts:
-    """Play each task once, until all are played, the budget is spent or the teacher fails.
+    """Play each task once, until all are played, the budget is spent, the teacher fails or the environment is refused.
 
     Raises:
         ValueError: one of the tasks is no practice task; then none was played.
@@ -113,6 +125,9 @@ async def teach(
                 counts.num_unplayed += 1
                 counts.stopped_by, counts.error_status = str(error), error.status
                 counts.has_teacher_failed = True
+            except EnvironmentRefused as error:
+                counts.num_unplayed += 1
+                counts.stopped_by, counts.is_environment_refused = str(error), True
             on_taught(counts)
 
     slots = [asyncio.ensure_future(play_in_turn()) for _ in range(concurrency)]
@@ -141,11 +156,15 @@ async def _play_and_save(
     save: Save,
     counts: TeachingCounts,
 ) -> None:
+    limit = asyncio.timeout(limits.max_seconds)
     try:
-        async with asyncio.timeout(limits.max_seconds):
+        async with limit:
             episode = await play(environment, task, teacher, limits)
-    except (GameNotCompiled, TimeoutError):
-        counts.num_failed += 1
+    except (BudgetSpent, TeacherError, EnvironmentRefused):  # no other task would escape these
+        raise
+    except Exception as error:  # the episode's edge: an environment may raise anything
+        late = TimeoutError(f"it did not end within {limits.max_seconds:g} seconds")
+        counts.note_failure(task, late if limit.expired() else error)
         return
     if episode.reward < limits.success_reward or episode.is_flawed:
         counts.num_unsolved += 1
@@ -159,6 +178,7 @@ async def play(environment: Environment, task: Task, teacher: Teacher, limits: T
 
     Raises:
         BudgetSpent, TeacherError: the episode could not be ended.
+        Exception: the environment's own.
     """
     require_practice(task)
     playthrough = await environment.start(task)
@@ -176,8 +196,8 @@ async def play(environment: Environment, task: Task, teacher: Teacher, limits: T
         episode.reward = (await playthrough.close()).value
         return episode
     finally:
-        if not is_closed:
-            await playthrough.close()
+        if not is_closed:  # another error is on its way, which that of closing must not replace
+            await asyncio.gather(playthrough.close(), return_exceptions=True)
 
 
 async def _take_step(

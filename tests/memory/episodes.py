@@ -49,7 +49,7 @@ def command_call(command: str) -> dict:
 
 
 async def open_trajectory(memory: Memory, **fields) -> Trajectory:
-    await memory.policies.register_base("pocket")
+    await memory.policies.register_base(memory.policies.find_base_model() or "pocket")
     values = {
         "id": new_id("trj"),
         "episode_id": new_id("epi"),

@@ -47,7 +47,7 @@ class LeverGame(Playthrough):
         self.tools = [Tool("pull", "Pull a lever.", PULL, self._pull, timeout_seconds=30)]
         self.pulled: list[str] = []
         self.num_closed = 0
-        self.fails_to_close = False
+        self.close_error: Exception | None = None
 
     async def _pull(self, arguments: dict[str, Any]) -> str:
         solution = self.task.name.split("-")
@@ -60,7 +60,7 @@ class LeverGame(Playthrough):
 
     async def close(self) -> Outcome:
         self.num_closed += 1
-        if self.fails_to_close:
-            raise OSError("the levers are stuck")
+        if self.close_error is not None:
+            raise self.close_error
         is_won = self.pulled == self.task.name.split("-")
         return Outcome(float(is_won), "opened the door" if is_won else "did not open the door")

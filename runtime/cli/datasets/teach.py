@@ -59,7 +59,7 @@ def add_teach_command(app: typer.Typer, read_settings: ReadSettings) -> None:
                 return await _teach_first_tasks(client, settings, environment, tasks, concurrency, api_key, as_json)
 
         taught = run_command(work, as_json=as_json, render=_render)
-        if taught["has_teacher_failed"]:
+        if taught["has_teacher_failed"] or taught["is_environment_refused"]:
             raise typer.Exit(1)
 
 
@@ -208,12 +208,15 @@ def _render(taught: dict[str, Any]) -> str:
     played = taught["num_solved"] + taught["num_unsolved"] + taught["num_failed"]
     lines = [
         f"{taught['teacher']} solved {taught['num_solved']} of {played} tasks played ({taught['num_failed']} of them "
-        f"broke off); {taught['num_skipped']} were solved before, {taught['num_unplayed']} are left",
+        f"failed); {taught['num_skipped']} were solved before, {taught['num_unplayed']} are left",
         f"{taught['tokens_spent']} tokens in {taught['num_calls']} calls, {taught['tokens_left']} left of the budget",
     ]
     if taught["cost_spent"] is not None:
         left = "" if taught["cost_left"] is None else f", {taught['cost_left']:.4f} left of the budget"
         lines.append(f"cost {taught['cost_spent']:.4f}{left}")
+    lines += [f"failed: {failure}" for failure in taught["failures"]]
+    if unnamed := taught["num_failed"] - len(taught["failures"]):
+        lines.append(f"failed: {unnamed} more")
     if taught["stopped_by"] is not None:
         lines.append(f"stopped: {taught['stopped_by']}")
     if taught["teaches"] is False:

@@ -9,6 +9,7 @@ because rewards, demonstrations and held-out comparisons of the old content stan
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -18,9 +19,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from memory.held_out import normalize_text
+from memory.schema import Split
 from runtime.environments.graders.base import GradingResources
 from runtime.environments.machines.machine import require_machines
-from runtime.environments.task_files.rows import SPLITS, TaskRow, digest_content
+from runtime.environments.task_files.rows import SPLITS, TaskRow, digest_content, last_user_text, to_split
 from runtime.errors import EnvironmentRefused, TaskChanged
 
 MAX_PROBLEMS = 20
@@ -48,10 +51,18 @@ class TaskIndex:
     positions: dict[str, RowPosition] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     """Names by split."""
+    held_out_questions: set[bytes] = field(default_factory=set)
+    """Digests of what held-out and sealed tasks ask."""
 
-    def add(self, name: str, position: RowPosition) -> None:
-        self.positions[name] = position
-        self.names[position.split].append(name)
+    def add(self, row: TaskRow, position: RowPosition) -> None:
+        self.positions[row.name] = position
+        self.names[position.split].append(row.name)
+        if to_split(position.split) is Split.HELD_OUT:
+            self.held_out_questions.add(_digest_question(last_user_text(row.opening)))
+
+    def is_held_out(self, question: str) -> bool:
+        """Whether a held-out or sealed task asks this."""
+        return bool(question.strip()) and _digest_question(question) in self.held_out_questions
 
 
 def index_task_file(path: Path, resources: GradingResources, known: Mapping[str, str] | None = None) -> TaskIndex:
@@ -73,7 +84,7 @@ def index_task_file(path: Path, resources: GradingResources, known: Mapping[str,
             problems.append(f"{path}:{line}: {describe_error(error)}")
             continue
         if not problems:  # afterwards the file is refused, and only its other problems matter
-            index.add(row.name, position)
+            index.add(row, position)
         else:
             index.positions.setdefault(row.name, position)
     if problems:
@@ -161,6 +172,10 @@ def _read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
                 offset += len(text)
     except OSError as error:
         raise EnvironmentRefused(f"the task file {str(path)!r} cannot be read: {error.strerror}") from None
+
+
+def _digest_question(text: str) -> bytes:
+    return hashlib.sha256(normalize_text(text).encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 def _require_gradable(row: TaskRow, resources: GradingResources) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 
@@ -46,6 +47,28 @@ async def test_demonstrations_are_successes_that_may_teach_and_imports(memory: M
     await memory.examples.add([DEMONSTRATION], Origin(trust=Trust.UNTRUSTED))
     first, second = export(memory, "demonstrations")
     assert commands(first) == ['{"command": "fry"}'] and second == PLAIN
+
+
+async def test_what_clients_hold_out_by_name_or_by_text_is_exported_as_trajectories_alone(memory: Memory):
+    live = {"environment": None, "opening": OPENING}
+    await play(memory, "peek", task="measured", task_text="Is it done?", split=Split.HELD_OUT, **live)
+    for fields in ({"task": "measured", "task_text": "Otherwise asked."}, {"task_text": " Is it\ndone? "}):
+        await play(memory, "fry", **live, **fields)
+        await play(memory, "burn", reward=0.0, **live, **fields)
+    won = await play(memory, "fry", "eat", task="free", task_text="Make a meal.", **live)
+    await play(memory, "burn", reward=0.0, task="free", task_text="Is it done?", **live)
+    await play(memory, "fry", task="measured", task_text="Is it done?", tenant="shop", **live)
+    asked = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes?"}]
+    asked.append({"role": "user", "content": "Is it done?"})
+    await memory.examples.add([PLAIN, replace(DEMONSTRATION, task="measured"), replace(PLAIN, prompt=asked)], Origin())
+    await memory.examples.add([replace(LABEL, prompt=asked), replace(PREFERENCE, prompt=asked)], Origin())
+    await memory.examples.add([replace(PLAIN, prompt=asked)], Origin(environment="kitchen"))
+    assert len(export(memory, "trajectories")) == 7
+    first, *imported = export(memory, "demonstrations")
+    assert commands(first) == ['{"command": "fry"}', '{"command": "eat"}'] and first.task == won.task
+    assert imported == [PLAIN, replace(PLAIN, prompt=asked)]  # clients hold nothing out of an environment
+    assert [label.task for label in export(memory, "labels")] == ["free"] and export(memory, "preferences") == []
+    assert len(export(memory, "demonstrations", tenant="shop")) == 1
 
 
 async def test_a_correction_is_a_demonstration_and_a_preference_instead_of_the_success(memory: Memory):

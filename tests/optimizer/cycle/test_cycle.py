@@ -29,7 +29,7 @@ from optimizer.placement import Gpu, Machine
 from optimizer.seams import Seams
 from optimizer.training.launch import read_finished
 from optimizer.training.spec import TrainingSpec
-from tests.memory.episodes import HashingEncoder
+from tests.memory.episodes import HashingEncoder, play
 from tests.optimizer.worlds import ACT, call, live
 
 FOODS = ["carrot", "onion", "banana", "pork", "pepper", "salmon"]
@@ -54,6 +54,9 @@ class Kitchen:
             Task(environment, f"{split.value}-{number}", "cooking", split)
             for number in range(offset, offset + num_tasks)
         ]
+
+    def holds_out(self, environment, task, texts):
+        return (task or "").startswith("held-out-")
 
     async def rollout(self, task, *, policy, use_memory, temperature, seed):
         if self.num_played == self.dies_after:
@@ -162,7 +165,7 @@ def trainer():
 
 
 def seams_of(kitchen, trainer) -> Seams:
-    return Seams(rollout=kitchen.rollout, tasks=kitchen.tasks, train=trainer)
+    return Seams(rollout=kitchen.rollout, tasks=kitchen.tasks, holds_out=kitchen.holds_out, train=trainer)
 
 
 async def test_one_turn_of_the_loop_ends_with_a_better_policy_and_a_report(memory, kitchen, trainer):
@@ -676,6 +679,16 @@ async def test_imported_examples_of_held_out_tasks_and_of_those_who_may_not_teac
     assert not any((await context.read_examples()).values())
     await memory.examples.add(examples[5:7], Origin(environment="kitchen"))
     assert len((await context.read_examples())[ExampleKind.DEMONSTRATION]) == 2
+
+
+async def test_an_episode_of_a_held_out_task_that_was_played_without_being_marked_is_not_learned(
+    memory, kitchen, trainer
+):
+    kept = await play(memory, task="practice-900000")
+    await play(memory, task="held-out-900000")  # no gate has come so far
+    cycle = await open_cycle(memory, CONFIG)
+    pool = await CycleContext(memory, seams_of(kitchen, trainer), cycle.id).read_pool()
+    assert [graded.trajectory.id for graded in pool] == [kept.id]
 
 
 async def test_imported_pairs_count_as_preferences(memory, kitchen, trainer):

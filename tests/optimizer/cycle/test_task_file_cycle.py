@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from aiohttp import web
 
 import serve
 from memory.adapters import Manifest
+from memory.datasets.examples import Origin
+from memory.formats.content import ExampleContent, ExampleKind
 from memory.schema import Split
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
+from optimizer.cycle.context import CycleContext
 from optimizer.cycle.cycle import open_cycle, run_cycle
 from optimizer.data.stitching import render_prompt
 from optimizer.seams import Seams, find_no_gpu
@@ -140,3 +143,38 @@ async def test_a_cycle_practises_trains_and_proves_on_a_task_file(world: tuple[M
     assert artifacts["demonstrations"]["trained_share"] == 1.0
     # all practice tasks were practised, so none is left to choose a checkpoint by
     assert artifacts["selection_tasks"] == []
+
+
+async def test_imported_rows_of_tasks_that_measure_are_not_learned_whatever_they_are_called(
+    world: tuple[Memory, Seams],
+):
+    memory, seams = world
+
+    def example(text: str, answer: str, *, task: str | None = None, before: Sequence[dict] = ()) -> ExampleContent:
+        prompt = [*before, {"role": "user", "content": text}]
+        return ExampleContent(
+            ExampleKind.DEMONSTRATION, [{"role": "assistant", "content": answer}], prompt=prompt, task=task
+        )
+
+    held_out, sealed = "Wall 29 of held-out: make it blue.", "Wall 5 of sealed: make it blue."
+    practice = "Wall 0 of practice: make it red."
+    greeted = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello!"}]
+    rows = [
+        example(held_out, "no name"),
+        example(f" {held_out.replace(' ', '  ')}\n", "other space"),
+        example(held_out, "the publisher's name", task="test/29"),
+        example(held_out, "a later turn", before=greeted),
+        example(sealed, "sealed"),
+        example("Make it blue.", "by name", task="held-out-29"),
+        ExampleContent(ExampleKind.DEMONSTRATION, [{"role": "assistant", "content": "unasked"}], task="sealed-5"),
+        example(practice, "learned"),
+        example(held_out, "learned by name", task="practice-0"),  # one question may be that of two tasks
+    ]
+    await memory.examples.add(rows, Origin(environment="paint"))
+    await memory.examples.add([example(held_out, "of another environment")], Origin(environment="textworld"))
+    cycle = await open_cycle(memory, CONFIG.model_copy(update={"learn_from": ["textworld"]}))
+
+    (learned,) = filter(None, (await CycleContext(memory, seams, cycle.id).read_examples()).values())
+
+    answers = [each.example.completion[0]["content"] for each in learned]
+    assert answers == ["learned", "learned by name"]

@@ -232,7 +232,7 @@ async def test_who_leaves_frees_the_engine_and_the_record_is_closed_cancelled(
 
 async def test_an_environment_that_cannot_close_fails_its_episode(agent: Agent, fake: FakeEngine, levers: Levers):
     def script(request):
-        levers.started[0].fails_to_close = True
+        levers.started[0].close_error = OSError("the levers are stuck")
         return Reply("I give up")
 
     fake.script = script

@@ -31,6 +31,16 @@ def test_no_list_of_tasks_names_a_sealed_one(textworld_environment):
     assert {textworld_environment.task(name).split for name in sealed} == {Split.HELD_OUT}
 
 
+@pytest.mark.parametrize(
+    ("name", "is_held_out"), [("900000", True), ("989999", True), ("995000", True), ("500000", False), ("a", False)]
+)
+def test_a_task_is_held_out_by_its_name_whether_it_is_listed_or_not(
+    textworld_environment, name: str, is_held_out: bool
+):
+    assert textworld_environment.holds_out(name, []) is is_held_out
+    assert not textworld_environment.holds_out(None, ["You are hungry!"])
+
+
 def test_a_task_is_found_again_by_its_name(textworld_environment):
     for task in textworld_environment.tasks(Split.HELD_OUT, 5, offset=7):
         assert textworld_environment.task(task.name) == task

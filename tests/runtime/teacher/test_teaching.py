@@ -11,11 +11,19 @@ import pytest
 from memory.formats.registry import find_format
 from memory.schema import Split, Task
 from runtime.config import TeacherConfig
+from runtime.errors import CriticFailed, EnvironmentRefused, ToolRefused
 from runtime.teacher.budget import BudgetSpent, TeacherBudget, Usage
 from runtime.teacher.endpoint import MAX_TRIES, Teacher, TeacherError, bound_prompt_tokens
-from runtime.teacher.teaching import TaughtEpisode, TeachingCounts, TeachingLimits, play, teach
+from runtime.teacher.teaching import (
+    MAX_NAMED_FAILURES,
+    TaughtEpisode,
+    TeachingCounts,
+    TeachingLimits,
+    play,
+    teach,
+)
 from tests.runtime.fake_engine import FakeEngine, Reply, Script, call, say
-from tests.runtime.levers import Levers
+from tests.runtime.levers import LeverGame, Levers
 
 LIMITS = TeachingLimits(max_steps=6, max_seconds=20, max_output_tokens=50, success_reward=1.0)
 KEY = "sk-secret-of-the-teacher"
@@ -28,18 +36,40 @@ def solve(request: dict) -> Reply:
     return call("pull", lever="left" if num_pulled == 0 else "right")
 
 
+class BrokenLevers(Levers):
+    """Levers some of whose tasks raise: `at_start` as they start, `at_close` as they are scored."""
+
+    def __init__(self, at_start: dict[str, Exception] | None = None, at_close: Exception | None = None) -> None:
+        super().__init__()
+        self.at_start, self.at_close = at_start or {}, at_close
+
+    async def start(self, task: Task) -> LeverGame:
+        if task.name in self.at_start:
+            raise self.at_start[task.name]
+        game = await super().start(task)
+        game.close_error = self.at_close
+        return game
+
+
 class Run:
     """One run of `teach` against a scripted endpoint."""
 
-    def __init__(self, script: Script, *, max_tokens: int = 1_000_000) -> None:
+    def __init__(self, script: Script, *, max_tokens: int = 1_000_000, levers: Levers | None = None) -> None:
         self.script = script
         self.budget = TeacherBudget(max_tokens=max_tokens, max_cost=9, prompt_price=1.0, output_price=10.0)
         self.saved: list[TaughtEpisode] = []
         self.pauses: list[float] = []
-        self.levers = Levers()
+        self.levers = levers or Levers()
         self.requests: list[dict] = []
 
-    async def teach(self, tasks: Sequence[Task], *, api_key: str | None = KEY, concurrency: int = 1) -> TeachingCounts:
+    async def teach(
+        self,
+        tasks: Sequence[Task],
+        *,
+        api_key: str | None = KEY,
+        concurrency: int = 1,
+        limits: TeachingLimits = LIMITS,
+    ) -> TeachingCounts:
         async with FakeEngine(self.script) as engine:
             engine.api_key = KEY
             self.requests = engine.requests
@@ -49,7 +79,7 @@ class Run:
                     self.levers,
                     tasks,
                     teacher,
-                    LIMITS,
+                    limits,
                     save=self._save,
                     concurrency=concurrency,
                     on_taught=lambda counts: None,
@@ -101,6 +131,53 @@ async def test_no_call_is_sent_whose_worst_case_exceeds_the_budget():
     too_little = Run(solve, max_tokens=LIMITS.max_output_tokens)
     await too_little.teach(too_little.tasks())
     assert too_little.requests == []
+
+
+async def test_a_task_that_does_not_start_is_named_and_the_others_are_played():
+    at_start = {"left-left": ToolRefused("the setup fails,\nwith status 3"), "right-left": OSError("full")}
+    run = Run(solve, levers=BrokenLevers(at_start))
+    counts = await run.teach(run.tasks())
+    assert (counts.num_solved, counts.num_failed, counts.num_unplayed) == (1, 2, 0)
+    assert counts.stopped_by is None and [episode.task for episode in run.saved] == ["left-right"]
+    assert sorted(counts.failures) == [
+        "'left-left': ToolRefused: the setup fails, with status 3",
+        "'right-left': OSError: full",
+    ]
+
+
+async def test_a_task_whose_critic_fails_is_named_and_closed_once():
+    run = Run(solve, levers=BrokenLevers(at_close=CriticFailed("the critic 'tone' gave no reward")))
+    counts = await run.teach(run.tasks())
+    assert (counts.num_solved, counts.num_failed, run.saved) == (0, 3, [])
+    assert counts.failures[0] == "'left-right': CriticFailed: the critic 'tone' gave no reward"
+    assert [game.num_closed for game in run.levers.started] == [1, 1, 1]
+
+
+async def test_a_task_that_takes_too_long_is_named_with_the_limit():
+    run = Run(solve)
+    with_little_time = replace(LIMITS, max_seconds=0.0)
+    counts = await run.teach(run.tasks()[:1], limits=with_little_time)
+    assert (counts.num_failed, counts.failures) == (1, ["'left-right': TimeoutError: it did not end within 0 seconds"])
+
+
+async def test_of_many_failures_the_first_are_named_and_all_are_counted():
+    run = Run(solve, levers=BrokenLevers({"left-left": OSError("full")}))
+    counts = await run.teach([run.levers.task("left-left")] * (MAX_NAMED_FAILURES + 5))
+    assert (counts.num_failed, len(counts.failures)) == (MAX_NAMED_FAILURES + 5, MAX_NAMED_FAILURES)
+
+
+async def test_an_environment_that_can_start_no_task_ends_the_run():
+    refused = EnvironmentRefused("scienceworld needs Java, and no 'java' starts here")
+    run = Run(solve, levers=BrokenLevers({"left-left": refused}))
+    counts = await run.teach(run.tasks())
+    assert (counts.num_solved, counts.num_failed, counts.num_unplayed) == (1, 0, 2)
+    assert counts.stopped_by == str(refused) and counts.is_environment_refused and not counts.has_teacher_failed
+
+
+async def test_a_teacher_that_fails_is_named_also_where_the_environment_does_not_close():
+    run = Run(lambda request: Reply(status=404, error="no such model"), levers=BrokenLevers(at_close=OSError("stuck")))
+    counts = await run.teach(run.tasks())
+    assert counts.has_teacher_failed and counts.num_failed == 0 and counts.num_unplayed == 3
 
 
 def test_a_budget_of_money_counts_prompts_and_replies_by_their_prices():

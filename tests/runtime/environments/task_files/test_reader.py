@@ -183,3 +183,26 @@ async def test_demonstrations_are_graded_by_their_own_rows(tmp_path: Path):
     assert (checked.num_tasks, checked.num_demonstrations) == (5, 4)
     assert checked.graders == {"exact": 2, "values": 1, "database_state": 1, "rubric": 1}
     assert checked.problems == [f"{path}:2: the demonstration of task 'b': expected 'b', not 'wrong'"]
+
+
+def test_a_task_is_held_out_by_its_name_and_without_one_by_its_question_whatever_the_space_in_it(tmp_path: Path):
+    asked_twice = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    same = [{"role": "user", "content": "Which fruit is there most of?"}]
+    file = open_file(
+        write(
+            tmp_path / "tasks.jsonl",
+            row("a", split="practice"),
+            row("b", split="held-out"),
+            row("c", split="sealed"),
+            row("d", split="held-out", messages=[*asked_twice, {"role": "user", "content": "And 3 + 3?"}]),
+            row("e", split="practice", messages=same),
+            row("f", split="held-out", messages=same),
+        )
+    )
+    assert [file.holds_out(name, []) for name in "abcd"] == [False, True, True, True]
+    texts = ["What is a?", "What is b?", "What is c?", "And 3 + 3?", "2 + 2?", ""]
+    for name in (None, "another's"):
+        assert [file.holds_out(name, [text]) for text in texts] == [False, True, True, True, False, False]
+    assert file.holds_out(None, ["Hello.", "\n What  is\tb? "]) and not file.holds_out(None, ["What isb?"])
+    # one question over two databases: the name tells them apart
+    assert [file.holds_out(name, [same[0]["content"]]) for name in ("e", "f", None)] == [False, True, True]

@@ -1,0 +1,24 @@
+"""What clients hold out: live tasks that only measure, by name or by the text of their question.
+
+Hazard: texts are compared word by word, so a question in other words is another task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+
+def normalize_text(text: str) -> str:
+    """Return a text as it is compared: its words, whatever space is around them."""
+    return " ".join(text.split())
+
+
+def is_held_out_by_clients(
+    held_out: Collection[tuple[str, str]], tenant: str, environment: str | None, task: str | None, texts: Iterable[str]
+) -> bool:
+    """Whether a live task, or a row with these users' texts, is among those that clients hold out, (tenant, name or
+    text) each, as `Trajectories.held_out_tasks` returns them: tenant by tenant, so that no tenant can withhold
+    another's log from learning."""
+    if environment:
+        return False
+    return any((tenant, normalize_text(it)) in held_out for it in (task or "", *texts))
