@@ -1,9 +1,9 @@
 """People of two tenants talk, rate, learn, approve and retire in any order: nobody is shown what is not theirs to see.
 
-Each episode and each document holds a marker of its own, and who may see it is kept in a model of plain sets. Whoever
-writes here repeats all that they were shown, as a careless language model would: agents in their answers, the critic in
-its insights, which it draws from comments as well. An operation is one call to the memory: an episode opened, a step, an end, feedback, a retrieval, a
-decision, a round of learning.
+Each episode, comment and document holds a marker of its own, and who may see it is kept in a model of plain sets.
+Whoever writes here repeats all that they were shown, as a careless language model would: agents in their answers, the
+critic in its insights, which it draws from comments as well. An operation is one call to the memory: an episode opened,
+a step, an end, feedback, a retrieval, a decision, a round of learning.
 """
 
 from __future__ import annotations
