@@ -60,6 +60,8 @@ from memory.trust import Exchange, digest_exchange, is_trusted, trust_of
 # As memory.schema.TokenIds stores them.
 BYTES_PER_TOKEN_ID = 4
 TOKEN_ID_COLUMNS: tuple[Any, Any] = (Step.prompt_token_ids, Step.output_token_ids)
+UNLISTED_COLUMNS: tuple[Any, ...] = (Trajectory.opening, Trajectory.tools, Trajectory.memory_ids)
+"""The JSON of a conversation, which takes long to parse and which no list shows."""
 
 
 @dataclass(frozen=True)
@@ -518,13 +520,14 @@ class Trajectories:
         """Return trajectories with their rewards, newest first; pass the last id as `before_id` for the next page.
 
         With `since`, only those opened after it. With `is_for_weights`, only rewards that may teach the weights count.
+        Hazard: reading one of `UNLISTED_COLUMNS` of such a row raises, because the row is detached.
         """
         conditions: list[ColumnElement[bool]] = []
         if is_for_weights:
             with self._database.read() as session:
                 conditions.append(reward_teaches(teaching_keys(session)))
         reward = effective_reward_of(col(Trajectory.id), conditions=conditions).label("reward")
-        query = select(Trajectory, reward).where(Trajectory.tenant == tenant)
+        query = select(Trajectory, reward).where(Trajectory.tenant == tenant).options(*map(defer, UNLISTED_COLUMNS))
         if before_id is not None:
             query = query.where(col(Trajectory.id) < before_id)
         if since is not None:
@@ -625,8 +628,8 @@ def _note_reply(session: Session, trajectory: Trajectory, reply: str) -> None:
     """Store by what a conversation is recognized that contains the reply of an untrusted trajectory."""
     if trajectory.trust is not Trust.UNTRUSTED or not reply:
         return
-    said = sql_select(Step.content).where(  # a checker's note has a role, and no client knows it
-        Step.trajectory_id == trajectory.id, Step.kind == StepKind.USER, col(Step.role).is_(None)
+    said = sql_select(col(Step.content)).where(  # a checker's note has a role, and no client knows it
+        col(Step.trajectory_id) == trajectory.id, col(Step.kind) == StepKind.USER, col(Step.role).is_(None)
     )
     request = session.scalar(said.order_by(col(Step.position).desc()).limit(1))
     request = trajectory.task_text if request is None else request
@@ -634,7 +637,7 @@ def _note_reply(session: Session, trajectory: Trajectory, reply: str) -> None:
 
 
 def _is_waiting(session: Session, trajectory: Trajectory) -> bool:
-    return session.scalar(last_handover().where(Step.trajectory_id == trajectory.id).limit(1)) is not None
+    return session.scalar(last_handover().where(col(Step.trajectory_id) == trajectory.id).limit(1)) is not None
 
 
 def _outcome_of(trajectory: Trajectory) -> str:
