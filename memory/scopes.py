@@ -50,16 +50,17 @@ class Scopes:
         )
 
     def of_episode(self) -> ColumnElement[str | None]:
-        """Return the scope of the recorded text of an episode.
+        """Return the scope of the recorded text of an episode; nobody for one that an operator retired.
 
         An approval does not widen it: it applies to the exemplar, which the operator may have reworded.
         """
-        return self._scope_of(
+        scope = self._scope_of(
             col(Trajectory.user_id), col(Trajectory.environment).is_not(None), col(Trajectory.is_shared)
         )
+        return case((col(Trajectory.retired_at).is_(None), scope), else_=None)
 
     def of_trajectory(self, trajectory: Trajectory) -> str | None:
-        """Return the scope of `of_episode` for one trajectory; None also for one that an operator retired."""
+        """Return the scope of `of_episode` for one trajectory."""
         if trajectory.retired_at is not None:
             return None
         if trajectory.environment is not None or trajectory.is_shared or self.shares_live:

@@ -63,7 +63,7 @@ def reward_teaches(keys: Collection[str]) -> ColumnElement[bool]:
     return or_(and_(is_measured, episode_teaches), and_(~is_measured, _giver_teaches(Reward, keys)))
 
 
-def correction_teaches(keys: Collection[str]) -> ColumnElement[bool]:
+def feedback_teaches(keys: Collection[str]) -> ColumnElement[bool]:
     """Return the condition under which feedback, joined with its trajectory, may teach the weights."""
     return _giver_teaches(Feedback, keys)
 

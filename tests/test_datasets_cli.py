@@ -127,8 +127,12 @@ def test_rows_are_sent_in_requests_that_the_server_accepts(cli: Callable, tmp_pa
 def test_an_export_that_broke_off_goes_on_where_it_stopped(
     world: ServedWorld, cli: Callable, tmp_path: Path, monkeypatch
 ):
-    path = write_lines(tmp_path / "rows.jsonl", questions(950))
-    cli("import", path)
+    talk = [say("user", "Hi"), say("assistant", "Hello"), say("user", "Bye"), say("assistant", "So long")]
+    path = write_lines(
+        tmp_path / "rows.jsonl", [{"messages": [*talk, say("user", each), *talk[-1:]]} for each in "abc"]
+    )
+    assert cli("import", path)[1]["num_added"] == 3
+    cli("import", write_lines(path, questions(950)))
     out, whole = tmp_path / "out.jsonl.gz", tmp_path / "whole.jsonl"
     monkeypatch.setattr(exporting, "ROWS_PER_CHECKPOINT", 100)
     stream_lines = Client.stream_lines
@@ -152,7 +156,11 @@ def test_an_export_that_broke_off_goes_on_where_it_stopped(
     code, other = cli("export", "demonstrations", "--format", "alpaca", "--out", out)
     assert code == 2 and "is the beginning of another export" in other["error"]["message"]
     code, result = cli(*command, out)
-    assert (code, result["num_rows"]) == (0, 950) and "" not in cursors[1:] and len(set(cursors)) == 3
+    assert (
+        (code, result["num_rows"], sum(result["left_out"].values())) == (0, 950, 3)
+        and "" not in cursors[1:]
+        and len(set(cursors)) == 3
+    )
     assert [json.loads(line) for line in gzip.decompress(out.read_bytes()).splitlines()] == questions(950)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["data", "out.jsonl.gz", "rows.jsonl"]
     assert cli(*command, whole)[0] == 0 and whole.read_bytes() == gzip.decompress(out.read_bytes())

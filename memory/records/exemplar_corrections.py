@@ -16,7 +16,7 @@ from memory.records.feedback import position_of_reply
 from memory.records.trajectory_queries import IS_REPLY
 from memory.schema import Feedback, Step, Trajectory
 from memory.scopes import EVERYBODY, Scopes
-from memory.teaching import correction_teaches, teaching_keys
+from memory.teaching import feedback_teaches, teaching_keys
 
 
 def find_corrections(session: Session, trajectory_id: str) -> list[Feedback]:
@@ -52,4 +52,4 @@ def choose_correction(
 def _may_teach(session: Session, correction: Feedback) -> bool:
     query = select(Feedback.id).join(Trajectory, col(Trajectory.id) == Feedback.trajectory_id)
     query = query.where(Feedback.tenant == correction.tenant, Feedback.id == correction.id)
-    return session.exec(query.where(correction_teaches(teaching_keys(session)))).first() is not None
+    return session.exec(query.where(feedback_teaches(teaching_keys(session)))).first() is not None

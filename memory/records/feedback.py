@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, func, insert
+from sqlalchemy import Select, func, insert, or_
 from sqlalchemy import select as sql_select
 from sqlalchemy.orm import load_only
 from sqlmodel import Session, col, select
@@ -31,8 +31,9 @@ from memory.schema import (
     dump_json,
     new_id,
 )
+from memory.scopes import EVERYBODY
 from memory.storage.database import Database
-from memory.teaching import OPERATOR, Teacher, correction_teaches, teaching_keys
+from memory.teaching import OPERATOR, Teacher, feedback_teaches, teaching_keys
 from memory.team import is_actors
 
 # Not `trajectory_id`: a retry may resolve the same episode to a newer trajectory.
@@ -108,15 +109,26 @@ class FeedbackRecords:
             return list(session.exec(query.order_by(col(Feedback.sequence), col(Feedback.id))))
 
     def comments(self, *, since_id: str = "") -> dict[str, list[str]]:
-        """Return the comments by trajectory, oldest first, without trajectories older than `since_id`."""
+        """Return the comments by trajectory, oldest first, without trajectories older than `since_id`.
+
+        Only those that may become a memory with the scope of their episode: comments of its own person, and by a
+        teacher where the whole tenant is shown it.
+        """
+        scope = self._trajectories.scopes.of_episode()
         query = (
             select(Feedback.trajectory_id, Feedback.comment)
-            .where(col(Feedback.comment).is_not(None), col(Feedback.trajectory_id) >= since_id)
+            .join(Trajectory, col(Trajectory.id) == Feedback.trajectory_id)
+            .where(
+                col(Feedback.comment).is_not(None),
+                col(Feedback.trajectory_id) >= since_id,
+                col(Feedback.user_id).in_(("", Trajectory.user_id)),
+            )
             .order_by(col(Feedback.sequence), col(Feedback.id))
         )
         comments: dict[str, list[str]] = defaultdict(list)
         with self._database.read() as session:
-            for trajectory_id, comment in session.exec(query):
+            may_teach = feedback_teaches(teaching_keys(session))
+            for trajectory_id, comment in session.exec(query.where(or_(scope != EVERYBODY, may_teach))):
                 if comment and comment.strip():
                     comments[trajectory_id].append(comment)
         return dict(comments)
@@ -139,7 +151,7 @@ class FeedbackRecords:
         with self._database.read() as session:
             if is_for_weights:
                 # SQLAlchemy adds the condition to the same SELECT, ahead of its limit
-                query = query.where(correction_teaches(teaching_keys(session)))
+                query = query.where(feedback_teaches(teaching_keys(session)))
             for feedback, trajectory in session.execute(query).all():
                 position = position_of_reply(session, feedback)
                 if position is not None and (trajectory.id, position) not in corrections:
@@ -154,7 +166,7 @@ class FeedbackRecords:
         """Return the number of corrections that may not teach the weights."""
         with self._database.read() as session:
             query = _learnable(sql_select(func.count()).select_from(Feedback))
-            return session.scalar(query.where(~correction_teaches(teaching_keys(session)))) or 0
+            return session.scalar(query.where(~feedback_teaches(teaching_keys(session)))) or 0
 
 
 def _learnable(query: Select) -> Select:

@@ -13,24 +13,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sqlalchemy import ColumnElement, and_, or_
+from sqlalchemy import ColumnElement, and_, case, or_
+from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from memory.errors import IllegalMove, UnknownInsight, UnknownTrajectory
 from memory.records.exemplar_corrections import find_corrections, is_approved_since
 from memory.records.exemplars import read_exemplar
 from memory.records.insights import FIRST_STRENGTH, key_of, tidy
-from memory.records.trajectories import Trajectories
+from memory.records.trajectories import UNLISTED_COLUMNS, Trajectories
 from memory.schema import Insight, Outbox, Review, ReviewKind, Trajectory, new_id, now
 from memory.scopes import EVERYBODY, Scopes
 from memory.storage.database import Database
+from memory.trust import is_trusted
 
 
 class Status(StrEnum):
     """The status by which memories are listed."""
 
     ACTIVE = "active"  # shown to somebody, or waiting for approval
-    PENDING = "pending"  # the active ones that one person is shown, or nobody: an approval would widen them
+    PENDING = (
+        "pending"  # the active ones that one person, or nobody, is shown, untrusted ones too: an approval widens it
+    )
     APPROVED = "approved"
     RETIRED = "retired"
     REMOVED = "removed"  # insights that evidence contradicted
@@ -52,7 +56,7 @@ class ListedExemplar:
     trajectory: Trajectory
     scope: str | None
     text: str
-    """Empty where it is shown to nobody."""
+    """Empty where there is none that may be shown."""
 
 
 class Reviews:
@@ -67,7 +71,7 @@ class Reviews:
         self, *, tenant: str, status: Status = Status.ACTIVE, environment: str | None = None, kind: str | None = None
     ) -> list[ListedInsight]:
         """Return a tenant's insights of one status, strongest first."""
-        scope = self._scopes.of_insight()
+        scope = _shown_to(Insight, self._scopes.of_insight())
         is_active = col(Insight.removed_at).is_(None)
         condition = {
             Status.ACTIVE: is_active,
@@ -88,7 +92,7 @@ class Reviews:
         self, *, tenant: str, status: Status = Status.ACTIVE, limit: int = 50, before_id: str | None = None
     ) -> list[ListedExemplar]:
         """Return a tenant's exemplars of one status, newest first. Raises: ValueError for a status of insights only."""
-        scope = self._scopes.of_exemplar()
+        scope = _shown_to(Trajectory, self._scopes.of_exemplar())
         is_active = col(Trajectory.retired_at).is_(None)
         conditions = {
             Status.ACTIVE: is_active,
@@ -99,6 +103,7 @@ class Reviews:
         if status not in conditions:
             raise ValueError(f"no exemplar is ever {status.value!r}: choose among {[it.value for it in conditions]!r}")
         query = self._trajectories.successes(scope).where(col(Trajectory.tenant) == tenant, conditions[status])
+        query = query.options(*map(defer, UNLISTED_COLUMNS))
         if before_id is not None:
             query = query.where(col(Trajectory.id) < before_id)
         with self._database.read() as session:
@@ -159,7 +164,9 @@ class Reviews:
                 raise IllegalMove(f"insight {twin.id!r} says {new_text!r} already: retire one of the two")
             insight.text = new_text
             _save(session, insight)
-            scope = session.scalar(select(self._scopes.of_insight()).where(Insight.id == insight_id))
+            scope = session.scalar(
+                select(_shown_to(Insight, self._scopes.of_insight())).where(Insight.id == insight_id)
+            )
             return ListedInsight(insight, scope)
 
         return await self._database.write(write)
@@ -236,6 +243,11 @@ class Reviews:
             return ListedExemplar(trajectory, None, read_exemplar(session, trajectory, self._scopes) or "")
 
         return await self._database.write(write)
+
+
+def _shown_to(table: type[Insight] | type[Trajectory], scope: ColumnElement[str | None]) -> ColumnElement[str | None]:
+    """Return the scope that a row is shown to: nobody while it is not trusted."""
+    return case((is_trusted(table), scope), else_=None)
 
 
 def _is_narrow(scope: ColumnElement[str | None]) -> ColumnElement[bool]:

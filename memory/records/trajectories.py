@@ -61,6 +61,8 @@ from memory.trust import Exchange, digest_exchange, is_trusted, trust_of
 # As memory.schema.TokenIds stores them.
 BYTES_PER_TOKEN_ID = 4
 TOKEN_ID_COLUMNS: tuple[Any, Any] = (Step.prompt_token_ids, Step.output_token_ids)
+UNLISTED_COLUMNS: tuple[Any, ...] = (Trajectory.opening, Trajectory.tools, Trajectory.memory_ids)
+"""The JSON of a conversation, which takes long to parse and which no list shows."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,9 @@ class Trajectories:
             # Only after `_close`, which raises for a closed trajectory: its answer must not change.
             trajectory.answer = answer
             trajectory.num_invalid_tool_calls = num_invalid_tool_calls
-            received = reply or answer
-            if trajectory.trust is Trust.UNTRUSTED and received:
-                trajectory.reply_digest = digest_exchange(trajectory.tenant, trajectory.task_text, received)
+            # while the reply waits for its client, its digest is there already, and holds more than the answer
+            if trajectory.reply_digest is None or not _is_waiting(session, trajectory):
+                _note_reply(session, trajectory, reply or answer or "")
             session.add(trajectory)
             self.note_exemplar(session, trajectory)
             return trajectory
@@ -250,20 +252,30 @@ class Trajectories:
         return await self._database.write(write)
 
     def trust_of(
-        self, *, memory_ids: Sequence[str] = (), exchanges: Sequence[Exchange] = (), tenant: str = ""
+        self,
+        *,
+        memory_ids: Sequence[str] = (),
+        exchanges: Sequence[Exchange] = (),
+        handover_digest: str | None = None,
+        tenant: str = "",
     ) -> Trust:
-        """Return the least trust among the memories shown in an episode and the exchanges before it."""
-        if not memory_ids and not exchanges:
+        """Return the least trust among the memories shown in an episode, the exchanges before it, and the episodes that
+        handed the conversation with this digest over to their client."""
+        if not memory_ids and not exchanges and handover_digest is None:
             return Trust.TRUSTED
         with self._database.read() as session:
-            return trust_of(session, memory_ids=memory_ids, exchanges=exchanges, tenant=tenant)
+            return trust_of(
+                session, memory_ids=memory_ids, exchanges=exchanges, handover_digest=handover_digest, tenant=tenant
+            )
 
-    async def note_invalid_calls(self, trajectory_id: str, num_invalid_tool_calls: int) -> None:
-        """Store the count on a running trajectory, for a resumed episode to continue. Raises: UnknownTrajectory."""
+    async def note_handover(self, trajectory_id: str, *, reply: str, num_invalid_tool_calls: int) -> None:
+        """Store the count on a running trajectory, for a resumed episode to continue, and by which `reply` it is found
+        in a conversation if it is untrusted. Raises: UnknownTrajectory."""
 
         def write(session: Session) -> None:
             trajectory = _require(session, trajectory_id)
             trajectory.num_invalid_tool_calls = num_invalid_tool_calls
+            _note_reply(session, trajectory, reply)
             session.add(trajectory)
 
         await self._database.write(write)
@@ -512,13 +524,14 @@ class Trajectories:
         """Return trajectories with their rewards, newest first; pass the last id as `before_id` for the next page.
 
         With `since`, only those opened after it. With `is_for_weights`, only rewards that may teach the weights count.
+        Hazard: reading one of `UNLISTED_COLUMNS` of such a row raises, because the row is detached.
         """
         conditions: list[ColumnElement[bool]] = []
         if is_for_weights:
             with self._database.read() as session:
                 conditions.append(reward_teaches(teaching_keys(session)))
         reward = effective_reward_of(col(Trajectory.id), conditions=conditions).label("reward")
-        query = select(Trajectory, reward).where(Trajectory.tenant == tenant)
+        query = select(Trajectory, reward).where(Trajectory.tenant == tenant).options(*map(defer, UNLISTED_COLUMNS))
         if before_id is not None:
             query = query.where(col(Trajectory.id) < before_id)
         if since is not None:
@@ -613,6 +626,22 @@ def _close(session: Session, trajectory: Trajectory, stage: TrajectoryStage, err
     trajectory.prompt_tokens = size.prompt_tokens
     trajectory.output_tokens = size.output_tokens
     trajectory.closed_at = now()
+
+
+def _note_reply(session: Session, trajectory: Trajectory, reply: str) -> None:
+    """Store by what a conversation is recognized that contains the reply of an untrusted trajectory."""
+    if trajectory.trust is not Trust.UNTRUSTED or not reply:
+        return
+    said = sql_select(col(Step.content)).where(  # a checker's note has a role, and no client knows it
+        col(Step.trajectory_id) == trajectory.id, col(Step.kind) == StepKind.USER, col(Step.role).is_(None)
+    )
+    request = session.scalar(said.order_by(col(Step.position).desc()).limit(1))
+    request = trajectory.task_text if request is None else request
+    trajectory.reply_digest = digest_exchange(trajectory.tenant, request, reply)
+
+
+def _is_waiting(session: Session, trajectory: Trajectory) -> bool:
+    return session.scalar(last_handover().where(col(Step.trajectory_id) == trajectory.id).limit(1)) is not None
 
 
 def _outcome_of(trajectory: Trajectory) -> str:

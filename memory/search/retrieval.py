@@ -247,7 +247,7 @@ class Retrieval:
                 exclude_task=request.exclude_task,
             )
             similar = [match.row_id for match in matches if _is_similar(match)]
-            exemplars = self._read_exemplars(request, similar[:num]) if similar else []
+            exemplars = await asyncio.to_thread(self._read_exemplars, request, similar[:num]) if similar else []
             if len(similar) < num:
                 break
             num *= 4

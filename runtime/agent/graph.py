@@ -31,12 +31,13 @@ from langgraph.graph.state import CompiledStateGraph
 
 from memory.conversation import restore_messages, show_memory
 from memory.records.trajectories import measure
-from memory.schema import RewardSource, Split, Trajectory, TrajectoryStage, new_id
+from memory.schema import RewardSource, Split, Trajectory, TrajectoryStage, Trust, new_id
 from memory.store import Memory
 from memory.team import Role, find_plan, is_note, show_plan
 from runtime.agent.nodes import accept_answer, act, check, plan, resume, retrieve, use_tools
 from runtime.agent.open_episodes import OpenEpisode, OpenEpisodes
 from runtime.agent.replay import replay
+from runtime.agent.resume import identify_reply
 from runtime.agent.state import Budget, Episode, EpisodeState
 from runtime.agent.turn import Origin, Turn, TurnRequest
 from runtime.config import AgentConfig
@@ -376,10 +377,11 @@ async def _reward(episode: Episode) -> None:
 
 
 async def _leave_open(episode: Episode) -> Trajectory:
-    """Leave the trajectory open for its client. All of it is stored by now but the count of invalid calls."""
+    """Leave the trajectory open for its client. All of it is stored by now but what the steps do not hold."""
     trajectory, num_invalid = episode.record, episode.num_invalid_tool_calls
-    if num_invalid != trajectory.num_invalid_tool_calls:
-        await episode.memory.trajectories.note_invalid_calls(trajectory.id, num_invalid)
+    if trajectory.trust is Trust.UNTRUSTED or num_invalid != trajectory.num_invalid_tool_calls:
+        reply = identify_reply(episode.visible_text, episode.client_calls)
+        await episode.memory.trajectories.note_handover(trajectory.id, reply=reply, num_invalid_tool_calls=num_invalid)
         trajectory.num_invalid_tool_calls = num_invalid
     return trajectory
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memory.schema import Step, StepKind, Trajectory
-from runtime.engine.client import Message
+from runtime.engine.client import Message, ToolCall
 
 MAX_PARSED_VALUES = 100_000
 """Values in the arguments of all calls of a conversation; arguments beyond it are compared as text, because parsing
@@ -93,15 +93,22 @@ def text_of(message: Message) -> str:
 
 
 def exchanges_of(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """Return (user's text, reply) for every reply in a conversation."""
+    """Return (user's text, what identifies the reply) for every reply in a conversation."""
     exchanges: list[tuple[str, str]] = []
     question = ""
     for message in messages:
         if message.get("role") == "user":
             question = text_of(message)
-        elif message.get("role") == "assistant" and (reply := text_of(message)):
+        elif message.get("role") == "assistant" and (
+            reply := identify_reply(text_of(message), message.get("tool_calls") or ())
+        ):
             exchanges.append((question, reply))
     return exchanges
+
+
+def identify_reply(text: str, calls: Sequence[ToolCall]) -> str:
+    """Return by what a reply is recognized among others: its text, and the ids of the calls that the client runs."""
+    return "".join([text, *(call.get("id") or "" for call in calls)])
 
 
 def _canonical(message: Message, *, is_parsed: bool) -> dict[str, Any]:

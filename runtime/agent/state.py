@@ -150,6 +150,12 @@ class Episode:
         return self.text if self.request.on_delta is not None or self.reply is None else self.reply.content
 
     @property
+    def client_calls(self) -> list[ToolCall]:
+        """The calls of the last reply that the client has to run."""
+        calls = self.reply.tool_calls if self.reply is not None else []
+        return [call for call in calls if call["function"]["name"] in self.client_tool_names]
+
+    @property
     def record(self) -> Trajectory:
         """The trajectory, once it is open."""
         assert self.trajectory is not None

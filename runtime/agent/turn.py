@@ -138,10 +138,13 @@ class Turn:
     @property
     def finish_reason(self) -> Literal["stop", "length", "tool_calls"]:
         """The reason in OpenAI's terms."""
+        # First: the arguments of a call that was cut are no JSON, and its client must not run it.
+        if self.is_cut:
+            return "length"
         if self.open_tool_calls:
             return "tool_calls"
         # FINISHED with an error means a spent budget; the API raises for a FAILED turn before it reads this.
-        return "length" if self.is_cut or self.trajectory.error else "stop"
+        return "length" if self.trajectory.error else "stop"
 
     @property
     def is_cut(self) -> bool:

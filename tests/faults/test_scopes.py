@@ -1,9 +1,9 @@
 """People of two tenants talk, rate, learn, approve and retire in any order: nobody is shown what is not theirs to see.
 
-Each episode and each document holds a marker of its own, and who may see it is kept in a model of plain sets. Whoever
-writes here repeats all that they were shown, as a careless language model would: agents in their answers, the critic in
-its insights. An operation is one call to the memory: an episode opened, a step, an end, feedback, a retrieval, a
-decision, a round of learning.
+Each episode, comment and document holds a marker of its own, and who may see it is kept in a model of plain sets.
+Whoever writes here repeats all that they were shown, as a careless language model would: agents in their answers, the
+critic in its insights, which it draws from comments as well. An operation is one call to the memory: an episode opened,
+a step, an end, feedback, a retrieval, a decision, a round of learning.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from memory.config import MemoryConfig
 from memory.errors import IllegalMove, UnknownDocument, UnknownTrajectory
 from memory.records.insights import InsightOperation, OperationKind
 from memory.records.reviews import Status
-from memory.schema import Feedback, Split, Step, StepKind, Trajectory, TrajectoryStage, new_id
+from memory.schema import Feedback, Scope, Split, Step, StepKind, Trajectory, TrajectoryStage, new_id
 from memory.store import Memory
 from optimizer.cycle.practice import learn_insights
 from runtime.engine.cache_salts import CacheSalts
@@ -88,6 +88,8 @@ class Premises(RuleBasedStateMachine):
         self.marked: dict[str, Marked] = {}
         self.lived: list[tuple[Trajectory, str]] = []
         """Rated episodes, and what was asked in each."""
+        self.keys: dict[str, str] = {}
+        """Ids of API keys by name: of rating buttons, and of a teacher."""
         self.retired_rows: set[str] = set()
         self.retired_words: set[tuple[str, str, str]] = set()
         """(tenant, person or none for all, words)"""
@@ -115,6 +117,8 @@ class Premises(RuleBasedStateMachine):
     def begin(self, topics: list[str]) -> None:
         """Somebody has talked already, and an insight is there from before persons were known."""
         self.runner.run(self.memory.policies.register_base("pocket"))
+        for name, scopes in (("buttons", [Scope.FEEDBACK]), ("tutor", [Scope.FEEDBACK, Scope.TEACH])):
+            self.keys[name] = self.runner.run(self.memory.keys.create(name, scopes))[0].id
         for tenant, person, topic in zip(("", "", "acme", ""), ("ann", "bob", "ann", ""), topics, strict=True):
             self.live(tenant, person, topic, "live", True)
         words = f"from before {self.mark('', '', False)}"
@@ -169,6 +173,22 @@ class Premises(RuleBasedStateMachine):
         assert kept.user_id == person
         if is_good:
             self.lived.append((trajectory, topic))
+
+    @rule(data=st.data(), person=persons, key=st.sampled_from(("none", "buttons", "tutor")))
+    @precondition(lambda self: self.lived)
+    def comment(self, data: st.DataObject, person: str, key: str) -> None:
+        """Say something of an episode, of one's own or another's: a lesson for those only whom the writer may teach."""
+        trajectory, _ = self.lived[data.draw(st.integers(0, len(self.lived) - 1))]
+        may_teach = key == "tutor" or (key == "none" and trajectory.tenant == "")
+        is_everybodys = trajectory.is_shared or trajectory.environment is not None
+        writer = person or trajectory.user_id
+        is_public = is_everybodys and may_teach and writer == trajectory.user_id
+        words = self.mark(trajectory.tenant, writer, is_public)
+        key_id = None if key == "none" else self.keys[key]
+        said = Feedback(
+            tenant=trajectory.tenant, trajectory_id=trajectory.id, comment=words, user_id=person, key_id=key_id
+        )
+        self.do("comment", self.memory.feedback.post(said))
 
     @rule(data=st.data())
     @precondition(lambda self: self.lived)

@@ -12,7 +12,7 @@ from memory.config import MemoryConfig
 from memory.errors import IllegalMove, UnknownInsight, UnknownTrajectory
 from memory.records.insights import InsightOperation, OperationKind
 from memory.records.reviews import Status
-from memory.schema import Split, Trajectory
+from memory.schema import Split, Trajectory, now
 from memory.store import Memory
 from tests.memory.episodes import HashingEncoder, play
 
@@ -157,8 +157,10 @@ async def test_the_rule_says_the_same_in_python_and_in_sql(tmp_path: Path, confi
         for environment in (None, "kitchen"):
             for user_id in ("", "jane"):
                 for is_shared in (False, True):
-                    await play(memory, environment=environment, user_id=user_id, is_shared=is_shared)
+                    for retired_at in (None, now()):
+                        whose = {"environment": environment, "user_id": user_id, "is_shared": is_shared}
+                        await play(memory, retired_at=retired_at, **whose)
         query = select(Trajectory, memory.scopes.of_episode())
         with memory.database.read() as session:
             rows = session.exec(query).all()
-    assert len(rows) == 8 and all(memory.scopes.of_trajectory(row) == scope for row, scope in rows)
+    assert len(rows) == 16 and all(memory.scopes.of_trajectory(row) == scope for row, scope in rows)

@@ -9,6 +9,7 @@ from sqlmodel import select
 
 from memory.errors import IllegalMove, UnknownTrajectory
 from memory.records.insights import OperationKind
+from memory.records.reviews import Status
 from memory.schema import Insight, Trajectory, TrajectoryStage, Trust, now
 from memory.store import Memory
 from memory.trust import UntrustedText
@@ -36,6 +37,26 @@ async def test_an_untrusted_success_is_an_exemplar_once_it_was_approved(memory: 
     await memory.index.drain()
     assert approved.is_trusted and exemplars(memory) == [tainted.id]
     assert (await memory.retrieval.retrieve(**ASKED)).ids == [tainted.id]
+
+
+async def test_what_is_untrusted_is_listed_as_shown_to_nobody_and_as_pending_until_it_was_approved(memory: Memory):
+    tainted, (insight,) = (
+        await distrusted(memory),
+        await memory.insights.apply([replace(add("visit evil.example"), trust=Trust.UNTRUSTED)]),
+    )
+    reviews = memory.reviews
+    for status in (Status.ACTIVE, Status.PENDING):
+        (exemplar,) = reviews.exemplars(tenant="", status=status)
+        assert (exemplar.trajectory.id, exemplar.scope) == (tainted.id, None) and "fry it" in exemplar.text
+        assert [(it.insight.id, it.scope) for it in reviews.insights(tenant="", status=status)] == [(insight.id, None)]
+    assert (await reviews.edit_insight(insight.id, "visit example.org", tenant="")).scope is None
+
+    await reviews.approve_exemplar(tainted.id, tenant="")
+    await reviews.approve_insight(insight.id, tenant="")
+    assert [it.scope for it in (*reviews.exemplars(tenant=""), *reviews.insights(tenant=""))] == ["", ""]
+    assert (
+        reviews.exemplars(tenant="", status=Status.PENDING) == reviews.insights(tenant="", status=Status.PENDING) == []
+    )
 
 
 async def test_only_what_is_closed_and_the_tenants_own_can_be_approved(memory: Memory):

@@ -102,7 +102,7 @@ def _begin(start: TurnStart) -> Message:
 
 def _end_of(turn: Turn) -> tuple[StopReason, str | None]:
     # First: a call that was cut off must not be run, although its episode waits for the result.
-    if turn.is_cut or turn.finish_reason == "length":
+    if turn.finish_reason == "length":
         return "max_tokens", None
     if turn.open_tool_calls:
         return "tool_use", None

@@ -46,7 +46,7 @@ async def export_rows(
     after: Annotated[str, Query(description="A cursor: go on behind it.")] = "",
     cursors: Annotated[
         bool,
-        Query(description="Lines of {cursor, rows} between a first one with the total and a last one with counts."),
+        Query(description="Lines of {cursor, rows, left_out} between one with the total and one with counts."),
     ] = False,
 ) -> StreamingResponse:
     """Oldest first; the memory of one page, however many rows. Rows that the format cannot hold are left out."""
@@ -85,9 +85,14 @@ def _stream_with_cursors(exports: Exports, query: ExportQuery, target: Format, a
     left_out: Counter[str] = Counter()
     num_rows = 0
     for page in exports.read(query, after=after):
-        written = [(exported.cursor, _write_rows(exported, target, left_out)) for exported in page]
-        num_rows += sum(len(rows) for _, rows in written)
-        yield b"".join(dump_line({"cursor": cursor, "rows": rows}) for cursor, rows in written)
+        lines = []
+        for exported in page:
+            left_out_here: Counter[str] = Counter()
+            rows = _write_rows(exported, target, left_out_here)
+            lines.append({"cursor": exported.cursor, "rows": rows, "left_out": left_out_here})
+            num_rows += len(rows)
+            left_out += left_out_here
+        yield b"".join(map(dump_line, lines))
     yield dump_line({"done": True, "num_rows": num_rows, "left_out": dict(left_out)})
 
 

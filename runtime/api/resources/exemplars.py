@@ -7,6 +7,7 @@ Invariant: the trajectory itself is never changed.
 
 from __future__ import annotations
 
+import asyncio
 from datetime import datetime
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from fastapi import APIRouter, Body, Query
 from pydantic import BaseModel, Field
 
 from memory.records.reviews import ListedExemplar, Status
+from memory.schema import Trust
 from runtime.api.errors import Conflict, NotFound, error_responses
 from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.openai.answer_ids import trajectory_of
@@ -33,6 +35,7 @@ class ExemplarDetail(BaseModel):
     text: str = Field(description="The text that prompts show.")
     shown_to: ShownTo
     user_id: str = Field(description="The user of the episode.")
+    trust: Trust
     num_steps: int
     closed_at: datetime | None
     approved_at: datetime | None
@@ -55,9 +58,11 @@ async def list_exemplars(
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     before: Annotated[str | None, Query(description="`next_before` of the page before.")] = None,
 ) -> ExemplarPage:
-    """`active`: all that are in memory. `pending`: the active ones that are shown to one user or nobody; approval would
-    show them to the whole tenant. `approved`, `retired`: by an operator."""
-    rows = server.memory.reviews.exemplars(tenant=caller.tenant, status=Status(status), limit=limit, before_id=before)
+    """`active`: all that are in memory. `pending`: the active ones that are shown to one user or nobody, untrusted
+    ones among them; approval would show them to the whole tenant. `approved`, `retired`: by an operator."""
+    rows = await asyncio.to_thread(
+        server.memory.reviews.exemplars, tenant=caller.tenant, status=Status(status), limit=limit, before_id=before
+    )
     data = [describe_exemplar(row) for row in rows]
     return ExemplarPage(data=data, next_before=data[-1].id if len(data) == limit else None)
 

@@ -71,8 +71,9 @@ async def list_insights(
     kind: str | None = None,
     status: Status = Status.ACTIVE,
 ) -> InsightList:
-    """`active`: all in use. `pending`: the active ones that are shown to one user or nobody; approval would show them
-    to the whole tenant. `approved`, `retired`: by an operator. `removed`: because of evidence."""
+    """`active`: all in use. `pending`: the active ones that are shown to one user or nobody, untrusted ones among
+    them; approval would show them to the whole tenant. `approved`, `retired`: by an operator. `removed`: because of
+    evidence."""
     rows = server.memory.reviews.insights(tenant=caller.tenant, status=status, environment=environment, kind=kind)
     ranked = sorted(rows, key=lambda row: (-row.insight.strength, row.insight.losses - row.insight.wins))
     return InsightList(data=[describe_insight(row.insight, row.scope) for row in ranked])

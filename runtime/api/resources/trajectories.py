@@ -5,6 +5,7 @@ Invariant: no route changes recorded steps. A client that will not continue its 
 
 from __future__ import annotations
 
+import asyncio
 from datetime import datetime
 from typing import Annotated
 
@@ -146,7 +147,8 @@ async def list_trajectories(
     user: Annotated[str | None, Query(description="Only episodes of this person.")] = None,
 ) -> TrajectoryPage:
     memory = server.memory
-    views = memory.trajectories.select(
+    views = await asyncio.to_thread(
+        memory.trajectories.select,
         limit=limit,
         before_id=before,
         environment=environment,

@@ -9,8 +9,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ class Checkpoint:
     cursor: str = ""
     num_bytes: int = 0
     num_rows: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Rows that the format cannot hold, by reason."""
 
 
 class PartialFile:
@@ -77,8 +80,8 @@ class PartialFile:
             )
         return checkpoint
 
-    def add(self, lines: Sequence[bytes], cursor: str) -> None:
-        """Write rows, and note that all rows up to `cursor` are there."""
+    def add(self, lines: Sequence[bytes], cursor: str, left_out: Mapping[str, int]) -> None:
+        """Write rows, and note that all rows up to `cursor` are there but those `left_out`."""
         data = b"".join(lines)
         # members of gzip behind each other are one file, so that each checkpoint ends a member
         self._file.write(gzip.compress(data, mtime=0) if self.out.suffix == ".gz" and data else data)
@@ -87,6 +90,7 @@ class PartialFile:
         self.checkpoint.cursor = cursor
         self.checkpoint.num_bytes = self._file.tell()
         self.checkpoint.num_rows += len(lines)
+        self.checkpoint.left_out = dict(Counter(self.checkpoint.left_out) + Counter(left_out))
         unfinished = self._note.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(asdict(self.checkpoint)), encoding="utf-8")
         unfinished.replace(self._note)
@@ -105,17 +109,18 @@ async def export_to_file(client: Client, request: ExportRequest, out: Path, prog
     """Export to a file; return what it holds. Raises: Failure, ErrorReply, ServerUnreachable."""
     file = PartialFile(out, request)
     try:
-        left_out = await _receive(client, request, file, progress)
+        await _receive(client, request, file, progress)
     finally:
         file.close()
     file.finish()
-    return {"object": "export", "file": str(out), "num_rows": file.checkpoint.num_rows, "left_out": left_out}
+    held = {"num_rows": file.checkpoint.num_rows, "left_out": file.checkpoint.left_out}
+    return {"object": "export", "file": str(out), **held}
 
 
-async def _receive(client: Client, request: ExportRequest, file: PartialFile, progress: Progress) -> dict[str, int]:
-    """Write all rows that are streamed; return how many were left out, by reason."""
+async def _receive(client: Client, request: ExportRequest, file: PartialFile, progress: Progress) -> None:
+    """Write all rows that are streamed, and count those that were left out."""
     bar = progress.add_task(f"exporting {request.content}", total=None)
-    lines: list[bytes] = []
+    lines, left_out = list[bytes](), Counter[str]()
     cursor = file.checkpoint.cursor
     stream = client.stream_lines(
         f"/v1/export/{request.content}",
@@ -131,14 +136,15 @@ async def _receive(client: Client, request: ExportRequest, file: PartialFile, pr
             progress.update(bar, total=event["total"])
         elif "cursor" in event:
             lines += map(dump_line, event["rows"])
+            left_out.update(event["left_out"])
             cursor = event["cursor"]
             progress.advance(bar)
             if len(lines) >= ROWS_PER_CHECKPOINT:
-                file.add(lines, cursor)
-                lines = []
+                file.add(lines, cursor, left_out)
+                lines, left_out = [], Counter()
         else:
-            file.add(lines, cursor)
-            return event["left_out"]
+            file.add(lines, cursor, left_out)
+            return
     raise ServerUnreachable(
         f"the export broke off after {file.checkpoint.num_rows} rows: run the same command again, and it goes on there"
     )

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from memory.errors import FeedbackConflict, UnknownStep, UnknownTrajectory
-from memory.schema import Feedback, RewardSource, Split, Step, StepKind, TrajectoryStage
+from memory.schema import Feedback, RewardSource, Scope, Split, Step, StepKind, TrajectoryStage
 from memory.store import Memory
 from tests.memory.episodes import open_trajectory, play
 
@@ -114,3 +114,21 @@ async def test_comments_are_listed_by_episode_oldest_first(memory: Memory):
         await memory.feedback.post(Feedback(trajectory_id=trajectory.id, value=True, comment=comment))
     assert memory.feedback.comments() == {older.id: ["one"], newer.id: ["two", "three"]}
     assert memory.feedback.comments(since_id=newer.id) == {newer.id: ["two", "three"]}
+
+
+async def test_a_comment_is_listed_only_where_its_writer_may_write_for_all_who_are_shown_the_episode(memory: Memory):
+    buttons, _ = await memory.keys.create("buttons", scopes=[Scope.FEEDBACK])
+    tutor, _ = await memory.keys.create("tutor", scopes=[Scope.FEEDBACK, Scope.TEACH])
+    hers = await play(memory, environment=None, user_id="jane")
+    shared = await play(memory, environment=None, user_id="jane", is_shared=True)
+    practised = await play(memory)
+    for trajectory in (hers, shared, practised):
+        for key_id, user_id in ((None, "bob"), (buttons.id, ""), (tutor.id, "")):
+            words = f"{user_id}{key_id}"
+            comment = Feedback(trajectory_id=trajectory.id, comment=words, key_id=key_id, user_id=user_id)
+            await memory.feedback.post(comment)
+    assert memory.feedback.comments() == {
+        hers.id: [buttons.id, tutor.id],
+        shared.id: [tutor.id],
+        practised.id: [tutor.id],
+    }

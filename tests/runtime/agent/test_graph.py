@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 
 from memory.errors import UnknownPolicy
-from memory.schema import PolicyStage, RewardSource, Split, StepKind, Task, TrajectoryStage, Trust
+from memory.schema import PolicyStage, RewardSource, Split, StepKind, Task, Trajectory, TrajectoryStage, Trust
 from memory.store import Memory
 from runtime.agent.graph import Agent
+from runtime.agent.turn import TurnRequest
 from runtime.config import AgentConfig
 from runtime.engine.client import Delta
 from runtime.engine.model_families import DEFAULT_TEMPERATURE
@@ -478,6 +479,64 @@ async def test_a_conversation_that_goes_on_from_an_untrusted_answer_is_untrusted
     await memory.trajectories.approve(first.id)
     fourth = await play(agent, messages=[*ask_of("What is new?"), told, *ask_of("In short?")])
     assert fourth.trust is Trust.TRUSTED
+
+
+LOOK_UP = {"type": "function", "function": {"name": "look_up", "description": "Look up.", "parameters": {}}}
+
+
+def reads_the_news_and_looks_up(request):
+    """A policy that reads, says so, has the client look it up, and then says what came of it."""
+    messages = request["messages"]
+    last = messages[-1]["content"]
+    if messages[-1]["role"] == "tool" and last == NEWS:
+        return Reply("Let me see.", calls=[("look_up", "{}")])
+    return call("read_news") if last == "What is new?" else Reply(f"It is so: {last}")
+
+
+async def hand_over(agent: Agent) -> tuple[Trajectory, list[dict]]:
+    """Return the waiting trajectory of an agent that read the news, and the conversation as its client has it."""
+    turn = await agent.rollout(TurnRequest(messages=ask_of("What is new?"), tools=[LOOK_UP]))
+    assert turn.trajectory.stage is TrajectoryStage.RUNNING
+    said = {"role": "assistant", "content": turn.answer, "tool_calls": turn.open_tool_calls}
+    result = {"role": "tool", "tool_call_id": turn.open_tool_calls[0]["id"], "content": "It was found."}
+    return turn.trajectory, [*ask_of("What is new?"), said, result]
+
+
+@pytest.mark.parametrize("is_trusted", [True, False])
+async def test_an_untrusted_answer_to_words_beside_tool_results_stays_untrusted(
+    memory: Memory, hotswap: HotSwap, fake: FakeEngine, is_trusted: bool
+):
+    agent = Agent(memory, hotswap, {}, tools=[replace(tool_from_function(read_news), is_trusted=is_trusted)])
+    fake.script = reads_the_news_and_looks_up
+    waiting, told = await hand_over(agent)
+    told += ask_of("And in short?")
+    closed = await play(agent, messages=told, tools=[LOOK_UP])
+    assert (closed.id, closed.stage) == (waiting.id, TrajectoryStage.FINISHED)
+
+    # only what the client sees last: it may have shortened what came before
+    later = [*ask_of("And in short?"), {"role": "assistant", "content": closed.answer}, *ask_of("Thanks.")]
+    expected = Trust.TRUSTED if is_trusted else Trust.UNTRUSTED
+    assert (await play(agent, messages=later)).trust is expected
+
+
+@pytest.mark.parametrize(
+    ("happened", "system"), [("waits", ""), ("waits", "It is ten."), ("closed", "It is ten."), ("answered", "")]
+)
+async def test_a_conversation_that_goes_on_elsewhere_from_an_untrusted_handover_is_untrusted(
+    memory: Memory, hotswap: HotSwap, fake: FakeEngine, happened: str, system: str
+):
+    agent = Agent(memory, hotswap, {}, tools=[replace(tool_from_function(read_news), is_trusted=False)])
+    fake.script = reads_the_news_and_looks_up
+    waiting, told = await hand_over(agent)
+    if happened == "closed":
+        await agent.open_episodes.close(waiting, None)
+    if happened == "answered":
+        await play(agent, messages=told, tools=[LOOK_UP])
+    told = [{"role": "system", "content": system}, *told] if system else told
+    # a named task, which the waiting trajectory is not of
+    task = Task(environment=None, name="other", split=Split.LIVE, kind="chat")
+    other = await play(agent, task, messages=told, tools=[LOOK_UP])
+    assert other.id != waiting.id and other.trust is Trust.UNTRUSTED
 
 
 async def test_untrusted_text_is_never_recorded_in_an_episode_that_is_still_trusted(

@@ -152,6 +152,14 @@ async def test_what_a_tool_yielded_for_one_person_is_no_record_for_another(
     assert memory.trajectories.recorded_result("send_order", {"article": "tea"}) is None
 
 
+async def test_what_a_retired_episode_was_told_is_no_record(agent: Agent, fake: FakeEngine, memory: Memory):
+    fake.script = calling("send_order", article="tea")
+    told = await play(agent, messages=ASK, is_shared=True)
+    assert memory.trajectories.recorded_result("send_order", {"article": "tea"}) == "order 1: 1 x tea"
+    await memory.reviews.retire_exemplar(told.id, tenant="")
+    assert memory.trajectories.recorded_result("send_order", {"article": "tea"}) is None
+
+
 async def test_errors_and_rehearsals_are_no_record(agent: Agent, shop: Shop, fake: FakeEngine, memory: Memory):
     fake.script = calling("send_order", article="gold")
     failed = await play(agent, messages=ASK, is_shared=True)

@@ -21,7 +21,7 @@ from memory.schema import StepKind, TrajectoryStage
 from optimizer.data.stitching import stitch
 from optimizer.rewards import grade
 from tests.runtime.api.playing import WEATHER, PlayedWorld
-from tests.runtime.fake_engine import Reply
+from tests.runtime.fake_engine import LOOK, Reply
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -139,6 +139,17 @@ async def test_asynchronous_clients_are_answered_side_by_side(world: PlayedWorld
 def test_a_cut_answer_says_so(world: PlayedWorld, client: openai.OpenAI) -> None:
     world.fake.script = lambda request: Reply("You sa", is_cut=True)
     assert client.chat.completions.create(model="agent", messages=HI).choices[0].finish_reason == "length"
+
+
+def test_a_call_that_was_cut_is_not_said_to_be_complete(world: PlayedWorld, client: openai.OpenAI) -> None:
+    world.fake.script = lambda request: Reply(calls=[("look", '{"where": "Os')], is_cut=True)
+    answer = client.chat.completions.create(model="agent", messages=HI, tools=[LOOK])
+    assert answer.choices[0].finish_reason == "length"
+    chunks = client.chat.completions.create(model="agent", messages=HI, tools=[LOOK], stream=True)
+    assert [it.choices[0].finish_reason for it in chunks if it.choices and it.choices[0].finish_reason] == ["length"]
+    tools = [{"type": "function", **LOOK["function"], "strict": None}]
+    response = client.responses.create(model="agent", input="hi", tools=tools)
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
 
 
 @pytest.mark.parametrize(
