@@ -152,6 +152,29 @@ def test_texts_of_trl_become_messages_and_an_implicit_prompt_is_found():
         read({"chosen": "Blue.", "rejected": "Red."})
 
 
+@pytest.mark.parametrize(("name", "field"), [("trl", "prompt"), ("instruction-preference", "instruction")])
+def test_a_prompt_that_both_sides_repeat_is_learned_once(name: str, field: str):
+    asked = say("user", "Sky?")
+    blue, red = say("assistant", "Blue."), say("assistant", "Red.")
+    content = FORMATS[name].read({field: "Sky?", "chosen": [asked, blue], "rejected": [asked, red]})
+    assert (content.prompt, content.completion, content.rejected) == ([asked], [blue], [red])
+    called = say("assistant", "Hi")
+    with pytest.raises(BadRow, match="need a message behind the prompt"):
+        FORMATS[name].read({field: [called], "chosen": [called], "rejected": [called]})
+
+
+def test_tools_of_xlam_may_have_json_schemas():
+    row = {
+        "query": "How is Oslo?",
+        "answers": [{"name": "weather", "arguments": {"city": "Oslo"}}],
+        "tools": [WEATHER["function"]],
+    }
+    assert FORMATS["xlam"].read(row).tools == [WEATHER]
+    row["tools"] = [{"name": "weather", "parameters": {"city": "Oslo"}}]
+    with pytest.raises(BadRow, match="must be an object that describes each parameter"):
+        FORMATS["xlam"].read(row)
+
+
 def test_calls_of_the_older_form_and_objects_as_arguments_are_read_alike():
     old = say("assistant", None, function_call={"name": "weather", "arguments": '{"city": "Oslo"}'})
     new = say("assistant", "", tool_calls=[{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}])
