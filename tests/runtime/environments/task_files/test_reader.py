@@ -183,3 +183,25 @@ async def test_demonstrations_are_graded_by_their_own_rows(tmp_path: Path):
     assert (checked.num_tasks, checked.num_demonstrations) == (5, 4)
     assert checked.graders == {"exact": 2, "values": 1, "database_state": 1, "rubric": 1}
     assert checked.problems == [f"{path}:2: the demonstration of task 'b': expected 'b', not 'wrong'"]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "missing"),
+    [
+        ("aaab" * 30, ""),
+        ("a" * 90 + "b" * 30, "b"),
+        ("b" * 30 + "c" * 30 + "a" * 30, "a, c"),
+        ("a" * 91 + "b" * 29, ""),  # a rare kind
+        ("a" * 120, ""),
+    ],
+)
+async def test_a_split_whose_kinds_stand_in_blocks_is_named(tmp_path: Path, kinds: str, missing: str):
+    rows = [row(f"t{number}", kind=kind, split="held-out") for number, kind in enumerate(kinds)]
+    path = write(tmp_path / "t.jsonl", *rows, row("last", kind="z", split="practice"))
+    checked = await check_task_file(path)
+    warning = (
+        f"{path}: the first {len(kinds) // 5} of {len(kinds)} held-out tasks have none of the kinds {missing}: tasks are "
+        "taken in the file's order, so mix the kinds"
+    )
+    assert checked.warnings == ([warning] if missing else [])
+    assert checked.problems == []
