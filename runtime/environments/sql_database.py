@@ -33,6 +33,8 @@ REFUSED_ACTIONS = frozenset({sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlit
 P = ParamSpec("P")
 R = TypeVar("R")
 Value = str | int | float | None
+Contents = dict[str, tuple[list[str], list[str]]]
+"""Of each table its columns, and its rows as text, sorted."""
 
 
 class Column(BaseModel, extra="forbid"):
@@ -76,18 +78,23 @@ class SqlDatabase:
         """
         return await self._run(self._execute, statement)
 
-    async def digest(self) -> str:
-        """Return a digest of all rows of all tables, whatever their order."""
-        return await self._run(self._digest)
+    async def contents(self) -> Contents:
+        """Return all rows of all tables, whatever their order. Raises: ToolError if they cannot be read."""
+        return await self._run(self._read_contents)
 
-    async def digest_after(self, statement: str) -> str:
-        """Return the digest that the tables would have if `statement` alone had been run on them. Raises: ToolError."""
+    async def contents_after(self, statement: str) -> Contents:
+        """Return the contents that there would be if `statement` alone had been run. Raises: ToolError."""
         fresh = SqlDatabase(self._tables)
         try:
             await fresh.execute(statement)
-            return await fresh.digest()
+            return await fresh.contents()
         finally:
             await fresh.close()
+
+    async def digest(self) -> str:
+        """Return AgentBench's digest of the tables. Other tables may have the same: it leaves NULL out, and joins the
+        values of a row by commas."""
+        return await self._run(self._digest)
 
     async def close(self) -> None:
         """Forget the database."""
@@ -111,6 +118,7 @@ class SqlDatabase:
         # Only now: making the tables needs what a policy may not do.
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
         connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, MAX_COLUMNS)
+        connection.text_factory = _decode
         connection.set_authorizer(_authorize)
         connection.set_progress_handler(self._is_late, STEPS_BETWEEN_CHECKS)
         self._connection = connection
@@ -133,6 +141,15 @@ class SqlDatabase:
             return f"{max(cursor.rowcount, 0)} rows changed"
         cursor.close()
         return f"[{', '.join(rows)}]"
+
+    def _read_contents(self) -> Contents:
+        connection = self._open()
+        self._deadline = time.monotonic() + STATEMENT_SECONDS
+        try:
+            found = connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT GLOB 'sqlite_*'")
+            return {name: _read_table(connection, name) for (name,) in found.fetchall()}
+        except sqlite3.Error as error:
+            raise ToolError(f"the tables cannot be read: {error}") from None
 
     def _digest(self) -> str:
         """Return the digest that AgentBench's database tasks compare (arXiv 2308.03688): of each row the first five
@@ -157,6 +174,11 @@ class SqlDatabase:
             self._connection = None
 
 
+def _read_table(connection: sqlite3.Connection, name: str) -> tuple[list[str], list[str]]:
+    cursor = connection.execute(f"SELECT * FROM {_quote(name)}")
+    return [column[0] for column in cursor.description], sorted(map(repr, cursor))
+
+
 def _read_rows(cursor: sqlite3.Cursor) -> list[str]:
     """Return rows as text, up to about `MAX_RESULT_CHARS`."""
     rows, num_chars = list[str](), 0
@@ -171,6 +193,10 @@ def _read_rows(cursor: sqlite3.Cursor) -> list[str]:
 
 def _authorize(action: int, *_: object) -> int:
     return sqlite3.SQLITE_DENY if action in REFUSED_ACTIONS else sqlite3.SQLITE_OK
+
+
+def _decode(text: bytes) -> str:
+    return text.decode("utf-8", "backslashreplace")  # CAST makes texts of any bytes
 
 
 def _quote(name: str) -> str:

@@ -79,6 +79,40 @@ async def test_the_state_counts_whatever_the_order_of_rows(database: SqlDatabase
     assert (await rule.grade(submission, GradingResources())).value == 0.0
 
 
+CONTACTS = Table.model_validate(
+    {
+        "name": "c",
+        "columns": [{"name": "id", "type": "INTEGER"}, {"name": "home"}, {"name": "work"}],
+        "rows": [[1, None, None], [2, None, None]],
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "played", "reward"),
+    [
+        ("UPDATE c SET work = '123' WHERE id = 1", "UPDATE c SET work = 123 WHERE id < 2", 1.0),
+        ("UPDATE c SET work = '123' WHERE id = 1", "UPDATE c SET home = '123' WHERE id = 1", 0.0),
+        ("UPDATE c SET home = 'a', work = 'b,c'", "UPDATE c SET home = 'a,b', work = 'c'", 0.0),
+        ("UPDATE c SET work = 'None'", "UPDATE c SET home = 'None'", 0.0),
+        ("INSERT INTO c VALUES (3, 'a', 'b')", "INSERT INTO c VALUES (3, 'a', 'b'), (3, 'a', 'b')", 0.0),
+        ("ALTER TABLE c ADD COLUMN mail", "SELECT 1", 0.0),
+        ("ALTER TABLE c ADD COLUMN mail", "ALTER TABLE c ADD COLUMN mail TEXT", 1.0),
+        ("CREATE TABLE d (x)", "SELECT 1", 0.0),
+        ("DROP TABLE c", "DELETE FROM c", 0.0),
+        ("DROP TABLE c", "DROP TABLE c", 1.0),
+        ("SELECT 1", "ALTER TABLE c ADD COLUMN d AS (abs(-9223372036854775807 - 1))", 0.0),
+        ("DELETE FROM c", "UPDATE c SET work = CAST(x'ff' AS TEXT)", 0.0),
+    ],
+)
+async def test_the_state_is_that_of_the_statement_cell_by_cell(wanted: str, played: str, reward: float):
+    database = SqlDatabase([CONTACTS])
+    await database.execute(played)
+    rule = DatabaseState(type="database_state", statement=wanted)
+    assert (await rule.grade(Submission("done", database=database), GradingResources())).value == reward
+    await database.close()
+
+
 def test_a_table_with_a_short_row_is_refused():
     with pytest.raises(ValueError, match="row 2 of the table 't' has 1 values, not 2"):
         Table.model_validate({"name": "t", "columns": [{"name": "a"}, {"name": "b"}], "rows": [["1", "2"], ["3"]]})
@@ -92,7 +126,8 @@ async def test_digests_are_those_that_agentbench_publishes():
         if task["grader"]["type"] != "database_state":
             continue
         database = SqlDatabase([Table.model_validate(table) for table in task["database"]])
-        if await database.digest_after(row["label"][0]) != task["grader"]["digest"]:
+        await database.execute(row["label"][0])
+        if await database.digest() != task["grader"]["digest"]:
             differing.append(row["label"][0])
         await database.close()
     assert len(differing) <= 1
