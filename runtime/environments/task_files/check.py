@@ -1,4 +1,4 @@
-"""Checks a task file without a server: every row, that the row's own grader accepts its demonstration, and the order."""
+"""Checks a task file without a server: every row, the order, and that a row's own grader accepts its demonstration."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,10 @@ async def test_statements_read_and_change_the_tables(database: SqlDatabase):
         "VACUUM INTO '{}/copy.db'",
         "SELECT load_extension('{}/evil.so')",
         "SELECT writefile('{}/made', 'x')",
+        "CREATE TEMP TABLE made AS SELECT 1",
+        "CREATE TABLE temp.made (x)",
+        "CREATE TEMP VIEW made AS SELECT 1",
+        "CREATE VIRTUAL TABLE temp.made USING fts5(x)",
         "SELECT 1; SELECT 2",
     ],
 )
@@ -66,6 +71,47 @@ async def test_a_statement_that_takes_too_long_or_too_much_is_stopped(
     many = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT hex(zeroblob(10000)) FROM c"
     assert 40_000 < len(await database.execute(many)) < 70_000
     assert await database.execute("SELECT 1") == "[(1,)]"
+
+
+@pytest.mark.parametrize(
+    ("expression", "complaint"),
+    [
+        (
+            "replace(hex(zeroblob(30000)), '0', 'a') LIKE '%' || replace(hex(zeroblob(200)), '0', 'a') || 'b'",
+            "too complex",
+        ),
+        ("'a' GLOB replace(hex(zeroblob(200)), '0', '*')", "too complex"),
+        ("replace(hex(zeroblob(30000)), '0', 'ab')", "too big"),
+        ("length(randomblob(100000))", "too big"),
+        (" + ".join(["abs(1)"] * 101), "not authorized"),
+        ("'" + "a" * 70_000 + "'", "too (big|large)"),
+    ],
+)
+async def test_no_single_operator_outlasts_the_deadline(database: SqlDatabase, expression: str, complaint: str):
+    with pytest.raises(ToolError, match=complaint):
+        await database.execute(f"SELECT {expression}")
+    assert await database.execute("SELECT 'fig' LIKE '%g', abs(-1)") == "[(1, 1)]"
+
+
+async def test_a_sort_fills_no_disk(database: SqlDatabase, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("runtime.environments.sql_database.MAX_TEMPORARY_BYTES", 2**20)
+    monkeypatch.setattr("runtime.environments.sql_database.STATEMENT_SECONDS", 60.0)
+    numbers = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c)"
+    with pytest.raises(ToolError, match="interrupted; a statement may take 60 seconds and 1 MB of temporary files"):
+        await database.execute(f"{numbers} SELECT x, zeroblob(60000) AS y FROM c ORDER BY y")
+    assert await database.execute("SELECT name FROM `my fruit` ORDER BY n DESC") == "[('kiwi',), ('fig',)]"
+
+
+async def test_closing_ends_the_statement_that_runs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("runtime.environments.sql_database.STATEMENT_SECONDS", 60.0)
+    database = SqlDatabase([FRUIT])
+    endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
+    running = asyncio.create_task(database.execute(endless))
+    await asyncio.sleep(0.1)
+    await database.close()
+    assert not running.done()  # closing waited for nothing
+    with pytest.raises(ToolError, match="interrupted"):
+        await running
 
 
 async def test_the_state_counts_whatever_the_order_of_rows(database: SqlDatabase):
@@ -99,6 +145,8 @@ CONTACTS = Table.model_validate(
         ("ALTER TABLE c ADD COLUMN mail", "SELECT 1", 0.0),
         ("ALTER TABLE c ADD COLUMN mail", "ALTER TABLE c ADD COLUMN mail TEXT", 1.0),
         ("CREATE TABLE d (x)", "SELECT 1", 0.0),
+        ("ALTER TABLE c RENAME TO d", "SELECT 1", 0.0),
+        ("ALTER TABLE c RENAME TO d", "ALTER TABLE c RENAME TO d", 1.0),
         ("DROP TABLE c", "DELETE FROM c", 0.0),
         ("DROP TABLE c", "DROP TABLE c", 1.0),
         ("SELECT 1", "ALTER TABLE c ADD COLUMN d AS (abs(-9223372036854775807 - 1))", 0.0),

@@ -200,8 +200,8 @@ async def test_a_split_whose_kinds_stand_in_blocks_is_named(tmp_path: Path, kind
     path = write(tmp_path / "t.jsonl", *rows, row("last", kind="z", split="practice"))
     checked = await check_task_file(path)
     warning = (
-        f"{path}: the first {len(kinds) // 5} of {len(kinds)} held-out tasks have none of the kinds {missing}: tasks are "
-        "taken in the file's order, so mix the kinds"
+        f"{path}: the first {len(kinds) // 5} of {len(kinds)} held-out tasks have none of the kinds {missing}: "
+        "tasks are taken in the file's order, so mix the kinds"
     )
     assert checked.warnings == ([warning] if missing else [])
     assert checked.problems == []
