@@ -58,6 +58,13 @@ def test_check_names_bad_rows_and_wrong_demonstrations(tmp_path: Path, capsys):
     assert code == 1 and f"{tmp_path}/t.jsonl:2: messages: Field required" in failed["error"]["message"]
 
 
+def test_check_prints_a_warning_and_succeeds(tmp_path: Path, capsys):
+    rows = [{"name": f"t{n}", "split": "practice", "kind": "sums" if n < 90 else "dates", **SUM} for n in range(120)]
+    assert run(serve.app, ["tasks", "check", str(write(tmp_path / "t.jsonl", *rows))]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the first 24 of 120 practice tasks have none of the kinds dates: tasks are taken" in printed
+
+
 def test_check_knows_the_functions_of_the_configuration(tmp_path: Path, capsys, monkeypatch):
     rule = {"type": "function", "name": "long", "answer": 3}
     row = {"name": "a", **SUM, "grader": rule, "demonstration": [{"role": "assistant", "content": "four"}]}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from memory.formats.content import BadRow, ExampleContent, ExampleKind, Message, Row
+from memory.formats.content import BadRow, ExampleContent, ExampleKind, Message, NotExpressible, Row
 from memory.formats.messages import arguments_of, left_over, parse_json_text, read_messages, read_tools, require_trained
 
 ROLES = {
@@ -107,6 +107,8 @@ def write(content: ExampleContent) -> Row:
         case ExampleKind.DEMONSTRATION:
             return {"conversations": _write_turns(content.messages), **rest, **extra}
         case ExampleKind.LABEL:
+            if len(content.completion) > 1:  # the mark speaks of the last reply alone
+                raise NotExpressible("a label of several messages")
             turns = _write_turns([*content.prompt, *content.completion])
             return {"conversations": turns, "kto_tag": content.is_good, **rest, **extra}
         case ExampleKind.PREFERENCE:
@@ -117,6 +119,7 @@ def write(content: ExampleContent) -> Row:
 
 
 def _write_turns(messages: list[Message]) -> list[Row]:
+    _require_results_in_order(messages)
     turns: list[Row] = []
     for message in messages:
         written: list[Row] = []
@@ -132,3 +135,13 @@ def _write_turns(messages: list[Message]) -> list[Row]:
             written = [{**turn, "loss": False} for turn in written]
         turns += written
     return turns
+
+
+def _require_results_in_order(messages: list[Message]) -> None:
+    """Raise NotExpressible unless results follow in the order of their calls: an observation does not name its call."""
+    waiting: list[str] = []
+    for message in messages:
+        if message.get("tool_calls"):
+            waiting = [call["id"] for call in message["tool_calls"]]
+        elif message["role"] == "tool" and (not waiting or waiting.pop(0) != message["tool_call_id"]):
+            raise NotExpressible("results in another order than their calls")

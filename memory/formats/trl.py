@@ -7,7 +7,7 @@ is rendered by the policy's chat template.
 from __future__ import annotations
 
 from memory.formats import complete, openai
-from memory.formats.content import BadRow, ExampleContent, ExampleKind, Row
+from memory.formats.content import BadRow, ExampleContent, ExampleKind, Message, Row
 from memory.formats.messages import as_object_arguments, left_over, read_replies, read_tools, read_turns, require_kind
 
 FIELDS = ("prompt", "completion", "chosen", "rejected", "label", "messages", "tools")
@@ -56,6 +56,7 @@ def _read_pair(row: Row) -> ExampleContent:
     chosen, rejected = (read_replies(row.get(field), field) for field in ("chosen", "rejected"))
     if "prompt" in row:
         prompt = read_turns(row["prompt"], "prompt")
+        chosen, rejected = _drop_repeated_prompt(prompt, chosen, rejected)
     else:  # an implicit prompt: what both begin with
         length = next(
             (position for position, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other),
@@ -72,6 +73,17 @@ def _read_pair(row: Row) -> ExampleContent:
         tools=read_tools(row.get("tools")),
         extra=left_over(row, *FIELDS),
     )
+
+
+def _drop_repeated_prompt(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message]]:
+    """Return both sides without the prompt, which some files repeat in each. Raises: BadRow if a side has no more."""
+    if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    if not chosen or not rejected:
+        raise BadRow("'chosen' and 'rejected' need a message behind the prompt")
+    return chosen, rejected
 
 
 def _read_label(row: Row) -> ExampleContent:
@@ -119,10 +131,7 @@ def read_instruction(row: Row) -> ExampleContent:
     """Return the preference of an instruction with two trajectories (arXiv 2503.12434). Raises: BadRow."""
     prompt = read_turns(row.get("instruction"), "instruction")
     chosen, rejected = (read_replies(row.get(field), field) for field in ("chosen", "rejected"))
-    if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:  # some files repeat it in both
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    if not chosen or not rejected:
-        raise BadRow("'chosen' and 'rejected' need a message behind the instruction")
+    chosen, rejected = _drop_repeated_prompt(prompt, chosen, rejected)
     extra = left_over(row, "instruction", "chosen", "rejected", "tools")
     return ExampleContent(
         ExampleKind.PREFERENCE,

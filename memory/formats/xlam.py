@@ -65,10 +65,12 @@ def _read_tool(tool: object, where: str) -> dict[str, Any]:
     if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
         raise BadRow(f"{where} has no 'name'")
     parameters = tool.get("parameters") or {}
-    if not isinstance(parameters, dict) or not all(isinstance(each, dict) for each in parameters.values()):
+    if not isinstance(parameters, dict):
         raise BadRow(f"{where}.parameters must be an object that describes each parameter")
     if parameters.get("type") == "object" and isinstance(parameters.get("properties"), dict):
         schema = parameters  # some files have JSON schemas already
+    elif not all(isinstance(each, dict) for each in parameters.values()):
+        raise BadRow(f"{where}.parameters must be an object that describes each parameter")
     else:
         schema = {
             "type": "object",

@@ -192,7 +192,8 @@ def _describe_tasks(counted: Mapping[str, Any]) -> str:
         lines.append(f"graders: {_list_counts(counted['graders'])}")
         wrong = len(counted["problems"])
         lines.append(f"{counted['num_demonstrations']} demonstrations graded, {wrong} of them wrong")
-    return "\n".join([*lines, *counted.get("left_out", ()), *counted.get("problems", ())])
+    named = (line for key in ("left_out", "problems", "warnings") for line in counted.get(key, ()))
+    return "\n".join([*lines, *named])
 
 
 def _describe_demonstrations(written: Mapping[str, Any]) -> str:

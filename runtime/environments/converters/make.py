@@ -7,6 +7,7 @@ not at all.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -61,7 +62,7 @@ def make_task_file(benchmark: str, source: Path, out: Path) -> MadeFile:
     """
     if benchmark not in BENCHMARKS:
         raise ValueError(f"no benchmark is called {benchmark!r}; there is: {', '.join(BENCHMARKS)}")
-    lines, splits, kinds, content = list[str](), Counter[str](), Counter[str](), dict[str, Any]()
+    rows, splits, kinds, content = list[dict[str, Any]](), Counter[str](), Counter[str](), dict[str, Any]()
     left_out = list[str]()
     try:
         for task in BENCHMARKS[benchmark](source):
@@ -73,17 +74,22 @@ def make_task_file(benchmark: str, source: Path, out: Path) -> MadeFile:
             content["split"] = row.final_split
             if row.final_split != "practice":
                 content.pop("demonstration", None)
-            # In ASCII: a few texts hold U+2028, at which many programs break a line.
-            lines.append(json.dumps(content))
+            rows.append(content)
             splits[row.final_split] += 1
             kinds[row.kind] += 1
     except ValidationError as error:
         raise ValueError(f"{source}: task {content.get('name')!r}: {describe_error(error)}") from None
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{source} is not {benchmark} as it is published: {error!r}") from error
-    if not lines:
+    if not rows:
         raise ValueError(f"{source} holds no file of {benchmark}")
     partial = out.with_name(f"{out.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    rows.sort(key=_digest_name)
+    # In ASCII: a few texts hold U+2028, at which many programs break a line.
+    partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     partial.replace(out)
-    return MadeFile(out, len(lines), dict(splits), dict(kinds), left_out)
+    return MadeFile(out, len(rows), dict(splits), dict(kinds), left_out)
+
+
+def _digest_name(row: dict[str, Any]) -> bytes:
+    return hashlib.sha256(row["name"].encode()).digest()

@@ -2,7 +2,7 @@
 
 The answer in a reply is the number behind the last `####` (GSM8K, arXiv 2110.14168), else the one in the last
 `\\boxed{}` (MATH, arXiv 2103.03874), else the last number of the text. Numbers may carry a currency, thousands
-separators, a percent sign or units, and may be fractions: `$1,234.50`, `\\frac{3}{4}`, `3/4`, `12 %`.
+separators, a percent sign or units, and may be fractions: `$1,234.50`, `\\frac{3}{4}`, `3/4`, `2 1/2`, `12 %`.
 Invariant: values are exact fractions; only `tolerance` makes a comparison inexact.
 """
 
@@ -26,9 +26,9 @@ _NUMBER = re.compile(
     (?<![\w)])  # not inside of a word (B2B), and a minus behind a number is no sign (5-10)
     (?: (?P<sign>[-+\u2212]) \s* )? (?: [$€£¥] \s* )?
     (?:
-        (?:(?P<whole>\d+)\s*)? \\[dt]?frac \s* \{{ \s* (?P<top>{_SIGN}{_DECIMAL}) \s* \}}
-            \s* \{{ \s* (?P<bottom>{_DECIMAL}) \s* \}}
-      | (?P<over>{_DECIMAL}) \s* / \s* (?P<under>{_DECIMAL})
+        (?:(?P<whole>\d+)\s*)? \\[dt]?frac \s* (?: \{{ \s* (?P<top>{_SIGN}{_DECIMAL}) \s* \}} | (?P<top_digit>\d) )
+            \s* (?: \{{ \s* (?P<bottom>{_DECIMAL}) \s* \}} | (?P<bottom_digit>\d) )
+      | (?:(?P<mixed>\d{{1,3}}(?:,\d{{3}})+|\d+)[ \t]+)? (?P<over>{_DECIMAL}) \s* / \s* (?P<under>{_DECIMAL})
       | (?P<decimal>{_DECIMAL})
     )
     (?P<percent> \s* \\?% )?
@@ -108,11 +108,11 @@ def _read(match: re.Match[str]) -> tuple[Fraction, ...] | None:
     if len(match[0]) > MAX_DIGITS:
         return None
     try:
-        if match["top"] is not None:
-            value = read_decimal(match["top"]) / read_decimal(match["bottom"])
-            value += Fraction(match["whole"] or 0)
+        top, bottom = match["top"] or match["top_digit"], match["bottom"] or match["bottom_digit"]
+        if top is not None:
+            value = read_decimal(match["whole"] or "0") + read_decimal(top) / read_decimal(bottom)
         elif match["over"] is not None:
-            value = read_decimal(match["over"]) / read_decimal(match["under"])
+            value = read_decimal(match["mixed"] or "0") + read_decimal(match["over"]) / read_decimal(match["under"])
         else:
             value = read_decimal(match["decimal"])
     except (ZeroDivisionError, ValueError):

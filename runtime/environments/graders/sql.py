@@ -1,6 +1,6 @@
 """Graders of tasks with a database: its state after the episode, and the values that were found in it.
 
-Both compare as AgentBench's database tasks do (arXiv 2308.03688).
+Values, and a state that is given by its digest, compare as AgentBench's database tasks do (arXiv 2308.03688).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from runtime.engine.client import ToolDefinition
 from runtime.environments.base import Outcome
 from runtime.environments.graders.base import Grader, GradingResources, Submission, quote, right, wrong
 from runtime.environments.graders.text import Answers, list_answers
+from runtime.errors import ToolError
 
 TOLERANCE = 1e-2
 _NOTHING = frozenset({"none", "null", "undefined", "nan", "inf", "infinity", "-inf", "-infinity", ""})
@@ -37,10 +38,15 @@ class DatabaseState(Grader):
 
     async def grade(self, submission: Submission, resources: GradingResources) -> Outcome:
         assert submission.database is not None, "checked when the row was read"
-        expected = self.digest
-        if self.statement is not None:
-            expected = await submission.database.digest_after(self.statement)
-        if await submission.database.digest() == expected:
+        if self.statement is None:
+            is_right = await submission.database.digest() == self.digest
+        else:
+            expected = await submission.database.contents_after(self.statement)
+            try:
+                is_right = await submission.database.contents() == expected
+            except ToolError as error:  # a policy can make tables that cannot be read
+                return wrong(str(error))
+        if is_right:
             return right("the tables hold what they should")
         return wrong("the tables do not hold what they should")
 

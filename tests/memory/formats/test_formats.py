@@ -15,7 +15,7 @@ from memory.datasets.examples import digest_content
 from memory.formats.content import BadRow, ExampleContent, ExampleKind, NotExpressible, is_trained
 from memory.formats.files import read_file
 from memory.formats.registry import FORMATS, find_format, recognise_row, recognise_rows, require_holds, write_row
-from tests.memory.formats.rows import CALLED, DEMONSTRATION, LABEL, PLAIN, PREFERENCE, ROUND_TRIPS, WEATHER, say
+from tests.memory.formats.rows import ASKED, CALLED, DEMONSTRATION, LABEL, PLAIN, PREFERENCE, ROUND_TRIPS, WEATHER, say
 from tests.shared_data import find_shared
 
 REAL_FILES = [
@@ -152,6 +152,29 @@ def test_texts_of_trl_become_messages_and_an_implicit_prompt_is_found():
         read({"chosen": "Blue.", "rejected": "Red."})
 
 
+@pytest.mark.parametrize(("name", "field"), [("trl", "prompt"), ("instruction-preference", "instruction")])
+def test_a_prompt_that_both_sides_repeat_is_learned_once(name: str, field: str):
+    asked = say("user", "Sky?")
+    blue, red = say("assistant", "Blue."), say("assistant", "Red.")
+    content = FORMATS[name].read({field: "Sky?", "chosen": [asked, blue], "rejected": [asked, red]})
+    assert (content.prompt, content.completion, content.rejected) == ([asked], [blue], [red])
+    called = say("assistant", "Hi")
+    with pytest.raises(BadRow, match="need a message behind the prompt"):
+        FORMATS[name].read({field: [called], "chosen": [called], "rejected": [called]})
+
+
+def test_tools_of_xlam_may_have_json_schemas():
+    row = {
+        "query": "How is Oslo?",
+        "answers": [{"name": "weather", "arguments": {"city": "Oslo"}}],
+        "tools": [WEATHER["function"]],
+    }
+    assert FORMATS["xlam"].read(row).tools == [WEATHER]
+    row["tools"] = [{"name": "weather", "parameters": {"city": "Oslo"}}]
+    with pytest.raises(BadRow, match="must be an object that describes each parameter"):
+        FORMATS["xlam"].read(row)
+
+
 def test_calls_of_the_older_form_and_objects_as_arguments_are_read_alike():
     old = say("assistant", None, function_call={"name": "weather", "arguments": '{"city": "Oslo"}'})
     new = say("assistant", "", tool_calls=[{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}])
@@ -221,6 +244,21 @@ def test_a_format_refuses_what_it_cannot_hold():
             write_row(content, FORMATS[name])
     with pytest.raises(ValueError, match="'openai' cannot hold a label: use one of trl, sharegpt, ratchet"):
         require_holds(FORMATS["openai"], ExampleKind.LABEL)
+
+
+def test_sharegpt_refuses_results_in_another_order_than_their_calls():
+    reply, first, second, answer = CALLED
+    crossed = replace(DEMONSTRATION, completion=[*ASKED, reply, second, first, answer])
+    with pytest.raises(NotExpressible, match="results in another order than their calls"):
+        write_row(crossed, FORMATS["sharegpt"])
+    only_second = replace(DEMONSTRATION, completion=[*ASKED, reply, second, answer])
+    with pytest.raises(NotExpressible, match="results in another order than their calls"):
+        write_row(only_second, FORMATS["sharegpt"])
+
+
+def test_sharegpt_refuses_a_label_of_several_messages():
+    with pytest.raises(NotExpressible, match="a label of several messages"):
+        write_row(replace(LABEL, completion=CALLED), FORMATS["sharegpt"])
 
 
 def test_a_broken_call_of_a_model_is_left_out_where_objects_are_wanted():

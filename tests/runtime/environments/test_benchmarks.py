@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -33,7 +34,23 @@ async def test_bfcl_offers_no_function_on_two_sides_and_its_demonstrations_are_r
         assert row["split"] == "practice" or "demonstration" not in row
     assert [name for name, splits in sides.items() if len(splits) > 1] == []
     checked = await check_task_file(tmp_path / "tasks.jsonl")
-    assert (checked.num_demonstrations, checked.problems) == (832, [])
+    assert (checked.num_demonstrations, checked.problems, checked.warnings) == (832, [], [])
+
+
+def test_the_first_tasks_of_a_made_file_are_of_its_frequent_kinds_wherever_they_were_published(tmp_path: Path):
+    _, rows = make("bfcl", "bfcl", tmp_path)
+    held_out = [row["kind"] for row in rows if row["split"] == "held-out"]
+    share = {kind: count / len(held_out) for kind, count in Counter(held_out).items()}
+    first = Counter(held_out[:120])
+    assert len(share) > 4
+    assert all(abs(first[kind] / 120 - share[kind]) < 0.1 for kind in share)
+    published = tmp_path / "published"
+    published.mkdir()
+    questions = [{"question": f"{number} + 2?", "answer": f"#### {number + 2}"} for number in range(40)]
+    (published / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in questions))
+    made = make_task_file("gsm8k", published, tmp_path / "sums.jsonl")
+    names = [json.loads(line)["name"] for line in made.path.read_text().splitlines()]
+    assert names == sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()) != sorted(names)
 
 
 def test_functions_that_are_offered_together_stay_together():

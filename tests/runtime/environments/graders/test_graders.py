@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -99,6 +100,14 @@ def test_a_rule_that_cannot_grade_is_refused_when_it_is_read(rule: dict[str, Any
         ("1. add\n2. carry\nso 12 apples", 12),
         (r"\boxed{1{,}000}", 1000),
         (r"2\frac{1}{2}", 2.5),
+        (r"2\frac12", 2.5),
+        (r"\boxed{\frac{10}3}", Fraction(10, 3)),
+        ("2 1/2", 2.5),
+        ("-2 1/2", -2.5),
+        ("1,200 1/2", 1200.5),
+        ("2 1/2 %", 2.5),
+        ("1.5 1/2", 0.5),
+        ("2\n1/2", 0.5),
         ("B2B and x_1", None),
         ("1/0", None),
         ("9" * 500, None),

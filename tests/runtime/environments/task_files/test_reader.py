@@ -206,3 +206,25 @@ def test_a_task_is_held_out_by_its_name_and_without_one_by_its_question_whatever
     assert file.holds_out(None, ["Hello.", "\n What  is\tb? "]) and not file.holds_out(None, ["What isb?"])
     # one question over two databases: the name tells them apart
     assert [file.holds_out(name, [same[0]["content"]]) for name in ("e", "f", None)] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "missing"),
+    [
+        ("aaab" * 30, ""),
+        ("a" * 90 + "b" * 30, "b"),
+        ("b" * 30 + "c" * 30 + "a" * 30, "a, c"),
+        ("a" * 91 + "b" * 29, ""),  # a rare kind
+        ("a" * 120, ""),
+    ],
+)
+async def test_a_split_whose_kinds_stand_in_blocks_is_named(tmp_path: Path, kinds: str, missing: str):
+    rows = [row(f"t{number}", kind=kind, split="held-out") for number, kind in enumerate(kinds)]
+    path = write(tmp_path / "t.jsonl", *rows, row("last", kind="z", split="practice"))
+    checked = await check_task_file(path)
+    warning = (
+        f"{path}: the first {len(kinds) // 5} of {len(kinds)} held-out tasks have none of the kinds {missing}: "
+        "tasks are taken in the file's order, so mix the kinds"
+    )
+    assert checked.warnings == ([warning] if missing else [])
+    assert checked.problems == []
