@@ -77,6 +77,8 @@ class Vault(Environment):
         self.num_started = 0
         self.fickle: set[str] = set()
         """Tasks whose first answer is another one in each start."""
+        self.fails_at: set[int] = set()
+        """The starts that fail, by their number."""
 
     def task(self, name: str) -> Task:
         split = Split.PRACTICE if int(name) < FIRST_HELD_OUT else Split.HELD_OUT
@@ -88,6 +90,8 @@ class Vault(Environment):
 
     async def start(self, task: Task) -> Playthrough:
         self.num_started += 1
+        if self.num_started in self.fails_at:
+            raise OSError("the vault is shut")
         return Walk(task, f" (visit {self.num_started})" if task.name in self.fickle else "")
 
 
@@ -326,6 +330,18 @@ async def test_a_point_that_cannot_be_replayed_is_dropped_and_counted(world: Wor
     assert artifacts["branches"]["num_mismatches"] == len(dropped)
     assert not {it.branch_of for it in world.branches()} & {it["trajectory_id"] for it in dropped}
     assert f"{len(dropped)} of these steps were dropped" in world.report(cycle_id)
+
+
+async def test_a_start_that_fails_costs_one_branch_and_not_the_cycle(world: World):
+    num_own = CONFIG.practice_episodes + 12
+    world.vault.fails_at = {num_own + 2}
+
+    cycle_id = await world.learn()
+
+    (failed,) = [it for it in world.branches() if it.stage is TrajectoryStage.FAILED]
+    assert failed.error == "OSError: the vault is shut" and world.memory.trajectories.steps(failed.id) == []
+    assert world.memory.cycles.get(cycle_id).stage == "completed"
+    assert world.memory.cycles.get(cycle_id).artifacts["branches"]["num_branches"] == len(world.branches()) - 1
 
 
 async def test_a_process_that_dies_within_a_search_plays_nothing_twice(world: World):

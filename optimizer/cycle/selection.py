@@ -49,7 +49,7 @@ async def choose_policy(context: CycleContext, versions: Sequence[int]) -> int:
 
 
 async def selection_tasks(context: CycleContext) -> list[Task]:
-    """Return practice tasks after those of this cycle that no episode of the pool has played."""
+    """Return practice tasks after those of this cycle that nothing was learned from."""
     config = context.config
     if not config.environment or not config.num_selection_tasks:
         return []
@@ -60,10 +60,17 @@ async def selection_tasks(context: CycleContext) -> list[Task]:
     tasks = context.take_practice(OVERSAMPLING * config.num_selection_tasks, start)
     names = context.artifacts.selection_tasks
     if names is None:
-        learned_from = {each.trajectory.task for each in await context.read_pool()}
+        learned_from = await _find_learned_from(context)
         # where the environment has few tasks, those behind this cycle's are this cycle's again
         learned_from |= {task.name for task in context.practice_tasks()}
         # saved, because the pool that excludes tasks grows between two tries of the stage
         names = [task.name for task in tasks if task.name not in learned_from][: config.num_selection_tasks]
         await context.save_artifacts(selection_tasks=names)
     return [task for task in tasks if task.name in set(names)]
+
+
+async def _find_learned_from(context: CycleContext) -> set[str | None]:
+    """Return the names of the tasks that rows may be made of: of episodes, corrections and imported examples."""
+    lived = [*await context.read_pool(), *await context.read_corrections()]
+    examples = (await context.read_examples()).values()
+    return {each.trajectory.task for each in lived} | {each.example.task for rows in examples for each in rows}

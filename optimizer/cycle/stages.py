@@ -152,7 +152,11 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     placement = await place_training(context.memory, config, context.seams)
     material = Material(
         trajectories=await read_episodes(context, method),
-        corrections=await context.read_corrections(),
+        corrections=[
+            each
+            for each in await context.read_corrections()
+            if not _chooses(context, each.trajectory.environment, each.trajectory.task)
+        ],
         tokenizer=await asyncio.to_thread(load_tokenizer, context.memory.policies.get(0).base_model),
         config=config,
         max_length_tokens=placement.max_length_tokens(method.loss),
@@ -160,7 +164,10 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
         policy=await find_start(context, method),
         branch_points=context.artifacts.branch_points.get(name_round(context, method), ()),
         num_not_by_a_teacher=await asyncio.to_thread(_count_not_by_a_teacher, context),
-        examples=await context.read_examples(),
+        examples={
+            kind: [each for each in rows if not _chooses(context, each.example.environment, each.example.task)]
+            for kind, rows in (await context.read_examples()).items()
+        },
     )
     built = await asyncio.to_thread(method.build, material)
     # a later method or round may have too few rows: it is skipped in `train`
@@ -202,9 +209,12 @@ async def read_episodes(context: CycleContext, method: Method) -> list[GradedTra
     pool = await context.read_pool(
         this_cycle_only=method.reads_new_episodes_only(context.config), with_branches=method.play_on is not None
     )
-    # an earlier method of this cycle has had them played
-    choosing = {(context.config.environment, name) for name in context.artifacts.selection_tasks or ()}
-    return [each for each in pool if (each.trajectory.environment, each.trajectory.task) not in choosing]
+    return [each for each in pool if not _chooses(context, each.trajectory.environment, each.trajectory.task)]
+
+
+def _chooses(context: CycleContext, environment: str | None, task: str | None) -> bool:
+    """Whether this is one of the tasks that choose among policies: an earlier method of this cycle has chosen them."""
+    return environment == context.config.environment and task in (context.artifacts.selection_tasks or ())
 
 
 def _needs_rows(context: CycleContext, method: Method) -> bool:

@@ -121,7 +121,6 @@ class Agent:
             UnknownEnvironment, UnknownPolicy, AdapterError, EngineError: the episode could not be opened.
             ReplayMismatch: it is a branch, and the environment did not answer as in its origin; nothing was recorded.
             EnvironmentRefused: the environment can start no task.
-            Exception: it is a branch, and its task did not start.
         """
         environment = self.environment(request.environment) if request.environment is not None else None
         self._check(request, environment)
@@ -188,10 +187,10 @@ class Agent:
             return self._make_episode(request, open_episode, leased, environment, None)
         try:
             playthrough = await environment.start(request.task)
+        # The environment can start no task.
+        except EnvironmentRefused:
+            raise
         except Exception as error:
-            # Of a branch that is not like its origin, nothing is recorded; an environment may be able to start no task.
-            if request.origin is not None or isinstance(error, EnvironmentRefused):
-                raise
             return self._make_episode(request, open_episode, leased, environment, None, start_error=error)
         try:
             episode = self._make_episode(request, open_episode, leased, environment, playthrough)

@@ -470,6 +470,22 @@ async def test_corrections_of_lost_episodes_are_enough_to_learn_from(memory, kit
     assert made["num_rows"] == made["num_corrections"] == made["num_tasks"] == config.demonstrations.min_rows
 
 
+async def test_examples_and_corrections_of_tasks_that_choose_the_checkpoint_are_not_learned(memory, kitchen, trainer):
+    kitchen.skill = {0: -1.0}
+    for task in kitchen.tasks("kitchen", Split.PRACTICE, 6, offset=20):
+        lost = await kitchen.rollout(task, policy=0, use_memory=False, temperature=1.0, seed=1)
+        await memory.feedback.post(Feedback(trajectory_id=lost.id, correction="The stove, please."))
+    await memory.examples.add(expert_examples(20), Origin(environment="kitchen"))
+    cycle = await open_cycle(memory, CONFIG)
+    context = CycleContext(memory, seams_of(kitchen, trainer), cycle.id)
+    await context.save_artifacts(selection_tasks=["practice-3", "practice-22"])
+
+    await build_rows(context, METHODS[0])
+
+    made = memory.cycles.get(cycle.id).artifacts["demonstrations"]
+    assert (made["num_imported"], made["num_corrections"]) == (19, 5)
+
+
 async def test_feedback_of_a_key_that_does_not_teach_is_counted_and_not_learned(memory, kitchen, trainer):
     key, _ = await memory.keys.create("page", ["feedback"])
     teacher, _ = await memory.keys.create("app", ["feedback", "teach"])

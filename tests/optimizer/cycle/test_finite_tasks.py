@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from memory.schema import CycleStage, Split, Task
+from memory.datasets.examples import Origin
+from memory.formats.content import ExampleContent, ExampleKind
+from memory.schema import CycleStage, Feedback, Split, Task
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.context import CycleContext
@@ -81,6 +83,16 @@ async def test_a_candidate_is_chosen_by_tasks_that_this_cycle_does_not_practise(
     await context.save_artifacts(practice_offset=8, practice_end=12)
     await play(memory, environment="sums", kind="sums", task="practice-3", reward=1.0)
     assert numbers(await selection_tasks(context)) == [2, 4, 5, 6, 7]
+
+
+async def test_no_task_that_was_demonstrated_or_corrected_chooses_a_candidate(memory: Memory):
+    context = await open_context(memory, num_practice_tasks=4, num_selection_tasks=8)
+    await context.save_artifacts(practice_offset=8, practice_end=12)
+    shown = ExampleContent(ExampleKind.DEMONSTRATION, [{"role": "assistant", "content": "4"}], task="practice-4")
+    await memory.examples.add([shown], Origin(environment="sums"))
+    wrong = await play(memory, environment="sums", kind="sums", task="practice-5", reward=None)
+    await memory.feedback.post(Feedback(trajectory_id=wrong.id, correction="5"))
+    assert numbers(await selection_tasks(context)) == [2, 3, 6, 7]
 
 
 async def test_none_is_left_to_choose_by_where_all_are_practised(memory: Memory):
