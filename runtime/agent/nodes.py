@@ -7,6 +7,7 @@ Invariant: a step is durable in its trajectory before the next one starts.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -302,7 +303,14 @@ async def _call_model(
     sampling = {"temperature": episode.temperature, "max_tokens": max_tokens, "seed": _seed_of(episode)}
     request = {"model": episode.leased.served_name, **sampling}
     with episode.telemetry.model_call(f"v{episode.leased.version}", episode.episode_id, messages, request) as replied:
-        completion = await episode.leased.complete(messages, tools, **sampling, on_delta=stream, **further)
+        partial = Completion()
+        try:
+            completion = await episode.leased.complete(
+                messages, tools, **sampling, on_delta=stream, partial=partial, **further
+            )
+        except asyncio.CancelledError:  # what a client that leaves has received was produced, and is charged
+            episode.budget.num_tokens += partial.num_tokens
+            raise
         replied(completion)
     return completion
 

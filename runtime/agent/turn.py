@@ -82,7 +82,8 @@ class TurnRequest:
     on_delta: OnDelta | None = None
     """Awaited with each piece of text, and of calls to the client's tools, as the model writes it."""
     on_usage: Callable[[int], None] | None = None
-    """Called once with the tokens of all model calls of the turn, however it ended: a cancelled turn is charged too."""
+    """Called once with the tokens of all model calls of the turn, however it ended: a cancelled turn is
+    charged too, with the tokens that its stream brought."""
 
     @property
     def environment(self) -> str | None:

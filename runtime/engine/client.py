@@ -140,11 +140,16 @@ class EngineClient:
         tools: Sequence[ToolDefinition] | None = None,
         *,
         on_delta: OnDelta,
+        partial: Completion | None = None,
         **sampling: Any,
     ) -> Completion:
-        """Return the reply like `chat`; `on_delta` is awaited with each piece of it. Raises as `chat` does."""
+        """Return the reply like `chat`; `on_delta` is awaited with each piece of it. Raises as `chat` does.
+
+        `partial` is filled as pieces arrive: after a cancellation it holds the tokens that were received.
+        """
         started = time.monotonic()
-        reply = Completion(finish_reason="")
+        reply = Completion() if partial is None else partial
+        reply.finish_reason = ""
         calls: dict[int, ToolCall] = {}
         body = self._chat_body(model, messages, tools, sampling) | {"stream": True}
         async for chunk in self._stream("/v1/chat/completions", body):

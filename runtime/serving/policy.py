@@ -36,9 +36,10 @@ class LeasedPolicy:
         max_tokens: int = 512,
         seed: int | None = None,
         on_delta: OnDelta | None = None,
+        partial: Completion | None = None,
         **sampling: Any,
     ) -> Completion:
-        """Return the policy's reply; `on_delta` is awaited with each piece of it.
+        """Return the policy's reply; `on_delta` is awaited with each piece of it, and `partial` holds those so far.
 
         Args:
             max_tokens: limit of the reply, in tokens.
@@ -52,4 +53,6 @@ class LeasedPolicy:
         # A stream costs the engine one message per token, so it is used only on request.
         if on_delta is None:
             return await self.engine.client.chat(self.served_name, messages, tools, **sampling)
-        return await self.engine.client.chat_stream(self.served_name, messages, tools, on_delta=on_delta, **sampling)
+        return await self.engine.client.chat_stream(
+            self.served_name, messages, tools, on_delta=on_delta, partial=partial, **sampling
+        )

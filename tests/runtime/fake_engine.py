@@ -170,7 +170,11 @@ class FakeEngine:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         chunks: list[dict[str, Any]] = [{"delta": {"role": "assistant", "content": ""}}]
-        chunks += [{"delta": {"content": it}, "logprobs": _logprobs(body, it)} for it in reply.content]
+        # As vLLM does, each piece with its own tokens, unless the test names them.
+        has_ids = reply.output_ids is None
+        for it in reply.content:
+            ids = {"token_ids": ids_of(it)} if has_ids else {}
+            chunks.append({"delta": {"content": it}, "logprobs": _logprobs(body, it), **ids})
         for index, tool_call in enumerate(self._calls(reply)):
             head, text = tool_call["function"]["name"], tool_call["function"]["arguments"]
             start = {"index": index, "id": tool_call["id"], "function": {"name": head}}
@@ -178,7 +182,7 @@ class FakeEngine:
             for part in (text[: len(text) // 2], text[len(text) // 2 :]):
                 chunks.append({"delta": {"tool_calls": [{"index": index, "function": {"arguments": part}}]}})
         end = {"finish_reason": reply.finish_reason, "stop_reason": reply.stopped_by}
-        chunks.append({"delta": {}, **end, "token_ids": _output_ids(reply)})
+        chunks.append({"delta": {}, **end, "token_ids": _output_ids(reply)[len(reply.content) if has_ids else 0 :]})
         for number, chunk in enumerate(chunks):
             event: dict[str, Any] = {"choices": [{"index": 0, **chunk}]}
             if number == 0:

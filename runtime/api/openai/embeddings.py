@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy
@@ -127,15 +127,18 @@ async def create_embeddings(
     # Nothing may await between these two, or two requests take the same slot.
     server.embeddings.require(caller.tenant)
     with server.embeddings.occupy(caller.tenant):
-        items, num_tokens = await cancel_on_disconnect(request, embed(server, body, texts))
-    caller.quota.spend_tokens(num_tokens)
+        items, num_tokens = await cancel_on_disconnect(request, embed(server, body, texts, caller.quota.spend_tokens))
     usage = EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
     head = f'{{"object":"list","model":{json.dumps(name)},"usage":{usage.model_dump_json()},"data":['
     return Response(head + ",".join(items) + "]}", media_type="application/json")
 
 
-async def embed(server: Services, body: EmbeddingRequest, texts: Sequence[str]) -> tuple[list[str], int]:
+async def embed(
+    server: Services, body: EmbeddingRequest, texts: Sequence[str], on_usage: Callable[[int], None]
+) -> tuple[list[str], int]:
     """Return each text's `Embedding` as JSON, and the tokens that the encoder read of all together.
+
+    `on_usage` is called with the tokens before the first text is encoded: a client that leaves is charged, too.
 
     Raises:
         BadRequest: a text is longer than the encoder reads, or `dimensions` is not its number.
@@ -147,6 +150,7 @@ async def embed(server: Services, body: EmbeddingRequest, texts: Sequence[str]) 
     for start, batch in _batches(texts, COUNT_BATCH):
         async with server.encoder_lock:
             num_tokens += await asyncio.to_thread(_measure, encoder, batch, start, body.truncate_prompt_tokens)
+    on_usage(num_tokens)
     items: list[str] = []
     for start, batch in _batches(texts, ENCODE_BATCH):
         async with server.encoder_lock:

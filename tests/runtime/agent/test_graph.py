@@ -553,3 +553,22 @@ async def test_untrusted_text_is_never_recorded_in_an_episode_that_is_still_trus
     agent = Agent(memory, hotswap, {}, tools=[replace(tool_from_function(read_news), is_trusted=False)])
     await play(agent, messages=ask_of("What is new?"))
     assert seen == [(0, Trust.TRUSTED), (2, Trust.UNTRUSTED)]
+
+
+async def test_a_turn_that_its_client_leaves_is_charged_with_the_tokens_it_received(agent: Agent, fake: FakeEngine):
+    fake.script = lambda request: Reply("a long answer", pause_seconds=0.01)
+    charged: list[int] = []
+    has_some = asyncio.Event()
+
+    async def hear(delta: Delta) -> None:
+        has_some.set()
+
+    turn = asyncio.create_task(
+        agent.rollout(TurnRequest(messages=ask_of("hi"), on_delta=hear, on_usage=charged.append))
+    )
+    await has_some.wait()
+    turn.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await turn
+    (num_tokens,) = charged
+    assert num_tokens > len(fake.render_prompt(fake.requests[0]))

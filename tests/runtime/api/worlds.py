@@ -75,7 +75,7 @@ class ScriptedEngine:
             return Completion(tool_calls=[_call("weather", {"city": "Oslo"})], finish_reason="tool_calls", **tokens)
         return Completion(content=f"You said: {asked}", **tokens)
 
-    async def chat_stream(self, model, messages, tools=None, *, on_delta, **sampling):
+    async def chat_stream(self, model, messages, tools=None, *, on_delta, partial=None, **sampling):
         completion = await self.chat(model, messages, tools, **sampling)
         for word in completion.content.split(" ") if completion.content else []:
             await on_delta(Delta(word if word == "You" else f" {word}"))

@@ -244,7 +244,8 @@ def test_an_agent_of_langchain_is_one_trajectory_without_knowing_of_us(
     assert [message.type for message in messages] == ["human", "ai", "tool", "tool", "ai"]
     assert world.num_trajectories == 1
     trajectory = world.newest
-    assert trajectory.stage is TrajectoryStage.FINISHED and trajectory.opening[0]["content"] == "You know the weather."
+    opening = world.memory.trajectories.get(trajectory.id).opening
+    assert trajectory.stage is TrajectoryStage.FINISHED and opening[0]["content"] == "You know the weather."
     steps = world.memory.trajectories.steps(trajectory.id)
     assert [step.kind for step in steps] == [StepKind.MODEL, StepKind.TOOL, StepKind.TOOL, StepKind.MODEL]
 

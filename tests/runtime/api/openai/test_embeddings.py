@@ -167,9 +167,21 @@ async def test_requests_take_turns_and_the_event_loop_goes_on(world: ServedWorld
     assert slow.most_inside == 1
 
 
-async def test_a_client_that_leaves_is_not_encoded_to_the_end(world: ServedWorld, slow: SlowEncoder) -> None:
+async def test_a_client_that_leaves_is_not_encoded_to_the_end_and_charged_all_the_same(tmp_path: Path) -> None:
+    with ServedWorld(tmp_path / "data") as world:
+        slow = world.memory.encoder = SlowEncoder()
+        _, key = await world.memory.keys.create("app", [Scope.INFER], tokens_per_minute=5)
+        await _leave(world, slow, {"Authorization": f"Bearer {key}"})
+        with (
+            openai.OpenAI(base_url=f"{world.url}/v1", api_key=key, max_retries=0) as client,
+            pytest.raises(openai.RateLimitError, match="5 tokens a minute"),
+        ):
+            embed(client)
+
+
+async def _leave(world: ServedWorld, slow: SlowEncoder, headers: dict[str, str]) -> None:
     body = {"model": "hashing", "input": [f"slow {number}" for number in range(5 * ENCODE_BATCH)]}
-    async with httpx.AsyncClient(base_url=world.url, trust_env=False, timeout=60) as leaving:
+    async with httpx.AsyncClient(base_url=world.url, headers=headers, trust_env=False, timeout=60) as leaving:
         asking = asyncio.ensure_future(leaving.post("/v1/embeddings", json=body))
         while not slow.batches:
             await asyncio.sleep(0.01)
