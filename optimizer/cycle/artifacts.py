@@ -8,6 +8,7 @@ method needs no code here.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -97,6 +98,8 @@ class CycleArtifacts(BaseModel):
     num_practice_rounds: int = 0
     num_explore_rounds: int = 0
     """Finished rounds, which a repeated stage does not play again."""
+    rounds_begun: dict[str, datetime] = {}
+    """When each round of play began, by its label: what it has finished since is not played again."""
     num_rounds: dict[str, int] = {}
     num_rounds_played: dict[str, int] = {}
     """Rounds of methods that train in rounds, trained and played, by the name of the method."""

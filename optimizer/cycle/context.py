@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,7 +22,7 @@ from memory.formats.content import ExampleKind
 from memory.held_out import is_held_out_by_clients
 from memory.names import path_below
 from memory.records.feedback import Correction
-from memory.schema import Split, Task, Trajectory
+from memory.schema import Split, Task, Trajectory, TrajectoryStage, now
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.artifacts import CycleArtifacts, to_json
@@ -255,14 +256,50 @@ class CycleContext:
     async def play(
         self, tasks: Sequence[Task], *, policy: int, use_memory: bool, temperature: float, label: str
     ) -> list[Trajectory]:
-        """Play every task once, at most `concurrency` at a time; `label` makes the seeds of this round its own."""
+        """Play every task once, at most `concurrency` at a time; `label` makes the seeds of this round its own. What an
+        interrupted round has finished is returned and not played again."""
+        finished = await self._find_finished(tasks, policy, label)
+        left, missing = Counter(each.task for each in finished), list[tuple[int, Task]]()
+        for position, task in enumerate(tasks):
+            if left[task.name]:
+                left[task.name] -= 1
+            else:
+                missing.append((position, task))
+        # which positions were finished is not known: what a repeated round adds must be other samples
+        repeated = (len(finished),) if finished else ()
 
         async def play_one(position: int, task: Task) -> Trajectory:
+            seed = self.seed(label, position, *repeated)
             return await self.seams.rollout(
-                task, policy=policy, use_memory=use_memory, temperature=temperature, seed=self.seed(label, position)
+                task, policy=policy, use_memory=use_memory, temperature=temperature, seed=seed
             )
 
-        return await self.play_all([partial(play_one, *each) for each in enumerate(tasks)], label)
+        return finished + await self.play_all([partial(play_one, *each) for each in missing], label)
+
+    async def _find_finished(self, tasks: Sequence[Task], policy: int, label: str) -> list[Trajectory]:
+        """Return the episodes of these tasks that this round finished before it was interrupted, oldest first; at most
+        as many of a task as it is to be played."""
+        begun = self.artifacts.rounds_begun.get(label)
+        if begun is None:
+            # before the first episode
+            all_begun = {**self.artifacts.rounds_begun, label: now()}
+            await self.save_artifacts(rounds_begun={name: at.isoformat() for name, at in all_begun.items()})
+            return []
+        # rounds follow each other, so the policy played nothing else of its cycle in the meantime
+        views = await asyncio.to_thread(
+            self.memory.trajectories.select,
+            limit=self.config.max_pool,
+            environment=self.config.environment,
+            policy=policy,
+            stage=TrajectoryStage.FINISHED,
+            since=begun,
+        )
+        wanted, finished = Counter(task.name for task in tasks), list[Trajectory]()
+        for trajectory in (view.trajectory for view in reversed(views)):
+            if trajectory.branch_of is None and wanted[trajectory.task or ""]:
+                wanted[trajectory.task or ""] -= 1
+                finished.append(trajectory)
+        return finished
 
     async def play_all(self, episodes: Sequence[Callable[[], Awaitable[Played]]], label: str) -> list[Played]:
         """Await every episode, at most `concurrency` at a time, and show the progress of it."""

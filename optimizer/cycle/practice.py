@@ -1,7 +1,7 @@
 """Plays practice tasks to learn from: rounds of the incumbent with insights in between, and rounds of a new policy.
 
 Flow: `practice` (the incumbent, insights after each round), later `explore` (a policy of this cycle, without memory).
-Invariant: a finished round is not played again when the stage is repeated.
+Invariant: a finished round is not played again when the stage is repeated, nor the finished episodes of another.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 
 import structlog
 
@@ -140,16 +141,19 @@ async def explore(context: CycleContext, policy: int) -> None:
     tasks = context.practice_tasks()
     await context.prepare(tasks)
     for number in range(context.artifacts.num_explore_rounds, len(rounds)):
+        label = f"exploration round {number + 1} of {len(rounds)}"
         chosen = tasks[: rounds[number]]
         # outcomes of the first half decide where the second half goes
         if number >= len(rounds) / 2:
-            chosen = choose_tasks_to_retry(tasks, await _outcomes(context), rounds[number])
+            # without those of this very round, or a repeated stage would choose other tasks
+            outcomes = await _outcomes(context, before=context.artifacts.rounds_begun.get(label))
+            chosen = choose_tasks_to_retry(tasks, outcomes, rounds[number])
         await context.play(
             chosen,
             policy=policy,
             use_memory=False,
             temperature=config.practice_temperature,
-            label=f"exploration round {number + 1} of {len(rounds)}",
+            label=label,
         )
         await context.save_artifacts(num_explore_rounds=number + 1)
 
@@ -171,10 +175,11 @@ async def play_round(
         )
 
 
-async def _outcomes(context: CycleContext) -> dict[str, list[bool]]:
+async def _outcomes(context: CycleContext, *, before: datetime | None) -> dict[str, list[bool]]:
     outcomes: dict[str, list[bool]] = defaultdict(list)
     for each in await context.read_pool(this_cycle_only=True):
-        outcomes[each.trajectory.task or ""].append(each.is_success)
+        if before is None or each.trajectory.opened_at <= before:
+            outcomes[each.trajectory.task or ""].append(each.is_success)
     return outcomes
 
 

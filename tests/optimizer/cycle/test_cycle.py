@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import numpy
@@ -227,6 +228,32 @@ async def test_a_process_that_dies_goes_on_at_the_stage_where_it_died(memory, ki
     assert len(memory.policies.select()) == 3
     one_turn = 36 + 36 + 6 * 40
     assert kitchen.num_played <= one_turn + 40  # at most one round or one cell is played again
+
+
+@pytest.mark.parametrize("dies_after", [20, 50, 66], ids=["in practice", "in exploration", "in retries"])
+async def test_an_interrupted_round_plays_what_is_missing_and_no_episode_twice(memory, kitchen, trainer, dies_after):
+    seeds: dict[str, int] = {}
+
+    async def rollout(task, *, seed, **how):
+        played = await kitchen.rollout(task, seed=seed, **how)
+        seeds[played.id] = seed
+        return played
+
+    seams = replace(seams_of(kitchen, trainer), rollout=rollout)
+    cycle = await open_cycle(memory, CONFIG.model_copy(update={"concurrency": 2}))  # most of them end before it dies
+    kitchen.dies_after = dies_after
+    with pytest.raises(BaseExceptionGroup):
+        await run_cycle(memory, cycle.id, seams=seams)
+    await memory.trajectories.close_orphans()
+    kitchen.dies_after = None
+
+    await run_cycle(memory, cycle.id, seams=seams)
+
+    views = memory.trajectories.select(limit=1000, split=Split.PRACTICE, stage=TrajectoryStage.FINISHED)
+    finished = [view.trajectory for view in views]
+    assert Counter(it.policy for it in finished) == {0: 36, 1: 36}
+    known = [(it.task, seeds[it.id]) for it in finished if it.id in seeds]
+    assert len(known) > 60 and len(set(known)) == len(known)
 
 
 async def test_a_trainer_that_fails_closes_the_cycle_with_its_reason(memory, kitchen, trainer):
