@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+import signal
+import sys
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 import jsonschema
 import jsonschema.exceptions
-import referencing
 import regex
 from pydantic import Field, JsonValue, field_validator
-from referencing.exceptions import Unresolvable
 
 from runtime.environments.base import Outcome
 from runtime.environments.graders.base import Grader, GradingResources, Submission, quote, right, wrong
+from runtime.environments.graders.schema_check import CPU_SECONDS
 
 REGEX_SECONDS = 1.0
 """Maximum duration of one search; some patterns take exponential time."""
+# A process: jsonschema's patterns are Python's, which hold the interpreter for as long as they search.
+SCHEMA_CHECK = (sys.executable, "-m", "runtime.environments.graders.schema_check")
+SCHEMA_CHECK_SECONDS = 60.0
+"""Maximum duration of one check on a busy machine; its processor time has a limit of its own."""
+ROOT = Path(__file__).parents[3]
 _FENCE = re.compile(r"^[ \t]*```[\w+-]*[ \t]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
 
 
@@ -105,31 +113,31 @@ class JsonSchema(Grader):
         return schema
 
     async def grade(self, submission: Submission, resources: GradingResources) -> Outcome:
-        value = read_json(submission.text)
-        if value is NOT_JSON:
-            return wrong(f"the reply is not JSON: {quote(submission.text)}")
-        # An empty registry: by default jsonschema would fetch a remote $ref from any URL.
-        validator = jsonschema.Draft202012Validator(self.json_schema, registry=referencing.Registry())
-        try:
-            problem = jsonschema.exceptions.best_match(validator.iter_errors(value))
-        except (Unresolvable, RecursionError) as error:
-            return wrong(f"the schema cannot be applied: {error}")
-        if problem is None:
-            return right("the reply fits the schema")
-        return wrong(f"{problem.json_path}: {problem.message}"[:1_000])
+        problem = await _find_problem(self.json_schema, [submission.text, *find_fenced_blocks(submission.text)])
+        return right("the reply fits the schema") if problem is None else wrong(problem)
 
 
-NOT_JSON = object()
+async def _find_problem(schema: dict[str, JsonValue], texts: Sequence[str]) -> str | None:
+    """Return why the first text that is JSON does not fit the schema, or None if it does.
 
-
-def read_json(text: str) -> Any:
-    """Return the JSON value that a text is, or that its first readable fenced block is; else `NOT_JSON`."""
-    for candidate in (text, *find_fenced_blocks(text)):
-        try:
-            return json.loads(candidate)
-        except (ValueError, RecursionError):
-            continue
-    return NOT_JSON
+    Raises:
+        RuntimeError, TimeoutError: the process that finds out died, or gives no answer: no reply may be blamed for it.
+    """
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*SCHEMA_CHECK, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe)
+    try:
+        async with asyncio.timeout(SCHEMA_CHECK_SECONDS):
+            output, errors = await process.communicate(json.dumps({"schema": schema, "texts": texts}).encode())
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+    if process.returncode == -signal.SIGXCPU:
+        return f"the schema took more than {CPU_SECONDS} s of processor time on the reply"
+    if process.returncode != 0:
+        end = errors.decode("utf-8", "replace").strip()[-1_000:]
+        raise RuntimeError(f"a check of a JSON schema ended with status {process.returncode}: {end}")
+    return json.loads(output)
 
 
 def find_fenced_blocks(text: str) -> Iterator[str]:

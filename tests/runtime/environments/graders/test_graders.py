@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import sys
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from runtime.environments.graders import text as text_graders
 from runtime.environments.graders.base import Grader, GradingResources, Submission, read_submission
 from runtime.environments.graders.latex import are_equal, find_answer
 from runtime.environments.graders.numeric import find_number
@@ -15,6 +21,8 @@ from runtime.environments.graders.registry import AnyGrader
 from runtime.environments.graders.rubric import UnreadableScore, read_score
 from runtime.environments.graders.sql import have_equal_values, normalize_value
 from tests.shared_data import read_shared_rows
+from tests.stalls import LongestGap
+from tests.waiting import wait_until
 
 GRADERS: TypeAdapter[Grader] = TypeAdapter(AnyGrader)
 NO_RESOURCES = GradingResources()
@@ -59,14 +67,61 @@ SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "require
         ('{"age": "4"}', 0.0),
         ("4 years", 0.0),
         ("[" * 5000, 0.0),
+        ("[" * 5000 + "]" * 5000, 0.0),
+        ('```\nnone\n```\n```\n{"age": 5}\n```', 1.0),
     ],
 )
 async def test_json_is_read_bare_or_fenced_and_held_to_the_schema(text: str, value: float):
     assert await grade({"type": "json_schema", "schema": SCHEMA}, text) == value
 
 
-async def test_a_pattern_that_takes_for_ever_is_given_up():
-    assert await grade({"type": "regex", "pattern": "(a|a)*$", "whole": True}, "a" * 40 + "b") == 0.0
+CRAFTED = "a" * 40 + "b"
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "reason"),
+    [
+        ({"type": "regex", "pattern": "(a|a)*$", "whole": True}, CRAFTED, "took more than 1 s on the reply"),
+        ({"type": "json_schema", "schema": {"pattern": "^(a|a)*$"}}, f'"{CRAFTED}"', "more than 2 s of processor time"),
+        (
+            {"type": "json_schema", "schema": {"patternProperties": {"^(a|a)*$": {}}, "additionalProperties": False}},
+            f'{{"{CRAFTED}": 1}}',
+            "more than 2 s of processor time",
+        ),
+        (
+            {"type": "json_schema", "schema": {"uniqueItems": True}},
+            json.dumps([{"a": each} for each in range(9_000)]),
+            "more than 2 s of processor time",
+        ),
+    ],
+)
+async def test_a_rule_that_takes_for_ever_on_a_reply_is_given_up_and_does_not_stop_the_server(
+    rule: dict[str, Any], text: str, reason: str
+):
+    grader = GRADERS.validate_python(rule)
+    async with LongestGap().watch() as gap:
+        outcome = await grader.grade(Submission(text), NO_RESOURCES)
+    assert outcome.value == 0.0 and reason in outcome.reason
+    assert gap.cpu_seconds < 0.5
+
+
+async def test_a_check_of_a_schema_that_dies_blames_no_reply(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(text_graders, "SCHEMA_CHECK", (sys.executable, "-c", "raise SystemExit('out of memory')"))
+    with pytest.raises(RuntimeError, match="ended with status 1: out of memory"):
+        await grade({"type": "json_schema", "schema": SCHEMA}, "{}")
+
+
+async def test_a_check_of_a_schema_that_nobody_waits_for_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    started = tmp_path / "pid"
+    program = f"import os, pathlib, time; pathlib.Path({str(started)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    monkeypatch.setattr(text_graders, "SCHEMA_CHECK", (sys.executable, "-c", program))
+    grading = asyncio.ensure_future(grade({"type": "json_schema", "schema": SCHEMA}, "{}"))
+    await wait_until(lambda: started.exists() and started.read_text() != "")
+    grading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await grading
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +129,7 @@ async def test_a_pattern_that_takes_for_ever_is_given_up():
     [
         {"type": "regex", "pattern": "("},
         {"type": "json_schema", "schema": {"type": "nothing"}},
+        {"type": "json_schema", "schema": {"properties": {"a": {"pattern": "("}}}},
         {"type": "numeric", "answer": "many"},
         {"type": "numeric", "answer": True},
         {"type": "exact", "answer": "x", "case": "ignored"},
