@@ -11,7 +11,7 @@ import pytest
 
 import serve
 from memory.formats.registry import FORMATS, write_row
-from runtime.cli.client import Client, ServerUnreachable
+from runtime.cli.client import Client, ErrorReply, ServerUnreachable
 from runtime.cli.datasets import exporting, importing
 from runtime.cli.output import run
 from tests.memory.formats.rows import ASKED, PREFERENCE, say
@@ -76,10 +76,37 @@ def test_an_import_that_broke_off_is_run_again(world: ServedWorld, cli: Callable
 
     monkeypatch.setattr(Client, "post_lines", post_twice)
     code, failed = cli("import", path)
-    assert code == 1 and "the line is cut" in failed["error"]["message"]
+    assert (code, failed["error"]["code"], failed["error"]["num_stored"]) == (1, "no_server", 1_000)
+    assert failed["error"]["message"] == (
+        "the line is cut\n1000 of 1700 rows are stored, and perhaps some of the last request: "
+        "run the same command again, and it skips them"
+    )
     assert sum(number for *_, number in world.memory.examples.count()) == 2 * importing.MAX_BATCH_ROWS
+    sent.clear()
+    code, failed = cli("import", path)
+    assert (code, failed["error"]["num_stored"]) == (1, 1_000)
     code, result = cli("import", path)
     assert (code, result["num_added"], result["num_known"]) == (0, 700, 1_000)
+
+
+def test_an_import_that_the_server_breaks_off_says_so_and_what_is_stored(
+    world: ServedWorld, cli: Callable, tmp_path: Path, monkeypatch
+):
+    files = [write_lines(tmp_path / f"{name}.jsonl", questions(number)) for name, number in (("a", 3), ("b", 5))]
+    post_lines = Client.post_lines
+
+    async def refuse_the_second(self, path, lines, **query):
+        if query["source"] == "b.jsonl":
+            raise ErrorReply({"status": 507, "message": "the disk is full", "code": "disk_full"})
+        return await post_lines(self, path, lines, **query)
+
+    monkeypatch.setattr(Client, "post_lines", refuse_the_second)
+    code, failed = cli("import", *files)
+    error = failed["error"]
+    assert (code, error["status"], error["code"], error["num_stored"]) == (1, 507, "disk_full", 3)
+    assert error["message"].startswith("the disk is full\n3 of 8 rows are stored")
+    code, failed = cli("import", files[1])
+    assert (code, failed["error"]["message"]) == (1, "the disk is full")
 
 
 def test_an_invalid_line_of_the_last_file_imports_nothing_of_any(world: ServedWorld, cli: Callable, tmp_path: Path):

@@ -6,6 +6,7 @@ imported. Sending rows again has no effect, so an import that broke off is run a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,7 +18,7 @@ from rich.progress import Progress, TaskID
 from memory.formats.content import BadRow, Row
 from memory.formats.files import FileRow, dump_line, read_file
 from memory.formats.registry import AUTO, Format, find_format, recognise_rows
-from runtime.cli.client import Client
+from runtime.cli.client import Client, ErrorReply, ServerUnreachable
 from runtime.cli.output import BAD_USAGE, Failure
 
 MAX_SHOWN_ERRORS = 20
@@ -134,15 +135,33 @@ def _read(each: FileRow, format_: Format | None) -> Row:
 async def send_files(
     client: Client, request: ImportRequest, checked: Sequence[CheckedFile], progress: Progress
 ) -> dict[str, Any]:
-    """Send the valid rows of all files; return the counts of each file and their sums. Raises: ErrorReply."""
-    files = [await _send_file(client, request, each, progress) for each in checked]
+    """Send the valid rows of all files; return the counts of each file and their sums.
+
+    Raises: ErrorReply, ServerUnreachable; Failure, which says how many rows are stored, if some are.
+    """
+    stored = Counter[str]()
+    try:
+        files = [await _send_file(client, request, each, progress, stored) for each in checked]
+    except (ErrorReply, ServerUnreachable) as error:
+        num_stored = stored["num_added"] + stored["num_known"]
+        if not num_stored:
+            raise
+        num_valid = sum(each.num_rows - each.num_invalid for each in checked)
+        body: dict[str, Any] = error.body if isinstance(error, ErrorReply) else {"code": "no_server"}
+        raise Failure(
+            f"{error}\n{num_stored} of {num_valid} rows are stored, and perhaps some of the last request: run the same "
+            "command again, and it skips them",
+            **body,
+            num_stored=num_stored,
+        ) from None
     names = ("num_rows", "num_added", "num_known", "num_raised", "num_invalid")
     return {"object": "import", "files": files, **{name: sum(each[name] for each in files) for name in names}}
 
 
 async def _send_file(
-    client: Client, request: ImportRequest, checked: CheckedFile, progress: Progress
+    client: Client, request: ImportRequest, checked: CheckedFile, progress: Progress, stored: Counter[str]
 ) -> dict[str, Any]:
+    """Send a file's valid rows; return its counts, and add them to `stored` with each request."""
     counts = {"num_added": 0, "num_known": 0, "num_raised": 0}
     teaches: bool | None = None
     if checked.format is not None:
@@ -157,6 +176,7 @@ async def _send_file(
             added = await client.post_lines("/v1/examples", batch, **query)
             for name in counts:
                 counts[name] += added[name]
+                stored[name] += added[name]
             teaches = added["teaches"]
     # None for a file without a valid row
     return {**checked.to_json(), **counts, "teaches": teaches}
