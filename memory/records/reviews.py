@@ -32,9 +32,7 @@ class Status(StrEnum):
     """The status by which memories are listed."""
 
     ACTIVE = "active"  # shown to somebody, or waiting for approval
-    PENDING = (
-        "pending"  # the active ones that one person, or nobody, is shown, untrusted ones too: an approval widens it
-    )
+    PENDING = "pending"  # the active ones that one person is shown, or nobody: an approval would widen them
     APPROVED = "approved"
     RETIRED = "retired"
     REMOVED = "removed"  # insights that evidence contradicted
