@@ -12,6 +12,7 @@ from runtime.errors import ToolError
 from runtime.tools.base import Tool, run_tool
 from runtime.tools.functions import tool_from_function
 from tests.runtime.tools.functions import find_train
+from tests.waiting import wait_until
 
 
 def hang() -> str:
@@ -174,19 +175,16 @@ async def test_who_leaves_the_queue_takes_no_place():
 
 
 async def test_the_loop_stays_responsive_while_blocking_tools_block():
-    def block() -> str:
-        """Block for a while."""
-        time.sleep(0.3)
-        return "ok"
+    started, release = threading.Semaphore(0), threading.Event()
 
-    async def measure_longest_gap() -> float:
-        longest, last = 0.0, time.monotonic()
-        while not results.done():
-            await asyncio.sleep(0.005)
-            longest, last = max(longest, time.monotonic() - last), time.monotonic()
-        return longest
+    def block() -> str:
+        """Block until the loop has seen it."""
+        started.release()
+        return "ok" if release.wait(30) else "the loop stood still"
 
     tool = tool_from_function(block)
     results = asyncio.gather(*(run_tool(tool, "{}") for _ in range(20)))
-    assert await measure_longest_gap() < 0.25
+    for _ in range(2):  # two at once
+        await wait_until(lambda: started.acquire(blocking=False))
+    release.set()
     assert {result.content for result in await results} == {"ok"}
