@@ -2,16 +2,15 @@
 
     python -m tests.bench.added_time [--json FILE]
 
-An episode is four calls of a tool that answers at once, and an answer: five model calls. Added time is what passes
-while the engine is not thinking: before each of its calls, and after the last, as the engine's own clock saw it.
+An episode is four calls of a tool that answers at once, and an answer: five model calls. Added time is the time in
+which the engine computes nothing: before each of its calls, and after the last, by the engine's own clock.
 
     bare calls       the floor: the five calls, one after the other, and nothing else
     create_agent     LangGraph's `create_agent` with `ChatOpenAI`, as a library; keeps no log
-    ours, library    `Agent.rollout` in the caller's process; every step on the disk before the next
+    ours, library    `Agent.rollout` in the caller's process; every step is on disk before the next
     ours, HTTP       the server as `serve.py serve` starts it, asked over HTTP
 
-Every side runs in a process of its own, one after the other, in turns. Rates are of model calls; episodes arrive by a
-clock.
+Each side runs in its own process; the sides alternate. Rates count model calls; episodes arrive open-loop.
 """
 
 from __future__ import annotations
@@ -141,7 +140,7 @@ SIDES: dict[str, Callable[[str, str], contextlib.AbstractAsyncContextManager[Act
 
 
 SERVED = ("ours, HTTP", "ours before, HTTP")
-"""The second only where an older checkout is measured as well."""
+"""The second is run only if an older checkout is measured as well."""
 
 
 class Worker:
@@ -154,7 +153,7 @@ class Worker:
         self._pool.submit(_is_open).result()
 
     def run(self, per_second: float, seconds: float) -> tuple[Load, float]:
-        """Return what came of a run (0 a second: alone), and the processor time that it took."""
+        """Return the load of a run (rate 0: one request at a time) and its processor time."""
         return self._pool.submit(_run, per_second, seconds).result()
 
     def close(self) -> None:
@@ -163,7 +162,7 @@ class Worker:
 
 
 _opened: dict[str, Any] = {}
-"""Of a worker's process: its event loop, its side's `play`, and what closes it."""
+"""State of a worker's process: its event loop, its side's `play`, and its exit stack."""
 
 
 def _open(name: str, engine_url: str, server_url: str) -> None:
@@ -194,7 +193,7 @@ def _close() -> None:
 
 
 def added_seconds(load: Load, stamps: dict[int, list[Stamp]]) -> list[float]:
-    """Return the added time of each step: what passed before its model call, and, for the last, what came after."""
+    """Return the added time of each step: before its model call and, for the last step, also after it."""
     added = []
     for number, (due_at, done_at) in load.spans.items():
         calls = stamps[number]
@@ -207,7 +206,7 @@ def added_seconds(load: Load, stamps: dict[int, list[Stamp]]) -> list[float]:
 
 
 def measure(rates: list[float], before: Path | None, *, seconds: float, num_turns: int) -> list[dict[str, Any]]:
-    """Run every side at every rate, in turns; return a row each."""
+    """Run every side at every rate, alternating; return one row for each pair."""
     found: dict[tuple[float, str], list[tuple[Load, list[float], float]]] = {}
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(FixedEngine(delay_seconds=DELAY_SECONDS, num_tool_calls=NUM_TOOL_CALLS))
@@ -226,7 +225,7 @@ def measure(rates: list[float], before: Path | None, *, seconds: float, num_turn
                     server = servers.get(worker.name)
                     began = cpu_seconds(server.pid) if server else 0.0
                     load, cpu = worker.run(rate / NUM_STEPS, seconds / num_turns)
-                    if server is not None:  # the caller's own is not the server's
+                    if server is not None:  # the server's, not the caller's
                         cpu = cpu_seconds(server.pid) - began
                     added = added_seconds(load, engine.stamps())
                     found.setdefault((rate, worker.name), []).append((load, added, cpu))
@@ -243,7 +242,7 @@ def _row(rate: float, name: str, runs: list[tuple[Load, list[float], float]]) ->
 
 
 def judge(rows: list[dict[str, Any]]) -> list[str]:
-    """Return what is to be reached, and whether it was."""
+    """Return the ratios to `create_agent`, and the p99 beside its target."""
     at = {(row["steps"], row["side"]): row for row in rows}
     lines = []
     for asked in dict.fromkeys(row["steps"] for row in rows):

@@ -2,10 +2,10 @@
 
     python -m tests.bench.agentbench_os AgentBench/data/os_interaction [--limit 40]
 
-Nothing is measured of a model. The example of a task runs in its machine; its output is the answer, or, where checks
-do not begin with it, the state that it leaves. Of a task with an expected answer that answer is the solution. The empty
-answer is given in a fresh machine. Tasks that fail are printed with the reason. Where the published scripts lie beside
-the data, those that compare are run too, in a machine, and their verdicts compared with the grader's own.
+No model is involved. A task's example runs in its machine; its output is the answer or, where checks do not begin with
+it, the state that it leaves. If a task has an expected answer, that is the solution. The empty answer is given in a
+fresh machine. Failing tasks are printed with the reason. If the published scripts are beside the data, the comparing
+ones run as well, in a machine, and their verdicts are compared with the grader's.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ VALUES = (
 
 @asynccontextmanager
 async def started(row: TaskRow) -> AsyncIterator[Machine]:
-    """Yield the machine of a row as its task begins. Raises: ToolRefused."""
+    """Yield the machine of a row at the start of its task. Raises: ToolRefused."""
     assert row.machine is not None
     machine = open_machine(row.name, row.machine)
     await machine.start()
@@ -118,7 +118,7 @@ async def grade_empty(row: TaskRow) -> str | None:
 
 
 async def check_task(task: PublishedTask) -> dict[str, str | None]:
-    """Return what failed, by kind of check; None where nothing did."""
+    """Return the failures by kind of check; None where nothing failed."""
     row = TaskRow.model_validate(task.content)
     results: dict[str, str | None] = {}
     for name, graded in (("reference", grade_reference(row, task.example)), ("empty", grade_empty(row))):

@@ -2,8 +2,8 @@
 
     PYTHONPATH=/where/bfcl-eval/is/unpacked python -m tests.bench.bfcl_agreement DIRECTORY_OF_BFCL [--tries 4]
 
-Every task's accepted answers are made, and changed in the ways that models get calls wrong: names, missing and extra
-arguments, types, values, spellings, order, number of calls. Both judge each, and the disagreements are printed.
+Every task's accepted answers are generated, and changed in the ways that models get calls wrong: names, missing and
+extra arguments, types, values, spellings, order, number of calls. Both grade each; disagreements are printed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CATEGORIES = (
     *("simple_python", "multiple", "parallel", "parallel_multiple"),
     *("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple"),
 )
-"""Those that are present are compared."""
+"""Files that are missing are skipped."""
 OTHER_VALUES: tuple[Any, ...] = ("", "other", 0, 1, 7, -3.5, 2.0, True, False, None, [], ["x"], [1, 2], {}, {"a": 1})
 
 Arguments = dict[str, Any]
@@ -168,7 +168,7 @@ def compare(directory: Path, check: Check, *, num_tries: int, seed: int = 0) -> 
                 for change, changed in [("accepted", calls), *changed_calls(row, calls, rng)]:
                     try:
                         expected = check(row, changed, category)
-                    except (TypeError, AttributeError, KeyError) as error:  # of the checker's own
+                    except (TypeError, AttributeError, KeyError) as error:  # a bug of the checker
                         counts[f"crashed: {type(error).__name__}"] += 1
                         continue
                     agrees = grade(row, changed) == expected

@@ -2,11 +2,11 @@
 
     python -m tests.bench.durable_log [--producers 64] [--steps 12800] [--rounds 3] [--kills 5] [--on DIR] [--json FILE]
 
-Ours is all that an episode's step goes through in memory: the guard on its trajectory and position, group commit, the
-wake-up of its producer. Raw is the floor: the same rows as bound tuples into the same tables, by `executemany` and
-nothing else. Both sides take turns in one directory, which must be on the disk that is meant: not a tmpfs.
+Ours is the full write path of an episode's step in memory: the guard on its trajectory and position, group commit, the
+wake-up of its producer. Raw is the floor: the same rows as bound tuples into the same tables, by `executemany` alone.
+Both sides alternate in one directory, which must be on the disk to be measured, not on a tmpfs.
 
-Refuses to know who acts. Invariant: every row counted is on the disk (WAL, synchronous=FULL) before it is counted.
+Invariant: every counted row is on disk (WAL, synchronous=FULL) before it is counted.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from tests.bench.server import end_in_order
 
 RAW_BATCHES = (1, 64, 512)
 SHARES_OF_BEST = (0.25, 0.5, 0.75)
-"""Open-loop rates, as shares of what the producers reached when each went on as soon as it was acknowledged."""
+"""Open-loop rates, as shares of the closed-loop rate of the producers."""
 TARGET_SHARE = 0.5
 TARGET_P99_SECONDS = 0.015
 LINE = "{trajectory_id} {position}\n"
-TALK = "You are in a kitchen. " * 180  # 4 KB of what a tool says
+TALK = "You are in a kitchen. " * 180  # 4 KB of a tool's result
 CALL = {"id": "call-0", "type": "function", "function": {"name": "act", "arguments": '{"command": "open the fridge"}'}}
 PROMPT_IDS, OUTPUT_IDS = list(range(850)), list(range(60))
 
 
 def make_step(trajectory_id: str, position: int) -> Step:
-    """Return a step of about 4 KB: by turns what a model wrote, with its token ids, and what a tool said."""
+    """Return a step of about 4 KB: alternately a model call, with its token ids, and a tool result."""
     place = {"trajectory_id": trajectory_id, "position": position, "created_at": now()}
     if position % 2:
         return Step(**place, kind=StepKind.TOOL, content=TALK, tool_calls=[], tool_name="act", tool_call_id="call-0")
@@ -66,7 +66,7 @@ def make_step(trajectory_id: str, position: int) -> Step:
 
 
 def make_steps(opened: Sequence[Trajectory], num_each: int) -> list[list[Step]]:
-    """Return the steps of each trajectory, made beforehand; the collector of garbage need not look at them again."""
+    """Return the steps of each trajectory, frozen so that the garbage collector does not scan them."""
     steps = [[make_step(trajectory.id, position) for position in range(num_each)] for trajectory in opened]
     gc.collect()
     gc.freeze()
@@ -94,7 +94,7 @@ class Log:
 
 
 async def append_as_fast_as_acknowledged(path: Path, num_producers: int, num_steps: int) -> Load:
-    """Have each producer append its steps one after the other; a latency is that of one acknowledgement."""
+    """Append closed-loop, each producer one step after the other; a latency is that of one acknowledgement."""
     log = Log(path)
     with closing(log.database):
         steps = make_steps(await log.open(num_producers), num_steps // num_producers)
@@ -113,7 +113,7 @@ async def append_as_fast_as_acknowledged(path: Path, num_producers: int, num_ste
 
 
 async def append_by_the_clock(path: Path, num_producers: int, per_second: float, seconds: float) -> Load:
-    """Append steps when they are due, whoever still waits; within a trajectory one after the other."""
+    """Append open-loop: steps start when they are due; within a trajectory one after the other."""
     log = Log(path)
     with closing(log.database):
         rest = make_steps(await log.open(num_producers), int(1.5 * per_second * seconds / num_producers) + 8)
@@ -128,8 +128,8 @@ async def append_by_the_clock(path: Path, num_producers: int, per_second: float,
 
 
 def insert_raw(path: Path, rows: Sequence[tuple], batch_size: int) -> Load:
-    """Insert the rows in batches into tables that are the same; a latency is that of one batch."""
-    Database(path).close()  # makes the tables
+    """Insert the rows in batches into the same tables; a latency is that of one batch."""
+    Database(path).close()  # creates the tables
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         for pragma in WRITER:
             connection.execute(f"PRAGMA {pragma}")
@@ -150,13 +150,13 @@ def insert_raw(path: Path, rows: Sequence[tuple], batch_size: int) -> Load:
 
 
 def bound_rows(path: Path) -> list[tuple]:
-    """Return the steps in a file as SQLite holds them."""
+    """Return the rows of the steps in a database file."""
     with closing(sqlite3.connect(path)) as connection:
         return connection.execute("SELECT * FROM steps ORDER BY position, trajectory_id").fetchall()
 
 
 def kill_in_the_middle(path: Path, num_producers: int, seconds: float) -> dict[str, int]:
-    """Have a child append until it is killed; compare what it was acknowledged with the rows that are there."""
+    """Kill a child while it appends; compare its acknowledged steps with the rows in the file."""
     command = [sys.executable, "-m", "tests.bench.durable_log", "--append-forever", str(path)]
     with subprocess.Popen([*command, "--producers", str(num_producers)], stdout=subprocess.PIPE) as child:
         said = child.stdout.readline()
@@ -187,7 +187,7 @@ def kill_in_the_middle(path: Path, num_producers: int, seconds: float) -> dict[s
 
 
 async def append_forever(path: Path, num_producers: int) -> None:
-    """The child: acknowledge each step to whoever reads our output, until we are killed."""
+    """Run in the child: append and print each acknowledged step until killed."""
     log = Log(path)
     await log.open(num_producers)
 
@@ -210,7 +210,7 @@ def fresh_file(on: Path) -> Iterator[Path]:
 
 
 def measure_throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Let both sides take turns; return a row for each way to write, medians of the rounds."""
+    """Alternate both sides; return a row for each side and batch size, medians of the rounds."""
     loads: dict[tuple[str, int], list[Load]] = {}
     crowds = (arguments.producers, 8 * arguments.producers)
     for _ in range(arguments.rounds):
@@ -221,7 +221,7 @@ def measure_throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 rows = bound_rows(path)
         for batch_size in RAW_BATCHES:
             with fresh_file(arguments.on) as path:
-                # One by one, a tenth of them is enough to know.
+                # Single-row inserts are slow: a tenth of the rows is enough.
                 load = insert_raw(path, rows if batch_size > 1 else rows[: len(rows) // 10], batch_size)
                 loads.setdefault(("raw", batch_size), []).append(load)
     return [
@@ -237,7 +237,7 @@ def measure_throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def add_shares(rows: list[dict[str, Any]]) -> None:
-    """Say what share of raw each of our rows reaches: of the same batch, and of the best."""
+    """Add to each of our rows its share of the raw rate: at the same batch size, and at the best."""
     raw = {row["rows that wait together"]: row["rows/s"] for row in rows if row["side"] == "raw"}
     for row in rows:
         if row["side"] == "ours":

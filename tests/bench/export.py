@@ -2,9 +2,9 @@
 
     python -m tests.bench.export [--steps 1000000] [--format trl] [--on DIR] [--json FILE]
 
-Episodes of 20 steps with their token ids are written into a SQLite file, unmeasured. Then a process of its own reads
-them as demonstrations and writes the rows to a file, as the route does for a client; its peak memory is what the kernel
-says. The floor is the same process that exports nothing.
+Episodes of 20 steps with their token ids are written into a SQLite file, unmeasured. Then a separate process reads
+them as demonstrations and writes the rows to a file, as the route does for a client; its peak memory is the kernel's
+figure. The floor is the same process that exports nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ async def fill(path: Path, num_steps: int) -> None:
 
 
 def export_file(path: Path, format_name: str) -> dict[str, Any]:
-    """Export a database file beside it; return the time, the rate, the size and the peak memory."""
+    """Export a database to a file beside it; return the time, the rate, the size and the peak memory."""
     with closing(Database(path)) as database:
         trajectories = Trajectories(database)
         exports = Exports(database, trajectories, Examples(database))

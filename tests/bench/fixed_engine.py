@@ -1,10 +1,10 @@
-"""An engine that thinks for a fixed time: the few routes of vLLM that are needed, as cheap as Python can be.
+"""A fake engine that answers after a fixed time: the few routes of vLLM that are needed, as cheap as Python can be.
 
-A process of its own, so that it shares nothing with what is measured but the machine. To a request with tools it
-replies with a call of the first one, as long as fewer than `--tool-calls` results are in the conversation; then, and
-without tools, with words. It notes when each call came and when its answer left, on the clock that all processes share.
+It is a separate process, so that it shares only the machine with the measured code. To a request with tools it replies
+with a call of the first one, as long as fewer than `--tool-calls` results are in the conversation; then, and without
+tools, with text. It records the arrival of each call and the departure of its answer on the system's monotonic clock.
 
-Refuses to know who asks. Flow: `FixedEngine` starts it -> requests -> `stamps` takes what was noted.
+Flow: `FixedEngine` starts it -> requests -> `stamps` returns the times and clears them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import httptools
 import uvloop
 
 EPISODE = re.compile(rb"episode (\d+)")
-"""Stands in the first message, so that calls can be told apart by episode."""
+"""Part of the first message: groups calls by episode."""
 PROMPT_TOKENS, OUTPUT_TOKENS = 200, 16
 Stamp = tuple[float, float]
-"""When a call came and when its answer left, in seconds of the monotonic clock."""
+"""Arrival of a call and departure of its answer, in seconds of the monotonic clock."""
 
 
 class FixedEngine:
@@ -48,13 +48,13 @@ class FixedEngine:
         self._process.stdout.close()
 
     def stamps(self) -> dict[int, list[Stamp]]:
-        """Return the calls of each episode in order, and forget them."""
+        """Return the stamps of each episode's calls in order, and clear them."""
         with urllib.request.urlopen(f"{self.url}/stamps", timeout=10) as answer:
             return {int(episode): [(came, left) for came, left in calls] for episode, calls in json.load(answer)}
 
 
 class Connection(asyncio.Protocol):
-    """One client. One request at a time, as HTTP/1.1 clients send them."""
+    """One client's connection; one request at a time, as HTTP/1.1 clients send them."""
 
     def __init__(self, script: Script) -> None:
         self._script = script
@@ -89,11 +89,11 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, body: bytes) -> None:
         head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
-        self._transport.write(head + body)  # to one who has left it writes nothing
+        self._transport.write(head + body)  # writes nothing if the client has disconnected
 
 
 class Script:
-    """What it answers, made once."""
+    """The engine's answers, and its stamps."""
 
     def __init__(self, delay_seconds: float, num_tool_calls: int) -> None:
         self.delay_seconds = delay_seconds

@@ -1,16 +1,16 @@
-"""Does an agent that is unaware of us get better by its `base_url` alone? Measured, with the real engine.
+"""Whether an app improves that knows of the server only by its `base_url`, measured with the real engine.
 
     python -m tests.bench.log_only [--games DIR] [--json FILE]
 
-The app is docs/examples/textworld_app.py: LangGraph, tools of its own. Here stands its author, who knows what the app
-doesn't: which games are for practice and which measure, and how each ended. Flow: start a server -> play the held-out
-games as they are played on day one -> (practise, give feedback, `serve.py learn --logged`) twice -> play the held-out
-games as both policies, each told that it only measures -> `serve.py judge`. The server never plays.
+The app is docs/examples/textworld_app.py: LangGraph with its own tools. This module is its author, who knows what the
+app does not: which games are practice and which are held out, and how each ended. Flow: start a server -> play the
+held-out games with an empty memory -> (practise, give feedback, `serve.py learn --logged`) twice -> play the held-out
+games with both policies, marked as held out -> `serve.py judge`. The server never plays.
 
-Twice, because the first log has mostly luck to learn from. The first cycle is for its words: they make the second log a
-better teacher, and its candidate, trained in a moment, is not tried.
+There are two cycles because the wins in the first log are mostly luck. The first cycle is run for its insights, which
+make the second log better; its candidate, trained briefly, is not measured.
 
-Refuses to know how the server learns. TextWorld's games are compiled first, a second or two each; `--games` keeps them.
+TextWorld's games are compiled first, a second or two each; `--games` keeps them.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from tests.bench.server import ROOT, OurServer, end_in_order
 
 APP = ROOT / "docs" / "examples" / "textworld_app.py"
 LEARN_SECONDS = 1500
-SHARED = {"share": "true"}  # no person's words are in a game: memory of it serves all who play
+SHARED = {"share": "true"}  # games hold no personal text, so their memory is shared by all users
 FOR_WORDS = ("--set", "recipe.sft_epochs=1", "--set", "preferences.min_rows=1000", "--set", "demonstrations.min_rows=8")
 
 
 @dataclass
 class Tried:
-    """One round of games by one policy: who won what."""
+    """One round of games by one policy, with the outcome of each."""
 
     name: str
     won: dict[str, bool]
@@ -72,7 +72,7 @@ class Tried:
 
 
 class Author:
-    """Whoever wrote the app: lets it play, and tells the server what each game came to."""
+    """The author of the app: runs it, and posts the outcome of each game as feedback."""
 
     def __init__(self, url: str, games: Path, concurrency: int) -> None:
         self._app = load_app()
@@ -82,12 +82,12 @@ class Author:
         self._http = httpx.AsyncClient(base_url=url, timeout=60, trust_env=False)
 
     async def practise(self, name: str, seeds: Sequence[int]) -> Tried:
-        """Play as people do: nothing is sent that the app would not send to OpenAI, but that no person is behind it."""
+        """Play with requests as the app would send them to OpenAI, but for the metadata that shares their memory."""
         by_seed = {seed: {"metadata": SHARED} for seed in seeds}
         return await self._play_all(name, seeds, by_seed, model="agent", temperature=1.0)
 
     async def measure(self, name: str, seeds: Sequence[int], policy: str) -> Tried:
-        """Play greedily as one policy; each game is named, and may teach nothing."""
+        """Play greedily with one policy; each game is a named held-out task, from which nothing is learned."""
         by_seed = {seed: {"metadata": {**SHARED, "task": str(seed), "split": "held-out"}} for seed in seeds}
         return await self._play_all(name, seeds, by_seed, model=f"agent@{policy}", temperature=0.0)
 
@@ -102,11 +102,11 @@ class Author:
         return tried
 
     async def _play(self, seed: int, model: ChatOpenAI) -> bool | None:
-        """Return whether the game was won; None if it broke off."""
+        """Return whether the game was won; None if it failed."""
         async with self._places:
             try:
                 ended = await self._app.play(self._games / f"cooking-{seed}.z8", model)
-            except Exception as error:  # of many games one may break off, and is counted
+            except Exception as error:  # one failed game does not end the run; it is counted
                 print(f"  game {seed} broke off: {type(error).__name__}: {error}", flush=True)
                 return None
         last = [message for message in ended.messages if isinstance(message, AIMessage)][-1]
@@ -131,7 +131,7 @@ def load_app() -> Any:
 
 
 def ask(url: str, *verb: str) -> dict[str, Any]:
-    """Run a verb of the command line and return what it says."""
+    """Run a command of `serve.py` and return its JSON output."""
     command = [sys.executable, "serve.py", *verb, "--url", url, "--json"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=LEARN_SECONDS)
     said = json.loads(done.stdout)
@@ -141,7 +141,7 @@ def ask(url: str, *verb: str) -> dict[str, Any]:
 
 
 async def prepare(games: Path, practice: int, held_out: int) -> tuple[list[int], list[int]]:
-    """Make sure that the games are there; return the seeds of both families, which are disjoint."""
+    """Compile the games; return the seeds for practice and those held out, which are disjoint."""
     maker = TextWorld(games)
     families = [
         maker.tasks(split, number) for split, number in ((Split.PRACTICE, practice), (Split.HELD_OUT, held_out))
@@ -151,7 +151,7 @@ async def prepare(games: Path, practice: int, held_out: int) -> tuple[list[int],
 
 
 async def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Do everything, and return what it came to."""
+    """Run the whole benchmark and return its result."""
     games = options.games or work / "games"
     practice, held_out = await prepare(games, options.practice, options.held_out)
     tried: list[Tried] = []
@@ -186,7 +186,7 @@ async def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> list[str]:
-    """Return what the rounds come to: paired differences, and the verdict."""
+    """Return the summary of the rounds: paired differences, and the verdict."""
     lines = []
     for name in ("after_against_day_one", "words_against_day_one", "after_against_words"):
         paired = result[name]

@@ -1,9 +1,8 @@
-"""What every benchmark does the same way: arrivals by a clock, percentiles, one table, one JSON file.
+"""The parts that all benchmarks share: open-loop arrivals, percentiles, one table, one JSON file.
 
-Refuses to know what is measured. Flow: `run_open_loop` (or `run_alone`) -> `Load` -> `Spread` -> `print_table`,
-`write_json`.
-Invariant: a latency begins when the request was due, not when somebody came to send it: a side that stalls pays for
-everybody who had to wait meanwhile.
+Flow: `run_open_loop` (or `run_alone`) -> `Load` -> `Spread` -> `print_table`, `write_json`.
+Invariant: a latency begins when the request was due, not when it was sent, so that a side that stalls is charged for
+the requests that queued meanwhile.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ from rich.console import Console
 from rich.table import Table
 
 MAX_OPEN = 1_000
-"""Requests under way at once; one that is due beyond that is lost, and counted as an error."""
+"""Most requests in flight; one that is due beyond that is dropped, and counted as an error."""
 OVERLOADED = "Overloaded"
 
 Act = Callable[[int], Awaitable[Any]]
-"""One request, by its number; what it raises is counted by class."""
+"""One request, by its number; its exceptions are counted by class."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How durations are spread, in seconds; all NaN where there are none."""
+    """The distribution of durations, in seconds; all NaN where there are none."""
 
     count: int
     mean: float
@@ -57,21 +56,21 @@ class Spread:
         return cls(len(ranked), sum(ranked) / len(ranked), *shares, ranked[-1])
 
     def in_millis(self) -> dict[str, float]:
-        """Return it for a table or a file: `p50_ms` and so on."""
+        """Return it in milliseconds for a table or a file: `p50_ms` and so on."""
         return {f"{name}_ms": round(getattr(self, name) * 1e3, 3) for name in ("mean", "p50", "p90", "p99", "worst")}
 
 
 def percentile(ranked: Sequence[float], share: float) -> float:
-    """Return the nearest rank of sorted values: a value that was measured, never one between two."""
+    """Return the nearest-rank percentile of sorted values: a measured value, not an interpolated one."""
     return ranked[max(0, math.ceil(share * len(ranked)) - 1)]
 
 
 @dataclass
 class Load:
-    """What came of one run."""
+    """The result of one run."""
 
     due_per_second: float
-    """As they came due; 0 where one request followed the other."""
+    """The rate at which requests were due; 0 where one followed the other."""
     spans: dict[int, tuple[float, float]] = field(default_factory=dict)
     """When each request that succeeded was due and when it was done, by its number, on the monotonic clock."""
     errors: Counter[str] = field(default_factory=Counter)
@@ -90,12 +89,12 @@ class Load:
         return len(self.spans) / self.wall_seconds if self.wall_seconds else 0.0
 
     def keeps(self, p99_seconds: float, *, share_of_rate: float = 0.95) -> bool:
-        """Return whether it kept up: no error, this p99, and as many done as were due."""
+        """Return whether the side kept up: no error, this p99, and as many requests done as were due."""
         is_on_time = self.spread.p99 <= p99_seconds
         return not self.errors and is_on_time and self.done_per_second >= share_of_rate * self.due_per_second
 
     async def time(self, act: Act, number: int, due_at: float) -> None:
-        """Do one request; its clock started when it was due."""
+        """Run one request and record its span, which began when it was due."""
         try:
             await act(number)
         except Exception as error:
@@ -107,9 +106,9 @@ class Load:
 async def run_open_loop(
     act: Act, *, per_second: float, duration_seconds: float, seed: int = 0, max_open: int = MAX_OPEN
 ) -> Load:
-    """Start requests when they are due, whatever became of those before; return once all have ended.
+    """Start requests when they are due, even if earlier ones are open; return once all have ended.
 
-    They come as from many who do not know of one another: a Poisson process, the same for each run with one seed.
+    Arrivals are a Poisson process, as of many independent clients, and the same for each run with one seed.
     """
     dues = list(_arrivals(per_second, duration_seconds, seed))
     load, open_tasks = Load(len(dues) / duration_seconds), set[asyncio.Task[None]]()
@@ -128,7 +127,7 @@ async def run_open_loop(
             all_begun.set()
 
     def tick() -> None:
-        # A thread, because an event loop's own timers are a millisecond coarse.
+        # A thread, because an event loop's timers have a resolution of one millisecond.
         for number, due in enumerate(dues):
             time.sleep(max(0.0, started_at + due - time.monotonic()))
             loop.call_soon_threadsafe(begin, number)
@@ -142,7 +141,7 @@ async def run_open_loop(
 
 
 async def run_alone(act: Act, *, num_requests: int) -> Load:
-    """Do one request after the other, never two at once."""
+    """Run one request after the other, never two at once."""
     load = Load(0.0)
     started_at = time.monotonic()
     for number in range(num_requests):
@@ -152,7 +151,7 @@ async def run_alone(act: Act, *, num_requests: int) -> Load:
 
 
 def _arrivals(per_second: float, duration_seconds: float, seed: int) -> Iterator[float]:
-    """Yield when requests are due, in seconds since the start: at least one."""
+    """Yield the times at which requests are due, in seconds since the start: at least one."""
     gaps, due = random.Random(seed), 0.0
     while due < duration_seconds:
         yield due
@@ -160,14 +159,14 @@ def _arrivals(per_second: float, duration_seconds: float, seed: int) -> Iterator
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
-    """Return a benchmark's command line, with what all of them take."""
+    """Return a benchmark's command line, with the options that all of them have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write everything")
     return parser
 
 
 def machine() -> dict[str, Any]:
-    """Return what a figure means nothing without: where and when it was measured."""
+    """Return the machine and date of a measurement, without which a figure means nothing."""
     return {
         "cpu": _cpu_model(),
         "num_cores": len(os.sched_getaffinity(0)),
@@ -215,7 +214,7 @@ def _show(value: Any) -> str:
 def write_json(
     path: Path | None, benchmark: str, rows: Sequence[Any], *, conditions: dict[str, Any], **more: Any
 ) -> None:
-    """Write what was measured, with the machine and the conditions, where a file was asked for."""
+    """Write the results, with the machine and the conditions, if a file was asked for."""
     if path is None:
         return
     plain = [row if isinstance(row, dict) else asdict(row) for row in rows]

@@ -1,11 +1,11 @@
-"""A million memories out of some thousand real texts: their words and vectors, the same on every machine.
+"""A million synthetic memories from some thousand real texts: texts and vectors, the same on every machine.
 
-Refuses to know indexes and what is measured. Flow: real texts -> the product's encoder, once, kept in a file -> any
-number of memories, each a function of its number alone, so that a build can stop and go on.
+Flow: real texts -> the product's encoder, once, cached in a file -> any number of memories, each a function of its
+number alone, so that a build can be resumed.
 
-Invariant: a question is a real text that no memory was made of. How a memory is made: a real text and one of its
-nearest; words of both in turns; and between their two vectors a third, moved by noise of the spread that real
-vectors have, so that clusters stay clusters.
+Invariant: a question is a real text that no memory was made of. A memory is made of a real text and one of its nearest
+neighbours: its text alternates words of both; its vector is interpolated between theirs, plus noise with the covariance
+of real vectors, so that clusters stay clusters.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from memory.search.encoder import SentenceEncoder
 DATA = Path(os.environ.get("BENCH_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 NUM_REAL = 5000
 MAX_CHARS = 500
-QUESTION_EVERY = 20  # real texts: one of so many is kept as a question
+QUESTION_EVERY = 20  # one real text of so many becomes a question
 NUM_NEAR = 12
-NOISE = 0.35  # of the length of a real vector's distance from the mean of all
-BLOCK = 1000  # memories whose randomness comes from one seed
+NOISE = 0.35  # as a share of a real vector's distance from the mean
+BLOCK = 1000  # memories that share a random seed
 MARK = re.compile(r"memory (\d+)")
 
 
@@ -55,7 +55,7 @@ class Memories:
         return numpy.concatenate([self._block(block)[2] for block in _blocks(start, stop)])[_within(start, stop)]
 
     def texts(self, start: int, stop: int) -> list[str]:
-        """Return the texts of these memories; each tells its number."""
+        """Return the texts of these memories; each contains its number."""
         made = []
         for block in _blocks(start, stop):
             first, second, _ = self._block(block)
@@ -74,7 +74,7 @@ class Memories:
         return first, second, moved / numpy.linalg.norm(moved, axis=1, keepdims=True)
 
     def _mix(self, number: int, first: int, second: int) -> str:
-        """Return words of two texts in turns of twelve, beginning anywhere in the first."""
+        """Return alternating runs of words of two texts, from a position in the first that the number decides."""
         words, others = self._texts[first], self._texts[second]
         begin = number * 7919 % max(1, len(words) - 24)
         turns = [words[begin : begin + 24], others[:12], words[begin + 24 : begin + 36], others[12:24]]
@@ -82,7 +82,7 @@ class Memories:
 
 
 class KeptEncoder:
-    """Gives memories and questions the vectors they have already: embedding isn't what is measured."""
+    """Returns the precomputed vectors of memories and questions: embedding is not measured."""
 
     name = "kept"
 
@@ -98,7 +98,7 @@ class KeptEncoder:
         if text in self._questions:
             return self._questions[text]
         mark = MARK.search(text)
-        if mark is None:  # the encoder's warming up
+        if mark is None:  # warm-up of the encoder
             return self._memories.question_vectors[0]
         block, place = divmod(int(mark[1]), BLOCK)
         if self._block[0] != block:
@@ -107,9 +107,9 @@ class KeptEncoder:
 
 
 def load_memories(directory: Path) -> Memories:
-    """Encode the real texts with the product's encoder, or take what an earlier run kept in `directory`.
+    """Encode the real texts with the product's encoder, or load them from an earlier run's cache in `directory`.
 
-    Raises: FileNotFoundError when the public texts are not there.
+    Raises: FileNotFoundError if the public texts are missing.
     """
     kept = directory / "real_texts.npz"
     if kept.exists():
@@ -127,7 +127,7 @@ def load_memories(directory: Path) -> Memories:
 
 
 def _real_texts() -> Iterator[str]:
-    """Yield encyclopedia paragraphs and questions, sums, documentation, requests to tools; whatever is there."""
+    """Yield encyclopedia paragraphs and questions, sums, documentation, tool requests: those that are present."""
     for row in rows_of("beerqa_1000/beir/corpus.jsonl"):
         yield f"{row['title']}: {row['text']}"[:MAX_CHARS]
     for row in rows_of("beerqa_1000/beir/queries.jsonl"):
@@ -146,7 +146,7 @@ def _real_texts() -> Iterator[str]:
 
 
 def rows_of(pattern: str) -> list[dict]:
-    """Return the rows of public files of JSON lines."""
+    """Return the rows of public JSONL files."""
     rows = []
     for path in sorted(DATA.glob(pattern)):
         for line in path.read_text().splitlines():

@@ -3,10 +3,10 @@
     python -m tests.bench.pass_through --litellm-venv DIR [--json FILE]
 
 DIR is created, with `litellm[proxy]` in it, if it does not exist. Both servers are one process and ask the same
-engine, which takes a fixed time; ours searches memory and has the episode on the disk before it answers, the proxy
-stores nothing. The result is the highest rate at which 99 % of the requests, sent by a clock, are answered within 50 ms
-and none fails: rates rise in steps until one is too high, then the gap is halved. At the end each side is measured at
-half of its own best rate, at the best rate of the other, and with one request at a time.
+engine, which takes a fixed time; ours searches memory and has the episode on disk before it answers, the proxy stores
+nothing. The result is the highest open-loop rate at which 99 % of the requests are answered within 50 ms and none
+fails: rates rise in steps until one is too high, then the gap is halved. At the end each side is measured at half of
+its own best rate, at the best rate of the other, and with one request at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ P99_SECONDS = 0.05
 FIRST_RATE, STEP, MIN_RATE = 15.0, 1.35, 1.0
 NUM_HALVINGS = 2
 NUM_FOR_P99 = 300
-"""Requests at least: of fewer, one moment of the machine's would be the p99."""
+"""Minimum number of requests: with fewer, a single pause of the machine would decide the p99."""
 MAX_OPEN = 200
 NUM_WARM, NUM_ALONE = 100, 200
 PIN = "litellm[proxy]==1.106.2"
@@ -59,7 +59,7 @@ SYSTEM = "You are the assistant of a trading company. Use the tools; answer in o
 
 @dataclass
 class Side:
-    """A server to be asked, over connections that are kept."""
+    """A server under test, with keep-alive connections to it."""
 
     name: str
     process: Process
@@ -78,7 +78,7 @@ class Side:
         assert choice["message"]["tool_calls"][0]["function"]["name"] == "look_up", answer
 
     async def at(self, per_second: float, seconds: float) -> dict[str, Any]:
-        """Ask at a rate (0: one after the other); return a row."""
+        """Send requests at a rate (0: one after the other); return a row."""
         began = cpu_seconds(self.process.pid)
         if per_second:
             seconds = max(seconds, NUM_FOR_P99 / per_second)
@@ -99,12 +99,12 @@ class Side:
 
 
 async def find_best_rate(side: Side, seconds: float, max_rate: float) -> tuple[float, list[dict[str, Any]]]:
-    """Return the highest rate that the side keeps, and everything that was tried."""
+    """Return the highest rate that the side sustains, and a row for every trial."""
     rows: list[dict[str, Any]] = []
 
     async def keeps(rate: float) -> bool:
         rows.append(await side.at(rate, seconds))
-        if not rows[-1]["keeps"]:  # once more: a neighbour's moment on this machine is not the side's fault
+        if not rows[-1]["keeps"]:  # retried once: other load on the machine may be the cause
             rows.append(await side.at(rate, seconds))
         return bool(rows[-1]["keeps"])
 
@@ -129,7 +129,7 @@ async def find_best_rate(side: Side, seconds: float, max_rate: float) -> tuple[f
 
 
 def prepare_venv(directory: Path) -> Path:
-    """Return the proxy's program, installed into an environment of its own if it is not there yet."""
+    """Return the proxy's program; install it into its own environment if it is missing."""
     program = directory / "bin" / "litellm"
     if not program.exists():
         subprocess.run([sys.executable, "-m", "venv", directory], check=True)
@@ -139,20 +139,20 @@ def prepare_venv(directory: Path) -> Path:
 
 @contextlib.contextmanager
 def proxy(program: Path, engine_url: str) -> Iterator[Process]:
-    """Run LiteLLM's proxy in front of the engine, without a database, with what its documentation advises for speed."""
+    """Run LiteLLM's proxy before the engine, without a database, as its documentation advises for speed."""
     parameters = {"model": "openai/base", "api_base": f"{engine_url}/v1", "api_key": "none"}
     config = {
         "model_list": [{"model_name": "agent", "litellm_params": parameters}],
         "litellm_settings": {"num_retries": 0, "set_verbose": False, "telemetry": False},
     }
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        json.dump(config, file)  # JSON is YAML
+        json.dump(config, file)  # valid YAML
         file.flush()
         port = free_port()
         command = [str(program), "--config", file.name, "--host", "127.0.0.1", "--port", str(port)]
         quiet = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "LITELLM_MODE": "PRODUCTION"}
         quiet |= {"LITELLM_TELEMETRY": "False", "NO_DOCS": "True"}
-        quiet |= {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}  # ours asks for no key here either
+        quiet |= {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}  # nor is one needed for our server
         url = f"http://127.0.0.1:{port}"
         process = Process([*command, "--num_workers", "1"], url, "/health/liveliness", env=os.environ | quiet)
         try:
@@ -164,7 +164,7 @@ def proxy(program: Path, engine_url: str) -> Iterator[Process]:
 async def measure(
     program: Path, before: Path | None, *, seconds: float, max_rate: float
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Look for each side's best rate, then ask all of them at the same rates; return the rows and the best rates."""
+    """Find each side's best rate, then measure all of them at the same rates; return the rows and the best rates."""
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(FixedEngine(delay_seconds=DELAY_SECONDS, num_tool_calls=1))
         theirs = Side("LiteLLM", stack.enter_context(proxy(program, engine.url)).settle(), "agent")
@@ -176,7 +176,7 @@ async def measure(
         for side in sides:
             warm = await run_alone(side.ask, num_requests=NUM_WARM)
             if warm.errors:
-                await side.ask(0)  # raises what is wrong
+                await side.ask(0)  # raises the error itself
         best, rows = {}, []
         for side in sides:
             best[side.name], tried = await find_best_rate(side, seconds, max_rate)

@@ -1,17 +1,16 @@
-"""Whether passages are shown to questions that they answer, and to no others; and how many of the right ones are found.
+"""Whether passages are shown only to questions that they answer, and how many of the right ones are found.
 
     python -m tests.bench.relevance --json relevance.json
 
 Four real collections: 1,762 encyclopedia paragraphs (BeerQA), the documentation of two libraries, and this project's
 own pages. To each are asked questions that its documents answer, and 200 that they don't: everyday chat, sums,
-programming exercises, requests to tools, and questions about the other collections. All of it goes through the product:
-documents become rows, the follower indexes them, `Retrieval.retrieve` is asked as a request asks it.
+programming exercises, tool requests, and questions about the other collections. All of it goes through the product:
+documents become rows, the index sync indexes them, `Retrieval.retrieve` is called as a request calls it.
 
-The peer is what was shown before there was a floor: both indexes' best five, fused by rank. It is asked the same
-questions in the same run. The figures of the questions with odd numbers stand beside those of all. Of the unanswerable
-questions those in `TOUCHED` are left out: an encyclopedia paragraph states the answer or explains what is asked. They
-were found by searching all paragraphs for the words of some 65 subjects that the questions name, and reading what was
-found, without any score.
+The peer is retrieval without the relevance floor: the best five of both indexes, fused by rank, for the same questions
+in the same run. The figures of the odd-numbered questions are shown beside those of all. The unanswerable questions in
+`TOUCHED` are left out: an encyclopedia paragraph states the answer or explains the subject. They were found by
+searching all paragraphs for some 65 subjects that the questions name, and reading the matches, without any score.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ OWN_PAGES = ("README.md", "docs/clients.md", "docs/gate.md", "docs/keys.md", "do
 TOUCHED = {
     "What is the tallest mountain in the world?": "b00682",  # K2: "the second highest mountain, after Mount Everest"
     "Who was the president of the United States during the American Civil War?": "b00778",  # President Lincoln, 1862
-    "How do I back up the data directory?": "b00708",  # what backups of a database are and how they restore it
+    "How do I back up the data directory?": "b00708",  # database backups and how to restore them
 }
-"""Questions that a paragraph of the encyclopedia answers all the same, and its id."""
+"""Questions that a paragraph of the encyclopedia answers after all, and its id."""
 NUM_SHOWN = 5
 NUM_CHAT, NUM_OTHERS = 60, 140
 PASSAGE_CHARS = 800
@@ -57,7 +56,7 @@ CONFIG = MemoryConfig(
 
 @dataclass(frozen=True)
 class Collection:
-    """Passages by the paragraph or page they are from, and the questions that they answer."""
+    """Passages with the paragraph or page they come from, and the questions that they answer."""
 
     name: str
     passages: list[tuple[str, str, str]]
@@ -84,7 +83,7 @@ def main() -> int:
 
 
 async def measure(collection: Collection) -> dict[str, Any]:
-    """Ask a collection everything; return one row of the table."""
+    """Send all questions to a collection; return one row of the table."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as home, Memory.open(home, CONFIG, encoder=SentenceEncoder()) as memory:
         memory.database.write_sync(lambda session: _write(session, collection))
@@ -112,7 +111,7 @@ async def measure(collection: Collection) -> dict[str, Any]:
 
 
 async def _ask(memory: Memory, question: str) -> tuple[list[str], list[str]]:
-    """Return the paragraphs that a request is shown, and those that it would be shown without a floor."""
+    """Return the paragraphs that a request is shown, and those that it would get without the floor."""
     shown = await memory.retrieval.retrieve(environment=None, kind="chat", query_text=question)
     fused = await memory.index.find("passages", question, num=NUM_SHOWN, min_similarity=MIN_SIMILARITY)
     return [_paragraph(it) for it in shown.ids], [_paragraph(it) for it, _ in fused]
@@ -194,7 +193,7 @@ def _tool_requests() -> Iterator[str]:
 
 
 def _write(session: Any, collection: Collection) -> None:
-    """Write the passages as documents are written, each with its paragraph in its id."""
+    """Write the passages as documents write them, each with its paragraph in its id."""
     documents = {title: f"doc_{number}" for number, title in enumerate({title for _, title, _ in collection.passages})}
     session.execute(insert(Document), [{"id": id_, "title": title, "digest": id_} for title, id_ in documents.items()])
     passages = [

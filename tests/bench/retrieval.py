@@ -1,15 +1,15 @@
-"""Retrieval over many memories: what the product finds, how soon, against exact search over the same vectors.
+"""Retrieval over many memories: recall and latency, against exact search over the same vectors.
 
     python -m tests.bench.retrieval --rows 100000 --directory /tmp/memories --json retrieval.json
 
-Refuses to know how the index works: rows are written as documents are, the product's follower indexes them, and the
-product is asked. Embedding is left out: a fake encoder hands out vectors made before (tests/bench/memories.py tells
-how). Flow: build, or go on building what `--directory` holds, for at most `--build-seconds` -> ask what is there.
+Rows are written as documents write them, the product's index sync indexes them, and the product is queried. Embedding
+is left out: a fake encoder returns precomputed vectors (see tests/bench/memories.py). Flow: build, or resume the build
+in `--directory`, for at most `--build-seconds` -> query the rows written so far.
 
-Recall is of the stage that finds by meaning: the share of the exact ten nearest, among the rows that the question may
-see, that it returned. Each question is asked of every side before the next one: exact search by numpy (the floor),
-meanings, words, FTS5's own BM25 over everything (the peer of words), both fused, and the whole memory segment. The
-processor's time tells what a busy machine hides.
+Recall is that of the vector index: the share of the exact ten nearest visible rows that it returned. Each question goes
+to every side before the next one: exact search by numpy (the floor), the vector index, the text index, FTS5's own BM25
+over everything (the peer of the text index), both indexes fused, and the whole memory segment. Processor time is
+reported as well, because wall time on a busy machine misleads.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from tests.bench.memories import BLOCK, KeptEncoder, Memories, load_memories
 from tests.bench.server import end_in_order
 
 NUM_FOUND = 10
-CHUNK = 2 * BLOCK  # memories written before the index is waited for
+CHUNK = 2 * BLOCK  # memories written between two waits for the index
 TENANT, NUM_NEIGHBOURS = "asked", 20
-NEIGHBOUR_EVERY = 20  # of so many memories one is held by another tenant too: found there, it must not be found here
-NUM_INSIGHTS = 400  # in 20 places of 20, as many as are kept of one kind of task
-NUM_BM25 = 20  # questions that FTS5's own ranking is asked: it may take seconds
+NEIGHBOUR_EVERY = 20  # one memory of so many is another tenant's as well, whose copy must not be found
+NUM_INSIGHTS = 400  # 20 scopes of 20, the limit for one kind of task
+NUM_BM25 = 20  # questions to FTS5's own ranking, which may take seconds
 PASSAGES_PER_DOCUMENT = 100
 PROGRESS = "progress.json"
-Times = tuple[float, float]  # seconds of one question: by the clock, and of all cores together
+Times = tuple[float, float]  # seconds of one question: wall time, processor time
 FLOOR, MEANINGS, WORDS, BM25, FUSED, ROWS, SEGMENT = (
     "exact search (numpy)",
     "meanings",
@@ -111,7 +111,7 @@ async def _run(memory: Memory, memories: Memories, options: argparse.Namespace) 
 
 
 async def _build(memory: Memory, memories: Memories, options: argparse.Namespace) -> dict[str, Any]:
-    """Write memories and wait for the index, a chunk at a time; return how far it got and how long all that took."""
+    """Write memories and wait for the index, a chunk at a time; return the progress and its duration."""
     path = memory.data_dir / PROGRESS
     progress = json.loads(path.read_text()) if path.exists() else {"num_rows": 0, "build_seconds": 0.0, "rates": {}}
     with memory.database.read() as session:
@@ -141,7 +141,7 @@ async def _build(memory: Memory, memories: Memories, options: argparse.Namespace
 
 
 def _write(session: Session, start: int, texts: list[str]) -> None:
-    """Write memories of the tenant that asks, and some of them for a neighbour too, as documents are written."""
+    """Write memories of the tenant that asks, and some for a neighbour too, as documents write them."""
     numbers = range(start, start + len(texts))
     neighbour = start // CHUNK % NUM_NEIGHBOURS
     _write_passages(session, TENANT, "asked", dict(zip(numbers, texts, strict=True)))
@@ -192,7 +192,7 @@ async def _ask(memory: Memory, memories: Memories, num_rows: int, options: argpa
     where = {"tenant": TENANT}
     questions = list(zip(memories.questions, memories.question_vectors, strict=True))[: options.questions]
     for position, (question, vector) in enumerate(questions):
-        await memory.index._queries.encode(question)  # embedding isn't what is measured
+        await memory.index._queries.encode(question)  # embedding is not measured
         exact = _time(times[FLOOR], lambda vector=vector: _nearest(vectors, vector))
         near = _time(
             times[MEANINGS],
@@ -245,7 +245,7 @@ def _nearest(vectors: numpy.ndarray, vector: numpy.ndarray) -> list[int]:
 
 
 def _bm25(memory: Memory, question: str) -> list[str]:
-    """Rank by FTS5's own function, filtering what it finds: how the words were asked for before."""
+    """Rank by FTS5's own function and filter its matches, as the product once did."""
     query = " OR ".join(quote_terms(question))
     statement = (
         "SELECT e.row_id FROM words JOIN word_entries e ON e.id = words.rowid WHERE words MATCH :query "
@@ -275,7 +275,7 @@ async def _time_async(times: list[Times], act: Callable[[], Awaitable[Any]]) -> 
         times.append((time.perf_counter() - started_at, time.process_time() - cpu_at))
 
 
-# Telling
+# Reporting
 
 
 def _report(asked: dict[str, Any], built: dict[str, Any], options: argparse.Namespace) -> None:

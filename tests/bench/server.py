@@ -1,6 +1,6 @@
-"""Our server as users start it, `serve.py serve`, for one benchmark; and a client that costs next to nothing.
+"""Our server as users start it, `serve.py serve`, for one benchmark, and a client with little overhead.
 
-Its data directory is deleted at the end. It lies under `TMPDIR`, which should be on a disk whose `fsync` is honest.
+Its data directory is deleted at the end. It is under `TMPDIR`, which should be on a disk with an honest `fsync`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ START_SECONDS = 180.0
 SETTLE_SECONDS = 60.0
 IDLE_SHARE = 0.1
 KEEP_ALIVE_SECONDS = 3.0
-"""Servers close a connection that is idle for some seconds: uvicorn after five."""
+"""Servers close idle connections: uvicorn after five seconds."""
 
 
 class Process:
-    """A server in a process of its own, its output in a file; ready when `path` answers 200."""
+    """A server in its own process, its output in a file; ready when `path` answers 200."""
 
     def __init__(
         self, command: list[str], url: str, path: str, *, cwd: Path = ROOT, env: dict[str, str] | None = None
@@ -48,7 +48,7 @@ class Process:
         self.start_seconds = time.monotonic() - self.started_at
 
     def settle(self) -> Process:
-        """Wait until it has nothing left to do: servers go on loading after they are ready."""
+        """Wait until the process is idle: servers go on loading after they are ready."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while time.monotonic() < deadline:
             began = cpu_seconds(self.pid)
@@ -105,25 +105,25 @@ class OurServer:
 
 
 def end_in_order() -> None:
-    """Have a SIGTERM (`timeout` sends one) end this process as an exception does: nothing it started is left behind."""
+    """Turn a SIGTERM (`timeout` sends one) into an exception, so that no child process is left behind."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the processor time that a process has used, all its threads together."""
+    """Return the processor time that all threads of a process have used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def free_port() -> int:
-    """Return a port of the loopback that nobody has now."""
+    """Return a free port of the loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 class Client:
-    """Posts JSON over connections that are kept: what aiohttp does in 300 µs, for a known server, in 60."""
+    """Posts JSON to one server over keep-alive connections, in 60 µs where aiohttp takes 300."""
 
     def __init__(self, url: str, path: str, headers: dict[str, str] | None = None) -> None:
         place = urlsplit(url)
@@ -132,7 +132,7 @@ class Client:
         lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items())]
         self._head = "\r\n".join(lines).encode()
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, float]] = []
-        """With when each was used last."""
+        """Idle connections, with the time of their last use."""
 
     async def post(self, body: bytes) -> bytes:
         """Return the body of the answer. Raises: RuntimeError for any status but 200 and 201."""

@@ -1,8 +1,8 @@
-"""A long run at a steady rate: what the server's memory, open files and latency do over minutes or an hour.
+"""A soak test: the server's memory, open files and latency at a steady rate over minutes or an hour.
 
-One server, one engine that thinks for a fixed time, clients of many persons; one answer in twenty is rated. The run is
-cut into windows of equal length. The slope of the memory is fitted over the second half, because caches fill and rows
-are indexed for the first time before. `--minutes 60` is the full run; `tests/faults/test_soak.py` asserts the limits.
+One server, one engine with a fixed delay, clients of many users; one answer in twenty is rated. The run is cut into
+windows of equal length. The slope of the memory is fitted over the second half, because caches fill and indexes warm up
+in the first. `--minutes 60` is the full run; `tests/faults/test_soak.py` asserts the limits.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ DELAY_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Window:
-    """One part of the run: its latencies, and what the server held when it ended."""
+    """One part of the run: its latencies, and the server's memory and open files at its end."""
 
     minute: float
-    """Since the start of the run, at this window's end."""
+    """End of the window, since the start of the run."""
     num_requests: int
     errors: int
     p50_ms: float
@@ -50,7 +50,7 @@ class Window:
 
 
 class Traffic:
-    """Many persons who chat, and rate some answers."""
+    """Many users who chat, and rate some answers."""
 
     def __init__(self, url: str) -> None:
         self._chat = Client(url, "/v1/chat/completions", {"Authorization": "Bearer none"})
@@ -106,7 +106,7 @@ async def run_window(process: Process, traffic: Traffic, per_second: float, seco
 
 
 async def soak(process: Process, *, per_second: float, seconds: float, num_windows: int = NUM_WINDOWS) -> list[Window]:
-    """Ask a running server for so long; return what each part of the time was like."""
+    """Load a running server for the given time; return its windows."""
     traffic, began = Traffic(process.url), time.monotonic()
     windows = []
     try:
@@ -119,7 +119,7 @@ async def soak(process: Process, *, per_second: float, seconds: float, num_windo
 
 
 def summarise(windows: Sequence[Window]) -> dict[str, Any]:
-    """Return the figures that have a limit: the memory's slope, open files and p99 of the second half."""
+    """Return the figures that have a limit: the memory's slope, open files, and p99 of the second half."""
     half, last = windows[len(windows) // 2 :], windows[-1]
     early = sorted(it.p99_ms for it in windows[: len(windows) // 2])
     late = sorted(it.p99_ms for it in half)
@@ -139,7 +139,7 @@ def _minutes_of_one(windows: Sequence[Window]) -> float:
 
 @contextlib.contextmanager
 def server(*arguments: str) -> Iterator[Process]:
-    """A server of ours in front of an engine that answers after `DELAY_SECONDS`."""
+    """Our server in front of an engine that answers after `DELAY_SECONDS`."""
     with (
         FixedEngine(delay_seconds=DELAY_SECONDS, num_tool_calls=0) as engine,
         OurServer("--engine.url", engine.url, *arguments) as process,

@@ -3,7 +3,7 @@
     python -m tests.bench.start [--model smollm2] [--json FILE]
 
 Ready is when `/readyz` answers 200: the engine has generated a real token and serves the active policy. Memory is read
-once nothing is loading any more: RSS counts what processes share once for each, PSS divides it among them.
+once loading has ended: RSS counts shared pages once for each process, PSS divides them among the processes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def read_memory(pid: int) -> tuple[float, float]:
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """Yield the processes that a process started, and those that these started."""
+    """Yield all descendants of a process."""
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in map(int, children.read_text().split()):
             yield child
@@ -39,7 +39,7 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 def describe(pid: int) -> str:
-    """Return what a process is: vLLM names its own."""
+    """Return a process's role; vLLM names its own processes."""
     command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     words = command.split()
     return command if len(words) < 2 else " ".join(Path(word).name for word in words[:3] if not word.startswith("-"))
@@ -58,7 +58,7 @@ def measure(server: Process) -> list[dict[str, Any]]:
 
 
 def ask(url: str) -> str:
-    """Return the answer to a question that a language model knows."""
+    """Return the answer to a question that any language model can answer."""
     body = {"model": "agent", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
     body |= {"max_completion_tokens": 24}
     reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120, trust_env=False)

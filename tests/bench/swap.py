@@ -1,12 +1,12 @@
-"""What a swap costs those who are being answered: 32 streams on the real vLLM, swapped under, and left alone.
+"""What a swap costs the requests in flight: 32 streams on the real vLLM, with swaps and without.
 
     python -m tests.bench.swap [--swaps 500] [--streams 32] [--json FILE]    # 500 take some ten minutes on 2 cores
 
-Refuses to measure a swap that loads nothing: there are more adapters than stay resident, and one is put on again only
-when the engine has dropped it, so that each swap loads one, proves it, points at it and unloads another. Both sides in
-one run, in turns, on one engine, with durability on: each stream plays episodes of two model calls, as fast as they
-end, and every step is on the disk before the next.
-Invariant: an episode is counted as mixed if the engine was asked for another model than the one it was opened with.
+Every swap loads: there are more adapters than stay resident, and one is activated again only after the engine has
+unloaded it, so that each swap loads one, probes it, activates it and unloads another. Both sides alternate in one run
+on one engine, with durability on: each stream plays episodes of two model calls one after the other, and every step is
+on disk before the next.
+Invariant: an episode counts as mixed if any of its model calls went to another model than the one it was opened with.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WARM_UP_SECONDS = 10.0
 MAX_STILL_SECONDS = 40.0
 MAX_STEPS = 2
 MAX_OUTPUT_TOKENS = 24
-"""Short episodes: an adapter stays loaded as long as one of its own goes on."""
+"""Episodes are short because an adapter stays loaded as long as one of its episodes is open."""
 DRAIN_SECONDS = 10.0
 OPENING = (
     "You are in a kitchen. There is a cookbook on the counter. Directions:\nfry the egg\nslice the onion\nprepare meal"
@@ -52,12 +52,12 @@ COMMAND = {"type": "object", "properties": {"command": {"type": "string"}}, "req
 
 
 class Side:
-    """What was measured while swapping, or while not."""
+    """The measurements with swaps, or without."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.gaps: list[float] = []
-        """Between two pieces of one reply, as its listener hears them."""
+        """Seconds between two deltas of one reply, as its consumer receives them."""
         self.swaps: list[float] = []
         self.played: list[Trajectory] = []
         self.num_loads = 0
@@ -81,14 +81,14 @@ class Side:
 
 
 class Streams:
-    """Episodes without end, so many at once; what they hear goes to the side that is on."""
+    """A fixed number of concurrent episodes, without end; deltas count for the side being measured."""
 
     def __init__(self, memory: Memory, engine: Engine, hotswap: HotSwap) -> None:
         self.memory = memory
         self.hotswap = hotswap
         self.side = Side("warm-up")
         self.served: dict[str, set[str]] = defaultdict(set)
-        """Episode -> the models that the engine was asked for."""
+        """Episode -> the models that were requested of the engine."""
         act = Tool("act", "Do one thing.", COMMAND, self._act)
         config = AgentConfig(max_steps=MAX_STEPS, max_output_tokens=MAX_OUTPUT_TOKENS, max_seconds=600.0)
         self.agent = Agent(memory, hotswap, {}, config, tools=[act])
@@ -135,7 +135,7 @@ class Streams:
 
 @contextlib.asynccontextmanager
 async def open_streams(home: Path) -> AsyncIterator[Streams]:
-    """Start the real engine with a memory of its own; end both."""
+    """Start the real engine with its own memory; close both."""
     paths = tiny_models.make_proved_adapters(POCKET_MODEL, home / "adapters", name="pocket", num=NUM_ADAPTERS)
     with Memory.open(home / "data", MemoryConfig(memory_tokens=0), encoder=HashingEncoder()) as memory:
         engine = Engine(EngineConfig(model="pocket", kv_cache_gib=1, startup_seconds=300), home / "data")
@@ -145,7 +145,7 @@ async def open_streams(home: Path) -> AsyncIterator[Streams]:
             for path in paths:
                 await memory.policies.draft(adapter_path=str(path), parent=0)
             hotswap = HotSwap(memory.policies, engine)
-            for version in range(1, NUM_ADAPTERS + 1):  # what is compiled or read once is so by now
+            for version in range(1, NUM_ADAPTERS + 1):  # warm-up: compile and read everything once
                 await hotswap.activate(version)
             yield Streams(memory, engine, hotswap)
         finally:
@@ -153,7 +153,7 @@ async def open_streams(home: Path) -> AsyncIterator[Streams]:
 
 
 async def wait_until_unloaded(hotswap: HotSwap, version: int) -> bool:
-    """Wait until the engine has dropped an adapter, because nobody acts with it any more; return whether it came to."""
+    """Wait until an adapter without leases is unloaded; return False if it is not within `DRAIN_SECONDS`."""
     deadline = time.monotonic() + DRAIN_SECONDS
     while version in hotswap.loaded_versions and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
@@ -163,7 +163,7 @@ async def wait_until_unloaded(hotswap: HotSwap, version: int) -> bool:
 async def measure(
     streams: Streams, still: Side, swapping: Side, *, num_swaps: int, num_streams: int, pause: float
 ) -> None:
-    """Swap, then leave alone for as long, in turns; put what was seen on either side."""
+    """Alternate phases with swaps and without, of equal length; record each phase on its side."""
     playing = [asyncio.create_task(streams.play()) for _ in range(num_streams)]
     versions = itertools.cycle(range(1, NUM_ADAPTERS + 1))
     try:

@@ -1,7 +1,7 @@
-"""Thousands of tenants, each with a few memories: the index's memory, open files, Chroma collections, question times.
+"""Thousands of tenants, each with a few memories: the index's memory, open files, Chroma collections, query times.
 
 All are indexed in one process through `Memory` as a server does, with a cheap encoder of 384 dimensions. A row of the
-table is written each time the number of tenants has doubled, so that what grows with tenants shows.
+table is written each time the number of tenants has doubled, so that growth with tenants shows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PATIENT = MemoryConfig(retrieval_deadline_seconds=10, encoding_deadline_seconds=
 
 
 class RandomEncoder:
-    """A vector of each text, the same each time, at no cost worth measuring."""
+    """Returns a deterministic vector for each text, at negligible cost."""
 
     name = "random"
 
@@ -44,7 +44,7 @@ class RandomEncoder:
 
 
 async def add_tenants(memory: Memory, numbers: range, num_memories: int) -> None:
-    """Write the rows of documents of one passage each, past `Documents`, which would wait for the disk each time."""
+    """Write rows of one-passage documents directly: `Documents` would wait for the disk for each."""
     documents: list[dict[str, Any]] = []
     passages: list[dict[str, Any]] = []
     for number in numbers:

@@ -1,4 +1,4 @@
-"""The benchmarks run by hand; that each can still be started is a test."""
+"""Benchmarks are run by hand; these tests check that each can still be started."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Tokens a second of a training: the project's SFT trainer beside a bare PyTorch loop over the same batches.
+"""Training throughput in tokens a second: the project's SFT trainer beside a bare PyTorch loop over the same batches.
 
     python -m tests.bench.training [--rows 32] [--turns 3] [--json FILE]
 
-The rows are random tokens in the shape of a function call: a prompt of 200 to 300 tokens, an answer of 20 to 50 that
-has the loss. Model, LoRA, autocast, optimizer and batches are the same on all sides; the loop computes the loss as
+The rows are random tokens in the shape of a function call: a prompt of 200 to 300 tokens, and an answer of 20 to 50
+with the loss. Model, LoRA, autocast, optimizer and batches are the same on all sides; the loop computes the loss as
 transformers does, over all logits. The sides alternate, so that a busy machine slows all of them.
 """
 
@@ -70,7 +70,7 @@ def train_ours(spec: TrainingSpec) -> float:
 
 
 def train_bare(spec: TrainingSpec, batches: list[dict[str, torch.Tensor]]) -> float:
-    """Take one step a batch with nothing but PyTorch and PEFT; return the seconds."""
+    """Take one step a batch with only PyTorch and PEFT; return the seconds."""
     base, _ = child.load_base(spec)
     model = get_peft_model(base, LoraConfig(**child.lora_settings(spec)))
     optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=spec.learning_rate)
