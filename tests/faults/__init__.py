@@ -1,1 +1,1 @@
-"""What production does to a server, done on purpose: one file a family of faults, full counts marked slow."""
+"""Fault injection: the failures of production, one file for each family; full counts are marked slow."""

@@ -1,8 +1,7 @@
-"""Processes to be killed, a thousand of them in minutes: each is forked from one that has imported what they need.
+"""Processes to be killed, a thousand of them in minutes: each is forked from one that has already imported the code.
 
-Refuses to know what they do and what a kill may break. Flow: `Child(work, *arguments)` -> `work(tell, *arguments)` runs
-there; what it tells is read here -> `kill`.
-Invariant: whatever was told before the kill is read after it, and nothing is told by halves.
+Flow: `Child(work, *arguments)` -> `work(tell, *arguments)` runs there; its messages are read here -> `kill`.
+Invariant: a message that was sent before the kill is read after it, and no partial message is read.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 Tell = Callable[..., None]
-"""`tell("closed", trajectory_id)`: on its way to the parent when it returns, whatever becomes of us."""
+"""`tell("closed", trajectory_id)`: sent to the parent when it returns, even if this process is killed then."""
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -24,7 +23,7 @@ PATIENCE_SECONDS = 120.0
 
 
 class Child:
-    """One process under way. `told` holds what was read of it so far, as tuples."""
+    """A running child process. `told` holds the messages read from it so far, as tuples."""
 
     def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
         self.told: list[tuple] = []
@@ -35,7 +34,7 @@ class Child:
         self.started_at = time.monotonic()
 
     def listen(self, *, seconds: float = PATIENCE_SECONDS, until: Callable[[], bool] = lambda: False) -> bool:
-        """Read what it tells, for so long or until then; return False once it has ended."""
+        """Read messages until the time is up or `until` holds; return False once the process has ended."""
         deadline = time.monotonic() + seconds
         while not until() and (left := deadline - time.monotonic()) > 0:
             if self._connection.poll(left) and not self._read():
@@ -43,12 +42,12 @@ class Child:
         return True
 
     def kill(self) -> None:
-        """End it by SIGKILL, wherever it is, and read its last words."""
+        """End the process by SIGKILL at any point, and read its last messages."""
         self._process.kill()
         self.join()
 
     def join(self) -> int:
-        """Wait until it ends, reading; return its exit code, negative for a signal."""
+        """Read until the process ends; return its exit code, negative for a signal."""
         if self.listen():
             self._process.kill()
             raise AssertionError(f"a child did not end within {PATIENCE_SECONDS:g} seconds; it told {self.told[-5:]}")

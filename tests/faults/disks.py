@@ -1,6 +1,6 @@
-"""A disk of one's own for a process: small, full or read-only, and nobody else's.
+"""A private disk for a process: small, full or read-only.
 
-Refuses to touch what other processes see: the mount is in a namespace of this process and goes with it.
+Other processes are not affected: the mount is in a namespace of this process and ends with it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import time
 from pathlib import Path
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
-BUSY_SECONDS = 10.0  # closing goes on in threads
+BUSY_SECONDS = 10.0  # threads may still be closing files
 MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 1, 32, 16384, 1 << 18
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def mount_disk(at: Path, num_bytes: int) -> None:
-    """Mount an empty disk of this size, for this process alone, which must have no other thread.
+    """Mount an empty disk of this size for this process alone, which must be single-threaded.
 
-    Raises: OSError where that isn't allowed.
+    Raises: OSError if that is not permitted.
     """
     _enter_namespace()
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
@@ -28,7 +28,7 @@ def mount_disk(at: Path, num_bytes: int) -> None:
 
 
 def make_read_only(at: Path) -> None:
-    """Let nothing be written to a mounted disk any more, once nobody has a file of it open for writing."""
+    """Remount a disk read-only, as soon as no file on it is open for writing."""
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
@@ -40,7 +40,7 @@ def make_read_only(at: Path) -> None:
 
 
 def fill(at: Path) -> Path:
-    """Leave no byte free; delete the file that is returned to make room again."""
+    """Fill the disk to the last byte; deleting the returned file frees it again."""
     filler = at / "filler"
     with filler.open("wb", buffering=0) as file:
         for size in (2**16, 4096, 1):

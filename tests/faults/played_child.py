@@ -1,6 +1,6 @@
-"""The fake engine in the place of vLLM's process: the same command line, the same log line, the same key.
+"""The fake engine in place of vLLM's process: the same command line, the same log line, the same key.
 
-`kill -USR1` makes a zombie of it: all routes answer, no token moves.
+`kill -USR1` makes it hang: all routes answer, but no token is generated.
 """
 
 from __future__ import annotations

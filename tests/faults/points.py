@@ -1,7 +1,7 @@
-"""Named points of the code at which a process can be made to die, without a word about it in that code.
+"""Named points of the code at which a process can be made to die, without hooks in that code.
 
-Refuses to know what is lost there. A point is a line of a function, named by what stands on it: whoever changes that
-line is told by a test that its point is gone.
+A point is a line of a function, named by a part of its source. Hazard: a changed line loses its point; a test fails
+then.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Point:
     operation: str
     function: Callable[..., Any]
     words: str
-    """What stands on that line and on no other of the function."""
+    """Source text that is on this line and on no other of the function."""
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class Point:
 
     @property
     def line(self) -> int:
-        """Return its number in the file. Raises ValueError unless there is exactly one."""
+        """Return the line's number in the file. Raises ValueError unless there is exactly one."""
         lines, first = inspect.getsourcelines(self.function)
         found = [first + number for number, line in enumerate(lines) if self.words in line]
         if len(found) != 1:
@@ -111,7 +111,7 @@ POINTS = [
 def die_at(point: Point, passes: int) -> Callable[[], None]:
     """Have this process end by SIGKILL as the point is about to be passed for the `passes`-th time, in any thread.
 
-    Threads that run already are not watched. Counting begins when what is returned is called.
+    Threads that already run are not traced. Counting begins when the returned function is called.
     """
     code, line = inspect.unwrap(point.function).__code__, point.line
     left, is_counting = passes, False
@@ -125,7 +125,7 @@ def die_at(point: Point, passes: int) -> Callable[[], None]:
         return watch_lines
 
     def watch_calls(frame: FrameType, event: str, _: Any) -> Any:
-        # What a function defines within itself, such as what a transaction runs, has code of its own on its lines.
+        # A nested function, such as the body of a transaction, has its own code object within these lines.
         is_inside = frame.f_code.co_filename == code.co_filename and frame.f_code.co_firstlineno <= line
         return watch_lines if is_inside else None
 

@@ -1,6 +1,6 @@
-"""Compares what is in the rows with what was acknowledged, and each record with what an episode of its name must be.
+"""Compares the database's rows with the acknowledged writes, and each record with the expected episode of its name.
 
-Refuses to use our own code to read: it may be what is broken.
+It reads with plain sqlite3, because the project's own code may be what is broken.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.faults.worlds import answer_of, expected_steps
 
 
 def check_records(path: Path, told: list[tuple]) -> None:
-    """Compare the rows with what was acknowledged, and each record with what an episode of its name must be."""
+    """Assert that no acknowledged write is lost, no episode is stored twice, and every record is whole."""
     ids, stages, answers, steps, rewards = read_rows(path)
     twice = {name for name, found in ids.items() if len(found) > 1}
     lost = []
@@ -37,7 +37,7 @@ def check_records(path: Path, told: list[tuple]) -> None:
 
 
 def read_rows(path: Path):
-    """Read the rows past our own code: by name of the episode its ids; by id its stage, answer, steps, rewards."""
+    """Return the ids by name of the episode, and stages, answers, steps and rewards by id."""
     ids, steps, rewards = defaultdict(list), defaultdict(list), defaultdict(list)
     stages, answers = {}, {}
     with closing(sqlite3.connect(path)) as connection:
@@ -54,7 +54,7 @@ def read_rows(path: Path):
 
 
 def is_whole(expected: list[tuple], found: list[tuple], *, is_closed: bool) -> bool:
-    """Return whether the steps are those expected, as far as they go; all of them where the episode was closed."""
+    """Return whether the steps are a prefix of those expected, and all of them if the episode was closed."""
     plain = [
         (position, kind, content, None if output_ids is None else array("I", output_ids).tobytes())
         for position, (kind, content, output_ids) in enumerate(expected)

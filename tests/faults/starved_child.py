@@ -20,7 +20,7 @@ TOKEN_CPU_SECONDS = 0.02
 
 
 class TwoProcessEngine(FakeEngine):
-    """Every token is computed by the core, one after the other."""
+    """Has the core compute each token, one after the other."""
 
     async def _complete(self, request: web.Request) -> web.Response:
         async with self.turn:

@@ -1,4 +1,4 @@
-"""Whatever fits the OpenAPI page, or misses it on purpose: no request makes the server fail."""
+"""Fuzzing by the OpenAPI page: no request, valid or invalid, makes the server fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.runtime.fake_engine import say
 FAILURE = 500
 NUM_PARTS = 8
 PARTS = [slice(part, None, NUM_PARTS) for part in range(NUM_PARTS)]
-"""The routes in parts: each is minutes of the full count."""
+"""The routes in parts; at the full count each takes minutes."""
 
 
 @pytest.fixture
@@ -35,12 +35,12 @@ def world(tmp_path: Path) -> Iterator[PlayedWorld]:
 
 @schemathesis.serializer("application/x-ndjson")
 def write_lines(_context: Any, value: object) -> bytes:
-    """Return what is drawn for a body of lines."""
+    """Serialise a generated value as a body of lines."""
     return value.encode() if isinstance(value, str) else json.dumps(value).encode()
 
 
 def routes_of(page: dict[str, Any]) -> list[schemathesis.APIOperation]:
-    """Return the routes of an OpenAPI page; each request bears the key, so that none is spent on being refused."""
+    """Return the routes of an OpenAPI page without their security, so that no case is spent on a missing key."""
     del page["components"]["securitySchemes"]
     for methods in page["paths"].values():
         for route in methods.values():
@@ -54,7 +54,7 @@ def routes_of(page: dict[str, Any]) -> list[schemathesis.APIOperation]:
 def test_no_request_of_the_page_or_beside_it_makes_the_server_fail(
     world: PlayedWorld, num_cases: int, part: slice
 ) -> None:
-    """`num_cases` of each route that fit the page, and as many that do not."""
+    """Each route gets `num_cases` requests that fit the page, and as many that do not."""
     _, key = asyncio.run(world.memory.keys.create("fuzzer", ["admin"]))
     headers = {"Authorization": f"Bearer {key}"}
     page = httpx.get(f"{world.url}/openapi.json", trust_env=False, timeout=60).json()
@@ -81,7 +81,7 @@ def test_no_request_of_the_page_or_beside_it_makes_the_server_fail(
                     if answer.status_code >= FAILURE:
                         failed.append((answer.status_code, answer.text[:300], case.as_curl_command()))
 
-                with contextlib.suppress(Unsatisfiable):  # nothing about it can be wrong
+                with contextlib.suppress(Unsatisfiable):  # no invalid request exists
                     send()
     print(f"{statuses.total()} requests: {dict(sorted(statuses.items()))}")
     assert failed == []

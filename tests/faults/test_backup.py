@@ -1,4 +1,4 @@
-"""A copy of the database that is taken while it is written restores to one moment, and holds all that came before."""
+"""A backup taken under writes restores to one moment, and holds every row acknowledged before it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tests.memory.episodes import PATIENT, HashingEncoder, open_trajectory
 
 NUM_WRITERS = 32
 NUM_BETWEEN = 200
-"""Rows that are written between two copies, at least."""
+"""Minimum number of rows that are written between two copies."""
 
 
 def back_up(source: Path, copy: Path) -> None:
-    """Copy as docs/operations.md says: by SQLite's own means, from outside of the process that writes."""
+    """Copy as docs/operations.md says: by SQLite's backup, from outside the process that writes."""
     with closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as theirs, closing(sqlite3.connect(copy)) as ours:
         theirs.backup(ours)
 
 
 async def write_until(memory: Memory, done: asyncio.Event, acknowledged: dict[str, int]) -> None:
-    """Append steps to one episode, and count those that are said to be on the disk."""
+    """Append steps to one episode, and count the acknowledged ones."""
     trajectory = await open_trajectory(memory)
     while not done.is_set():
         position = acknowledged.get(trajectory.id, 0)
@@ -38,7 +38,7 @@ async def write_until(memory: Memory, done: asyncio.Event, acknowledged: dict[st
 async def back_up_under_writes(
     memory: Memory, directory: Path, num_copies: int, pause_seconds: float
 ) -> tuple[list[dict[str, int]], float]:
-    """Return what was acknowledged when each copy began, and how many rows a second were written."""
+    """Return the acknowledged steps at the start of each copy, and the rows written per second."""
     done, acknowledged, before = asyncio.Event(), {}, []
     began = time.monotonic()
     async with asyncio.TaskGroup() as writing:

@@ -1,4 +1,4 @@
-"""Adapters that must be refused: each by its file and the reason, none seen by the engine, the old policy still on."""
+"""Bad adapters are refused with file and reason before the engine loads them; the old policy stays active."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["base_dir", "engine", "fake", "hotswap", "make_policy", "memory"]
 
 @pytest.fixture
 async def following(hotswap: HotSwap):
-    """The loop that activates whatever policy becomes active."""
+    """The loop that loads each policy that becomes active."""
     task = asyncio.create_task(hotswap.follow())
     await wait_until(lambda: hotswap.active_version == 0)
     yield task

@@ -1,4 +1,4 @@
-"""A clock that jumps, back or forth: what is newest stays newest, and nothing ends before it began."""
+"""Row order survives jumps of the system clock, and nothing ends before it began."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
 
 @pytest.fixture
 def jump(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """`jump(seconds)` sets the clock of the rows so much forth, or back."""
+    """`jump(seconds)` moves the clock of the rows forward, or back if negative."""
     ahead_ns, real = 0, time.time_ns
-    for clock in ("_latest_ns", "_latest_sequence"):  # what is jumped to here is nobody's past afterwards
+    for clock in ("_latest_ns", "_latest_sequence"):  # restored afterwards: later tests must not see these times
         monkeypatch.setattr(schema, clock, 0)
     monkeypatch.setattr(schema.time, "time_ns", lambda: real() + ahead_ns)
 

@@ -1,4 +1,4 @@
-"""A disk that is full, fails or is read-only, and no descriptors left: a typed error, then all goes on as before."""
+"""A full, failing or read-only disk, and no free descriptors: a typed error, then everything works again."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def full_disk(data_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def failing_writes(data_dir: Path) -> Iterator[None]:
-    """Have the kernel refuse whatever makes the log longer: SQLite calls that a disk I/O error."""
+    """Make the kernel refuse writes that grow the log: SQLite reports a disk I/O error."""
     size = max(path.stat().st_size for path in data_dir.glob("ratchet.db*"))
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50_000, hard))
@@ -46,7 +46,7 @@ def failing_writes(data_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_descriptors(data_dir: Path) -> Iterator[None]:
-    """Leave this process 64 descriptors in all, and few of those free."""
+    """Limit this process to 64 descriptors, with few of them free."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
     num_open = len(os.listdir("/proc/self/fd"))
@@ -58,7 +58,7 @@ def no_descriptors(data_dir: Path) -> Iterator[None]:
 
 
 def play_through(tell: Tell, data_dir: Path, fault: Fault) -> None:
-    """Play before, during and after a fault, telling how each episode ended."""
+    """Play before, during and after a fault, and report how each episode ended."""
     try:
         if fault is full_disk:
             mount_disk(data_dir, DISK_BYTES)
@@ -79,7 +79,7 @@ def play_through(tell: Tell, data_dir: Path, fault: Fault) -> None:
         with Memory.open(data_dir, PATIENT, encoder=HashingEncoder()) as memory:
             async with playing(lambda *words: None, memory) as agent:
                 await asyncio.gather(*(play(agent, f"before-{number}") for number in range(4)))
-                await memory.index.drain()  # what opens the index allows itself more descriptors
+                await memory.index.drain()  # opening the index raises the descriptor limit
                 with fault(data_dir):
                     await asyncio.gather(*(play(agent, f"during-{number}") for number in range(NUM_AT_ONCE)))
                 await asyncio.gather(*(play(agent, f"after-{number}") for number in range(4)))
@@ -116,14 +116,14 @@ def test_what_fails_meanwhile_says_why_and_afterwards_all_is_well(tmp_path: Path
     finished = (TrajectoryStage.FINISHED, "")
     assert (ended["before"], ended["after"]) == ([finished] * 4, [finished] * 4)
     errors = [error for stage, error in ended["during"] if (stage, error) != finished]
-    # Where descriptors lack, an episode waits for another's connection and may finish; a disk forgives nothing.
+    # Without descriptors, an episode waits for another's connection and may finish; disk faults always fail.
     assert len(ended["during"]) == NUM_AT_ONCE and (errors or fault is no_descriptors)
     assert [error for error in errors if not error.startswith(TYPED)] == []
     assert ("checked", []) in told and told[-1][0] == "compared" and told[-1][1] >= 8
 
 
 def open_read_only(tell: Tell, data_dir: Path) -> None:
-    """Open a memory, close it, and open it again on a disk that takes nothing more."""
+    """Open a memory, close it, and open it again on a read-only disk."""
     try:
         mount_disk(data_dir, DISK_BYTES)
     except OSError as error:

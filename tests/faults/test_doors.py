@@ -1,4 +1,4 @@
-"""Every route against every kind of key, taken from the OpenAPI page: what is not for a caller, it does not get."""
+"""Every route of the OpenAPI page against every kind of key: no caller gets more than its scopes and tenant permit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECRET = "the plan is a zebra"
 
 
 class Premises:
-    """A served world of two tenants, what belongs to the first, and every route of the page."""
+    """A running server with two tenants, rows of the first, and every route of the page."""
 
     def __init__(self, world: ServedWorld) -> None:
         self.world = world
@@ -56,7 +56,7 @@ class Premises:
         return httpx.Client(base_url=self.world.url, headers=headers, trust_env=False, timeout=20)
 
     def fill(self, path: str) -> str:
-        """Put the first tenant's ids, and else something that is there, into a path."""
+        """Fill a path's parameters with the first tenant's ids, or with other valid values."""
         values = {
             "{trajectory_id}": self.trajectory,
             "{response_id}": self.response,
@@ -133,7 +133,7 @@ def test_another_tenant_finds_nothing_by_id_and_reads_nothing_in_lists(premises:
                 if "zebra" in answer.text or not (is_theirs or answer.status_code == 404):
                     found.append((name, method, path, answer.status_code))
     assert found == []
-    with premises.http("acme") as http:  # and all of it is still there
+    with premises.http("acme") as http:  # nothing was deleted
         for path in (f"/v1/trajectories/{premises.trajectory}", f"/v1/responses/{premises.response}", "/v1/documents"):
             assert "zebra" in http.get(path).text
 

@@ -1,4 +1,4 @@
-"""Engines that answer anything at all: each call ends in a reply or in a typed failure, each episode is closed."""
+"""Arbitrary answers of the engine: each call ends in a reply or a typed failure, each episode is closed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Ending = type[Exception] | type[Completion]
 
 
 class Wire:
-    """One call under way, as the engine holds it."""
+    """One call in progress, on the engine's side."""
 
     def __init__(self, request: web.Request, dice: random.Random, is_stream: bool) -> None:
         self.request = request
@@ -53,7 +53,7 @@ class Wire:
         return response
 
     async def say(self, *datas: Any, is_done: bool = True) -> web.StreamResponse:
-        """Send these as events of a stream, or the first alone as the whole answer."""
+        """Send the data as events of a stream, or the first one as a whole answer."""
         if not self.is_stream:
             return self.whole(datas[0])
         response = await self.open()
@@ -91,7 +91,7 @@ async def hang(wire: Wire) -> web.StreamResponse:
 
 
 async def drip(wire: Wire) -> web.StreamResponse:
-    """Byte by byte, and complete."""
+    """Send a complete reply in tiny pieces."""
     events = [choice(delta={"content": "ø"}), choice(delta={}, finish_reason="stop")]
     whole = json.dumps(choice(message={"content": "ø"}, finish_reason="stop")).encode()
     text = b"".join(b"data: %s\n\n" % json.dumps(event).encode() for event in events) if wire.is_stream else whole
@@ -126,13 +126,13 @@ async def garble(wire: Wire) -> web.StreamResponse:
 
 
 async def choose_nothing(wire: Wire) -> web.StreamResponse:
-    """Choices that are missing, empty, or no choices."""
+    """Send choices that are missing, empty or of a wrong type."""
     odd = wire.dice.choice([{}, {"choices": 7}, {"choices": {}}, {"choices": [7]}, {"choices": [None]}])
     return await wire.say(odd if wire.dice.random() < 0.7 or wire.is_stream else {"choices": []})
 
 
 async def mistype(wire: Wire) -> web.StreamResponse:
-    """Fields of the wrong types, where a reply should be."""
+    """Send a reply with a field of a wrong type."""
     odd = wire.dice.choice([7, [7], {"a": 7}, True])
     name = wire.dice.choice(["content", "tool_calls", "token_ids", "prompt_token_ids", "logprobs", "finish_reason"])
     if name in ("content", "tool_calls"):
@@ -152,7 +152,7 @@ async def repeat_ids(wire: Wire) -> web.StreamResponse:
 
 
 async def send_much(wire: Wire) -> web.StreamResponse:
-    """Ten megabytes in one piece: one event of words, or no event at all."""
+    """Send ten megabytes in one piece: one event of text, or data that is no event."""
     if wire.dice.random() < 0.5:
         said = {"content": "a" * HUGE_BYTES}
         return await wire.say(choice(delta=said, message=said, finish_reason="stop"))
@@ -178,13 +178,13 @@ FAULTS: dict[Fault, tuple[Ending, ...]] = {
     send_much: (Completion, PolicyError),
     break_inside: (EngineLost, PolicyError),
 }
-"""What goes wrong -> what may come of it, to the class."""
+"""Fault -> the permitted outcomes, by class."""
 RARE = {send_much: 0.01, hang: 0.2}
-"""What takes long comes less often: the share of its turns that it is really played."""
+"""Slow faults are rarer: the share of their turns in which they are played."""
 
 
 class BrokenEngine(FakeEngine):
-    """Answers the n-th chat request by the n-th roll of the dice; all else like an engine that is well."""
+    """Answers each chat request with the fault of its seed, and everything else like a healthy engine."""
 
     def __init__(self, base_dir: Path) -> None:
         super().__init__(say("hello"), base_dir=base_dir)
@@ -197,7 +197,7 @@ class BrokenEngine(FakeEngine):
 
 
 def choose(seed: int) -> tuple[Fault, random.Random]:
-    """Return the fault of this number: all of them come in turn."""
+    """Return the fault of this seed; all of them come in turn."""
     dice = random.Random(seed)
     fault = list(FAULTS)[seed % len(FAULTS)]
     if dice.random() > RARE.get(fault, 1.0) and seed >= len(FAULTS):
@@ -206,7 +206,7 @@ def choose(seed: int) -> tuple[Fault, random.Random]:
 
 
 async def end_of(engine: Engine, number: int) -> tuple[str, Ending, Any]:
-    """Make the call of this number; return the fault, what came of it by class, and itself."""
+    """Make the call of this number; return the fault, the class of the outcome, and the outcome."""
     fault, dice = choose(number)
 
     async def ignore(delta: Delta) -> None:
@@ -247,7 +247,7 @@ async def test_whatever_the_engine_streams_a_reply_or_a_typed_failure_comes_of_i
             async with places:
                 name, kind, what = await end_of(engine, number)
             endings[name, kind.__name__] += 1
-            is_late = kind is PolicyError and "silent" in str(what)  # beside ten megabytes anybody may be
+            is_late = kind is PolicyError and "silent" in str(what)  # any call may be late beside ten megabytes
             if kind not in FAULTS[choose(number)[0]] and not is_late:
                 unforeseen.append((number, name, kind.__name__, str(what)[:200]))
 

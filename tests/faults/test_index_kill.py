@@ -1,6 +1,6 @@
-"""SIGKILL while the index is written, and its files damaged: answers go on by word, and the index heals.
+"""SIGKILL while the index is written, and damaged index files: the text index still answers, and the index heals.
 
-Chroma lives in the process that asks it, so it is killed with it; that it hangs is tested beside the index.
+Chroma runs in the process that queries it, so it is killed with it; a hanging Chroma is tested with the index.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ asyncio.run(main())
 
 
 def write_until_killed(data_dir: Path, round_: int, num_lines: int) -> None:
-    """Have a process write documents, and kill it while its follower indexes them."""
+    """Let a process write documents, and kill it while its index sync indexes them."""
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(data_dir), str(round_)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -71,7 +71,7 @@ def truncate(home: Path) -> None:
 
 
 def delete_vectors(home: Path) -> None:
-    """Delete the graphs of vectors, and leave Chroma's own database, which speaks of them."""
+    """Delete the vector graphs, but not Chroma's database, which refers to them."""
     for path in home.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -81,7 +81,7 @@ DAMAGES = (leave, truncate, delete, delete_vectors)
 
 
 async def find_missing_and_orphans(memory: Memory) -> tuple[set[str], set[str]]:
-    """Return the rows that either index lacks, and what either holds that no row says, once it is up to date."""
+    """Return the rows missing in either index, and the entries without a row, once the index is up to date."""
     await memory.index.drain()
     with memory.database.read() as session:
         rows = set(session.exec(select(Passage.id)))
@@ -91,7 +91,7 @@ async def find_missing_and_orphans(memory: Memory) -> tuple[set[str], set[str]]:
 
 
 async def keep_one(data_dir: Path) -> None:
-    """Have something in both indexes that stays there: it is to be found at any time."""
+    """Index a document that is never deleted, so that a search must always find it."""
     with Memory.open(data_dir, PATIENT, encoder=HashingEncoder()) as memory:
         await memory.documents.ingest("Stew", "A carrot in a stew.")
         await memory.index.drain()
@@ -106,7 +106,7 @@ async def survive(data_dir: Path, round_: int, num_lines: int, damage: Callable[
         assert await find_missing_and_orphans(memory) == (set(), set()), f"not healed after {damage.__name__}"
         for home in (data_dir / "chroma").glob("idx_*"):
             damage(home)
-            while damage in (truncate, delete) and home.exists():  # until it is noticed, and put aside
+            while damage in (truncate, delete) and home.exists():  # until it is noticed and moved away
                 assert await memory.index.find("passages", "carrot"), f"nothing was found under {damage.__name__}"
         assert await memory.index.find("passages", "carrot"), f"nothing was found under {damage.__name__}"
         await memory.documents.ingest(f"Potatoes {round_}", "roast the potato")

@@ -1,4 +1,4 @@
-"""SIGKILL in the middle of everything: what was acknowledged is there, once, and whole."""
+"""SIGKILL at any moment: every acknowledged write is stored, once, and whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.memory.episodes import PATIENT, HashingEncoder
 
 
 def kill_at_random(data_dir: Path, number: int) -> list[tuple]:
-    """Have a child play, kill it at a random moment, now and then while it boots; return what it told."""
+    """Let a child play, and kill it at a random moment, sometimes while it boots; return its messages."""
     dice = random.Random(number)
     child = Child(play_until_killed, data_dir, f"kill-{number}")
     if dice.random() < 0.2:
@@ -23,13 +23,13 @@ def kill_at_random(data_dir: Path, number: int) -> list[tuple]:
     else:
         num_told = dice.randint(1, 300)
         child.listen(until=lambda: len(child.told) >= num_told)
-        child.listen(seconds=dice.uniform(0, 0.02))  # or else always right after an acknowledgement
+        child.listen(seconds=dice.uniform(0, 0.02))  # without it, every kill would follow an acknowledgement at once
     child.kill()
     return child.told
 
 
 def kill_again_and_again(data_dir: Path, numbers: range) -> int:
-    """Kill, boot on what is left, kill again; check what is there in the end. Return how much was acknowledged."""
+    """Kill and boot on the same data repeatedly, then check the data. Return the number of messages."""
     told = [words for number in numbers for words in kill_at_random(data_dir, number)]
     assert all(problems == [] for kind, problems, *_ in told if kind == "booted")
     with Memory.open(data_dir, PATIENT, encoder=HashingEncoder()) as memory:

@@ -1,4 +1,4 @@
-"""Clients that leave: before the first token, in the middle of a stream, while a whole answer is made."""
+"""Clients that disconnect: before the first token, in the middle of a stream, without a stream."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOMENTS = ("before the first token", "in the middle", "without a stream")
 
 
 async def dawdle(request: dict[str, Any]) -> Reply:
-    """A policy that says one word a while for ever, or nothing at all."""
+    """A policy that streams slowly without end, or never answers."""
     if not request["messages"][-1]["content"].startswith("in the middle"):
         await asyncio.sleep(3600)
     return Reply("word " * 1_000, pause_seconds=0.1)
@@ -35,7 +35,7 @@ def world(tmp_path: Path) -> Iterator[PlayedWorld]:
 
 
 async def ask_and_leave(http: aiohttp.ClientSession, world: PlayedWorld, text: str) -> float:
-    """Ask, leave at the moment that the text names, and return when that was."""
+    """Send a request, disconnect at the moment that the text names, and return the time."""
     is_stream = not text.startswith("without a stream")
     body = {"model": "agent", "messages": [{"role": "user", "content": text}], "stream": is_stream}
     asking = asyncio.ensure_future(http.post("/v1/chat/completions", json=body))
@@ -70,7 +70,7 @@ def test_who_leaves_frees_the_engine_and_is_recorded_cancelled(world: PlayedWorl
 
     assert eventually(lambda: world.fake.num_broken_off == num_clients)
     assert world.fake.num_under_way == 0
-    limit = FREED_SECONDS if num_clients >= 1_000 else 10 * FREED_SECONDS  # the full count has the machine to itself
+    limit = FREED_SECONDS if num_clients >= 1_000 else 10 * FREED_SECONDS  # the full count runs on an idle machine
     for moment in MOMENTS:
         waits = sorted(at - left_at[text] for text, at in world.fake.broken_off_at if text.startswith(moment))
         middle, worst = waits[len(waits) // 2] * 1e3, waits[-1] * 1e3

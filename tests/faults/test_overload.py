@@ -1,4 +1,4 @@
-"""Ten times what the engine can do: who is let in is answered in good time, the rest at once."""
+"""Ten times the engine's capacity: admitted requests are answered in time, the rest are rejected at once."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ FULL_SECONDS = 60.0
 REFUSED_SECONDS, RECOVERY_SECONDS = 0.05, 5.0
 CALL_SECONDS = 0.5
 CAPACITY = NUM_SEQS / CALL_SECONDS
-"""Requests a second that the played engine answers."""
+"""Requests a second that the fake engine answers."""
 
 
 class Slots:
-    """A policy that takes its time for each reply, and makes so many together. Counts how many others were answered
-    while each request was at the engine, which no neighbour on this machine can change."""
+    """A policy with a fixed time for each reply and a fixed number of slots. For each request it counts the others
+    that were answered meanwhile, a figure that other load on the machine cannot change."""
 
     def __init__(self, num_seqs: int, seconds: float) -> None:
         self._num_seqs, self._seconds = num_seqs, seconds
@@ -38,7 +38,7 @@ class Slots:
         self.answered_meanwhile: list[int] = []
 
     async def __call__(self, request: dict[str, Any]) -> Reply:
-        self._slots = self._slots or asyncio.Semaphore(self._num_seqs)  # made in the engine's own loop
+        self._slots = self._slots or asyncio.Semaphore(self._num_seqs)  # created in the engine's event loop
         before = self._num_answered
         self._num_now += 1
         self.most_at_once = max(self.most_at_once, self._num_now)
@@ -56,14 +56,14 @@ def world(tmp_path: Path) -> Iterator[PlayedWorld]:
     sized = {"max_num_seqs": NUM_SEQS}
     with PlayedWorld(tmp_path / "data", script, engine_config=sized, memory_config=FORGETFUL) as world:
         gc.collect()
-        gc.freeze()  # as the server does once all is loaded: looking through it again takes up to 0.4 s
+        gc.freeze()  # as the server does after startup: a full collection takes up to 0.4 s
         yield world
         gc.unfreeze()
 
 
 @dataclass(frozen=True)
 class Told:
-    """What one client was told."""
+    """The response that one client got."""
 
     status: int
     seconds: float
@@ -81,7 +81,7 @@ async def ask(http: aiohttp.ClientSession, number: int = 0) -> Told:
 
 
 async def come(http: aiohttp.ClientSession, *, per_second: float, seconds: float) -> list[Told]:
-    """Ask by the clock, whatever the answers do; return them as they came."""
+    """Send requests open-loop; return the responses in the order of arrival."""
     told: list[Told] = []
 
     async def ask_one(number: int) -> None:
@@ -100,7 +100,7 @@ def p99(told: list[Told]) -> float:
 
 
 async def overload(url: str, seconds: float) -> tuple[list[Told], list[Told], float]:
-    """Come at half of what the engine can do, then at ten times of it; return both, and how long recovery took."""
+    """Load the engine at half of its capacity, then at ten times; return both, and the seconds of recovery."""
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as http:
         nominal = await come(http, per_second=0.5 * CAPACITY, seconds=seconds / 4)
         told = await come(http, per_second=10 * CAPACITY, seconds=seconds)
@@ -125,12 +125,12 @@ def test_overload_is_turned_away_at_once_and_harms_nobody_who_was_let_in(world: 
     shed = world.services.agent.telemetry.registry.get_sample_value
     assert shed("ratchet_shed_total", {"reason": "engine_overloaded"}) == len(refused)
 
-    # Whoever was let in waited for one round of others at most, so twice the time of a call; whoever was refused cost
-    # the engine nothing.
+    # An admitted request waited for one round of others at most, so twice the time of a call; a rejected one never
+    # reached the engine.
     slots, most = world.fake.script, EngineConfig(max_num_seqs=NUM_SEQS).max_turns
     assert slots.most_at_once <= most and max(slots.answered_meanwhile) < most
     assert len(world.fake.requests) == len(views)
-    if seconds >= FULL_SECONDS:  # shorter runs have too few requests for a percentile
+    if seconds >= FULL_SECONDS:  # a shorter run has too few requests for a percentile
         assert p99(admitted) <= 2 * p99(nominal)
         assert p99(refused) < REFUSED_SECONDS and recovery_seconds < RECOVERY_SECONDS
     print(

@@ -1,4 +1,4 @@
-"""One owner of a data directory, also while it hangs, and nobody's once it is dead."""
+"""A data directory has one owner, even if it hangs, and none once that process is dead."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from memory.store import Memory
 from tests.faults.children import Child, Tell
 from tests.memory.episodes import PATIENT, HashingEncoder
 
-WITHIN_SECONDS = 1.0  # the promise to who starts a second server by mistake
+WITHIN_SECONDS = 1.0  # the limit for refusing a second server
 
 
 def own(tell: Tell, data_dir: Path, seconds: float) -> None:
-    """Open the memory and hold on to it, or tell who has it, and how long it took to find out."""
+    """Open the memory and keep it open, or report its owner and the seconds until the refusal."""
     began_at = time.monotonic()
     try:
         with Memory.open(data_dir, PATIENT, encoder=HashingEncoder()):

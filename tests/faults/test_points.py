@@ -1,4 +1,4 @@
-"""Death at every named point of log, train, promote, rollback, swap: whoever boots next finds a policy that acts."""
+"""A kill at every named point of log, train, promote, rollback, swap: the next boot finds a policy that answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.faults.turns import boot, turn_until_killed
 from tests.runtime.fake_engine import FakeEngine, say
 
 NUM_TIMES = 5
-SHORT = {  # one of each operation, where two things that belong together are done one after the other
+SHORT = {  # one of each operation, between two steps that belong together
     "log: Database._write_forever: _resolve(batch)",
     "train: write_adapter_atomically: _sync(final.parent)",
     "promote: _retire: session.flush()",
@@ -30,7 +30,7 @@ SHORT = {  # one of each operation, where two things that belong together are do
 
 @pytest.fixture
 def base_dir(tmp_path: Path) -> Path:
-    """A base model as far as a recipe is chosen for it."""
+    """A base model with only the files from which a recipe is chosen."""
     directory = tmp_path / "base"
     directory.mkdir()
     sizes = {
@@ -48,13 +48,13 @@ def base_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def fake(base_dir: Path) -> AsyncIterator[FakeEngine]:
-    """An engine that outlives who asks it."""
+    """A fake engine that outlives the killed processes."""
     async with FakeEngine(say("hello"), base_dir=base_dir) as fake:
         yield fake
 
 
 async def die_and_boot(point: Point, num_passes: int, data_dir: Path, base_dir: Path, fake: FakeEngine) -> None:
-    """Have a child die at a point, boot on what it left, check it, and go on from there."""
+    """Let a child die at a point, boot on its data, check them, and run one more turn."""
     child = Child(turn_until_killed, data_dir, base_dir, fake.url, point, num_passes)
     exit_code = await asyncio.to_thread(child.join)
     assert exit_code == -signal.SIGKILL

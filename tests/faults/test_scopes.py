@@ -1,9 +1,9 @@
-"""People of two tenants talk, rate, learn, approve and retire in any order: nobody is shown what is not theirs to see.
+"""Users of two tenants talk, rate, learn, approve and retire in any order: memory never shows a row to the wrong user.
 
-Each episode, comment and document holds a marker of its own, and who may see it is kept in a model of plain sets.
-Whoever writes here repeats all that they were shown, as a careless language model would: agents in their answers, the
-critic in its insights, which it draws from comments as well. An operation is one call to the memory: an episode opened,
-a step, an end, feedback, a retrieval, a decision, a round of learning.
+Each episode, comment and document holds its own marker, and plain sets model which user may see it. Every generated
+text repeats all markers in its prompt, as a careless language model would: an agent's answers, and the insights of the
+critic, which reads comments as well. An operation is one call to the memory: an episode opened, a step, an end,
+feedback, a retrieval, a decision, a round of learning.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ tenants, persons, topics = st.sampled_from(TENANTS), st.sampled_from(PERSONS), s
 
 @dataclass
 class Marked:
-    """One marker: whose it is, and who was let in."""
+    """The owner of one marker, and the other users who may see it."""
 
     tenant: str
     person: str
     is_everybodys: bool
-    """Practised, shared by its client, or approved by an operator."""
+    """True if it was practised, shared by its client, or approved by an operator."""
     seen_by: set[str] = field(default_factory=set)
-    """Persons who were shown it lawfully: their own episodes may repeat it to them."""
+    """Persons who were rightly shown it: their own episodes may repeat it to them."""
 
     def is_for(self, tenant: str, person: str) -> bool:
         is_theirs = person != "" and (person == self.person or person in self.seen_by)
@@ -77,7 +77,7 @@ class Marked:
 
 
 class Premises(RuleBasedStateMachine):
-    """One memory, everybody who uses it, and what each may see."""
+    """One memory, all its users, and a model of what each may see."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,12 +87,12 @@ class Premises(RuleBasedStateMachine):
         self.salts = CacheSalts()
         self.marked: dict[str, Marked] = {}
         self.lived: list[tuple[Trajectory, str]] = []
-        """Rated episodes, and what was asked in each."""
+        """Episodes with a good rating, and the topic of each."""
         self.keys: dict[str, str] = {}
-        """Ids of API keys by name: of rating buttons, and of a teacher."""
+        """Ids of API keys by name: one for rating buttons, one that may teach."""
         self.retired_rows: set[str] = set()
         self.retired_words: set[tuple[str, str, str]] = set()
-        """(tenant, person or none for all, words)"""
+        """(tenant, person or "" for all, text)"""
 
     def teardown(self) -> None:
         self.memory.close()
@@ -109,13 +109,13 @@ class Premises(RuleBasedStateMachine):
         return marker
 
     def publish(self, text: str) -> None:
-        """An operator lets the whole tenant see these words."""
+        """Record that an operator lets the whole tenant see this text."""
         for marker in MARKER.findall(text):
             self.marked[marker].is_everybodys = True
 
     @initialize(topics=st.lists(topics, min_size=4, max_size=4))
     def begin(self, topics: list[str]) -> None:
-        """Somebody has talked already, and an insight is there from before persons were known."""
+        """Start with some episodes, and an insight without a person, as older versions wrote it."""
         self.runner.run(self.memory.policies.register_base("pocket"))
         for name, scopes in (("buttons", [Scope.FEEDBACK]), ("tutor", [Scope.FEEDBACK, Scope.TEACH])):
             self.keys[name] = self.runner.run(self.memory.keys.create(name, scopes))[0].id
@@ -139,7 +139,7 @@ class Premises(RuleBasedStateMachine):
         self.live(tenant, person, topic, place, is_good)
 
     def live(self, tenant: str, person: str, topic: str, place: str, is_good: bool) -> None:
-        """Ask something, be answered with all that memory shows, and rate the answer."""
+        """Record an episode whose answer repeats all that memory shows, and rate it."""
         is_everybodys = place != "live"
         reader = "" if is_everybodys else person
         environment = "kitchen" if place == "practice" else None
@@ -161,7 +161,7 @@ class Premises(RuleBasedStateMachine):
         )
         trajectories = self.memory.trajectories
         self.do("open", trajectories.open(trajectory))
-        # Cut to what an exemplar shows of a reply, as newlines are to spaces.
+        # An exemplar shows the last 200 characters of a reply, on one line.
         answer = Step(
             trajectory_id=trajectory.id, position=0, kind=StepKind.MODEL, content=" ".join(shown.split())[-200:]
         )
@@ -177,7 +177,7 @@ class Premises(RuleBasedStateMachine):
     @rule(data=st.data(), person=persons, key=st.sampled_from(("none", "buttons", "tutor")))
     @precondition(lambda self: self.lived)
     def comment(self, data: st.DataObject, person: str, key: str) -> None:
-        """Say something of an episode, of one's own or another's: a lesson for those only whom the writer may teach."""
+        """Comment on any episode: others may see the lesson only if the writer may teach."""
         trajectory, _ = self.lived[data.draw(st.integers(0, len(self.lived) - 1))]
         may_teach = key == "tutor" or (key == "none" and trajectory.tenant == "")
         is_everybodys = trajectory.is_shared or trajectory.environment is not None
@@ -193,7 +193,7 @@ class Premises(RuleBasedStateMachine):
     @rule(data=st.data())
     @precondition(lambda self: self.lived)
     def change_ones_mind(self, data: st.DataObject) -> None:
-        """Take a good rating back: it is no exemplar from then on."""
+        """Take a good rating back, after which the episode is no exemplar."""
         trajectory, _ = self.lived.pop(data.draw(st.integers(0, len(self.lived) - 1)))
         said = Feedback(id="", tenant=trajectory.tenant, trajectory_id=trajectory.id, value=False)
         self.do("feedback", self.memory.feedback.post(said))
@@ -208,7 +208,7 @@ class Premises(RuleBasedStateMachine):
     @rule(tenant=tenants, data=st.data())
     @precondition(lambda self: self.lived)
     def look_up(self, tenant: str, data: st.DataObject) -> None:
-        """Ask for rows by their ids and by lists: another tenant's are not there, whoever asks."""
+        """Read rows by id and in lists: another tenant's are never found."""
         trajectory, _ = self.lived[data.draw(st.integers(0, len(self.lived) - 1))]
         NUM_OPERATIONS["look up"] += 4
         trajectories, documents = self.memory.trajectories, self.memory.documents
@@ -231,7 +231,7 @@ class Premises(RuleBasedStateMachine):
 
     @rule(tenant=tenants)
     def salt(self, tenant: str) -> None:
-        """The engine's cache is a tenant's own."""
+        """Check that tenants do not share a salt of the engine's cache."""
         NUM_OPERATIONS["salt"] += 1
         mine = self.salts.for_tenant(tenant)
         assert mine == self.salts.for_tenant(tenant)
@@ -239,7 +239,7 @@ class Premises(RuleBasedStateMachine):
 
     @rule()
     def learn(self) -> None:
-        """Draw insights, by a critic that copies every marker it reads."""
+        """Extract insights with a critic that copies every marker it reads."""
 
         async def complete(messages: list[dict[str, Any]], **_: Any) -> str:
             told = list(dict.fromkeys(MARKER.findall(messages[-1]["content"])))[:12]
@@ -249,7 +249,7 @@ class Premises(RuleBasedStateMachine):
 
     @rule(tenant=tenants, data=st.data(), is_reworded=st.booleans())
     def approve(self, tenant: str, data: st.DataObject, is_reworded: bool) -> None:
-        """An operator lets the whole tenant see one memory, as it is or in words of their own."""
+        """Approve one memory for the whole tenant, as it is or reworded."""
         reviews = self.memory.reviews
         words = f"the operator says {self.mark(tenant, '', True)}" if is_reworded else None
         insights = reviews.insights(tenant=tenant, status=Status.PENDING)
@@ -259,7 +259,7 @@ class Premises(RuleBasedStateMachine):
             row = data.draw(st.sampled_from([each.insight for each in insights]))
             try:
                 approved = self.do("approve", reviews.approve_insight(row.id, tenant=tenant, text=words))
-            except IllegalMove:  # these words were retired
+            except IllegalMove:  # this text was retired
                 return
             self.publish(approved.text)
         elif exemplars:
@@ -269,7 +269,7 @@ class Premises(RuleBasedStateMachine):
 
     @rule(tenant=tenants, data=st.data())
     def edit(self, tenant: str, data: st.DataObject) -> None:
-        """An operator puts an insight into other words; whose it is stays the same."""
+        """Reword an insight as an operator; its scope stays the same."""
         listed = self.memory.reviews.insights(tenant=tenant)
         if listed:
             row = data.draw(st.sampled_from(listed))
@@ -279,7 +279,7 @@ class Premises(RuleBasedStateMachine):
 
     @rule(tenant=tenants, data=st.data())
     def retire(self, tenant: str, data: st.DataObject) -> None:
-        """An operator takes a memory away for good."""
+        """Retire a memory for good, as an operator."""
         reviews = self.memory.reviews
         insights, exemplars = reviews.insights(tenant=tenant), reviews.exemplars(tenant=tenant)
         NUM_OPERATIONS["list"] += 2
@@ -296,7 +296,7 @@ class Premises(RuleBasedStateMachine):
 
     @rule()
     def settle(self) -> None:
-        """Let the index catch up; then everybody finds what is theirs."""
+        """Drain the index; then all users find their own exemplars."""
         self.do("drain", self.memory.index.drain())
         for trajectory, topic in self.lived[-6:]:
             environment = trajectory.environment
@@ -312,7 +312,7 @@ class Premises(RuleBasedStateMachine):
 
     @invariant()
     def nobody_is_shown_what_is_not_theirs(self) -> None:
-        """Everybody asks at once, whatever the index has heard of by now."""
+        """Query as every user, however far the index has caught up."""
         for topic in TOPICS[:1] if len(self.marked) % 2 else TOPICS[1:2]:
             for tenant in TENANTS:
                 for person in PERSONS:
@@ -320,7 +320,7 @@ class Premises(RuleBasedStateMachine):
                 self.ask(tenant, "", topic, "kitchen")
 
     def ask(self, tenant: str, person: str, topic: str, environment: str | None) -> str:
-        """Return what memory shows somebody, once it is sure that they may see it."""
+        """Return the text that memory shows to a user, after checking that they may see all of it."""
         found = self.do(
             "retrieve",
             self.memory.retrieval.retrieve(
@@ -337,7 +337,7 @@ class Premises(RuleBasedStateMachine):
         lines = {line.removeprefix("- ") for line in found.text.splitlines() if line.startswith("- ")}
         of_all, of_one = ({words for *of, words in self.retired_words if of == [tenant, it]} for it in ("", person))
         assert not lines & of_all, "words were shown that are retired for all"
-        if lines & of_one:  # out of one person's list; the whole tenant's may say the same
+        if lines & of_one:  # retired for this person; an insight of the whole tenant may have the same text
             of_one -= {row.text for row in self.memory.insights.active(tenant=tenant, user_id="")}
         assert not lines & of_one, "words were shown that are retired for one person"
         if person:
@@ -347,7 +347,7 @@ class Premises(RuleBasedStateMachine):
 
 
 def run(num_examples: int, num_steps: int) -> None:
-    """Play so many histories of so many steps, each with a memory of its own."""
+    """Run random histories, each with its own memory."""
     how = settings(
         max_examples=num_examples,
         stateful_step_count=num_steps,

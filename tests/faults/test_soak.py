@@ -1,4 +1,4 @@
-"""An hour at a steady rate: the server's memory, open files and latency stay where they are."""
+"""An hour at a steady rate: the server's memory, open files and latency do not grow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import uvloop
 from tests.bench.soak import server, soak, summarise
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "60"))
-PER_SECOND = 20.0  # a fifth of what two cores can do, so that neighbours on the machine don't decide
+PER_SECOND = 20.0  # a fifth of the capacity of two cores, so that other load does not decide the result
 MAX_MB_PER_MINUTE = 1.0
 MAX_P99_DRIFT = 1.1
 

@@ -1,4 +1,4 @@
-"""An engine that other work keeps from the processor is not restarted; one whose core is stopped is, even then."""
+"""An engine starved of processor time is not restarted; one whose core is stopped is, even then."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["base_dir"]
 FOUND_SECONDS = 10.0
 NUM_RIVALS = 6
 LOWEST = 19
-"""The nice value of who gets the processor last."""
+"""The nice value of the lowest priority."""
 FULL = {"probe_interval_seconds": 2.0, "probe_timeout_seconds": 7.5}
 SHORT = {"probe_interval_seconds": 0.1, "probe_timeout_seconds": 1.5}
 Start = Callable[[dict[str, float]], Awaitable[Engine]]
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 async def start(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
-    """`await start(settings)`: an engine in two processes, watched."""
+    """`await start(settings)`: a watched engine of two processes."""
     monkeypatch.setattr("runtime.engine.process.CHILD", Path(__file__).with_name("starved_child.py"))
     async with contextlib.AsyncExitStack() as undo:
 
@@ -53,14 +53,14 @@ async def start(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch)
 
 @contextlib.contextmanager
 def starving(engine: Engine) -> Iterator[None]:
-    """Put the engine on one processor beside rivals who come before it there."""
+    """Pin the engine to one processor, beside rivals of higher priority."""
     cpu = max(os.sched_getaffinity(0))
     for pid in read_activity(engine.pid):
         for thread in os.listdir(PROC / str(pid) / "task"):
             os.sched_setaffinity(int(thread), {cpu})
             os.setpriority(os.PRIO_PROCESS, int(thread), LOWEST)
     group = PROC / str(engine.pid) / "autogroup"
-    if group.exists():  # sessions share the processor among one another, whatever their processes' nice values are
+    if group.exists():  # autogroup divides time between sessions, whatever the nice values of their processes
         group.write_text(str(LOWEST))
     rival = f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"
     rivals = [subprocess.Popen([sys.executable, "-c", rival], start_new_session=True) for _ in range(NUM_RIVALS)]
@@ -121,7 +121,7 @@ def test_an_engine_that_runs_in_circles_is_not_held_up_and_one_that_waits_is():
         return {1: ProcessActivity("S", {1: (0.0, 0.0)}), 2: ProcessActivity("R", {2: (ran, waited)})}
 
     assert not is_held_up(activity(0, 0), activity(7.4, 0.1), 7.5)
-    assert not is_held_up(activity(0, 0), activity(0.1, 0.2), 7.5)  # looks around at times
+    assert not is_held_up(activity(0, 0), activity(0.1, 0.2), 7.5)  # wakes up at times
     assert is_held_up(activity(0, 0), activity(0.2, 7.0), 7.5)
     assert not is_held_up(activity(0, 0), activity(0.2, 7.0), 7.5, without=2)
     assert not is_held_up({}, {}, 7.5)

@@ -1,4 +1,4 @@
-"""Swaps under load on the played engine: nobody fails, nobody is served by two policies, one call undoes a swap."""
+"""Swaps under load on the fake engine: no episode fails or mixes two policies, and one call undoes a swap."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ FLIP_SECONDS = 0.05
 
 
 class World:
-    """An engine that notes which of its models answered each episode, and an agent that acts by it."""
+    """An agent, and an engine that records which models answered each episode."""
 
     def __init__(self, memory: Memory, fake: FakeEngine, hotswap: HotSwap) -> None:
         self.memory, self.fake, self.hotswap = memory, fake, hotswap
         self.served: dict[str, set[str]] = defaultdict(set)
         self.acting: set[str] = set()
-        """The models that answered since somebody looked."""
+        """The models that have answered since the last swap."""
         fake.script = self.play
         tool = Tool("look", "Look around.", {"type": "object", "properties": {}}, self.look)
         self.agent = Agent(memory, hotswap, {}, AgentConfig(), tools=[tool])
@@ -90,7 +90,7 @@ async def test_swaps_under_streams_fail_nobody_and_mix_nothing(world: World, num
     for swap in range(num_swaps):
         version = 1 + swap % NUM_POLICIES
         await world.hotswap.activate(version)
-        while f"pocket-v{version}" not in world.acting:  # somebody is served by each
+        while f"pocket-v{version}" not in world.acting:  # each policy serves at least one request
             await asyncio.sleep(0.002)
         world.acting.clear()
     done.set()
@@ -110,7 +110,7 @@ async def test_swaps_under_streams_fail_nobody_and_mix_nothing(world: World, num
 async def test_a_rollback_to_a_resident_policy_is_a_flip_that_loads_nothing(
     world: World, num_rollbacks: int, is_alone: bool
 ):
-    """The full count is run on a machine that does nothing else; beside others only this process's own work counts."""
+    """The full count needs an idle machine and limits wall time; the short one limits the process's CPU time."""
     following = asyncio.create_task(world.hotswap.follow())
     waits, worked = [], []
 

@@ -1,4 +1,4 @@
-"""An engine that is dead, or alive and stuck: found, started again with its adapters; its callers wait."""
+"""A dead or hanging engine is detected and restarted with its adapters, while its callers wait."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Start = Callable[..., Awaitable[tuple[Engine, Agent, Memory]]]
 
 @pytest.fixture
 async def start(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
-    """`await start(**settings)`: an engine of ours, played, watched and worn: two adapters, the newer one active."""
+    """`await start(**settings)`: a watched fake engine with two adapters, the newer one active."""
     monkeypatch.setattr("runtime.engine.process.CHILD", Path(__file__).with_name("played_child.py"))
     undo: list[Callable] = []
 
@@ -78,7 +78,7 @@ async def test_it_is_started_again_with_its_adapters_and_nobody_notices(start: S
     episodes = [asyncio.create_task(play(agent, messages=ASK)) for _ in range(8)]
     if how == "dead":
         await wait_until(lambda: len(memory.trajectories.select()) == 8)
-        with contextlib.suppress(ProcessLookupError):  # on a slow machine it was found first
+        with contextlib.suppress(ProcessLookupError):  # a slow machine may have restarted it already
             os.kill(before, signal.SIGKILL)
     played = await asyncio.gather(*episodes)
 
@@ -94,7 +94,7 @@ async def test_a_zombie_is_found_within_ten_seconds(start: Start):
     engine, agent, _ = await start()
     waits = []
     for turn in range(8):
-        await asyncio.sleep(turn * 0.3)  # a zombie comes at any time between two probes
+        await asyncio.sleep(turn * 0.3)  # hang at different times between two probes
         began = time.monotonic()
         os.kill(engine.pid, signal.SIGUSR1)
         await wait_until(lambda: not engine.is_ready)

@@ -1,6 +1,6 @@
-"""Turns of all that changes who acts: an episode is logged, a policy trained, promoted, worn, at times rolled back.
+"""Repeats every change of the active policy: log an episode, train, promote, activate, at times roll back.
 
-Refuses to know what kills it. Each turn takes up what the one before left behind, in this process or a dead one.
+Each turn continues from the state that the one before it left, in this process or in one that was killed.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ MAX_RANK = 32
 
 
 class Turns:
-    """An open memory and what its active policy is worn on: an engine that outlives this process."""
+    """An open memory, and a swap on an engine that outlives this process."""
 
     def __init__(self, memory: Memory, engine: Engine, base_dir: Path, tell: Tell) -> None:
         self.memory, self.engine, self.base_dir, self.tell = memory, engine, base_dir, tell
         self.hotswap = HotSwap(memory.policies, engine, max_lora_rank=MAX_RANK)
 
     async def act(self) -> int:
-        """Answer with the active policy, loaded and proved; return its version."""
+        """Answer with the active policy, loaded and probed; return its version."""
         async with self.hotswap.lease() as leased:
             await leased.complete([{"role": "user", "content": "hi"}])
             return leased.version
@@ -68,7 +68,7 @@ class Turns:
             await self.hotswap.activate(back.version)
 
     async def log(self) -> None:
-        """Keep an episode of two steps, a success."""
+        """Store a successful episode of two steps."""
         trajectories = self.memory.trajectories
         trajectory = await trajectories.open(Trajectory(id=new_id("trj"), episode_id=new_id("eps"), policy=0))
         for position in range(2):
@@ -79,7 +79,7 @@ class Turns:
         self.tell("logged", trajectory.id)
 
     async def learn(self) -> Policy:
-        """Train in the cycle that a dead process left open, or in a new one; return the candidate."""
+        """Train in the cycle that a killed process left open, or in a new one; return the candidate."""
         cycles, config = self.memory.cycles, OptimizerConfig().model_dump(mode="json")
         cycle = cycles.unfinished() or await cycles.open(config)
         seams = Seams(rollout=_never, tasks=_never, train=self.train)
@@ -93,7 +93,7 @@ class Turns:
         return self.memory.policies.get(version)
 
     async def train(self, spec: TrainingSpec, *, on_step: Any = None, num_attempts: int = 2) -> Manifest:
-        """The trainer's part as this process sees it: an adapter that was finished is found, else one is written."""
+        """Stand in for the trainer: return a finished adapter, or write one."""
         if (made := read_finished(spec)) is not None:
             return made
         unfinished = spec.work_dir / "adapter"
@@ -104,11 +104,11 @@ class Turns:
         return read_finished(spec)
 
     def announce(self) -> None:
-        """Tell who acts by now, and after how many changes."""
+        """Report the active policy and the number of activations."""
         self.tell("active", len(self.memory.policies.activations()), self.memory.policies.active().version)
 
     def flaws(self) -> list[str]:
-        """Return what is wrong with what is kept: the file, who acts, and the adapters of the policies."""
+        """Return the flaws of the database and its activations. Raises if an adapter is damaged."""
         policies = self.memory.policies
         found = list(self.memory.database.check())
         if policies.activations()[-1].version != policies.active().version:
@@ -126,7 +126,7 @@ class Turns:
 
 
 async def boot(tell: Tell, data_dir: Path, base_dir: Path, engine_url: str) -> Turns:
-    """Open what is there, as a server does."""
+    """Open the data directory as a server does."""
     memory = Memory.open(data_dir, PATIENT, encoder=HashingEncoder())
     await memory.trajectories.close_orphans()
     engine = Engine(EngineConfig(url=engine_url), data_dir)
@@ -138,7 +138,7 @@ async def boot(tell: Tell, data_dir: Path, base_dir: Path, engine_url: str) -> T
 def turn_until_killed(
     tell: Tell, data_dir: Path, base_dir: Path, engine_url: str, point: Point, num_passes: int
 ) -> None:
-    """Boot, then turn and turn again, to die at a point."""
+    """Boot, then run turns until the process dies at the point."""
     hotswap.NUM_IDLE_KEPT = 0  # so that each swap unloads an adapter
 
     async def run() -> None:

@@ -1,7 +1,6 @@
-"""What children do until they are killed: an agent that plays many episodes at once on a played engine.
+"""The work of children until they are killed: an agent that plays many episodes at once on a fake engine.
 
-Refuses to know when the kill comes. What an episode holds follows from its name alone, so that a record can be compared
-with what it should be, byte by byte, by somebody who was not there.
+Invariant: an episode's content follows from its name alone, so that another process can check a record byte by byte.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from tests.memory.episodes import PATIENT, HashingEncoder
 from tests.rollouts import play
 from tests.runtime.fake_engine import LOOK, FakeEngine, Reply, call, ids_of
 
-NUM_EPISODES = 64  # at once
+NUM_EPISODES = 64  # in parallel
 PROMPT_IDS = list(range(500))
 
 
@@ -37,7 +36,7 @@ def num_looks(name: str) -> int:
 
 
 def sight(where: str) -> str:
-    """Return what the tool says: 3 KB and more, so that rows span pages."""
+    """Return the tool's result: 3 KB and more, so that rows span pages."""
     return f"{where}: " + f"{where} is dusty. " * random.Random(where).randint(150, 250)
 
 
@@ -56,7 +55,7 @@ def expected_steps(name: str) -> list[tuple[str, str, list[int] | None]]:
 
 
 def play_until_killed(tell: Tell, data_dir: Path, names: str) -> None:
-    """Boot on what the last kill left, then play episodes called `<names>-<number>`, telling what is acknowledged."""
+    """Boot on the data of the last kill, then play episodes `<names>-<number>`, reporting acknowledgements."""
     asyncio.run(_play(tell, data_dir, names))
 
 
@@ -70,12 +69,12 @@ async def _play(tell: Tell, data_dir: Path, names: str) -> None:
 
 @contextlib.asynccontextmanager
 async def playing(tell: Tell, memory: Memory) -> AsyncIterator[Agent]:
-    """An agent, its tool and the engine that it asks, all in this process."""
+    """An agent, its tool and its fake engine, all in this process."""
 
     def reply(request: dict[str, Any]) -> Reply:
         name = next(it["content"] for it in request["messages"] if it["role"] == "user").splitlines()[-1]
         turn = sum(message["role"] == "tool" for message in request["messages"])
-        # Whoever is asked for the next step sees that those before it are on the disk.
+        # A request for the next step implies that the steps before it are on disk.
         tell("stepped", name, 2 * turn)
         return call("look", where=f"{name}/{turn}") if turn < num_looks(name) else Reply(answer_of(name))
 
