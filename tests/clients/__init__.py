@@ -1,1 +1,1 @@
-"""Clients that people have, each in an environment of its own, against a server of this project (`make clients`)."""
+"""Common clients, each in its own environment, against a server of this project (`make clients`)."""

@@ -1,4 +1,4 @@
-"""Which clients are run, and how each is installed and started."""
+"""The clients that are run, and how each is installed and started."""
 
 from __future__ import annotations
 
@@ -51,4 +51,4 @@ CLIENTS = (
     Client("curl", HERE / "scripts" / "with_curl.py"),
 )
 DISTRIBUTIONS = {"pydantic-ai": "pydantic-ai-slim", "autogen": "autogen-agentchat"}
-"""Where the distribution is called otherwise than the client."""
+"""Distributions whose name differs from the client's."""

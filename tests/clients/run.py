@@ -30,7 +30,7 @@ PAGE = ROOT / "docs" / "clients.md"
 UV = "uv==0.13.9"
 CLIENT_SECONDS = 1800
 MODELS = {"pocket": "the pocket model", "smollm2": "SmolLM2-135M-Instruct"}
-# What clients send home or look up by themselves; none of it is part of a check.
+# Switches off telemetry and look-ups of the clients, which are no part of a check.
 QUIET = {
     "CREWAI_DISABLE_TELEMETRY": "true",
     "OTEL_SDK_DISABLED": "true",
@@ -42,14 +42,14 @@ QUIET = {
 
 
 def home() -> Path:
-    """Return where environments and results are kept."""
+    """Return the directory of environments and results."""
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ratchet-clients"
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 
 def find_uv() -> str:
-    """Return the program; install it into the cache first where it is missing."""
+    """Return the program; install it into the cache first if it is missing."""
     found = shutil.which("uv", path=os.pathsep.join([os.environ.get("PATH", ""), str(home() / "uv" / "bin")]))
     if found is not None:
         return found
@@ -59,7 +59,7 @@ def find_uv() -> str:
 
 
 def install(client: Client) -> list[str]:
-    """Make the client's environment as its pins say; return the command that runs its script."""
+    """Create the client's environment from its pins; return the command that runs its script."""
     if client.is_node:
         return install_node(client)
     if client.requirements is None:
@@ -81,7 +81,7 @@ def install_node(client: Client) -> list[str]:
 
 
 def read_version(client: Client, command: Sequence[str]) -> str:
-    """Return the version of what was installed."""
+    """Return the installed version."""
     if client.package is None:
         return subprocess.run(["curl", "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
     if client.is_node:
@@ -118,7 +118,7 @@ def serve(model: str) -> Iterator[str]:
 
 
 def run_client(client: Client, url: str, model: str) -> list[Cell]:
-    """Install and run one client; a script that dies is a failed check of its own."""
+    """Install and run one client; a script that dies adds a failed check."""
     command = install(client)
     version, today = read_version(client, command), datetime.date.today().isoformat()
     environment = {**os.environ, **QUIET, "CLIENT_BASE_URL": f"{url}/v1", "HOME": str(home() / "home")}
@@ -138,10 +138,10 @@ def run_client(client: Client, url: str, model: str) -> list[Cell]:
 
 
 def keep(cells: Sequence[Cell]) -> list[Cell]:
-    """Put the cells in place of earlier ones of the same client and model; return all that are known, in order."""
+    """Replace earlier cells of the same client and model; return all known cells, in order."""
     path = home() / "results.json"
     known = [Cell(**each) for each in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
-    known = [cell for cell in known if cell.outcome in OUTCOMES]  # an earlier version had others
+    known = [cell for cell in known if cell.outcome in OUTCOMES]  # earlier versions had other outcomes
     new = {(cell.model, cell.client) for cell in cells}
     together = [cell for cell in known if (cell.model, cell.client) not in new] + list(cells)
     models, clients = list(MODELS.values()), [client.name for client in CLIENTS]

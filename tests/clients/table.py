@@ -1,4 +1,4 @@
-"""Makes the table of docs/clients.md from what a run found. Pure functions."""
+"""Renders the results of a run as the table of docs/clients.md. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ OUTCOMES = {"passed": "yes", "failed": "fails", "model": "model"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One check of one client with one model, as it ended."""
+    """The result of one check of one client with one model."""
 
     model: str
     client: str
     version: str
     check: str
     outcome: str
-    """`passed`, `failed`, or `model`: the server did its part, and the model left out what the check hoped for."""
+    """`passed`, `failed`, or `model`: the server did its part, and the model did not."""
     reason: str
     date: str
 
@@ -60,10 +60,10 @@ def _one_line(reason: str) -> str:
 
 
 def replace_table(page: str, table: str) -> str:
-    """Return the page with the text between its two marks replaced.
+    """Return the page with the text between its two markers replaced.
 
     Raises:
-        ValueError: the page lacks the marks.
+        ValueError: the page lacks the markers.
     """
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise ValueError(f"the page must hold {BEGIN!r} and {END!r} once each, in this order")

@@ -1,4 +1,4 @@
-"""The table of clients says what a run found, and nothing else."""
+"""The table of clients shows the results of the runs, and nothing else."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_check_that_raises_is_a_line_of_its_own_and_the_next_one_still_runs(tm
 
 
 def write_client(directory: Path, outcome: str) -> Client:
-    """Return a client whose script prints one check that ended so."""
+    """Return a client whose script prints one check with this outcome."""
     script = directory / f"{outcome}.py"
     line = json.dumps({"check": "chat", "outcome": outcome, "reason": "as it was said"})
     script.write_text(f"print({line!r})\n", encoding="utf-8")
@@ -84,7 +84,7 @@ def test_a_check_that_failed_fails_the_run_and_a_limit_of_the_model_does_not(tmp
 
     monkeypatch.setattr(run, "CLIENTS", [write_client(tmp_path, "model")])
     earlier = [asdict(cell("chat", outcome="no call", client="llm", model="the pocket model"))]
-    (run.home() / "results.json").write_text(json.dumps(earlier), encoding="utf-8")  # an outcome there is no longer
+    (run.home() / "results.json").write_text(json.dumps(earlier), encoding="utf-8")  # an outcome that no longer exists
     run.main()
     assert "| model (1) |" in page.read_text(encoding="utf-8")
 

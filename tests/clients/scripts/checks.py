@@ -1,4 +1,4 @@
-"""What every client's script begins and ends with. Runs in the client's own environment: standard library alone."""
+"""The part that all clients' scripts share. Runs in the client's own environment: standard library only."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ QUESTION = "Say hello to Oslo."
 MAX_TOKENS = 96
 EMBEDDING_MODEL = "all-MiniLM-L6-v2"
 TEXTS = ("It rains in Oslo.", "The weather there is wet.", "The stock market fell.")
-"""The first two are about the same."""
+"""The first two are on the same subject."""
 CITIES = ("Oslo", "Bergen")
 CityName = Literal["Oslo", "Bergen"]
-# Names to choose from, not a free text: the checks are of formats, and a small model may not end a text by itself.
+# An enumeration, not free text: the checks are of formats, and a small model may not end a text by itself.
 CITY_SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "enum": list(CITIES)}},
@@ -38,9 +38,9 @@ def weather(city: CityName) -> str:
 
 
 class ModelLimit(Exception):
-    """Raised by a check where every request was answered as it should be, and the model left out what was hoped for.
+    """Raised by a check if the server answered every request correctly, but the model did not do its part.
 
-    Only where the request leaves that to the model: a forced call that does not come is a failure.
+    It applies only where the request leaves the choice to the model: a missing forced call is a failure.
     """
 
 
@@ -50,7 +50,7 @@ def expect(holds: object, what: str) -> None:
 
 
 def expect_meaning(vectors: Sequence[Sequence[float]]) -> None:
-    """Check the vectors of TEXTS: of unit length, and the first two nearer to each other than to the third."""
+    """Check the vectors of TEXTS: unit length, and the first two nearer to each other than to the third."""
 
     def similarity(one: Sequence[float], other: Sequence[float]) -> float:
         return sum(a * b for a, b in zip(one, other, strict=True))
@@ -62,12 +62,12 @@ def expect_meaning(vectors: Sequence[Sequence[float]]) -> None:
 
 
 def run_checks(checks: dict[str, Callable[[], object]]) -> None:
-    """Run each check to its end and print one line of JSON for it: its name, its outcome, and why it failed."""
+    """Run each check and print one line of JSON for it: its name, its outcome, and the reason of a failure."""
     for name, check in checks.items():
         with ThreadPoolExecutor(1) as pool:
-            error = pool.submit(check).exception()  # whatever a client raises is a finding, not the end of the script
+            error = pool.submit(check).exception()  # an exception of any kind is a result, not the end of the script
         outcome = "passed" if error is None else "model" if isinstance(error, ModelLimit) else "failed"
         reason = "" if error is None else f"{type(error).__name__}: {error}"[:400]
         print(json.dumps({"check": name, "outcome": outcome, "reason": reason}), flush=True)
     sys.stdout.flush()
-    os._exit(0)  # some clients leave threads behind that would keep the process
+    os._exit(0)  # some clients leave threads that keep the process alive

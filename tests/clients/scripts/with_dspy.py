@@ -2,7 +2,7 @@ import dspy
 from checks import API_KEY, BASE_URL, CITIES, MODEL, QUESTION, CityName, expect, run_checks
 from dspy.lm15 import AccessPolicy, ModelSupport, OpenAIChatCompat, ProviderDefinition, register_provider
 
-# dspy asks for JSON only where it knows that the model can; of a server of one's own it must be told.
+# dspy requests JSON only of models that it knows to support it; a custom server must be declared.
 provider = ProviderDefinition.chat(AccessPolicy(provider="ratchet", base_url=BASE_URL), compat=OpenAIChatCompat())
 register_provider(provider, supports=ModelSupport(response_schema=True))
 lm = dspy.LM(f"ratchet/{MODEL}", api_base=BASE_URL, api_key=API_KEY, max_tokens=200, cache=False, num_retries=0)

@@ -75,7 +75,7 @@ def responses():
 
 def embeddings():
     settings = {"base_url": BASE_URL, "api_key": API_KEY, "max_retries": 0, "timeout": 300}
-    # Without the switch, LangChain sends tokens of OpenAI's tokenizer instead of texts.
+    # Without this switch, LangChain sends tokens of OpenAI's tokenizer instead of texts.
     model = OpenAIEmbeddings(model=EMBEDDING_MODEL, check_embedding_ctx_length=False, **settings)
     expect_meaning(model.embed_documents(list(TEXTS)))
 

@@ -15,7 +15,7 @@ set_tracing_disabled(True)
 
 
 def new_agent(kind, **more):
-    # A client of its own for each check: each runs in an event loop of its own.
+    # A new client for each check, because each runs in its own event loop.
     client = AsyncOpenAI(base_url=BASE_URL, api_key=API_KEY, max_retries=0, timeout=300)
     settings = more.pop("model_settings", ModelSettings(max_tokens=MAX_TOKENS))
     return Agent("helper", model=kind(MODEL, client), model_settings=settings, **more)

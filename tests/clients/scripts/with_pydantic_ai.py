@@ -42,7 +42,7 @@ def stream():
 
 
 def structured():
-    # A forced call of the tool that takes the output.
+    # A forced call of the output tool.
     output = asyncio.run(new_agent(max_tokens=200, output_type=ToolOutput(City)).run(QUESTION)).output
     expect(isinstance(output, City), repr(output))
 
@@ -55,7 +55,7 @@ def tools():
         called.append(city)
         return look_up(city)
 
-    # One tool at a time, each of them forced: first the function, and once it was called the output.
+    # One forced tool at a time: first the function and, once it was called, the output.
     async def hide_once_called(_, definitions):
         return [] if called else definitions
 

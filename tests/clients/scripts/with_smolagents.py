@@ -46,7 +46,7 @@ def stream():
 
 
 def tools():
-    # smolagents asks with tool_choice="required", and writes calls and results into the history as texts.
+    # smolagents sends tool_choice="required", and writes calls and results into the history as text.
     said = model.generate(ask(WEATHER_QUESTION), tools_to_call_from=[weather])
     expect(said.tool_calls, f"no call: {said.content!r}")
     arguments = said.tool_calls[0].function.arguments
@@ -57,7 +57,7 @@ def tools():
 
 
 def agent():
-    # Every step is a forced call, of `weather` or of `final_answer`; after the last one it asks for a closing text.
+    # Every step is a forced call, of `weather` or `final_answer`; after the last one it requests a closing text.
     helper = ToolCallingAgent([weather], model, max_steps=2, verbosity_level=LogLevel.OFF)
     try:
         ended = helper.run(WEATHER_QUESTION, return_full_result=True)
