@@ -1,1 +1,1 @@
-"""What must hold, checked: one file for each module of the source."""
+"""The tests: one file for each module of the source."""

@@ -1,6 +1,6 @@
-"""The order of the tests, which workers take up file by file: those that start an engine first, many short ones last,
-so that all end at about the same time. And what becomes of a test that hangs: how long it may take, where that
-is longer than pyproject.toml says, and that it is tried once."""
+"""The order of the tests, which workers take file by file: those that start an engine first, many short ones last,
+so that all workers end at about the same time. And the handling of a test that hangs: its time limit, where that is
+longer than in pyproject.toml, and that it is tried only once."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from tests.runtime.api.worlds import ServedWorld
 
 ENGINE_SECONDS = 1800
-"""The first test of a module pays for the start of its engine, and for a model's training."""
+"""The limit includes the start of the module's engine, and a model's training."""
 SLOW_SECONDS = 6 * 3600
 STACKS_SHARE = 0.9
-"""Of a test's time, after which it says where it stands."""
+"""Share of a test's time limit after which all stacks are printed."""
 
 
 @pytest.fixture(autouse=True)
 def logs_as_before() -> Iterator[None]:
-    """Undo what a command in the test's own process does to the logs: it sends all of them to a file from then on."""
+    """Restore logging after a command in the test's process, which redirects all logs to a file."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield
@@ -42,8 +42,8 @@ def logs_as_before() -> Iterator[None]:
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[ServedWorld]:
-    """A server of this test's own, in a thread, with a scripted learner and a fresh data directory."""
-    from tests.runtime.api.worlds import ServedWorld  # not at the top: every test would wait for FastAPI
+    """A server for one test, in a thread, with a scripted learner and a fresh data directory."""
+    from tests.runtime.api.worlds import ServedWorld  # imported late: else every test waits for FastAPI
 
     with ServedWorld(tmp_path / "data") as world:
         yield world
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class OnceEach(LoadFileScheduling):
-    """Tests by file, each once: xdist gives a test whose worker died to the next worker, which then dies as well."""
+    """Schedules by file, each test once: xdist gives a test whose worker died to the next, which then dies too."""
 
     def remove_node(self, node: Any) -> str | None:
         workload = self.assigned_work.get(node, {})
@@ -71,14 +71,14 @@ class OnceEach(LoadFileScheduling):
             if ended in tests:
                 tests[ended] = True
             if all(tests.values()):
-                del workload[file]  # a worker that is given nothing to do never asks for more
+                del workload[file]  # a worker with an empty file never requests more work
         super().remove_node(node)
         return ended
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
-    """Print all stacks shortly before a test's time is up: what pytest-timeout prints then is lost in a worker."""
+    """Print all stacks shortly before a test's time limit: the output of pytest-timeout is lost in a worker."""
     marker = item.get_closest_marker("timeout")
     seconds = float(marker.args[0] if marker else item.config.getini("timeout"))
     # the real standard error; pytest has no public name for it

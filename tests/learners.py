@@ -1,4 +1,4 @@
-"""A learner as `serve.py` makes it, for tests that bring memory and seams of their own."""
+"""A learner as `serve.py` makes it, for tests with their own memory and seams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Machines of tasks for tests, which need bubblewrap."""
+"""Machines of tasks for tests; they need bubblewrap."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runtime.errors import ToolRefused
 
 
 def find_reason() -> str:
-    """Return why no machine can be made here; empty if one can."""
+    """Return the reason why no machine can be started here; empty if one can."""
     try:
         require_machines()
     except ToolRefused as refused:

@@ -1,4 +1,4 @@
-"""A memory whose base is the pocket model, with a played engine that serves it, for tests of whole cycles."""
+"""A memory whose base is the pocket model, with a fake engine that serves it, for tests of whole cycles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.runtime.fake_engine import FakeEngine
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """The pocket model's."""
+    """The pocket model's tokenizer."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(POCKET_MODEL)
@@ -28,7 +28,7 @@ def tokenizer() -> Any:
 
 @contextlib.asynccontextmanager
 async def serve_played(directory: Path, played: FakeEngine) -> AsyncIterator[tuple[Memory, Engine, HotSwap]]:
-    """Yield the memory in `directory`, the engine behind `played`, and the swap, with the base active."""
+    """Yield the memory in `directory`, the client of the fake engine `played`, and the swap, with the base active."""
     with Memory.open(directory, PATIENT, encoder=HashingEncoder()) as memory:
         async with played:
             engine = Engine(EngineConfig(url=played.url), memory.data_dir)

@@ -1,7 +1,7 @@
-"""A PostgreSQL cluster of the tests' own: in a temporary directory, on a socket there, gone when they are.
+"""A PostgreSQL cluster for the tests, in a temporary directory and on a socket there, deleted after them.
 
-Its programs are Debian's or any others that are installed. It listens on no address, and ends by itself after an hour
-should nobody be left to stop it.
+Its programs are Debian's or any others that are installed. It listens on no network address, and ends by itself after
+an hour if it was not stopped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def find_programs() -> Path | None:
 
 
 def find_obstacle() -> str | None:
-    """Return why no server can be started here, if none can."""
+    """Return the reason why no server can be started here, or None."""
     if find_programs() is None:
         return "the storage tests ran on SQLite alone: PostgreSQL is not installed (there is no initdb)"
     return None
@@ -50,7 +50,7 @@ HOMES = ["sqlite"] if OBSTACLE else ["sqlite", "postgresql"]
 
 
 def skip_without_postgresql() -> None:
-    """Skip the rest of a module, in one line that says why, where no server can be started."""
+    """Skip the rest of a module, with the reason, if no server can be started."""
     if OBSTACLE:
         pytest.skip(OBSTACLE, allow_module_level=True)
 
@@ -78,7 +78,7 @@ class Cluster:
             time.sleep(0.02)
 
     def stop(self, *, is_crash: bool = False) -> None:
-        """Stop the server: in order, or as a crash does, with nothing written that isn't yet."""
+        """Stop the server in order, or as a crash does, without writing its buffers."""
         if self._server is not None:
             os.kill(self._postmaster(), signal.SIGQUIT if is_crash else signal.SIGINT)
             self._server.wait(30)
@@ -88,7 +88,7 @@ class Cluster:
         return f"postgresql+psycopg://{USER}@/{database}?host={self.home}"
 
     def create_database(self, *, template: str = "template0") -> str:
-        """Make a database, a copy of `template`, and return its name."""
+        """Create a database, a copy of `template`, and return its name."""
         name = f"ratchet_{next(self._numbers)}"
         self.run_sql("postgres", f"CREATE DATABASE {name} TEMPLATE {template} ENCODING 'UTF8'")
         return name
@@ -111,7 +111,7 @@ class Cluster:
 
 
 class Databases:
-    """Databases of one cluster, lent one at a time each and emptied in between: that is quicker than making them."""
+    """A pool of databases of one cluster, emptied between uses, which is quicker than creating them."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -121,7 +121,7 @@ class Databases:
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[str]:
-        """Yield the URL of a database whose tables are there and empty."""
+        """Yield the URL of a database with empty tables."""
         name = self._free.pop() if self._free else self._cluster.create_database(template=self._pattern)
         yield self._cluster.url(name)
         tables = ", ".join(SQLModel.metadata.tables)
@@ -130,7 +130,7 @@ class Databases:
 
 
 def start_cluster() -> Iterator[Cluster]:
-    """Yield a server that was made for this; for a fixture."""
+    """Yield a new server; for a fixture."""
     programs = find_programs()
     home = Path(tempfile.mkdtemp(prefix="ratchet-postgresql-", dir=_find_quick_place()))
     try:
@@ -151,19 +151,19 @@ def start_cluster() -> Iterator[Cluster]:
         try:
             yield cluster
         finally:
-            cluster.stop(is_crash=True)  # nobody reads what it would write in order
+            cluster.stop(is_crash=True)  # its data are deleted, so nothing need be flushed
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
 
 def _find_quick_place() -> Path | None:
-    """Return where an fsync costs nothing, if there is room: the tests commit thousands of times."""
+    """Return the memory disk, where fsync is free, if there is space: the tests commit thousands of times."""
     is_roomy = MEMORY_DISK.is_dir() and shutil.disk_usage(MEMORY_DISK).free > MIN_FREE_BYTES
     return MEMORY_DISK if is_roomy and os.access(MEMORY_DISK, os.W_OK) else None
 
 
 def _somebody() -> dict[str, Any]:
-    """Return whose process the server is, for `subprocess`: it refuses to be root's."""
+    """Return the user of the server's process, for `subprocess`: PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
         return {}
     users = {user.pw_name: user for user in pwd.getpwall()}

@@ -1,4 +1,4 @@
-"""Playing one turn for tests that look only at its trajectory."""
+"""Plays one turn, for tests that check only its trajectory."""
 
 from __future__ import annotations
 

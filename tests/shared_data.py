@@ -1,4 +1,4 @@
-"""Public data files for tests, which lie outside of the repository: a folder `shared/data` in it or above it."""
+"""Public data files for tests, not in version control: a folder `shared/data` in the repository or above it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def find_shared(name: str) -> Path:
-    """Return a file or folder of the shared data; skip the test where it is absent."""
+    """Return a file or folder of the shared data; skip the test if it is absent."""
     found = next(
         (path for parent in Path(__file__).parents if (path := parent / "shared" / "data" / name).exists()), None
     )
@@ -20,6 +20,6 @@ def find_shared(name: str) -> Path:
 
 
 def read_shared_rows(name: str) -> list[dict[str, Any]]:
-    """Return the rows of one JSONL file; skip the test where the folder is absent."""
+    """Return the rows of one JSONL file; skip the test if the folder is absent."""
     text = find_shared(name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines() if line.strip()]

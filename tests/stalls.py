@@ -1,4 +1,4 @@
-"""How long an event loop was held up by anything that ran on it, or that kept the interpreter to itself."""
+"""Measures how long an event loop was blocked by code that ran on it or held the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TICK_SECONDS = 0.002
 class LongestGap:
     """The longest time between two ticks of a task that only sleeps.
 
-    `cpu_seconds` is what the process computed in such a gap: on a busy machine it says more than the time that passed.
+    `cpu_seconds` is the most processor time used in a gap: on a busy machine it says more than wall time.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class LongestGap:
         await asyncio.sleep(TICK_SECONDS)
         try:
             yield self
-            await asyncio.sleep(TICK_SECONDS)  # a gap that ends now is measured by the tick after it
+            await asyncio.sleep(TICK_SECONDS)  # lets the tick after the last gap measure it
         finally:
             ticking.cancel()
 

@@ -1,4 +1,4 @@
-"""The architecture, enforced: imports, homes of heavy packages, widths of folders, and the glossary's words."""
+"""Enforces the architecture: imports, homes of heavy packages, widths of folders, and the glossary's words."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HOMES = {
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
-    """Yield (path from the root, syntax tree) of every file of ours but the tests."""
+    """Yield (path from the root, syntax tree) of every source file but the tests."""
     for room in ROOMS:
         for path in [ROOT / f"{room}.py", *sorted((ROOT / room).rglob("*.py"))]:
             if path.is_file():
@@ -65,7 +65,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def imports_at_load(tree: ast.Module) -> Iterator[str]:
-    """Yield what loading the module imports: not what a function imports later, nor what only a type checker sees."""
+    """Yield the imports at load time, without those inside functions or under TYPE_CHECKING."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -75,7 +75,7 @@ def imports_at_load(tree: ast.Module) -> Iterator[str]:
 
 
 def module_of(name: str) -> str | None:
-    """Return the module of ours that an imported name is or belongs to."""
+    """Return the project's module that an imported name is or belongs to."""
     while name:
         if name in MODULES:
             return name
@@ -107,7 +107,7 @@ def test_no_imports_go_in_a_circle():
         module: {it for name in imports_at_load(SOURCES[path]) if (it := module_of(name)) and it != module}
         for module, path in MODULES.items()
     }
-    while True:  # take away what needs nothing more, until nothing is left, or only circles are
+    while True:  # remove modules without remaining imports until none is left, or only circles are
         done = {module for module, others in needs.items() if not others & needs.keys()}
         if not done:
             break
@@ -127,7 +127,7 @@ def test_no_folder_is_wider_than_a_reader_can_hold(folder: str):
 
 @pytest.mark.parametrize("parent", ["memory", "runtime", "runtime/api", "optimizer"])
 def test_folders_beside_each_other_import_one_way(parent: str):
-    """Modules directly in the parent may be used by all its folders, or use them all; they are left out."""
+    """Modules directly in the parent are left out: they may use all its folders, or be used by them."""
     needs: dict[str, set[str]] = {}
     for path in MODULES.values():
         own = folder_in(parent, path)
@@ -146,14 +146,14 @@ def folder_in(parent: str, path: str) -> str | None:
 
 
 def banned_names() -> dict[str, str]:
-    """Return each name that the glossary does without, and what it says instead."""
+    """Return each name that the glossary bans, with its replacement."""
     text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").partition("## Names not used")[2]
     rows = [row.strip("| \n").split(" | ") for row in text.splitlines() if row.startswith("| `")]
     return {name: better for names, better in rows for name in re.findall(r"`(\w+)`", names)}
 
 
 def defined_names(tree: ast.Module) -> Iterator[str]:
-    """Yield the names that a module gives: of classes, functions, arguments and variables."""
+    """Yield the names that a module defines: of classes, functions, arguments and variables."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield node.name

@@ -1,4 +1,4 @@
-"""What `.ci/run` does before it runs the tests: it installs what they would be skipped without, where it may."""
+"""`.ci/run` installs bubblewrap, without which tests are skipped, where it may, and then runs the tests."""
 
 from __future__ import annotations
 

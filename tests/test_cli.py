@@ -1,4 +1,4 @@
-"""The command line against a served world: what people read, what programs parse, how it fails."""
+"""The command line against a running server: output for people, output for programs, and errors."""
 
 from __future__ import annotations
 

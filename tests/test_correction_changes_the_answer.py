@@ -1,7 +1,7 @@
 """Twenty identical corrections change the answer of a real small model, over HTTP and the command line alone.
 
-SmolLM2-135M on the real vLLM, with the default recipe; nothing is faked. Most of the time goes into the start of the
-engine and the training; with fourteen other processes on two cores it took 18 minutes.
+SmolLM2-135M on the real vLLM, with the default recipe; nothing is faked. Most of the time is the start of the engine
+and the training; with fourteen other processes on two cores it took 18 minutes.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def test_twenty_identical_corrections_change_what_the_trained_policy_answers(cli
 
     outcome = learn(client)
     print(json.dumps({name: outcome[name] for name in ("verdict", "reason", "policy", "active")}))
-    # Nobody has played held-out tasks, so nothing is proved: the candidate waits, and can be asked by its name. What
-    # serves is the adapter that the embedded model comes with.
+    # No held-out task was played, so nothing is proved: the candidate waits, and is served only by its name. The
+    # active policy is the adapter that the embedded model comes with.
     assert (outcome["verdict"], outcome["active"]) == ("uninformative", "v1")
     artifacts = client.get(f"/v1/cycles/{outcome['cycle']}").json()["artifacts"]["demonstrations"]
     assert artifacts["num_corrections"] == artifacts["num_rows"] == DemonstrationConfig().min_rows

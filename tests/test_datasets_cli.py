@@ -1,4 +1,4 @@
-"""`import`, `export` and `examples` against a served world: files in, files out, broken off and run again."""
+"""`import`, `export` and `examples` against a running server: files in, files out, interrupted and run again."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
 
 
 def questions(number: int) -> list[dict]:
-    # what Python takes for the end of a line is text to JSON
+    # a line separator to Python, but plain text in JSON
     return [{"question": f"What is {each}\u2028+\x851?", "answer": str(each + 1)} for each in range(number)]
 
 

@@ -1,4 +1,4 @@
-"""What the documents show runs: Python against a served world, TOML through the settings, commands through the CLI."""
+"""The documents' examples run: Python against a server, TOML through the settings, commands through the CLI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The everyday verbs against a served world: chat, documents, feedback, cycles, reports; and how the output looks."""
+"""Everyday commands against a running server: chat, documents, feedback, cycles, reports; and the output's style."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from runtime.cli.render import render_banner
 from tests.runtime.api.worlds import ServedWorld
 
 ESCAPES = "\x1b]0;pwned\x07\x1b[2J\x9b31m\u202e[red]late[/red]\r\x08"
-"""Sets the window's title, clears the screen, colours, turns the text round, overwrites the line."""
+"""Sets the window's title, clears the screen, colours, reverses the text's direction, overwrites the line."""
 
 
 class Terminal(io.StringIO):
-    """Standard input with a person at it."""
+    """Standard input that is a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -170,7 +170,7 @@ def test_cycles_are_listed_and_the_newest_report_is_read(world: ServedWorld, cli
     assert f"cycle '{failed}' has no report" in as_json("report", failed)[1]["error"]["message"]
 
 
-# how it looks
+# style of the output
 
 
 def test_the_list_of_trajectories_shows_the_question_in_80_columns(cli, as_json) -> None:

@@ -1,4 +1,4 @@
-"""The verbs about keys, where a server runs and where none does; and the address a server refuses to listen on."""
+"""The commands about keys, with and without a running server, and the addresses a server refuses to listen on."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_running_server_is_asked_with_a_key(cli, tmp_path: Path, monkeypatch: 
             assert cli(*verb, "--url", world.url)[0] == 0
         played = cli("play", "--environment", "doors", "--tasks", "1", "--url", world.url)[1]
         assert played["num_tasks"] == 1
-        # The directory has its owner: the server there is asked, once it has said where it is.
+        # The directory is owned by the server, which is asked once its address is recorded.
         code, refused = cli("keys", "list", "--data", str(tmp_path / "data"))
         said = refused["error"]["message"]
         assert code == 1 and "in use by process" in said and "--url" in said

@@ -1,4 +1,4 @@
-"""Who may start and judge a cycle with which bars: the operator's hold for every key but an administrator's."""
+"""The bars of a cycle by key: only an administrator's key may lower those of the operator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.optimizer.cycle.test_release_gate import World, candidate_always, rea
 from tests.runtime.api.worlds import ServedWorld
 
 NO_BARS = {"margin": -1.5, "min_tasks": 1, "num_tasks": 2, "false_promotion_rate": 0.49}
-# Learns from logged episodes, of which there are none: with sound settings a cycle is refused for that.
+# Learns from logged episodes, of which there are none: a cycle with valid settings is refused for that.
 LOGGED = OptimizerConfig(environment="kitchen", practice_episodes=0, explore_episodes=0)
 
 Start = Callable[[str, dict[str, Any]], httpx.Response]

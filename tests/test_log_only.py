@@ -1,7 +1,7 @@
-"""An agent in LangGraph, unaware of us, gets better by its `base_url`: there is its log, and its author's feedback.
+"""A LangGraph agent that knows the server only by its `base_url` improves by its log and its author's feedback.
 
-Nothing can be played here: the learner's seams to rollouts and tasks raise. The engine is played and the trainer quick,
-as in test_loop.py; the clients, the socket, the graph, the rows, the gate and the swap are real. With the real engine:
+The learner cannot play: its seams to rollouts and tasks raise. The engine and the trainer are fakes, as in
+test_loop.py; the clients, the socket, the graph, the rows, the gate and the swap are real. With the real engine:
 `python -m tests.bench.log_only`.
 """
 
@@ -52,14 +52,14 @@ async def cannot_play(*asked: Any, **how: Any) -> Any:
 
 @dataclass
 class Author:
-    """The app, and who wrote it."""
+    """The app and its author."""
 
     url: str
     connections: httpx.AsyncClient
     http: httpx.AsyncClient
 
     async def cook(self, meal: int, *, metadata: dict[str, str] | None = None, **how: Any) -> tuple[str, bool]:
-        """Have the app make a meal; return the last answer's id, and whether it is good."""
+        """Let the app make a meal; return the last answer's id, and whether the meal is good."""
         said: list[str] = []
 
         async def act(command: str) -> str:
@@ -97,13 +97,13 @@ class Author:
             (await self.http.post(path, json=body)).raise_for_status()
 
     async def practise(self) -> None:
-        """Cook every meal twice, once with luck, as anybody's client would, and say how it was."""
+        """Cook every practice meal twice as an ordinary client, once with a lucky seed, and reward it."""
         for seed in (LUCKY, UNLUCKY):
             for meal in PRACTICE:
                 await self.reward(*await self.cook(meal, model="agent", temperature=1.0, seed=seed))
 
     async def measure(self, policy: str) -> int:
-        """Cook the meals that only measure as one policy; return how many are good."""
+        """Cook the held-out meals with one policy; return how many are good."""
         tried = await asyncio.gather(
             *(
                 self.cook(
@@ -161,7 +161,7 @@ async def test_an_agent_gets_better_by_its_base_url_alone(world: PlayedWorld, au
     assert cycle["verdict"]["decision"] == "uninformative"
     assert cycle["verdict"]["reason"].startswith("0 tasks were played by both")
     num_tasks = [cycle["artifacts"][rows]["num_tasks"] for rows in ("demonstrations", "preferences")]
-    assert num_tasks == [8, 4]  # shown the wins of the first round, the base won the even meals in the second as well
+    assert num_tasks == [8, 4]  # with the first wins in memory, the base won the even meals in the second round as well
     assert [it.text for it in memory.insights.active("")] == ["fry the _ -> cook _ with stove"]
     candidate = memory.policies.get(cycle["artifacts"]["candidate"])
     assert candidate.stage is PolicyStage.CANDIDATE and memory.policies.active().version == 0
@@ -199,7 +199,7 @@ async def test_a_candidate_that_is_worse_is_rejected_and_the_same_tasks_do_not_d
     assert (judged["decision"], judged["active"]) == ("reject", "v0")
     assert world.memory.policies.get(candidate).stage is PolicyStage.REJECTED
 
-    await author.measure(candidate)  # the same tasks, once more
+    await author.measure(candidate)  # the same tasks again
     again = (await author.judge(candidate)).json()
 
     assert again["decision"] == "uninformative" and again["reason"].startswith("0 tasks were played by both")
@@ -217,7 +217,7 @@ async def test_the_app_in_the_documents_plays_as_it_stands(tmp_path: Path) -> No
             ended = await load_app().play(tmp_path / "cooking-500000.z8", model)
         asked = world.fake.requests[-1]
 
-    # The pocket model knows no other words and no other tool, so the app's own must be the same.
+    # The pocket model knows only this wording and this tool, so the app's must be identical.
     assert asked["messages"][1]["content"] == played_here.task_text
     assert asked["tools"] == [tool.definition() for tool in played_here.tools]
     looked = await played_here.tools[0].call({"command": "look"})

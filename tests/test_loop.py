@@ -1,8 +1,8 @@
 """The whole loop: request -> reward -> cycle -> swap, and the second answer differs because of the first.
 
-First over a played engine and a trainer that is quick, where every cause is in this file; then the same on the real
-engine with the pocket model, real games and real trainers. Nothing else is faked: SQLite, the agent's graph, the
-cycle's graph, the gate and the swap are the ones that serve.
+First with a fake engine and a fake trainer, both scripted in this file; then on the real engine with the pocket model,
+real games and real trainers. Nothing else is faked: SQLite, the agent's graph, the cycle's graph, the gate and the swap
+are those of production.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ FROM_ONE_EPISODE = BY_HAND.model_copy(
 
 
 class Kitchen(Environment):
-    """Meals by number: read the cookbook, then fry what it names, which wants the stove."""
+    """Meals by number: read the cookbook, then fry the food that it names, on the stove."""
 
     name = "kitchen"
     system_prompt = "You cook."
@@ -101,7 +101,7 @@ class Kitchen(Environment):
 
 
 class Meal(Playthrough):
-    """One meal under way."""
+    """One meal in progress."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -121,10 +121,10 @@ class Meal(Playthrough):
 
 
 class Cook(FakeEngine):
-    """The engine by hand. Its base takes the oven unless luck or memory says otherwise; an adapter, what it was taught.
+    """A scripted engine. Its base takes the oven unless the seed or memory says otherwise; an adapter does as taught.
 
-    The base can read memory at even meals only, so that there is something left to learn. Token ids are those of the
-    pocket model's tokenizer, so that what was played can be learned from.
+    The base uses memory at even meals only, so that something is left to learn. Token ids are those of the pocket
+    model's tokenizer, so that episodes can be trained on.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -159,7 +159,7 @@ class Cook(FakeEngine):
 
 
 class QuickTrainer:
-    """The fake at the trainer's seam: its adapter takes the appliance that its rows took, or what it was planted."""
+    """The fake at the trainer's seam: its adapter takes the appliance most frequent in its rows, or `planted`."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -181,7 +181,7 @@ class QuickTrainer:
 
 @dataclass
 class World:
-    """Everything that serves, over a played engine."""
+    """All parts of the server, on a fake engine."""
 
     memory: Memory
     engine: Cook
@@ -285,12 +285,12 @@ async def test_a_planted_worse_candidate_is_rejected_and_the_incumbent_stays_on(
     assert (await world.ask("2")).policy == 0
 
 
-# The same on the real engine, in this order: each test goes on with the memory that the ones before it left.
+# The same on the real engine, in this order: each test continues with the memory of the ones before it.
 
 RIGHT = ("fry the _ -> cook _ with stove", "roast the _ -> cook _ with oven")
 RIGHT += tuple(f"{cut} the _ -> {cut} _ with knife" for cut in ("chop", "slice", "dice"))
 NUM_AT_ONCE = 32
-NUM_PRACTICE = 32  # as many as are played at once
+NUM_PRACTICE = 32  # all are played in parallel
 SMALL = {
     **{"num_practice_tasks": 24, "practice_episodes": 48, "explore_episodes": 32, "num_selection_tasks": 0},
     "demonstrations": {"min_rows": 8},
@@ -299,12 +299,12 @@ SMALL = {
     "recipe": {"sft_epochs": 2, "dpo_epochs": 1},
 }
 CYCLE_SECONDS = 1800
-SPOILED_BY = -1.0  # factor on every lora_B: as much as it helped, it shall harm
+SPOILED_BY = -1.0  # factor on every lora_B: reverses the adapter's effect
 
 
 @dataclass
 class Kept:
-    """The system as `serve.py serve` composes it, and what one test leaves for the next."""
+    """The system as `serve.py serve` composes it, and the state that tests hand on."""
 
     services: Services
     practice: list[Task]
@@ -315,7 +315,7 @@ class Kept:
         return self.services.memory
 
     async def play(self, name: str, tasks: Sequence[Task], *, policy: int = 0, use_memory: bool = False) -> CellResult:
-        """Play greedily, as the gate does."""
+        """Play greedily, as the release gate does."""
         kept, rollout = self.memory.trajectories, partial(play, self.services.agent)
         judging = {"grade": kept.effective_reward, "success_reward": kept.success_reward}
         judging["count_model_calls"] = lambda trajectory_id: kept.measure(trajectory_id).num_model_calls
@@ -329,9 +329,9 @@ class Kept:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Kept]:
-    """The pocket model on the real vLLM, with TextWorld, composed and started by serve.py; the API alone is missing."""
+    """The pocket model on the real vLLM, with TextWorld, composed and started by serve.py, but without the API."""
     home = tmp_path_factory.mktemp("loop")
-    (home / "ratchet.toml").touch()  # nobody's own settings
+    (home / "ratchet.toml").touch()  # not the user's own settings
     flags = ["--engine.model", "pocket", "--engine.kv_cache_gib", "1", "--engine.startup_seconds", "900"]
     flags += ["--agent.max_output_tokens", "64"]
     settings = serve.read_all_settings(home / "ratchet.toml", {"data": str(home / "data")}, flags)
@@ -351,7 +351,7 @@ async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Kept]:
 
 
 def on_real_engine(test):
-    """Mark a test that shares the module's engine, and with it the event loop."""
+    """Mark a test that shares the module's engine, and so its event loop."""
     return pytest.mark.engine(pytest.mark.asyncio(loop_scope="module")(test))
 
 
@@ -392,7 +392,7 @@ async def test_many_seeded_episodes_at_once_kill_nothing(real: Kept):
 async def test_recorded_tokens_render_again_exactly(real: Kept, tokenizer: Any):
     graded = grade(real.memory, environment="textworld")
     assert any(each.trajectory.memory_text for each in graded)
-    as_if_won = [replace(each, is_success=True) for each in graded]  # losers must render again as well
+    as_if_won = [replace(each, is_success=True) for each in graded]  # lost episodes must render again as well
     config = DemonstrationConfig(keep_memory_share=0.0, per_task=1000)
 
     built = build_demonstrations(as_if_won, tokenizer, config=config, max_length_tokens=2048)
@@ -470,7 +470,7 @@ async def test_a_planted_worse_adapter_is_not_promoted(real: Kept):
 
 
 async def plant_spoiled_copy(memory: Memory, policy: Policy) -> Policy:
-    """Register a candidate with a spoiled copy of a policy's adapter, honestly recorded."""
+    """Register a candidate with a spoiled copy of a policy's adapter and valid records."""
     original, version = Path(policy.adapter_path), len(memory.policies.select())
     final = original.with_name(f"spoiled-v{version}")
     await asyncio.to_thread(write_spoiled_copy, original, final, version=version, parent=policy.version)
@@ -481,7 +481,7 @@ async def plant_spoiled_copy(memory: Memory, policy: Policy) -> Policy:
 
 
 def write_spoiled_copy(original: Path, final: Path, **told: Any) -> None:
-    """Write an adapter whose every lora_B is `SPOILED_BY` times the original's, and say so in its manifest."""
+    """Write an adapter with every lora_B of the original times `SPOILED_BY`, and a matching manifest."""
     from peft import PeftModel
     from safetensors.numpy import load_file, save_file
     from transformers import AutoModelForCausalLM

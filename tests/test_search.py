@@ -1,6 +1,6 @@
-"""Search, over a played engine: the real agent replays real episodes, and only the engine and the trainer are fakes.
+"""Search: the real agent replays real episodes, and only the engine and the trainer are fakes.
 
-One step decides each task, and many follow that decide nothing, so that whole episodes do not tell which step it was.
+One step decides each task, and many irrelevant ones follow, so that whole episodes do not show which step it was.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = ["tokenizer"]
 
 FIRST_HELD_OUT = 500
 NUM_STEPS_AFTER = 7
-"""With so many steps between the decision and its end, a loss is no evidence against any of them."""
+"""With so many steps between the decision and the end, a loss is no evidence against any single step."""
 NUM_POINTS, NUM_WAYS, NUM_ROLLOUTS = 6, 3, 2
 CONFIG = OptimizerConfig.model_validate(
     {
@@ -63,11 +63,11 @@ CONFIG = OptimizerConfig.model_validate(
 
 
 class Died(BaseException):
-    """The process is gone: nothing may catch this."""
+    """Simulates the death of the process: no code may catch it."""
 
 
 class Vault(Environment):
-    """Two doors, of which the red one leads to the gold; the way behind both looks the same."""
+    """Two doors, of which the red one leads to the gold; the steps behind both look the same."""
 
     name = "vault"
     system_prompt = "You explore."
@@ -76,9 +76,9 @@ class Vault(Environment):
     def __init__(self) -> None:
         self.num_started = 0
         self.fickle: set[str] = set()
-        """Tasks whose first answer is another one in each start."""
+        """Tasks whose first tool result differs at each start."""
         self.fails_at: set[int] = set()
-        """The starts that fail, by their number."""
+        """Numbers of the starts that fail."""
 
     def task(self, name: str) -> Task:
         split = Split.PRACTICE if int(name) < FIRST_HELD_OUT else Split.HELD_OUT
@@ -96,7 +96,7 @@ class Vault(Environment):
 
 
 class Walk(Playthrough):
-    """One vault under way."""
+    """One vault in progress."""
 
     def __init__(self, task: Task, mark: str) -> None:
         self.task, self.task_text, self.mark = task, f"Find the gold of vault {task.name}.", mark
@@ -123,7 +123,7 @@ class Walk(Playthrough):
 
 
 class Explorer(Cook):
-    """The base opens the red door of a vault every second time; an adapter, the one that it was taught."""
+    """The base opens the red door of a vault every second time; an adapter opens the door that it was taught."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
@@ -149,7 +149,7 @@ class Explorer(Cook):
 
 
 class DoorTrainer:
-    """The fake at the trainer's seam. SFT leaves the policy as it is; search teaches the door that is preferred."""
+    """The fake at the trainer's seam. SFT changes nothing; search teaches the preferred door."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -171,7 +171,7 @@ class DoorTrainer:
 
 @dataclass
 class World:
-    """Everything that serves, over a played engine."""
+    """All parts of the server, on a fake engine."""
 
     memory: Memory
     agent: Agent
@@ -222,7 +222,7 @@ async def test_a_branch_replays_the_beginning_and_plays_on_to_a_reward_of_its_ow
     branch, own = branches[0], world.memory.trajectories.steps(branches[0].id)
     assert (branch.branch_of, branch.branch_position, branch.stage) == (origin.id, 2, TrajectoryStage.FINISHED)
     assert [(it.kind, it.content) for it in own[:2]] == [(it.kind, it.content) for it in steps[:2]]
-    assert own[2].prompt_token_ids == steps[2].prompt_token_ids  # token by token, after the replay
+    assert own[2].prompt_token_ids == steps[2].prompt_token_ids  # the same tokens after the replay
     # replayed tokens are not counted again
     assert own[0].prompt_token_ids is None and own[0].output_token_ids is None
     assert branch.prompt_tokens == sum(len(it.prompt_token_ids or ()) for it in own[2:]) < origin.prompt_tokens
@@ -311,7 +311,7 @@ async def test_the_budget_holds_and_is_told_before_anything_is_played(world: Wor
     at_points = Counter((it.branch_of, it.branch_position) for it in world.branches())
     firsts = {key: number for key, number in at_points.items() if key[0] not in {it.id for it in world.branches()}}
     assert len(firsts) == summary["num_points"] == NUM_POINTS and set(firsts.values()) == {NUM_WAYS}
-    # of three ways on, two are the same: the other one is tried once more
+    # two of the three ways are equal: the different one is played once more
     assert summary["num_branches"] == NUM_POINTS * (NUM_WAYS + 1) and summary["num_rows"] == NUM_POINTS
     assert f"{summary['num_branches']} branches at {summary['num_points']} steps" in world.report(cycle_id)
 
@@ -325,7 +325,7 @@ async def test_a_point_that_cannot_be_replayed_is_dropped_and_counted(world: Wor
     points = artifacts["branch_points"]["search"]
     dropped = [it for it in points if it["mismatch"]]
     fickle = {it.id for it in world.episodes() if it.task in world.vault.fickle}
-    # the first call of a task is made before anything was answered, so there is nothing to differ
+    # before the first call of a task there is no tool result that could differ
     assert dropped and all(it["trajectory_id"] in fickle and "visit" in it["mismatch"] for it in dropped)
     assert artifacts["branches"]["num_mismatches"] == len(dropped)
     assert not {it.branch_of for it in world.branches()} & {it["trajectory_id"] for it in dropped}

@@ -1,4 +1,4 @@
-"""The server as a process: how it starts, answers, refuses a second one, and stops, over an engine that is played."""
+"""The server as a process, on a fake engine: it starts, answers, refuses a second server, and stops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ START_SECONDS = 120
 
 @pytest.fixture(scope="module")
 def engine_url() -> Iterator[str]:
-    """The address of a played engine, which lives in a thread of its own."""
+    """The address of a fake engine, which runs in its own thread."""
     loop, started, found = asyncio.new_event_loop(), threading.Event(), []
 
     async def run() -> None:
@@ -59,7 +59,7 @@ def begin(engine_url: str, data: Path, *more: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def server(engine_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict, subprocess.Popen[str]]]:
-    """A running server and what it said of itself."""
+    """A running server, and the facts that it printed."""
     data = tmp_path_factory.mktemp("serve") / "data"
     process = begin(engine_url, data, "--json", "--tools.documents", "true")
     line = process.stdout.readline()
@@ -174,7 +174,7 @@ def test_a_server_with_keys_may_listen_anywhere_and_asks_everybody(engine_url: s
         mine = {"Authorization": f"Bearer {key}"}
         assert httpx.get(f"{url}/v1/models", headers=mine, trust_env=False, timeout=60).status_code == 200
         beside, known = run_cli("keys", "list", *at), run_cli("keys", "list", "--key", key, *at)
-        assert json.loads(beside.stdout)["error"]["code"] == "invalid_api_key"  # the owner was asked, and asked back
+        assert json.loads(beside.stdout)["error"]["code"] == "invalid_api_key"  # the owner answered, and requires a key
         assert [row["name"] for row in json.loads(known.stdout)["data"]] == ["operator"]
     finally:
         process.terminate()
@@ -189,7 +189,7 @@ def test_a_tool_that_cannot_be_had_ends_the_start_in_one_line(engine_url: str, t
 
 
 def test_a_library_that_is_still_at_work_does_not_spoil_the_exit_code():
-    """On Python's own exit its thread would be unwound through C++, and the process would abort: -6."""
+    """On a normal exit of Python the library's thread would be unwound through C++, and abort the process: -6."""
     code = """
 import threading, torch
 from runtime.cli.output import exit_process

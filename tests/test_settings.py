@@ -1,4 +1,4 @@
-"""Settings: who wins, and how a mistake is named."""
+"""Settings: the precedence of their sources, and the messages of mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands `tasks make` and `tasks check`, and task files over a served world."""
+"""The commands `tasks make` and `tasks check`, and task files on a running server."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_demonstrations_of_practice_tasks_become_rows_of_messages_and_tools(tmp_
 
 
 class ShownDoors(Doors):
-    """Doors whose practice tasks have a demonstration; one of them is torn, and one of the doors is stuck."""
+    """Doors whose practice tasks have demonstrations; one demonstration fails, and one task does not start."""
 
     torn, stuck = ("1",), ("2",)
 
@@ -123,13 +123,13 @@ class ShownDoors(Doors):
 
 
 class ShutDoors(ShownDoors):
-    """Doors none of which starts."""
+    """Doors whose tasks all fail to start."""
 
     torn, stuck = (), tuple(map(str, range(50)))
 
 
 class NoDoors(ShownDoors):
-    """Doors that are not there."""
+    """An environment that refuses to start."""
 
     async def start(self, task: Task) -> Playthrough:
         raise EnvironmentRefused("doors needs a house: build one")
@@ -164,7 +164,7 @@ def test_play_plays_a_task_file_through_the_server(tmp_path: Path, capsys):
     environments = open_environments({"mine": EnvironmentConfig(tasks=path, system_prompt="Add.")}, tmp_path)
 
     def offer(services: Services) -> None:
-        cast("dict[str, Environment]", services.environments).update(environments)  # the agent's own dict
+        cast("dict[str, Environment]", services.environments).update(environments)  # shared with the agent
 
     with PlayedWorld(tmp_path / "data", lambda request: Reply("4"), change=offer) as world:
         code, played = call(capsys, "play", "--environment", "mine", "--url", world.url)

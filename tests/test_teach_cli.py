@@ -1,4 +1,4 @@
-"""`teach` against a served world and a scripted teacher: what it solves is imported, and skipped the next time."""
+"""`teach` against a running server and a scripted teacher: solved tasks are imported, and skipped the next time."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ COMMAND_LINE = (Path(__file__).parents[1] / "docs" / "command_line.md").read_tex
 
 
 def open_left(request: dict) -> Reply:
-    """Solve every task but those whose number ends with 3."""
+    """Solve all tasks but those whose number ends with 3."""
     asked = next(message["content"] for message in request["messages"] if message["role"] == "user")
     return call("open", door="right" if asked.endswith("3") else "left")
 
 
 class DoorsWithPages(Doors):
-    """Doors whose tool returns text that others wrote."""
+    """Doors whose tool returns untrusted text."""
 
     async def start(self, task: Task) -> Playthrough:
         playthrough = await super().start(task)
@@ -45,7 +45,7 @@ class DoorsWithPages(Doors):
 
 
 class DoorsThatStick(Doors):
-    """Doors one of whose tasks does not start."""
+    """Doors with one task that does not start."""
 
     async def start(self, task: Task) -> Playthrough:
         if task.name == "2":
@@ -54,7 +54,7 @@ class DoorsThatStick(Doors):
 
 
 class NoDoors(Doors):
-    """Doors that are not there."""
+    """An environment that refuses to start."""
 
     async def start(self, task: Task) -> Playthrough:
         raise EnvironmentRefused("doors needs a house: build one")
@@ -62,7 +62,7 @@ class NoDoors(Doors):
 
 @pytest.fixture
 def teacher() -> Iterator[FakeEngine]:
-    """A scripted endpoint in a thread of its own, since the command runs its own event loop."""
+    """A scripted endpoint in its own thread, because the command runs its own event loop."""
     engine = FakeEngine(open_left)
     engine.api_key = KEY
     started, loop = threading.Event(), asyncio.new_event_loop()
@@ -106,7 +106,7 @@ def cli(
 
 
 def replace_doors(config: Path, name: str) -> None:
-    """Configure a class of this module instead of the doors."""
+    """Configure a class of this module in place of `Doors`."""
     text = config.read_text().replace("tests.runtime.api.worlds:Doors", f"tests.test_teach_cli:{name}")
     config.write_text(text)
 
@@ -133,7 +133,7 @@ def test_what_a_teacher_solves_is_learnable_and_skipped_the_next_time(world: Ser
     assert (again["num_skipped"], again["num_solved"], again["num_unsolved"]) == (4, 1, 1)
     assert len(teacher.requests) == num_requests + 2
     asked = [message["content"] for request in teacher.requests for message in request["messages"]]
-    assert not any(f"task {number}" in text for text in asked for number in range(50, 60))  # those are held out
+    assert not any(f"task {number}" in text for text in asked for number in range(50, 60))  # held-out tasks
 
 
 def test_an_episode_that_read_untrusted_text_is_kept_and_never_learned(

@@ -26,7 +26,7 @@ PLAN = "Read the book, then fry."
 
 
 class TeamCook(Cook):
-    """A cook that also plans, and acts on a plan as without one."""
+    """A cook that also plans, but ignores the plan when it acts."""
 
     async def reply(self, body: dict[str, Any]) -> Reply:
         if body["messages"][0]["content"] == PLANNER_PROMPT:
@@ -46,7 +46,7 @@ class TeamCook(Cook):
 
 
 class ReadingTrainer(QuickTrainer):
-    """A trainer that keeps the texts that its rows train."""
+    """A trainer that records the texts that its rows train."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)

@@ -1,4 +1,4 @@
-"""A test that hangs ends after its time, whatever hangs, and the rest of the suite is run all the same."""
+"""A test that hangs ends after its time limit, in whatever way it hangs, and the rest of the suite still runs."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_what_hangs_is_ended_by_name_and_the_others_are_run(tmp_path: Path):
     command = [sys.executable, "-m", "pytest", *options.split(), *limits]
     run = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=150)
     assert run.returncode == 1, run.stdout + run.stderr
-    assert "2 failed, 2 passed" in run.stdout  # the first passed, then hung as it was taken down
+    assert "2 failed, 2 passed" in run.stdout  # the first passed, then hung in teardown
     assert "::test_another" in run.stdout
     for name in ("test_a_task_that_does_not_let_itself_be_cancelled", "test_a_lock_that_nobody_gives_back"):
         assert f"crashed while running 'test_hanging.py::{name}'" in run.stdout
-    assert "in test_a_lock_that_nobody_gives_back" in run.stderr  # where it stood
+    assert "in test_a_lock_that_nobody_gives_back" in run.stderr  # its stack

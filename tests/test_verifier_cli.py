@@ -1,4 +1,4 @@
-"""The commands `verifier train` and `verifier grade`: what they refuse."""
+"""The commands `verifier train` and `verifier grade` refuse unusable input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for what another task or thread does. The limit is for a busy machine: it is reached by what never comes."""
+"""Waits for conditions that another task or thread fulfils. The limits allow for a busy machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
-    """Wait until something holds; return whether it came to."""
+    """Wait until a condition holds; return False if it does not in time."""
     deadline = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > deadline:

@@ -1,6 +1,6 @@
-"""A Llama forward pass in numpy over a GGUF file's own tensors, as llama.cpp computes it: a second opinion on what
-a conversion made of them. Query and key weights are used as they lie in the file, where rotary embeddings turn
-neighbouring dimensions."""
+"""A Llama forward pass in numpy over a GGUF file's own tensors, as llama.cpp computes it: an independent check of the
+conversion. Query and key weights are used in the file's layout, where rotary embeddings rotate neighbouring
+dimensions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(weights: dict[str, Array], settings: dict, ids: list[int]) -> Array:
 
 
 def rotate(values: Array, heads: int, base: float) -> Array:
-    """Return the heads of `values`, each pair of neighbouring dimensions turned by its position."""
+    """Return the heads of `values` with each pair of neighbouring dimensions rotated by its position."""
     parts = values.reshape(len(values), heads, -1, 2)
     size = 2 * parts.shape[2]
     angles = numpy.arange(len(values))[:, None] * base ** (-numpy.arange(0, size, 2) / size)

@@ -1,4 +1,4 @@
-"""The converted model is the one of the GGUF file: its tokens, its template, its logits."""
+"""The converted model equals that of the GGUF file: tokens, template, logits."""
 
 from __future__ import annotations
 
