@@ -34,7 +34,7 @@ def add(index: VectorIndex, numbers: range) -> None:
 
 
 def compare(index: VectorIndex, numbers: range) -> None:
-    """Compare one row, two rows, and so on, up to all of the first ones, from several threads as a server does."""
+    """Compare with 1, 2, ... up to `NUM_BEFORE` rows, from several threads as a server does."""
     query = IndexQuery("exemplars", "text", {"tenant": "", "user_id": "p0"}, 10, None)
     vector = numpy.ones(DIM, dtype="float32")
 
@@ -48,7 +48,7 @@ def compare(index: VectorIndex, numbers: range) -> None:
 def main() -> None:
     index = VectorIndex(Path(sys.argv[1]), "random")
     index.open()
-    add(index, range(NUM_BEFORE))  # opening Chroma and its caches take some megabytes
+    add(index, range(NUM_BEFORE))  # Chroma and its caches take some megabytes at first
     compare(index, range(1))
     before = heap_mb()
     act = {"add": add, "compare": compare}[sys.argv[2]]

@@ -93,7 +93,7 @@ async def test_shared_words_that_a_persons_episodes_reworded_are_shared_no_more(
     await memory.insights.apply([lesson("be brief", kind=OperationKind.EDIT, new_text="be brief with jane")])
     assert await shown(memory, "hi") == ""
     await memory.insights.apply([lesson("be brief with jane", is_shared=True)])
-    assert "be brief with jane" in await shown(memory, "hi")  # found by itself among what is shared
+    assert "be brief with jane" in await shown(memory, "hi")  # a shared insight in its own right
 
 
 async def test_evidence_does_not_reword_what_was_approved_nor_bring_back_what_was_retired(memory: Memory):

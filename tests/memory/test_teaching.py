@@ -1,4 +1,4 @@
-"""The feedback that may teach the weights, which serve every tenant."""
+"""Which feedback may teach the weights, which serve every tenant."""
 
 from __future__ import annotations
 

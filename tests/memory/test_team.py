@@ -1,4 +1,4 @@
-"""Whose a step is, what a check decided, and where a plan is shown."""
+"""The role of a step, the decision of a check, and the position of a plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No tenant finds another's rows: by id, in lists, by words or by vectors."""
+"""No tenant finds another's rows: by id, in lists, by text or by vectors."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def test_what_is_another_tenants_is_not_there(memory: Memory):
     for ask in (memory.responses.get, memory.responses.conversation):
         with pytest.raises(UnknownResponse):
             ask("resp_1", tenant="zeta")
-    with pytest.raises(UnknownResponse):  # also on the way back
+    with pytest.raises(UnknownResponse):  # also through a link to it
         memory.responses.conversation("resp_2", tenant="zeta")
     with pytest.raises(UnknownResponse):
         await memory.responses.delete("resp_1")
@@ -122,7 +122,7 @@ async def test_a_recorded_result_is_the_tenants_that_asked_for_it(memory: Memory
 
 
 async def test_any_order_of_writes_leaks_nothing(memory: Memory):
-    """A short form: 60 writes of three tenants in a random order, an own mark in each; then everything is asked for."""
+    """60 writes of three tenants in a random order, each with its tenant's mark; then each tenant reads everything."""
     choose = random.Random(7)
     for number in range(60):
         tenant = choose.choice(TENANTS)

@@ -1,4 +1,4 @@
-"""Many episodes at once, without the waits of real ones: for tests and the benchmark of exports."""
+"""Writes many episodes in bulk, for tests and the benchmark of exports."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def store_episodes(database: Database, num_episodes: int, *, tenant: str =
 
 
 def make_step(trajectory_id: str, position: int, token_ids: int) -> dict:
-    """Return a step: by turns a call of the model, with its token ids, and the result of a tool."""
+    """Return a step: alternately a model call, with its token ids, and a tool result."""
     step = {"trajectory_id": trajectory_id, "position": position, "created_at": now()}
     if position % 2:
         return step | {

@@ -1,4 +1,4 @@
-"""Imported examples: each once in a tenant, teaching as their key may, never shown to anybody."""
+"""Imported examples: stored once per tenant, learned from only if their key may teach, never shown to users."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_a_second_import_adds_nothing_and_a_tenant_has_each_row_once(memor
     assert await memory.examples.add([PLAIN, *ALL], replace(KITCHEN, source="b.jsonl")) == AddedExamples(
         0, 5, teaches=True
     )
-    # the same words for another environment, with another label or of another tenant are other examples
+    # the same text for another environment, with another label or of another tenant is another example
     assert await memory.examples.add([PLAIN], replace(KITCHEN, environment="")) == AddedExamples(1, 0, teaches=True)
     assert await memory.examples.add([replace(LABEL, is_good=True)], KITCHEN) == AddedExamples(1, 0, teaches=True)
     assert await memory.examples.add(ALL, replace(KITCHEN, tenant="shop")) == AddedExamples(4, 0)
@@ -95,7 +95,7 @@ async def test_an_example_teaches_from_the_moment_that_somebody_who_may_teach_im
     assert learnable(memory) == []
     added = await memory.examples.add([PLAIN, DEMONSTRATION], KITCHEN)
     assert added == AddedExamples(0, 2, num_raised=2, teaches=True) and len(learnable(memory)) == 2
-    # and nobody takes it back by importing it once more
+    # another import does not take it back
     assert await memory.examples.add([PLAIN], replace(KITCHEN, key_id=key.id)) == AddedExamples(0, 1)
     assert len(learnable(memory)) == 2
 

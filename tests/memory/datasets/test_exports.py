@@ -1,4 +1,4 @@
-"""What an export holds, whose it is, and how much memory it needs."""
+"""Exports: their content, their tenant, and the memory that they need."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def test_what_clients_hold_out_by_name_or_by_text_is_exported_as_trajector
     assert len(export(memory, "trajectories")) == 7
     first, *imported = export(memory, "demonstrations")
     assert commands(first) == ['{"command": "fry"}', '{"command": "eat"}'] and first.task == won.task
-    assert imported == [PLAIN, replace(PLAIN, prompt=asked)]  # clients hold nothing out of an environment
+    assert imported == [PLAIN, replace(PLAIN, prompt=asked)]  # a client's held-out tasks do not affect an environment
     assert [label.task for label in export(memory, "labels")] == ["free"] and export(memory, "preferences") == []
     assert len(export(memory, "demonstrations", tenant="shop")) == 1
 
@@ -130,7 +130,7 @@ async def test_an_export_needs_the_memory_of_a_page_however_long_it_is(memory: M
     async def peak_of(tenant: str, num_steps: int) -> int:
         await store_episodes(memory.database, num_steps // STEPS_PER_EPISODE, tenant=tenant)
         query = ExportQuery(ExportContent.DEMONSTRATIONS, tenant)
-        next(memory.exports.read(query))  # compiles the statements
+        next(memory.exports.read(query))  # warm-up: compiles the statements
         tracemalloc.start()
         num_trained = sum(
             sum(map(is_trained, content.completion))

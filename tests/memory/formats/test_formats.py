@@ -1,4 +1,4 @@
-"""Every format: what is written is read again as it was, real files are read whole, and bad rows say what to mend."""
+"""Every format: written rows are read back unchanged, real files are read whole, and bad rows name the fix."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read_real(name: str) -> list[tuple[dict, ExampleContent, str]]:
 
 
 def trained_texts(content: ExampleContent) -> list[str]:
-    """Return all that has a loss, as text."""
+    """Return all trained messages as text."""
     return [json.dumps([m["content"], m.get("tool_calls")]) for m in content.completion if is_trained(m)]
 
 
@@ -99,7 +99,7 @@ def test_what_is_written_is_recognised_and_read_as_it_was(name: str, content: Ex
     recognised, _ = recognise_row(row)
     assert recognised.name == name
     again = recognised.read(row)
-    # Alpaca's and SMART's rows have fields that only they need
+    # Alpaca's and SMART's rows have extra fields
     assert replace(again, extra={}) == content
 
 
@@ -269,7 +269,7 @@ def test_a_broken_call_of_a_model_is_left_out_where_objects_are_wanted():
 
 
 def test_no_row_whatever_breaks_a_reader():
-    """Rows of known fields with values of any type: they are read, or refused with a reason."""
+    """Rows of known fields with values of any type are read, or refused with a reason."""
     dice = random.Random(5)
     fields = sorted(
         {name for each in FORMATS.values() for name in re.findall(r"\w+", each.fields)} | {"system", "input"}
@@ -301,7 +301,7 @@ def test_no_row_whatever_breaks_a_reader():
         return {name: anything(depth - 1) for name in dice.sample([*fields, *inner], 4)}
 
     def turns() -> list[dict[str, Any]]:
-        """Mostly well formed: what is wrong everywhere is refused at once."""
+        """Return mostly valid turns: entirely wrong ones would be refused at once."""
         speakers = [("user", "human"), ("assistant", "gpt")] * dice.randrange(1, 3)
         return [
             {"role": role, "content": "hi", "from": speaker, "value": "hi"}

@@ -38,7 +38,7 @@ class OtherWriter:
         self._database, self._look = database, look
         self.num_writes = 0
         self.longest_cpu_seconds = 0.0
-        """What the whole process computed while one of the writes waited."""
+        """Most processor time that the process used during one write."""
 
     @contextlib.asynccontextmanager
     async def at_work(self) -> AsyncIterator[OtherWriter]:
@@ -78,13 +78,13 @@ async def test_others_write_between_the_batches_of_the_longest_document(database
 
 async def test_a_document_is_shown_when_all_of_it_is_there(database: Database):
     documents = Documents(database, passage_tokens=20)
-    searchables = IndexedRows.__new__(IndexedRows)  # of passages it needs nothing
+    searchables = IndexedRows.__new__(IndexedRows)  # no attribute is needed for passages
     seen = set()
 
     shown_documents = select(Document.title, func.count(col(Passage.id))).join(Passage).where(col(Document.is_whole))
 
     def look() -> None:
-        with database.read() as session:  # one moment of the database
+        with database.read() as session:  # one snapshot
             shown = tuple(tuple(row) for row in session.exec(shown_documents.group_by(col(Document.id))))
             seen.add((shown, sum(1 for _ in searchables.load_all(session, "passages"))))
 

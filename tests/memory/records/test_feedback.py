@@ -95,11 +95,11 @@ async def test_a_correction_speaks_of_the_last_reply_of_what_was_named(memory: M
     await correct("whole")
     await correct("first answer", answer_start=0)
     await correct("one step", step=0)
-    assert memory.feedback.corrections(limit=10) == []  # it may go on yet
+    assert memory.feedback.corrections(limit=10) == []  # the episode is still open
     await memory.trajectories.close(trajectory.id, stage=TrajectoryStage.FINISHED)
     await correct("second answer", answer_start=2)
     found = [(each.text, each.step.position) for each in memory.feedback.corrections(limit=10)]
-    assert found == [("first answer", 1), ("one step", 0), ("second answer", 3)]  # the last word on each reply
+    assert found == [("first answer", 1), ("one step", 0), ("second answer", 3)]  # the newest one of each reply
 
 
 async def test_corrections_of_held_out_tasks_teach_nothing(memory: Memory):

@@ -110,13 +110,13 @@ async def test_a_change_from_elsewhere_is_noticed_by_polling(policies: Policies,
     await policies.register_base("pocket")
     await policies.draft()
     waiting = asyncio.ensure_future(policies.wait_for_change(0))
-    await Policies(database).promote(1)  # another hand on the same rows, as another replica has it
+    await Policies(database).promote(1)  # as another replica on the same database does
     async with asyncio.timeout(30):
         assert await waiting == 1
 
 
 class PolicyMachine(RuleBasedStateMachine):
-    """Tries every move on every policy, and compares with a model of its own."""
+    """Tries every move on every policy, and compares the result with a simple model."""
 
     @initialize()
     def open(self) -> None:

@@ -178,7 +178,7 @@ async def test_what_waits_for_a_client_is_found_by_what_it_waits_for_and_outlive
     trajectories = memory.trajectories
     assert [it.id for it in trajectories.waiting(handover_digest="d")] == [first.id, second.id]
     assert [it.id for it in trajectories.waiting(episode_id="e2")] == [second.id]
-    assert trajectories.waiting(handover_digest="earlier") == []  # what was gone on from waits no more
+    assert trajectories.waiting(handover_digest="earlier") == []  # a resumed trajectory no longer waits
     assert trajectories.waiting(handed_over_before=first.opened_at) == []
     assert await trajectories.close_orphans() == 1
     assert trajectories.get(running.id).stage is TrajectoryStage.FAILED

@@ -40,7 +40,7 @@ async def test_no_verifier_grades_a_held_out_task(memory: Memory):
     episode = await play(memory, reward=None, split=Split.HELD_OUT)
     with pytest.raises(ValueError, match="held-out task: no verifier may grade it"):
         await grade_by_verifier(memory, episode.id)
-    # a row that came in another way decides nothing either
+    # a row written in another way is ignored as well
     await memory.database.write(
         lambda session: session.add(
             Reward(id="rew_1", trajectory_id=episode.id, value=1.0, source=RewardSource.VERIFIER)

@@ -72,7 +72,7 @@ class CountingEncoder(HashingEncoder):
 
     def encode(self, texts: Sequence[str]) -> numpy.ndarray:
         self.texts += texts
-        time.sleep(0.002 * len(texts))  # slower than whoever writes
+        time.sleep(0.002 * len(texts))  # slower than the writer
         return super().encode(texts)
 
 

@@ -1,4 +1,4 @@
-"""Queries share batches; the real encoder finds texts of the same meaning."""
+"""Queries share batches; the real encoder finds texts with the same meaning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.memory.episodes import PATIENT, HashingEncoder
 
 
 class HeldEncoder(HashingEncoder):
-    """An encoder that waits for the test's permission."""
+    """An encoder that blocks until the test releases it."""
 
     def __init__(self) -> None:
         super().__init__()

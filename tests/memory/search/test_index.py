@@ -1,4 +1,4 @@
-"""Search over both indexes at once, and every damage that the index must survive."""
+"""Search over both indexes, and every damage that the index must survive."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ async def test_an_index_that_is_being_checked_is_not_up_to_date(memory: Memory, 
     monkeypatch.setattr(memory.index._vector_index, "verify", verify_slowly)
     try:
         memory.index._sync.request_check()
-        for _ in range(2):  # before the check, and while it is at work
+        for _ in range(2):  # before the check, and during it
             with pytest.raises(TimeoutError, match="not up to date"):
                 await memory.index.drain(timeout_seconds=0.0)
             assert await asyncio.to_thread(begun.wait, 30)
@@ -215,7 +215,7 @@ async def test_a_rebuild_brings_everything_back(memory: Memory):
     await memory.index.drain()
     memory.index._text_index.write(lambda session: session.execute(text("DROP TABLE words")).close())
     memory.index._vector_index.forget("insights", [memory.insights.active()[0].id])
-    assert await ids_found(memory, "passages", "fry")  # by meaning alone
+    assert await ids_found(memory, "passages", "fry")  # by vectors alone
     assert await memory.index.rebuild() == {"insights": 1, "exemplars": 1, "passages": 1}
     assert await held(memory) == both(1, 1, 1)
 
@@ -227,7 +227,7 @@ async def test_another_encoder_begins_another_index(tmp_path: Path, config: Memo
     encoder = HashingEncoder("second")
     with Memory.open(tmp_path, config, encoder=encoder) as memory:
         assert await held(memory) == both(insights=1)
-        assert encoder.num_calls == 2  # to warm up, and for the insight
+        assert encoder.num_calls == 2  # warm-up, and the insight
 
 
 async def test_an_encoder_that_cannot_load_leaves_words(tmp_path: Path, config: MemoryConfig):

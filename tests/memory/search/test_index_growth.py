@@ -1,4 +1,4 @@
-"""The memory of an index that grows row by row is in proportion to its rows."""
+"""The memory of an index that grows row by row is proportional to its rows."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tests.memory.grown_child import DIM
 
 NUM_ROWS = 500
 OVERHEAD = 6
-"""Times the size of the vectors: ids, metadata, links, and the pages of Chroma's own database."""
+"""Factor on the size of the vectors, for ids, metadata, links, and the pages of Chroma's database."""
 
 
 LARGEST_COMPARISONS_MB = 18.0
-"""11 are the caches of four connections; a prepared statement for each number of rows makes it 27."""
+"""The caches of four connections take 11; a prepared statement for each number of rows makes it 27."""
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the heap is read from /proc")
 
 
 def grow(directory: Path, act: str, num: int) -> float:
-    """Return how much the heap of a process grew by so many acts, in MB."""
+    """Return how much the heap of a process grew by `num` operations, in MB."""
     command = [sys.executable, "-m", "tests.memory.grown_child", str(directory / "index"), act, str(num)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
 

@@ -75,7 +75,7 @@ async def test_a_move_that_died_halfway_is_healed_at_the_next_start(tmp_path: Pa
         await ingest(memory, "large", 0, 5)
         vector_index = memory.index._vector_index
         memory.index._sync.stop()
-        # The process dies once the collection is there, and with one row of five in it.
+        # The process dies when the collection exists, and has one row of five.
         held = vector_index._create("passages", ("large", "", ""))
         row = vector_index._all("passages")[vector_module.SHARED].get(limit=1, include=["embeddings", "metadatas"])
         held.upsert(ids=row["ids"], embeddings=row["embeddings"], metadatas=row["metadatas"])

@@ -104,7 +104,7 @@ async def test_without_vectors_passages_need_most_of_the_questions_words(
 
 async def test_who_searches_the_documents_is_not_held_to_the_floor(pages: Memory):
     found = [await pages.retrieval.find_passages(question, 3) for question in UNANSWERABLE]
-    assert any(found)  # of which the first test shows none in a prompt
+    assert any(found)  # the first test shows that none reaches a prompt
 
 
 async def test_only_alike_requests_are_shown_a_solved_chat(tmp_path: Path, encoder: SentenceEncoder):

@@ -18,7 +18,7 @@ from memory.store import prepare_nothing
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
-    """The index's own file, as beside PostgreSQL."""
+    """The index's own SQLite file, as used beside PostgreSQL."""
     database = Database(tmp_path / "words.db", prepare=prepare_nothing)
     yield database
     database.close()

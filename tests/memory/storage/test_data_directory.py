@@ -124,7 +124,7 @@ def test_a_database_of_zeros_is_refused(tmp_path: Path) -> None:
 def test_what_a_killed_process_wrote_is_there_again(tmp_path: Path) -> None:
     kill_after_writing(tmp_path)
     assert titles_in(tmp_path) == ["kept"]
-    assert titles_in(tmp_path) == ["kept"]  # and an orderly end leaves no log to be missed
+    assert titles_in(tmp_path) == ["kept"]  # after an orderly end no log is expected
 
 
 def test_a_log_that_was_deleted_after_a_kill_is_missed(tmp_path: Path) -> None:
@@ -133,4 +133,4 @@ def test_a_log_that_was_deleted_after_a_kill_is_missed(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"ratchet\.db-wal' is missing: the last process was killed"):
         open_memory(tmp_path)
     (tmp_path / "ratchet.db.state").unlink()
-    assert titles_in(tmp_path) == []  # gone indeed; it was said
+    assert titles_in(tmp_path) == []  # lost, as the error had said

@@ -1,4 +1,4 @@
-"""The writer, the readers, and the failures of a disk."""
+"""The writer, the readers, and disk failures."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ async def test_writes_that_wait_share_one_commit(database: Database):
     event.listen(database._writing, "commit", lambda connection: commits.append(1))
     results = await together(database, *(add_document(str(number)) for number in range(50)))
     assert results == [str(number) for number in range(50)]
-    assert len(commits) == 2  # the one that held the writer, and the batch
+    assert len(commits) == 2  # the blocking write, and the batch
 
 
 async def test_a_failing_write_leaves_nothing_and_spares_its_neighbours(database: Database):

@@ -1,4 +1,4 @@
-"""The revisions, against the schema they must lead to."""
+"""The migrations lead to the current schema."""
 
 from __future__ import annotations
 

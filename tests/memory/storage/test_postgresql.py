@@ -1,4 +1,4 @@
-"""Behaviour of a server only: crashes, restarts, and two processes that share it."""
+"""Behaviour that only a database server has: crashes, restarts, and two processes that share it."""
 
 from __future__ import annotations
 
