@@ -1,4 +1,4 @@
-"""Fixtures: a model of a few thousand random parameters and its tokenizer, made on the fly."""
+"""Fixtures: a model of a few thousand random parameters, and its tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Single-turn chat as a server records it: a question, one reply with its token ids, and perhaps a thumb."""
+"""Single-turn chats as a server records them: a question, one reply with its token ids, and an optional thumb."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def converse(
 
 @torch.no_grad()
 def margin(base: Path, adapter: Path | None, tokenizer: Any, numbers: range) -> float:
-    """Return how much likelier a good reply is than a bad one, in log-probs of a whole reply, on average."""
+    """Return the mean log-prob of whole good replies minus that of bad ones."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))

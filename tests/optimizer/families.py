@@ -1,5 +1,5 @@
-"""Families of models as tests need them: the chat template each one ships, a small tokenizer with its special tokens,
-and how it writes thoughts and calls. `python -m tests.optimizer.families` parses replies with vLLM's own parsers.
+"""Families of models for tests: each one's own chat template, a small tokenizer with its special tokens, and its format
+of thoughts and calls. `python -m tests.optimizer.families` parses replies with vLLM's own parsers.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def read_template(name: str) -> str:
 
 
 def main() -> None:
-    """Read [family, text] pairs from stdin; print what vLLM makes of each, `{"content", "tool_calls"}`.
+    """Read [family, text] pairs from stdin; print vLLM's result for each, `{"content", "tool_calls"}`.
 
-    A process of its own, because vLLM changes logging and warnings of the one that imports it.
+    It runs in a separate process, because vLLM changes logging and warnings of the one that imports it.
     """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.tool_parsers import ToolParserManager

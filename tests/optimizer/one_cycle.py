@@ -12,7 +12,7 @@ from optimizer.rewards import grade
 
 
 class OneCycle:
-    """A pool, a critic and artefacts."""
+    """A pool, a critic and artifacts."""
 
     def __init__(self, memory: Memory, complete: Any, context: int | CompletionError = 4096) -> None:
         self.memory, self.config, self.artifacts = memory, SimpleNamespace(seed=0), CycleArtifacts()

@@ -1,4 +1,4 @@
-"""A held-out episode as the gate reads it, for tests that only change how it ended."""
+"""A held-out episode as the gate reads it, for tests that change only its outcome."""
 
 from __future__ import annotations
 

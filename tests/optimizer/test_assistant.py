@@ -1,4 +1,4 @@
-"""The demonstrations of an assistant: what they teach must be right, because nobody grades them."""
+"""The demonstrations of an assistant must be correct, because they are not graded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_nothing_is_left_unfilled_and_no_row_comes_twice(rows):
 
 
 def test_the_question_that_the_documentation_asks_is_not_among_them(rows):
-    """It would show nothing but memory."""
+    """Its answer would show only memorisation."""
     assert "France" not in json.dumps(rows)
 
 

@@ -1,4 +1,4 @@
-"""Where training runs: the arithmetic's decisions, and what a refusal offers."""
+"""The placement of trainings, and the settings that a refusal suggests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEVEN_B, HALF_B, SMALL = SHAPES["Qwen2.5-7B"], SHAPES["Qwen2.5-0.5B"], SHAPES["S
 
 
 def machine(*free_gib: float, total_gib: float = 80, share: float | None = 0.85, **more) -> Machine:
-    """Return a machine whose engine has GPU 0."""
+    """Return a machine whose engine uses GPU 0."""
     gpus = [Gpu(str(i), "card", int(total_gib * GIB), int(free * GIB)) for i, free in enumerate(free_gib)]
     return Machine(gpus, engine_device="0", engine_share=share, max_model_len=32768, **more)
 
@@ -30,7 +30,7 @@ def test_a_7b_beside_an_engine_at_85_percent_is_refused_with_settings_that_work(
     assert 0.4 < share < 0.75 and 'optimizer.gpu = "window"' in str(refused.value)
 
     mended = replace(here, engine_share=share, gpus=[replace(here.gpus[0], free_bytes=int((0.995 - share) * 80 * GIB))])
-    with pytest.raises(TrainingDoesNotFit):  # another one percent would have been too much
+    with pytest.raises(TrainingDoesNotFit):  # two percent more would have been too much
         choose_placement(OptimizerConfig(), replace(mended, engine_share=share + 0.02), SEVEN_B)
     placed = choose_placement(
         OptimizerConfig(), replace(mended, gpus=[replace(mended.gpus[0], free_bytes=80 * GIB)]), SEVEN_B

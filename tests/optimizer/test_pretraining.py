@@ -1,4 +1,4 @@
-"""The pocket model's corpus: what is trained on is, to the character and to the token, what vLLM will show."""
+"""The pocket model's corpus equals vLLM's prompts, character by character and token by token."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def tokenizer(corpus):
 
 
 def as_messages(text: str) -> list[dict]:
-    """Read an episode's text back into messages."""
+    """Parse an episode's text back into messages."""
     messages = [{"role": "system", "content": "You play."}]
     for part in text.split("<|im_start|>")[2:]:
         role, _, content = part.removesuffix("\n").removesuffix("<|im_end|>").partition("\n")

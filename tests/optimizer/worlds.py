@@ -22,7 +22,7 @@ ACT = {
     },
 }
 Move = tuple[str, str]
-"""(command, what the world says to it)"""
+"""(command, the tool's result)"""
 
 
 def call(command: str, call_id: str = "call_0") -> dict[str, Any]:
@@ -91,7 +91,7 @@ def live_team(
     task: str = "1",
     reward: float | None = None,
 ) -> GradedTrajectory:
-    """Return the record of a team's episode: a plan, one move, then answers and checks in turn, with token ids."""
+    """Return the record of a team's episode with token ids: a plan, one move, then alternate answers and checks."""
     played = live([], task=task, is_success=is_success, memory_text=memory_text)
     trajectory, steps = played.trajectory, played.steps
 
@@ -131,7 +131,7 @@ def _step(trajectory: Trajectory, steps: list[Step], kind: StepKind, **fields: A
 
 
 def capture(tokenizer: Any, messages: list[dict[str, Any]], command: str) -> dict[str, list[int]]:
-    """Return what an engine would have captured of one call, the end-of-turn token included."""
+    """Return the token ids that an engine captures of one call, the end-of-turn token included."""
     said = say(command) + "<|im_end|>"
     return {
         "prompt_token_ids": render_prompt(tokenizer, messages, [ACT]),
@@ -140,5 +140,5 @@ def capture(tokenizer: Any, messages: list[dict[str, Any]], command: str) -> dic
 
 
 def say(command: str) -> str:
-    """Return the words of a model that calls `act`, as the chat template writes them."""
+    """Return the text of a model that calls `act`, as the chat template writes it."""
     return '<tool_call>\n{"name": "act", "arguments": ' + json.dumps({"command": command}) + "}\n</tool_call>"

@@ -1,4 +1,4 @@
-"""Artefacts as rows hold them, and the stages that follow from a position and the configuration."""
+"""Stored artifacts, and the stages that follow from a position and the configuration."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ STORED = {
     "dpo-1_version": 6,
     "sft": {"policy": 4, "adapter": "/adapters/ratchet-v4", "metrics": {"num_steps": 8}, "settings": {"lora_rank": 8}},
 }
-"""As an open cycle of the release before has it."""
+"""As stored in an open cycle of the previous release."""
 
 
 def test_artefacts_that_an_earlier_release_stored_are_read():
     artifacts = CycleArtifacts.read(STORED)
     assert (artifacts.practice_offset, artifacts.practice_end, artifacts.num_practice_rounds) == (64, 128, 4)
     assert artifacts.rows["demonstrations"].counts == {"used": 3} and list(artifacts.rows) == ["demonstrations"]
-    assert artifacts.methods == METHODS  # the only ones it had
+    assert artifacts.methods == METHODS  # the only ones stored
     assert artifacts.trained["sft"].policy == 4 and artifacts.versions == {"sft": 4, "dpo-1": 6}
     with pytest.raises(ValueError, match="no candidate yet"):
         assert artifacts.candidate_version

@@ -34,16 +34,16 @@ from tests.memory.episodes import HashingEncoder, play
 from tests.optimizer.worlds import ACT, call, live
 
 FOODS = ["carrot", "onion", "banana", "pork", "pepper", "salmon"]
-SKILL = {0: 0.35, 1: 0.6, 2: 0.95}  # how likely each policy takes the stove
+SKILL = {0: 0.35, 1: 0.6, 2: 0.95}  # probability that each policy takes the stove
 SKILL_FROM_MEMORY = 0.25
 
 
 class Died(BaseException):
-    """The process is gone: nothing may catch this."""
+    """Simulates the death of the process: no code may catch it."""
 
 
 class Kitchen:
-    """A world where frying wants the stove; how well it is played depends on the policy and on memory."""
+    """Tasks in which frying needs the stove; success depends on the policy and on memory."""
 
     def __init__(self, memory, tokenizer, skill=SKILL) -> None:
         self.memory, self.tokenizer, self.skill = memory, tokenizer, skill
@@ -84,7 +84,7 @@ class Kitchen:
             moves += [(f"cook {food} with oven", "It burns. You lose!")]
         memory_text = "<memory>\n" + "\n".join(insight.text for insight in insights) + "\n</memory>" if insights else ""
         tokenizer = self.tokenizer
-        if task.split is Split.HELD_OUT:  # nothing is learned from those, so they may be short
+        if task.split is Split.HELD_OUT:  # not learned from, so they may be short
             moves, tokenizer = moves[:1], None
         return live(
             moves, tokenizer=tokenizer, task=task.name, split=task.split, memory_text=memory_text, is_success=is_right
@@ -92,7 +92,7 @@ class Kitchen:
 
 
 class FakeTrainer:
-    """Writes a tiny adapter at once, as often as it is allowed to."""
+    """Writes a tiny adapter at once, or fails if `fails` is set."""
 
     def __init__(self) -> None:
         self.trained: list[str] = []
@@ -240,7 +240,7 @@ async def test_an_interrupted_round_plays_what_is_missing_and_no_episode_twice(m
         return played
 
     seams = replace(seams_of(kitchen, trainer), rollout=rollout)
-    cycle = await open_cycle(memory, CONFIG.model_copy(update={"concurrency": 2}))  # most of them end before it dies
+    cycle = await open_cycle(memory, CONFIG.model_copy(update={"concurrency": 2}))  # most episodes end before it dies
     kitchen.dies_after = dies_after
     with pytest.raises(BaseExceptionGroup):
         await run_cycle(memory, cycle.id, seams=seams)
@@ -399,7 +399,7 @@ async def test_what_was_won_before_counts_towards_what_a_cycle_needs(memory, kit
         won = await kitchen.rollout(task, policy=0, use_memory=False, temperature=1.0, seed=seed)
 
     (demonstrations, *_) = await measure_needs(memory, config)
-    assert (demonstrations.needed, demonstrations.available, demonstrations.playable) == (4, 2, 3)  # 2 of one task
+    assert (demonstrations.needed, demonstrations.available, demonstrations.playable) == (4, 2, 3)  # 2 per task
     assert demonstrations.is_met and (await open_cycle(memory, config)).artifacts["needs"][0]["available"] == 2
     await memory.feedback.post(Feedback(trajectory_id=won.id, correction="The stove, please."))
     assert (await measure_needs(memory, config))[0].available == 3
@@ -585,7 +585,7 @@ async def test_the_next_cycle_practices_on_other_tasks_and_measures_the_new_incu
 
 
 class Windows:
-    """The fake at the window's seam: notes what was trained while it was open."""
+    """The fake at the window's seam: counts the trainings while it was open."""
 
     def __init__(self, trainer) -> None:
         self.trainer = trainer
@@ -673,7 +673,7 @@ async def test_few_rows_are_trained_in_smaller_batches(memory, kitchen, trainer)
 
 
 def expert_examples(number: int) -> list[ExampleContent]:
-    """Games won by somebody else, as text."""
+    """Imported wins, as text."""
     return [
         ExampleContent(
             ExampleKind.DEMONSTRATION,
@@ -728,7 +728,7 @@ async def test_an_episode_of_a_held_out_task_that_was_played_without_being_marke
     memory, kitchen, trainer
 ):
     kept = await play(memory, task="practice-900000")
-    await play(memory, task="held-out-900000")  # no gate has come so far
+    await play(memory, task="held-out-900000")  # no release gate has played it yet
     cycle = await open_cycle(memory, CONFIG)
     pool = await CycleContext(memory, seams_of(kitchen, trainer), cycle.id).read_pool()
     assert [graded.trajectory.id for graded in pool] == [kept.id]

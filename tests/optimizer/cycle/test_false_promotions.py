@@ -1,4 +1,4 @@
-"""How often the gate's whole rule promotes what is no better, over ten cycles; and that it still sees what is."""
+"""The release gate's rate of false promotions over ten cycles, and its power for true improvements."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cell(policy: int, successes: list[bool], prompt_tokens: list[int] | None = N
 
 @cache
 def promotes(num_won: int, num_lost: int, look: int) -> bool:
-    """Return what the gate says of 200 tasks of which both won 60."""
+    """Return whether the gate promotes on 200 tasks of which both won 60."""
     both, neither = 60, NUM_TASKS - 60 - num_won - num_lost
     ours = [True] * (both + num_won) + [False] * (num_lost + neither)
     theirs = [True] * both + [False] * num_won + [True] * num_lost + [False] * neither
@@ -37,7 +37,7 @@ def promotes(num_won: int, num_lost: int, look: int) -> bool:
 
 @cache
 def fewest_wins(num_differing: int, look: int) -> int:
-    """Return how many of the tasks that differ a candidate must win; more than there are where none is enough."""
+    """Return how many of the differing tasks a candidate must win; one more than `num_differing` if none is enough."""
     if num_differing == 0:
         return 1
     num_won = fewest_wins(num_differing - 1, look)
@@ -47,7 +47,7 @@ def fewest_wins(num_differing: int, look: int) -> int:
 
 
 def share_of_false_promotions(discordance: float, num_runs: int, *, spends: bool = True) -> float:
-    """Return in which share of `num_runs` servers ten candidates, none of them better, brought one into service."""
+    """Return the share of `num_runs` servers that promote one of ten candidates, none of them better."""
     dice = np.random.default_rng(7)
     differing = dice.binomial(NUM_TASKS, discordance, size=(num_runs, NUM_CYCLES))
     won = dice.binomial(differing, 0.5)

@@ -1,4 +1,4 @@
-"""Environments with few tasks: practice comes round again, and nothing is trained on that chooses or measures."""
+"""Environments with few tasks: practice repeats them, and selection and held-out tasks are not trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which methods of learning a cycle takes, and that each sequence of them ends in a candidate."""
+"""The choice of methods in a cycle; each sequence of them ends in a candidate."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ async def test_each_method_continues_the_adapter_of_the_one_before(memory, token
 
 async def test_labels_are_found_in_episodes_of_the_policy_that_is_continued(memory, tokenizer):
     trainer = FakeTrainer()
-    # practice alone has only won: there would be nothing bad to learn from
+    # all episodes of practice are wins, so they give no bad labels
     seams = kitchen_seams(memory, tokenizer, trainer, {0: 1.1})
     cycle = await open_cycle(memory, PLAYED.model_copy(update={"methods": ["sft", "kto"]}), seams=seams)
 
@@ -195,7 +195,7 @@ async def test_a_later_method_continues_the_checkpoint_that_was_chosen(memory, t
     assert artifacts["starts"] == {"dpo": 1, "kto": 3} and trainer.trained == ["sft", "dpo", "kto"]
     assert verdict["policy"] == artifacts["selection"]["chosen"] == 3
     report = json.loads((memory.data_dir / "reports" / cycle.id / "report.json").read_text())
-    # KTO's were not kept, and v3 is DPO's
+    # KTO's checkpoints were not chosen, and v3 is DPO's
     assert {name: cell["policy"] for name, cell in report["cells"].items() if name.endswith("-off")} == {
         "base-off": 0,
         "sft-off": 1,
@@ -207,7 +207,7 @@ async def test_a_later_method_continues_the_checkpoint_that_was_chosen(memory, t
 
 async def test_a_first_method_with_too_few_rows_ends_the_cycle(memory, tokenizer):
     trainer = FakeTrainer()
-    seams = kitchen_seams(memory, tokenizer, trainer, {0: 1.1})  # without a loss there is no pair
+    seams = kitchen_seams(memory, tokenizer, trainer, {0: 1.1})  # without a lost episode there is no pair
     cycle = await open_cycle(memory, PLAYED.model_copy(update={"methods": ["dpo"]}), seams=seams)
 
     with pytest.raises(TooFewTrajectories, match=r"0 preferences could be made.*4 are missing"):
@@ -263,7 +263,7 @@ async def test_a_round_that_makes_it_worse_is_not_passed_on(memory, tokenizer):
 
 async def test_a_round_without_rows_ends_the_training_and_leaves_none_of_the_round_before(memory, tokenizer):
     trainer = FakeTrainer()
-    seams = kitchen_seams(memory, tokenizer, trainer, {2: 1.1})  # what always wins has no group
+    seams = kitchen_seams(memory, tokenizer, trainer, {2: 1.1})  # a policy that always wins gives no group
     cycle = await open_cycle(memory, ROUNDS, seams=seams)
 
     await run_cycle(memory, cycle.id, seams=seams)

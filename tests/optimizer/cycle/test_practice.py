@@ -1,4 +1,4 @@
-"""What practice puts into words, and whose words they are."""
+"""The insights that a cycle writes from its pool, and their scopes."""
 
 from __future__ import annotations
 
@@ -109,4 +109,4 @@ async def test_lessons_from_live_text_are_drawn_from_one_persons_episodes_and_ar
         }
         assert [it.text for it in memory.insights.active("", scope="")] == [
             "You should ask shared"
-        ]  # what a report may list
+        ]  # those that a report may list

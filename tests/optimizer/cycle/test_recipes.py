@@ -1,4 +1,4 @@
-"""Recipes: which one a model gets, and how many steps few rows make of it."""
+"""Recipes: the choice for a model, and the number of steps with few rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_each_size_of_model_has_its_row():
     small, middle, large = (choose_recipe(int(size)) for size in (3e6, 135e6, 7.6e9))
     assert [recipe for _, recipe in RECIPES] == [small, middle, large]
     assert 7e-4 <= middle.methods["sft"].learning_rate <= 1e-3 and middle.methods["sft"].batch_size == 4
-    assert small.min_steps == 0  # its steps were measured as they are
+    assert small.min_steps == 0  # measured without a minimum
 
 
 @pytest.mark.parametrize(("given", "kept"), [("share", "share"), ("window", "window"), ("1", "1"), (3, "3")])

@@ -1,4 +1,4 @@
-"""The gate as a stage: which tasks it plays, how, what it enters in the ledger, and where the candidate goes."""
+"""The release gate as a stage: the tasks it plays, its ledger entries, and the candidate's next stage."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MEMORY_TOKENS = 100
 
 
 class World:
-    """Tasks by number; who wins which is up to the test. Sealed tasks have names of their own."""
+    """Tasks by number; the test decides which policy wins which. Sealed tasks have separate names."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
@@ -116,7 +116,7 @@ def world(memory: Memory) -> World:
 
 
 async def reach_the_gate(world: World, config: OptimizerConfig = CONFIG) -> CycleContext:
-    """Return a cycle whose candidate was just made, without the hour before."""
+    """Return a cycle that has just made its candidate, without running the stages before."""
     memory = world.memory
     cycle = await memory.cycles.open(config.model_dump(mode="json"))
     candidate = await memory.policies.draft(parent=0, cycle_id=cycle.id)
@@ -285,7 +285,7 @@ async def test_the_verdict_compares_both_as_they_serve(world, use_memory):
 
     assert verdict["candidate"]["use_memory"] is verdict["incumbent"]["use_memory"] is use_memory
     assert world.memory.policies.active().use_memory is None
-    # what is never served with memory is not played with it
+    # memory that is never served is not played either
     assert {play[3] for play in world.played} == ({True, False} if use_memory else {False})
 
 

@@ -1,4 +1,4 @@
-"""The page of a release report: what was measured is on it, and what was not takes no room."""
+"""The page of a release report shows all measurements, and leaves out sections without any."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ COMPARISON = {
 
 
 def a_report(num_tasks: int) -> dict[str, Any]:
-    """Return the report of a cycle that learned from one correction, compared on so many tasks."""
+    """Return the report of a cycle that learned from one correction, compared on `num_tasks` tasks."""
     cell = CELL | {"num_episodes": num_tasks}
     return {
         "cycle": "cyc_1",

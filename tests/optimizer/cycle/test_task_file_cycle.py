@@ -1,4 +1,4 @@
-"""A whole cycle on a task file of function calls: practice, training, gate and sealed tasks, over a played engine."""
+"""A whole cycle on a task file of function calls: practice, training, gate and sealed tasks, on a fake engine."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def write_tasks(path: Path) -> Path:
 
 
 class Painter(FakeEngine):
-    """The engine by hand: its base paints grey unless it is lucky, an adapter paints what was asked."""
+    """A scripted engine: its base paints grey unless the seed is lucky, an adapter paints the requested color."""
 
     def __init__(self, base_dir: Path, tokenizer: Any) -> None:
         super().__init__(self.reply, base_dir=base_dir)
@@ -90,7 +90,7 @@ class Painter(FakeEngine):
 
 @pytest.fixture
 async def world(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> AsyncIterator[tuple[Memory, Seams]]:
-    """Memory, and the seams that serve.py makes, but for the trainer."""
+    """Memory, and the seams that serve.py makes, with a fake trainer."""
     environments = open_environments(
         {"paint": EnvironmentConfig(tasks=write_tasks(tmp_path / "tasks.jsonl"))}, tmp_path / "environments"
     )
@@ -141,7 +141,7 @@ async def test_a_cycle_practises_trains_and_proves_on_a_task_file(world: tuple[M
         learned_from = [memory.trajectories.get(id_) for id_ in artifacts[rows]["trajectory_ids"]]
         assert learned_from and {trajectory.split for trajectory in learned_from} == {Split.PRACTICE}
     assert artifacts["demonstrations"]["trained_share"] == 1.0
-    # all practice tasks were practised, so none is left to choose a checkpoint by
+    # all practice tasks were practised, so none is left for choosing a checkpoint
     assert artifacts["selection_tasks"] == []
 
 
@@ -168,7 +168,7 @@ async def test_imported_rows_of_tasks_that_measure_are_not_learned_whatever_they
         example("Make it blue.", "by name", task="held-out-29"),
         ExampleContent(ExampleKind.DEMONSTRATION, [{"role": "assistant", "content": "unasked"}], task="sealed-5"),
         example(practice, "learned"),
-        example(held_out, "learned by name", task="practice-0"),  # one question may be that of two tasks
+        example(held_out, "learned by name", task="practice-0"),  # two tasks may share a text
     ]
     await memory.examples.add(rows, Origin(environment="paint"))
     await memory.examples.add([example(held_out, "of another environment")], Origin(environment="textworld"))

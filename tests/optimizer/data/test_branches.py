@@ -1,4 +1,4 @@
-"""Branches: the steps that a search chooses, and the preferences that ways on give."""
+"""Branches: the steps that a search chooses, and the preferences made from their ways."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_step_at_which_tries_part_comes_first_and_then_the_halves_of_what_wa
     points = choose_points([won, lost], policy=0, config=BranchConfig())
 
     assert {it.trajectory_id for it in points} == {lost.trajectory.id}
-    # model calls lie at even positions: the second of seven parted the tries, the fourth is the middle
+    # model calls have even positions: the tries differ at the second of seven, the fourth is the middle
     assert [it.position for it in points] == [2, 6, 10, 0, 4, 8, 12]
 
 
@@ -111,7 +111,7 @@ def test_two_ways_from_one_prompt_are_a_preference_of_their_own_tokens_alone(tok
 def test_a_way_is_worth_the_mean_of_all_its_rollouts(tokenizer):
     origin = episode(tokenizer, [LOOK, *BLUE])
     lucky, bad = branch(tokenizer, origin, 2, RED), branch(tokenizer, origin, 2, BLUE)
-    # the good reply once more, and this time it is lost: a branch of the branch, behind its reply
+    # the good reply again, but lost this time: a branch of the branch, after its reply
     again = branch(tokenizer, lucky, 4, [("go", "Dust.")])
     graded = [origin, lucky, bad, again]
 

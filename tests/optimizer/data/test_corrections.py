@@ -1,4 +1,4 @@
-"""What people said a reply should have been, as something to imitate."""
+"""Corrections of replies become demonstrations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imported text becomes rows of the form that episodes have: what is trained, what is context, what is left out."""
+"""Imported text becomes rows like those of episodes: trained tokens, context, and omitted examples."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_replies_of_the_prompt_and_those_of_weight_zero_are_context(tokenizer):
 @pytest.mark.parametrize("name", NAMES)
 def test_families_train_every_reply_once_as_their_template_writes_it(name: str):
     tokenizer = make_tokenizer(name)
-    ids = ("abcdefghi", "jklmnopqr")  # Mistral's templates allow nine characters
+    ids = ("abcdefghi", "jklmnopqr")  # Mistral's templates require nine characters
     conversation = [
         *ASKED,
         say("assistant", "", tool_calls=[call("Oslo", ids[0])]),
@@ -118,7 +118,7 @@ def test_a_mark_in_a_question_stays_text_as_it_does_when_it_is_asked(tokenizer):
 
 
 def test_a_template_that_allows_no_such_conversation_is_counted():
-    # Llama 3.1 allows one call at once
+    # Llama 3.1 allows one call in a reply
     built = build([taught(DEMONSTRATION)], make_tokenizer("llama3_1"))
     assert not built.rows and built.counts["example_not_rendered"] == 1
 
@@ -162,7 +162,7 @@ def test_labels_are_rendered_once_and_the_same_reply_may_be_good_and_bad(tokeniz
 
 def test_real_conversations_with_tools_are_trained_token_for_token(tokenizer):
     rows = [each.row for each in read_file(find_shared("sharegpt_toolcalls/glaive_toolcall_en_300.json"))]
-    # by digest, as they are stored: the file has some twice
+    # by digest, as in the database: the file has duplicates
     read = [FORMATS["sharegpt"].read(row) for row in rows[:40] if row is not None]
     contents = list({digest_content(content, ""): content for content in read}.values())
     built = build([taught(content) for content in contents], tokenizer, max_length_tokens=100_000)

@@ -1,4 +1,4 @@
-"""Groups: which rollouts count, and their advantages."""
+"""Groups: the rollouts that count, and their advantages."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_at_any_price_a_long_success_beats_a_short_failure_and_failures_are_alik
 def test_a_long_success_beats_a_short_failure_with_a_partial_reward(tokenizer):
     won = live([STOVE] * 3, tokenizer=tokenizer, is_success=True)
     partial = replace(live([OVEN], tokenizer=tokenizer, is_success=False), reward=0.9)
-    # a price that takes a tenth of the short one, and much more of the long one
+    # a price that costs the short one a tenth, and the long one much more
     price = 0.1 * 1000 / measure(partial.steps).output_tokens
 
     advantages = {row.trajectory_id: row.advantage for row in group([won, partial], token_price=price).rows}

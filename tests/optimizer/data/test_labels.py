@@ -1,4 +1,4 @@
-"""Labels: which episodes become good and bad rows, and on which tokens the label lies."""
+"""Labels: the episodes that become good and bad rows, and the tokens that are labelled."""
 
 from __future__ import annotations
 

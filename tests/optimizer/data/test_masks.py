@@ -1,4 +1,4 @@
-"""Where the loss looks, and where it must not: TRL's trainers in this process, over rows with tool output in them."""
+"""The loss covers the agent's own tokens and no others: TRL's trainers in this process, on rows with tool output."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def spec(tiny_base, tmp_path):
 
 @pytest.fixture
 def sft_adapter(tiny_base, tmp_path):
-    """An adapter that changes something: its B matrices are random instead of zero."""
+    """An adapter with an effect: its B matrices are random instead of zero."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
@@ -62,13 +62,13 @@ def sft_adapter(tiny_base, tmp_path):
 def head_gradient(trainer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the gradient at the input of the output head, (rows, tokens, width), and the batch.
 
-    The head sees each position by itself: the gradient is zero exactly where the logits of that position do not count.
+    The head handles each position separately: the gradient is zero exactly where a position's logits do not count.
     """
     batch = next(iter(trainer.get_train_dataloader()))
     seen = []
 
     def keep(module, inputs, output):
-        if output.requires_grad:  # the reference passes need no gradient
+        if output.requires_grad:  # reference passes have no gradient
             output.retain_grad()
             seen.append(output)
 
@@ -112,7 +112,7 @@ def test_dpo_feels_nothing_at_tool_output_on_either_side(spec, tokenizer, sft_ad
 
 def test_the_output_head_computes_no_logits_where_nothing_is_trained(spec, tokenizer, monkeypatch):
     """TRL 1.16 projects every position on a CPU; with a vocabulary of 49,000, that is most of a training."""
-    monkeypatch.setattr(trl_utils, "_use_triton", trl_utils._use_triton)  # put back at the end
+    monkeypatch.setattr(trl_utils, "_use_triton", trl_utils._use_triton)  # restored at the end
     child.score_own_tokens_only()
     projected = []
     score = trl_utils._ChunkedLogProbFunction.apply

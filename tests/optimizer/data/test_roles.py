@@ -1,4 +1,4 @@
-"""A team's episode as rows: each role's calls by themselves, with its own credit."""
+"""A team's episode as rows: separate rows for each role, with its own credit."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def credits_of(graded) -> list[tuple[Role, bool]]:
     [
         ("ACCEPT", True, True),
         ("ACCEPT", False, False),
-        ("REVISE: no", True, False),  # the budget was spent, so the answer stood
+        ("REVISE: no", True, False),  # the budget was spent, so the answer was final
         ("REVISE: no", False, True),
         ("I cannot say", True, False),
         ("I cannot say", False, False),

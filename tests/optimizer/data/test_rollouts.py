@@ -1,4 +1,4 @@
-"""Scored rollouts: the same tokens with and without memory in view, built only where memory helps."""
+"""Scored rollouts: the same tokens with and without memory in the prompt, built only where memory helps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_segment_that_is_put_in_and_taken_out_again_leaves_the_row_as_it_was(t
 
     inserted = insert_memory(row, bare.trajectory, MEMORY, tokenizer)
 
-    assert inserted == seen  # as the engine would have seen it
+    assert inserted == seen  # as in the engine's prompt
     assert remove_memory(inserted, plan_memory_removal(shown.trajectory, tokenizer)) == row
 
 

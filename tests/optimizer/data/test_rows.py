@@ -28,7 +28,7 @@ def weigh(graded, tokenizer, max_length_tokens=4096, **config):
 
 
 def drift(played, step: int, tokenizer):
-    """Have the template write the reply of a model step differently into the next prompt than it was sampled."""
+    """Change a sampled reply so that the template renders it differently into the next prompt."""
     sampled = played.model_steps[step]
     said = tokenizer.decode(sampled.output_token_ids).replace('": ', '":')
     sampled.output_token_ids = tokenizer(said, add_special_tokens=False)["input_ids"]
@@ -185,7 +185,7 @@ def test_going_in_circles_is_a_failure_to_learn_from_and_is_cut_short(tokenizer)
     (row,) = weigh([won, rambling], tokenizer, scope="remainder", max_extra_rounds=2).rows
 
     rejected = tokenizer.decode(row.rejected_ids)
-    assert rejected.count(say("look")) == 4  # two where the winner took two more steps, and two extra ones
+    assert rejected.count(say("look")) == 4  # two for the winner's two further steps, and two extra rounds
     assert rejected.endswith(say("look") + "<|im_end|>")
 
 

@@ -1,4 +1,4 @@
-"""How much one teacher may teach, and what the report says of it."""
+"""The share of rows that one teacher may give, and its mention in the report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ANNA, BEN = (Teacher("", "key_app", name) for name in ("anna@example.org", "ben@
 
 
 def choose(*groups: tuple[Teacher, int], floor: int = 16, **config) -> tuple[dict[Teacher, int], Counter[str]]:
-    """Return how many rows of each teacher are kept, and why the others are not."""
+    """Return the number of kept rows by teacher, and the reasons for the dropped ones."""
     rows = [(teacher,) for teacher, num_rows in groups for _ in range(num_rows)]
     counts: Counter[str] = Counter()
     kept = choose_rows(rows, TeachingConfig(**config), floor=floor, seed=0, counts=counts)
@@ -90,7 +90,7 @@ print(choose_rows(rows, TeachingConfig(max_rows_per_user=5, max_share=1), floor=
             text=True,
             check=True,
         ).stdout
-        for seed in (0, 3)  # of a set of two users they make both orders
+        for seed in (0, 3)  # these give both orders of a set of two users
     }
     assert len(kept) == 1
 

@@ -92,7 +92,7 @@ def test_the_memory_segment_is_taken_out_of_the_prompt_of_a_later_call(tokenizer
 
 
 def test_what_else_a_prompt_holds_stays_as_it_was_captured(tokenizer):
-    """A template that writes today's date renders another one when it is asked again."""
+    """A template that writes today's date renders another one later."""
     shown = live(MOVES, tokenizer=tokenizer, memory_text=MEMORY)
     (row,), _ = stitch(shown.steps)
     dated = tokenizer("Today is 26 Jul 2024.", add_special_tokens=False)["input_ids"]

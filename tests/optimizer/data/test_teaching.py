@@ -1,4 +1,4 @@
-"""Who teaches the weights, from feedback to rows: through the database, with tokens as an engine captures them."""
+"""Which feedback becomes training rows: through the database, with tokens as an engine captures them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def memory(tmp_path):
 
 
 async def keep(memory: Memory, graded, *, is_rewarded: bool = True, **fields):
-    """Write a hand-made episode into the database, rewarded by its environment unless somebody else does."""
+    """Store a hand-made episode, rewarded by its environment unless `is_rewarded` is false."""
     await memory.policies.register_base("pocket")
     trajectory = graded.trajectory
     trajectory.stage = TrajectoryStage.RUNNING
@@ -42,7 +42,7 @@ async def keep(memory: Memory, graded, *, is_rewarded: bool = True, **fields):
 
 
 async def chat(memory: Memory, tokenizer, number: int, *, tenant: str, key_id: str | None, **said):
-    """Live one conversation of a client and say something of it."""
+    """Store one conversation of a client, with feedback."""
     text = f"Make meal {number}."
     graded = live([STOVE, EAT], tokenizer=tokenizer, task="", text=text, environment=None, split=Split.LIVE)
     trajectory = await keep(memory, graded, is_rewarded=False, tenant=tenant, key_id=key_id)

@@ -1,6 +1,6 @@
-"""With the chat templates that families ship: every token the agent sampled is trained once, and nobody else's.
+"""With the families' own chat templates, every token that the agent sampled is trained once, and no other token.
 
-What vLLM does is done here: its own parsers split a reply, and the template renders it into the next prompt.
+vLLM's part is replayed here: its own parsers split a reply, and the template renders it into the next prompt.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CASES: dict[str, Callable[[Family, str], str]] = {
     "think_and_plain_answer": lambda family, command: family.write(f"<think>\nHm.\n</think>\n\nI {command}.", []),
 }
 REFUSED = {("llama3_1", "parallel_calls"), ("llama3_2", "parallel_calls")}
-"""Their template renders no reply with two calls, so that the engine refuses the next prompt."""
+"""These templates cannot render a reply with two calls, so the engine refuses the next prompt."""
 
 
 def replies_of(family: Family, case: str, command: str) -> list[str]:
@@ -61,7 +61,7 @@ def tokenizer_of(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def parsed() -> dict[tuple[str, str], dict[str, Any]]:
-    """What vLLM's parsers make of every reply that is used here, by family and text."""
+    """The output of vLLM's parsers for every reply in this file, by family and text."""
     commands = ("cook carrot with stove", "cook carrot with oven")
     texts = {
         (name, text)
@@ -85,7 +85,7 @@ def parsed() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def render(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
-    """Return the prompt as the engine makes it: arguments as objects, then the family's template."""
+    """Return the prompt as the engine renders it: arguments as objects, then the family's template."""
     served = []
     for message in messages:
         calls = [
@@ -100,7 +100,7 @@ def render(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
 def play(
     name: str, case: str, parsed: dict, command: str = "cook carrot with stove", *, memory_text: str = "", **grade: Any
 ) -> GradedTrajectory:
-    """Return the record of an episode of three replies, each after what the ones before it were rendered to."""
+    """Return an episode of three replies, each sampled after the rendered prompt of the ones before."""
     tokenizer = tokenizer_of(name)
     trajectory = Trajectory(
         id=new_id("trj"),

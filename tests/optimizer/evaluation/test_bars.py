@@ -1,4 +1,4 @@
-"""The bars of a promotion are the operator's: for one cycle they may be raised, and never lowered."""
+"""The operator sets the bars of a promotion: one cycle may raise them, but never lower them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_policy_that_costs_more_is_allowed_only_where_the_operator_allows_it()
         "evaluation.noninferiority_margin",
         "evaluation.allow_dearer",
     ]
-    require_bars(EvaluationConfig(allow_dearer=False), frugal)  # no margin at all is the tightest
+    require_bars(EvaluationConfig(allow_dearer=False), frugal)  # no margin is the tightest bar
 
 
 def test_no_environment_in_which_candidates_are_proved_is_left_out():

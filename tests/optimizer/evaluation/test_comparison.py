@@ -122,7 +122,7 @@ def test_where_the_operator_says_so_a_dearer_candidate_is_rejected(how):
 
 
 def test_a_guard_does_not_object_to_what_may_be_noise():
-    # on three tasks of 200 many invalid calls: 0.026 a turn, beyond the limit of 0.02, with an interval down to 0
+    # many invalid calls on three tasks of 200: 0.026 a turn, over the limit of 0.02, but the interval reaches 0
     better = cell(wins(80))
     unlucky = [replace(e, num_invalid_tool_calls=14 * (n < 3)) for n, e in enumerate(better.played)]
 

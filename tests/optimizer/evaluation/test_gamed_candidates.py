@@ -1,4 +1,4 @@
-"""Candidates that look better than they are, or were trained on poisoned rows: the gate promotes none of them."""
+"""The gate promotes no candidate that only looks better, or that was trained on poisoned rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIGS = {
 }
 Dice = np.random.Generator
 BY_CHANCE = dict.fromkeys(["verbosity", "0.1 % of the rows poisoned", "1 % of the rows poisoned"], 0.03)
-"""What harms nothing, or next to nothing, is promoted by chance, no more often than a first comparison may err."""
+"""Games with little or no harm are promoted by chance, at most at the error rate of a first comparison."""
 
 INCUMBENT = Cell("incumbent", 0, False)
 CANDIDATE = Cell("candidate", 1, False)
@@ -34,13 +34,13 @@ def play_incumbent(dice: Dice) -> list[EpisodeSummary]:
 
 
 def noisy(played: list[EpisodeSummary], dice: Dice) -> list[EpisodeSummary]:
-    """Flip a few tasks either way, as another sampling would."""
+    """Flip a few tasks either way, as another sample would."""
     flipped = dice.random(NUM_TASKS) < DISCORDANCE
     return [replace(it, is_success=it.is_success != bool(flip)) for it, flip in zip(played, flipped, strict=True)]
 
 
 def losing(played: list[EpisodeSummary], share: float, dice: Dice, **changes: object) -> list[EpisodeSummary]:
-    """Lose this share of all tasks, where they were won, by what `changes` says."""
+    """Lose this share of all tasks, out of those that were won, and apply `changes` to them."""
     lost = dice.random(NUM_TASKS) < share / SUCCESS
     return [
         replace(it, is_success=False, **changes) if it.is_success and gone else it
@@ -116,7 +116,7 @@ def test_a_storm_of_timeouts_on_either_side_is_uninformative(who: str, share: fl
 
 
 def test_a_probe_that_both_were_coached_for_is_a_ceiling_and_uninformative():
-    """Where memory shows the answers of the probe, both win nearly all of it, whatever they learnt."""
+    """If memory shows the answers, both policies win nearly all tasks, whatever they learned."""
     dice = np.random.default_rng(5)
     coached = all_with(play_incumbent(dice), is_success=True)
     candidate = [replace(it, is_success=number != 0) for number, it in enumerate(coached)]

@@ -55,7 +55,7 @@ async def log(
     tenant: str = "",
     kinds: Sequence[StepKind] = (),
 ) -> str:
-    """Record what a client played."""
+    """Record an episode of a client."""
     trajectory = await memory.trajectories.open(
         Trajectory(
             id=new_id("trj"),
@@ -82,7 +82,7 @@ def decide(memory: Memory, candidate: Policy):
 
 
 async def log_both(memory: Memory, candidate: Policy, num_tasks: int = NUM_TASKS, **how) -> None:
-    """Have the base win every fourth task, and the candidate all but every eighth."""
+    """Log wins of the base in every fourth task, and of the candidate in all but every eighth."""
     for task in range(num_tasks):
         await log(memory, 0, task, float(task % 4 == 0), **how)
         await log(memory, candidate.version, task, float(task % 8 != 7), **how)
@@ -173,7 +173,7 @@ async def test_tries_at_different_temperatures_are_not_compared(memory, candidat
 
 
 async def test_tries_that_nobody_rewarded_are_a_doubt(memory, candidate):
-    for task in range(7, NUM_TASKS, 8):  # where the candidate lost
+    for task in range(7, NUM_TASKS, 8):  # those that the candidate lost
         await log(memory, candidate.version, task, None)
     await log_both(memory, candidate)
 

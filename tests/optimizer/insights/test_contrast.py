@@ -28,7 +28,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def cook_at_random(num_episodes: int, seed: int = 0, appliances=APPLIANCES, has_rules: bool = True):
-    """Play a kitchen whose rules the player does not know: a wrong appliance loses, a right one does not yet win."""
+    """Play a kitchen at random: a wrong appliance loses, a right one is needed to win, but not enough."""
     dice = random.Random(seed)
     graded = []
     for task in range(num_episodes):

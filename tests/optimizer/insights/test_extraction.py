@@ -1,4 +1,4 @@
-"""What a critic is shown, what its answers become, and what its failures cost."""
+"""The critic's prompts, the insights from its answers, and its failures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KNOWN = ["Read the cookbook first.", "Never use the oven."]
 
 
 class ScriptedCritic:
-    """Answers in turn with what it was given, and remembers what it was asked. An exception among the answers is
+    """Returns the given answers in turn, and records its prompts. An exception among the answers is
     raised."""
 
     def __init__(self, *answers: str | Exception) -> None:
@@ -41,7 +41,7 @@ class ScriptedCritic:
 
 
 class SmallCritic:
-    """Refuses what exceeds its context, as an engine does, counted by a tokenizer that it does not tell of."""
+    """Refuses prompts over its context, as an engine does, counted by a tokenizer that callers do not know."""
 
     def __init__(self, context_tokens: int, count: Callable[[str], int]) -> None:
         self.context_tokens, self.count = context_tokens, count
@@ -168,7 +168,7 @@ async def test_a_critic_that_fails_costs_its_insights_and_nothing_else(failure: 
     extraction = await extract_insights([won("1")], [lost("2")], known=[], complete=critic)
     assert (extraction.num_asked, extraction.num_failed) == (2, 1)
     assert [operation.text for operation in extraction.operations] == ["Look around first."]
-    assert len(extraction.evidence) == 1  # what failed may be read again
+    assert len(extraction.evidence) == 1  # episodes of a failed call may be read again
 
 
 async def test_a_critic_that_is_gone_is_not_asked_for_ever():
@@ -198,7 +198,7 @@ async def test_a_fault_of_our_own_is_not_taken_for_the_critics():
 async def test_eight_episodes_with_files_in_their_arguments_fit_the_critics_context():
     file = "\n".join(f"line {n}: x = compute({n}, 'abc') + 3.14159" for n in range(2000))
     successes = [won(str(n), (file, f"wrote {len(file)} bytes"), (f"run {n}", file)) for n in range(8)]
-    critic = SmallCritic(8192, lambda text: len(text) // 2)  # harsher than any tokenizer on such text
+    critic = SmallCritic(8192, lambda text: len(text) // 2)  # more tokens than any tokenizer gives
 
     extraction = await extract_insights(successes, [], known=[], complete=critic, context_tokens=8192)
 

@@ -1,4 +1,4 @@
-"""What critics really write, and the operations that must be read out of it."""
+"""Real answers of critics, and the operations that must be parsed from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARK = "##### "
 
 
 def read_corpus() -> dict[str, tuple[str, list[str] | None]]:
-    """Return name -> (answer, the operations expected, one a line; None: it is no answer)."""
+    """Return name -> (answer, the expected operations, one a line; None: it is no answer)."""
     corpus = {}
     for path in sorted((Path(__file__).parent / "critic_outputs").glob("*.txt")):
         blocks = [block.split("\n", 1) for block in path.read_text(encoding="utf-8").split(MARK)[1:]]

@@ -1,4 +1,4 @@
-"""The distillation trainer: the policy moves towards what it says with memory in view."""
+"""The distillation trainer: the policy moves towards its own distribution with memory in the prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The other forms of DPO's loss: weighed by turns (DMPO), and normalised by length."""
+"""The variants of DPO's loss: weighted by turns (DMPO), and normalised by length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory arithmetic: against what is known of public models, and against what PyTorch really keeps."""
+"""The estimate of training memory, against known figures of public models and against PyTorch."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ SHAPES = {name: ModelShape.from_config(config) for name, config in CONFIGS.items
 SEVEN_B = Training(SHAPES["Qwen2.5-7B"], PAIRWISE, lora_rank=32, gradient_checkpointing=True)
 
 
-# As the model cards and the index files of the checkpoints have it.
+# From the model cards and the index files of the checkpoints.
 @pytest.mark.parametrize(
     ("name", "num_parameters"),
     [
@@ -108,7 +108,7 @@ def test_a_config_without_its_sizes_is_refused_by_the_missing_one():
 @pytest.mark.parametrize(
     ("name", "rank", "checkpointing", "length", "rows", "least_gib", "most_gib"),
     [
-        # A LoRA of a 7B or 8B in bfloat16 is known to want a card of 24 GiB at the least, and to fit one of 40.
+        # A LoRA of a 7B or 8B in bfloat16 is known to need a card of at least 24 GiB, and to fit one of 40.
         ("Qwen2.5-7B", 32, True, 2048, 1, 18, 26),
         ("Llama-3.1-8B", 32, True, 2048, 1, 18, 26),
         # Without checkpointing the same 7B fills a card of 80 GiB at a few thousand tokens.
@@ -177,7 +177,7 @@ def test_a_layer_keeps_for_its_backward_pass_what_the_arithmetic_says(heads: int
 
 
 def count_kept_bytes(config: dict, num_tokens: int) -> int:
-    """Return what PyTorch saves for the backward pass of a LoRA on a Qwen2, parameters excepted."""
+    """Return the bytes that PyTorch saves for the backward pass of a LoRA on a Qwen2, without parameters."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -188,7 +188,7 @@ def count_kept_bytes(config: dict, num_tokens: int) -> int:
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is reused
         return tensor
 
     ids = torch.arange(num_tokens).reshape(4, -1) % 256

@@ -69,7 +69,7 @@ def test_a_token_that_has_moved_far_enough_gets_no_gradient(spec, tokenizer, adv
     trainer = make_trainer(spec, tokenizer, dtype="float32")
     batch = next(iter(trainer.get_train_dataloader()))
     batch["advantages"] = torch.full_like(batch["advantages"], advantage)
-    batch["old_logps"] = batch["old_logps"] - math.log(moved)  # the policy now gives `moved` times the probability
+    batch["old_logps"] = batch["old_logps"] - math.log(moved)  # `moved` is the ratio of probabilities
 
     trainer.compute_loss(trainer.model, batch).backward()
 
@@ -79,7 +79,7 @@ def test_a_token_that_has_moved_far_enough_gets_no_gradient(spec, tokenizer, adv
 
 def test_the_loss_does_not_depend_on_how_many_rows_fit_into_a_pass(spec, tokenizer):
     trainer = make_trainer(spec, tokenizer, dtype="float32")
-    # 0.1: the policy has moved a little since
+    # 0.1: the policy has changed a little since
     rows = [{**row, "old_logps": [logp - 0.1 for logp in row["old_logps"]]} for row in trainer.train_dataset]
 
     def loss(*of_pass):

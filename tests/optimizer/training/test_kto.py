@@ -1,4 +1,4 @@
-"""The KTO trainer: where its loss looks, and how it weighs good against bad rows. TRL's trainer in this process."""
+"""The KTO trainer: its masks, and the weights of good and bad rows. TRL's trainer in this process."""
 
 from __future__ import annotations
 

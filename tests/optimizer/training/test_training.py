@@ -161,7 +161,7 @@ async def test_sft_then_dpo_leave_adapters_that_an_engine_may_load(spec_for, tin
     assert manifest.fingerprint.base_logprobs != manifest.fingerprint.adapter_logprobs
     assert len(manifest.fingerprint.adapter_logprobs) == len(manifest.fingerprint.token_ids) - 1
     assert steps[0]["step"] == 1 and steps[0]["total"] == manifest.metrics["num_steps"]
-    assert await train(dpo) == refined  # done before: nothing is trained again
+    assert await train(dpo) == refined  # finished before, so it is not trained again
 
 
 async def test_search_trains_as_dpo_does_under_its_own_name(spec_for):
@@ -215,13 +215,13 @@ async def test_a_trainer_killed_in_mid_training_is_resumed_to_a_finished_adapter
 
     manifest = await train(spec, on_step=on_step, num_attempts=1)
 
-    assert steps[0] > 1  # not from the beginning
+    assert steps[0] > 1  # it resumed
     assert steps[-1] == manifest.metrics["num_steps"]
     verify_adapter(spec.output_dir, base_digest=digest_base(tiny_base), max_rank=16)
 
 
 def find_trainer(spec: TrainingSpec) -> int:
-    """Return the process id of our own trainer of this spec."""
+    """Return the process id of this spec's trainer."""
     for process in os.listdir("/proc"):
         if process.isdigit():
             try:

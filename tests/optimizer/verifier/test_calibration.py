@@ -1,4 +1,4 @@
-"""AUC, Platt's scaling and the threshold, against cases that can be counted by hand."""
+"""AUC, Platt scaling and the threshold, against cases counted by hand."""
 
 from __future__ import annotations
 

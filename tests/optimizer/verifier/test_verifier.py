@@ -1,4 +1,4 @@
-"""A verifier from graded episodes to grades: rows, parts, and the pocket model on a toy that can be decided."""
+"""A verifier from graded episodes to grades: rows, parts, and the pocket model on a decidable toy problem."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ async def test_too_few_episodes_are_refused_with_their_numbers(memory: Memory):
 
 
 class ScriptedVerifier:
-    """Trains nothing, and answers by what it is told of each prompt."""
+    """Trains nothing, and scores each prompt by a keyword."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -170,7 +170,7 @@ async def test_the_report_says_whether_people_agree(memory: Memory):
     (spec,) = scripted.trained
     assert len(spec.trajectory_ids) == report["parts"]["training"]["num_episodes"] == 38
 
-    for number, (trajectory_id, each) in enumerate(stored):  # people, who see one in five otherwise
+    for number, (trajectory_id, each) in enumerate(stored):  # people disagree on one in five
         await thumb(memory, trajectory_id, each.is_success if number % 5 else not each.is_success)
     again = await train_verifier(setup)
 
