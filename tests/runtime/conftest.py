@@ -32,7 +32,7 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
 
 @pytest.fixture
 def base_dir(tmp_path: Path) -> Path:
-    """The directory of a base model, as far as anybody but an engine looks."""
+    """The directory of a base model, with only the files that code outside an engine reads."""
     directory = tmp_path / "base"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}))

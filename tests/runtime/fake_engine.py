@@ -1,6 +1,6 @@
-"""An engine by hand: the few routes of vLLM that the runtime uses, over real HTTP, with a scripted policy behind them.
+"""A fake engine: the few routes of vLLM that the runtime uses, over real HTTP, with a scripted policy behind them.
 
-Refuses to know what the script wants to show. Token ids are the characters of the text, so that they can be read.
+Token ids are the code points of the text's characters, so that they are readable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Script = Callable[[dict[str, Any]], "Reply | Awaitable[Reply]"]
 
 @dataclass
 class Reply:
-    """What the scripted policy says; `status` makes the engine refuse instead."""
+    """The reply of the scripted policy; `status` makes the engine refuse instead."""
 
     content: str = ""
     calls: list[tuple[str, str]] = field(default_factory=list)  # (tool name, arguments as JSON)
@@ -34,7 +34,7 @@ class Reply:
     output_ids: list[int] | None = None  # None: the characters
     pause_seconds: float = 0.0  # between two pieces of a stream
     retry_after: str | None = None
-    """The header of a refusal."""
+    """The `Retry-After` header of a refusal."""
 
     @property
     def finish_reason(self) -> str:
@@ -65,11 +65,11 @@ LOOK = {
         "parameters": {"type": "object", "properties": {"where": {"type": "string"}}, "required": ["where"]},
     },
 }
-"""A tool to tell a model of, in OpenAI's form."""
+"""A tool's definition, in OpenAI's form."""
 
 
 class FakeEngine:
-    """`async with FakeEngine(script) as engine: engine.url`. `requests` holds every chat request that came."""
+    """`async with FakeEngine(script) as engine: engine.url`. `requests` holds every chat request."""
 
     def __init__(self, script: Script, *, base_dir: Path | None = None) -> None:
         self.script = script
@@ -80,18 +80,18 @@ class FakeEngine:
         self.ignores_adapters = False
         self.is_zombie = False
         self.broken_off_at: list[tuple[str, float]] = []
-        """What was last said in each request whose client left, and when that was noticed here."""
+        """The last message of each request whose client disconnected, and the time of detection."""
         self.num_under_way = 0
         self.num_tokens = 0
         self.num_calls = 0
         self.api_key: str | None = None
-        """Asked for on every route under /v1, as vLLM does."""
+        """Required on every route under /v1, as in vLLM."""
         self.breaks_off_after: int | None = None
-        """Events of a stream after which the connection is gone."""
+        """Number of events after which a stream's connection is closed."""
         self.render_prompt = _prompt_ids
         self.max_model_len: int | None = 4096
         self.port = 0
-        """Where to listen; 0 takes a free one."""
+        """The port to listen on; 0 takes a free one."""
         self.url = ""
 
     async def __aenter__(self) -> FakeEngine:
@@ -103,7 +103,7 @@ class FakeEngine:
         app.router.add_post("/v1/unload_lora_adapter", self._unload)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/metrics", self._metrics)
-        # As vLLM does: who leaves is no longer answered.
+        # As in vLLM, a disconnected client's request is cancelled.
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port)
@@ -126,7 +126,7 @@ class FakeEngine:
         return len(self.broken_off_at)
 
     def forget_adapters(self) -> None:
-        """What a restart does."""
+        """Drop the adapters, as a restart does."""
         self.adapters.clear()
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -159,7 +159,7 @@ class FakeEngine:
         return web.json_response({"choices": [choice], "prompt_token_ids": prompt_ids, "usage": usage})
 
     def _calls(self, reply: Reply) -> list[dict[str, Any]]:
-        """Each call with an id that no other has, as vLLM makes them."""
+        """Return the calls with unique ids, as vLLM makes them."""
         first, self.num_calls = self.num_calls, self.num_calls + len(reply.calls)
         return [
             {"id": f"call-{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -170,7 +170,7 @@ class FakeEngine:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         chunks: list[dict[str, Any]] = [{"delta": {"role": "assistant", "content": ""}}]
-        # As vLLM does, each piece with its own tokens, unless the test names them.
+        # As in vLLM, each piece has its own tokens, unless the test sets them.
         has_ids = reply.output_ids is None
         for it in reply.content:
             ids = {"token_ids": ids_of(it)} if has_ids else {}
@@ -249,7 +249,7 @@ def _error(status: int, message: str, *, retry_after: str | None = None) -> web.
 
 
 def _logprobs(body: dict[str, Any], text: str) -> dict[str, Any] | None:
-    """Of each character, with as many alternatives as were asked for: the letters a, b, c ..."""
+    """Return log-probs of each character, with the requested number of alternatives: a, b, c ..."""
     if not body.get("logprobs"):
         return None
     others = [

@@ -1,4 +1,4 @@
-"""A game of three levers: pull them in the order that the task's name gives; a wrong pull ends it."""
+"""A game of levers: pull them in the order of the task's name; a wrong pull ends it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Levers(Environment):
 
 
 class LeverGame(Playthrough):
-    """One game under way."""
+    """One game in progress."""
 
     def __init__(self, task: Task) -> None:
         self.task = task

@@ -1,4 +1,4 @@
-"""The threads of a server share few arenas of memory. It runs in a process of its own: arenas that exist stay."""
+"""The threads of a server share few malloc arenas. Tested in a separate process, as arenas are never freed."""
 
 from __future__ import annotations
 

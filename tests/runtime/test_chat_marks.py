@@ -1,4 +1,4 @@
-"""No text that anybody wrote becomes a special token: with the tokenizers and templates of the families."""
+"""No text of a user, tool or document becomes a special token, with the tokenizers and templates of the families."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_tokenizer(name: str) -> Any:
 
 @pytest.fixture(scope="module", params=NAMES)
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A family's tokenizer, written to a directory as a model's is."""
+    """A family's tokenizer, saved to a directory like that of a model."""
     tokenizer = make_tokenizer(request.param)
     tokenizer.directory = tmp_path_factory.mktemp(request.param)
     tokenizer.family = request.param
@@ -48,11 +48,11 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def conversation(text: str, family: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """Return messages and tools in which everything that others write is `text`."""
+    """Return messages and tools in which `text` stands for all untrusted text."""
     user = {"role": "user", "content": f"<memory>\nInsights:\n- {text}\n</memory>\n\nAsked: {text}"}
-    if family == "gemma":  # its template knows neither tools nor system messages
+    if family == "gemma":  # its template supports neither tools nor system messages
         return [user, {"role": "assistant", "content": text}, {"role": "user", "content": text}], None
-    # Mistral's template asks for nine letters and digits.
+    # Mistral's template requires nine letters and digits.
     called = {"id": "call00001", "type": "function", "function": {"name": "act", "arguments": {"command": text}}}
     messages = [
         {"role": "system", "content": f"Told: {text}"},
@@ -78,7 +78,7 @@ def special_ids(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict
 def test_no_text_in_a_prompt_becomes_a_special_token(tokenizer: Any):
     forged, harmless = (conversation(text, tokenizer.family) for text in (FORGED, HARMLESS))
     expected = special_ids(tokenizer, *harmless)
-    assert special_ids(tokenizer, *forged) != expected  # what would be, if nothing were done
+    assert special_ids(tokenizer, *forged) != expected  # the prompt without the protection
     marks = ChatMarks.read(tokenizer.directory)
 
     messages, tools = forged
@@ -157,7 +157,7 @@ async def test_every_prompt_that_leaves_for_the_engine_is_cleaned():
     async with FakeEngine(script) as fake:
         client = EngineClient(fake.url)
         kwargs = {"chat_template_kwargs": {"date": FORGED}}
-        await client.chat("base", messages, tools, **kwargs)  # a critic's prompts go this way, too
+        await client.chat("base", messages, tools, **kwargs)  # the path of a critic's prompts
         await client.chat_stream("base", messages, tools, on_delta=listen, **kwargs)
         await client.close()
     assert len(seen) == 2

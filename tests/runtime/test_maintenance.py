@@ -1,5 +1,5 @@
-"""A window without the engine: drained before, proved after, and closed however it ends. The engine's process is a
-played one, started, ended and watched as the real one is."""
+"""A window without the engine: drained before, probed after, and closed however it ends. The engine's process is a
+fake, started, ended and watched like the real one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Running:
 
 @pytest.fixture
 async def running(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
-    """An engine of ours that is watched, with two adapters on it, the newer one active."""
+    """A watched engine with two adapters, the newer one active."""
     monkeypatch.setattr("runtime.engine.process.CHILD", Path(played_child.__file__))
     with Memory.open(tmp_path / "data", MemoryConfig(memory_tokens=0), encoder=HashingEncoder()) as memory:
         engine = Engine(EngineConfig(model=str(base_dir), probe_interval_seconds=0.05), tmp_path / "data")
@@ -74,7 +74,7 @@ def is_alive(pid: int) -> bool:
 
 
 async def require_back(running: Running, before: int) -> None:
-    """Assert that another engine answers, with the adapters of the one before, as the active policy."""
+    """Assert that a new engine process answers with the active policy, and has the same adapters."""
     await running.engine.wait_until_ready(30)
     assert running.engine.pid not in (None, before)
     assert await running.engine.client.adapters() == {"pocket-v1", "pocket-v2"}
@@ -107,9 +107,9 @@ async def test_what_is_under_way_is_finished_before_the_engine_stops(running: Ru
     working = asyncio.create_task(work())
     await asyncio.sleep(0.3)
     assert is_alive(before) and running.engine.is_ready and not opened.is_set()
-    with pytest.raises(EngineInMaintenance):  # nobody new meanwhile
+    with pytest.raises(EngineInMaintenance):  # no new turn meanwhile
         await play(running.agent, messages=SAY_HI)
-    hanging.cancel()  # its client leaves
+    hanging.cancel()  # its client disconnects
     with contextlib.suppress(asyncio.CancelledError):
         await hanging
     await working
@@ -154,7 +154,7 @@ async def test_a_window_cancelled_at_any_moment_brings_the_engine_back(running: 
         await asyncio.sleep(0)
     working.cancel()
     working.cancel()
-    async with asyncio.timeout(1):  # nobody waits for the engine in here
+    async with asyncio.timeout(1):  # no request waits for the engine here
         await asyncio.wait({working})
     assert working.cancelled() and running.maintenance.reason is None
     await wait_until(lambda: running.engine.is_ready and not running.engine._suspended.is_set())
@@ -235,7 +235,7 @@ async def test_what_waits_for_a_client_survives_a_window_longer_than_its_patienc
     async with running.maintenance.window("training"):
         await asyncio.sleep(0.5)
         assert await book.sweep() == 0
-    assert await book.sweep() == 0  # its client has the whole time again
+    assert await book.sweep() == 0  # the time limit starts again
     call = running.memory.trajectories.steps(waiting.id)[-1].tool_calls
     reply = {"role": "assistant", "content": "", "tool_calls": call}
     result = {"role": "tool", "tool_call_id": call[0]["id"], "content": "rain"}

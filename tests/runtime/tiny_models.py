@@ -1,6 +1,6 @@
-"""Tiny models made on the spot: the three families' shapes with random weights, and one reply learned by heart.
+"""Tiny generated models: the three families' shapes with random weights, and memorised replies.
 
-Nothing here can be useful to anyone but a test of the engine: two layers, a byte-level vocabulary, seconds to make.
+They serve only tests of the engine: two layers, a byte-level vocabulary, seconds to make.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
             "<|im_start|>",
             "<|python_tag|>",
             "[TOOL_CALLS]",
-        ],  # the parsers of Llama and Mistral ask for theirs
+        ],  # required by the parsers of Llama and Mistral
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -91,7 +91,7 @@ Lesson = tuple[list[dict[str, Any]], list[dict[str, Any]] | None, str]
 
 
 def teach(path: Path, lessons: list[Lesson]) -> Path:
-    """Overfit the model at `path` until it says each lesson's reply by heart."""
+    """Overfit the model at `path` until it returns each lesson's reply exactly."""
     torch.manual_seed(0)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -124,7 +124,7 @@ def _batch(rows: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.
 
 
 def make_adapters(base: Path, paths: list[Path], *, rank: int = 8, size: float = 0.02) -> list[dict[str, Any]]:
-    """Write a random LoRA for `base` to each path; return for each the log-probs that prove it is worn."""
+    """Write a random LoRA for `base` to each path; return for each the log-probs that prove it is active."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     probe = torch.tensor([PROBE_IDS])
     before = _logprobs(model, probe)
@@ -144,7 +144,7 @@ def make_adapters(base: Path, paths: list[Path], *, rank: int = 8, size: float =
 
 
 def make_proved_adapters(base: Path, home: Path, *, name: str, num: int) -> list[Path]:
-    """Write `num` random adapters, each with the manifest that proves it, as a trainer would leave them."""
+    """Write `num` random adapters, each with the manifest that proves it, as a trainer writes them."""
     paths = [home / f"{name}-v{version}" for version in range(1, num + 1)]
     for version, fingerprint in enumerate(make_adapters(base, paths), start=1):
         values = {"name": name, "version": version, "base_model": name, "kind": "sft"}

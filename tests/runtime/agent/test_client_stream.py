@@ -1,4 +1,4 @@
-"""What a client hears: its own calls, numbered as if there were no others."""
+"""A client's stream holds only its own calls, numbered as if there were no others."""
 
 from __future__ import annotations
 

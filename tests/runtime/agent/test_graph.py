@@ -1,4 +1,4 @@
-"""One episode: recorded step by step, judged, closed in all cases."""
+"""One episode: recorded step by step, rewarded, closed in all cases."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.runtime.levers import LeverGame, Levers
 
 
 def pulls(*levers: str):
-    """A policy that pulls these levers, whatever it is told."""
+    """A policy that pulls these levers, whatever its prompt."""
     rest = iter(levers)
     return lambda request: call("pull", lever=next(rest))
 
@@ -320,7 +320,7 @@ async def test_a_policy_that_was_proved_without_memory_is_served_without_it(
 ):
     await teach(agent, memory, fake, levers)
     lean = await memory.policies.draft(parent=0)
-    async with hotswap.lease(lean.version):  # as it was measured, before its verdict
+    async with hotswap.lease(lean.version):  # a candidate's rollouts, before its verdict
         pass
     await memory.policies.move(lean.version, PolicyStage.ACTIVE, use_memory=False)
     await hotswap.activate(lean.version)
@@ -424,7 +424,7 @@ def read_news() -> str:
 
 
 def reads_the_news(request):
-    """A policy that reads once, then says what it read."""
+    """A policy that reads once, then repeats the result."""
     last = request["messages"][-1]
     return call("read_news") if last["role"] == "user" else Reply(f"They say: {last['content']}")
 
@@ -485,7 +485,7 @@ LOOK_UP = {"type": "function", "function": {"name": "look_up", "description": "L
 
 
 def reads_the_news_and_looks_up(request):
-    """A policy that reads, says so, has the client look it up, and then says what came of it."""
+    """A policy that reads, answers with a call of the client's tool, and then repeats the result."""
     messages = request["messages"]
     last = messages[-1]["content"]
     if messages[-1]["role"] == "tool" and last == NEWS:
@@ -494,7 +494,7 @@ def reads_the_news_and_looks_up(request):
 
 
 async def hand_over(agent: Agent) -> tuple[Trajectory, list[dict]]:
-    """Return the waiting trajectory of an agent that read the news, and the conversation as its client has it."""
+    """Return the waiting trajectory of an agent that read the news, and its client's copy of the conversation."""
     turn = await agent.rollout(TurnRequest(messages=ask_of("What is new?"), tools=[LOOK_UP]))
     assert turn.trajectory.stage is TrajectoryStage.RUNNING
     said = {"role": "assistant", "content": turn.answer, "tool_calls": turn.open_tool_calls}
@@ -513,7 +513,7 @@ async def test_an_untrusted_answer_to_words_beside_tool_results_stays_untrusted(
     closed = await play(agent, messages=told, tools=[LOOK_UP])
     assert (closed.id, closed.stage) == (waiting.id, TrajectoryStage.FINISHED)
 
-    # only what the client sees last: it may have shortened what came before
+    # only the last messages: a client may shorten a conversation
     later = [*ask_of("And in short?"), {"role": "assistant", "content": closed.answer}, *ask_of("Thanks.")]
     expected = Trust.TRUSTED if is_trusted else Trust.UNTRUSTED
     assert (await play(agent, messages=later)).trust is expected
@@ -533,7 +533,7 @@ async def test_a_conversation_that_goes_on_elsewhere_from_an_untrusted_handover_
     if happened == "answered":
         await play(agent, messages=told, tools=[LOOK_UP])
     told = [{"role": "system", "content": system}, *told] if system else told
-    # a named task, which the waiting trajectory is not of
+    # a named task, other than that of the waiting trajectory
     task = Task(environment=None, name="other", split=Split.LIVE, kind="chat")
     other = await play(agent, task, messages=told, tools=[LOOK_UP])
     assert other.id != waiting.id and other.trust is Trust.UNTRUSTED

@@ -1,4 +1,4 @@
-"""One conversation, however it is written down, has one digest; any other has another."""
+"""All spellings of one conversation have the same digest; different conversations have different ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A team: who is called when, what each role reads, what is recorded, and what the client sees of it."""
+"""A team: the order of its calls, the prompts of its roles, the record, and the client's view."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def role_of(request: dict[str, Any]) -> str:
 
 
 def cast(**replies: list[Reply | str]) -> Callable[[dict[str, Any]], Reply]:
-    """Return a script in which each role says its lines in turn, the last one again and again."""
+    """Return a script in which each role returns its replies in turn, and then repeats the last one."""
 
     def script(request: dict[str, Any]) -> Reply:
         lines = replies[role_of(request)]

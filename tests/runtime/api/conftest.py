@@ -1,4 +1,4 @@
-"""Fixtures of the API tests: one served world for a module's tests, or one's own where a test breaks things."""
+"""Fixtures of the API tests: one server for a module's tests, or one for each test that breaks things."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.runtime.api.worlds import ServedWorld
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlayedWorld]:
-    """A played world for a module's tests, each of which begins it anew."""
+    """A server on a fake engine for a module's tests; each test resets it."""
     with PlayedWorld(tmp_path_factory.mktemp("shared"), memory_config=FORGETFUL) as world:
         yield world
 
 
 @pytest.fixture
 def untouched(world: PlayedWorld, client: openai.OpenAI) -> Iterator[openai.OpenAI]:
-    """A client all of whose requests are refused before anything comes of them."""
+    """A client; asserts that none of its requests opened a trajectory."""
     yield client
     assert world.num_trajectories == 0
 

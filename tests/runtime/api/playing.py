@@ -1,7 +1,7 @@
-"""An application over the played engine, all of it over real HTTP, for clients that we did not write.
+"""An application on the fake engine, all of it over real HTTP, for third-party clients.
 
-client -> loopback -> uvicorn -> agent -> loopback -> the played engine. Token ids are characters of what the engine
-was shown, rendered so that a reply is found again in the next prompt.
+client -> loopback -> uvicorn -> agent -> loopback -> the fake engine. Token ids are the characters of the prompt,
+rendered so that a reply is a part of the next prompt.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WEATHER = {
 
 
 def forecast(request: dict[str, Any]) -> Reply:
-    """A policy that asks for the weather of each city it reads of, all at once, and then tells what it heard."""
+    """A policy that requests the weather of each city in the question in parallel, and then repeats the results."""
     if request.get("response_format"):
         return Reply('{"city": "Oslo"}')
     heard = [message["content"] for message in request["messages"] if message["role"] == "tool"]
@@ -49,11 +49,11 @@ def render_as_dialogue(body: dict[str, Any]) -> list[int]:
 
 
 FORGETFUL = MemoryConfig(memory_tokens=0)
-"""For a world that several tests share: what one of them teaches is not shown to the next."""
+"""Shows no memory, so that tests that share a server do not affect each other's prompts."""
 
 
 class PlayedWorld(ServedWorld):
-    """A served world whose engine is played over HTTP by a script."""
+    """A running server with a scripted fake engine over HTTP."""
 
     def __init__(
         self, data_dir: Path, script: Script = forecast, *, engine_config: dict[str, Any] | None = None, **more: Any
@@ -65,7 +65,7 @@ class PlayedWorld(ServedWorld):
         self._num_before = 0
 
     def begin_anew(self) -> None:
-        """Play by the first script again, and count from here: for a world that several tests share."""
+        """Restore the first script and restart the counts, for a server that several tests share."""
         self.fake.script, self.fake.breaks_off_after = forecast, None
         self.fake.requests.clear()
         self._num_before = len(self.memory.trajectories.select(limit=10_000))

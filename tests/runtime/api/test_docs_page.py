@@ -1,4 +1,4 @@
-"""The description of the API: anybody may ask for it, so it must not stop the server."""
+"""The description of the API is public, so building it must not block the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Prometheus reads, and that the dashboard asks for nothing else."""
+"""The metrics for Prometheus; the dashboard uses no others."""
 
 from __future__ import annotations
 

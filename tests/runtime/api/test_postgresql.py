@@ -1,4 +1,4 @@
-"""A server whose rows are in PostgreSQL: it answers, keeps, hears feedback, and outlives its database's fall."""
+"""A server with its rows in PostgreSQL: it answers, stores, takes feedback, and survives its database's crash."""
 
 from __future__ import annotations
 

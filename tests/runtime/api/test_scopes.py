@@ -1,4 +1,4 @@
-"""Whose words a prompt may hold: one person's are shown to that person alone."""
+"""Memory that comes from one person is shown in that person's prompts only."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def like(http: httpx.Client, answer: str, **fields: Any) -> None:
 
 
 def drain(world: ServedWorld) -> None:
-    """Wait until the index holds what the rows say."""
+    """Wait until the index is up to date."""
     asyncio.run(world.memory.index.drain())
 
 
 def prompt(world: ServedWorld, http: httpx.Client, text: str, **fields: Any) -> str:
-    """Ask; return what the model was shown, without the question itself."""
+    """Ask; return the model's prompt without the question itself."""
     ask(http, text, **fields)
     (shown,) = [message["content"] for message in world.engine.calls[-1]["messages"] if message["role"] == "user"]
     return shown.removesuffix(text)
@@ -56,8 +56,8 @@ def test_what_one_person_said_is_shown_to_nobody_else(
     for other in others:
         for text in (HAIKU, SECRET):
             assert prompt(world, http, text, **other) == "", other
-    assert ("IBAN" in prompt(world, http, SECRET, **jane)) == bool(jane)  # hers still, if it is known who she is
-    assert prompt(world, http, HAIKU, **jane) == ""  # far from what is asked
+    assert ("IBAN" in prompt(world, http, SECRET, **jane)) == bool(jane)  # shown to her if she is identified
+    assert prompt(world, http, HAIKU, **jane) == ""  # unrelated to the question
 
 
 def test_a_row_knows_its_person_and_its_key_on_every_path(world: ServedWorld, http: httpx.Client):
@@ -88,7 +88,7 @@ def test_what_a_client_shares_is_shown_to_all_and_holds_nothing_of_one_person(wo
     like(http, ask(http, SECRET, user="jane"))
     drain(world)
     shared = {"user": "jane", "metadata": {"share": "true"}}
-    assert prompt(world, http, SECRET, **shared) == ""  # or her words would be shared along with it
+    assert prompt(world, http, SECRET, **shared) == ""  # else the shared episode would contain her text
     like(http, ask(http, "When is invoice 12 due?", **shared))
     drain(world)
     for person in ({}, {"user": "bob"}, {"user": "jane"}):
@@ -112,7 +112,7 @@ def test_an_operator_widens_a_memory_rewords_it_and_retires_it(world: ServedWorl
 
     for _ in range(2):
         assert http.post(f"/v1/exemplars/{answer}/retire").json()["shown_to"] == "nobody"
-    assert prompt(world, http, SECRET, user="jane") == ""  # at once, whatever the index holds
+    assert prompt(world, http, SECRET, user="jane") == ""  # at once, before the index is updated
     refused = http.post(f"/v1/exemplars/{answer}/approve")
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "illegal_move")
     assert [it["id"] for it in http.get("/v1/exemplars", params={"status": "retired"}).json()["data"]] == [answer]
@@ -169,7 +169,7 @@ def test_nobody_takes_up_what_another_person_began(world: ServedWorld, http: htt
 
 
 class Confused(Exception):
-    """Nobody foresaw it."""
+    """An unexpected error."""
 
 
 def test_no_line_of_the_log_holds_what_a_person_said(

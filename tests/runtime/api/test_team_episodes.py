@@ -1,4 +1,4 @@
-"""A team behind the HTTP APIs: what its client sees, what the record shows, and what can be learned from it."""
+"""A team behind the HTTP APIs: the client's view, the record, and the training rows from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small world to serve: a scripted engine, doors to open, a learner that turns the loop in no time.
+"""A small server for tests: a scripted engine, doors to open, a learner whose cycles take no time.
 
 Everything else is real: SQLite, the agent's graph, the swap, the application, the socket.
 """
@@ -34,7 +34,7 @@ from tests.memory.episodes import PATIENT, HashingEncoder
 
 
 class ScriptedEngine:
-    """The fake at the engine's seam: what it says depends on the last user message and the tools alone."""
+    """The fake at the engine's seam: its reply depends only on the last user message and the tools."""
 
     def __init__(self, log_path: Path) -> None:
         self.client = self
@@ -120,7 +120,7 @@ class Doors(Environment):
 
 
 class AtTheDoors(Playthrough):
-    """One choice, then it is over."""
+    """One choice, after which the task ends."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -192,7 +192,7 @@ class QuickLearner:
 
 
 class ServedWorld:
-    """An application over a memory of its own, on a loopback port, in a thread of its own."""
+    """An application with its own memory, on a loopback port, in its own thread."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class ServedWorld:
     ) -> None:
         self.base_model = base_model
         self.change = change
-        """What a test has otherwise, before anything is served."""
+        """A test's changes to the services, applied before anything is served."""
         self.config = config or AgentConfig(max_steps=4, max_seconds=20)
         self.tools = tools
         self.memory = Memory.open(data_dir, memory_config, encoder=HashingEncoder())
@@ -218,7 +218,7 @@ class ServedWorld:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 
     def __enter__(self) -> ServedWorld:
-        structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # standard output is the verbs'
+        structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # standard output is for the commands
         self._thread.start()
         assert self._started.wait(30), "the application did not start"
         return self

@@ -1,4 +1,4 @@
-"""Calls to the engine: whatever it answers, a completion or a typed error comes of it."""
+"""Calls to the engine: every answer becomes a completion or a typed error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The corrections to vLLM's CPU build, against its own operations; in a process of their own, for vLLM is heavy."""
+"""The corrections to vLLM's CPU build, against its own operations; in a separate process, because vLLM is heavy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever cancels a start or a restart of the engine gets it cancelled, wherever it was waiting at that moment."""
+"""A start or restart of the engine can be cancelled at every await."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ signal.pause()
 
 
 class CancelledAt:
-    """Awaits a coroutine, and cancels its own task at the `number`-th place where the coroutine waits.
+    """Awaits a coroutine, and cancels its own task at the coroutine's `number`-th suspension.
 
-    That is done either at once or, `is_late`, in the moment between the end of what it waits for and its next step:
-    there Python 3.11's `asyncio.wait_for` returns as if nobody had cancelled.
+    It cancels at once or, if `is_late`, between the end of the awaited future and the coroutine's next step, where
+    Python 3.11's `asyncio.wait_for` swallows the cancellation.
     """
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any], number: int, *, is_late: bool) -> None:
@@ -50,7 +50,7 @@ class CancelledAt:
             thrown = None
             try:
                 yield awaited
-            except BaseException as error:  # passed on: the coroutine decides
+            except BaseException as error:  # passed on to the coroutine
                 thrown = error
 
     def _cancel(self, awaited: asyncio.Future[Any] | None) -> None:
@@ -68,7 +68,7 @@ class CancelledAt:
 
 
 class PlayedClient(EngineClient):
-    """Answers for a server that is not there."""
+    """A fake client: there is no server."""
 
     def __init__(self, engine: PlayedEngine) -> None:
         super().__init__()
@@ -92,10 +92,10 @@ class PlayedClient(EngineClient):
 
 
 class PlayedEngine(Engine):
-    """An engine whose children are real processes, and whose tokens are not."""
+    """An engine with real child processes and fake tokens."""
 
     is_zombie = False
-    """Whether its first child generates none."""
+    """Whether its first child hangs."""
 
     def __init__(self, config: EngineConfig, data_dir: Path) -> None:
         super().__init__(config, data_dir)
@@ -108,7 +108,7 @@ def living(script: Path) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
             continue
         if bytes(script) in words:
             found.append(int(path.parent.name))
@@ -116,7 +116,7 @@ def living(script: Path) -> list[int]:
 
 
 async def become_ready(engine: Engine, how: str) -> None:
-    """Start the engine, or watch over one whose child is dead or a zombie."""
+    """Start the engine, or watch one whose child is dead or hangs."""
     if how == "start":
         await engine.start()
     else:
@@ -124,7 +124,7 @@ async def become_ready(engine: Engine, how: str) -> None:
 
 
 async def expect_cancelled(engine: PlayedEngine, script: Path, how: str, number: int, *, is_late: bool) -> bool:
-    """Cancel at the given place; return whether the engine got there before it was ready."""
+    """Cancel at the given suspension; return whether it was reached before the engine was ready."""
     if how != "start":
         engine._process = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
         if how == "dead":
@@ -137,7 +137,7 @@ async def expect_cancelled(engine: PlayedEngine, script: Path, how: str, number:
     task = asyncio.create_task(run())
     ready = asyncio.create_task(engine._ready.wait())
     await asyncio.wait({task, ready}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
-    # What a healthy engine's watcher waits for never ends, and so is no moment between an end and the next step.
+    # The watcher of a healthy engine waits for a future that never ends, so a late cancellation never comes.
     is_reached = stepped.has_cancelled
     assert is_reached or engine.is_ready, f"neither cancelled nor ready after {stepped.num_waits} waits"
     if is_reached:

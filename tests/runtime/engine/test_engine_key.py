@@ -1,4 +1,4 @@
-"""The engine answers nobody but us: on the loopback alone, and only to who knows its key."""
+"""The engine answers only its own server: on the loopback, and with its key."""
 
 from __future__ import annotations
 
@@ -100,5 +100,5 @@ def test_the_installed_vllm_guards_every_route_that_we_use():
     ]
     ours = set(re.findall(r'"(/[a-z0-9_/]+)"', Path(completion.__file__).read_text(encoding="utf-8")))
     assert "/v1/chat/completions" in ours
-    # counts of tokens and the ids of a text the asker sends: nothing that the engine has stored
+    # token counts, and the ids of the caller's own text: no stored data
     assert {path for path in ours if not path.startswith(guarded)} == {"/metrics", "/tokenize"}

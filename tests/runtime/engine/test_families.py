@@ -1,4 +1,4 @@
-"""Every family of models is served by one path: loaded, parsed by its own parser, adapted by a LoRA."""
+"""All model families use the same code path: loaded, parsed by their own parser, adapted by a LoRA."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def test_a_family_is_loaded_parsed_and_adapted(family: str, tmp_path: Path
     base = tiny_models.make_model(tmp_path / "model", family=family)
     tiny_models.teach(base, [(messages, [LOOK], CALLS[family])])
     (told,) = tiny_models.make_adapters(base, [tmp_path / "adapter"])
-    named = {"tool_call_parser": PARSERS[family]}  # the tests' template is of no family
+    named = {"tool_call_parser": PARSERS[family]}  # the tests' template belongs to no family
     settings = EngineConfig(model=str(base), kv_cache_gib=1, max_model_len=512, startup_seconds=900, **named)
     engine = Engine(settings, tmp_path)
     await engine.start()

@@ -1,4 +1,4 @@
-"""Forced calls: what the grammar of our engine accepts, and what an engine elsewhere is asked for."""
+"""Forced calls: the grammar of our engine, and the request to an engine elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMED = {"type": "function", "function": {"name": "look"}}
 
 @pytest.fixture(scope="module")
 def parser():
-    """Return vLLM's hermes parser as our engine has it."""
+    """Return vLLM's hermes parser as our engine configures it."""
     pytest.importorskip("xgrammar")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # importing vLLM imports torch.jit
@@ -39,7 +39,7 @@ def new_request(tool: dict[str, Any], tool_choice: Any):
 
 @pytest.fixture(scope="module")
 def accepts(parser):
-    """Return a function that says whether our engine's grammar of a call lets these arguments through."""
+    """Return a function that tests whether our engine's grammar of a call accepts arguments."""
     import xgrammar
 
     tokenizer = parser.model_tokenizer

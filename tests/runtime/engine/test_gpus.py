@@ -1,4 +1,4 @@
-"""What nvidia-smi says, read."""
+"""Parsing of nvidia-smi's output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine process: what it is started with, what it says when it fails, and the real one under swaps and faults."""
+"""The engine process: its arguments, its error messages, and the real one under swaps and faults."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_engine_listens_on_the_loopback_with_adapters_on(base_dir: Path):
     text = " ".join(given)
     assert "--host 127.0.0.1 --port 8123" in text
     assert "--enable-lora" in given and "--max-lora-rank 32" in text and "--max-model-len 512" in text
-    assert "--seed 7 --host" in text  # what comes last counts
+    assert "--seed 7 --host" in text  # the last value wins
 
 
 def test_json_is_compact_but_for_models_with_mistral_s_own_tokenizer(tmp_path: Path):
@@ -125,12 +125,12 @@ async def test_a_zombie_is_not_ready_until_a_token_comes_again(engine: Engine, f
 
 
 async def test_a_slow_probe_is_no_proof_of_death_while_tokens_move(engine: Engine, fake: FakeEngine):
-    engine.config = engine.config.model_copy(update={"probe_timeout_seconds": 3.0})  # a busy machine is no zombie
+    engine.config = engine.config.model_copy(update={"probe_timeout_seconds": 3.0})  # not a hang: the machine is busy
     probes = []
 
     async def slow_probe(model: str | None = None) -> bool:
         probes.append(model)
-        fake.num_tokens += 1  # others are served
+        fake.num_tokens += 1  # other requests are served
         await asyncio.sleep(3600)
         return True
 
@@ -175,7 +175,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Adapters of the tiny model, each with its manifest, as a trainer would leave them."""
+    """Adapters of the tiny model, each with its manifest, as a trainer writes them."""
     from tests.runtime import tiny_models
 
     home = tmp_path_factory.mktemp("adapters")
@@ -198,7 +198,7 @@ async def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, phase
 
 
 def on_real_engine(test):
-    """Mark a test that shares the module's engine, and with it the event loop."""
+    """Mark a test that shares the module's engine, and so its event loop."""
     return pytest.mark.engine(pytest.mark.asyncio(loop_scope="module")(test))
 
 
@@ -454,12 +454,12 @@ async def test_a_core_that_stands_still_is_found_within_ten_seconds(real: Engine
     os.kill(find_core(real.pid), signal.SIGSTOP)
     began = time.monotonic()
     while real.is_ready:
-        assert await healthy(real.url) or not real.is_ready  # found out and ended in the midst of the question
+        assert await healthy(real.url) or not real.is_ready  # or detected during the request
         await asyncio.sleep(0.05)
     found_after = time.monotonic() - began
     with pytest.raises(EngineLost):
         await call
-    watching.cancel()  # that it comes back was shown; what stands in its place ends with the module
+    watching.cancel()  # the restart is tested above; the new process ends with the module
     await asyncio.wait({watching})
     print(f"found after {found_after:.2f} s")
     assert found_after <= 10.0

@@ -1,4 +1,4 @@
-"""Which parser reads a model's calls, and whether its template shows tools, by the files that models really have."""
+"""The parser for a model's calls, and whether its template renders tools, with the files of real models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtime.engine.tool_format import choose_tool_call_parser, read_chat_templa
 from tests.optimizer.families import read_template
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-CHATML = (  # SmolLM2's own, which drops tools in silence
+CHATML = (  # SmolLM2's own, which silently drops tools
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
     "{{ '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )

@@ -1,4 +1,4 @@
-"""AgentBench's operating-system tasks: the conversion, and that the authors' own solutions are accepted."""
+"""AgentBench's operating-system tasks: their conversion, and the authors' own solutions, which must be accepted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROW = {"description": "How many?", "create": {"init": {"code": "touch /srv/a"}},
 
 
 def publish(folder: Path, **files: list[dict[str, Any]]) -> Path:
-    """Write files as AgentBench's folder has them; a name such as `train_0317__training` has its folder before `__`."""
+    """Write files in AgentBench's layout; a name such as `train_0317__training` has its folder before `__`."""
     for name, rows in files.items():
         path = folder.joinpath(*name.split("__")).with_suffix(".json")
         path.parent.mkdir(parents=True, exist_ok=True)

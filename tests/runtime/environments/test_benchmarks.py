@@ -1,4 +1,4 @@
-"""Published benchmarks as task files: how many tasks, which split, and that nothing leaks from one to the other."""
+"""Published benchmarks as task files: the number of tasks, the splits, and no leak between them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Game compilers: few at once for all callers together, killed with whoever asked, and with the server however it ends.
+"""Game compilers: a global limit on their number, and no compiler outlives its caller or the server.
 
-The compiler's process is the real one; only what compiles a game is played.
+The compiler's process is real; only the compilation of a game is a fake.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ async def test_who_is_cancelled_kills_its_compilers_and_leaves_the_loop_running(
 
     beating = asyncio.ensure_future(beat())
     preparing.cancel()
-    await asyncio.wait({preparing}, timeout=30)  # the compiler would go on for ten minutes
+    await asyncio.wait({preparing}, timeout=30)  # the compiler would run for ten minutes
     beating.cancel()
 
     assert preparing.cancelled() and beats > 1

@@ -1,4 +1,4 @@
-"""Where environments come from: task files, classes and plug-ins; what is wrong is named at the start."""
+"""The sources of environments: task files, classes and plug-ins; errors are reported at startup."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Painted(Levers):
 
 
 class Abstract(registry.Environment):
-    """It cannot be made: it starts no task."""
+    """An abstract class, which cannot be instantiated."""
 
 
 def is_long(text: str, answer: int) -> bool:

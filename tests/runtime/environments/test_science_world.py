@@ -1,4 +1,4 @@
-"""ScienceWorld on its real simulator, where the extra and Java are installed."""
+"""ScienceWorld on its real simulator, if the extra and Java are installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log file: JSON lines, and nothing of what a person wrote."""
+"""The log file: JSON lines without any text of a user."""
 
 from __future__ import annotations
 

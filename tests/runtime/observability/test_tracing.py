@@ -1,4 +1,4 @@
-"""Spans: what is in them, what is not, and that nobody waits for them."""
+"""Spans: their content, what they leave out, and that no request waits for them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.runtime.levers import Levers
 
 
 class Traced:
-    """An agent whose spans are kept here."""
+    """An agent whose spans are collected."""
 
     def __init__(self, memory: Memory, hotswap: HotSwap, levers: Levers, *, with_content: bool = False) -> None:
         self.exporter = InMemorySpanExporter()

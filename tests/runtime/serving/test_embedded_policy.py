@@ -1,4 +1,4 @@
-"""The adapter of an embedded model: a new data directory starts with it, and it is a policy like any other."""
+"""The adapter of an embedded model: a new data directory starts with it as an ordinary policy."""
 
 from __future__ import annotations
 

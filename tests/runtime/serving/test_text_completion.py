@@ -1,4 +1,4 @@
-"""Text of the base model: JSON of a schema where the engine takes one."""
+"""Text of the base model, as JSON of a schema if the engine supports that."""
 
 from __future__ import annotations
 

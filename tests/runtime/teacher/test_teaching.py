@@ -1,4 +1,4 @@
-"""A teacher plays practice tasks within its budget, over real HTTP, with a scripted model at the other end."""
+"""A teacher plays practice tasks within its budget, over real HTTP, with a scripted model."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ TASKS = ("left-right", "left-left", "right-left")
 
 
 def solve(request: dict) -> Reply:
-    """Pull left, then right: solves `left-right` alone."""
+    """Pull left, then right, which solves only `left-right`."""
     num_pulled = sum(message["role"] == "tool" for message in request["messages"])
     return call("pull", lever="left" if num_pulled == 0 else "right")
 
 
 class BrokenLevers(Levers):
-    """Levers some of whose tasks raise: `at_start` as they start, `at_close` as they are scored."""
+    """Levers with tasks that raise: `at_start` at their start, `at_close` when they are scored."""
 
     def __init__(self, at_start: dict[str, Exception] | None = None, at_close: Exception | None = None) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ def test_a_budget_of_money_counts_prompts_and_replies_by_their_prices():
         budget.reserve(100_000, 50_000)
     budget.charge(first, Usage(50_000, 10_000))
     assert (budget.to_json()["cost_spent"], budget.to_json()["cost_left"]) == (0.18, 0.82)
-    budget.charge(budget.reserve(100_000, 50_000), None)  # nothing was reported, so the worst case counts
+    budget.charge(budget.reserve(100_000, 50_000), None)  # no usage was reported, so the worst case counts
     assert budget.to_json()["cost_left"] == 0.22
 
 

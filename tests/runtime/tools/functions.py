@@ -1,4 +1,4 @@
-"""A function that tests make a tool of, with all that a schema can take from one."""
+"""A function that tests turn into a tool, with every feature that a schema reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which addresses are public: IANA's registries block by block, and every spelling of an inside address."""
+"""Public addresses: IANA's registries block by block, and every spelling of an internal address."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtime.tools.web import page_fetcher
 from tests.runtime.tools.test_web import watch_connections
 from tests.shared_data import read_shared_rows
 
-# Rows of the registries lie within blocks of the table; each is named here as IANA names it.
+# Rows of the registries, each as IANA names it; every row is within a block of the table.
 _REGISTRY = """
 0.0.0.0/8 0.0.0.0/32 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.0.0/29
 192.0.0.8/32 192.0.0.9/32 192.0.0.10/32 192.0.0.170/32 192.0.0.171/32 192.0.2.0/24 192.31.196.0/24 192.52.193.0/24
@@ -75,7 +75,7 @@ async def test_no_url_of_the_public_corpus_reaches_an_inside_address(monkeypatch
     assert len(urls) > 80
 
     async def getaddrinfo(host, port, **_):
-        """Read numbers in disguise as the system does; every name leads inside."""
+        """Parse numeric addresses in any spelling as the system does; every name resolves to the loopback."""
         try:
             return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         except socket.gaierror:

@@ -1,4 +1,4 @@
-"""A call of a tool: it always comes back, with a result or with what was wrong."""
+"""A call of a tool always returns a result or an error."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def test_tools_that_hang_time_out_and_hold_up_nobody():
     started = time.monotonic()
     results = await asyncio.gather(*(run_tool(hanging, "{}") for _ in range(40)))
     assert {result.error for result in results} == {"TimeoutError: 'hang' gave no result within 0.05 seconds"}
-    assert await asyncio.to_thread(threading.active_count) >= 40  # they hang on, and the pool is still free
+    assert await asyncio.to_thread(threading.active_count) >= 40  # the threads still hang, but the pool is free
     assert time.monotonic() - started < 5
 
 
@@ -184,7 +184,7 @@ async def test_the_loop_stays_responsive_while_blocking_tools_block():
 
     tool = tool_from_function(block)
     results = asyncio.gather(*(run_tool(tool, "{}") for _ in range(20)))
-    for _ in range(2):  # two at once
+    for _ in range(2):  # two in parallel
         await wait_until(lambda: started.acquire(blocking=False))
     release.set()
     assert {result.content for result in await results} == {"ok"}

@@ -1,4 +1,4 @@
-"""Functions as tools: what becomes the schema, what becomes the result, where they are found."""
+"""Functions as tools: their schema, their result, their import."""
 
 from __future__ import annotations
 

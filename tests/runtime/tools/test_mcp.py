@@ -1,4 +1,4 @@
-"""MCP: a real server over both transports; its tools, its errors, its deaths."""
+"""MCP: a real server over both transports; its tools, errors and crashes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SERVER = str(Path(__file__).with_name("mcp_server.py"))
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.seconds = 100.0

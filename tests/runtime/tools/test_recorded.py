@@ -1,4 +1,4 @@
-"""Rehearsals: what acts on the outside answers from the record there, and never acts."""
+"""Rehearsals: a tool with side effects answers from recorded results, and never acts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ASK = [{"role": "user", "content": "Order tea."}]
 
 
 class Shop(Environment):
-    """An environment whose tasks are played with the server's own tools: one acts on the outside, one does not."""
+    """An environment whose tasks use the server's own tools, one with side effects and one without."""
 
     name = "shop"
     system_prompt = "You order."
@@ -71,7 +71,7 @@ def agent(memory: Memory, hotswap: HotSwap, shop: Shop) -> Agent:
 
 
 def calling(name: str, **arguments: object):
-    """A policy that calls once, and then repeats what it heard."""
+    """A policy that calls once, and then repeats the result."""
 
     def script(request):
         last = request["messages"][-1]
@@ -129,7 +129,7 @@ async def test_calls_of_one_episode_are_told_apart_though_their_ids_are_the_same
     articles = iter(["tea", "coffee"])
 
     def script(request):
-        fake.num_calls = 0  # an engine that begins to count anew
+        fake.num_calls = 0  # an engine whose ids start again
         article = next(articles, None)
         return call("send_order", article=article) if article else Reply("done")
 

@@ -1,4 +1,4 @@
-"""Sandboxed Python: refused where there is no bubblewrap, never run any other way; contained where there is."""
+"""Sandboxed Python: refused without bubblewrap, contained with it, and never run in any other way."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ async def find_nothing(query_text: str, num: int) -> list[str]:
 
 
 async def test_without_bubblewrap_the_tool_is_refused_by_name_at_the_start(tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))  # holds nothing
+    monkeypatch.setenv("PATH", str(tmp_path))  # an empty directory
     with pytest.raises(ToolRefused, match=r"the tool 'run_python' needs bubblewrap.*install it.*tools.python = false"):
         await Toolbox(ToolsConfig(python=True), find_nothing, tmp_path).open()
 
 
 @pytest.fixture
 def open_dir() -> Iterator[Path]:
-    """A directory that anybody may use: where the tests run as root, bubblewrap is run by nobody."""
+    """A world-writable directory: if the tests run as root, bubblewrap runs as `nobody`."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o777)
         yield Path(name)
@@ -122,7 +122,7 @@ async def test_code_that_never_ends_is_killed_with_its_children():
     forks = "import os, time\nos.fork()\ntime.sleep(1234)"
     tool = replace(python_tool(), timeout_seconds=1.5)
     assert "gave no result within 1.5 seconds" in (await run_tool(tool, json.dumps({"code": forks}))).error
-    for _ in range(tool.max_concurrency):  # the last is given back once the process is gone
+    for _ in range(tool.max_concurrency):  # the last slot is released once the process is gone
         await tool.slots.acquire()
     cmdlines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not [line for line in cmdlines if b"--disable-userns" in line]

@@ -1,4 +1,4 @@
-"""All tools that the configuration names: unique, limited as it says, refused by name."""
+"""All configured tools: unique names, configured limits, refusals that name the tool."""
 
 from __future__ import annotations
 

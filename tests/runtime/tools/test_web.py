@@ -1,4 +1,4 @@
-"""Fetching pages: text comes back, and nothing that isn't public is ever connected to."""
+"""Fetching pages returns text, and never connects to an address that is not public."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAGE = """<!doctype html><html><head><title>Tea</title><style>p {}</style></head
 
 
 class Site:
-    """A web site on the loopback that counts who connects."""
+    """A web site on the loopback that records its requests."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -117,7 +117,7 @@ async def test_an_odd_charset_is_read_as_utf8(site: Site):
 @pytest.mark.parametrize("path", ["/flood", "/bomb"])
 async def test_a_page_without_end_is_read_to_the_limit_and_left(site: Site, path: str):
     result = await fetch(site.url + path)
-    assert result.error is None and len(result.content) < 25_000  # the tool's output limit cuts once more
+    assert result.error is None and len(result.content) < 25_000  # the tool's output limit applies as well
 
 
 async def test_a_page_that_drips_is_given_up_and_left(site: Site):
@@ -194,7 +194,7 @@ async def test_no_disguise_of_an_address_inside_is_connected_to(site: Site, url:
 
 
 def watch_connections(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Note every address that the running loop is asked to connect to."""
+    """Record every address that the running loop connects to."""
     loop = asyncio.get_running_loop()
     connected: list[object] = []
     connect = loop.sock_connect
@@ -208,7 +208,7 @@ def watch_connections(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def answer_lookups(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[str]:
-    """Have names lead to these addresses, a list for each look-up; return the names asked for."""
+    """Resolve names to these addresses, one list for each look-up; return the names looked up."""
     names: list[str] = []
 
     async def getaddrinfo(host, port, **_):
@@ -221,7 +221,7 @@ def answer_lookups(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list
 
 
 async def test_a_name_is_looked_up_once_and_its_address_connected_to(site: Site, monkeypatch):
-    names = answer_lookups(monkeypatch, ["127.0.0.1"], ["127.0.0.2"])  # what rebinding does
+    names = answer_lookups(monkeypatch, ["127.0.0.1"], ["127.0.0.2"])  # DNS rebinding
     assert "Tea & more" in (await fetch(f"http://rebinds.example:{site.port}/")).content
     assert names == ["rebinds.example"]
 

@@ -1,4 +1,4 @@
-"""The official client of Anthropic's API, against the world of each test."""
+"""The official client of Anthropic's API, against each test's server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose request a message is: keys, quotas, the memory of one person, and clients that leave."""
+"""The callers of messages: keys, quotas, the memory of one person, and clients that disconnect."""
 
 from __future__ import annotations
 

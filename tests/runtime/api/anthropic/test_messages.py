@@ -78,7 +78,7 @@ def test_every_parameter_reaches_the_engine(world: PlayedWorld, claude: anthropi
         claude,
         HI,
         system=[{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Be kind."}],
-        extra_body={"temperature": 0.5, "top_p": 0.9, "top_k": 7},  # which the package no longer names
+        extra_body={"temperature": 0.5, "top_p": 0.9, "top_k": 7},  # no longer arguments of the package
         stop_sequences=["\n"],
         tools=[WEATHER],
         tool_choice={"type": "tool", "name": "weather", "disable_parallel_tool_use": True},
@@ -411,7 +411,7 @@ def test_what_could_not_be_answered_is_not_counted(claude: anthropic.Anthropic, 
 async def test_models_are_listed_page_by_page(world: PlayedWorld, claude: anthropic.Anthropic) -> None:
     for _ in range(3):
         await world.memory.policies.draft(system_prompt="Be brief.", parent=0)
-    ids = [model.id for model in claude.models.list(limit=2)]  # the client asks for all pages
+    ids = [model.id for model in claude.models.list(limit=2)]  # the client requests all pages
     assert ids == ["agent", "agent@v0", "agent@v1", "agent@v2", "agent@v3"]
     before = claude.models.list(limit=2, before_id="agent@v3")
     assert [model.id for model in before.data] == ["agent@v1", "agent@v2"] and before.has_more

@@ -1,4 +1,4 @@
-"""Training data over HTTP: rows in, rows out, validated by line, in their tenant."""
+"""Training data over HTTP: import and export, validated by line, within a tenant."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_rows_of_every_format_go_in_and_come_out_as_they_were(http: httpx.Client
     assert (added["format"], added["num_added"], added["num_known"]) == (name, 1, 0)
     assert post(http, row).json()["num_known"] == 1
     if content.reward == 0:
-        # a trajectory that its file calls a failure is no demonstration, and stays in the list
+        # a trajectory that failed according to its file is listed, but is no demonstration
         assert export(http, "demonstrations", format=name) == []
         (listed,) = http.get("/v1/examples").json()["data"]
         assert listed["reward"] == 0

@@ -1,4 +1,4 @@
-"""Places for turns: all of them for a tenant alone, a share for each of several."""
+"""Slots for turns: all of them for a single tenant, a share for each of several."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runtime.api.gateway.request_body import BodyBudget
 
 
 class Clock:
-    """Stands still until it is moved."""
+    """A clock that advances only when set."""
 
     def __init__(self) -> None:
         self.moment = 0.0
@@ -23,7 +23,7 @@ class Clock:
 
 
 def fill(limit: ConcurrencyLimit, tenant: str, held: ExitStack) -> int:
-    """Occupy slots until there are no more for this tenant; return how many."""
+    """Occupy slots until this tenant gets no more; return the number."""
     num = 0
     with contextlib.suppress(Overloaded):
         while True:
@@ -40,7 +40,7 @@ def test_a_tenant_alone_has_every_slot() -> None:
 
 def test_a_tenant_that_takes_all_it_gets_leaves_slots_for_the_others() -> None:
     limit = ConcurrencyLimit(16)
-    limit.require("b")  # which comes again later
+    limit.require("b")  # it returns later
     with ExitStack() as held:
         assert (fill(limit, "a", held), fill(limit, "b", held)) == (14, 2)
 
@@ -49,7 +49,7 @@ def test_slots_that_become_free_go_to_a_tenant_that_has_less_than_its_share() ->
     limit = ConcurrencyLimit(16)
     with ExitStack() as first, ExitStack() as later:
         assert fill(limit, "a", first) == 16
-        assert fill(limit, "b", later) == 0  # it was turned away, and so waits
+        assert fill(limit, "b", later) == 0  # it was rejected, and so counts as waiting
         first.close()
         assert (fill(limit, "b", later), fill(limit, "a", later)) == (14, 2)
 

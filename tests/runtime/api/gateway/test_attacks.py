@@ -1,4 +1,4 @@
-"""What one client sends must not hold up the others: the worst bodies that the limits let through, and more."""
+"""One client's body must not block the other clients: the worst bodies that the limits let through, and more."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tests.runtime.api.worlds import QuickLearner, ScriptedEngine
 from tests.stalls import LongestGap
 
 MAX_CPU_SECONDS = 0.25
-"""The longest that the others may be held up, in time that the process computed: how busy the machine is counts not."""
+"""The longest that other requests may be blocked, in processor time: other load on the machine does not count."""
 MAX_BYTES = 16 * 2**20 - 1000
 HELLO = {"role": "user", "content": "hello"}
-PIECE_BYTES = 65_536  # as uvicorn hands them on
+PIECE_BYTES = 65_536  # uvicorn's chunk size
 
 
 class BriefEngine(ScriptedEngine):
-    """Answers in two letters, whatever it is asked."""
+    """Answers every request in two letters."""
 
     async def chat(self, model: str, messages: Any, tools: Any = None, **sampling: Any) -> Completion:
         return Completion(content="ok", prompt_token_ids=[1], output_token_ids=[2])
@@ -40,7 +40,7 @@ class BriefEngine(ScriptedEngine):
 
 @contextlib.asynccontextmanager
 async def opened(data_dir: Path) -> AsyncIterator[tuple[ASGIApp, Memory]]:
-    """Give an application on this very event loop."""
+    """Yield an application on the test's own event loop."""
     with Memory.open(data_dir, PATIENT, encoder=HashingEncoder()) as memory:
         await memory.policies.register_base("scripted")
         engine = BriefEngine(data_dir / "engine.log")
@@ -49,7 +49,7 @@ async def opened(data_dir: Path) -> AsyncIterator[tuple[ASGIApp, Memory]]:
         await hotswap.activate(0)
         app = create_app(Services(memory, agent, engine, hotswap, QuickLearner(memory)))
         gc.collect()
-        gc.freeze()  # as the server does once all is loaded
+        gc.freeze()  # as the server does after startup
         try:
             yield app, memory
         finally:
@@ -64,7 +64,7 @@ async def post(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, Any
     async def receive() -> dict[str, Any]:
         await asyncio.sleep(0)
         if not pieces:
-            await asyncio.Event().wait()  # the client stays
+            await asyncio.Event().wait()  # the client stays connected
         return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
 
     async def send(message: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ def chat(*messages: dict[str, Any], **more: Any) -> bytes:
 
 
 def many(before: bytes, piece: bytes, after: bytes, num: int = MAX_BYTES) -> bytes:
-    """Return as many pieces as are wanted, or as fit into a body."""
+    """Return `num` pieces, or as many as fit into a body."""
     return before + piece * min(num, (MAX_BYTES - len(before + after)) // len(piece)) + after
 
 
@@ -97,7 +97,7 @@ def results_in_reverse(num: int) -> bytes:
 
 
 def values_in_arguments() -> bytes:
-    """Texts that hold JSON, which no limit on the body's own values counts."""
+    """Return a text that holds JSON, whose values the limit on the body does not count."""
     said = {"role": "assistant", "content": "", "tool_calls": [call("c", many(b"[", b"[],", b"[]]").decode())]}
     return chat(HELLO, said, {"role": "tool", "tool_call_id": "c", "content": "x"})
 
@@ -133,7 +133,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_no_body_holds_up_the_others(data_dir: Path, name: str) -> None:
     body = BODIES[name]()
     async with opened(data_dir) as (app, _):
-        await post(app, "/v1/chat/completions", chat(HELLO))  # what is made once is made
+        await post(app, "/v1/chat/completions", chat(HELLO))  # warm-up
         gap = LongestGap()
         async with gap.watch():
             status, answer = await post(app, "/v1/chat/completions", body)
@@ -149,7 +149,7 @@ async def test_what_a_refusal_repeats_is_short(data_dir: Path) -> None:
 
 
 async def test_a_long_conversation_of_stored_responses_is_refused_before_it_is_read(data_dir: Path) -> None:
-    """Each response is small enough; together they would hold up everybody."""
+    """Each response is small enough; together they would block all clients."""
     async with opened(data_dir) as (app, memory):
         previous = None
         for _ in range(5):

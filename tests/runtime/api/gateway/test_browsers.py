@@ -1,4 +1,4 @@
-"""What browsers need: the description of the API without a network, and CORS for the pages that the operator names."""
+"""For browsers: the API's description without a network, and CORS for the origins that the operator configures."""
 
 from __future__ import annotations
 

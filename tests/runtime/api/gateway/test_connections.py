@@ -1,4 +1,4 @@
-"""Clients that send slowly, endlessly or nothing, over raw sockets: bounded before anybody knows who they are."""
+"""Clients that send slowly, endlessly or nothing, over raw sockets: limited before they are authenticated."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def connect(world: ServedWorld, sockets: contextlib.ExitStack, head: bytes = b""
 
 
 def read(opened: socket.socket) -> tuple[int, str]:
-    """Return the status and the code of a refusal, once the server has ended the connection; 0 if it said nothing."""
+    """Return the status and code of a refusal, once the server has closed the connection; 0 without an answer."""
     answer = b""
     with contextlib.suppress(ConnectionError):
         while piece := opened.recv(65_536):
@@ -57,7 +57,7 @@ def read(opened: socket.socket) -> tuple[int, str]:
 
 
 def send_until_refused(opened: socket.socket, piece: bytes, max_bytes: int = 50_000_000) -> int:
-    """Send the same again and again; return how much went away before the server ended it."""
+    """Send a piece repeatedly; return the bytes sent until the server closed the connection."""
     num = 0
     with contextlib.suppress(ConnectionError, TimeoutError):
         while num < max_bytes:
@@ -80,7 +80,7 @@ def test_a_head_without_an_end_is_cut_off(
     world: ServedWorld, sockets: contextlib.ExitStack, head: bytes, piece: bytes
 ) -> None:
     opened = connect(world, sockets, head)
-    # Beyond the limit, what waits in the sockets' buffers.
+    # The limit, and the sockets' buffers.
     assert send_until_refused(opened, piece) < 20_000_000
     assert httpx.get(f"{world.url}/healthz", trust_env=False, timeout=60).status_code == 200
 
@@ -121,7 +121,7 @@ def test_a_dripped_head_gets_no_more_time(world: ServedWorld, sockets: contextli
 
 
 def test_a_dripped_body_is_not_waited_for_and_holds_no_place(world: ServedWorld, sockets: contextlib.ExitStack) -> None:
-    """As many as the engine has places, and as many connections as there may be but two."""
+    """More such requests than the engine has slots, and all but two of the permitted connections."""
     world.services.engine.config.max_num_seqs = 1
     head = POST % b"/v1/chat/completions" + b"Content-Length: 1000\r\n\r\n{"
     dripping = [connect(world, sockets, head) for _ in range(10)]
@@ -139,7 +139,7 @@ def test_connections_that_wait_make_room_for_new_ones(world: ServedWorld, socket
 
 
 def test_bodies_that_nobody_asked_for_are_not_kept(world: ServedWorld, sockets: contextlib.ExitStack) -> None:
-    """Where keys are needed, what comes without one is refused by its head."""
+    """If keys are required, a request without one is refused before its body is read."""
     httpx.post(
         f"{world.url}/v1/keys", json={"name": "a", "scopes": ["admin"]}, trust_env=False, timeout=60
     ).raise_for_status()
@@ -152,7 +152,7 @@ def test_bodies_that_nobody_asked_for_are_not_kept(world: ServedWorld, sockets: 
 
 
 def test_bodies_together_hold_only_so_much_memory(world: ServedWorld, sockets: contextlib.ExitStack) -> None:
-    """Eight of the largest at once, of which a single tenant has half."""
+    """The budget is eight of the largest bodies, of which a single tenant gets half."""
     head = POST % b"/v1/chat/completions" + b"Content-Length: 399999\r\n\r\n"
     opened = [connect(world, sockets, head + b'"' + b"x" * 399_000) for _ in range(7)]
     told = sorted(read(each) for each in opened)

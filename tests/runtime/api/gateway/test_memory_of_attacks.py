@@ -1,4 +1,4 @@
-"""How much memory clients without a key can take: measured at the process, while their connections are open."""
+"""The memory that clients without a key can take, measured for the process while their connections are open."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ HEAD_BYTES = 3 * 10**6
 HEADERS = b"".join(b"X-%d: %s\r\n" % (number, b"y" * 200) for number in range(1000))
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 SPARE_MB = 40.0
-"""Buffers of the connections, and what the allocator keeps; 100 bodies would be 1,573 MB."""
+"""Buffers of the connections, and memory that the allocator keeps; 100 bodies would be 1,573 MB."""
 BUDGET_MB = BODIES_AT_ONCE * LimitsConfig().max_body_bytes / 2 / 1e6
-"""What one tenant may hold, here that of whoever sits at the machine."""
+"""The share of one tenant, here the machine's own user."""
 
 
 class HeapPeak:
-    """How much larger the heap of this process was at its largest than in the beginning, in MB."""
+    """The peak growth of this process's heap, in MB."""
 
     def __init__(self) -> None:
         self.grown_mb = 0.0
@@ -68,18 +68,18 @@ def world(tmp_path: Path) -> Iterator[ServedWorld]:
 
 
 def send_from_many(world: ServedWorld, send: Callable[[socket.socket], None]) -> float:
-    """Let clients send at once and stay; return how much the heap grew meanwhile. The server must answer others."""
+    """Let clients send in parallel and stay connected; return the heap's growth. The server must answer others."""
     host, port = world.url.removeprefix("http://").split(":")
     with contextlib.ExitStack() as sockets, ThreadPoolExecutor(NUM_AT_ONCE) as threads, HeapPeak() as peak:
 
         def attack(_number: int) -> None:
             opened = sockets.enter_context(socket.create_connection((host, int(port)), timeout=60))
-            with contextlib.suppress(ConnectionError):  # the server has ended it
+            with contextlib.suppress(ConnectionError):  # closed by the server
                 send(opened)
 
         list(threads.map(attack, range(NUM_CLIENTS)))
         assert httpx.get(f"{world.url}/healthz", trust_env=False, timeout=30).status_code == 200
-        time.sleep(0.1)  # a last look at the heap
+        time.sleep(0.1)  # one more sample of the heap
     return peak.grown_mb
 
 
@@ -104,7 +104,7 @@ def test_unfinished_bodies_without_a_key_take_no_memory(world: ServedWorld) -> N
 
 def test_unfinished_bodies_take_no_more_than_their_budget_where_no_key_is_needed(world: ServedWorld) -> None:
     grown_mb = send_from_many(world, send_unfinished_body)
-    # A body that grows may be moved, and is in memory twice for that time.
+    # A growing body may be moved, and is in memory twice then.
     assert BUDGET_MB / 2 < grown_mb < 2 * BUDGET_MB + SPARE_MB
 
 

@@ -1,4 +1,4 @@
-"""A server without keys: whoever sits at this machine is its operator, until the first key is made."""
+"""A server without keys: any user of this machine is its operator, until the first key is created."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that a foreign page has a browser send: refused by their host, their origin, their type."""
+"""Requests that a foreign page makes a browser send are refused by host, origin or type."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def http(world: ServedWorld) -> Iterator[httpx.Client]:
 
 
 def checks(config: ServerConfig) -> OriginCheck:
-    """Return the checks alone, in front of nothing."""
+    """Return the check, in front of an app that must not be called."""
 
     async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
         raise AssertionError("nothing is behind it")
@@ -77,7 +77,7 @@ def test_a_server_on_every_address_answers_as_each_but_not_as_any_name() -> None
     [
         {"origin": "http://evil.example"},
         {"origin": "null"},
-        {"origin": "http://localhost:1"},  # another server of this machine
+        {"origin": "http://localhost:1"},  # another server on this machine
         {"sec-fetch-site": "cross-site"},
         {"sec-fetch-site": "same-site"},
         {"origin": "https://app.example.evil.example"},
@@ -117,7 +117,7 @@ def test_json_is_read_by_any_of_its_names(http: httpx.Client, kind: str) -> None
 
 def test_a_request_without_a_body_needs_no_type(http: httpx.Client) -> None:
     assert http.post("/v1/index/rebuild").status_code == 200
-    octets = {"content-type": "application/octet-stream"}  # as aiohttp says of nothing
+    octets = {"content-type": "application/octet-stream"}  # aiohttp's type for an empty body
     assert http.post("/v1/index/rebuild", headers=octets).status_code == 200
     assert http.delete("/v1/documents/none").status_code == 404
 

@@ -1,4 +1,4 @@
-"""Calls that prepare tasks: a few at once for each key and tenant, and none for a client that left."""
+"""Calls that prepare tasks: a few at a time for each key and tenant, cancelled if the client disconnects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.waiting import eventually
 
 
 class SlowDoors(Doors):
-    """Doors that are made ready when the test says so."""
+    """Doors whose preparation ends when the test releases it."""
 
     def __init__(self) -> None:
         self.is_ready = threading.Event()
@@ -70,7 +70,7 @@ def test_a_key_has_few_calls_under_way_and_a_tenant_a_few_more(world: ServedWorl
             assert refused.status_code == 429 and int(refused.headers["Retry-After"]) > 0
             assert refused.json()["error"]["code"] == "rate_limit_exceeded"
         assert len(held) == MAX_PER_TENANT
-        assert prepare(world, keys[2]).status_code == 429  # the tenant's are used up
+        assert prepare(world, keys[2]).status_code == 429  # the tenant's limit is reached
         theirs = pool.submit(prepare, world, other)
         assert eventually(lambda: doors.num_under_way == MAX_PER_TENANT + 1)
         doors.is_ready.set()

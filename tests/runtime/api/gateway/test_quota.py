@@ -1,4 +1,4 @@
-"""Buckets, by a clock of their own."""
+"""Token buckets, on a fake clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large a request may be: told before it is parsed."""
+"""Limits on a request's size are enforced before it is parsed."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ VALUES = st.recursive(
 
 
 def count_of(value: object) -> int:
-    """Return the values in it, lists and objects among them; an empty one counts as if it held one more."""
+    """Count the values, with lists and objects; an empty list or object counts as two."""
     inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
     return 1 + sum(map(count_of, inside)) + (isinstance(value, dict | list) and not inside)
 
 
 def refusal_of(pieces: Iterable[bytes], **limits: int) -> str | None:
-    """Return the code of the refusal that a body in these pieces meets."""
+    """Return the code with which a body in these pieces is refused."""
     shape = JsonShapeCheck(LimitsConfig(**{"max_json_depth": 1000, "max_json_values": 10**9, **limits}))
     try:
         for piece in pieces:

@@ -1,4 +1,4 @@
-"""Every other route: what it answers, and how it says no."""
+"""All other routes: answers and errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.waiting import eventually
 
 
 def ask(http: httpx.Client, text: str = "hello", **metadata: str) -> str:
-    """Have the agent answer; return the trajectory's id."""
+    """Send a chat request; return the trajectory's id."""
     body = {"model": "agent", "messages": [{"role": "user", "content": text}], "metadata": metadata}
     return http.post("/v1/chat/completions", json=body).json()["id"]
 

@@ -1,4 +1,4 @@
-"""Tools that the client runs: its requests are stitched into one trajectory, whoever stops in between."""
+"""Tools that the client runs: its requests become one trajectory, even if the client or the server stops in between."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ask(client: openai.OpenAI, messages: list[Any], **more: Any):
 
 
 def results(answer: Any, *texts: str) -> list[dict[str, Any]]:
-    """Return the reply as a client sends it back, and what its tools said."""
+    """Return the reply as a client sends it back, and the results of its tools."""
     message = answer.choices[0].message
     calls = zip(message.tool_calls, texts, strict=True)
     return [message.model_dump(), *({"role": "tool", "tool_call_id": call.id, "content": it} for call, it in calls)]
@@ -78,7 +78,7 @@ def test_a_stream_can_be_gone_on_with_like_any_answer(world: PlayedWorld, client
     assert (pieces[0].id, pieces[0].function.name) == ("call-0", "weather")
     assert len(pieces) > 1 and "".join(it.function.arguments or "" for it in pieces) == '{"city": "Oslo"}'
     assert chunks[-2].choices[0].finish_reason == "tool_calls" and chunks[-1].usage.completion_tokens > 0
-    function = {"name": "weather", "arguments": '{ "city":"Oslo" }'}  # dumped again, differently
+    function = {"name": "weather", "arguments": '{ "city":"Oslo" }'}  # serialised differently
     reply = {"role": "assistant", "tool_calls": [{"id": "call-0", "type": "function", "function": function}]}
     result = {"role": "tool", "tool_call_id": "call-0", "content": [{"type": "text", "text": "rain"}]}
     chunks = list(ask(client, [ASKED, reply, result], stream=True))
@@ -219,7 +219,7 @@ async def test_a_turn_cut_off_by_a_crash_is_taken_up_without_repeating_what_is_r
 ) -> None:
     first = ask(client, [ASKED])
     trajectory = world.newest
-    step = Step(  # what the process had written when it died
+    step = Step(  # written before the process died
         trajectory_id=first.id,
         position=1,
         kind=StepKind.TOOL,
@@ -320,7 +320,7 @@ async def test_two_tries_at_one_request_become_a_preference(
 async def test_the_memory_segment_is_taken_out_of_it_as_the_real_template_has_it(
     world: PlayedWorld, client: openai.OpenAI, http: httpx.Client
 ) -> None:
-    from transformers import AutoTokenizer  # seconds, which the other tests need not wait for
+    from transformers import AutoTokenizer  # slow: imported only here
 
     tokenizer = AutoTokenizer.from_pretrained(POCKET_MODEL)
     calling = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
@@ -397,7 +397,7 @@ def test_what_an_episode_was_opened_as_holds_for_all_its_turns(tmp_path: Path) -
     with PlayedWorld(tmp_path / "data", script, tools=[tool_from_function(order, has_side_effects=True)]) as world:
         client = openai.OpenAI(base_url=f"{world.url}/v1", api_key="none", max_retries=0)
         first = ask(client, [ASKED], metadata=HELD_OUT)
-        last = ask(client, [ASKED, *results(first, "rain")])  # a later turn need not say it again
+        last = ask(client, [ASKED, *results(first, "rain")])  # a later turn need not repeat it
         assert "not available here" in last.choices[0].message.content
         client.close()
     assert orders == []

@@ -1,4 +1,4 @@
-"""The clients that people have, over real HTTP: what they send is understood, what they get they understand."""
+"""Common clients over real HTTP: the server parses their requests, and they parse its answers."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_langchain_s_chat_model_invokes_and_counts(world: PlayedWorld) -> None:
 
 async def test_langchain_s_chat_model_streams(world: PlayedWorld) -> None:
     whole: AIMessageChunk | None = None
-    async with openai.DefaultAsyncHttpxClient() as connections:  # LangChain's own are never closed
+    async with openai.DefaultAsyncHttpxClient() as connections:  # LangChain never closes its own
         model = chat_model(world, stream_usage=True, http_async_client=connections)
         async for piece in model.astream("hi"):
             whole = piece if whole is None else whole + piece
@@ -249,7 +249,7 @@ def test_an_agent_of_langchain_is_one_trajectory_without_knowing_of_us(
     steps = world.memory.trajectories.steps(trajectory.id)
     assert [step.kind for step in steps] == [StepKind.MODEL, StepKind.TOOL, StepKind.TOOL, StepKind.MODEL]
 
-    # LangChain keeps an answer's id, but for a stream of chat completions, where an episode id must be given.
+    # LangChain keeps an answer's id, except for a stream of chat completions, which needs an episode id.
     said_last = messages[-1].response_metadata.get("id")
     target = {"target": said_last} if said_last else {"episode_id": "mine"}
     assert http.post("/v1/feedback", json=target | {"value": 1.0}).status_code == 201

@@ -1,4 +1,4 @@
-"""Conversations made to take long, and names that no header can repeat: refused before anything comes of them."""
+"""Conversations made to be slow, and names that are invalid in a header: refused before an episode is opened."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HELLO = {"role": "user", "content": "hello"}
 
 
 def calls_and_results(num: int) -> list[dict[str, Any]]:
-    """A reply that calls tools, and their results in reverse: the worst for who looks for each in a list."""
+    """A reply with tool calls, and their results in reverse: the worst case for a linear search."""
     calls = [{"id": f"call-{at}", "type": "function", "function": {"name": "f", "arguments": ""}} for at in range(num)]
     results = [{"role": "tool", "tool_call_id": call["id"], "content": ""} for call in reversed(calls)]
     return [HELLO, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
@@ -40,7 +40,7 @@ def test_each_call_has_as_many_results_as_calls() -> None:
 
 
 def test_too_many_messages_are_refused_before_any_is_looked_at(http: httpx.Client) -> None:
-    orphan = {"role": "tool", "tool_call_id": "none", "content": ""}  # which is refused as well, but later
+    orphan = {"role": "tool", "tool_call_id": "none", "content": ""}  # refused as well, but later
     chat = http.post("/v1/chat/completions", json={"model": "agent", "messages": [orphan] * 4097})
     response = http.post("/v1/responses", json={"model": "agent", "input": [{"type": "unheard of"}] * 4097})
     for answer, field in ((chat, "messages"), (response, "input")):

@@ -1,4 +1,4 @@
-"""OpenAI's embeddings by the official package and LangChain: vectors, their limits, and whose quota they use."""
+"""OpenAI's embeddings by the official package and LangChain: vectors, limits, and quotas."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_tokens_count_against_the_keys_quota_and_scopes_hold(tmp_path: Path) -> 
 
 
 class SlowEncoder(HashingEncoder):
-    """Waits in each batch until it is released, and notes how many threads are in it."""
+    """Blocks in each batch until it is released, and records the number of threads inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,12 +157,12 @@ async def test_requests_take_turns_and_the_event_loop_goes_on(world: ServedWorld
         }
         while not slow.batches or world.services.embeddings._num_occupied.total() < len(asked):
             await asyncio.sleep(0.01)
-        answered = await client.get("/models", cast_to=object)  # while the encoder is at work
+        answered = await client.get("/models", cast_to=object)  # while the encoder is busy
         assert answered and not any(each.done() for each in asked.values())
         slow.release.set()
         await asyncio.gather(*asked.values())
     names = [batch[0].split()[1] for batch in slow.batches]
-    # the one that comes second may still have to be counted, which is a turn as well
+    # the second request's tokens may still have to be counted, which takes a turn as well
     assert set(names[:3]) == {"one", "two"}, "the second request had to wait for all of the first"
     assert slow.most_inside == 1
 

@@ -1,4 +1,4 @@
-"""How long an answer may be: the client's number, the context and the operator's limit."""
+"""The maximum length of an answer: the client's number, the context and the operator's limit."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_function_outputs_go_on_with_the_same_trajectory(
     last = ask(client, output_of(first, "rain"), **more)
     response = list(last)[-1].response if stream else last
     assert (response.output_text, response.previous_response_id) == ("Heard: rain", first.id)
-    assert response.instructions == "Be brief."  # an episode keeps what it was told
+    assert response.instructions == "Be brief."  # an episode keeps its instructions
     assert response.id != first.id and world.num_trajectories == 1
     assert (world.newest.stage, world.newest.answer) == (TrajectoryStage.FINISHED, "Heard: rain")
 
@@ -138,7 +138,7 @@ def test_a_stored_response_is_read_and_forgotten(world: PlayedWorld, client: ope
     with pytest.raises(openai.NotFoundError) as refused:
         ask(client, previous_response_id=response.id)
     assert (refused.value.param, refused.value.code) == ("previous_response_id", "previous_response_not_found")
-    assert world.newest.stage is TrajectoryStage.FINISHED  # what was lived stays
+    assert world.newest.stage is TrajectoryStage.FINISHED  # the trajectory stays
     assert http.post("/v1/feedback", json={"target": response.id, "value": 1}).status_code == 201
 
 

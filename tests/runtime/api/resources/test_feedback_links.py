@@ -29,7 +29,7 @@ LINK = Link(
 
 
 class Form(HTMLParser):
-    """What a browser would make of a page: its buttons and fields, and whether anything is run or loaded."""
+    """A page as a browser parses it: buttons, fields and tags, which show whether anything is run or loaded."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

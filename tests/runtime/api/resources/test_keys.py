@@ -1,4 +1,4 @@
-"""Who may ask: every route against every kind of key, and what one tenant can learn of another, over real HTTP."""
+"""Permissions: every route against every kind of key, and the isolation of tenants, over real HTTP."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_key(memory: Memory, name: str, scopes: list[str], **more: Any) -> tuple
 
 
 class Keyed:
-    """A world where keys are required, and clients with a key each."""
+    """A server that requires keys, and clients with one key each."""
 
     def __init__(self, world: ServedWorld) -> None:
         self.world = world
@@ -72,7 +72,7 @@ def fill(path: str) -> str:
     return "/".join("nobody" if part.startswith("{") else part for part in path.split("/"))
 
 
-# doors
+# permissions of routes
 
 
 def test_every_route_has_a_door_and_no_door_leads_nowhere(keyed: Keyed) -> None:
@@ -306,7 +306,7 @@ def test_a_key_may_ask_so_often_and_no_more(keyed: Keyed) -> None:
         }
         assert 1 <= int(answers[3].headers["retry-after"]) <= 20
         assert http.get("/healthz").status_code == 200
-    with keyed.http("infer") as http:  # everybody has a quota of their own
+    with keyed.http("infer") as http:  # each key has its own quota
         assert http.get("/v1/models").status_code == 200
     with (
         openai.OpenAI(base_url=f"{keyed.world.url}/v1", api_key=key, max_retries=0) as client,
@@ -319,7 +319,7 @@ def test_a_key_may_ask_so_often_and_no_more(keyed: Keyed) -> None:
 def test_tokens_are_counted_when_they_are_known(keyed: Keyed, stream: bool) -> None:
     _, key = make_key(keyed.memory, "wordy", ["infer"], tokens_per_minute=20)
     with keyed.http(key=key) as http:
-        # 13 tokens each: the second still begins within the quota, and overdraws it.
+        # 13 tokens each: the second request begins within the quota, and overdraws it.
         statuses = [ask(http, stream=stream).status_code for _ in range(3)]
         assert statuses == [200, 200, 429]
         refused = http.get("/v1/models")
@@ -335,7 +335,7 @@ def test_tokens_of_an_episode_that_failed_count_too(keyed: Keyed) -> None:
         assert ask(http, "hello").status_code == 429
 
 
-# who teaches
+# permission to teach
 
 
 @pytest.mark.parametrize(("scopes", "does_teach"), [(["infer", "feedback"], False), ([*ALL_BUT_ADMIN, "teach"], True)])

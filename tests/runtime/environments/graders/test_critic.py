@@ -32,7 +32,7 @@ ASKED = Submission("Good day.", [Call("greet", {"to": "me"})], task="hello", mes
 
 
 class Listener:
-    """A critic that gives its answers one after another, the last one for ever."""
+    """A critic that returns its answers one after another, and then repeats the last one."""
 
     def __init__(self, *answers: Answer, delay_seconds: float = 0.0) -> None:
         self.answers = list(answers)

@@ -1,4 +1,4 @@
-"""Graders of texts, numbers and mathematics: the replies that people and models write, right and wrong."""
+"""Graders of texts, numbers and mathematics, with right and wrong replies as people and models write them."""
 
 from __future__ import annotations
 

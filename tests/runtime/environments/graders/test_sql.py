@@ -1,4 +1,4 @@
-"""A task's own database: what a policy may do in it, and how its state is graded."""
+"""A task's own database: the permitted statements, and the grading of its state."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def test_closing_ends_the_statement_that_runs(monkeypatch: pytest.MonkeyPa
     running = asyncio.create_task(database.execute(endless))
     await asyncio.sleep(0.1)
     await database.close()
-    assert not running.done()  # closing waited for nothing
+    assert not running.done()  # closing did not wait for it
     with pytest.raises(ToolError, match="interrupted"):
         await running
 

@@ -1,4 +1,4 @@
-"""A task's machine: what it offers to a task, and that nothing in it reaches the host or outlives its episode."""
+"""A task's machine: its features, and that nothing in it reaches the host or outlives its episode."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ async def test_the_same_task_begins_in_the_same_state():
 async def test_nothing_of_the_host_is_reached(command: str, said: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MACHINE_SECRET", "of the host")
     async with started(limits=replace(LIMITS, tmp_bytes=2**25)) as machine:
-        # Not among the parameters: workers must collect the same tests.
+        # Replaced here, not in the parameters: all workers must collect the same tests.
         output = await machine.run_command(command.replace("HOST_PID", str(os.getpid())))
         assert said in output and "of the host" not in output, output
         assert await machine.run_command("echo alive") == "alive\n"
@@ -181,7 +181,7 @@ async def test_a_bomb_of_processes_harms_its_machine_alone(monkeypatch: pytest.M
 
 
 def find_processes(*words: str) -> list[str]:
-    """Return the command lines of this host's processes that hold one of the words."""
+    """Return the command lines of this host's processes that contain one of the words."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -192,7 +192,7 @@ def find_processes(*words: str) -> list[str]:
 
 
 def wait_until_there(word: str) -> list[str]:
-    """A program in the background has its own command line only once it was given time to start."""
+    """Wait for a background program to start: before that it has no command line of its own."""
     eventually(lambda: bool(find_processes(word)))
     return find_processes(word)
 
@@ -232,7 +232,7 @@ def test_nothing_outlives_a_server_that_is_killed():
         assert server.stdout.readline() == "started\n"
         assert wait_until_there("sleep 86402")
         server.send_signal(signal.SIGKILL)
-        # Not to the end of its output: the machine has its own.
+        # Not `communicate`: the machine has inherited the pipe.
         server.wait()
     assert wait_until_gone("sleep 86402") == []
 
@@ -252,7 +252,7 @@ async def test_a_machine_that_is_broken_says_so(monkeypatch: pytest.MonkeyPatch)
     async with started() as machine:
         assert machine._process is not None
         machine._process.kill()
-        # It may answer until the kernel has ended what runs in it.
+        # It may answer until the kernel has ended its processes.
         assert machine._process.stdout is not None and await machine._process.stdout.read() == b""
         with pytest.raises(ToolError, match="the machine has stopped working"):
             await machine.run_command("echo 1")
@@ -282,7 +282,7 @@ async def test_without_bubblewrap_its_package_is_named(monkeypatch: pytest.Monke
 
 @pytest.fixture
 def open_dir() -> Iterator[Path]:
-    """A directory that anybody may use: where the tests run as root, bubblewrap is run by nobody."""
+    """A world-writable directory: if the tests run as root, bubblewrap runs as `nobody`."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o777)
         yield Path(name)

@@ -1,4 +1,4 @@
-"""Reading task files: all rows or none, each mistake by file and line, and one content for a name for ever."""
+"""Reading task files: all rows or none, errors with file and line, and a name whose content never changes."""
 
 from __future__ import annotations
 
@@ -120,10 +120,10 @@ def test_a_split_that_is_not_given_follows_from_the_name_alone(tmp_path: Path):
 def test_a_name_means_one_task_for_ever(tmp_path: Path):
     path = tmp_path / "t.jsonl"
     open_file(write(path, row("a"), row("b")))
-    open_file(write(path, row("b"), row("c")))  # rows may leave, move and be added
+    open_file(write(path, row("b"), row("c")))  # rows may be removed, moved and added
     reordered = dict(reversed(row("a").items()))
     demonstrated = {**row("b"), "demonstration": [{"role": "assistant", "content": "b"}]}
-    open_file(write(path, reordered, demonstrated))  # the same tasks in other words
+    open_file(write(path, reordered, demonstrated))  # the same tasks, written differently
     for changed in (row("a", split="held-out"), row("a", grader={"type": "exact", "answer": "A"})):
         with pytest.raises(EnvironmentRefused, match=r"t.jsonl:2: task 'a' was another task when it was first taken"):
             open_file(write(path, row("d"), changed))
@@ -204,7 +204,7 @@ def test_a_task_is_held_out_by_its_name_and_without_one_by_its_question_whatever
     for name in (None, "another's"):
         assert [file.holds_out(name, [text]) for text in texts] == [False, True, True, True, False, False]
     assert file.holds_out(None, ["Hello.", "\n What  is\tb? "]) and not file.holds_out(None, ["What isb?"])
-    # one question over two databases: the name tells them apart
+    # the same question for two databases, distinguished by the name
     assert [file.holds_out(name, [same[0]["content"]]) for name in ("e", "f", None)] == [False, True, True]
 
 
