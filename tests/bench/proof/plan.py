@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SHARED = Path(__file__).parents[4] / "shared" / "data"
+SHARED = next(
+    (it for above in Path(__file__).parents if (it := above / "shared" / "data").exists()), Path("shared/data")
+)
+"""Public benchmark data, not in version control: a folder `shared/data` in the repository or above it."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from memory.adapters import digest_adapter, digest_base, verify_adapter
+from memory.adapters import digest_base, verify_adapter
 from optimizer.config import DemonstrationConfig, PreferenceConfig
 from optimizer.data.demonstrations import build_demonstrations
 from optimizer.data.preferences import build_preferences
@@ -127,17 +127,6 @@ def test_a_training_is_the_same_on_whichever_gpu_it_goes_on(spec_for):
     elsewhere = spec.model_copy(update={"visible_device": "1", "rows_per_pass": 1})
     assert elsewhere.digest() == spec.digest()
     assert spec.model_copy(update={"batch_size": 2}).digest() != spec.digest()
-
-
-async def test_sft_goes_on_where_the_adapter_that_it_continues_ends(spec_for):
-    first = await train(spec_for("sft"))
-    output_dir = spec_for("sft").output_dir
-    again = spec_for("sft", version=2, parent=1, parent_adapter=output_dir, output_dir=output_dir.with_name("tiny-2"))
-    second = await train(again)
-    began, ended = first.metrics["loss/first"], first.metrics["loss/last"]
-    assert ended < began and second.metrics["loss/first"] < (began + ended) / 2
-    assert digest_adapter(again.output_dir) != digest_adapter(output_dir)
-    assert (second.parent, second.settings["lora_rank"]) == (1, 8)
 
 
 async def test_sft_then_dpo_leave_adapters_that_an_engine_may_load(spec_for, tiny_base):
