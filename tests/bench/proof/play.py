@@ -58,7 +58,7 @@ def start_from_base(url: str) -> None:
 
 
 def write_tasks(subject: Subject, home: Path) -> list[str]:
-    """Write the task file of a subject; return the flags that make it an environment."""
+    """Write the task file of a subject, and the settings that make it an environment; return the server's flags."""
     if subject.benchmark is None or subject.source is None:
         return []
     path = home / f"{subject.environment}.jsonl"
@@ -66,8 +66,11 @@ def write_tasks(subject: Subject, home: Path) -> list[str]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     kept = [row for row in rows if not subject.kinds or row["kind"] in subject.kinds]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
-    section = f"--environments.{subject.environment}"
-    return [f"{section}.tasks", str(path), f"{section}.max_output_tokens", str(subject.max_output_tokens)]
+    config = home / "ratchet.toml"
+    lines = [f"[environments.{subject.environment}]", f"tasks = {json.dumps(str(path))}"]
+    lines += [f"max_output_tokens = {subject.max_output_tokens}"]
+    config.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return ["--config", str(config)]
 
 
 def seed_server(run: Run, home: Path, url: str) -> None:
