@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import inspect
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -343,7 +345,8 @@ def test_the_configuration_of_agentbench_in_the_documents_is_valid(tmp_path: Pat
 
 def test_the_commands_about_tasks_exist_with_their_options():
     root = get_command(serve.app)
-    lines = [line for block in blocks("sh", TASKS + LEARNING) for line in block.splitlines()]
+    given = [line for block in blocks("sh", TASKS + LEARNING) for line in block.splitlines()]
+    lines = [line for line in given if line.startswith("serve.py")]
     assert len(lines) >= 10
     for line in lines:
         _, verb, *words = shlex.split(line)
@@ -352,6 +355,34 @@ def test_the_commands_about_tasks_exist_with_their_options():
             command = command.commands[words.pop(0)]
         options = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= options, line
+
+
+EXAMPLES = ROOT / "docs" / "examples"
+
+
+def test_the_commands_of_the_harnesses_name_tasks_and_parameters_that_exist():
+    tree = ast.parse((EXAMPLES / "inspect_tasks.py").read_text(encoding="utf-8"))
+    parameters = {
+        node.name: {argument.arg for argument in node.args.args}
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and any(ast.unparse(each) == "task" for each in node.decorator_list)
+    }
+    commands = re.findall(r"inspect eval docs/examples/inspect_tasks\.py@(\w+)(.*)", TASKS)
+    assert {name for name, _ in commands} == parameters.keys()
+    for name, options in commands:
+        assert set(re.findall(r"-T (\w+)=", options)) <= parameters[name], name
+    for path in re.findall(r"python (docs/examples/\w+\.py)", TASKS):
+        ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+def test_the_tasks_for_inspect_can_be_made(tmp_path: Path):
+    pytest.importorskip("inspect_ai", reason="Inspect is not installed: it is no dependency")
+    pytest.importorskip("inspect_evals", reason="inspect_evals is not installed: it is no dependency")
+    tasks = runpy.run_path(str(EXAMPLES / "inspect_tasks.py"))
+    row = {"question": "What is 1 + 1?", "answer": "It is 2.\n#### 2"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    (sample,) = tasks["gsm8k"](str(tmp_path / "test.jsonl")).dataset
+    assert (sample.input, sample.target) == ("What is 1 + 1?", "2")
 
 
 def test_the_page_on_data_runs_and_names_every_format(tmp_path: Path, monkeypatch, capsys):
