@@ -34,9 +34,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the numbers of nvidia-smi
-    # threads that spin while they wait hold a core that the engine, or the thread they wait for, needs: with one core
-    # busy, two threads were five times slower than one
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 OnStep = Callable[[dict[str, Any]], Awaitable[None]]
@@ -158,6 +155,9 @@ def child_environment(spec: TrainingSpec) -> dict[str, str]:
         **ENVIRONMENT,
         **device,
         "OMP_NUM_THREADS": str(spec.num_threads),
+        # threads that spin while they wait hold a core that the engine, or the thread they wait for, needs: with one
+        # core busy, two threads were five times slower than one. On a machine that only trains, ACTIVE is faster
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         # the server's working directory may be any: without this, `-m optimizer.training...` is not found
         "PYTHONPATH": os.pathsep.join(paths),
         # compared with getppid() in child.py: no shell or wrapper may stand between the two processes
