@@ -9,7 +9,7 @@ none of these either, until an operator approved it. Memory segments are left ou
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, cast
@@ -22,7 +22,7 @@ from memory.conversation import RecordedStep, restore_messages
 from memory.datasets.examples import Examples, content_of, user_texts_of
 from memory.formats.content import ExampleContent, ExampleKind, Message
 from memory.formats.messages import read_text
-from memory.held_out import is_held_out_by_clients
+from memory.held_out import HeldOut, is_episode_held_out, is_held_out_by_clients
 from memory.records.feedback import position_of_reply
 from memory.records.trajectories import Trajectories
 from memory.records.trajectory_queries import effective_reward_of
@@ -44,8 +44,6 @@ class ExportContent(StrEnum):
     LABELS = "labels"  # rewarded episodes as good or bad; imported labels
 
 
-HeldOut = Collection[tuple[str, str]]
-"""As `Trajectories.held_out_tasks`."""
 KINDS = {
     ExportContent.TRAJECTORIES: ExampleKind.DEMONSTRATION,
     ExportContent.DEMONSTRATIONS: ExampleKind.DEMONSTRATION,
@@ -116,11 +114,6 @@ class _Episode:
         is_approved = row.approved_at is not None and row.exemplar_text is None
         return row.split is not Split.HELD_OUT and (row.trust is Trust.TRUSTED or is_approved)
 
-    def is_held_out(self, held_out: HeldOut) -> bool:
-        """Whether clients hold its task out."""
-        row = self.trajectory
-        return is_held_out_by_clients(held_out, row.tenant, row.environment, row.task, [row.task_text])
-
     def describe(self, kind: ExampleKind, completion: list[Message], **fields: Any) -> ExampleContent:
         return ExampleContent(
             kind, completion, tools=self.trajectory.tools or [], task=self.trajectory.task or None, **fields
@@ -189,8 +182,8 @@ class Exports:
     def _is_exported(self, example: Example, held_out: HeldOut) -> bool:
         """Whether an example is what its kind says: untrusted ones and failed demonstrations are not, nor those of
         tasks that clients hold out."""
-        row = example
-        if is_held_out_by_clients(held_out, row.tenant, row.environment, row.task, user_texts_of(row)):
+        texts = user_texts_of(example)
+        if is_held_out_by_clients(held_out, example.tenant, example.environment, example.task, texts):
             return False
         is_success = example.reward is None or example.reward >= self._success_reward
         return example.trust is Trust.TRUSTED and (is_success or example.kind is not ExampleKind.DEMONSTRATION)
@@ -243,7 +236,7 @@ class Exports:
                 reward=episode.reward,
                 extra=_describe(episode.trajectory) | _describe_team(episode.steps),
             )
-        elif episode.may_teach and not episode.is_held_out(held_out):
+        elif episode.may_teach and not is_episode_held_out(held_out, episode.trajectory):
             match query.content:
                 case ExportContent.DEMONSTRATIONS:
                     yield from self._demonstrations(episode, replies)
@@ -285,7 +278,7 @@ class Exports:
         is_won = episode.trajectory.stage is TrajectoryStage.FINISHED and self._is_success(episode.reward)
         if is_won and not episode.corrections and episode.trajectory.task:
             loss = self._find_loss(session, episode.trajectory)
-            if loss is not None and not loss.is_held_out(held_out):
+            if loss is not None and not is_episode_held_out(held_out, loss.trajectory):
                 yield from _pair(episode, loss)
 
     def _find_loss(self, session: Session, won: Row[Any]) -> _Episode | None:

@@ -65,11 +65,10 @@ def _read_tool(tool: object, where: str) -> dict[str, Any]:
     if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
         raise BadRow(f"{where} has no 'name'")
     parameters = tool.get("parameters") or {}
-    if not isinstance(parameters, dict):
-        raise BadRow(f"{where}.parameters must be an object that describes each parameter")
-    if parameters.get("type") == "object" and isinstance(parameters.get("properties"), dict):
+    is_object = isinstance(parameters, dict)
+    if is_object and parameters.get("type") == "object" and isinstance(parameters.get("properties"), dict):
         schema = parameters  # some files have JSON schemas already
-    elif not all(isinstance(each, dict) for each in parameters.values()):
+    elif not is_object or not all(isinstance(each, dict) for each in parameters.values()):
         raise BadRow(f"{where}.parameters must be an object that describes each parameter")
     else:
         schema = {

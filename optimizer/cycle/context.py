@@ -179,10 +179,14 @@ class CycleContext:
         return [each for each in candidates if not is_held_out(each.trajectory)]
 
     async def _find_measuring(self) -> Callable[[str, str | None, str | None, Sequence[str]], bool]:
-        """Return whether a task measures, as a function of (tenant, environment, task, texts of users)."""
+        """Return whether a task measures, as a function of (tenant, environment, task, texts of users). Practice tasks
+        that choose among the policies of this cycle do, once they were chosen."""
         held_out_by_clients = await asyncio.to_thread(self.memory.trajectories.held_out_tasks)
+        choosing = set(self.artifacts.selection_tasks or ())
 
         def measures(tenant: str, environment: str | None, task: str | None, texts: Sequence[str]) -> bool:
+            if environment == self.config.environment and task in choosing:
+                return True
             # live traffic has no environment: it is held out by what its clients named
             if is_held_out_by_clients(held_out_by_clients, tenant, environment, task, texts):
                 return True

@@ -21,7 +21,7 @@ from optimizer.cycle.stages import Method
 from optimizer.evaluation.cells import CellResult, EpisodeSummary, compare_pairs, pair_tasks, share_won
 from optimizer.evaluation.decision import Verdict
 from optimizer.evaluation.intervals import bootstrap_mean
-from optimizer.verifier.report import read_newest
+from optimizer.verifier.report import HOME, read_newest
 
 COLOURS = {"off": "#4c72b0", "on": "#dd8452"}
 
@@ -95,7 +95,7 @@ def build_report(context: CycleContext, evaluation: Evaluation) -> dict[str, Any
         "comparisons": compare_cells(evaluation.cells, evaluation.policies),
         "saving": measure_saving(evaluation.cells, evaluation.policies),
         **{name: {} if summary is None else _without_ids(to_json(summary)) for name, summary in rows.items()},
-        "verifier": read_newest(context.memory.data_dir / "verifiers") if TeacherKind.VERIFIER in kinds else None,
+        "verifier": read_newest(context.memory.data_dir / HOME) if TeacherKind.VERIFIER in kinds else None,
         "selection": to_json(artifacts.selection),
         "training": {
             method.name: to_json(artifacts.trained[method.name])

@@ -152,11 +152,7 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     placement = await place_training(context.memory, config, context.seams)
     material = Material(
         trajectories=await read_episodes(context, method),
-        corrections=[
-            each
-            for each in await context.read_corrections()
-            if not _chooses(context, each.trajectory.environment, each.trajectory.task)
-        ],
+        corrections=await context.read_corrections(),
         tokenizer=await asyncio.to_thread(load_tokenizer, context.memory.policies.get(0).base_model),
         config=config,
         max_length_tokens=placement.max_length_tokens(method.loss),
@@ -164,10 +160,7 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
         policy=await find_start(context, method),
         branch_points=context.artifacts.branch_points.get(name_round(context, method), ()),
         num_not_by_a_teacher=await asyncio.to_thread(_count_not_by_a_teacher, context),
-        examples={
-            kind: [each for each in rows if not _chooses(context, each.example.environment, each.example.task)]
-            for kind, rows in (await context.read_examples()).items()
-        },
+        examples=await context.read_examples(),
     )
     built = await asyncio.to_thread(method.build, material)
     # a later method or round may have too few rows: it is skipped in `train`
@@ -205,16 +198,10 @@ def _has_begun(context: CycleContext, method: Method) -> bool:
 
 
 async def read_episodes(context: CycleContext, method: Method) -> list[GradedTrajectory]:
-    """Return the episodes that a method learns from, without those of the tasks that choose among policies."""
-    pool = await context.read_pool(
+    """Return the episodes that a method learns from."""
+    return await context.read_pool(
         this_cycle_only=method.reads_new_episodes_only(context.config), with_branches=method.play_on is not None
     )
-    return [each for each in pool if not _chooses(context, each.trajectory.environment, each.trajectory.task)]
-
-
-def _chooses(context: CycleContext, environment: str | None, task: str | None) -> bool:
-    """Whether this is one of the tasks that choose among policies: an earlier method of this cycle has chosen them."""
-    return environment == context.config.environment and task in (context.artifacts.selection_tasks or ())
 
 
 def _needs_rows(context: CycleContext, method: Method) -> bool:

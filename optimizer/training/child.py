@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import (
     AutoModelForCausalLM,
@@ -175,6 +175,11 @@ def lora_settings(spec: TrainingSpec) -> dict[str, Any]:
         "bias": "none",
         "task_type": "CAUSAL_LM",
     }
+
+
+def choose_lora(spec: TrainingSpec) -> LoraConfig | None:
+    """Return the LoRA that a trainer adds to the model of `load_start`; None where that continues an adapter."""
+    return None if spec.parent_adapter else LoraConfig(**lora_settings(spec))
 
 
 def trainer_arguments(spec: TrainingSpec, num_rows: int) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers.data.data_collator import DataCollatorMixin
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -151,7 +150,7 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> MaskedDPOTr
         # keeps the chosen side from losing probability along with the rejected one
         likelihood_weight=spec.sft_weight,
         processing_class=tokenizer,
-        peft_config=None if spec.parent_adapter else LoraConfig(**child.lora_settings(spec)),
+        peft_config=child.choose_lora(spec),
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 from transformers.data.data_collator import DataCollatorMixin
 from trl.trainer.utils import add_fused_lm_head
@@ -106,8 +106,8 @@ def prepare_trainer(
 ) -> ClippedGradientTrainer:
     """Return a trainer over these rows, with the log-probs that they were sampled with and their advantages."""
     model, tokenizer = child.load_start(spec)
-    if spec.parent_adapter is None:
-        model = get_peft_model(model, LoraConfig(**child.lora_settings(spec)))
+    if (lora := child.choose_lora(spec)) is not None:
+        model = get_peft_model(model, lora)
     if spec.gradient_checkpointing:
         model.enable_input_require_grads()  # transformers#42489
     bare: Any = model.get_base_model()

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers.data.data_collator import DataCollatorMixin
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
@@ -97,7 +96,7 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> MaskedKTOTr
         data_collator=LabelCollator(tokenizer.pad_token_id),
         train_dataset=Dataset.from_list([{column: row[column] for column in COLUMNS} for row in rows]),
         processing_class=tokenizer,
-        peft_config=None if spec.parent_adapter else LoraConfig(**child.lora_settings(spec)),
+        peft_config=child.choose_lora(spec),
     )
 
 

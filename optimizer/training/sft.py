@@ -9,7 +9,6 @@ import sys
 from typing import Any
 
 from datasets import Dataset
-from peft import LoraConfig
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -38,7 +37,7 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> WarmSFTTrai
         ),
         train_dataset=Dataset.from_list([label(row) for row in rows]),
         processing_class=tokenizer,
-        peft_config=None if spec.parent_adapter else LoraConfig(**child.lora_settings(spec)),
+        peft_config=child.choose_lora(spec),
     )
 
 

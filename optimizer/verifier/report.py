@@ -10,6 +10,9 @@ from typing import Any
 from optimizer.verifier.calibration import Calibration, auc_interval, measure_auc, measure_brier, share_interval
 from optimizer.verifier.rows import VerifierExample
 
+HOME = "verifiers"
+"""Their folder in the data directory."""
+
 
 def measure(
     test: Sequence[VerifierExample],

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from memory.held_out import is_held_out_by_clients
+from memory.held_out import is_episode_held_out
 from memory.names import path_below
 from memory.records.trajectories import GradedTrajectory
 from memory.schema import RewardSource, Trajectory
@@ -32,7 +32,7 @@ from optimizer.training.footprint import read_shape
 from optimizer.training.launch import OnStep, score, train
 from optimizer.training.spec import TrainingSpec
 from optimizer.verifier.calibration import Calibration, fit
-from optimizer.verifier.report import describe, describe_part, find_newest, measure
+from optimizer.verifier.report import HOME, describe, describe_part, find_newest, measure
 from optimizer.verifier.rows import (
     Question,
     VerifierExample,
@@ -68,10 +68,10 @@ class VerifierSetup:
 
     @property
     def home(self) -> Path:
-        return path_below(self.memory.data_dir, "verifiers")
+        return path_below(self.memory.data_dir, HOME)
 
     def directory(self, version: int) -> Path:
-        return path_below(self.memory.data_dir, "verifiers", f"v{version}")
+        return path_below(self.memory.data_dir, HOME, f"v{version}")
 
     def newest(self) -> int:
         """Return the number of the newest verifier that was measured; 0 if there is none."""
@@ -194,13 +194,7 @@ def _read_graded(setup: VerifierSetup) -> list[GradedTrajectory]:
     limit = setup.config.max_pool
     graded = grade(setup.memory, environments=setup.environments, limit=limit, is_for_weights=True)
     measures = setup.memory.trajectories.held_out_tasks()
-    return [each for each in graded if not _is_held_out(each.trajectory, measures)]
-
-
-def _is_held_out(trajectory: Trajectory, measures: set[tuple[str, str]]) -> bool:
-    """Whether clients hold out the task of a live episode, by its name or its text."""
-    it = trajectory
-    return is_held_out_by_clients(measures, it.tenant, it.environment, it.task, [it.task_text])
+    return [each for each in graded if not is_episode_held_out(measures, each.trajectory)]
 
 
 def _require_enough(parts: dict[str, list[VerifierExample]]) -> None:
@@ -279,7 +273,7 @@ def _render_ungraded(
     measures, prompts = trajectories.held_out_tasks(), []
     for trajectory in trajectories.ungraded(setup.environments, limit=limit):
         try:
-            if _is_held_out(trajectory, measures):
+            if is_episode_held_out(measures, trajectory):
                 raise Unstitchable("held_out")
             steps = trajectories.steps(trajectory.id)
             prompts.append((trajectory, render_episode(trajectory, steps, tokenizer, question, max_length_tokens)))

@@ -21,7 +21,7 @@ from memory.errors import StorageError, StoreError
 from memory.schema import Split, Step, StepKind, Trajectory, Trust, now
 from memory.team import Check, Role, read_check, show_plan, write_note
 from runtime.agent.client_stream import ClientStream, HeldStream
-from runtime.agent.resume import digest, exchanges_of, last_handover, split_at_answer, text_of
+from runtime.agent.resume import digest, exchanges_of, last_handover, text_of
 from runtime.agent.state import Episode, EpisodeState, UncheckedAnswer
 from runtime.agent.team import MAX_ROLE_TOKENS, check_messages, plan_messages
 from runtime.engine.client import Completion, Message, ToolCall
@@ -389,12 +389,12 @@ async def run_call(episode: Episode, call: ToolCall) -> tuple[ToolResult, float]
 
 def _trust_of_opening(episode: Episode, memory_ids: Sequence[str]) -> Trust:
     """Return the lowest trust of the memories and of the earlier replies that the episode begins with."""
-    exchanges, parts = exchanges_of(episode.opening), split_at_answer(episode.request.messages)
+    exchanges, handover = exchanges_of(episode.opening), episode.request.handover
     try:
         return episode.memory.trajectories.trust_of(
             memory_ids=memory_ids,
             exchanges=exchanges,
-            handover_digest=digest(parts[0]) if parts is not None else None,
+            handover_digest=handover[0] if handover is not None else None,
             tenant=episode.request.tenant,
         )
     except StorageError as error:

@@ -22,7 +22,7 @@ import structlog
 from memory.errors import StoreError
 from memory.schema import Trajectory, TrajectoryStage, new_id, now
 from memory.store import Memory
-from runtime.agent.resume import Resumption, digest, last_handover, split_at_answer
+from runtime.agent.resume import Resumption, last_handover
 from runtime.agent.turn import TurnRequest
 from runtime.errors import EpisodeBusy
 
@@ -82,13 +82,14 @@ class OpenEpisodes:
 
     def _find(self, request: TurnRequest) -> Resumption | None:
         """Return the trajectory that the messages continue; the oldest free one if several have equal messages."""
-        parts = split_at_answer(request.messages)
-        if parts is None:
+        if request.handover is None:
             return None
-        head, tail = parts
+        handover_digest, tail = request.handover
         is_busy = False
         waiting = self._memory.trajectories.waiting
-        for trajectory in waiting(handover_digest=digest(head), episode_id=request.episode_id, tenant=request.tenant):
+        for trajectory in waiting(
+            handover_digest=handover_digest, episode_id=request.episode_id, tenant=request.tenant
+        ):
             if not _may_continue(trajectory, request):
                 continue
             if _key(trajectory) in self._locked:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from memory.records.trajectories import TrajectorySize
 from memory.schema import Step, StepKind, Task, Trajectory, TrajectoryStage
 from memory.team import is_actors
+from runtime.agent.resume import digest, split_at_answer
 from runtime.engine.client import Message, OnDelta, ToolCall, ToolDefinition
 
 
@@ -84,6 +86,13 @@ class TurnRequest:
     on_usage: Callable[[int], None] | None = None
     """Called once with the tokens of all model calls of the turn, however it ended: a cancelled turn is
     charged too, with the tokens that its stream brought."""
+
+    @cached_property
+    def handover(self) -> tuple[str, Sequence[Message]] | None:
+        """(digest of the messages up to the last reply, the messages after it); None if they continue no episode."""
+        # kept: the time it takes grows with the conversation
+        parts = split_at_answer(self.messages)
+        return None if parts is None else (digest(parts[0]), parts[1])
 
     @property
     def environment(self) -> str | None:
