@@ -79,7 +79,11 @@ def check(slots):
     assert torch.allclose(one, other, atol=0.5, rtol=0.02), (slots, (one - other).abs().max())
     bare = [number for number, slot in enumerate(slots) if slot < 0]
     assert torch.equal(one[bare], other[bare])
-for slots in ([2], [-1], [0] * 9, [0, 1, -1, 3, 1], [1] * 300, [0, -1, 2] * 100):
+downs[1][1] = 0  # an adapter that leaves one layer of three alone
+for down in downs:
+    down[3, 0, 5:] = 0  # and one of a lower rank
+    down[0] = 0  # and one that has none of these layers
+for slots in ([2], [-1], [0] * 9, [0, 1, -1, 3, 1], [1] * 300, [3] * 40, [0, -1, 2, 3] * 100):
     check(slots)
 downs[0][2].zero_()  # another adapter comes into the slot
 class Manager(LoRAModelManager):
