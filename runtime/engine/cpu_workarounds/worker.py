@@ -20,7 +20,6 @@ from __future__ import annotations
 from functools import wraps
 
 import torch
-from torch.nn.functional import linear
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.ops import torch_ops
 from vllm.lora.ops.torch_ops import lora_ops
@@ -65,7 +64,16 @@ def add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_sl
     `y` has the columns of several layers side by side, one slice each. Takes the place of the method of
     `PunicaWrapperCPU`.
     """
-    for slot, rows in self.rows_by_slot:
+    _add_products(y, x, lora_a_stacked, lora_b_stacked, scale, self.rows_by_slot)
+
+
+def add_lora_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, *, buffer=None, **options):
+    """Like `add_lora_linear`, for the projection of the rows that are sampled from to the vocabulary."""
+    _add_products(y, x, (lora_a_stacked,), (lora_b_stacked,), scale, self.sampled_by_slot)
+
+
+def _add_products(y, x, lora_a_stacked, lora_b_stacked, scale, rows_by_slot):
+    for slot, rows in rows_by_slot:
         inputs = x if rows is None else x[rows]
         dtype = torch.float32 if len(inputs) <= FEW_ROWS else x.dtype
         matrices = _join(lora_a_stacked, lora_b_stacked, slot, dtype)
@@ -109,11 +117,14 @@ def _forget_copies(change):
 
     @wraps(change)
     def change_and_forget(self, *arguments, **options):
-        _joined.clear()
+        has_changed = True
         try:
-            return change(self, *arguments, **options)
+            has_changed = change(self, *arguments, **options)
+            return has_changed
         finally:
-            _joined.clear()
+            # vLLM activates the adapters of a batch at every step; False: they lie in their slots already
+            if has_changed is not False:
+                _joined.clear()
 
     return change_and_forget
 
@@ -124,14 +135,17 @@ def _find_rows(update):
     @wraps(update)
     def update_and_find_rows(self, *arguments, **options):
         update(self, *arguments, **options)
-        indices = self.token_lora_indices
-        slots = indices.unique().tolist()
-        # None: all rows, the usual case, in which nothing is copied. Slot -1 has no adapter.
-        self.rows_by_slot = [
-            (slot, None if len(slots) == 1 else (indices == slot).nonzero().squeeze(1)) for slot in slots if slot >= 0
-        ]
+        self.rows_by_slot = _list_rows(self.token_lora_indices)
+        self.sampled_by_slot = _list_rows(self.sampler_indices)
 
     return update_and_find_rows
+
+
+def _list_rows(indices):
+    """Return (slot, row indices) of every adapter; None for all rows, the usual case, in which nothing is copied."""
+    slots = indices.unique().tolist()
+    # slot -1 has no adapter
+    return [(slot, None if len(slots) == 1 else (indices == slot).nonzero().squeeze(1)) for slot in slots if slot >= 0]
 
 
 def _rows_by_adapter(weights, indices):
@@ -150,8 +164,10 @@ for module in (lora_ops, torch_ops, punica_cpu):
 
 
 punica_cpu.PunicaWrapperCPU.add_lora_linear = add_lora_linear
+punica_cpu.PunicaWrapperCPU.add_lora_logits = add_lora_logits
 punica_cpu.PunicaWrapperCPU.update_metadata = _find_rows(punica_cpu.PunicaWrapperCPU.update_metadata)
-setattr(punica_cpu.PunicaWrapperCPU, "rows_by_slot", ())  # noqa: B010 - an attribute that it lacks; until the first step
+for name in ("rows_by_slot", "sampled_by_slot"):  # attributes that it lacks; until the first step
+    setattr(punica_cpu.PunicaWrapperCPU, name, ())
 for change in ("activate_adapter", "_deactivate_adapter", "remove_all_adapters"):
     setattr(LoRAModelManager, change, _forget_copies(getattr(LoRAModelManager, change)))
 
