@@ -127,11 +127,8 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: C
     from optimizer.seams import Seams, Serving, unknown_context
     from runtime.agent.turn import TurnRequest
 
-    async def rollout(task: Task, *, policy: int, use_memory: bool, temperature: float, seed: int) -> Trajectory:
-        turn = await agent.rollout(
-            TurnRequest(task=task, policy=policy, use_memory=use_memory, temperature=temperature, seed=seed)
-        )
-        return turn.trajectory
+    async def rollout(task: Task, **how: Any) -> Trajectory:
+        return (await agent.rollout(TurnRequest(task=task, **how))).trajectory
 
     def serving(environment: str) -> Serving:
         temperature = agent.temperature_of(agent.environment(environment) if environment else None)

@@ -128,6 +128,19 @@ class TokenIds(TypeDecorator):
         return array("I", value).tolist() if value is not None else None
 
 
+class Logprobs(TypeDecorator):
+    """A list of log-probs in nats, stored as little-endian float32 bytes."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: list[float] | None, dialect: Dialect) -> bytes | None:
+        return array("f", value).tobytes() if value is not None else None
+
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> list[float] | None:
+        return array("f", value).tolist() if value is not None else None
+
+
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
@@ -381,6 +394,8 @@ class Step(SQLModel, table=True):
     finish_reason: str | None = None
     prompt_token_ids: list[int] | None = Field(default=None, sa_type=TokenIds)
     output_token_ids: list[int] | None = Field(default=None, sa_type=TokenIds)
+    output_logprobs: list[float] | None = Field(default=None, sa_type=Logprobs)
+    """With which the engine sampled each output token; None where they were not requested."""
     seconds: float = 0.0
     handover_digest: str | None = None
     """Set on a reply that hands tool calls to the client: digest of the beginning that its next request must have."""

@@ -78,6 +78,15 @@ class Completion:
     seconds: float = 0.0
 
     @property
+    def output_logprobs(self) -> list[float] | None:
+        """The log-prob, in nats, with which each output token was sampled; None where they were not requested, or are
+        not one for each token."""
+        values = [each.get("logprob") for each in self.logprobs if isinstance(each, dict)]
+        if not values or len(values) != len(self.output_token_ids):
+            return None
+        return values if all(isinstance(value, float | int) for value in values) else None
+
+    @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 

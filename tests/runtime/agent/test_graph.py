@@ -91,6 +91,19 @@ async def test_deltas_arrive_as_the_model_writes_and_add_up_to_the_answer(agent:
     assert trajectory.answer == "hello"
 
 
+@pytest.mark.parametrize("streams", [True, False])
+async def test_the_record_keeps_the_log_probs_of_sampled_tokens_where_the_request_says_so(
+    agent: Agent, memory: Memory, streams: bool
+):
+    async def ignore(delta: Delta) -> None:
+        pass
+
+    for keeps, kept in ((True, [-0.5] * len("hello")), (False, None)):
+        messages = [{"role": "user", "content": "hi"}]
+        played = await play(agent, messages=messages, keeps_logprobs=keeps, on_delta=ignore if streams else None)
+        assert memory.trajectories.steps(played.id)[0].output_logprobs == kept
+
+
 async def test_a_streamed_tool_call_is_put_together_from_its_pieces(agent: Agent, fake: FakeEngine, levers: Levers):
     async def ignore(delta: Delta) -> None:
         pass
