@@ -88,6 +88,16 @@ def test_what_was_played_is_on_the_page(title: str):
     assert f"## {title}\n" in page and "Won now (2): task-0, task-1" in page and "Lost now" not in page
 
 
+def test_the_last_training_is_compared_with_the_control():
+    policies = [PlayedPolicy("base", "base", 0), PlayedPolicy("sft", "SFT", 1), PlayedPolicy("dpo", "SFT+DPO", 2)]
+    control = PlayedPolicy("control", "SFT on all episodes", 3)
+    more = set(list_comparisons(policies, control)) - set(list_comparisons(policies))
+    assert more == {
+        ("dpo-off", "control-off", "SFT+DPO against SFT on all episodes, memory off"),
+        ("dpo-on", "control-on", "SFT+DPO against SFT on all episodes, memory on"),
+    }
+
+
 def test_each_training_is_compared_with_the_one_before_and_with_the_base():
     policies = [PlayedPolicy("base", "base", 0), PlayedPolicy("sft", "SFT", 1), PlayedPolicy("dpo", "SFT+DPO", 2)]
     assert {title: (first, second) for first, second, title in list_comparisons(policies)} == {
