@@ -134,7 +134,13 @@ async def decide_again(context: CycleContext) -> dict[str, Any]:
         return await _decide_by_log(context, entry_id, is_in_cycle=False)
     # with the policy active now, not the cycle's incumbent: only now can it be replaced
     comparison = await _enter(context, entry_id, context.memory.policies.active().version, is_in_cycle=False)
-    tasks = context.take_held_out(comparison.environment, comparison.held_out_offset)
+    # a list of tasks that has an end begins again, with tasks that have decided
+    used = context.memory.verdicts.tasks_used(comparison.entry.candidate)
+    tasks = [
+        task
+        for task in context.take_held_out(comparison.environment, comparison.held_out_offset)
+        if task.name not in used
+    ]
     await comparison.prepare(tasks)
     contestants = _pair_contestants(context, "candidate", "incumbent", comparison.entry.incumbent)
     played = [await _play(comparison, cell, tasks, is_contestant=True) for cell in contestants]
