@@ -17,8 +17,7 @@ from typing import Any
 
 from memory.schema import Policy, PolicyStage, StoredVerdict, Task, new_id
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.control import CONTROL, find_control, list_trained
-from optimizer.cycle.methods import list_methods
+from optimizer.cycle.methods import CONTROL, list_methods
 from optimizer.cycle.report import Evaluation, PlayedPolicy, write_report
 from optimizer.cycle.stages import nominate
 from optimizer.evaluation import decision
@@ -279,7 +278,7 @@ async def _act_on(
     """Write the report, close the entry, then move the candidate to the stage that the verdict leads to."""
     context, policies, entry = comparison.context, comparison.context.memory.policies, comparison.entry
     gate = await asyncio.to_thread(_describe_gate, comparison, verdict)
-    control = find_control(context.artifacts) if played else None
+    control = find_control(context) if played else None
     methods = list_methods(context.artifacts.methods) + ([CONTROL] if control is not None else [])
     evaluation = Evaluation(cells, played, methods, verdict, gate, control)
     # order: report, ledger, policy. A crash after any of them repeats the stage with the cells on disk
@@ -357,7 +356,7 @@ def list_policies(context: CycleContext) -> list[PlayedPolicy]:
     not kept is left out."""
     artifacts = context.artifacts
     policies, title = [PlayedPolicy("base", "base", 0)], ""
-    trained = list_trained(artifacts)
+    trained = [method for method in list_methods(artifacts.methods) if method.name in artifacts.trained]
     for method, after in zip_longest(trained, trained[1:]):
         if after is None:
             version = artifacts.candidate_version
@@ -370,10 +369,16 @@ def list_policies(context: CycleContext) -> list[PlayedPolicy]:
     return policies
 
 
+def find_control(context: CycleContext) -> PlayedPolicy | None:
+    """Return the control that this cycle trained."""
+    trained = context.artifacts.trained.get(CONTROL.name)
+    return None if trained is None else PlayedPolicy(CONTROL.name, CONTROL.title, trained.policy)
+
+
 def list_cells(context: CycleContext) -> list[Cell]:
     """Return the cells to play: each policy and the control with memory off, and on where users are served with it; and
     the contestants."""
-    control = find_control(context.artifacts)
+    control = find_control(context)
     uses = (False, True) if context.gate_serving(context.config.environment).use_memory else (False,)
     cells = [
         Cell(f"{policy.name}-{'on' if use_memory else 'off'}", policy.version, use_memory)
