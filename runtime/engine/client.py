@@ -100,6 +100,7 @@ class EngineClient:
         self.enforces_schemas = False
         """Whether the engine's own grammars hold the arguments of forced calls to their schemas."""
         self._session: aiohttp.ClientSession | None = None
+        self._is_closed = False
         self.marks: ChatMarks = ANY_FAMILY
         """The special tokens of the model's tokenizer, which are removed from all text of a prompt."""
 
@@ -255,7 +256,8 @@ class EngineClient:
                 raise
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, for good: a call that comes later raises EngineLost and opens none."""
+        self._is_closed = True
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -323,6 +325,8 @@ class EngineClient:
             raise _connection_error(error) from error
 
     def _open_session(self) -> aiohttp.ClientSession:
+        if self._is_closed:
+            raise aiohttp.ClientConnectionError("the client is closed")
         # At the first use, because a session belongs to the running event loop.
         if self._session is None or self._session.closed:
             # `sock_read` is the time between two pieces; without a stream the whole answer is one piece.
