@@ -224,8 +224,8 @@ class Critic:
             yield
         except BudgetExceeded as error:
             raise PromptTooLong(str(error)) from error
-        except (PolicyError, EngineError) as error:
-            raise CompletionError(str(error)) from error
+        except (PolicyError, EngineError) as error:  # not their text, which can quote a prompt
+            raise CompletionError(getattr(error, "message", type(error).__name__)) from error
 
 
 app = typer.Typer(

@@ -544,7 +544,7 @@ class Review(SQLModel, table=True):
 
 
 class ReadEpisode(SQLModel, table=True):
-    """An episode whose lessons a critic has extracted: it counts as evidence once for each kind of reading."""
+    """An episode whose lessons a critic has extracted: it counts as evidence once."""
 
     __tablename__ = "read_episodes"
 

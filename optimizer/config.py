@@ -340,6 +340,9 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     methods: list[str] = []
     """The methods of learning, in their order, each from the adapter of the one before: `["sft", "dpo"]`,
     `["sft", "kto"]`, `["kto"]`. Empty: those that the data allows; the report says which and why."""
+    control: bool = False
+    """Whether a cycle with several methods also trains SFT on all of its episodes, exploration included, and plays it
+    beside the candidate: what the other methods win more than it is not due to more episodes. It is no candidate."""
     seed: int = 0
     num_practice_tasks: int = 64
     practice_episodes: int = 256
@@ -415,6 +418,11 @@ class OptimizerConfig(BaseModel, extra="forbid"):
                 f"lost; put it first: {[FIRST_METHOD, *(it for it in methods if it != FIRST_METHOD)]!r}"
             )
         return methods
+
+    @property
+    def trains_control(self) -> bool:
+        # without an environment nothing is played, so nothing could be compared with it
+        return self.control and bool(self.environment)
 
     @property
     def practice_rounds(self) -> list[int]:

@@ -20,7 +20,7 @@ from optimizer.config import OptimizerConfig
 from optimizer.cycle import release_gate
 from optimizer.cycle.branching import require_replay
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.methods import choose_methods, list_methods
+from optimizer.cycle.methods import choose_methods, list_methods, train_control
 from optimizer.cycle.needs import Logged, require_needs
 from optimizer.cycle.readiness import fit_to_environment, measure_rows, measure_surroundings
 from optimizer.cycle.stages import Stage, collect
@@ -101,6 +101,7 @@ def list_remaining_stages(config: OptimizerConfig, methods: Sequence[str], posit
     every_stage = (
         Stage("collect", lambda context: collect(context, chosen[0])),
         *(stage.bind(method) for method in chosen for stage in method.stages),
+        Stage("control", train_control, is_needed=lambda config: config.trains_control),
         Stage("evaluate", release_gate.evaluate),
         Stage("settle", release_gate.decide),
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 from memory.schema import Policy, PolicyStage, StoredVerdict, Task, new_id
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.methods import list_methods
+from optimizer.cycle.methods import CONTROL, list_methods
 from optimizer.cycle.report import Evaluation, PlayedPolicy, write_report
 from optimizer.cycle.stages import nominate
 from optimizer.evaluation import decision
@@ -133,7 +133,13 @@ async def decide_again(context: CycleContext) -> dict[str, Any]:
         return await _decide_by_log(context, entry_id, is_in_cycle=False)
     # with the policy active now, not the cycle's incumbent: only now can it be replaced
     comparison = await _enter(context, entry_id, context.memory.policies.active().version, is_in_cycle=False)
-    tasks = context.take_held_out(comparison.environment, comparison.held_out_offset)
+    # a list of tasks that has an end begins again, with tasks that have decided
+    used = context.memory.verdicts.tasks_used(comparison.entry.candidate)
+    tasks = [
+        task
+        for task in context.take_held_out(comparison.environment, comparison.held_out_offset)
+        if task.name not in used
+    ]
     await comparison.prepare(tasks)
     contestants = _pair_contestants(context, "candidate", "incumbent", comparison.entry.incumbent)
     played = [await _play(comparison, cell, tasks, is_contestant=True) for cell in contestants]
@@ -272,7 +278,9 @@ async def _act_on(
     """Write the report, close the entry, then move the candidate to the stage that the verdict leads to."""
     context, policies, entry = comparison.context, comparison.context.memory.policies, comparison.entry
     gate = await asyncio.to_thread(_describe_gate, comparison, verdict)
-    evaluation = Evaluation(cells, played, list_methods(context.artifacts.methods), verdict, gate)
+    control = find_control(context) if played else None
+    methods = list_methods(context.artifacts.methods) + ([CONTROL] if control is not None else [])
+    evaluation = Evaluation(cells, played, methods, verdict, gate, control)
     # order: report, ledger, policy. A crash after any of them repeats the stage with the cells on disk
     report = await asyncio.to_thread(write_report, context, evaluation, keep_earlier=not comparison.is_in_cycle)
     sealed = comparison.sealed
@@ -361,13 +369,20 @@ def list_policies(context: CycleContext) -> list[PlayedPolicy]:
     return policies
 
 
+def find_control(context: CycleContext) -> PlayedPolicy | None:
+    """Return the control that this cycle trained."""
+    trained = context.artifacts.trained.get(CONTROL.name)
+    return None if trained is None else PlayedPolicy(CONTROL.name, CONTROL.title, trained.policy)
+
+
 def list_cells(context: CycleContext) -> list[Cell]:
-    """Return the cells to play: each policy with memory off, and on where users are served with it; and the
-    contestants."""
+    """Return the cells to play: each policy and the control with memory off, and on where users are served with it; and
+    the contestants."""
+    control = find_control(context)
     uses = (False, True) if context.gate_serving(context.config.environment).use_memory else (False,)
     cells = [
         Cell(f"{policy.name}-{'on' if use_memory else 'off'}", policy.version, use_memory)
-        for policy in list_policies(context)
+        for policy in [*list_policies(context), *([control] if control is not None else [])]
         for use_memory in uses
     ]
     return list(dict.fromkeys([*cells, *list_contestants(context)]))

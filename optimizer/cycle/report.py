@@ -47,6 +47,7 @@ class Evaluation:
     verdict: Verdict
     gate: dict[str, Any]
     """The figures of the gate itself: its look, and the error budget that is spent."""
+    control: PlayedPolicy | None = None
 
 
 def write_report(context: CycleContext, evaluation: Evaluation, *, keep_earlier: bool = False) -> Path:
@@ -63,7 +64,8 @@ def write_report(context: CycleContext, evaluation: Evaluation, *, keep_earlier:
     # default=str: a value of an unexpected type becomes its text instead of failing the cycle at its end
     (directory / "report.json").write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
     if any(cell["num_episodes"] for cell in report["cells"].values()):
-        titles = {policy.name: policy.title for policy in evaluation.policies}
+        played = [*evaluation.policies, *([evaluation.control] if evaluation.control is not None else [])]
+        titles = {policy.name: policy.title for policy in played}
         plot_success(report["cells"], titles, directory / "success.png")
     markdown = directory / "report.md"
     markdown.write_text(render_markdown(report, evaluation.methods), encoding="utf-8")
@@ -92,7 +94,7 @@ def build_report(context: CycleContext, evaluation: Evaluation) -> dict[str, Any
         "verdict": evaluation.verdict.to_json(),
         "gate": evaluation.gate,
         "cells": {name: result.summary() for name, result in evaluation.cells.items()},
-        "comparisons": compare_cells(evaluation.cells, evaluation.policies),
+        "comparisons": compare_cells(evaluation.cells, evaluation.policies, evaluation.control),
         "saving": measure_saving(evaluation.cells, evaluation.policies),
         **{name: {} if summary is None else _without_ids(to_json(summary)) for name, summary in rows.items()},
         "verifier": read_newest(context.memory.data_dir / HOME) if TeacherKind.VERIFIER in kinds else None,
@@ -128,15 +130,21 @@ def _without_ids(rows: dict[str, Any]) -> dict[str, Any]:
     return {**rows, "trajectory_ids": len(rows["trajectory_ids"])}
 
 
-def list_comparisons(policies: Sequence[PlayedPolicy]) -> Iterator[tuple[str, str, str]]:
-    """Yield (first cell, second cell, title): each training against the one before and against the base, and the effect
-    of memory on each policy."""
+def list_comparisons(
+    policies: Sequence[PlayedPolicy], control: PlayedPolicy | None = None
+) -> Iterator[tuple[str, str, str]]:
+    """Yield (first cell, second cell, title): each training against the one before and against the base, the last
+    against the control, and the effect of memory on each policy."""
     # the base must come first; an empty list has none (compare_cells asks first)
     base, *trained = policies
     for before, after in zip(policies, trained, strict=False):
         yield f"{after.name}-off", f"{before.name}-off", f"{after.title} against {before.title}, memory off"
         if before is not base:
             yield f"{after.name}-on", f"{before.name}-on", f"{after.title} against {before.title}, memory on"
+    if control is not None:
+        for memory in ("off", "on"):
+            title = f"{policies[-1].title} against {control.title}, memory {memory}"
+            yield f"{policies[-1].name}-{memory}", f"{control.name}-{memory}", title
     # the first training is compared with the base above, as its predecessor
     for policy in trained[1:]:
         yield f"{policy.name}-off", f"{base.name}-off", f"{policy.title} against {base.title}, memory off"
@@ -147,10 +155,12 @@ def list_comparisons(policies: Sequence[PlayedPolicy]) -> Iterator[tuple[str, st
         yield f"{policy.name}-on", f"{policy.name}-off", f"memory on against off, {policy.title}"
 
 
-def compare_cells(cells: Mapping[str, CellResult], policies: Sequence[PlayedPolicy]) -> list[dict[str, Any]]:
+def compare_cells(
+    cells: Mapping[str, CellResult], policies: Sequence[PlayedPolicy], control: PlayedPolicy | None = None
+) -> list[dict[str, Any]]:
     """Return each comparison that both cells were played for, task by task."""
     compared = []
-    for first, second, title in list_comparisons(policies) if policies else ():
+    for first, second, title in list_comparisons(policies, control) if policies else ():
         if first not in cells or second not in cells:
             continue
         pairs = pair_tasks(cells[first], cells[second])

@@ -72,10 +72,7 @@ PlayOn = Callable[[CycleContext, "Method", int, str], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to turn episodes into an adapter: its rows, its trainer and its stages.
-
-    The trainer is the module `optimizer.training.<name>`, started as a child process.
-    """
+    """One way to turn episodes into an adapter: its rows, its trainer and its stages."""
 
     name: str
     title: str
@@ -90,6 +87,8 @@ class Method:
     note: str
     """Kept with each policy that it trains."""
     stages: tuple[MethodStage, ...]
+    trainer: str = ""
+    """The module of `optimizer.training` that is its child process, and its entry in a recipe; empty: its name."""
     continues: bool = True
     """Whether it continues the adapter of the methods before it in the cycle, and the cycle's root where there is none;
     its candidate is chosen among that adapter and those after each of its epochs. False: it always starts from the
@@ -102,9 +101,14 @@ class Method:
     choose_loss: Callable[[OptimizerConfig], dict[str, Any]] = lambda config: {}
     """The fields of a training's spec that say which form of the loss is configured."""
 
+    @property
+    def kind(self) -> str:
+        """Return what its specs and the recipes call its training."""
+        return self.trainer or self.name
+
     def find_rounds(self, config: OptimizerConfig) -> RoundsConfig | None:
         """Return how its rounds play; None for a method that trains once."""
-        section = getattr(config, self.rows)
+        section = getattr(config, self.rows, None)
         return section if isinstance(section, RoundsConfig) else None
 
     reads_new_episodes_only: Callable[[OptimizerConfig], bool] = lambda config: False
@@ -260,7 +264,7 @@ async def train(context: CycleContext, method: Method) -> TrainedAdapter | None:
     spec = await _specify(context, method, placement)
     if method.continues:
         spec = await _add_early_adapters(context, spec, name=name_round(context, method))
-    trained = await _train_and_register(context, spec, note=method.note)
+    trained = await _train_and_register(context, spec, method)
     # after the last adapter: versions are drafted in order, and the final adapter reserved the lowest
     for early in spec.early_adapters:
         await _register(context, spec.at(early), note=f"{method.note}, after {early.share:.0%} of the steps")
@@ -307,8 +311,8 @@ async def nominate(context: CycleContext) -> int:
     if version is None and artifacts.selection is not None:
         version = artifacts.selection.chosen
     if version is None:
-        # versions rise with the order of trainings
-        version = max(trained.policy for trained in artifacts.trained.values())
+        # versions rise with the order of trainings; the control of the cycle is no candidate
+        version = max(artifacts.trained[name].policy for name in artifacts.methods if name in artifacts.trained)
     # a repeated stage finds the policy moved already
     if context.memory.policies.get(version).stage is PolicyStage.DRAFT:
         await context.memory.policies.move(version, PolicyStage.CANDIDATE)
@@ -327,7 +331,7 @@ async def _specify(context: CycleContext, method: Method, placement: Placement) 
     parent = policies.get(await find_start(context, method))
     parent_adapter = None if parent.adapter_path is None else Path(parent.adapter_path)
     # lineage: the episodes behind the adapter that is continued are behind this one as well
-    inherited, plan = [], config.plan_training(recipe, method.name, len(lengths), min_steps=min_steps)
+    inherited, plan = [], config.plan_training(recipe, method.kind, len(lengths), min_steps=min_steps)
     if parent_adapter is not None:
         manifest = read_manifest(parent_adapter)
         inherited = manifest.trajectory_ids
@@ -335,7 +339,7 @@ async def _specify(context: CycleContext, method: Method, placement: Placement) 
     name = name_round(context, method)
     version = await _reserve_version(context, name)
     return TrainingSpec(
-        kind=method.name,
+        kind=method.kind,
         name=config.name,
         version=version,
         base_model=policies.get(0).base_model,
@@ -346,8 +350,8 @@ async def _specify(context: CycleContext, method: Method, placement: Placement) 
         parent_adapter=parent_adapter,
         trajectory_ids=sorted({*inherited, *context.artifacts.rows[method.rows].trajectory_ids}),
         **plan,
-        beta=recipe.methods[method.name].beta,
-        sft_weight=recipe.methods[method.name].sft_weight,
+        beta=recipe.methods[method.kind].beta,
+        sft_weight=recipe.methods[method.kind].sft_weight,
         **method.choose_loss(config),
         rows_per_pass=placement.rows_per_pass(method.loss, max(lengths)),
         visible_device=placement.visible_device,
@@ -393,7 +397,7 @@ async def _make_room(context: CycleContext, spec: TrainingSpec) -> AsyncIterator
         yield
 
 
-async def _train_and_register(context: CycleContext, spec: TrainingSpec, *, note: str) -> TrainedAdapter:
+async def _train_and_register(context: CycleContext, spec: TrainingSpec, method: Method) -> TrainedAdapter:
     """Train, and draft the policy that serves the adapter; both are skipped when they were done before."""
 
     async def on_step(step: dict[str, Any]) -> None:
@@ -408,11 +412,11 @@ async def _train_and_register(context: CycleContext, spec: TrainingSpec, *, note
     async with _make_room(context, spec):
         # idempotent by the digest of the spec (launch.read_finished): a repeated stage gets the finished adapter
         manifest = await context.seams.train(spec, on_step=on_step, num_attempts=context.config.training_attempts)
-    policy = await _register(context, spec, note=note)
+    policy = await _register(context, spec, note=method.note)
     trained = TrainedAdapter(
         policy=policy.version, adapter=str(spec.output_dir), metrics=manifest.metrics, settings=manifest.settings
     )
-    await context.save_artifacts(**{spec.kind: trained})
+    await context.save_artifacts(**{method.name: trained})
     return trained
 
 

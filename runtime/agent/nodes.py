@@ -285,7 +285,7 @@ async def _ask_policy(episode: Episode, messages: Sequence[Message], role: Role 
     except EngineLost as lost:
         if stream is not None and stream.has_sent:
             raise
-        log.warning("waiting for the engine", error=str(lost))
+        log.warning("waiting for the engine", error=lost.message)
         episode.lost = lost
     await episode.leased.engine.recover()  # limited by the episode's own time
     episode.lost = None

@@ -247,6 +247,42 @@ async def test_each_round_of_grpo_plays_with_the_policy_of_the_round_before(memo
     assert {memory.trajectories.get(id_).policy for id_ in learned_from} == {0, 1, 2}
 
 
+async def test_the_control_is_trained_by_sft_on_the_episodes_of_exploration_too_and_is_no_candidate(memory, tokenizer):
+    specs = []
+
+    async def train(spec, **more):
+        specs.append(spec)
+        return await FakeTrainer()(spec, **more)
+
+    # without selection tasks the candidate is the last training; the control, trained after it, would win more
+    config = PLAYED.model_copy(update={"methods": ["sft", "kto"], "control": True, "num_selection_tasks": 0})
+    seams = kitchen_seams(memory, tokenizer, train, {1: 0.5, 2: 0.9, 3: 1.1})
+    cycle = await open_cycle(memory, config, seams=seams)
+
+    verdict = await run_cycle(memory, cycle.id, seams=seams)
+
+    assert [(spec.kind, spec.version, spec.parent) for spec in specs] == [("sft", 1, 0), ("kto", 2, 1), ("sft", 3, 0)]
+    assert verdict["policy"] == 2 and memory.policies.get(3).stage is PolicyStage.DRAFT
+    played_by = {memory.trajectories.get(row["trajectory_id"]).policy for row in read_rows(specs[2].rows_path)}
+    assert played_by == {0, 1}
+    report = json.loads((memory.data_dir / "reports" / cycle.id / "report.json").read_text())
+    assert report["cells"]["control-off"]["policy"] == 3 and report["cells"]["kto-off"]["policy"] == 2
+    assert "SFT+KTO against SFT on all episodes, memory off" in [it["title"] for it in report["comparisons"]]
+    assert report["training"]["control"]["policy"] == 3 and report["control_rows"]["num_rows"] == len(
+        read_rows(specs[2].rows_path)
+    )
+
+
+async def test_a_cycle_of_sft_alone_has_no_control(memory, tokenizer):
+    trainer = FakeTrainer()
+    seams = kitchen_seams(memory, tokenizer, trainer, {1: 1.1})
+    cycle = await open_cycle(memory, PLAYED.model_copy(update={"methods": ["sft"], "control": True}), seams=seams)
+
+    await run_cycle(memory, cycle.id, seams=seams)
+
+    assert trainer.trained == ["sft"]
+
+
 async def test_a_round_that_makes_it_worse_is_not_passed_on(memory, tokenizer):
     trainer, parents = FakeTrainer(), []
 

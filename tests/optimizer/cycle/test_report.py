@@ -26,7 +26,15 @@ CELL = {
     "broken_share": 0.0,
     "truncated_share": 0.0,
 }
-GUARD = {"name": "turns", "candidate": 0.0, "incumbent": 0.0, "low": None, "high": None, "limit": 1.25}
+GUARD = {
+    "name": "turns",
+    "candidate": 0.0,
+    "incumbent": 0.0,
+    "low": None,
+    "high": None,
+    "limit": 1.25,
+    "is_ratio": True,
+}
 COMPARISON = {
     "title": "SFT against base, memory off",
     "num_tasks": 0,
@@ -86,6 +94,16 @@ def test_sections_about_nothing_are_left_out():
 def test_what_was_played_is_on_the_page(title: str):
     page = render_markdown(a_report(2), list_methods(("sft", "dpo")))
     assert f"## {title}\n" in page and "Won now (2): task-0, task-1" in page and "Lost now" not in page
+
+
+def test_the_last_training_is_compared_with_the_control():
+    policies = [PlayedPolicy("base", "base", 0), PlayedPolicy("sft", "SFT", 1), PlayedPolicy("dpo", "SFT+DPO", 2)]
+    control = PlayedPolicy("control", "SFT on all episodes", 3)
+    more = set(list_comparisons(policies, control)) - set(list_comparisons(policies))
+    assert more == {
+        ("dpo-off", "control-off", "SFT+DPO against SFT on all episodes, memory off"),
+        ("dpo-on", "control-on", "SFT+DPO against SFT on all episodes, memory on"),
+    }
 
 
 def test_each_training_is_compared_with_the_one_before_and_with_the_base():
