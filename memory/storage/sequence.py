@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sqlalchemy import func
+from sqlalchemy import Executable, func
 from sqlmodel import Session, SQLModel, col, select
 
 from memory.schema import (
@@ -64,18 +64,14 @@ def _times(session: Session) -> Iterator[int]:
     Rows of large tables are read by an index: of a closed trajectory the end alone, since all else came before it.
     """
     is_running = col(Trajectory.stage) == TrajectoryStage.RUNNING
-    queries = [
+    queries: list[Executable] = [
         select(func.max(col(Trajectory.opened_at))).where(is_running),
         select(func.max(col(Step.created_at))).join(Trajectory).where(is_running),
     ]
-    for stage in TrajectoryStage:
-        if not LEGAL_MOVES[stage]:
-            queries.append(select(func.max(col(Trajectory.closed_at))).where(col(Trajectory.stage) == stage))
-    for name in (table.__tablename__ for table in SMALL):
-        for column in SQLModel.metadata.tables[str(name)].columns:
-            if isinstance(column.type, UtcDateTime):
-                queries.append(select(func.max(column)))
-    for query in queries:
-        newest = session.scalar(query)
-        if newest is not None:
-            yield sequence_at(newest)
+    for stage in (it for it in TrajectoryStage if not LEGAL_MOVES[it]):
+        queries.append(select(func.max(col(Trajectory.closed_at))).where(col(Trajectory.stage) == stage))
+    for table in SMALL:
+        columns = SQLModel.metadata.tables[str(table.__tablename__)].columns
+        queries += [select(func.max(it)) for it in columns if isinstance(it.type, UtcDateTime)]
+    newest = (session.scalar(query) for query in queries)
+    yield from (sequence_at(moment) for moment in newest if moment is not None)
