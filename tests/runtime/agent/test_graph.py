@@ -17,7 +17,7 @@ from runtime.config import AgentConfig
 from runtime.engine.client import Delta
 from runtime.engine.model_families import DEFAULT_TEMPERATURE
 from runtime.engine.process import Engine
-from runtime.errors import ToolRefused, UnknownEnvironment
+from runtime.errors import EnvironmentRefused, ToolRefused, UnknownEnvironment
 from runtime.serving.hotswap import HotSwap
 from runtime.tools.functions import tool_from_function
 from tests.rollouts import play
@@ -55,6 +55,17 @@ async def test_a_finished_episode_ends_without_another_model_call(agent: Agent, 
     assert trajectory.answer == "The floor opens."
     assert len(fake.requests) == 1
     assert levers.started[0].num_closed == 1
+
+
+async def test_a_task_whose_tools_the_chat_template_would_drop_is_refused_by_their_names(
+    agent: Agent, engine: Engine, memory: Memory, fake: FakeEngine, levers: Levers
+):
+    engine.takes_tools = False
+    with pytest.raises(EnvironmentRefused, match=r"'left' of 'levers' .*'pull'.*--chat-template"):
+        await play(agent, levers.task("left"))
+    assert levers.started[0].num_closed == 1
+    assert fake.requests == [] and memory.trajectories.select() == []
+    assert (await play(agent, messages=[{"role": "user", "content": "hi"}])).stage is TrajectoryStage.FINISHED
 
 
 async def test_every_step_is_durable_before_the_next_model_call(
