@@ -81,10 +81,8 @@ class Completion:
     def output_logprobs(self) -> list[float] | None:
         """The log-prob, in nats, with which each output token was sampled; None where they were not requested, or are
         not one for each token."""
-        values = [each.get("logprob") for each in self.logprobs if isinstance(each, dict)]
-        if not values or len(values) != len(self.output_token_ids):
-            return None
-        return values if all(isinstance(value, float | int) for value in values) else None
+        values = [value for each in self.logprobs if isinstance(value := each.get("logprob"), float | int)]
+        return values if values and len(values) == len(self.output_token_ids) else None
 
     @property
     def num_tokens(self) -> int:
