@@ -81,7 +81,9 @@ class Completion:
     def output_logprobs(self) -> list[float] | None:
         """The log-prob, in nats, with which each output token was sampled; None where they were not requested, or are
         not one for each token."""
-        values = [value for each in self.logprobs if isinstance(value := each.get("logprob"), float | int)]
+        # external engines send anything
+        found = [each.get("logprob") for each in self.logprobs if isinstance(each, dict)]
+        values = [value for value in found if isinstance(value, float | int)]
         return values if values and len(values) == len(self.output_token_ids) else None
 
     @property
