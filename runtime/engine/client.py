@@ -83,7 +83,7 @@ class Completion:
         not one for each token."""
         # external engines send anything
         found = [each.get("logprob") for each in self.logprobs if isinstance(each, dict)]
-        values = [value for value in found if isinstance(value, float | int)]
+        values = [float(value) for value in found if isinstance(value, float | int)]
         return values if values and len(values) == len(self.output_token_ids) else None
 
     @property
