@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memory import chat_marks
 from memory.chat_marks import ANY_FAMILY, ChatMarks, neutralise
 from runtime.engine.client import EngineClient
 from runtime.engine.model_families import POCKET_MODEL
@@ -118,6 +119,23 @@ def test_only_spaces_are_added_and_no_mark_is_left(text: str):
     cleaned = marks.clean(text)
     assert cleaned.replace(" ", "") == text.replace(" ", "")
     assert not any(mark in cleaned for mark in ("<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<s>", "<|im|>"))
+
+
+@given(
+    st.lists(st.sampled_from([*TAGS, "<|im_start|>", "<|", "|>", "<", "[", "[INST]", "s>", "</", " ", "<memory>", "x"]))
+)
+def test_a_text_in_pieces_is_cleaned_like_a_whole_one(parts: list[str]):
+    text = "".join(parts)
+    tokenizer = ChatMarks({"<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<s>", "<<s>>"}, ["<tool_call>"])
+    messages = [{"role": role, "content": text} for role in ("user", "assistant")]
+
+    def clean() -> list[Any]:
+        return [neutralise(text), *(each.clean_messages(messages) for each in (tokenizer, ANY_FAMILY))]
+
+    whole = clean()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_marks, "PIECE_CHARS", 24)  # twice the longest of these marks
+        assert clean() == whole
 
 
 def test_marks_are_found_in_linear_time_however_many_there_are():
