@@ -9,16 +9,20 @@ Invariants: only spaces are added; the time is linear in the text, and long text
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from memory.sliced_work import SlicedWork, run
-
 T = TypeVar("T")
 
+SlicedWork = Generator[None, None, T]
+"""Work that yields after each of its pieces and returns its result."""
+SLICE_SECONDS = 0.001
+"""An event loop runs other tasks after the piece that ends later than this."""
 PIECE_CHARS = 8192
 """Characters that are worked on at once: a few milliseconds at the most, and more than twice any marker."""
 
@@ -206,6 +210,31 @@ class _AnyChatMarks(ChatMarks):
 
 
 ANY_FAMILY = _AnyChatMarks()
+
+
+def run(work: SlicedWork[T]) -> T:
+    """Do the whole work at once and return its result."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+async def run_in_slices(work: SlicedWork[T]) -> T:
+    """Do the work on the event loop, in slices between which other tasks run, and return its result.
+
+    In a thread it would hold up others just as much, because `re` holds the interpreter's lock.
+    """
+    started = time.monotonic()
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+        if time.monotonic() - started > SLICE_SECONDS:
+            await asyncio.sleep(0)
+            started = time.monotonic()
 
 
 def _map_texts(value: Any, change: Callable[[str], SlicedWork[str]]) -> SlicedWork[Any]:

@@ -17,10 +17,9 @@ from typing import Any
 
 import aiohttp
 
-from memory.chat_marks import ANY_FAMILY, ChatMarks
+from memory.chat_marks import ANY_FAMILY, ChatMarks, run_in_slices
 from memory.conversation import as_reply
 from memory.schema import clean
-from memory.sliced_work import run_in_slices
 from runtime.engine.forced_calls import ask_for_schemas
 from runtime.errors import (
     AdapterError,

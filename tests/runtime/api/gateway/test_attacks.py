@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,11 @@ async def opened(data_dir: Path, marks: ChatMarks = ANY_FAMILY) -> AsyncIterator
 
 async def post(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
     """Send a body in pieces, as a socket would; return the status and the answer."""
+    return await request(app, "POST", path, body)
+
+
+async def request(app: ASGIApp, method: str, path: str, body: bytes = b"") -> tuple[int, dict[str, Any]]:
+    """Return the status and the answer of a request whose body is sent in pieces."""
     pieces = [body[start : start + PIECE_BYTES] for start in range(0, len(body), PIECE_BYTES)]
     sent: list[dict[str, Any]] = []
 
@@ -92,7 +98,7 @@ async def post(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, Any
         sent.append(message)
 
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b""}
     scope |= {"http_version": "1.1", "scheme": "http", "root_path": "", "headers": headers, "client": ("127.0.0.1", 1)}
     await app(scope, receive, send)
     return sent[0]["status"], json.loads(b"".join(message["body"] for message in sent[1:]))
@@ -216,3 +222,36 @@ async def test_a_long_conversation_of_stored_responses_is_refused_before_it_is_r
     assert (status, answer["error"]["code"]) == (413, "conversation_too_large")
     assert num_after == num_before
     assert gap.cpu_seconds < MAX_CPU_SECONDS
+
+
+READING = (
+    "/v1/documents",
+    "/v1/documents/{document}",
+    "/v1/insights",
+    "/v1/exemplars",
+    "/v1/trajectories",
+    "/v1/trajectories/{trajectory}",
+    "/v1/examples",
+    "/v1/examples/counts",
+    "/v1/responses/{response}",
+    "/v1/responses/{response}/input_items",
+)
+
+
+@pytest.mark.parametrize("path", READING)
+async def test_rows_that_may_be_many_or_long_are_not_read_on_the_event_loop(
+    data_dir: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(data_dir) as (app, memory, _):
+        _, response = await post(app, "/v1/responses", json.dumps({"model": "agent", "input": "hello"}).encode())
+        ids = {
+            "document": memory.documents.select()[0].id,
+            "trajectory": memory.trajectories.select(limit=1)[0].trajectory.id,
+            "response": response["id"],
+        }
+        threads: list[int] = []
+        read = memory.database.read
+        monkeypatch.setattr(memory.database, "read", lambda: threads.append(threading.get_ident()) or read())
+        status, _ = await request(app, "GET", path.format(**ids))
+    assert status == 200
+    assert threads and threading.get_ident() not in threads
