@@ -146,9 +146,9 @@ class Documents:
             _require(session, document_id, tenant)
             return list(session.exec(_passages_of(document_id)))
 
-    def select(self, *, tenant: str = "") -> list[Document]:
-        """Return all documents of a tenant, by title."""
-        query = _whole_of(tenant).order_by(col(Document.title))
+    def select(self, *, tenant: str = "", limit: int | None = None, offset: int = 0) -> list[Document]:
+        """Return a tenant's documents by title: all of them, or a page."""
+        query = _whole_of(tenant).order_by(col(Document.title)).limit(limit).offset(offset)
         with self._database.read() as session:
             return list(session.exec(query))
 

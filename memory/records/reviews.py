@@ -66,9 +66,16 @@ class Reviews:
         self._scopes = scopes
 
     def insights(
-        self, *, tenant: str, status: Status = Status.ACTIVE, environment: str | None = None, kind: str | None = None
+        self,
+        *,
+        tenant: str,
+        status: Status = Status.ACTIVE,
+        environment: str | None = None,
+        kind: str | None = None,
+        limit: int | None = None,
+        offset: int = 0,
     ) -> list[ListedInsight]:
-        """Return a tenant's insights of one status, strongest first."""
+        """Return a tenant's insights of one status, strongest first: all of them, or a page."""
         scope = _shown_to(Insight, self._scopes.of_insight())
         is_active = col(Insight.removed_at).is_(None)
         condition = {
@@ -82,7 +89,9 @@ class Reviews:
         for column, wanted in ((Insight.environment, environment), (Insight.kind, kind)):
             if wanted is not None:
                 query = query.where(column == wanted)
-        query = query.order_by(col(Insight.strength).desc(), col(Insight.wins).desc(), col(Insight.id))
+        net_wins = col(Insight.wins) - col(Insight.losses)
+        query = query.order_by(col(Insight.strength).desc(), net_wins.desc(), col(Insight.wins).desc(), col(Insight.id))
+        query = query.limit(limit).offset(offset)
         with self._database.read() as session:
             return [ListedInsight(*row) for row in session.exec(query).all()]
 

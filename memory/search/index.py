@@ -24,7 +24,7 @@ from typing import TypeVar
 from memory.config import MemoryConfig
 from memory.errors import IndexDamaged, IndexUnavailable, StorageError
 from memory.records.trajectories import Trajectories
-from memory.search.encoder import Encoder, QueryEncoder
+from memory.search.encoder import MAX_QUERY_CHARS, Encoder, QueryEncoder
 from memory.search.index_sync import IndexSync
 from memory.search.indexed_rows import COLLECTIONS, IndexedRows, IndexQuery
 from memory.search.relevance import Match, WordMatches, join_matches, select_word_only_rows
@@ -101,9 +101,8 @@ class MemoryIndex:
         `where` may name an environment and a kind. A failing index is never raised: without vectors the result is by
         word, and without the text index it may be empty. Raises: ValueError for an unknown collection or filter.
         """
-        query = IndexQuery(
-            collection, query_text, {"tenant": tenant, "user_id": user_id, **(where or {})}, num, exclude_task
-        )
+        scope = {"tenant": tenant, "user_id": user_id}
+        query = _make_query(collection, query_text, scope | dict(where or {}), num, exclude_task)
         if not self._can_match(query):
             return []
         word_matches, nearest = await self._search_both(query, num_words=num)
@@ -129,9 +128,8 @@ class MemoryIndex:
 
         Arguments and errors are those of `find`.
         """
-        query = IndexQuery(
-            collection, query_text, {"tenant": tenant, "user_id": user_id, **(where or {})}, num, exclude_task
-        )
+        scope = {"tenant": tenant, "user_id": user_id}
+        query = _make_query(collection, query_text, scope | dict(where or {}), num, exclude_task)
         if not self._can_match(query):
             return [], 0
         word_matches, nearest = await self._search_both(query, num_words=max(num, NUM_WORD_MATCHES))
@@ -172,9 +170,7 @@ class MemoryIndex:
         return self._queries.is_ready and self._vector_index.is_open and len(self._hanging) < MAX_HANGING
 
     def _can_match(self, query: IndexQuery) -> bool:
-        """Return whether a search could have any result. Raises: ValueError for an unknown collection or filter."""
-        if query.collection not in COLLECTIONS:
-            raise ValueError(f"no collection is called {query.collection!r}: choose among {COLLECTIONS!r}")
+        """Return whether a search could have any result. Raises: ValueError for an unknown filter."""
         if not query.text.strip():
             return False
         try:
@@ -271,6 +267,15 @@ class MemoryIndex:
         except TimeoutError:
             self._hanging.append(search)
             raise
+
+
+def _make_query(
+    collection: str, query_text: str, where: Mapping[str, str], num: int, exclude_task: str | None
+) -> IndexQuery:
+    """Return a query of bounded length. Raises: ValueError for an unknown collection."""
+    if collection not in COLLECTIONS:
+        raise ValueError(f"no collection is called {collection!r}: choose among {COLLECTIONS!r}")
+    return IndexQuery(collection, query_text[:MAX_QUERY_CHARS], where, num, exclude_task)
 
 
 class _VectorSearch:

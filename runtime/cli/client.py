@@ -68,6 +68,14 @@ class Client:
         """Return the JSON at `path`; parameters that are None are left out. Raises: ErrorReply, ServerUnreachable."""
         return (await self._request("GET", path, params=_given(query))).json()
 
+    async def get_all(self, path: str, **query: QueryValue) -> dict[str, Any]:
+        """Return the list at `path` with the rows of all pages. Raises: as `get`."""
+        listed = await self.get(path, **query)
+        while (offset := listed["next_offset"]) is not None:
+            page = await self.get(path, **query, offset=offset)
+            listed = {**page, "data": listed["data"] + page["data"]}
+        return listed
+
     async def get_text(self, path: str, **query: QueryValue) -> str:
         """Return the text at `path`. Raises: ErrorReply, ServerUnreachable."""
         return (await self._request("GET", path, params=query)).text

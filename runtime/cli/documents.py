@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from runtime.cli.options import DEFAULT_URL, Json, Key, Url, call_and_print, connect, get_and_print, post_and_print
+from runtime.cli.options import DEFAULT_URL, Json, Key, Url, call_and_print, connect, post_and_print
 from runtime.cli.output import BAD_USAGE, Failure, run_command
 
 documents = typer.Typer(help="Texts that the agent can search: add, list, search, remove.", no_args_is_help=True)
@@ -71,7 +71,7 @@ def list_documents(url: Url = DEFAULT_URL, key: Key = None, as_json: Json = Fals
     """List the documents by title."""
     from runtime.cli import render
 
-    get_and_print("/v1/documents", url, key, as_json, render.documents_table)
+    call_and_print(lambda client: client.get_all("/v1/documents"), url, key, as_json, render.documents_table)
 
 
 @documents.command("search")

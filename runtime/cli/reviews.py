@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from runtime.cli.options import DEFAULT_URL, Json, Key, Url, get_and_print, post_and_print
+from runtime.cli.options import DEFAULT_URL, Json, Key, Url, call_and_print, get_and_print, post_and_print
 
 insights = typer.Typer(help="Lessons as text: list, approve, edit, retire.", invoke_without_command=True)
 exemplars = typer.Typer(help="Past successes that prompts show: list, approve, edit, retire.", no_args_is_help=True)
@@ -39,8 +39,8 @@ def list_insights(
         return
     from runtime.cli import render
 
-    table = render.insights_table
-    get_and_print("/v1/insights", url, key, as_json, table, environment=environment, kind=kind, status=status)
+    query = {"environment": environment, "kind": kind, "status": status}
+    call_and_print(lambda client: client.get_all("/v1/insights", **query), url, key, as_json, render.insights_table)
 
 
 @insights.command("approve")

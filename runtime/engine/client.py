@@ -17,7 +17,7 @@ from typing import Any
 
 import aiohttp
 
-from memory.chat_marks import ANY_FAMILY, ChatMarks
+from memory.chat_marks import ANY_FAMILY, ChatMarks, run_in_slices
 from memory.conversation import as_reply
 from memory.schema import clean
 from runtime.engine.forced_calls import ask_for_schemas
@@ -124,7 +124,7 @@ class EngineClient:
             BudgetExceeded: the messages fill the model's context.
         """
         started = time.monotonic()
-        answer = await self._post("/v1/chat/completions", self._chat_body(model, messages, tools, sampling))
+        answer = await self._post("/v1/chat/completions", await self._chat_body(model, messages, tools, sampling))
         try:
             choice = answer["choices"][0]
             message = choice["message"]
@@ -161,7 +161,7 @@ class EngineClient:
         reply = Completion() if partial is None else partial
         reply.finish_reason = ""
         calls: dict[int, ToolCall] = {}
-        body = self._chat_body(model, messages, tools, sampling) | {"stream": True}
+        body = await self._chat_body(model, messages, tools, sampling) | {"stream": True}
         async for chunk in self._stream("/v1/chat/completions", body):
             try:
                 delta = _add_chunk(reply, calls, chunk)
@@ -186,7 +186,7 @@ class EngineClient:
         self, model: str, messages: Sequence[Message], tools: Sequence[ToolDefinition] | None = None
     ) -> int:
         """Return the number of tokens of the prompt that `chat` would send. Raises as `chat` does."""
-        body = self._chat_body(model, messages, tools, {})
+        body = await self._chat_body(model, messages, tools, {})
         del body["return_token_ids"]
         answer = await self._post("/tokenize", body)
         try:
@@ -281,22 +281,26 @@ class EngineClient:
                 raise EngineError(str(error)) from error
             raise AdapterError(f"the engine refused adapter {body['lora_name']!r}: {error}") from error
 
-    def _chat_body(
+    async def _chat_body(
         self,
         model: str,
         messages: Sequence[Message],
         tools: Sequence[ToolDefinition] | None,
         sampling: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Return the body of a chat call. All text of a prompt passes here, so special tokens are removed here."""
+        """Return the body of a chat call. All text of a prompt passes here, so special tokens are removed here.
+
+        In slices: a prompt may have megabytes of markers, which take a second.
+        """
+        cleaned = await run_in_slices(self.marks.cleaning_of_messages(messages))
         # Token ids as sampled: training on a chat that is rendered again would learn other tokens.
-        body = {"model": model, "messages": self.marks.clean_messages(messages), "return_token_ids": True}
+        body = {"model": model, "messages": cleaned, "return_token_ids": True}
         if tools:  # vLLM rejects an empty list
             tools = tools if self.enforces_schemas else ask_for_schemas(tools, sampling.get("tool_choice"))
-            body["tools"] = self.marks.clean(list(tools))
+            body["tools"] = await run_in_slices(self.marks.cleaning_of(list(tools)))
         body |= {key: value for key, value in sampling.items() if value is not None}
         if "chat_template_kwargs" in body:  # a template may write them into the prompt
-            body["chat_template_kwargs"] = self.marks.clean(body["chat_template_kwargs"])
+            body["chat_template_kwargs"] = await run_in_slices(self.marks.cleaning_of(body["chat_template_kwargs"]))
         return body
 
     def _with_priority(self, body: dict[str, Any]) -> dict[str, Any]:

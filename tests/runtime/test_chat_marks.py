@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory.chat_marks import ANY_FAMILY, ChatMarks, neutralise
+from memory import chat_marks
+from memory.chat_marks import ANY_FAMILY, ChatMarks, SlicedWork, neutralise, run, run_in_slices
 from runtime.engine.client import EngineClient
 from runtime.engine.model_families import POCKET_MODEL
 from tests.optimizer import families
@@ -120,6 +121,23 @@ def test_only_spaces_are_added_and_no_mark_is_left(text: str):
     assert not any(mark in cleaned for mark in ("<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<s>", "<|im|>"))
 
 
+@given(
+    st.lists(st.sampled_from([*TAGS, "<|im_start|>", "<|", "|>", "<", "[", "[INST]", "s>", "</", " ", "<memory>", "x"]))
+)
+def test_a_text_in_pieces_is_cleaned_like_a_whole_one(parts: list[str]):
+    text = "".join(parts)
+    tokenizer = ChatMarks({"<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<s>", "<<s>>"}, ["<tool_call>"])
+    messages = [{"role": role, "content": text} for role in ("user", "assistant")]
+
+    def clean() -> list[Any]:
+        return [neutralise(text), *(each.clean_messages(messages) for each in (tokenizer, ANY_FAMILY))]
+
+    whole = clean()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_marks, "PIECE_CHARS", 24)  # twice the longest of these marks
+        assert clean() == whole
+
+
 def test_marks_are_found_in_linear_time_however_many_there_are():
     marks = ChatMarks([f"<|reserved_special_token_{number}|>" for number in range(1_000)])
     text = "<|reserved_special_token_" * 20_000
@@ -163,3 +181,39 @@ async def test_every_prompt_that_leaves_for_the_engine_is_cleaned():
     assert len(seen) == 2
     for request in seen:
         assert not [mark for mark in MARKS if mark in str(request)]
+
+
+def count_up(last: int, done: list[int]) -> SlicedWork[str]:
+    for number in range(last):
+        done.append(number)
+        yield
+    return "done"
+
+
+def test_work_done_at_once_returns_its_result():
+    done: list[int] = []
+    assert run(count_up(3, done)) == "done" and done == [0, 1, 2]
+
+
+async def test_others_have_their_turn_after_every_slice(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chat_marks, "SLICE_SECONDS", -1.0)
+    done: list[int] = []
+    working = asyncio.ensure_future(run_in_slices(count_up(100, done)))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert 0 < len(done) < 20
+    assert await working == "done" and len(done) == 100
+
+
+async def test_short_work_does_not_wait_for_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chat_marks, "SLICE_SECONDS", 60.0)
+    was_free = False
+
+    async def other() -> None:
+        nonlocal was_free
+        was_free = True
+
+    waiting = asyncio.ensure_future(other())
+    assert await run_in_slices(count_up(100, [])) == "done"
+    assert not was_free
+    await waiting

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
 from memory.datasets.examples import AddedExamples, Origin
@@ -23,6 +23,7 @@ from memory.formats.registry import AUTO, FORMATS, find_format, recognise_row
 from memory.schema import Example, Trust
 from runtime.api.errors import BadRequest, NotFound, TooLarge, error_responses
 from runtime.api.gateway.permissions import RequestCaller
+from runtime.api.read_answers import answer_from_thread
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/examples", tags=["examples"])
@@ -199,7 +200,7 @@ def _number_lines(body: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-@router.get("", summary="List examples, newest first")
+@router.get("", summary="List examples, newest first", response_model=ExamplePage)
 async def list_examples(
     server: Server,
     caller: RequestCaller,
@@ -208,17 +209,20 @@ async def list_examples(
     kind: ExampleKind | None = None,
     environment: str | None = None,
     source: str | None = None,
-) -> ExamplePage:
-    rows = server.memory.examples.select(
-        limit=limit, before_id=before, kind=kind, environment=environment, source=source, tenant=caller.tenant
-    )
-    data = [ExampleSummary(**_summarise(row)) for row in rows]
-    return ExamplePage(data=data, next_before=data[-1].id if len(data) == limit else None)
+) -> Response:
+    def read() -> ExamplePage:
+        rows = server.memory.examples.select(
+            limit=limit, before_id=before, kind=kind, environment=environment, source=source, tenant=caller.tenant
+        )
+        data = [ExampleSummary(**_summarise(row)) for row in rows]
+        return ExamplePage(data=data, next_before=data[-1].id if len(data) == limit else None)
+
+    return await answer_from_thread(read)
 
 
 @router.get("/counts", summary="Count examples by kind, environment and source")
 async def count_examples(server: Server, caller: RequestCaller) -> ExampleCounts:
-    counts = server.memory.examples.count(tenant=caller.tenant)
+    counts = await asyncio.to_thread(server.memory.examples.count, tenant=caller.tenant)
     return ExampleCounts(
         data=[
             ExampleCount(kind=kind, environment=environment, source=source, num_examples=number)
@@ -227,11 +231,16 @@ async def count_examples(server: Server, caller: RequestCaller) -> ExampleCounts
     )
 
 
-@router.get("/{example_id}", summary="Read an example", responses=error_responses(NotFound))
-async def get_example(example_id: str, server: Server, caller: RequestCaller) -> ExampleDetail:
-    row = server.memory.examples.get(example_id, tenant=caller.tenant)
-    fields = {name: getattr(row, name) for name in ExampleDetail.model_fields.keys() - ExampleSummary.model_fields}
-    return ExampleDetail(**_summarise(row), **fields)
+@router.get(
+    "/{example_id}", summary="Read an example", response_model=ExampleDetail, responses=error_responses(NotFound)
+)
+async def get_example(example_id: str, server: Server, caller: RequestCaller) -> Response:
+    def read() -> ExampleDetail:
+        row = server.memory.examples.get(example_id, tenant=caller.tenant)
+        fields = {name: getattr(row, name) for name in ExampleDetail.model_fields.keys() - ExampleSummary.model_fields}
+        return ExampleDetail(**_summarise(row), **fields)
+
+    return await answer_from_thread(read)
 
 
 @router.delete("/{example_id}", summary="Delete an example", responses=error_responses(NotFound))

@@ -23,7 +23,7 @@ from runtime.api.errors import LOAD_STATUSES, ApiError, InMaintenance, Unauthori
 from runtime.api.gateway.admission import TURNS, ConcurrencyLimit
 from runtime.api.gateway.permissions import OPERATOR, Caller, is_open, require_permission
 from runtime.api.gateway.quota import Quota
-from runtime.api.gateway.request_body import BODIES_AT_ONCE, OPEN_BODY_BYTES, BodyBudget, read_body
+from runtime.api.gateway.request_body import BODIES_AT_ONCE, OPEN_BODY_BYTES, OPEN_BODY_SECONDS, BodyBudget, read_body
 from runtime.api.services import Services
 from runtime.errors import EngineInMaintenance
 
@@ -74,13 +74,17 @@ class AuthMiddleware:
         Raises: TooLarge, BadRequest, RequestTimeout, Overloaded.
         """
         limits = self._services.limits
-        max_bytes = limits.max_body_bytes if caller is not None else min(limits.max_body_bytes, OPEN_BODY_BYTES)
+        max_bytes, max_seconds = limits.max_body_bytes, limits.body_seconds
+        if caller is None:
+            max_bytes, max_seconds = min(max_bytes, OPEN_BODY_BYTES), min(max_seconds, OPEN_BODY_SECONDS)
         # "tenant " keeps the default tenant, whose name is empty, apart from requests without a caller.
         budget_key = "" if caller is None else f"tenant {caller.tenant}"
         reserved = resources.enter_context(self._body_budget.open(budget_key))
         content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
         is_json = not content_type.lower().startswith(FORM_TYPES)
-        return await read_body(scope, receive, limits, reserved, max_bytes=max_bytes, is_json=is_json)
+        return await read_body(
+            scope, receive, limits, reserved, max_bytes=max_bytes, max_seconds=max_seconds, is_json=is_json
+        )
 
     async def _reject(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         if error.status in LOAD_STATUSES:

@@ -1,8 +1,8 @@
 """Limits each HTTP connection before its client is authenticated: size of the head, idle time, number.
 
 uvicorn bounds neither the length of a request's head nor the time it takes to arrive, and buffers it in memory.
-Invariants: an idle connection is closed in time; the number of connections is bounded, and the connection that has been
-idle longest is closed in favour of a new one.
+Invariants: an idle connection is closed in time; the number of connections is bounded, and one that waits for its
+client is closed in favour of a new one, never one whose request is being answered.
 Hazard: the class overrides uvicorn's protocol, whose attributes (`cycle`, `pipeline`) are not a public interface.
 """
 
@@ -24,6 +24,8 @@ MAX_HEAD_BYTES = 64 * 1024
 """Maximum size of the request line and headers together."""
 HEAD_SECONDS = 15.0
 """Maximum time from the opening of a connection, or from the last answer on it, to the end of the next head."""
+FRESH_SECONDS = 1.0
+"""A connection that has been idle no longer than this may have sent a head that is still on its way."""
 UNREAD_SECONDS = 60.0
 """Maximum time for which a client may leave sent data unread."""
 
@@ -48,7 +50,9 @@ class BoundedConnection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.idle_since: float | None = None
-        """Monotonic time since which no request is being answered; None while one is."""
+        """Monotonic time since which the next head is waited for; None from its end to the end of the answer."""
+        self._body_since = 0.0
+        """Monotonic time of the last head's end, since which its body is waited for."""
         self._error: ApiError | None = None
         self._is_in_head = False
         self._num_head_bytes = 0
@@ -61,11 +65,12 @@ class BoundedConnection(HttpToolsProtocol):
         super().connection_made(transport)
         self._wait_for_head()
         if len(self.connections) > self.max_connections:
-            # Never empty: this new connection is idle itself.
+            now = time.monotonic()
             connections = [it for it in self.connections if isinstance(it, BoundedConnection)]
-            idle_times = [(it.idle_since, it) for it in connections if it.idle_since is not None]
-            _, longest_idle = min(idle_times, key=lambda pair: pair[0])
-            longest_idle.close_with(Overloaded("there are too many connections: ask again in a moment"))
+            # Never empty: this new connection is idle itself.
+            ranks = [(rank, it) for it in connections if (rank := it._eviction_rank(now)) is not None]
+            _, first = min(ranks, key=lambda pair: pair[0])
+            first.close_with(Overloaded("there are too many connections: ask again in a moment"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -99,6 +104,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._num_unparsed_bytes = 0
         self._is_in_head = False
         self._stop_waiting()
+        self._body_since = time.monotonic()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -132,10 +138,11 @@ class BoundedConnection(HttpToolsProtocol):
         self._error = error
         # `close` takes effect later; until then the same connection must not be chosen again.
         self.connections.discard(self)
+        is_body_awaited = self._is_body_awaited
         # Abort, not close: `close` would first flush data that the client does not read.
-        if self.idle_since is None:
+        if self.idle_since is None and (not is_body_awaited or self.transport.get_write_buffer_size() > 0):
             self.transport.abort()
-        elif self._is_in_head or self.cycle is None:
+        elif is_body_awaited or self._is_in_head or self.cycle is None:
             self.send_400_response(str(error))
         else:  # between two requests, or after an answer that did not wait for the body
             self.transport.close()
@@ -152,6 +159,23 @@ class BoundedConnection(HttpToolsProtocol):
         if not self.transport.is_closing():
             self.transport.write(b"".join([*head, body]))
             self.transport.close()
+
+    @property
+    def _is_body_awaited(self) -> bool:
+        """Whether the rest of a body is all that is waited for: its request has no slot, and no answer, yet."""
+        cycle = self.cycle
+        # Requests in the pipeline wait for one that is being answered.
+        return cycle is not None and not self.pipeline and cycle.more_body and not cycle.response_started
+
+    def _eviction_rank(self, now: float) -> tuple[int, float] | None:
+        """Return the connection's rank among those that may be closed for a new one, lowest first; None if it may not.
+
+        First the connections that are idle, then those whose body is arriving, then those that may be idle because the
+        head is on its way; of each kind the one that has waited longest.
+        """
+        if self.idle_since is not None:
+            return (2 if now - self.idle_since < FRESH_SECONDS else 0), self.idle_since
+        return (1, self._body_since) if self._is_body_awaited else None
 
     def _count(self, num_bytes: int) -> None:
         """Count bytes of a head. uvicorn catches any exception from here and calls `send_400_response`."""

@@ -21,6 +21,8 @@ BODIES_AT_ONCE = 8
 """The budget in bodies of the maximum size."""
 OPEN_BODY_BYTES = 256 * 1024
 """Maximum body of a request without a key: a form with one piece of feedback."""
+OPEN_BODY_SECONDS = 10.0
+"""Maximum time for such a body to arrive."""
 STEP_BYTES = 64 * 1024
 """Bytes checked before the event loop runs other tasks."""
 
@@ -66,7 +68,14 @@ class ReservedBytes:
 
 
 async def read_body(
-    scope: Scope, receive: Receive, limits: LimitsConfig, reserved: ReservedBytes, *, max_bytes: int, is_json: bool
+    scope: Scope,
+    receive: Receive,
+    limits: LimitsConfig,
+    reserved: ReservedBytes,
+    *,
+    max_bytes: int,
+    max_seconds: float,
+    is_json: bool,
 ) -> Receive:
     """Read the body within the limits; return a `receive` that replays it in one piece.
 
@@ -85,7 +94,7 @@ async def read_body(
     shape = JsonShapeCheck(limits) if is_json else None
     body = bytearray()
     try:
-        async with asyncio.timeout(limits.body_seconds):
+        async with asyncio.timeout(max_seconds):
             while True:
                 message = await receive()
                 if message["type"] != "http.request":  # the client disconnected
@@ -102,7 +111,7 @@ async def read_body(
                     break
     except TimeoutError as error:
         raise RequestTimeout(
-            f"the body did not arrive within {limits.body_seconds:g} seconds: send it faster, or less of it"
+            f"the body did not arrive within {max_seconds:g} seconds: send it faster, or less of it"
         ) from error
     # A copy: for a moment the body is in memory twice and counted once.
     return _replay([{"type": "http.request", "body": bytes(body), "more_body": False}], receive)

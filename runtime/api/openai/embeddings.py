@@ -19,7 +19,7 @@ from fastapi.openapi.models import Example
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from memory.schema import clean
-from memory.search.encoder import Encoder, count_tokens, encode, max_tokens, model_name
+from memory.search.encoder import Encoder, count_tokens, encode, max_chars, max_tokens, model_name
 from runtime.api.errors import BadRequest, NotFound, NotReady, error_responses
 from runtime.api.gateway.disconnects import cancel_on_disconnect
 from runtime.api.gateway.permissions import RequestCaller
@@ -30,8 +30,6 @@ router = APIRouter(prefix="/v1/embeddings", tags=["embeddings"])
 
 MAX_INPUTS = 2048
 """Texts of one request, as in OpenAI's API."""
-MAX_CHARS_PER_TOKEN = 64
-"""A longer text is not even counted: no language has such words, and counting takes time for each character."""
 COUNT_BATCH = 128
 ENCODE_BATCH = 8
 """Texts that are encoded before another request, or the query of a turn, has its turn. 32 long ones took longer than
@@ -165,12 +163,11 @@ def _batches(texts: Sequence[str], size: int) -> Iterator[tuple[int, Sequence[st
 
 def _measure(encoder: Encoder, texts: Sequence[str], start: int, truncation: int | None) -> int:
     """Return the tokens that the encoder will read of the texts, the first of which is `input[start]`."""
-    limit = max_tokens(encoder)
-    max_chars = limit * MAX_CHARS_PER_TOKEN
-    counts = count_tokens(encoder, [text[: max_chars + 1] for text in texts])
+    limit, num_chars = max_tokens(encoder), max_chars(encoder)
+    counts = count_tokens(encoder, [text[: num_chars + 1] for text in texts])
     for position, (text, count) in enumerate(zip(texts, counts, strict=True), start):
-        if truncation is None and (count > limit or len(text) > max_chars):
-            size = f"{count} tokens" if len(text) <= max_chars else f"{len(text)} characters"
+        if truncation is None and (count > limit or len(text) > num_chars):
+            size = f"{count} tokens" if len(text) <= num_chars else f"{len(text)} characters"
             raise BadRequest(
                 f"input[{position}] has {size}, and the encoder reads {limit} tokens: split it, or send "
                 "truncate_prompt_tokens=-1 to have it shortened",
@@ -182,8 +179,8 @@ def _measure(encoder: Encoder, texts: Sequence[str], start: int, truncation: int
 
 def _encode(encoder: Encoder, texts: Sequence[str], start: int, body: EmbeddingRequest) -> list[str]:
     """Return each vector as JSON; in small pieces, because writing JSON holds the interpreter's lock."""
-    max_chars = max_tokens(encoder) * MAX_CHARS_PER_TOKEN
-    vectors = encode(encoder, [text[:max_chars] for text in texts])
+    num_chars = max_chars(encoder)
+    vectors = encode(encoder, [text[:num_chars] for text in texts])
     if body.dimensions not in (None, vectors.shape[1]):
         raise BadRequest(
             f"the vectors have {vectors.shape[1]} dimensions, and cannot be made {body.dimensions}: leave it out",

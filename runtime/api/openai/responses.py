@@ -40,6 +40,7 @@ from runtime.api.openai.chat_request import read_extensions
 from runtime.api.openai.responses_answer import EventWriter, begin_response, end_response, fail_response, list_output
 from runtime.api.openai.responses_request import ResponseRequest, as_messages, check_conversation, check_request
 from runtime.api.openai.turns import StreamedTurn, finish, headers_for, limit_messages, make_request, raise_failure
+from runtime.api.read_answers import answer_from_thread
 from runtime.api.services import Server, Services
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
@@ -221,7 +222,9 @@ async def get_response(
 ) -> Response:
     if stream:
         raise BadRequest("stream=True is not supported here", param="stream", code="unsupported_parameter")
-    return _send(server.memory.responses.get(response_id, tenant=caller.tenant).body)
+    return await answer_from_thread(
+        lambda: dump_json(server.memory.responses.get(response_id, tenant=caller.tenant).body)
+    )
 
 
 def _send(response: Json, headers: Mapping[str, str] | None = None) -> Response:
@@ -238,7 +241,10 @@ async def delete_response(response_id: str, server: Server, caller: RequestCalle
 
 
 @router.get(
-    "/{response_id}/input_items", summary="List the input items of a response", responses=error_responses(NotFound)
+    "/{response_id}/input_items",
+    summary="List the input items of a response",
+    response_model=ItemList,
+    responses=error_responses(NotFound),
 )
 async def list_input_items(
     response_id: str,
@@ -247,14 +253,23 @@ async def list_input_items(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
     after: Annotated[str | None, Query(description="`last_id` of the page before.")] = None,
-) -> ItemList:
-    items = server.memory.responses.get(response_id, tenant=caller.tenant).input
+) -> Response:
+    def read() -> ItemList:
+        response = server.memory.responses.get(response_id, tenant=caller.tenant)
+        return _page_of_items(response, limit, order, after)
+
+    return await answer_from_thread(read)
+
+
+def _page_of_items(response: StoredResponse, limit: int, order: str, after: str | None) -> ItemList:
+    """Return a page of the input items of a response. Raises: NotFound for an unknown `after`."""
+    items = response.input
     if order == "desc":
         items = items[::-1]
     if after is not None:
         positions = [position for position, item in enumerate(items) if item["id"] == after]
         if not positions:
-            raise NotFound(f"response {response_id!r} has no input item {after!r}", param="after", code="not_found")
+            raise NotFound(f"response {response.id!r} has no input item {after!r}", param="after", code="not_found")
         items = items[positions[0] + 1 :]
     page = items[:limit]
     return ItemList(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Body, File, Form, UploadFile
+from fastapi import APIRouter, Body, File, Form, Response, UploadFile
 from fastapi.openapi.models import Example
 from pydantic import BaseModel, Field
 
@@ -16,6 +16,7 @@ from memory.schema import Document, Trust
 from memory.search.document_search import search_documents
 from runtime.api.errors import CREATED, BadRequest, NotFound, TooLarge, error_responses
 from runtime.api.gateway.permissions import Caller, RequestCaller
+from runtime.api.read_answers import MAX_ROWS, Limit, Offset, answer_from_thread, next_offset
 from runtime.api.services import Server, Services
 
 router = APIRouter(prefix="/v1/documents", tags=["documents"])
@@ -47,11 +48,12 @@ class DocumentText(DocumentDetail):
     passages: list[str]
 
 
-class DocumentList(BaseModel):
-    """All documents."""
+class DocumentPage(BaseModel):
+    """By title; `next_offset` is the `offset` of the next page."""
 
     object: str = "list"
     data: list[DocumentDetail]
+    next_offset: int | None
 
 
 class DocumentQuery(BaseModel, extra="forbid"):
@@ -127,10 +129,16 @@ async def _ingest(server: Services, caller: Caller, title: str, text: str, *, is
     return describe_document(row)
 
 
-@router.get("", summary="List documents")
-async def list_documents(server: Server, caller: RequestCaller) -> DocumentList:
-    rows = server.memory.documents.select(tenant=caller.tenant)
-    return DocumentList(data=[describe_document(row) for row in rows])
+@router.get("", summary="List documents", response_model=DocumentPage)
+async def list_documents(
+    server: Server, caller: RequestCaller, limit: Limit = MAX_ROWS, offset: Offset = 0
+) -> Response:
+    def read() -> DocumentPage:
+        rows = server.memory.documents.select(tenant=caller.tenant, limit=limit, offset=offset)
+        data = [describe_document(row) for row in rows]
+        return DocumentPage(data=data, next_offset=next_offset(offset, len(data), limit))
+
+    return await answer_from_thread(read)
 
 
 @router.post("/search", summary="Find passages of documents")
@@ -140,12 +148,18 @@ async def search(server: Server, caller: RequestCaller, body: DocumentQuery) -> 
     return DocumentMatches(data=[DocumentMatch.model_validate(match, from_attributes=True) for match in matches])
 
 
-@router.get("/{document_id}", summary="Read a document", responses=error_responses(NotFound))
-async def get_document(document_id: str, server: Server, caller: RequestCaller) -> DocumentText:
+@router.get(
+    "/{document_id}", summary="Read a document", response_model=DocumentText, responses=error_responses(NotFound)
+)
+async def get_document(document_id: str, server: Server, caller: RequestCaller) -> Response:
     documents = server.memory.documents
-    row = documents.get(document_id, tenant=caller.tenant)
-    passages = [passage.text for passage in documents.passages(document_id, tenant=caller.tenant)]
-    return DocumentText(**describe_document(row).model_dump(), passages=passages)
+
+    def read() -> DocumentText:
+        row = documents.get(document_id, tenant=caller.tenant)
+        passages = [passage.text for passage in documents.passages(document_id, tenant=caller.tenant)]
+        return DocumentText(**describe_document(row).model_dump(), passages=passages)
+
+    return await answer_from_thread(read)
 
 
 @router.delete("/{document_id}", summary="Remove a document", responses=error_responses(NotFound))

@@ -9,13 +9,14 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, Response
 from pydantic import BaseModel, Field
 
 from memory.records.reviews import Status
 from memory.schema import Insight, Trust
 from runtime.api.errors import Conflict, NotFound, error_responses
 from runtime.api.gateway.permissions import RequestCaller
+from runtime.api.read_answers import MAX_ROWS, Limit, Offset, answer_from_thread, next_offset
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/insights", tags=["insights"])
@@ -44,11 +45,12 @@ class InsightDetail(BaseModel):
     retired_at: datetime | None
 
 
-class InsightList(BaseModel):
-    """Strongest first."""
+class InsightPage(BaseModel):
+    """Strongest first; `next_offset` is the `offset` of the next page."""
 
     object: str = "list"
     data: list[InsightDetail]
+    next_offset: int | None
 
 
 class Approval(BaseModel, extra="forbid"):
@@ -63,20 +65,28 @@ class Edit(BaseModel, extra="forbid"):
     text: InsightText
 
 
-@router.get("", summary="List insights, strongest first")
+@router.get("", summary="List insights, strongest first", response_model=InsightPage)
 async def list_insights(
     server: Server,
     caller: RequestCaller,
     environment: str | None = None,
     kind: str | None = None,
     status: Status = Status.ACTIVE,
-) -> InsightList:
+    limit: Limit = MAX_ROWS,
+    offset: Offset = 0,
+) -> Response:
     """`active`: all in use. `pending`: the active ones that are shown to one user or nobody, untrusted ones among
     them; approval would show them to the whole tenant. `approved`, `retired`: by an operator. `removed`: because of
     evidence."""
-    rows = server.memory.reviews.insights(tenant=caller.tenant, status=status, environment=environment, kind=kind)
-    ranked = sorted(rows, key=lambda row: (-row.insight.strength, row.insight.losses - row.insight.wins))
-    return InsightList(data=[describe_insight(row.insight, row.scope) for row in ranked])
+
+    def read() -> InsightPage:
+        rows = server.memory.reviews.insights(
+            tenant=caller.tenant, status=status, environment=environment, kind=kind, limit=limit, offset=offset
+        )
+        data = [describe_insight(row.insight, row.scope) for row in rows]
+        return InsightPage(data=data, next_offset=next_offset(offset, len(data), limit))
+
+    return await answer_from_thread(read)
 
 
 @router.post(

@@ -9,15 +9,17 @@ import asyncio
 from datetime import datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel
 
 from memory.records.trajectories import TrajectoryWithReward
 from memory.schema import RewardSource, Split, Step, StepKind, Trajectory, TrajectoryStage
+from memory.store import Memory
 from memory.team import Role
 from runtime.api.errors import Conflict, NotFound, error_responses
 from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.openai.answer_ids import trajectory_of
+from runtime.api.read_answers import answer_from_thread
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/trajectories", tags=["trajectories"])
@@ -163,22 +165,32 @@ async def list_trajectories(
     return TrajectoryPage(data=data, next_before=data[-1].id if len(data) == limit else None)
 
 
-@router.get("/{trajectory_id}", summary="Read one trajectory", responses=error_responses(NotFound))
+@router.get(
+    "/{trajectory_id}",
+    summary="Read one trajectory",
+    response_model=TrajectoryDetail,
+    responses=error_responses(NotFound),
+)
 async def get_trajectory(
     trajectory_id: str,
     server: Server,
     caller: RequestCaller,
     token_ids: Annotated[bool, Query(description="Include the exact token ids of every call.")] = False,
-) -> TrajectoryDetail:
-    memory = server.memory
-    trajectory_id = trajectory_of(trajectory_id)
-    trajectory = memory.trajectories.get(trajectory_id, tenant=caller.tenant)
+) -> Response:
+    return await answer_from_thread(
+        lambda: read_trajectory(server.memory, trajectory_of(trajectory_id), caller.tenant, with_token_ids=token_ids)
+    )
+
+
+def read_trajectory(memory: Memory, trajectory_id: str, tenant: str, *, with_token_ids: bool) -> TrajectoryDetail:
+    """Return a trajectory with all that is recorded of it. Raises: UnknownTrajectory."""
+    trajectory = memory.trajectories.get(trajectory_id, tenant=tenant)
     rewards = memory.trajectories.rewards(trajectory_id)
     return TrajectoryDetail(
         **dict(describe_trajectory(memory.trajectories.with_reward(trajectory))),
         **{name: getattr(trajectory, name) for name in DETAIL_FIELDS},
         # Token ids are read in any case, because the counts are their lengths.
-        steps=[_describe_step(step, token_ids) for step in memory.trajectories.steps(trajectory_id)],
+        steps=[_describe_step(step, with_token_ids) for step in memory.trajectories.steps(trajectory_id)],
         rewards=[RewardDetail.model_validate(row, from_attributes=True) for row in rewards],
         feedback=[
             FeedbackDetail.model_validate(row, from_attributes=True) for row in memory.feedback.select(trajectory_id)

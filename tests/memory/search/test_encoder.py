@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy
 import pytest
 
 from memory.errors import IndexUnavailable
-from memory.search.encoder import QueryEncoder, SentenceEncoder, model_name
+from memory.search.encoder import MAX_QUERY_CHARS, QueryEncoder, SentenceEncoder, model_name
 from memory.search.indexed_rows import IndexQuery
 from memory.store import Memory
 from tests.memory.episodes import PATIENT, HashingEncoder
@@ -76,6 +77,26 @@ async def test_an_encoder_that_fails_is_unavailable_and_may_recover(held):
     with pytest.raises(IndexUnavailable, match="'hashing' failed: KeyError"):
         await queries.encode("unspeakable")
     assert (await queries.encode("a")).shape == (128,)
+
+
+async def test_of_a_question_of_megabytes_the_beginning_alone_is_read_and_nothing_is_kept(tmp_path: Path):
+    encoder = HeldEncoder()
+    encoder.release.set()
+    with Memory.open(tmp_path, PATIENT, encoder=encoder) as memory:
+        await memory.documents.ingest("Cars", "How to change the tyre of an automobile.")
+        await memory.index.drain()
+        encoder.batches.clear()
+        asked: list[IndexQuery] = []
+        match = memory.index._text_index.match
+        memory.index._text_index.match = lambda query: asked.append(query) or match(query)
+        question = "how to change a tyre " * 100_000
+        found = await memory.index.find("passages", question, num=1)
+        matches, _ = await memory.index.match("passages", question + "?", num=1)
+        cached = list(memory.index._queries._cache)
+    assert len(found) == len(matches) == 1
+    texts = [text for batch in encoder.batches for text in batch] + [query.text for query in asked]
+    assert texts and {len(text) for text in texts} == {MAX_QUERY_CHARS}
+    assert cached and all(sys.getsizeof(key) < 100 for key in cached)
 
 
 async def test_the_embedded_encoder_finds_by_meaning(tmp_path: Path):

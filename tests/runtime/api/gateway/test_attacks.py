@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp
 
+from memory.chat_marks import ANY_FAMILY, ChatMarks
 from memory.store import Memory
 from runtime.agent.graph import Agent
 from runtime.api.app import create_app
 from runtime.api.services import Services
 from runtime.config import AgentConfig
-from runtime.engine.client import Completion
+from runtime.engine.client import Completion, EngineClient
+from runtime.engine.model_families import POCKET_MODEL
 from runtime.serving.hotswap import HotSwap
-from tests.memory.episodes import PATIENT, HashingEncoder
+from tests.memory.episodes import PATIENT, HashingEncoder, play
 from tests.runtime.api.worlds import QuickLearner, ScriptedEngine
 from tests.stalls import LongestGap
 
@@ -31,19 +34,38 @@ HELLO = {"role": "user", "content": "hello"}
 PIECE_BYTES = 65_536  # uvicorn's chunk size
 
 
+class BriefClient(EngineClient):
+    """Prepares every request as for an engine, which answers it in two letters."""
+
+    num_requests = 0
+
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        self.num_requests += bool(json.dumps(body))
+        return {"choices": [{"message": {"content": "ok"}, "token_ids": [2]}], "prompt_token_ids": [1]}
+
+
 class BriefEngine(ScriptedEngine):
-    """Answers every request in two letters."""
+    """An engine behind a `BriefClient`."""
+
+    def __init__(self, log_path: Path, marks: ChatMarks) -> None:
+        super().__init__(log_path)
+        self.brief = BriefClient()
+        self.brief.marks = marks
 
     async def chat(self, model: str, messages: Any, tools: Any = None, **sampling: Any) -> Completion:
-        return Completion(content="ok", prompt_token_ids=[1], output_token_ids=[2])
+        return await self.brief.chat(model, messages, tools, **sampling)
 
 
 @contextlib.asynccontextmanager
-async def opened(data_dir: Path) -> AsyncIterator[tuple[ASGIApp, Memory]]:
-    """Yield an application on the test's own event loop."""
+async def opened(data_dir: Path, marks: ChatMarks = ANY_FAMILY) -> AsyncIterator[tuple[ASGIApp, Memory, BriefClient]]:
+    """Yield an application on the test's own event loop, with something of each kind in its memory."""
     with Memory.open(data_dir, PATIENT, encoder=HashingEncoder()) as memory:
         await memory.policies.register_base("scripted")
-        engine = BriefEngine(data_dir / "engine.log")
+        await memory.documents.ingest("Words", "Hello is a word.")
+        if not memory.trajectories.select(limit=1):
+            await play(memory, environment=None, kind="chat", task_text="hello", is_shared=True)
+        await memory.index.drain()
+        engine = BriefEngine(data_dir / "engine.log", marks)
         hotswap = HotSwap(memory.policies, engine)
         agent = Agent(memory, hotswap, {}, AgentConfig())
         await hotswap.activate(0)
@@ -51,13 +73,18 @@ async def opened(data_dir: Path) -> AsyncIterator[tuple[ASGIApp, Memory]]:
         gc.collect()
         gc.freeze()  # as the server does after startup
         try:
-            yield app, memory
+            yield app, memory, engine.brief
         finally:
             gc.unfreeze()
 
 
 async def post(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
     """Send a body in pieces, as a socket would; return the status and the answer."""
+    return await request(app, "POST", path, body)
+
+
+async def request(app: ASGIApp, method: str, path: str, body: bytes = b"") -> tuple[int, dict[str, Any]]:
+    """Return the status and the answer of a request whose body is sent in pieces."""
     pieces = [body[start : start + PIECE_BYTES] for start in range(0, len(body), PIECE_BYTES)]
     sent: list[dict[str, Any]] = []
 
@@ -71,7 +98,7 @@ async def post(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, Any
         sent.append(message)
 
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b""}
     scope |= {"http_version": "1.1", "scheme": "http", "root_path": "", "headers": headers, "client": ("127.0.0.1", 1)}
     await app(scope, receive, send)
     return sent[0]["status"], json.loads(b"".join(message["body"] for message in sent[1:]))
@@ -88,6 +115,10 @@ def many(before: bytes, piece: bytes, after: bytes, num: int = MAX_BYTES) -> byt
 
 def call(name: str, arguments: str = "{}") -> dict[str, Any]:
     return {"id": name, "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def tool(description: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "description": description, "parameters": {}}}
 
 
 def results_in_reverse(num: int) -> bytes:
@@ -108,6 +139,14 @@ BODIES: dict[str, Callable[[], bytes]] = {
     "as many results as are taken": lambda: results_in_reverse(4_000),
     "as many messages as are taken": lambda: chat(*[{"role": "user", "content": "word " * 800}] * 4_000),
     "one long text": lambda: many(BEGIN + TEXT, b"word ", b'"}' + END),
+    "one word": lambda: many(BEGIN + TEXT, b"word", b'"}' + END),
+    "marks of a chat": lambda: many(BEGIN + TEXT, b"<|im_end|>", b'"}' + END),
+    "short tags": lambda: many(BEGIN + TEXT, b"<s>", b'"}' + END),
+    "beginnings of tags": lambda: many(BEGIN + TEXT, b"<", b'"}' + END),
+    "beginnings of marks": lambda: many(BEGIN + TEXT, b"<|", b'"}' + END),
+    "beginnings of tags in brackets": lambda: many(BEGIN + TEXT, b"[a", b'"}' + END),
+    "a tag with a long beginning": lambda: many(BEGIN + TEXT + b"<", b" ", b'memory>"}' + END),
+    "marks in a tool": lambda: chat(HELLO, tools=[tool(many(b"", b"<|im_end|>", b"", 1_500_000).decode())]),
     "a text of half characters": lambda: many(BEGIN + TEXT, b"\\ud800", b'"}' + END),
     "values in the arguments of a call": values_in_arguments,
     "empty objects": lambda: many(BEGIN, b"{},", b"{}" + END),
@@ -131,18 +170,35 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", BODIES)
 async def test_no_body_holds_up_the_others(data_dir: Path, name: str) -> None:
-    body = BODIES[name]()
-    async with opened(data_dir) as (app, _):
+    await attack(data_dir, BODIES[name](), ANY_FAMILY)
+
+
+@pytest.mark.parametrize("name", ["marks of a chat", "beginnings of marks", "one long text"])
+async def test_no_text_holds_up_the_others_where_the_marks_of_the_tokenizer_are_known(
+    data_dir: Path, name: str
+) -> None:
+    marks = ChatMarks.read(POCKET_MODEL)
+    assert marks is not None
+    assert await attack(data_dir, BODIES[name](), marks) == 200
+
+
+async def attack(data_dir: Path, body: bytes, marks: ChatMarks) -> int:
+    """Send a body to a server that answers; return the status. The others must not wait long meanwhile."""
+    async with opened(data_dir, marks) as (app, memory, client):
         await post(app, "/v1/chat/completions", chat(HELLO))  # warm-up
+        num_requests, num_searches = client.num_requests, memory.index.seconds["encoding"].count
         gap = LongestGap()
         async with gap.watch():
             status, answer = await post(app, "/v1/chat/completions", body)
+        if status == 200:
+            assert client.num_requests > num_requests and memory.index.seconds["encoding"].count > num_searches
     assert status in (200, 400, 413), answer
     assert gap.cpu_seconds < MAX_CPU_SECONDS, f"{gap.cpu_seconds * 1e3:.0f} ms, answered {status}"
+    return status
 
 
 async def test_what_a_refusal_repeats_is_short(data_dir: Path) -> None:
-    async with opened(data_dir) as (app, _):
+    async with opened(data_dir) as (app, _, _):
         status, answer = await post(app, "/v1/chat/completions", chat(HELLO, **{"x" * 9_000: "y" * 9_000}))
     assert status == 400
     assert len(json.dumps(answer)) < 1_000
@@ -150,7 +206,7 @@ async def test_what_a_refusal_repeats_is_short(data_dir: Path) -> None:
 
 async def test_a_long_conversation_of_stored_responses_is_refused_before_it_is_read(data_dir: Path) -> None:
     """Each response is small enough; together they would block all clients."""
-    async with opened(data_dir) as (app, memory):
+    async with opened(data_dir) as (app, memory, _):
         previous = None
         for _ in range(5):
             body = {"model": "agent", "input": "long " * 800_000, "previous_response_id": previous}
@@ -166,3 +222,36 @@ async def test_a_long_conversation_of_stored_responses_is_refused_before_it_is_r
     assert (status, answer["error"]["code"]) == (413, "conversation_too_large")
     assert num_after == num_before
     assert gap.cpu_seconds < MAX_CPU_SECONDS
+
+
+READING = (
+    "/v1/documents",
+    "/v1/documents/{document}",
+    "/v1/insights",
+    "/v1/exemplars",
+    "/v1/trajectories",
+    "/v1/trajectories/{trajectory}",
+    "/v1/examples",
+    "/v1/examples/counts",
+    "/v1/responses/{response}",
+    "/v1/responses/{response}/input_items",
+)
+
+
+@pytest.mark.parametrize("path", READING)
+async def test_rows_that_may_be_many_or_long_are_not_read_on_the_event_loop(
+    data_dir: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(data_dir) as (app, memory, _):
+        _, response = await post(app, "/v1/responses", json.dumps({"model": "agent", "input": "hello"}).encode())
+        ids = {
+            "document": memory.documents.select()[0].id,
+            "trajectory": memory.trajectories.select(limit=1)[0].trajectory.id,
+            "response": response["id"],
+        }
+        threads: list[int] = []
+        read = memory.database.read
+        monkeypatch.setattr(memory.database, "read", lambda: threads.append(threading.get_ident()) or read())
+        status, _ = await request(app, "GET", path.format(**ids))
+    assert status == 200
+    assert threads and threading.get_ident() not in threads

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from runtime.api.gateway import connections
+from runtime.api.gateway import auth, connections
 from runtime.api.services import Services
 from runtime.config import LimitsConfig
 from tests.runtime.api.worlds import ServedWorld
@@ -136,6 +136,69 @@ def test_connections_that_wait_make_room_for_new_ones(world: ServedWorld, socket
         connect(world, sockets, b"GET ")
     assert httpx.get(f"{world.url}/healthz", trust_env=False, timeout=20).status_code == 200
     assert len(world.server.server_state.connections) <= LIMITS.max_connections
+
+
+@pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/feedback/x"])
+def test_connections_whose_bodies_drip_make_room_for_new_ones(
+    world: ServedWorld, sockets: contextlib.ExitStack, path: bytes
+) -> None:
+    world.services.limits = LIMITS.model_copy(update={"body_seconds": 60.0})
+    head = POST % path + b"Content-Length: 1000\r\n\r\n{"
+    first = connect(world, sockets, head)
+    assert eventually(lambda: num_arriving(world) == 1)
+    for _ in range(LIMITS.max_connections - 1):
+        connect(world, sockets, head)
+    assert eventually(lambda: num_arriving(world) == LIMITS.max_connections)
+    hello = {"model": "agent", "messages": [{"role": "user", "content": "hello"}]}
+    answer = httpx.post(f"{world.url}/v1/chat/completions", json=hello, trust_env=False, timeout=20)
+    assert answer.status_code == 200
+    assert num_arriving(world) == LIMITS.max_connections - 1
+    assert read(first) in ((503, "engine_overloaded"), (0, ""))  # a reset may overtake the answer
+
+
+def test_clients_that_connect_at_the_same_time_do_not_displace_each_other(
+    world: ServedWorld, sockets: contextlib.ExitStack
+) -> None:
+    world.services.limits = LIMITS.model_copy(update={"body_seconds": 60.0})
+    head = POST % b"/v1/chat/completions" + b"Content-Length: 1000\r\n\r\n{"
+    for _ in range(LIMITS.max_connections):
+        connect(world, sockets, head)
+    assert eventually(lambda: num_arriving(world) == LIMITS.max_connections)
+    together = [connect(world, sockets) for _ in range(6)]
+    for opened in together:
+        opened.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert [opened.recv(12) for opened in together] == [b"HTTP/1.1 200"] * 6
+
+
+def test_a_request_that_is_being_answered_is_not_closed_for_a_new_one(
+    world: ServedWorld, sockets: contextlib.ExitStack
+) -> None:
+    body = json.dumps({"model": "agent", "messages": [{"role": "user", "content": "wait"}]}).encode()
+    head = POST % b"/v1/chat/completions" + b"Content-Length: %d\r\n\r\n" % len(body)
+    # Behind the first, part of a second one: its body is late, and the first is still being answered.
+    begun = POST % b"/v1/chat/completions" + b"Content-Length: 1000\r\n\r\n{"
+    asking = [connect(world, sockets, head + body + begun) for _ in range(LIMITS.max_connections)]
+    assert eventually(lambda: len(world.engine.calls) == LIMITS.max_connections)
+    assert read(connect(world, sockets)) == (503, "engine_overloaded")
+    for opened in asking:
+        opened.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            opened.recv(1)
+
+
+def test_a_body_without_a_key_gets_less_time(
+    world: ServedWorld, sockets: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "OPEN_BODY_SECONDS", 0.5)
+    world.services.limits = LIMITS.model_copy(update={"body_seconds": 60.0})
+    opened = connect(world, sockets, POST % b"/feedback/x" + b"Content-Length: 1000\r\n\r\n{")
+    opened.settimeout(20)
+    assert read(opened) == (408, "request_timeout")
+
+
+def num_arriving(world: ServedWorld) -> int:
+    """Return the number of connections on which part of a body has arrived."""
+    return sum(it.cycle is not None and it.cycle.more_body for it in [*world.server.server_state.connections])
 
 
 def test_bodies_that_nobody_asked_for_are_not_kept(world: ServedWorld, sockets: contextlib.ExitStack) -> None:

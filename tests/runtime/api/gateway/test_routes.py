@@ -243,6 +243,10 @@ async def test_insights_are_listed_strongest_first(world: ServedWorld, http: htt
             await world.memory.insights.apply([InsightOperation(kind, "doors", "opening", text)])
     listed = http.get("/v1/insights", params={"environment": "doors"}).json()["data"]
     assert [one["text"] for one in listed] == ["strong", "weak"]
+    for offset, text, after in ((0, "strong", 1), (1, "weak", 2), (2, None, None)):
+        page = http.get("/v1/insights", params={"limit": 1, "offset": offset}).json()
+        assert [one["text"] for one in page["data"]] == ([text] if text else [])
+        assert page["next_offset"] == after
 
 
 def test_documents_come_and_go(http: httpx.Client) -> None:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from memory.schema import Scope
+from runtime.cli.client import Client
 from tests.runtime.api.worlds import ServedWorld
 from tests.waiting import eventually
 
@@ -93,3 +94,17 @@ def test_a_document_is_read_by_its_own_tenant_alone(tenants: dict[str, httpx.Cli
     assert tenants["acme"].get(f"/v1/documents/{document}").json()["passages"] == ["Our secret plan is a zebra."]
     theirs = tenants["zeta"].get(f"/v1/documents/{document}")
     assert theirs.status_code == 404 and theirs.json()["error"]["code"] == "document_not_found"
+
+
+async def test_documents_are_listed_in_pages_that_the_command_line_puts_together(
+    world: ServedWorld, http: httpx.Client
+) -> None:
+    for number in range(3):
+        add(http, f"Zebra {number}", f"The zebra number {number} has stripes.")
+    first = http.get("/v1/documents", params={"limit": 2}).json()
+    assert ([row["title"] for row in first["data"]], first["next_offset"]) == (["Zebra 0", "Zebra 1"], 2)
+    second = http.get("/v1/documents", params={"limit": 2, "offset": 2}).json()
+    assert ([row["title"] for row in second["data"]], second["next_offset"]) == (["Zebra 2"], None)
+    assert http.get("/v1/documents", params={"limit": 501}).status_code == 400
+    async with Client(world.url) as client:
+        assert (await client.get_all("/v1/documents", limit=1))["data"] == first["data"] + second["data"]
