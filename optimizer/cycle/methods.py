@@ -1,7 +1,9 @@
 """The methods of learning that a cycle can apply, and the choice among them.
 
-To add one, write a module in `optimizer.data` that builds its rows, a trainer in `optimizer.training` under the
-method's name, its numbers in every recipe, and an entry in `METHODS`; stages, reports and evaluation follow from it.
+To add one, write a module in `optimizer.data` that builds its rows, a `need_*` in `optimizer.cycle.needs` that counts
+them before anything is played, a section of `OptimizerConfig` that bounds them (of a method that plays, a
+`RoundsConfig` that names it), a trainer in `optimizer.training` under the method's name, its numbers in every recipe,
+and an entry in `METHODS`. Stages, reports and evaluation follow from these. Only `optimizer.methods` chooses it.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ async def measure_surroundings(memory: Memory, config: OptimizerConfig, seams: S
     Raises: whatever `seams.tasks` raises for an environment that does not exist.
     """
     methods = list_methods(choice.methods)
-    in_rounds = {method.name: rounds.rounds for method in methods if (rounds := method.find_rounds(config))}
+    in_rounds = {method.name: rounds.rounds for method in methods if (rounds := config.find_rounds(method.name))}
     plays = config.practice_episodes or config.explore_episodes or in_rounds
     practice = [_need_practice_tasks(config, seams, in_rounds)] if plays else []
     replays = [_need_replay(config, seams, method) for method in methods if method.play_on]
