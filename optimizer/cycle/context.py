@@ -73,7 +73,13 @@ class CycleContext:
         return path_below(self.memory.data_dir, "reports", self.cycle_id)
 
     async def save_artifacts(self, **artifacts: object) -> None:
-        """Add artefacts to the row, under their stored names; a repeated stage reads them there."""
+        """Add artefacts to the row, under their stored names; a repeated stage reads them there.
+
+        Raises:
+            TypeError: no artefact has that name.
+        """
+        for name, artifact in artifacts.items():
+            CycleArtifacts.require_readable(name, artifact)
         stored = {name: to_json(artifact) for name, artifact in artifacts.items()}
         # the row first: a failed write must not leave an artefact that only this process knows
         row = await self.memory.cycles.save(self.cycle_id, artifacts=stored)
