@@ -26,6 +26,7 @@ from optimizer.cycle.needs import (
 from optimizer.cycle.rounds import train_in_rounds
 from optimizer.cycle.stages import Method, MethodStage, build_rows, build_rows_and_train, explore, train
 from optimizer.data import branches, demonstrations, groups, labels, preferences, rollouts
+from optimizer.errors import OptimizerError
 from optimizer.training.footprint import PAIRWISE, UNPAIRED
 
 
@@ -131,8 +132,15 @@ class Choice:
 
 
 def list_methods(names: Sequence[str]) -> list[Method]:
-    """Return the methods of these names, in the order of the names."""
+    """Return the methods of these names, in the order of the names.
+
+    Raises:
+        OptimizerError: there is none of a name: the cycle was opened by another version.
+    """
     by_name = {method.name: method for method in METHODS}
+    for name in names:
+        if name not in by_name:
+            raise OptimizerError(f"there is no method of learning {name!r}, of another version: start another cycle")
     return [by_name[name] for name in names]
 
 

@@ -28,7 +28,7 @@ from optimizer.cycle.rounds import train_in_rounds
 from optimizer.cycle.stages import Method, MethodStage
 from optimizer.data import demonstrations
 from optimizer.data.rows import read_rows
-from optimizer.errors import TooFewTrajectories
+from optimizer.errors import OptimizerError, TooFewTrajectories
 from optimizer.seams import Seams
 from tests.memory.episodes import HashingEncoder
 from tests.optimizer.conversations import converse, margin
@@ -193,6 +193,18 @@ def test_methods_that_explore_share_the_episodes_of_the_first():
     stages = list_remaining_stages(PLAYED, ["sft", "kto", "dpo"], "collect")
     names = ["collect", "demonstrate", "sft", "explore", "kto", "dpo", "evaluate", "settle"]
     assert [stage.name for stage in stages] == names
+
+
+async def test_a_cycle_with_a_method_of_another_version_ends_with_the_remedy(memory, tokenizer):
+    seams = kitchen_seams(memory, tokenizer, FakeTrainer(), {})
+    cycle = await open_cycle(memory, PLAYED, seams=seams)
+    await memory.cycles.save(cycle.id, artifacts={"methods": ["sft", "ppo"]})
+
+    with pytest.raises(OptimizerError, match=r"'ppo'.*start another cycle"):
+        await run_cycle(memory, cycle.id, seams=seams)
+
+    closed = memory.cycles.get(cycle.id)
+    assert closed.stage == CycleStage.ERROR and "start another" in closed.error
 
 
 async def test_a_later_method_continues_the_checkpoint_that_was_chosen(memory, tokenizer):
