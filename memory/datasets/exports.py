@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, Row, false, func
 from sqlalchemy import select as sql_select
 from sqlmodel import Session, col, select
 
-from memory.conversation import RecordedStep, restore_messages
+from memory.conversation import RecordedStep, restore_messages, show_plan
 from memory.datasets.examples import Examples, content_of, user_texts_of
 from memory.formats.content import ExampleContent, ExampleKind, Message
 from memory.formats.messages import read_text
@@ -28,7 +28,7 @@ from memory.records.trajectories import Trajectories
 from memory.records.trajectory_queries import effective_reward_of
 from memory.schema import Example, Feedback, Split, Step, Trajectory, TrajectoryStage, Trust
 from memory.storage.database import Database
-from memory.team import Role, find_plan, is_actors, show_plan
+from memory.team import Role, find_plan, is_actors
 
 PAGE_TRAJECTORIES = 32
 PAGE_EXAMPLES = 100

@@ -29,11 +29,11 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
-from memory.conversation import restore_messages, show_memory
+from memory.conversation import last_user_text, restore_messages, show_memory, show_plan
 from memory.records.trajectories import measure
 from memory.schema import RewardSource, Split, Trajectory, TrajectoryStage, Trust, new_id
 from memory.store import Memory
-from memory.team import Role, find_plan, is_note, show_plan
+from memory.team import Role, find_plan, is_note
 from runtime.agent.nodes import accept_answer, act, check, plan, resume, retrieve, use_tools
 from runtime.agent.open_episodes import OpenEpisode, OpenEpisodes
 from runtime.agent.replay import replay
@@ -223,7 +223,7 @@ class Agent:
             opening, task_text = resumption.trajectory.opening, resumption.trajectory.task_text
         else:
             spoken = _first_messages(request, playthrough)
-            opening, task_text = self._with_system_prompt(spoken, leased, environment), _last_user_text(spoken)
+            opening, task_text = self._with_system_prompt(spoken, leased, environment), last_user_text(spoken)
         episode = Episode(
             request=request,
             memory=self._memory,
@@ -475,17 +475,6 @@ def _require_distinct_names(server_tools: Sequence[Tool], definitions: Sequence[
         if name in sources:
             raise ValueError(f"two tools are called {name!r}: one of {sources[name]}, one of {source}; rename one")
         sources[name] = source
-
-
-def _last_user_text(messages: Sequence[Message]) -> str:
-    """Return the text of the last user message: the query for memory."""
-    for message in reversed(messages):
-        if message.get("role") == "user":
-            content = message.get("content") or ""
-            if isinstance(content, str):
-                return content
-            return "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
-    return ""
 
 
 def _describe(error: BaseException) -> str:
