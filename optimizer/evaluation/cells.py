@@ -6,19 +6,18 @@ Hazard: the tries of one task resemble each other, so intervals and tests are ov
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from memory.schema import Task, Trajectory, TrajectoryStage
 from memory.statistics import wilson_interval
 from optimizer.evaluation.intervals import PairedDifference, compare_paired, mean_interval
-from optimizer.seams import OnProgress, Rollout
+from optimizer.seams import OnProgress, Rollout, play_all
 
 STORED_CALLS = "num_turns"
 """The key of `EpisodeSummary.num_calls` in files."""
@@ -153,29 +152,22 @@ async def play_cell(
     on_progress: OnProgress | None = None,
 ) -> CellResult:
     """Play every task `num_tries` times, at most `concurrency` episodes at a time."""
-    semaphore = asyncio.Semaphore(concurrency)
-    num_done = 0
 
     async def play(task: Task, number: int) -> EpisodeSummary:
-        nonlocal num_done
-        async with semaphore:
-            trajectory = await rollout(
-                task,
-                policy=cell.policy,
-                use_memory=cell.use_memory,
-                temperature=temperature,
-                # the same seeds for every cell: a difference is the policy's
-                seed=seed + SEED_STRIDE * number,
-            )
-        num_done += 1
-        if on_progress is not None:
-            await on_progress(num_done, num_tries * len(tasks), cell.name)
+        trajectory = await rollout(
+            task,
+            policy=cell.policy,
+            use_memory=cell.use_memory,
+            temperature=temperature,
+            # the same seeds for every cell: a difference is the policy's
+            seed=seed + SEED_STRIDE * number,
+        )
         reward, num_calls = grade(trajectory.id), count_model_calls(trajectory.id)
         return describe(task.name, trajectory, reward, success_reward, num_model_calls=num_calls)
 
-    async with asyncio.TaskGroup() as group:
-        episodes = [group.create_task(play(task, number)) for task in tasks for number in range(num_tries)]
-    return CellResult(cell, [episode.result() for episode in episodes])
+    episodes = [partial(play, task, number) for task in tasks for number in range(num_tries)]
+    played = await play_all(episodes, concurrency=concurrency, label=cell.name, on_progress=on_progress)
+    return CellResult(cell, played)
 
 
 def describe(
