@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from memory.errors import SpentBudget, find_spent_budget
 from memory.schema import Task, Trajectory, TrajectoryStage
 from memory.statistics import wilson_interval
 from optimizer.evaluation.intervals import PairedDifference, compare_paired, mean_interval
@@ -174,14 +175,11 @@ def describe(
     task: str, trajectory: Trajectory, reward: float | None, success_reward: float, *, num_model_calls: int
 ) -> EpisodeSummary:
     """Sum up one episode."""
-    error = trajectory.error or ""
     is_finished = trajectory.stage is TrajectoryStage.FINISHED
     # an episode that its client abandoned was cut by no budget: its reward counts
-    # by the text that runtime/agent/graph.py stores: the class of the error, then a message with its unit. A new
-    # wording there changes verdicts here
-    is_cut = is_finished and error.startswith("BudgetExceeded")
+    spent = find_spent_budget(trajectory.error) if is_finished else None
     # a clock says more about the machine than about the policy; steps and tokens are the policy's own
-    is_out_of_time = is_cut and "second" in error
+    is_out_of_time = spent is SpentBudget.TIME
     is_broken = not is_finished or is_out_of_time or reward is None
     is_success = not is_broken and reward is not None and reward >= success_reward
     return EpisodeSummary(
@@ -189,7 +187,7 @@ def describe(
         trajectory_id=trajectory.id,
         is_success=is_success,
         is_broken=is_broken,
-        is_truncated=is_cut and not is_out_of_time,
+        is_truncated=spent is not None and not is_out_of_time,
         num_calls=num_model_calls,
         prompt_tokens=trajectory.prompt_tokens,
         output_tokens=trajectory.output_tokens,
