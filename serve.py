@@ -127,11 +127,8 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: C
     from optimizer.seams import Seams, Serving, unknown_context
     from runtime.agent.turn import TurnRequest
 
-    async def rollout(task: Task, *, policy: int, use_memory: bool, temperature: float, seed: int) -> Trajectory:
-        turn = await agent.rollout(
-            TurnRequest(task=task, policy=policy, use_memory=use_memory, temperature=temperature, seed=seed)
-        )
-        return turn.trajectory
+    async def rollout(task: Task, **how: Any) -> Trajectory:
+        return (await agent.rollout(TurnRequest(task=task, **how))).trajectory
 
     def serving(environment: str) -> Serving:
         temperature = agent.temperature_of(agent.environment(environment) if environment else None)
@@ -227,8 +224,8 @@ class Critic:
             yield
         except BudgetExceeded as error:
             raise PromptTooLong(str(error)) from error
-        except (PolicyError, EngineError) as error:
-            raise CompletionError(str(error)) from error
+        except (PolicyError, EngineError) as error:  # not their text, which can quote a prompt
+            raise CompletionError(getattr(error, "message", type(error).__name__)) from error
 
 
 app = typer.Typer(

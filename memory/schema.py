@@ -47,36 +47,31 @@ from memory.team import Role
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ID = re.compile(r"[a-z]+_([0-9a-f]{12})[0-9a-f]{16}")
-_latest_ns = 0
 _latest_sequence = 0
+_advanced_ns = time.monotonic_ns()
 _sequence_lock = threading.Lock()
 
 
-def _tick() -> int:
-    """Return the time in nanoseconds since 1970, strictly increasing within this process."""
-    global _latest_ns
-    # not locked: two threads may get the same time, so rows are ordered by `next_sequence`
-    _latest_ns = max(time.time_ns(), _latest_ns + 1_000)  # datetimes have microseconds
-    return _latest_ns
-
-
 def next_sequence() -> int:
-    """Return a strictly increasing number: the microseconds since 1970, or one more than the last number.
+    """Return a strictly increasing number, the only clock of the rows: the microseconds since 1970.
 
-    It orders rows and is no timestamp: row order must survive the system clock going backwards, within a process and
-    over a restart (`memory/storage/sequence.py`).
+    It orders rows, so it survives the system clock going backwards, within a process and over a restart
+    (`memory/storage/sequence.py`). While it is ahead of the system clock it runs at half the pace, so that durations
+    still mean something and the system clock catches up.
     """
-    global _latest_sequence
+    global _latest_sequence, _advanced_ns
     with _sequence_lock:
-        _latest_sequence = max(time.time_ns() // 1_000, _latest_sequence + 1)
+        moment_ns = time.monotonic_ns()
+        least = _latest_sequence + max(1, (moment_ns - _advanced_ns) // 2_000)
+        _latest_sequence, _advanced_ns = max(time.time_ns() // 1_000, least), moment_ns
         return _latest_sequence
 
 
 def advance_sequence(last: int) -> None:
-    """Make every later number higher than `last`."""
-    global _latest_sequence
+    """Make every later number higher than `last`, and every later time later than that one."""
+    global _latest_sequence, _advanced_ns
     with _sequence_lock:
-        _latest_sequence = max(_latest_sequence, last)
+        _latest_sequence, _advanced_ns = max(_latest_sequence, last), time.monotonic_ns()
 
 
 def new_id(prefix: str) -> str:
@@ -97,9 +92,14 @@ def sequence_of(row_id: str) -> int:
     return (int(match[1], 16) + 1) * 1_000 if match else 0
 
 
+def sequence_at(moment: datetime) -> int:
+    """Return the sequence number of a time."""
+    return (moment - _EPOCH) // timedelta(microseconds=1)
+
+
 def now() -> datetime:
-    """Return the time in UTC, strictly increasing within this process."""
-    return _EPOCH + timedelta(microseconds=_tick() // 1_000)
+    """Return the time in UTC by the rows' clock: later than every time before it, also those of earlier processes."""
+    return _EPOCH + timedelta(microseconds=next_sequence())
 
 
 class UtcDateTime(TypeDecorator):
@@ -127,6 +127,19 @@ class TokenIds(TypeDecorator):
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> list[int] | None:
         return array("I", value).tolist() if value is not None else None
+
+
+class Logprobs(TypeDecorator):
+    """A list of log-probs in nats, stored as little-endian float32 bytes."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: list[float] | None, dialect: Dialect) -> bytes | None:
+        return array("f", value).tobytes() if value is not None else None
+
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> list[float] | None:
+        return array("f", value).tolist() if value is not None else None
 
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -388,6 +401,8 @@ class Step(SQLModel, table=True):
     finish_reason: str | None = None
     prompt_token_ids: list[int] | None = Field(default=None, sa_type=TokenIds)
     output_token_ids: list[int] | None = Field(default=None, sa_type=TokenIds)
+    output_logprobs: list[float] | None = Field(default=None, sa_type=Logprobs)
+    """With which the engine sampled each output token; None where they were not requested."""
     seconds: float = 0.0
     handover_digest: str | None = None
     """Set on a reply that hands tool calls to the client: digest of the beginning that its next request must have."""
@@ -536,7 +551,7 @@ class Review(SQLModel, table=True):
 
 
 class ReadEpisode(SQLModel, table=True):
-    """An episode whose lessons a critic has extracted: it counts as evidence once for each kind of reading."""
+    """An episode whose lessons a critic has extracted: it counts as evidence once."""
 
     __tablename__ = "read_episodes"
 

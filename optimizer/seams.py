@@ -22,9 +22,18 @@ from optimizer.training.spec import TrainingSpec
 class Rollout(Protocol):
     # seed: of the first model call, each further call takes the next one; the seeds of two tries must lie further apart
     # than an episode has calls (SEED_STRIDE in evaluation/cells.py)
-    async def __call__(self, task: Task, *, policy: int, use_memory: bool, temperature: float, seed: int) -> Trajectory:
-        """Play one episode to its end and return its closed trajectory. An episode that goes wrong is data: its stage
-        is FAILED; only a broken world raises."""
+    async def __call__(
+        self,
+        task: Task,
+        *,
+        policy: int,
+        use_memory: bool,
+        temperature: float,
+        seed: int,
+        keeps_logprobs: bool = False,
+    ) -> Trajectory:
+        """Play one episode to its end and return its closed trajectory, with the log-probs of the policy's tokens if
+        `keeps_logprobs`. An episode that goes wrong is data: its stage is FAILED; only a broken world raises."""
         ...
 
 

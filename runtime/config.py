@@ -58,7 +58,7 @@ class EngineConfig(BaseModel, extra="forbid"):
     call_timeout_seconds: float = Field(default=600.0, gt=0)
     """Maximum time without any output of the engine within one call."""
     extra_args: list[str] = Field(default_factory=list)
-    """Further arguments for vLLM, as on its command line."""
+    """Further arguments for vLLM, as on its command line. Of those of one at `url`, `--chat-template` is read."""
 
     @property
     def max_turns(self) -> int:

@@ -34,10 +34,15 @@ class EpisodeError(Exception):
 
 
 class PolicyError(EpisodeError):
-    """The engine rejected a call, or died during it. `status` is its HTTP status; None without an answer."""
+    """The engine rejected a call, or died during it. `status` is its HTTP status; None without an answer.
 
-    def __init__(self, message: str, *, status: int | None = None) -> None:
-        super().__init__(message)
+    Hazard: the engine's own words, which follow the message in `str(error)`, can quote a prompt. Logs and reports take
+    `message` alone.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None, quoted: str = "") -> None:
+        super().__init__(f"{message}: {quoted}" if quoted else message)
+        self.message = message
         self.status = status
 
 

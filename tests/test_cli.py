@@ -18,8 +18,10 @@ import serve
 from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import PolicyStage
 from memory.statistics import wilson_interval
+from memory.store import Memory
 from runtime.cli.output import run
 from runtime.cli.play import parse_seeds
+from tests.memory.episodes import HashingEncoder
 from tests.runtime.api.worlds import ServedWorld
 
 ROOT = Path(serve.__file__).parent
@@ -256,6 +258,18 @@ def test_without_a_server_the_verb_says_how_to_start_one(capsys: pytest.CaptureF
     assert run(serve.app, ["policies", "--url", "http://127.0.0.1:9"]) == 1
     assert "start one with" in capsys.readouterr().err
     assert time.monotonic() - started < 30
+
+
+def test_the_doctor_reports_a_lost_database_and_makes_no_new_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = tmp_path / "data"
+    Memory.open(data, encoder=HashingEncoder()).close()
+    (data / "ratchet.db").unlink()
+    code = run(serve.app, ["doctor", "--data", str(data), "--url", "http://127.0.0.1:9", "--json"])
+    diagnosis = json.loads(capsys.readouterr().out)
+    (check,) = diagnosis["checks"]
+    assert (code, diagnosis["is_ok"], check["is_ok"]) == (1, False, False)
+    assert check["name"] == "storage" and "is missing, but this directory has had one" in check["detail"]
+    assert not (data / "ratchet.db").exists()
 
 
 def test_client_verbs_import_nothing_heavy() -> None:

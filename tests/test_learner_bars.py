@@ -58,6 +58,15 @@ def test_a_learn_key_may_raise_a_bar_and_an_administrators_may_lower_it(start: S
         assert "are needed" in message and "bar" not in message
 
 
+@pytest.mark.parametrize("other", ["garden", ""])
+def test_a_learn_key_cannot_choose_what_a_promotion_is_decided_by(start: Start, other: str):
+    answer = start("learn", {"environment": other})
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 400 and f"environment = {other!r} is not 'kitchen'" in message, answer.text
+    assert "are needed" in start("learn", {"environment": "kitchen"}).json()["error"]["message"]
+    assert "is not 'kitchen'" not in start("admin", {"environment": other}).text
+
+
 def test_a_learn_key_cannot_name_a_directory_outside(start: Start, tmp_path: Path):
     victim = tmp_path / "outside" / "victim-v1"
     victim.mkdir(parents=True)

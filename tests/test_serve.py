@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -188,6 +190,15 @@ def test_a_tool_that_cannot_be_had_ends_the_start_in_one_line(engine_url: str, t
     assert "the tool 'no_shop:price' cannot be imported" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_tools_that_the_chat_template_would_drop_end_the_start_by_their_names(engine_url: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    given = ["--engine.url", engine_url, "--engine.model", str(tmp_path), "--data", str(tmp_path / "data")]
+    done = run_cli("serve", *given, "--port", "0", "--tools.documents", "true")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "'search_documents'" in done.stderr and 'engine.extra_args = ["--chat-template", ' in done.stderr
+
+
 def test_a_library_that_is_still_at_work_does_not_spoil_the_exit_code():
     """On a normal exit of Python the library's thread would be unwound through C++, and abort the process: -6."""
     code = """
@@ -221,6 +232,61 @@ def test_a_termination_stops_it_in_good_order(engine_url: str, tmp_path: Path) -
     process.terminate()
     out, err = process.communicate(timeout=START_SECONDS)
     assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_a_termination_while_games_are_compiled_leaves_no_compiler_behind(engine_url: str, tmp_path: Path) -> None:
+    # requests under way get a second to end, and not ten
+    program = "import serve; from runtime.cli import server_process as it; it.STOP_SECONDS = 1; serve.main()"
+    given = ["serve", "--engine.url", engine_url, "--data", str(tmp_path / "data"), "--port", "0", "--json"]
+    process = subprocess.Popen([sys.executable, "-c", program, *given], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    compilers: set[int] = set()
+    try:
+        url = json.loads(process.stdout.readline())["url"]
+        with httpx.Client(base_url=url, trust_env=False, timeout=START_SECONDS) as http:
+            found = http.get("/v1/environments/textworld/tasks", params={"num_tasks": 200}).json()
+            names = [task["name"] for task in found["data"]]
+
+            def prepare() -> None:
+                with contextlib.suppress(httpx.HTTPError):
+                    http.post("/v1/environments/textworld/prepare", json={"tasks": names})
+
+            preparing = threading.Thread(target=prepare, daemon=True)
+            preparing.start()
+            while not list((tmp_path / "data").rglob("*.z8")):  # one of many is compiled
+                assert preparing.is_alive()
+                time.sleep(0.02)
+            compilers = sessions_begun_by(process.pid)
+            process.terminate()
+            assert compilers and process.wait(START_SECONDS) == 0
+            preparing.join(START_SECONDS)
+        deadline = time.monotonic() + START_SECONDS
+        while any(map(members_of, compilers)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.communicate()
+        for pid in (pid for session in compilers for pid in members_of(session)):
+            os.kill(pid, signal.SIGKILL)
+
+
+def sessions_begun_by(parent: int) -> set[int]:
+    """Return the sessions of a process's children that are not its own."""
+    return {int(stat[3]) for stat in process_stats().values() if int(stat[1]) == parent} - {os.getsid(parent)}
+
+
+def members_of(session: int) -> list[int]:
+    """Return the processes of a session that have not ended."""
+    return [pid for pid, stat in process_stats().items() if int(stat[3]) == session and stat[0] != "Z"]
+
+
+def process_stats() -> dict[int, list[str]]:
+    """Return the fields of /proc/PID/stat from the state on, by process id."""
+    stats = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            stats[int(path.parent.name)] = path.read_text().rpartition(")")[2].split()
+    return stats
 
 
 def test_people_are_told_what_to_try(engine_url: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from memory.records.exemplar_corrections import choose_correction, find_corrections, is_approved_since
-from memory.records.trajectories import TOKEN_ID_COLUMNS
+from memory.records.trajectories import TOKEN_COLUMNS
 from memory.schema import Step, StepKind, Trajectory
 from memory.scopes import Scopes
 from memory.team import read_by_client
@@ -31,7 +31,7 @@ def read_exemplar(session: Session, trajectory: Trajectory, scopes: Scopes) -> s
     if is_reworded and (not corrections or is_approved_since(trajectory, corrections[0])):
         return trajectory.exemplar_text
     query = select(Step).where(Step.trajectory_id == trajectory.id).order_by(col(Step.position))
-    steps = read_by_client(session.exec(query.options(*map(defer, TOKEN_ID_COLUMNS))).all())
+    steps = read_by_client(session.exec(query.options(*map(defer, TOKEN_COLUMNS))).all())
     if not corrections:
         return render_exemplar(trajectory.task_text, steps)
     chosen = choose_correction(session, trajectory, corrections, scopes)

@@ -201,15 +201,7 @@ class Reviews:
             raise ValueError(f"an exemplar needs a text, not {text!r}: leave the text out, or retire it")
 
         def write(session: Session) -> ListedExemplar:
-            trajectory = _require_trajectory(session, trajectory_id, tenant)
-            if trajectory.retired_at is not None:
-                raise IllegalMove(f"trajectory {trajectory_id!r} was retired: it cannot be approved any more")
-            successes = self._trajectories.successes(self._scopes.of_exemplar())
-            if session.execute(successes.where(col(Trajectory.id) == trajectory_id)).first() is None:
-                raise IllegalMove(
-                    f"trajectory {trajectory_id!r} is no exemplar: only a finished success of a task that is not held "
-                    "out is one"
-                )
+            trajectory, _ = self._require_exemplar(session, trajectory_id, tenant)
             _record(session, ReviewKind.APPROVE, trajectory, trajectory.user_id, key_id, text)
             corrections = find_corrections(session, trajectory_id)
             if text is None and corrections and not is_approved_since(trajectory, corrections[0]):
@@ -227,6 +219,44 @@ class Reviews:
             return ListedExemplar(trajectory, EVERYBODY, shown)
 
         return await self._database.write(write)
+
+    async def edit_exemplar(
+        self, trajectory_id: str, text: str, *, tenant: str, key_id: str | None = None
+    ) -> ListedExemplar:
+        """Reword an exemplar; its scope stays the same.
+
+        Raises: as `approve_exemplar`; IllegalMove also for one that was corrected since it was last approved.
+        """
+        if not text.strip():
+            raise ValueError(f"an exemplar needs a text, not {text!r}: retire it instead")
+
+        def write(session: Session) -> ListedExemplar:
+            trajectory, scope = self._require_exemplar(session, trajectory_id, tenant)
+            corrections = find_corrections(session, trajectory_id)
+            # such a text would not be shown: the words that a correction makes wrong are replaced by an approval alone
+            if corrections and not is_approved_since(trajectory, corrections[0]):
+                raise IllegalMove(f"{trajectory_id!r} was corrected: approve it with a text, or retire it")
+            _record(session, ReviewKind.EDIT, trajectory, trajectory.user_id, key_id, text)
+            trajectory.exemplar_text = text
+            session.add(trajectory)
+            session.add(Outbox(collection="exemplars", row_id=trajectory_id))
+            return ListedExemplar(trajectory, scope, text)
+
+        return await self._database.write(write)
+
+    def _require_exemplar(self, session: Session, trajectory_id: str, tenant: str) -> tuple[Trajectory, str | None]:
+        """Return an exemplar that was not retired, and the scope that it is shown to."""
+        trajectory = _require_trajectory(session, trajectory_id, tenant)
+        if trajectory.retired_at is not None:
+            raise IllegalMove(f"trajectory {trajectory_id!r} was retired: it cannot be approved or edited any more")
+        successes = self._trajectories.successes(_shown_to(Trajectory, self._scopes.of_exemplar()))
+        row = session.execute(successes.where(col(Trajectory.id) == trajectory_id)).first()
+        if row is None:
+            raise IllegalMove(
+                f"trajectory {trajectory_id!r} is no exemplar: only a finished success of a task that is not held out "
+                "is one"
+            )
+        return trajectory, row[1]
 
     async def retire_exemplar(self, trajectory_id: str, *, tenant: str, key_id: str | None = None) -> ListedExemplar:
         """Retire an exemplar: it is shown to nobody again and yields no more insights. Raises: UnknownTrajectory."""

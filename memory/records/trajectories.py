@@ -60,7 +60,7 @@ from memory.trust import Exchange, digest_exchange, is_trusted, trust_of
 
 # As memory.schema.TokenIds stores them.
 BYTES_PER_TOKEN_ID = 4
-TOKEN_ID_COLUMNS: tuple[Any, Any] = (Step.prompt_token_ids, Step.output_token_ids)
+TOKEN_COLUMNS: tuple[Any, ...] = (Step.prompt_token_ids, Step.output_token_ids, Step.output_logprobs)
 UNLISTED_COLUMNS: tuple[Any, ...] = (Trajectory.opening, Trajectory.tools, Trajectory.memory_ids)
 """The JSON of a conversation, which takes long to parse and which no list shows."""
 
@@ -347,7 +347,7 @@ class Trajectories:
         with self._database.read() as session:
             query = select(Step).where(Step.trajectory_id == trajectory_id, col(Step.position) >= since)
             if not with_token_ids:
-                query = query.options(*map(defer, TOKEN_ID_COLUMNS))
+                query = query.options(*map(defer, TOKEN_COLUMNS))
             steps = list(session.exec(query.order_by(col(Step.position))))
             if not steps:  # a trajectory without steps, or an unknown id
                 _require(session, trajectory_id)

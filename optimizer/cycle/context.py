@@ -263,7 +263,14 @@ class CycleContext:
         await asyncio.gather(*reports)
 
     async def play(
-        self, tasks: Sequence[Task], *, policy: int, use_memory: bool, temperature: float, label: str
+        self,
+        tasks: Sequence[Task],
+        *,
+        policy: int,
+        use_memory: bool,
+        temperature: float,
+        label: str,
+        keeps_logprobs: bool = False,
     ) -> list[Trajectory]:
         """Play every task once, at most `concurrency` at a time; `label` makes the seeds of this round its own. What an
         interrupted round has finished is returned and not played again."""
@@ -278,9 +285,13 @@ class CycleContext:
         repeated = (len(finished),) if finished else ()
 
         async def play_one(position: int, task: Task) -> Trajectory:
-            seed = self.seed(label, position, *repeated)
             return await self.seams.rollout(
-                task, policy=policy, use_memory=use_memory, temperature=temperature, seed=seed
+                task,
+                policy=policy,
+                use_memory=use_memory,
+                temperature=temperature,
+                seed=self.seed(label, position, *repeated),
+                keeps_logprobs=keeps_logprobs,
             )
 
         return finished + await self.play_all([partial(play_one, *each) for each in missing], label)

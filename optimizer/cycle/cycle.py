@@ -20,8 +20,7 @@ from optimizer.config import OptimizerConfig
 from optimizer.cycle import release_gate
 from optimizer.cycle.branching import require_replay
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.control import train_control
-from optimizer.cycle.methods import choose_methods, list_methods
+from optimizer.cycle.methods import choose_methods, list_methods, train_control
 from optimizer.cycle.needs import Logged, require_needs
 from optimizer.cycle.readiness import fit_to_environment, measure_rows, measure_surroundings
 from optimizer.cycle.stages import Stage, collect

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.branching import play_branches
+from optimizer.cycle.context import CycleContext
 from optimizer.cycle.needs import (
     Logged,
     Need,
@@ -121,6 +123,38 @@ METHODS: tuple[Method, ...] = (
         reads_new_episodes_only=lambda config: True,
     ),
 )
+
+
+def describe_control(summary: dict[str, Any]) -> list[str]:
+    """Return the paragraphs of a report about the control's rows; `summary` as the cycle's row stores it."""
+    return [f"Of the control: {paragraph}" for paragraph in demonstrations.describe(summary)]
+
+
+CONTROL = Method(
+    name="control",
+    trainer="sft",
+    title="SFT on all episodes",
+    rows="control_rows",
+    build=demonstrations.build,
+    min_rows=lambda config: config.demonstrations.min_rows,
+    measure_need=need_demonstrations,
+    describe=describe_control,
+    note="SFT on all successes of its cycle, as a control",
+    stages=(),
+    continues=False,
+)
+"""SFT on every success of a cycle, those of exploration included (rejection-sampled fine-tuning, arXiv 2308.01825).
+
+A method that explores learns from episodes that the SFT before it had not seen, so what it wins more may come from
+these and not from the method. It is worth what it wins over the control, which is played beside the candidate, and is
+never one.
+"""
+
+
+async def train_control(context: CycleContext) -> None:
+    """Train the control, where the cycle trained by several methods and there are enough rows."""
+    if len(set(context.artifacts.methods) & set(context.artifacts.trained)) > 1:
+        await build_rows_and_train(context, CONTROL)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ async def play_round(
     context: CycleContext, policy: int, config: RoundsConfig, *, with_memory: bool, label: str
 ) -> None:
     """Let a policy try each of the first practice tasks several times without memory, and `with_memory` as often with
-    it; at temperature 1, where its log-probs are those that its tokens were sampled with."""
+    it; at temperature 1, where its log-probs are those that its tokens were sampled with. These are kept."""
     tasks = context.practice_tasks()[: config.num_tasks]
     await context.prepare(tasks)
     for use_memory in (False, True) if with_memory else (False,):
@@ -172,6 +172,7 @@ async def play_round(
             use_memory=use_memory,
             temperature=1.0,
             label=f"{label}, with memory" if use_memory else label,
+            keeps_logprobs=True,
         )
 
 

@@ -17,8 +17,7 @@ from typing import Any
 
 from memory.schema import Policy, PolicyStage, StoredVerdict, Task, new_id
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.control import CONTROL, find_control, list_trained
-from optimizer.cycle.methods import list_methods
+from optimizer.cycle.methods import CONTROL, list_methods
 from optimizer.cycle.report import Evaluation, PlayedPolicy, write_report
 from optimizer.cycle.stages import nominate
 from optimizer.evaluation import decision
@@ -139,7 +138,13 @@ async def decide_again(context: CycleContext) -> dict[str, Any]:
         return await _decide_by_log(context, entry_id, is_in_cycle=False)
     # with the policy active now, not the cycle's incumbent: only now can it be replaced
     comparison = await _enter(context, entry_id, context.memory.policies.active().version, is_in_cycle=False)
-    tasks = context.take_held_out(comparison.environment, comparison.held_out_offset)
+    # a list of tasks that has an end begins again, with tasks that have decided
+    used = context.memory.verdicts.tasks_used(comparison.entry.candidate)
+    tasks = [
+        task
+        for task in context.take_held_out(comparison.environment, comparison.held_out_offset)
+        if task.name not in used
+    ]
     await comparison.prepare(tasks)
     contestants = _pair_contestants(context, "candidate", "incumbent", comparison.entry.incumbent)
     played = [await _play(comparison, cell, tasks, is_contestant=True) for cell in contestants]
@@ -278,7 +283,7 @@ async def _act_on(
     """Write the report, close the entry, then move the candidate to the stage that the verdict leads to."""
     context, policies, entry = comparison.context, comparison.context.memory.policies, comparison.entry
     gate = await asyncio.to_thread(_describe_gate, comparison, verdict)
-    control = find_control(context.artifacts) if played else None
+    control = find_control(context) if played else None
     methods = list_methods(context.artifacts.methods) + ([CONTROL] if control is not None else [])
     evaluation = Evaluation(cells, played, methods, verdict, gate, control)
     # order: report, ledger, policy. A crash after any of them repeats the stage with the cells on disk
@@ -356,7 +361,7 @@ def list_policies(context: CycleContext) -> list[PlayedPolicy]:
     not kept is left out."""
     artifacts = context.artifacts
     policies, title = [PlayedPolicy("base", "base", 0)], ""
-    trained = list_trained(artifacts)
+    trained = [method for method in list_methods(artifacts.methods) if method.name in artifacts.trained]
     for method, after in zip_longest(trained, trained[1:]):
         if after is None:
             version = artifacts.candidate_version
@@ -369,10 +374,16 @@ def list_policies(context: CycleContext) -> list[PlayedPolicy]:
     return policies
 
 
+def find_control(context: CycleContext) -> PlayedPolicy | None:
+    """Return the control that this cycle trained."""
+    trained = context.artifacts.trained.get(CONTROL.name)
+    return None if trained is None else PlayedPolicy(CONTROL.name, CONTROL.title, trained.policy)
+
+
 def list_cells(context: CycleContext) -> list[Cell]:
     """Return the cells to play: each policy and the control with memory off, and on where users are served with it; and
     the contestants."""
-    control = find_control(context.artifacts)
+    control = find_control(context)
     uses = (False, True) if context.gate_serving(context.config.environment).use_memory else (False,)
     cells = [
         Cell(f"{policy.name}-{'on' if use_memory else 'off'}", policy.version, use_memory)

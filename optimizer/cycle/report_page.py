@@ -112,8 +112,7 @@ def _render_comparisons(comparisons: list[dict[str, Any]]) -> str:
 def _render_guards(guards: list[dict[str, Any]]) -> str:
     rows = []
     for guard in guards:
-        # decision._compare_counts: hard guards compare by difference, the others by ratio
-        measure = "difference" if guard["is_hard"] else "ratio"
+        measure = "ratio" if guard["is_ratio"] else "difference"
         is_known = guard["low"] is not None
         rows.append(
             [

@@ -59,10 +59,16 @@ def require_bars(asked: EvaluationConfig, operator: EvaluationConfig) -> None:
 def require_proof(asked: OptimizerConfig, operator: OptimizerConfig) -> None:
     """Raise ValueError if a cycle would need less than the operator's configuration asks for.
 
-    That is a looser bar, a larger share for one teacher, or an environment of `learn_from` in which its candidate would
-    not be played.
+    That is a looser bar, a larger share for one teacher, another environment than the one that the operator names, or
+    an environment of `learn_from` in which its candidate would not be played.
     """
     require_bars(asked.evaluation, operator.evaluation)
+    # the default is nobody's decision: without a name of the operator's, whoever starts a cycle chooses
+    if "environment" in operator.model_fields_set and asked.environment != operator.environment:
+        raise ValueError(
+            f"environment = {asked.environment!r} is not {operator.environment!r}, by which the operator has "
+            "candidates proved ('' is live traffic): leave it out, or ask with a key that has the scope 'admin'"
+        )
     # A key that can flood the rows of a cycle must not be able to lift the limits that bound it.
     for name in TeachingConfig.model_fields:
         limit, wanted = getattr(operator.teaching, name), getattr(asked.teaching, name)

@@ -56,6 +56,9 @@ class EpisodeSummary:
     prompt_tokens: int
     output_tokens: int
     num_invalid_tool_calls: int
+    num_results: int = 0
+    """Steps that are no model calls, which are results of tools but for a team's notes. Files of an older release lack
+    it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class CellResult:
 
     cell: Cell
     played: list[EpisodeSummary]
+    num_unpaired: int = 0
+    """Tasks that clients tried and that are left out, because both policies have not tried them alike."""
 
     @cached_property
     def by_task(self) -> dict[str, list[EpisodeSummary]]:
@@ -192,6 +197,7 @@ def describe(
         prompt_tokens=trajectory.prompt_tokens,
         output_tokens=trajectory.output_tokens,
         num_invalid_tool_calls=trajectory.num_invalid_tool_calls,
+        num_results=max(0, trajectory.num_steps - num_model_calls),
     )
 
 

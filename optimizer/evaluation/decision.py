@@ -56,12 +56,13 @@ class Guard:
     candidate: float
     incumbent: float
     low: float | None
-    """95 % interval of their ratio, candidate to incumbent, or for a hard guard of their difference; None: unknown."""
+    """95 % interval of their ratio, candidate to incumbent, or of their difference; None: unknown."""
     high: float | None
     limit: float
     """The interval is compared with this."""
     is_hard: bool
     """Whether it rejects a better candidate; other guards only report what the improvement costs."""
+    is_ratio: bool = True
 
     @property
     def is_kept(self) -> bool:
@@ -187,6 +188,12 @@ def _doubt(candidate: CellResult, incumbent: CellResult, pairs: Sequence[Pair], 
                 f"{cell.share('is_broken'):.0%} of the episodes of {cell.cell.name!r} broke off or have no reward "
                 f"(more than {config.max_broken_share:.0%}): mend the cause and evaluate again"
             )
+    num_unpaired = candidate.num_unpaired
+    if num_unpaired > config.max_broken_share * (num_unpaired + len(pairs)):
+        return (
+            f"{num_unpaired} of {num_unpaired + len(pairs)} held-out tasks were tried by one policy alone, or not at "
+            "the same temperature and with memory for both or neither: have both try all of them alike"
+        )
     if len(pairs) < config.min_tasks:
         return f"{len(pairs)} tasks were played by both, {config.min_tasks} are needed"
     # the smaller share: one policy alone that exhausts its budget is a difference, not a doubt
@@ -209,11 +216,18 @@ def _measure_guards(pairs: Sequence[Pair], config: EvaluationConfig) -> list[Gua
     """Compare the metrics that must not get worse, like with like.
 
     Rates are per model call, and model calls are compared on the tasks that both won: a policy that survives longer
-    makes more of them in all, and that is not a fault.
+    makes more of them in all, and that is not a fault. A policy that costs more may be worth it; one whose tool calls
+    are understood less often than the incumbent's is broken, unless the incumbent calls no tool: then invalid calls are
+    the price of having learned to.
     """
+    is_used_to_tools = any(episode.num_results for pair in pairs for episode in pair.theirs)
     guards = [
         _compare_counts(
-            pairs, "invalid tool calls per model call", "num_invalid_tool_calls", config.max_extra_invalid_rate
+            pairs,
+            "invalid tool calls per model call",
+            "num_invalid_tool_calls",
+            config.max_extra_invalid_rate,
+            is_hard=is_used_to_tools,
         ),
         _compare_counts(pairs, "output tokens per model call", "output_tokens", config.max_tokens_ratio, as_ratio=True),
         _compare_counts(pairs, "prompt tokens per model call", "prompt_tokens", config.max_tokens_ratio, as_ratio=True),
@@ -228,22 +242,25 @@ def _measure_guards(pairs: Sequence[Pair], config: EvaluationConfig) -> list[Gua
         means = [[_mean(side, "num_calls") for side in sides] for sides in _sides(both_won)]
         ones = [1.0] * len(both_won)
         calls = compare_rates((means[0], ones), (means[1], ones), as_ratio=True)
-        guards.append(_as_guard("model calls on tasks both won", calls, config.max_turns_ratio, is_hard=False))
+        guards.append(_as_guard("model calls on tasks both won", calls, config.max_turns_ratio))
     return guards
 
 
-def _compare_counts(pairs: Sequence[Pair], name: str, count: str, limit: float, *, as_ratio: bool = False) -> Guard:
+def _compare_counts(
+    pairs: Sequence[Pair], name: str, count: str, limit: float, *, as_ratio: bool = False, is_hard: bool = False
+) -> Guard:
     counts = [[_mean(side, count) for side in sides] for sides in _sides(pairs)]
     calls = [[_mean(side, "num_calls") for side in sides] for sides in _sides(pairs)]
     compared = compare_rates((counts[0], calls[0]), (counts[1], calls[1]), as_ratio=as_ratio)
-    # A policy that costs more may be worth it; one whose calls are not understood is broken.
-    return _as_guard(name, compared, limit, is_hard=not as_ratio)
+    return _as_guard(name, compared, limit, is_hard=is_hard, is_ratio=as_ratio)
 
 
-def _as_guard(name: str, compared: RateComparison, limit: float, *, is_hard: bool) -> Guard:
+def _as_guard(
+    name: str, compared: RateComparison, limit: float, *, is_hard: bool = False, is_ratio: bool = True
+) -> Guard:
     # JSON has no infinity
     low, high = (end if math.isfinite(end) else None for end in (compared.low, compared.high))
-    return Guard(name, compared.first, compared.second, low, high, limit, is_hard)
+    return Guard(name, compared.first, compared.second, low, high, limit, is_hard, is_ratio)
 
 
 def _mean(tries: Sequence[EpisodeSummary], count: str) -> float:
@@ -278,7 +295,7 @@ def _are_kept(guards: Iterable[Guard]) -> bool:
 def _list_objections(guards: Iterable[Guard]) -> str:
     return "; ".join(
         f"{g.name} {g.candidate:.3g} against {g.incumbent:.3g} "
-        f"({'difference' if g.is_hard else 'ratio'} at least {g.low:.3g}, limit {g.limit:.3g})"
+        f"({'ratio' if g.is_ratio else 'difference'} at least {g.low:.3g}, limit {g.limit:.3g})"
         for g in guards
         if not g.is_kept
     )

@@ -4,9 +4,10 @@ Flow: trajectories of the two policies -> the first try of each task -> tries ma
 
 Invariants: only episodes since the candidate exists count, so that both policies had the same memory to draw on. The
 first try of a task counts, whatever its outcome: a task repeated until it is won would prove nothing. A try without a
-reward counts as lost, because rewarding only good episodes would prove nothing either. Tasks that decided about this
-candidate before do not count again. Only the default tenant's tries count, and of their rewards only those by people
-who may teach the weights: policies serve all tenants, and no tenant's feedback may choose them for the others.
+reward counts as lost, because rewarding only good episodes would prove nothing either. Tasks that one policy alone
+tried, or both but not alike, are left out and counted: whoever chose them may have known an outcome. Tasks that decided
+about this candidate before do not count again. Only the default tenant's tries count, and of their rewards only those
+by people who may teach the weights: policies serve all tenants, so no tenant's feedback may choose them for others.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ def read_logged_cells(memory: Memory, candidate: Policy, incumbent: Policy) -> t
     # since the candidate for both: the incumbent's older tries had less memory to draw on
     theirs = _first_tries(memory, incumbent, since=candidate)
     used = memory.verdicts.tasks_used(candidate.version)
+    tried = [task for task in {**ours, **theirs} if _name(task) not in used]
     alike = [
         task
-        for task in ours
-        if task in theirs and _conditions(ours[task]) == _conditions(theirs[task]) and _name(task) not in used
+        for task in tried
+        if task in ours and task in theirs and _conditions(ours[task]) == _conditions(theirs[task])
     ]
+    num_unpaired = len(tried) - len(alike)
     return (
-        _as_cell(memory, "candidate", candidate, {task: ours[task] for task in alike}),
-        _as_cell(memory, "incumbent", incumbent, {task: theirs[task] for task in alike}),
+        _as_cell(memory, "candidate", candidate, {task: ours[task] for task in alike}, num_unpaired),
+        _as_cell(memory, "incumbent", incumbent, {task: theirs[task] for task in alike}, num_unpaired),
     )
 
 
@@ -75,7 +78,7 @@ def _name(task: tuple[str, str, str]) -> str:
     return ": ".join(filter(None, task))
 
 
-def _as_cell(memory: Memory, name: str, policy: Policy, tries: Tries) -> CellResult:
+def _as_cell(memory: Memory, name: str, policy: Policy, tries: Tries, num_unpaired: int) -> CellResult:
     # any: with memory on, a try that found nothing to show has none
     uses_memory = any(view.trajectory.memory_text for view in tries.values())
     played = [
@@ -88,4 +91,5 @@ def _as_cell(memory: Memory, name: str, policy: Policy, tries: Tries) -> CellRes
         )
         for task, view in sorted(tries.items())
     ]
-    return CellResult(Cell(f"{name}-{'on' if uses_memory else 'off'}", policy.version, uses_memory), played)
+    cell = Cell(f"{name}-{'on' if uses_memory else 'off'}", policy.version, uses_memory)
+    return CellResult(cell, played, num_unpaired)

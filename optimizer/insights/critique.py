@@ -1,8 +1,8 @@
 """Chooses the episodes that a critic reads, and writes them down within the tokens that it can hold.
 
 Three kinds of reading: the same task won and lost (ExpeL's first pass), successes side by side (its second), and
-failures of tasks that were never won, which ExpeL leaves out. An episode is read once in each kind: a critic that saw
-it again in every round would confirm the same lesson with the same evidence.
+failures of tasks that were never won, which ExpeL leaves out. An episode is read once, in one of them (ExpeL reads wins
+in both): a critic that saw it again would confirm the same lesson with the same evidence.
 
 The memory segment of an episode is never shown: recalled text is not extracted again.
 """
@@ -70,22 +70,22 @@ def choose_readings(
     max_critiques: int,
     seed: int,
 ) -> list[Reading]:
-    """Return at most `max_critiques` readings of episodes that were not read so before; a third of them are groups."""
+    """Return at most `max_critiques` readings of episodes that were not read before; a third of them are groups."""
+    read = {trajectory_id for trajectory_id, _ in already_read}
 
-    def unread(episodes: Iterable[GradedTrajectory], kind: str) -> dict[tuple[str, str, str], GradedTrajectory]:
+    def unread(episodes: Iterable[GradedTrajectory]) -> dict[tuple[str, str, str], GradedTrajectory]:
         """Return the newest of each task: the pool is sorted oldest first."""
         # a dict keeps the last of equal keys, so this depends on the order of the pool
-        return {e.trajectory.task_key: e for e in episodes if (e.trajectory.id, kind) not in already_read}
+        return {each.trajectory.task_key: each for each in episodes if each.trajectory.id not in read}
 
-    # by kind: an episode may be read once in a comparison and once in a group
-    won, lost = unread(successes, "compared"), unread(failures, "compared")
+    won, lost = unread(successes), unread(failures)
     compared = [Reading("compared", _scope_of(won[key]), (lost[key], won[key])) for key in won if key in lost]
     # seeded: a round that is repeated after a crash asks the same questions
     random.Random(seed).shuffle(compared)
     ever_won = {each.trajectory.task_key for each in successes}
-    never_won = [each for each in failures if each.trajectory.task_key not in ever_won]
     groups = itertools.zip_longest(
-        _group("won", unread(successes, "won").values()), _group("lost", unread(never_won, "lost").values())
+        _group("won", [each for key, each in won.items() if key not in lost]),
+        _group("lost", [each for key, each in lost.items() if key not in ever_won]),
     )
     grouped = [reading for pair in groups for reading in pair if reading is not None]
     num_grouped = min(len(grouped), max(1, max_critiques // 3, max_critiques - len(compared)))

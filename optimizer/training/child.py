@@ -325,6 +325,7 @@ def _summarize(state: TrainerState, num_rows: int, seconds: float) -> dict[str, 
         "logps/chosen",
         "logps/rejected",
         "clip_ratio",
+        "engine_gap",
     ):
         values = [entry[key] for entry in steps if key in entry]
         if values:

@@ -3,8 +3,10 @@
 A clipped policy gradient on the agent's own tokens (PPO's surrogate without a critic), normalised by a constant length
 (Dr. GRPO, arXiv 2503.20783). The rollouts were played before, by the agent that serves, and come with their advantages.
 
-The log-probs of the sampling policy are computed before the first step by the policy that the training starts from,
-which sampled the rows. There is no pull towards a reference: clipping and few steps keep the policy near.
+The policy that the training starts from sampled the rows, and scores them once more before the first step: the ratio of
+a step compares like with like. The engine that sampled them computes a little differently, so what it found a token's
+probability to be was kept, and each token weighs by the ratio of the two, up to `LARGEST_WEIGHT` (truncated importance
+sampling, arXiv 2510.26788). There is no pull towards a reference: clipping and few steps keep the policy near.
 
 Hazard: TRL's own GRPO and RLOO trainers generate by themselves and import vLLM where it is installed, which must stay
 out of a trainer's process; only TRL's fused LM head is used.
@@ -12,8 +14,9 @@ out of a trainer's process; only TRL's fused LM head is used.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +33,8 @@ from optimizer.training.spec import TrainingSpec
 
 CLIP = 0.2
 """How far the probability of a token may move from the one it was sampled with before its gradient stops."""
+LARGEST_WEIGHT = 2.0
+"""Of a token that the trainer finds likelier than the engine that sampled it did."""
 IGNORED = -100
 
 Score = Callable[[list[int], list[int]], list[float]]
@@ -53,6 +58,7 @@ class RolloutCollator(DataCollatorMixin):
             "own": child.pad([torch.tensor(row["mask"][1:]) for row in examples], 0),  # (num_rows, num_tokens - 1)
             "advantages": child.pad([torch.tensor(row["advantages"]) for row in examples], 0),
             "old_logps": child.pad([torch.tensor(row["old_logps"]) for row in examples], 0),
+            "weights": child.pad([torch.tensor(row["weights"]) for row in examples], 0),
         }
 
 
@@ -65,6 +71,7 @@ class ClippedGradientTrainer(child.WarmStart, Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._clip_shares: list[float] = []
+        self._gaps: list[float] = []
         # the loss is normalised above: transformers must divide by the passes of a step, and by nothing else
         self.model_accepts_loss_kwargs = False
 
@@ -76,13 +83,15 @@ class ClippedGradientTrainer(child.WarmStart, Trainer):
         ratio = torch.exp(logps - inputs["old_logps"])
         surrogate = torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
         self._clip_shares.append((((ratio - 1).abs() > CLIP) & own.bool()).sum().item() / max(1, own.sum().item()))
+        self._gaps.append((inputs["weights"].log().abs() * own).sum().item() / max(1, own.sum().item()))
         # by rows and a constant, not by their tokens: a long row must not count less a token than a short one
-        return -(surrogate * own).sum() / (own.size(0) * self.length_tokens)
+        return -(surrogate * inputs["weights"] * own).sum() / (own.size(0) * self.length_tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._clip_shares:
-            logs["clip_ratio"] = sum(self._clip_shares) / len(self._clip_shares)
-            self._clip_shares.clear()
+        for name, values in (("clip_ratio", self._clip_shares), ("engine_gap", self._gaps)):
+            if values:
+                logs[name] = sum(values) / len(values)
+                values.clear()
         super().log(logs, start_time)
 
 
@@ -147,8 +156,24 @@ def make_score(trainer: Trainer) -> Score:
 
 def _score_row(row: dict[str, Any], score: Score, compute_advantages: ComputeAdvantages) -> dict[str, Any]:
     old_logps = score(row["input_ids"], row["mask"])
-    advantages = compute_advantages(row, old_logps, score)
-    return {"input_ids": row["input_ids"], "mask": row["mask"], "advantages": advantages, "old_logps": old_logps}
+    return {
+        "input_ids": row["input_ids"],
+        "mask": row["mask"],
+        "advantages": compute_advantages(row, old_logps, score),
+        "old_logps": old_logps,
+        "weights": weigh_tokens(old_logps, row.get("sampled_logps")),
+    }
+
+
+def weigh_tokens(old_logps: Sequence[float], sampled_logps: Sequence[float] | None) -> list[float]:
+    """Return the weight of each token but the first: how much likelier the trainer finds it than the engine did that
+    sampled it, at most `LARGEST_WEIGHT`; 1 where the engine's log-probs were not kept."""
+    if sampled_logps is None:
+        return [1.0] * len(old_logps)
+    return [
+        math.exp(min(math.log(LARGEST_WEIGHT), ours - theirs))
+        for ours, theirs in zip(old_logps, sampled_logps[1:], strict=True)
+    ]
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ from runtime.agent.turn import Origin, Turn, TurnRequest
 from runtime.config import AgentConfig
 from runtime.engine.cache_salts import CacheSalts
 from runtime.engine.client import Message, ToolDefinition
+from runtime.engine.process import NO_TOOLS
 from runtime.environments.base import Environment, Outcome, Playthrough, find_environment
 from runtime.errors import BudgetExceeded, EnvironmentRefused
 from runtime.observability.telemetry import Telemetry
@@ -121,7 +122,7 @@ class Agent:
             EpisodeBusy: another request of the episode is being answered.
             UnknownEnvironment, UnknownPolicy, AdapterError, EngineError: the episode could not be opened.
             ReplayMismatch: it is a branch, and the environment did not answer as in its origin; nothing was recorded.
-            EnvironmentRefused: the environment can start no task.
+            EnvironmentRefused: the environment can start no task, or the model's chat template would drop its tools.
         """
         environment = self.environment(request.environment) if request.environment is not None else None
         self._check(request, environment)
@@ -194,6 +195,11 @@ class Agent:
         except Exception as error:
             return self._make_episode(request, open_episode, leased, environment, None, start_error=error)
         try:
+            if playthrough.tools and not leased.engine.takes_tools:
+                names = ", ".join(repr(tool.name) for tool in playthrough.tools)
+                raise EnvironmentRefused(
+                    f"task {request.task.name!r} of {environment.name!r} has the tools {names}, and {NO_TOOLS}"
+                )
             episode = self._make_episode(request, open_episode, leased, environment, playthrough)
             if request.origin is not None:
                 await replay(episode, request.origin)

@@ -285,7 +285,7 @@ async def _ask_policy(episode: Episode, messages: Sequence[Message], role: Role 
     except EngineLost as lost:
         if stream is not None and stream.has_sent:
             raise
-        log.warning("waiting for the engine", error=str(lost))
+        log.warning("waiting for the engine", error=lost.message)
         episode.lost = lost
     await episode.leased.engine.recover()  # limited by the episode's own time
     episode.lost = None
@@ -301,6 +301,8 @@ async def _call_model(
     tools, further = (episode.definitions, episode.sampling) if is_actor else ([], episode.salts)
     max_tokens = max_tokens if is_actor else min(max_tokens, MAX_ROLE_TOKENS)
     sampling = {"temperature": episode.temperature, "max_tokens": max_tokens, "seed": _seed_of(episode)}
+    if episode.request.keeps_logprobs:
+        sampling["logprobs"] = True
     request = {"model": episode.leased.served_name, **sampling}
     with episode.telemetry.model_call(f"v{episode.leased.version}", episode.episode_id, messages, request) as replied:
         partial = Completion()
@@ -418,6 +420,7 @@ async def _record_call(episode: Episode, completion: Completion, **values: Any) 
         finish_reason=completion.finish_reason,
         prompt_token_ids=completion.prompt_token_ids,
         output_token_ids=completion.output_token_ids,
+        output_logprobs=completion.output_logprobs,
         seconds=completion.seconds,
         **values,
     )

@@ -77,6 +77,8 @@ class TurnRequest:
     """Of the first model call; each further call adds one."""
     max_tokens: int | None = None
     """Limit of one model call, in tokens; None: the environment's, or else the server's."""
+    keeps_logprobs: bool = False
+    """Whether the record gets the log-prob with which each token was sampled, in all roles."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Further parameters that the engine is given unchanged."""
     on_start: Callable[[TurnStart], None] | None = None

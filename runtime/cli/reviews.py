@@ -9,7 +9,7 @@ import typer
 from runtime.cli.options import DEFAULT_URL, Json, Key, Url, get_and_print, post_and_print
 
 insights = typer.Typer(help="Lessons as text: list, approve, edit, retire.", invoke_without_command=True)
-exemplars = typer.Typer(help="Past successes that prompts show: list, approve, retire.", no_args_is_help=True)
+exemplars = typer.Typer(help="Past successes that prompts show: list, approve, edit, retire.", no_args_is_help=True)
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="An id from the list.")]
 Text = Annotated[str | None, typer.Option(help="A text that replaces the recorded one.")]
@@ -91,6 +91,18 @@ def approve_exemplar(
     """Show a past success to the whole tenant."""
     body = {"text": text} if text is not None else None
     post_and_print(f"/v1/exemplars/{exemplar_id}/approve", url, key, as_json, _render_audience, body)
+
+
+@exemplars.command("edit")
+def edit_exemplar(
+    exemplar_id: Id,
+    text: Annotated[str, typer.Argument(help="The new text.")],
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Edit the text in which a past success is shown; its audience stays the same."""
+    post_and_print(f"/v1/exemplars/{exemplar_id}/edit", url, key, as_json, _render_audience, {"text": text})
 
 
 @exemplars.command("retire")

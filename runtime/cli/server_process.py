@@ -209,7 +209,8 @@ async def freeze_startup_heap(memory: Memory) -> None:
 
 async def start(services: Services, settings: RuntimeSettings, phases: Phases) -> None:
     """Start the tools and the engine, then activate the active policy: boot is the first activation."""
-    from runtime.errors import AdapterError
+    from runtime.engine.process import NO_TOOLS
+    from runtime.errors import AdapterError, ToolRefused
     from runtime.serving.embedded_policy import install_embedded_policy
 
     memory = services.memory
@@ -219,6 +220,9 @@ async def start(services: Services, settings: RuntimeSettings, phases: Phases) -
     if services.toolbox is not None:
         await services.toolbox.open()
     await services.engine.start()
+    tools = services.toolbox.tools if services.toolbox is not None else []
+    if tools and not services.engine.takes_tools:
+        raise ToolRefused(f"the server has the tools {', '.join(repr(tool.name) for tool in tools)}, and {NO_TOOLS}")
     is_new = memory.policies.find_base_model() is None
     await memory.policies.register_base(name_base(services.engine))
     embedded = services.engine.embedded

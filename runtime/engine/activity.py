@@ -45,7 +45,8 @@ def is_held_up(
 ) -> bool:
     """Return whether other work kept a process from the processor or the disk during these seconds.
 
-    `without` is a process that is known to have answered, so it is not compared.
+    `without` is a process that is known to have answered, so it is not compared. One that did not answer is: behind it
+    a sound engine sleeps, because nothing reaches it.
     """
     both = before.keys() & after.keys()
     # A stopped process keeps the others from any progress, however long they wait.

@@ -78,6 +78,15 @@ class Completion:
     seconds: float = 0.0
 
     @property
+    def output_logprobs(self) -> list[float] | None:
+        """The log-prob, in nats, with which each output token was sampled; None where they were not requested, or are
+        not one for each token."""
+        # external engines send anything
+        found = [each.get("logprob") for each in self.logprobs if isinstance(each, dict)]
+        values = [value for value in found if isinstance(value, float | int)]
+        return values if values and len(values) == len(self.output_token_ids) else None
+
+    @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
@@ -100,6 +109,7 @@ class EngineClient:
         self.enforces_schemas = False
         """Whether the engine's own grammars hold the arguments of forced calls to their schemas."""
         self._session: aiohttp.ClientSession | None = None
+        self._is_closed = False
         self.marks: ChatMarks = ANY_FAMILY
         """The special tokens of the model's tokenizer, which are removed from all text of a prompt."""
 
@@ -131,7 +141,7 @@ class EngineClient:
             _require_types(reply)
             return reply
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise PolicyError(f"the engine's answer makes no sense: {_shorten(answer)}") from error
+            raise PolicyError("the engine's answer makes no sense", quoted=_shorten(answer)) from error
 
     async def chat_stream(
         self,
@@ -156,7 +166,7 @@ class EngineClient:
             try:
                 delta = _add_chunk(reply, calls, chunk)
             except (KeyError, IndexError, TypeError, AttributeError) as error:
-                raise PolicyError(f"a piece of the engine's answer makes no sense: {_shorten(chunk)}") from error
+                raise PolicyError("a piece of the engine's answer makes no sense", quoted=_shorten(chunk)) from error
             if delta:
                 await on_delta(delta)
         if not reply.finish_reason:
@@ -168,7 +178,7 @@ class EngineClient:
             reply.tool_calls = _normalize_calls([calls[index] for index in sorted(calls)])
             _require_types(reply)
         except (TypeError, AttributeError) as error:
-            raise PolicyError(f"the engine's answer makes no sense: {_shorten(reply)}") from error
+            raise PolicyError("the engine's answer makes no sense", quoted=_shorten(reply)) from error
         reply.seconds = time.monotonic() - started
         return reply
 
@@ -182,7 +192,7 @@ class EngineClient:
         try:
             return int(answer["count"])
         except (KeyError, TypeError, ValueError) as error:
-            raise PolicyError(f"the engine's count of tokens makes no sense: {_shorten(answer)}") from error
+            raise PolicyError("the engine's count of tokens makes no sense", quoted=_shorten(answer)) from error
 
     async def token_logprobs(self, model: str, token_ids: Sequence[int]) -> list[float]:
         """Return the log-prob, in nats, of each token given those before it.
@@ -200,7 +210,7 @@ class EngineClient:
             rows = answer["choices"][0]["prompt_logprobs"][1:]
             return [row[str(token_id)]["logprob"] for token_id, row in zip(token_ids[1:], rows, strict=True)]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise PolicyError(f"the engine's log-probs make no sense: {_shorten(answer)}") from error
+            raise PolicyError("the engine's log-probs make no sense", quoted=_shorten(answer)) from error
 
     async def probe(self, model: str | None = None) -> bool:
         """Return whether `model` (the base by default) generates a real token."""
@@ -255,7 +265,8 @@ class EngineClient:
                 raise
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, for good: a call that comes later raises EngineLost and opens none."""
+        self._is_closed = True
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -296,7 +307,7 @@ class EngineClient:
         try:
             return json.loads(text)
         except (json.JSONDecodeError, RecursionError):
-            raise PolicyError(f"the engine's answer is not JSON: {_shorten(text)}") from None
+            raise PolicyError("the engine's answer is not JSON", quoted=_shorten(text)) from None
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
         try:
@@ -323,6 +334,8 @@ class EngineClient:
             raise _connection_error(error) from error
 
     def _open_session(self) -> aiohttp.ClientSession:
+        if self._is_closed:
+            raise aiohttp.ClientConnectionError("the client is closed")
         # At the first use, because a session belongs to the running event loop.
         if self._session is None or self._session.closed:
             # `sock_read` is the time between two pieces; without a stream the whole answer is one piece.
@@ -411,7 +424,7 @@ def _raise_error(status: int, text: str) -> None:
     # vLLM's wording; it has no code for a full context.
     if status == 400 and "maximum context length" in message:
         raise BudgetExceeded(f"the conversation fills the model's context: {message}")
-    raise _kind_of(status)(f"the engine answered {status}: {message}", status=status)
+    raise _kind_of(status)(f"the engine answered {status}", status=status, quoted=message)
 
 
 def _kind_of(status: int) -> type[PolicyError]:
@@ -427,14 +440,14 @@ def _decode_event(data: bytes) -> dict[str, Any]:
     try:
         event = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        raise PolicyError(f"a piece of the engine's answer is not JSON: {_shorten(data)}") from None
+        raise PolicyError("a piece of the engine's answer is not JSON", quoted=_shorten(data)) from None
     if not isinstance(event, dict):
-        raise PolicyError(f"a piece of the engine's answer makes no sense: {_shorten(event)}")
+        raise PolicyError("a piece of the engine's answer makes no sense", quoted=_shorten(event))
     # After a 200 the status is sent already, so vLLM reports a failure as one more event.
     if "error" in event:
         problem = event["error"]
         message = problem.get("message") if isinstance(problem, dict) else problem
-        raise EngineLost(f"the engine failed in the middle of its answer: {message}")
+        raise EngineLost("the engine failed in the middle of its answer", quoted=str(message))
     return event
 
 

@@ -45,8 +45,8 @@ OnProgress = Callable[[str], None]
 # Run as a file: it imports nothing of ours, so that little time passes before it calls prctl.
 CHILD = Path(__file__).with_name("child.py")
 NO_TOOLS = (
-    "the model's chat template shows no tools: requests with tools are refused; give a template that does with "
-    'engine.extra_args = ["--chat-template", "<file>"]'
+    "the model's chat template shows no tools, so they would be dropped: give one that does with "
+    'engine.extra_args = ["--chat-template", "FILE"]; an engine at engine.url must be started with it, too'
 )
 STOP_SECONDS = 10.0
 RECOVERY_PAUSE_SECONDS = 0.25
@@ -102,7 +102,7 @@ class Engine:
         """Limit of prompt and answer together, in tokens; None before the start, or if the engine does not report
         it."""
         self.takes_tools = True
-        """Whether the model's chat template shows tools; assumed of an external engine."""
+        """Whether the model's chat template shows tools; assumed where the model's directory is not known."""
         self.num_restarts = 0
         self._on_progress = on_progress or (lambda text: None)
         self._process: asyncio.subprocess.Process | None = None
@@ -174,10 +174,7 @@ class Engine:
             if self.is_ours:
                 self._on_progress("finding the model")
                 self.model_path = await asyncio.to_thread(find_model, self.model_name)
-                await self._read_marks()
-                self.takes_tools = shows_tools(read_chat_template(self.model_path, self.config.extra_args))
-                if not self.takes_tools:
-                    log.warning(NO_TOOLS)
+                await self._read_model()
                 await self._start_child()
                 self.max_model_len = (await self._find_base()).get("max_model_len")
             else:
@@ -406,14 +403,18 @@ class Engine:
         self.client.model, self.max_model_len = base["id"], base.get("max_model_len")
         root = Path(self.config.model or base.get("root") or "")
         self.model_path = root.resolve() if (root / "config.json").is_file() else None
-        await self._read_marks()
+        await self._read_model()
         if not await self._probe_within(self.config.startup_seconds):
             raise EngineError(f"the engine at {self.config.url!r} generates no token")
 
-    async def _read_marks(self) -> None:
-        """Read the special tokens of the model's tokenizer, which no text in a prompt may contain. Without the
-        tokenizer's files, those of all model families are removed."""
+    async def _read_model(self) -> None:
+        """Read whether the model's chat template shows tools, and the special tokens of its tokenizer, which no text in
+        a prompt may contain. Without the tokenizer's files, those of all model families are removed."""
         self.client.marks = await asyncio.to_thread(ChatMarks.read, self.model_path) or ANY_FAMILY
+        if self.model_path is not None:
+            self.takes_tools = shows_tools(read_chat_template(self.model_path, self.config.extra_args))
+        if not self.takes_tools:
+            log.warning(f"requests with tools are refused: {NO_TOOLS}")
 
     async def _find_base(self) -> dict[str, Any]:
         """Return the engine's entry of its base model. Raises EngineError: there is none, or it does not answer."""

@@ -46,7 +46,7 @@ class TextCompletion:
                     raise
                 answer = (await base.complete(messages, max_tokens=max_tokens)).content
                 self._takes_schemas = False  # the call without it succeeded: the schema was rejected, not the messages
-                log.warning("the engine takes no JSON schemas", reason=str(refusal))
+                log.warning("the engine takes no JSON schemas", reason=refusal.message)
                 return answer
 
     async def context_tokens(self) -> int | None:

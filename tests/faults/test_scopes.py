@@ -269,13 +269,25 @@ class Premises(RuleBasedStateMachine):
 
     @rule(tenant=tenants, data=st.data())
     def edit(self, tenant: str, data: st.DataObject) -> None:
-        """Reword an insight as an operator; its scope stays the same."""
-        listed = self.memory.reviews.insights(tenant=tenant)
-        if listed:
-            row = data.draw(st.sampled_from(listed))
+        """Reword a memory as an operator; its scope stays the same."""
+        reviews = self.memory.reviews
+        insights, exemplars = reviews.insights(tenant=tenant), reviews.exemplars(tenant=tenant)
+        NUM_OPERATIONS["list"] += 2
+        if insights and (not exemplars or data.draw(st.booleans())):
+            row = data.draw(st.sampled_from(insights))
             marker = self.mark(tenant, row.scope or "", row.scope == "")
-            changed = self.memory.reviews.edit_insight(row.insight.id, f"edited {marker}", tenant=tenant)
-            assert self.do("edit", changed).scope == row.scope
+            assert (
+                self.do("edit", reviews.edit_insight(row.insight.id, f"edited {marker}", tenant=tenant)).scope
+                == row.scope
+            )
+        elif exemplars:
+            shown = data.draw(st.sampled_from(exemplars))
+            marker = self.mark(tenant, shown.scope or "", shown.scope == "")
+            change = reviews.edit_exemplar(shown.trajectory.id, f"edited {marker}", tenant=tenant)
+            try:
+                assert self.do("edit", change).scope == shown.scope
+            except IllegalMove:  # it was corrected
+                return
 
     @rule(tenant=tenants, data=st.data())
     def retire(self, tenant: str, data: st.DataObject) -> None:

@@ -127,6 +127,13 @@ def test_an_engine_that_runs_in_circles_is_not_held_up_and_one_that_waits_is():
     assert not is_held_up({}, {}, 7.5)
 
 
+def test_a_core_that_sleeps_is_stuck_unless_the_process_in_front_of_it_waits():
+    before = {1: ProcessActivity("S", {1: (0.0, 0.0)}), 2: ProcessActivity("S", {2: (1.0, 0.0)})}
+    after = {1: ProcessActivity("R", {1: (0.2, 7.0)}), 2: ProcessActivity("S", {2: (1.0, 0.0)})}
+    assert is_held_up(before, after, 7.5)  # it may have passed nothing on to the core
+    assert not is_held_up(before, after, 7.5, without=1)  # it answered
+
+
 @pytest.mark.parametrize(("state", "expected"), [("R", True), ("S", False), ("T", False)])
 def test_a_process_that_waited_in_the_queue_all_the_time_is_held_up_although_no_figure_grew(state: str, expected: bool):
     core = {2: ProcessActivity(state, {2: (3.0, 1.0), 3: (0.5, 0.0)})}

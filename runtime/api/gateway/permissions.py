@@ -83,6 +83,7 @@ ROUTE_PERMISSIONS: dict[tuple[str, str], RoutePermission] = {
     ("POST", "/v1/insights/{insight_id}/retire"): LEARN,
     ("GET", "/v1/exemplars"): READ,
     ("POST", "/v1/exemplars/{trajectory_id}/approve"): LEARN,
+    ("POST", "/v1/exemplars/{trajectory_id}/edit"): LEARN,
     ("POST", "/v1/exemplars/{trajectory_id}/retire"): LEARN,
     ("GET", "/v1/documents"): READ,
     ("POST", "/v1/documents"): LEARN,

@@ -81,7 +81,7 @@ async def start_cycle(
     """Rejected while another cycle runs, for invalid settings, if the engine does not answer, and if there could not be
     enough data to train on (`POST /v1/cycles/check` lists what is missing). The settings of `evaluation` are the
     release gate's thresholds: a key without the scope `admin` may only make them stricter than the server's
-    configuration."""
+    configuration, and may not replace the environment that it names."""
     require_ready(server)
     settings = body.settings if body else {}
     cycle = await server.cycles.start(settings, may_loosen_bars=Scope.ADMIN in caller.scopes)

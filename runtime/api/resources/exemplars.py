@@ -1,7 +1,7 @@
-"""Routes for exemplars, past successes that prompts show again: list, approve and retire them.
+"""Routes for exemplars, past successes that prompts show again: list, approve, edit and retire them.
 
-An operator approves an exemplar for the whole tenant, optionally with another text, or retires it; the decision is
-recorded with its API key.
+An operator approves an exemplar for the whole tenant, optionally with another text, edits its text or retires it; the
+decision is recorded with its API key.
 Invariant: the trajectory itself is never changed.
 """
 
@@ -19,7 +19,7 @@ from memory.schema import Trust
 from runtime.api.errors import Conflict, NotFound, error_responses
 from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.openai.answer_ids import trajectory_of
-from runtime.api.resources.insights import Approval, ShownTo, name_scope
+from runtime.api.resources.insights import Approval, Edit, ShownTo, name_scope
 from runtime.api.services import Server
 
 router = APIRouter(prefix="/v1/exemplars", tags=["exemplars"])
@@ -81,6 +81,19 @@ async def approve_exemplar(
         tenant=caller.tenant,
         key_id=caller.key_id,
         text=body.text if body is not None else None,
+    )
+    return describe_exemplar(row)
+
+
+@router.post(
+    "/{trajectory_id}/edit",
+    summary="Edit the text in which a success is shown",
+    responses=error_responses(NotFound, Conflict),
+)
+async def edit_exemplar(trajectory_id: str, server: Server, caller: RequestCaller, body: Edit) -> ExemplarDetail:
+    """It is shown to the same persons as before. The recorded steps stay as they are."""
+    row = await server.memory.reviews.edit_exemplar(
+        trajectory_of(trajectory_id), body.text, tenant=caller.tenant, key_id=caller.key_id
     )
     return describe_exemplar(row)
 

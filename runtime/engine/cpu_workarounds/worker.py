@@ -4,7 +4,8 @@
    is the last one. A call of the base in one batch with others then gets another adapter, without an error (vLLM#48421,
    open), and an evaluation of two policies side by side compares the wrong ones.
 2. vLLM's CPU operations copy the adapter's matrices for every token, hundreds of megabytes for one prompt. Here the
-   rows of each adapter are multiplied at once; which rows those are is found once a step, not once a layer.
+   rows of each adapter are multiplied at once; which rows those are is found once a step, not once a layer, and a
+   layer's matrices are joined once an adapter.
 3. A prompt that is read in several pieces samples a token after each piece, and vLLM then turns a seeded request's
    generator back by an offset, which generators on CPUs do not support: the engine dies.
 4. Where the processor has AMX, vLLM's attention uses it without asking Linux for the permission. Unless a large matrix
@@ -19,7 +20,6 @@ from __future__ import annotations
 from functools import wraps
 
 import torch
-from torch.nn.functional import linear
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.ops import torch_ops
 from vllm.lora.ops.torch_ops import lora_ops
@@ -53,9 +53,9 @@ def expand_slice(inputs, weights, output, indices, slice_offset, slice_size, add
         columns[rows] += inputs[rows].to(output.dtype) @ matrix[:slice_size].to(output.dtype).T
 
 
-FEW_ROWS = 64
+FEW_ROWS = 16
 """Up to so many rows are multiplied in float32: PyTorch's bfloat16 product takes 27 µs to begin, its float32 one 4, and
-one token passes 330 of them. With more rows the product itself counts, and bfloat16 is faster."""
+one token passes 240 of them. With more rows the product itself counts, and bfloat16 is faster."""
 
 
 def add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, *, buffer=None, **options):
@@ -64,49 +64,67 @@ def add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_sl
     `y` has the columns of several layers side by side, one slice each. Takes the place of the method of
     `PunicaWrapperCPU`.
     """
-    for slot, rows in self.rows_by_slot:
+    _add_products(y, x, lora_a_stacked, lora_b_stacked, scale, self.rows_by_slot)
+
+
+def add_lora_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, *, buffer=None, **options):
+    """Like `add_lora_linear`, for the projection of the rows that are sampled from to the vocabulary."""
+    _add_products(y, x, (lora_a_stacked,), (lora_b_stacked,), scale, self.sampled_by_slot)
+
+
+def _add_products(y, x, lora_a_stacked, lora_b_stacked, scale, rows_by_slot):
+    for slot, rows in rows_by_slot:
         inputs = x if rows is None else x[rows]
-        if len(inputs) > FEW_ROWS:
-            downs, ups = [matrix[slot, 0] for matrix in lora_a_stacked], [matrix[slot, 0] for matrix in lora_b_stacked]
-            parts = [linear(inputs, down) for down in downs]
+        dtype = torch.float32 if len(inputs) <= FEW_ROWS else x.dtype
+        matrices = _join(lora_a_stacked, lora_b_stacked, slot, dtype)
+        if matrices is None:
+            continue
+        down, up = matrices
+        product = inputs.to(dtype) @ down @ up
+        if scale != 1.0:  # of 0.32: vLLM scales an adapter when it is loaded
+            product *= scale
+        if rows is None:
+            y += product
         else:
-            down, ups = _in_float32(lora_a_stacked, lora_b_stacked, slot)
-            parts = linear(inputs.float(), down).chunk(len(ups), dim=1)
-        offset = 0
-        for part, up, width in zip(parts, ups, output_slices, strict=True):
-            product = linear(part, up)
-            if scale != 1.0:  # of 0.32: vLLM scales an adapter when it is loaded
-                product *= scale
-            columns = y[:, offset : offset + width]
-            if rows is None:
-                columns += product
-            else:
-                columns.index_add_(0, rows, product.to(y.dtype))
-            offset += width
+            y.index_add_(0, rows, product.to(y.dtype))
 
 
-_float32: dict[tuple[int, int], tuple[torch.Tensor, list[torch.Tensor]]] = {}
-"""(Address of a layer's first matrix, slot) -> its A matrices one below the other, and its B matrices."""
+_joined: dict[tuple[int, int, torch.dtype], tuple[torch.Tensor, torch.Tensor] | None] = {}
+"""(Address of a layer's first matrix, slot, type) -> its A and B matrices as `_join` returns them."""
 
 
-def _in_float32(lora_a_stacked, lora_b_stacked, slot):
-    key = (lora_a_stacked[0].data_ptr(), slot)
-    if key not in _float32:
-        down = torch.cat([matrix[slot, 0] for matrix in lora_a_stacked]).float()
-        _float32[key] = (down, [matrix[slot, 0].float() for matrix in lora_b_stacked])
-    return _float32[key]
+def _join(lora_a_stacked, lora_b_stacked, slot, dtype):
+    """Return the A matrices of a layer's slices as one, (inner width, ranks), and the B matrices, (ranks, width).
+
+    None where the adapter leaves this layer alone. What takes time with few rows is to begin an operation, so two
+    products replace two for each slice; the zeros beside the blocks of the second cost less. A slot is as wide as the
+    highest rank that the server allows: the rows that this adapter does not fill are left out.
+    """
+    key = (lora_a_stacked[0].data_ptr(), slot, dtype)
+    if key not in _joined:
+        downs, ups = [], []
+        for down, up in zip(lora_a_stacked, lora_b_stacked, strict=True):
+            filled = down[slot, 0].any(dim=1)
+            downs.append(down[slot, 0][filled])
+            ups.append(up[slot, 0][:, filled])
+        down, up = torch.cat(downs).T.to(dtype), torch.block_diag(*ups).T.to(dtype)
+        _joined[key] = (down.contiguous(), up.contiguous()) if len(up) else None
+    return _joined[key]
 
 
 def _forget_copies(change):
-    """Wrap a change of the matrices in the slots: the copies in float32 are made anew."""
+    """Wrap a change of the matrices in the slots: the joined copies are made anew."""
 
     @wraps(change)
     def change_and_forget(self, *arguments, **options):
-        _float32.clear()
+        has_changed = True
         try:
-            return change(self, *arguments, **options)
+            has_changed = change(self, *arguments, **options)
+            return has_changed
         finally:
-            _float32.clear()
+            # vLLM activates the adapters of a batch at every step; False: they lie in their slots already
+            if has_changed is not False:
+                _joined.clear()
 
     return change_and_forget
 
@@ -117,14 +135,17 @@ def _find_rows(update):
     @wraps(update)
     def update_and_find_rows(self, *arguments, **options):
         update(self, *arguments, **options)
-        indices = self.token_lora_indices
-        slots = indices.unique().tolist()
-        # None: all rows, the usual case, in which nothing is copied. Slot -1 has no adapter.
-        self.rows_by_slot = [
-            (slot, None if len(slots) == 1 else (indices == slot).nonzero().squeeze(1)) for slot in slots if slot >= 0
-        ]
+        self.rows_by_slot = _list_rows(self.token_lora_indices)
+        self.sampled_by_slot = _list_rows(self.sampler_indices)
 
     return update_and_find_rows
+
+
+def _list_rows(indices):
+    """Return (slot, row indices) of every adapter; None for all rows, the usual case, in which nothing is copied."""
+    slots = indices.unique().tolist()
+    # slot -1 has no adapter
+    return [(slot, None if len(slots) == 1 else (indices == slot).nonzero().squeeze(1)) for slot in slots if slot >= 0]
 
 
 def _rows_by_adapter(weights, indices):
@@ -143,8 +164,10 @@ for module in (lora_ops, torch_ops, punica_cpu):
 
 
 punica_cpu.PunicaWrapperCPU.add_lora_linear = add_lora_linear
+punica_cpu.PunicaWrapperCPU.add_lora_logits = add_lora_logits
 punica_cpu.PunicaWrapperCPU.update_metadata = _find_rows(punica_cpu.PunicaWrapperCPU.update_metadata)
-setattr(punica_cpu.PunicaWrapperCPU, "rows_by_slot", ())  # noqa: B010 - an attribute that it lacks; until the first step
+for name in ("rows_by_slot", "sampled_by_slot"):  # attributes that it lacks; until the first step
+    setattr(punica_cpu.PunicaWrapperCPU, name, ())
 for change in ("activate_adapter", "_deactivate_adapter", "remove_all_adapters"):
     setattr(LoRAModelManager, change, _forget_copies(getattr(LoRAModelManager, change)))
 

@@ -100,6 +100,16 @@ async def test_an_approval_speaks_for_what_was_there_by_then(memory: Memory):
     assert "On May 2." in await shown(memory, "john")
 
 
+async def test_a_text_that_was_edited_is_replaced_by_a_later_correction(memory: Memory):
+    trajectory = await talk(memory, "On May 9.")
+    await memory.reviews.edit_exemplar(trajectory.id, "It is May 9.", tenant="")
+    assert "It is May 9." in await shown(memory) and await shown(memory, "john") == ""
+    await correct(memory, trajectory, "On May 2.")
+    assert "On May 2." in await shown(memory)
+    with pytest.raises(IllegalMove, match="was corrected: approve it with a text"):
+        await memory.reviews.edit_exemplar(trajectory.id, "It is May 9.", tenant="")
+
+
 async def test_a_corrected_chat_that_is_retired_is_shown_to_nobody(memory: Memory):
     trajectory = await talk(memory, "On May 9.", value=False)
     await correct(memory, trajectory, "On May 2.")

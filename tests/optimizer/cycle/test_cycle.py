@@ -59,7 +59,7 @@ class Kitchen:
     def holds_out(self, environment, task, texts):
         return (task or "").startswith("held-out-")
 
-    async def rollout(self, task, *, policy, use_memory, temperature, seed):
+    async def rollout(self, task, *, policy, use_memory, temperature, seed, keeps_logprobs=False):
         if self.num_played == self.dies_after:
             raise Died
         self.num_played += 1
@@ -71,6 +71,8 @@ class Kitchen:
         graded.trajectory.stage = TrajectoryStage.RUNNING
         await self.memory.trajectories.open(graded.trajectory)
         for step in graded.steps:
+            if keeps_logprobs and step.output_token_ids:
+                step.output_logprobs = [-0.5] * len(step.output_token_ids)
             await self.memory.trajectories.append(step, trajectory=graded.trajectory)
         await self.memory.trajectories.reward(graded.trajectory.id, float(is_right), RewardSource.ENVIRONMENT)
         return await self.memory.trajectories.close(graded.trajectory.id, stage=TrajectoryStage.FINISHED)

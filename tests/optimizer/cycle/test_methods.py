@@ -263,8 +263,9 @@ async def test_each_round_of_grpo_plays_with_the_policy_of_the_round_before(memo
     verdict = await run_cycle(memory, cycle.id, seams=seams)
 
     assert [(spec.kind, spec.version, spec.parent) for spec in specs] == [("sft", 1, 0), ("grpo", 2, 1), ("grpo", 3, 2)]
-    of_last_round = {memory.trajectories.get(row["trajectory_id"]).policy for row in read_rows(specs[-1].rows_path)}
-    assert of_last_round == {2}
+    rows = read_rows(specs[-1].rows_path)
+    assert {memory.trajectories.get(row["trajectory_id"]).policy for row in rows} == {2}
+    assert all(row["sampled_logps"] == [-0.5 * own for own in row["mask"]] for row in rows)
     artifacts = memory.cycles.get(cycle.id).artifacts
     assert artifacts["num_rounds"] == {"grpo": 2} and verdict["policy"] == artifacts["selection"]["chosen"] == 3
     learned_from = read_manifest(Path(memory.policies.get(3).adapter_path)).trajectory_ids

@@ -242,6 +242,21 @@ async def test_a_candidate_of_a_method_that_another_version_had_is_not_judged_an
     assert not world.played and len(world.memory.verdicts.select()) == 1
 
 
+async def test_tasks_that_have_decided_do_not_decide_again_where_the_list_of_tasks_begins_anew(world):
+    world.tasks = lambda environment, split, num_tasks, offset=0: [
+        Task(environment, str(n), "cooking", split) for n in range(50)[: offset + num_tasks]
+    ]
+    world.wins = lambda task, policy, use_memory: int(task.name) % 2 == 0
+    context, _ = await pass_the_gate(world)
+    world.played.clear()
+    world.wins = candidate_always
+
+    verdict = await decide_again(context)
+
+    assert set(world.names_of(0)) == {str(n) for n in range(40, 50)}
+    assert verdict["decision"] == "uninformative" and "10 tasks were played by both, 30 are needed" in verdict["reason"]
+
+
 async def test_a_rejected_candidate_may_be_judged_again_and_becomes_a_candidate_or_better(world):
     world.wins = lambda task, policy, use_memory: policy == 0
     context, rejected = await pass_the_gate(world)

@@ -26,7 +26,15 @@ CELL = {
     "broken_share": 0.0,
     "truncated_share": 0.0,
 }
-GUARD = {"name": "turns", "candidate": 0.0, "incumbent": 0.0, "low": None, "high": None, "limit": 1.25}
+GUARD = {
+    "name": "turns",
+    "candidate": 0.0,
+    "incumbent": 0.0,
+    "low": None,
+    "high": None,
+    "limit": 1.25,
+    "is_ratio": True,
+}
 COMPARISON = {
     "title": "SFT against base, memory off",
     "num_tasks": 0,

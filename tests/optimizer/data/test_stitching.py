@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from optimizer.data.stitching import Unstitchable, plan_memory_removal, remove_memory, render_prompt, stitch
+from optimizer.data.stitching import (
+    Unstitchable,
+    place_logprobs,
+    plan_memory_removal,
+    remove_memory,
+    render_prompt,
+    stitch,
+)
 from tests.optimizer.worlds import ACT, live, say
 
 MOVES = [("take carrot", "You have the carrot."), ("cook carrot with stove", "It is fried. You win!")]
@@ -45,6 +52,24 @@ def test_a_prompt_that_parts_before_the_last_reply_starts_a_new_row(tokenizer):
 
     assert tally == {"fork": 1} and len(rows) == 2
     assert rows[1].starts == [rows[1].num_prompt_tokens]
+
+
+@pytest.mark.parametrize("is_forked", [False, True])
+def test_log_probs_lie_at_the_tokens_that_were_sampled_with_them(tokenizer, is_forked):
+    played = live(MOVES, tokenizer=tokenizer)
+    if is_forked:
+        played.steps[2].prompt_token_ids = [7, *played.steps[2].prompt_token_ids]
+    for step in (played.steps[0], played.steps[2]):
+        step.output_logprobs = [-float(token_id) for token_id in step.output_token_ids]
+
+    rows, _ = stitch(played.steps)
+
+    assert len(rows) == 1 + is_forked
+    for row in rows:
+        expected = [-token_id * own for token_id, own in zip(row.input_ids, row.mask, strict=True)]
+        assert place_logprobs(row, played.steps) == expected
+    played.steps[2].output_logprobs = None
+    assert place_logprobs(rows[-1], played.steps) is None
 
 
 def test_a_step_without_token_ids_is_refused_by_a_word(tokenizer):

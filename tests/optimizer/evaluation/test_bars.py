@@ -89,6 +89,16 @@ def test_no_environment_in_which_candidates_are_proved_is_left_out():
         require_proof(operator.model_copy(update={"evaluation": EvaluationConfig(margin=-1)}), operator)
 
 
+@pytest.mark.parametrize("other", ["garden", ""])
+def test_the_environment_that_the_operator_names_decides(other: str):
+    played = {"practice_episodes": 0, "explore_episodes": 0}
+    asked = OptimizerConfig(environment=other, **played)
+    with pytest.raises(ValueError, match=f"environment = '{other}' is not 'kitchen'"):
+        require_proof(asked, OptimizerConfig(environment="kitchen", **played))
+    require_proof(asked, asked)
+    require_proof(asked, OptimizerConfig())  # it names none
+
+
 NUMBERS = st.fixed_dictionaries(
     {
         "num_tasks": st.integers(0, 500),

@@ -106,6 +106,16 @@ def test_invalid_tool_calls_are_not_bought_with_success():
     assert verdict.decision is Decision.REJECT and "guard" in verdict.reason
 
 
+def test_a_candidate_that_wins_because_it_learned_to_call_tools_is_promoted_and_its_invalid_calls_are_named():
+    talks = cell(wins(40), "incumbent", num_results=0)
+    verdict = decide(cell(wins(80), num_invalid_tool_calls=1), talks, CONFIG)
+
+    assert verdict.decision is Decision.PROMOTE and verdict.is_dearer
+    assert (
+        "it is dearer: invalid tool calls per model call" in verdict.reason and "(difference at least" in verdict.reason
+    )
+
+
 @pytest.mark.parametrize("how", DEARER)
 def test_a_better_candidate_that_costs_more_is_promoted_and_its_price_is_named(how):
     verdict = decide(cell(wins(80), **how), INCUMBENT, CONFIG)

@@ -172,6 +172,22 @@ async def test_tries_at_different_temperatures_are_not_compared(memory, candidat
     assert verdict.decision is Decision.UNINFORMATIVE and verdict.paired.num_tasks == NUM_TASKS - 1
 
 
+@pytest.mark.parametrize("of_candidate", [True, False])
+async def test_pairs_that_were_chosen_after_an_outcome_was_known_decide_nothing(memory, candidate, of_candidate):
+    await log_both(memory, candidate)
+    assert decide(memory, candidate).decision is Decision.PROMOTE
+    for task in range(
+        NUM_TASKS, NUM_TASKS + 3
+    ):  # what the candidate lost, or the incumbent won, is left without a pair
+        version, reward = (candidate.version, 0.0) if of_candidate else (0, 1.0)
+        await log(memory, version, task, reward)
+
+    verdict = decide(memory, candidate)
+
+    assert verdict.decision is Decision.UNINFORMATIVE and not verdict.was_tested
+    assert verdict.reason.startswith(f"3 of {NUM_TASKS + 3} held-out tasks were tried by one policy alone")
+
+
 async def test_tries_that_nobody_rewarded_are_a_doubt(memory, candidate):
     for task in range(7, NUM_TASKS, 8):  # those that the candidate lost
         await log(memory, candidate.version, task, None)

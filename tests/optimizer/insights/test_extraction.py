@@ -78,7 +78,7 @@ async def test_with_a_model_won_and_lost_tries_are_compared_then_successes_group
     success, failure = won("1", memory_text="<memory>\nsecret\n</memory>"), lost("1")
     critic = ScriptedCritic("ADD: Look before you wait.", "AGREE 1: Look before you wait.")
 
-    extraction = await extract_insights([success], [failure], known=[], complete=critic)
+    extraction = await extract_insights([success, won("2")], [failure], known=[], complete=critic)
 
     assert [operation.kind for operation in extraction.operations] == [OperationKind.ADD, OperationKind.AGREE]
     assert "> wait" in critic.asked[0] and "> look" in critic.asked[0]
@@ -140,10 +140,11 @@ async def test_comments_of_people_are_shown_with_their_episode():
     ]
 
 
-async def test_an_episode_is_evidence_once_in_each_kind_of_reading():
+async def test_an_episode_is_evidence_once():
     successes, failures = [won("1"), won("2")], [lost("1"), lost("3")]
     first = await extract_insights(successes, failures, known=[], complete=ScriptedCritic())
-    assert first.num_asked == 3  # the pair, the wins, the loss
+    assert first.num_asked == 3  # the pair, the win, the loss
+    assert len(first.evidence) == len({trajectory_id for trajectory_id, _ in first.evidence}) == 4
     again = await extract_insights(
         successes, failures, known=[], complete=ScriptedCritic(), already_read=set(first.evidence)
     )

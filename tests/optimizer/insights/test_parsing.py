@@ -1,4 +1,4 @@
-"""Real answers of critics, and the operations that must be parsed from them."""
+"""Answers as critics write them, written by hand for this corpus, and the operations that must be parsed from them."""
 
 from __future__ import annotations
 

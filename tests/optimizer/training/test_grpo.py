@@ -77,6 +77,44 @@ def test_a_token_that_has_moved_far_enough_gets_no_gradient(spec, tokenizer, adv
     assert has_gradient is not is_clipped
 
 
+def test_a_token_counts_as_much_less_as_the_engine_found_it_likelier_than_the_trainer(spec, tokenizer):
+    assert grpo.weigh_tokens([-1.0, -1.0], None) == [1.0, 1.0]
+    weights = grpo.weigh_tokens([-1.0, -1.0, -1.0], [0.0, -1.0, -1.0 + math.log(2), -9.0])
+    assert weights == pytest.approx([1.0, 0.5, grpo.LARGEST_WEIGHT])
+
+    trainer = make_trainer(spec, tokenizer, dtype="float32")
+    row = {**trainer.train_dataset[0], "old_logps": [logp - 0.1 for logp in trainer.train_dataset[0]["old_logps"]]}
+
+    def loss(weight):
+        weighed = {**row, "weights": [weight] * len(row["weights"])}
+        with torch.no_grad():
+            return trainer.compute_loss(trainer.model, trainer.data_collator([weighed])).item()
+
+    assert loss(0.5) == pytest.approx(loss(1.0) / 2) and abs(loss(1.0)) > 1e-3
+    logs = {}
+    trainer.log(logs)
+    assert logs["engine_gap"] == pytest.approx(math.log(2) / 3, rel=1e-3)  # of the three losses one has it
+
+
+def test_rows_of_an_engine_whose_log_probs_were_kept_are_weighed_by_them(spec, tokenizer):
+    graded = [live(moves, tokenizer=tokenizer, is_success=moves is WON) for moves in (WON, LOST)]
+    for each in graded:
+        for step in each.steps:
+            step.output_logprobs = [-0.01] * len(step.output_token_ids or ())
+    rows = build_groups(graded, policy=0, config=GroupConfig(), max_length_tokens=2048).rows
+
+    trainer = grpo.build_trainer(made := spec("grpo", rows, dtype="float32"), grpo.read_rows(made.rows_path))
+
+    for row in trainer.train_dataset:
+        of_own = [
+            (weight, old)
+            for weight, old, own in zip(row["weights"], row["old_logps"], row["mask"][1:], strict=True)
+            if own
+        ]
+        assert all(weight == pytest.approx(min(2.0, math.exp(old + 0.01)), rel=1e-3) for weight, old in of_own)
+        assert min(weight for weight, _ in of_own) < 0.9
+
+
 def test_the_loss_does_not_depend_on_how_many_rows_fit_into_a_pass(spec, tokenizer):
     trainer = make_trainer(spec, tokenizer, dtype="float32")
     # 0.1: the policy has changed a little since

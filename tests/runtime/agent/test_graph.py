@@ -17,7 +17,7 @@ from runtime.config import AgentConfig
 from runtime.engine.client import Delta
 from runtime.engine.model_families import DEFAULT_TEMPERATURE
 from runtime.engine.process import Engine
-from runtime.errors import RequestRefused, ToolRefused, UnknownEnvironment
+from runtime.errors import EnvironmentRefused, RequestRefused, ToolRefused, UnknownEnvironment
 from runtime.serving.hotswap import HotSwap
 from runtime.tools.functions import tool_from_function
 from tests.rollouts import play
@@ -57,6 +57,17 @@ async def test_a_finished_episode_ends_without_another_model_call(agent: Agent, 
     assert levers.started[0].num_closed == 1
 
 
+async def test_a_task_whose_tools_the_chat_template_would_drop_is_refused_by_their_names(
+    agent: Agent, engine: Engine, memory: Memory, fake: FakeEngine, levers: Levers
+):
+    engine.takes_tools = False
+    with pytest.raises(EnvironmentRefused, match=r"'left' of 'levers' .*'pull'.*--chat-template"):
+        await play(agent, levers.task("left"))
+    assert levers.started[0].num_closed == 1
+    assert fake.requests == [] and memory.trajectories.select() == []
+    assert (await play(agent, messages=[{"role": "user", "content": "hi"}])).stage is TrajectoryStage.FINISHED
+
+
 async def test_every_step_is_durable_before_the_next_model_call(
     agent: Agent, memory: Memory, fake: FakeEngine, levers: Levers
 ):
@@ -89,6 +100,19 @@ async def test_deltas_arrive_as_the_model_writes_and_add_up_to_the_answer(agent:
     assert heard == list("hello")
     assert memory.trajectories.steps(trajectory.id)[0].output_token_ids == ids_of("hello")
     assert trajectory.answer == "hello"
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_the_record_keeps_the_log_probs_of_sampled_tokens_where_the_request_says_so(
+    agent: Agent, memory: Memory, streams: bool
+):
+    async def ignore(delta: Delta) -> None:
+        pass
+
+    for keeps, kept in ((True, [-0.5] * len("hello")), (False, None)):
+        messages = [{"role": "user", "content": "hi"}]
+        played = await play(agent, messages=messages, keeps_logprobs=keeps, on_delta=ignore if streams else None)
+        assert memory.trajectories.steps(played.id)[0].output_logprobs == kept
 
 
 async def test_a_streamed_tool_call_is_put_together_from_its_pieces(agent: Agent, fake: FakeEngine, levers: Levers):

@@ -11,6 +11,10 @@ import structlog
 
 from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import Feedback, Scope
+from optimizer.insights.extraction import extract_insights
+from runtime.errors import EngineLost
+from serve import Critic
+from tests.optimizer.worlds import live
 from tests.runtime.api.worlds import ServedWorld
 
 SECRET = "My name is Jane Doe, my IBAN is DE89370400440532013000: confirm my refund."
@@ -123,6 +127,26 @@ def test_an_operator_widens_a_memory_rewords_it_and_retires_it(world: ServedWorl
     ]
 
 
+def test_an_operator_rewords_a_success_for_the_same_person(world: ServedWorld, http: httpx.Client):
+    answer = ask(http, SECRET, user="jane")
+    like(http, answer)
+    drain(world)
+
+    edited = http.post(f"/v1/exemplars/{answer}/edit", json={"text": "Jane asked for a refund. > refund"}).json()
+
+    assert (edited["shown_to"], edited["user_id"], edited["text"]) == (
+        "user",
+        "jane",
+        "Jane asked for a refund. > refund",
+    )
+    shown = prompt(world, http, SECRET, user="jane")
+    assert "Jane asked for a refund." in shown and "IBAN" not in shown
+    assert prompt(world, http, SECRET, user="bob") == ""
+    assert http.post(f"/v1/exemplars/{answer}/edit", json={"text": " "}).status_code in (400, 422)
+    (review,) = world.memory.reviews.of(answer, tenant="")
+    assert (review.kind.value, review.text) == ("edit", "Jane asked for a refund. > refund")
+
+
 def test_an_operator_decides_about_insights_and_the_key_is_recorded(world: ServedWorld, http: httpx.Client):
     key, token = asyncio.run(world.memory.keys.create("operator", [Scope.INFER, Scope.LEARN]))
     http.headers["Authorization"] = f"Bearer {token}"
@@ -188,3 +212,17 @@ def test_no_line_of_the_log_holds_what_a_person_said(
     events = [(line["event"], line["error"]) for line in lines]
     assert events == [("episode failed", "Confused"), ("request failed", "Confused")]
     assert "Jane" not in repr(lines) and "post_feedback" in lines[1]["trace"]
+
+
+async def test_what_an_engine_says_of_a_prompt_is_in_no_report_and_in_no_log():
+    class Quoting:
+        async def complete(self, *_: Any, **__: Any) -> str:
+            raise EngineLost("the engine answered 500", quoted=f"cannot parse {SECRET!r}")
+
+    with structlog.testing.capture_logs() as lines:
+        won = live([("take carrot", "Taken.")], task="1")
+        lost = live([("drop carrot", "Dropped.")], task="1", is_success=False)
+        extraction = await extract_insights([won], [lost], known=[], complete=Critic(Quoting()).complete)
+
+    assert extraction.first_failure == "CompletionError: the engine answered 500"
+    assert "Jane" not in repr(lines) and lines[0]["event"] == "critique failed"

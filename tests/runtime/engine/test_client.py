@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from runtime.engine.client import Completion, Delta, EngineClient
-from runtime.errors import BudgetExceeded, PolicyError
+from runtime.errors import BudgetExceeded, EngineLost, PolicyError
 
 HI = [{"role": "user", "content": "hi"}]
 Serve = Callable[..., "asyncio.Future[EngineClient]"]
@@ -156,3 +156,12 @@ async def test_half_a_character_is_mended_before_anybody_sees_it(serve: Serve):
     reply = await (await serve(answer)).chat("base", HI)
     assert reply.content == "half \ufffd, whole \U0001f600"
     assert reply.tool_calls[0]["function"]["arguments"] == '{"text": "\ufffd"}'
+
+
+async def test_a_call_after_the_client_was_closed_opens_no_connection():
+    """A probe that starts while the engine is stopped would leave one behind."""
+    client = EngineClient("http://127.0.0.1:9")
+    await client.close()
+    with pytest.raises(EngineLost, match="the client is closed"):
+        await client.models()
+    assert client._session is None

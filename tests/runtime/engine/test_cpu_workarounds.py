@@ -17,7 +17,7 @@ from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 theirs = {name: getattr(lora_ops, name) for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")}
-their_linear = PunicaWrapperCPU.add_lora_linear
+their_linear, their_logits = PunicaWrapperCPU.add_lora_linear, PunicaWrapperCPU.add_lora_logits
 from runtime.engine.cpu_workarounds import worker as ours
 torch.manual_seed(0)
 rows, width, rank, num_slots = 60, 48, 8, 4
@@ -61,7 +61,8 @@ class Mapping:
     is_prefill = False
 class Wrapper(PunicaWrapperCPU):
     def _update_base_metadata(self, mapping, slots, max_loras, vocab_size):
-        self._token_lora_indices, self.indices_len = torch.tensor(slots), [len(slots)] * 4
+        self._token_lora_indices = self._sampler_indices = torch.tensor(slots)
+        self.indices_len = [len(slots)] * 4
 def wrap(slots):
     wrapper = Wrapper.__new__(Wrapper)
     wrapper.is_prefill, wrapper.no_lora = False, False
@@ -79,12 +80,24 @@ def check(slots):
     assert torch.allclose(one, other, atol=0.5, rtol=0.02), (slots, (one - other).abs().max())
     bare = [number for number, slot in enumerate(slots) if slot < 0]
     assert torch.equal(one[bare], other[bare])
-for slots in ([2], [-1], [0] * 9, [0, 1, -1, 3, 1], [1] * 300, [0, -1, 2] * 100):
+    one = torch.randn(len(slots), widths[2], dtype=torch.bfloat16)
+    other = one.clone()
+    their_logits(wrap(slots), one, rows, downs[2], ups[2], 1.0)
+    wrap(slots).add_lora_logits(other, rows, downs[2], ups[2], 1.0)
+    assert torch.allclose(one, other, atol=0.5, rtol=0.02), (slots, (one - other).abs().max())
+downs[1][1] = 0  # an adapter that leaves one layer of three alone
+for down in downs:
+    down[3, 0, 5:] = 0  # and one of a lower rank
+    down[0] = 0  # and one that has none of these layers
+for slots in ([2], [-1], [0] * 9, [0, 1, -1, 3, 1], [1] * 300, [3] * 40, [0, -1, 2, 3] * 100):
     check(slots)
-downs[0][2].zero_()  # another adapter comes into the slot
 class Manager(LoRAModelManager):
     def __init__(self):
-        self._active_adapters, self.lora_index_to_id, self.modules = {}, [], {}
+        self._active_adapters, self.lora_index_to_id, self.modules = {7: None}, [], {}
+# vLLM does this at every step with the adapters of the batch: the joined matrices stay
+joined = dict(ours._joined)
+assert joined and not Manager().activate_adapter(7) and ours._joined == joined
+downs[0][2].zero_()  # another adapter comes into the slot
 try:
     LoRAModelManager._deactivate_adapter(Manager(), 1)
 except ValueError:

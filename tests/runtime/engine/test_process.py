@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -94,6 +95,25 @@ async def test_no_engine_at_the_url_is_one_clear_error(tmp_path: Path):
     with pytest.raises(EngineError, match=r"no engine answers at 'http://127.0.0.1:9'"):
         await engine.start()
     assert not engine.is_ready
+
+
+async def test_the_template_of_an_engine_elsewhere_is_read_where_its_directory_is_known(
+    fake: FakeEngine, base_dir: Path, tmp_path: Path
+):
+    shows = tmp_path / "tools.jinja"
+    shows.write_text("{{ messages }}{{ tools }}")
+    (base_dir / "chat_template.jinja").write_text("{{ messages }}")
+
+    async def takes_tools(**settings: Any) -> bool:
+        engine = Engine(EngineConfig(url=fake.url, **settings), tmp_path / "data")
+        await engine.start()
+        await engine.stop()
+        return engine.takes_tools
+
+    assert not await takes_tools()  # the engine says where its model is
+    assert not await takes_tools(model=str(base_dir))
+    assert await takes_tools(extra_args=["--chat-template", str(shows)])
+    assert await takes_tools(model="somebody/elsewhere")
 
 
 async def test_a_child_whose_end_was_broken_off_is_waited_for_at_the_stop(tmp_path: Path):
