@@ -179,7 +179,7 @@ async def check_training(memory: Memory, config: OptimizerConfig, seams: Seams) 
     from runtime.doctor import Check
 
     try:
-        placement = await place_training(memory, config, seams)
+        placement = await place_training(memory, config, seams.inspect_machine)
     except TrainingDoesNotFit as error:
         return Check("training", False, str(error), "until then learning is refused; answering is not affected")
     except ValueError as error:  # the base's files are elsewhere: an engine at engine.url need not learn here

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from memory.chat_marks import neutralise
 from memory.schema import StepKind
 from memory.team import Role, is_actors
 
@@ -16,19 +17,47 @@ Message = dict[str, Any]
 
 def show_memory(opening: Sequence[Message], memory_text: str) -> list[Message]:
     """Return the opening with the memory segment ahead of its last user message."""
+    return _add_to_last_user(opening, before=f"{memory_text}\n\n") if memory_text else list(opening)
+
+
+def show_plan(opening: Sequence[Message], plan: str) -> list[Message]:
+    """Return the opening with a plan behind the text of its last user message.
+
+    Behind it, because the memory segment goes ahead of it: the two leave each other's tokens as they are.
+    """
+    shown = f"\n\nA plan, which may be wrong:\n{neutralise(plan.strip())}"
+    return _add_to_last_user(opening, behind=shown) if plan.strip() else list(opening)
+
+
+def _add_to_last_user(opening: Sequence[Message], *, before: str = "", behind: str = "") -> list[Message]:
     messages = list(opening)
-    positions = [position for position, message in enumerate(messages) if message.get("role") == "user"]
-    if not memory_text or not positions:
+    position = next((at for at in reversed(range(len(messages))) if messages[at].get("role") == "user"), None)
+    if position is None:
         return messages
-    content = messages[positions[-1]].get("content") or ""
+    content = messages[position].get("content") or ""
     if isinstance(content, str):
-        shown: str | list[dict[str, Any]] = f"{memory_text}\n\n{content}"
+        shown: str | list[dict[str, Any]] = f"{before}{content}{behind}"
     else:  # OpenAI's list of parts
         # vLLM joins parts with a newline for templates that take none, so the two forms differ by one newline
         # (optimizer/data/stitching.py tries both)
-        shown = [{"type": "text", "text": f"{memory_text}\n\n"}, *content]
-    messages[positions[-1]] = messages[positions[-1]] | {"content": shown}
+        ahead, after = ([{"type": "text", "text": text}] if text else [] for text in (before, behind))
+        shown = [*ahead, *content, *after]
+    messages[position] = messages[position] | {"content": shown}
     return messages
+
+
+def text_of(message: Message) -> str:
+    """Return the text of a message whose content is a string or a list of parts."""
+    # digests of open episodes are taken of it (runtime/agent/resume.py): joined otherwise, none of them would resume
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(part.get("text", "") for part in content)
+    return content or ""
+
+
+def last_user_text(messages: Sequence[Message]) -> str:
+    """Return the text of the last user message; empty without one."""
+    return next((text_of(message) for message in reversed(messages) if message.get("role") == "user"), "")
 
 
 def as_reply(content: str, tool_calls: Sequence[dict[str, Any]]) -> Message:

@@ -28,9 +28,44 @@
     ReplayMismatch               an environment did not answer the calls of a recorded episode as it did then
 
 Invalid arguments are plain `ValueError`s.
+
+The error that ended an episode is stored as text: `describe_error` writes it, `read_error` and `find_spent_budget` read
+it.
 """
 
 from __future__ import annotations
+
+from enum import Enum, auto
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error as a trajectory stores it."""
+    return f"{type(error).__name__}: {error}"
+
+
+def read_error(stored: str | None) -> tuple[str, str]:
+    """Return (name of the class, message) of a stored error."""
+    kind, _, message = (stored or "").partition(": ")
+    return kind, message
+
+
+class SpentBudget(Enum):
+    """What an episode had used up when it was ended."""
+
+    CONTEXT = auto()
+    TIME = auto()
+    CALLS = auto()  # its steps or tokens
+
+
+def find_spent_budget(stored: str | None) -> SpentBudget | None:
+    """Return which budget a stored error says was spent; None where it says something else."""
+    kind, message = read_error(stored)
+    if kind != "BudgetExceeded":
+        return None
+    # the messages are those of runtime/engine/client.py, and of graph.py and state.py in runtime/agent
+    if "context" in message:
+        return SpentBudget.CONTEXT
+    return SpentBudget.TIME if "second" in message else SpentBudget.CALLS
 
 
 class StoreError(Exception):

@@ -33,6 +33,7 @@ from sqlalchemy import (
     Index,
     Integer,
     LargeBinary,
+    Row,
     String,
     TypeDecorator,
     UniqueConstraint,
@@ -355,11 +356,17 @@ class Trajectory(SQLModel, table=True):
 
     @property
     def may_teach(self) -> bool:
-        """Whether weights and insights may be learned from its recorded steps.
+        """Whether weights and insights may be learned from its recorded steps."""
+        return may_teach(self)
 
-        Where an operator approved a reworded exemplar, only the new wording was approved.
-        """
-        return self.trust is Trust.TRUSTED or (self.approved_at is not None and self.exemplar_text is None)
+
+def may_teach(trajectory: Trajectory | Row[Any]) -> bool:
+    """Whether weights and insights may be learned from the recorded steps of a trajectory, or of a row of its columns.
+
+    Where an operator approved a reworded exemplar, only the new wording was approved.
+    """
+    is_approved = trajectory.approved_at is not None and trajectory.exemplar_text is None
+    return trajectory.trust is Trust.TRUSTED or is_approved
 
 
 class StepKind(StrEnum):

@@ -16,8 +16,6 @@ from typing import Any, Protocol, TypeVar
 
 from memory.chat_marks import neutralise
 
-Message = dict[str, Any]
-
 
 class Role(StrEnum):
     """The role in which a policy made a call."""
@@ -64,22 +62,6 @@ def read_by_client(steps: Sequence[StepT]) -> list[StepT]:
 def find_plan(steps: Sequence[Any]) -> str:
     """Return the plan among the steps; empty without one."""
     return next((step.content for step in steps if step.role is Role.PLANNER), "")
-
-
-def show_plan(opening: Sequence[Message], plan: str) -> list[Message]:
-    """Return the opening with a plan behind the text of its last user message.
-
-    Behind it, because the memory segment goes ahead of it: the two leave each other's tokens as they are.
-    """
-    messages = list(opening)
-    positions = [position for position, message in enumerate(messages) if message.get("role") == "user"]
-    if not plan.strip() or not positions:
-        return messages
-    text = f"A plan, which may be wrong:\n{neutralise(plan.strip())}"
-    content = messages[positions[-1]].get("content") or ""
-    shown = f"{content}\n\n{text}" if isinstance(content, str) else [*content, {"type": "text", "text": f"\n\n{text}"}]
-    messages[positions[-1]] = messages[positions[-1]] | {"content": shown}
-    return messages
 
 
 def write_note(note: str) -> str:

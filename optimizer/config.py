@@ -7,7 +7,7 @@ training settings, chosen by the number of parameters of the base; `OptimizerCon
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -105,8 +105,6 @@ RECIPES: tuple[tuple[float, Recipe], ...] = (
 )
 METHOD_NAMES = tuple(RECIPES[0][1].methods)
 """The methods of learning that `optimizer.methods` may name; `cycle/methods.py` describes each."""
-PLAYING_METHODS = ("grpo", "distill", "search")
-"""Those that play in every cycle, so they need an environment."""
 FIRST_METHOD = "sft"
 """The method that continues no other of its cycle, so nothing can come before it."""
 
@@ -220,6 +218,8 @@ class LabelConfig(BaseModel, extra="forbid"):
 class RoundsConfig(BaseModel, extra="forbid"):
     """How a method that learns from its own rollouts plays: each round with the policy of the round before."""
 
+    method: ClassVar[str] = ""
+    """The method that plays them."""
     rounds: int = Field(default=2, ge=1)
     num_tasks: int = Field(default=32, ge=1)
     """The first so many of the practice tasks."""
@@ -232,6 +232,7 @@ class RoundsConfig(BaseModel, extra="forbid"):
 class GroupConfig(RoundsConfig):
     """The groups of GRPO. `min_rows`: tasks whose rollouts differ in reward; with fewer the rounds end."""
 
+    method = "grpo"
     num_tries: int = Field(default=8, ge=2)
     token_price: float = Field(default=0.0, ge=0)
     """Share of its lead over the next lower reward of its task that a rollout loses for every 1,000 tokens that it
@@ -242,11 +243,14 @@ class RolloutConfig(RoundsConfig):
     """The rollouts that distillation scores; as many are played with memory. `min_rows`: rollouts without memory; with
     fewer the rounds end."""
 
+    method = "distill"
+
 
 class BranchConfig(RoundsConfig):
     """The branches of search: ways on from a step of an own episode. `num_tries`: the own episodes of each task that
     are branched from. `min_rows`: preferences; with fewer the rounds end."""
 
+    method = "search"
     rounds: int = Field(default=1, ge=1)
     num_tries: int = Field(default=2, ge=1)
     num_points: int = Field(default=24, ge=1)
@@ -395,10 +399,10 @@ class OptimizerConfig(BaseModel, extra="forbid"):
                 f"learn_from={self.learn_from!r} must name other environments than {self.environment!r}: live traffic "
                 "is proved on live tasks, by a cycle of its own (`learn --logged`)"
             )
-        if not self.environment and (alone := set(self.methods) & set(PLAYING_METHODS)):
+        if not self.environment and (playing := sorted(filter(self.find_rounds, self.methods))):
             raise ValueError(
-                f"methods names {sorted(alone)!r}, which learns from its own rollouts: name an environment, or choose "
-                f"among {sorted(set(METHOD_NAMES) - set(PLAYING_METHODS))!r}"
+                f"methods names {playing!r}, which learns from its own rollouts: name an environment, or choose "
+                f"among {sorted(name for name in METHOD_NAMES if self.find_rounds(name) is None)!r}"
             )
         choose_recipe(0, self.recipe)  # a wrong name must fail here, not after an hour of practice
         return self
@@ -438,6 +442,11 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     def pool_environments(self) -> tuple[str, ...]:
         """Whose episodes are learned from; `""` stands for live traffic."""
         return (self.environment, *self.learn_from)
+
+    def find_rounds(self, method: str) -> RoundsConfig | None:
+        """Return how the rounds of a method play, which need an environment; None for one that trains once."""
+        sections = (section for _, section in self if isinstance(section, RoundsConfig))
+        return next((section for section in sections if section.method == method), None)
 
     def plan_training(self, recipe: Recipe, method: str, num_rows: int, *, min_steps: int) -> dict[str, Any]:
         """Return what recipe and configuration decide of the spec of a training on `num_rows`."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from memory.store import Memory
 from optimizer.config import OptimizerConfig, Recipe, choose_recipe
@@ -28,9 +27,6 @@ from optimizer.training.footprint import (
     least_engine_bytes,
     read_shape,
 )
-
-if TYPE_CHECKING:
-    from optimizer.seams import Seams
 
 LEAST_LENGTH_TOKENS = 2048
 """Shorter rows would leave out most episodes: a training that cannot hold one row of this length does not fit."""
@@ -108,14 +104,16 @@ class Placement:
         return self.training(PAIRWISE).footprint(min(self.limit_tokens, LEAST_LENGTH_TOKENS)).total
 
 
-async def place_training(memory: Memory, config: OptimizerConfig, seams: Seams) -> Placement:
+async def place_training(
+    memory: Memory, config: OptimizerConfig, inspect_machine: Callable[[], Awaitable[Machine]]
+) -> Placement:
     """Return the placement of the trainings of a cycle with these settings.
 
     Raises:
         TrainingDoesNotFit: no device has the memory; the message names the settings with which they would.
         ValueError: the base model's files are not here, or lack a size.
     """
-    machine = await seams.inspect_machine()
+    machine = await inspect_machine()
 
     # in a thread: the headers of all weight files are read, and huggingface_hub may be imported
     def choose() -> Placement:

@@ -6,10 +6,11 @@ a test's script are the same to it.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from memory.adapters import Manifest
 from memory.schema import Split, Task, Trajectory
@@ -185,3 +186,30 @@ class Seams:
 
 OnProgress = Callable[[int, int, str], Awaitable[None]]
 """`await on_progress(done, total, message)`."""
+Played = TypeVar("Played")
+
+
+async def play_all(
+    episodes: Sequence[Callable[[], Awaitable[Played]]],
+    *,
+    concurrency: int,
+    label: str,
+    on_progress: OnProgress | None = None,
+) -> list[Played]:
+    """Await every episode, at most `concurrency` at a time; `label` is the message of the progress."""
+    semaphore = asyncio.Semaphore(concurrency)
+    num_done = 0
+
+    async def play_one(episode: Callable[[], Awaitable[Played]]) -> Played:
+        nonlocal num_done
+        async with semaphore:
+            played = await episode()
+        num_done += 1
+        if on_progress is not None:
+            await on_progress(num_done, len(episodes), label)
+        return played
+
+    # one rollout that raises cancels all others: an episode that goes wrong must come back as FAILED instead (Rollout)
+    async with asyncio.TaskGroup() as group:
+        running = [group.create_task(play_one(episode)) for episode in episodes]
+    return [each.result() for each in running]

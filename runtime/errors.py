@@ -28,7 +28,7 @@
 from __future__ import annotations
 
 
-# The names of these classes are data: agent/graph.py stores them in rows, and api/openai/turns.py decides by them.
+# The names of these classes are data: rows hold them (`describe_error` in memory/errors.py).
 class EpisodeError(Exception):
     """An error inside one episode. It ends that episode and nothing else."""
 

@@ -145,6 +145,7 @@ def test_a_cycle_that_fails_says_why_and_fails_the_verb(world: ServedWorld, as_j
     world.learner.ends_badly = True
     code, failed = as_json("learn")
     assert code == 1 and "3 are missing" in failed["error"]["message"]
+    assert failed["error"]["cycle"] and failed["error"]["stage"] == "error"
 
 
 def test_a_second_learn_is_told_of_the_first_and_can_watch_it(world: ServedWorld, as_json: AsJson) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, Row, false, func
 from sqlalchemy import select as sql_select
 from sqlmodel import Session, col, select
 
-from memory.conversation import RecordedStep, restore_messages
+from memory.conversation import RecordedStep, restore_messages, show_plan
 from memory.datasets.examples import Examples, content_of, user_texts_of
 from memory.formats.content import ExampleContent, ExampleKind, Message
 from memory.formats.messages import read_text
@@ -26,9 +26,9 @@ from memory.held_out import HeldOut, is_episode_held_out, is_held_out_by_clients
 from memory.records.feedback import position_of_reply
 from memory.records.trajectories import Trajectories
 from memory.records.trajectory_queries import effective_reward_of
-from memory.schema import Example, Feedback, Split, Step, Trajectory, TrajectoryStage, Trust
+from memory.schema import Example, Feedback, Split, Step, Trajectory, TrajectoryStage, Trust, may_teach
 from memory.storage.database import Database
-from memory.team import Role, find_plan, is_actors, show_plan
+from memory.team import Role, find_plan, is_actors
 
 PAGE_TRAJECTORIES = 32
 PAGE_EXAMPLES = 100
@@ -109,10 +109,8 @@ class _Episode:
 
     @property
     def may_teach(self) -> bool:
-        """As `Trajectory.may_teach`, and not held out by its split."""
-        row = self.trajectory
-        is_approved = row.approved_at is not None and row.exemplar_text is None
-        return row.split is not Split.HELD_OUT and (row.trust is Trust.TRUSTED or is_approved)
+        """Whether it may teach, and is not held out by its split."""
+        return self.trajectory.split is not Split.HELD_OUT and may_teach(self.trajectory)
 
     def describe(self, kind: ExampleKind, completion: list[Message], **fields: Any) -> ExampleContent:
         return ExampleContent(

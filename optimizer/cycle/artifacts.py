@@ -148,6 +148,14 @@ class CycleArtifacts(BaseModel):
             }
         )
 
+    @classmethod
+    def require_readable(cls, name: str, artifact: object) -> None:
+        """Raise TypeError for an artefact that `read` would not find again under this name."""
+        # what a method names is known by its shape, as in `read`; its values are no fields of their own
+        is_methods = isinstance(artifact, RowsSummary | TrainedAdapter) or name.endswith(VERSION_SUFFIX)
+        if not is_methods and name not in cls.model_fields.keys() - {"rows", "trained", "versions"}:
+            raise TypeError(f"{name!r} is no artefact of a cycle: name a field of CycleArtifacts")
+
     @property
     def candidate_version(self) -> int:
         """The version that stands for promotion. Raises ValueError before there is one."""

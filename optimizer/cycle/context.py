@@ -27,12 +27,11 @@ from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.artifacts import CycleArtifacts, to_json
 from optimizer.rewards import GradedTrajectory, grade
-from optimizer.seams import Seams, Serving
+from optimizer.seams import Played, Seams, Serving, play_all
 
 PROGRESS_INTERVAL_SECONDS = 0.5
 
 WithTrajectory = TypeVar("WithTrajectory", GradedTrajectory, Correction)
-Played = TypeVar("Played")
 
 
 @dataclass
@@ -73,7 +72,13 @@ class CycleContext:
         return path_below(self.memory.data_dir, "reports", self.cycle_id)
 
     async def save_artifacts(self, **artifacts: object) -> None:
-        """Add artefacts to the row, under their stored names; a repeated stage reads them there."""
+        """Add artefacts to the row, under their stored names; a repeated stage reads them there.
+
+        Raises:
+            TypeError: no artefact has that name.
+        """
+        for name, artifact in artifacts.items():
+            CycleArtifacts.require_readable(name, artifact)
         stored = {name: to_json(artifact) for name, artifact in artifacts.items()}
         # the row first: a failed write must not leave an artefact that only this process knows
         row = await self.memory.cycles.save(self.cycle_id, artifacts=stored)
@@ -317,20 +322,7 @@ class CycleContext:
         return finished
 
     async def play_all(self, episodes: Sequence[Callable[[], Awaitable[Played]]], label: str) -> list[Played]:
-        """Await every episode, at most `concurrency` at a time, and show the progress of it."""
-        semaphore = asyncio.Semaphore(self.config.concurrency)
-        num_done = 0
-
-        async def play_one(episode: Callable[[], Awaitable[Played]]) -> Played:
-            nonlocal num_done
-            async with semaphore:
-                played = await episode()
-            num_done += 1
-            await self.report_progress(num_done, len(episodes), label)
-            return played
-
-        # one rollout that raises cancels all others: an episode that goes wrong must come back as FAILED instead
-        # (seams.Rollout)
-        async with asyncio.TaskGroup() as group:
-            running = [group.create_task(play_one(episode)) for episode in episodes]
-        return [each.result() for each in running]
+        """Await every episode, as many at a time as is configured, and show the progress of it."""
+        return await play_all(
+            episodes, concurrency=self.config.concurrency, label=label, on_progress=self.report_progress
+        )

@@ -95,7 +95,7 @@ def list_remaining_stages(config: OptimizerConfig, methods: Sequence[str], posit
     two methods share runs once, for the first of them.
 
     Raises:
-        OptimizerError: no method has a stage of that name: the cycle was opened by another version.
+        OptimizerError: there is no such method, or none with a stage of that name: another version opened the cycle.
     """
     chosen = list_methods(methods)
     every_stage = (

@@ -1,7 +1,9 @@
 """The methods of learning that a cycle can apply, and the choice among them.
 
-To add one, write a module in `optimizer.data` that builds its rows, a trainer in `optimizer.training` under the
-method's name, its numbers in every recipe, and an entry in `METHODS`; stages, reports and evaluation follow from it.
+To add one, write a module in `optimizer.data` that builds its rows, a `need_*` in `optimizer.cycle.needs` that counts
+them before anything is played, a section of `OptimizerConfig` that bounds them (of a method that plays, a
+`RoundsConfig` that names it), a trainer in `optimizer.training` under the method's name, its numbers in every recipe,
+and an entry in `METHODS`. Stages, reports and evaluation follow from these. Only `optimizer.methods` chooses it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from optimizer.cycle.needs import (
 from optimizer.cycle.rounds import train_in_rounds
 from optimizer.cycle.stages import Method, MethodStage, build_rows, build_rows_and_train, explore, train
 from optimizer.data import branches, demonstrations, groups, labels, preferences, rollouts
+from optimizer.errors import OptimizerError
 from optimizer.training.footprint import PAIRWISE, UNPAIRED
 
 
@@ -163,8 +166,15 @@ class Choice:
 
 
 def list_methods(names: Sequence[str]) -> list[Method]:
-    """Return the methods of these names, in the order of the names."""
+    """Return the methods of these names, in the order of the names.
+
+    Raises:
+        OptimizerError: there is none of a name: the cycle was opened by another version.
+    """
     by_name = {method.name: method for method in METHODS}
+    for name in names:
+        if name not in by_name:
+            raise OptimizerError(f"there is no method of learning {name!r}, of another version: start another cycle")
     return [by_name[name] for name in names]
 
 

@@ -46,7 +46,7 @@ async def measure_surroundings(memory: Memory, config: OptimizerConfig, seams: S
     Raises: whatever `seams.tasks` raises for an environment that does not exist.
     """
     methods = list_methods(choice.methods)
-    in_rounds = {method.name: rounds.rounds for method in methods if (rounds := method.find_rounds(config))}
+    in_rounds = {method.name: rounds.rounds for method in methods if (rounds := config.find_rounds(method.name))}
     plays = config.practice_episodes or config.explore_episodes or in_rounds
     practice = [_need_practice_tasks(config, seams, in_rounds)] if plays else []
     replays = [_need_replay(config, seams, method) for method in methods if method.play_on]
@@ -119,7 +119,7 @@ def _need_held_out_tasks(config: OptimizerConfig, seams: Seams) -> Need:
 
 async def _need_capacity(memory: Memory, config: OptimizerConfig, seams: Seams, choice: Choice) -> Need:
     try:
-        placement = await place_training(memory, config, seams)
+        placement = await place_training(memory, config, seams.inspect_machine)
     # TrainingDoesNotFit is a ValueError too; other errors of `seams` must reach the caller
     except ValueError as error:  # no GPU has the memory, or the base's files are not on this machine
         return Need(CAPACITY, 1, 0, is_required=True, detail=str(error), mend="until then nothing is learned")

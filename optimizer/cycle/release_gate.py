@@ -127,7 +127,12 @@ async def decide_again(context: CycleContext) -> dict[str, Any]:
     """Compare a closed cycle's candidate with the active policy, on tasks that have not decided about it yet.
 
     New held-out tasks are played where the cycle played; otherwise the episodes that clients played are compared.
+
+    Raises:
+        OptimizerError: the cycle has a method of learning that this version has not.
     """
+    # the report needs them: a cycle of another version is refused before anything is played
+    list_methods(context.artifacts.methods)
     entry_id = new_id("ver")
     if not context.config.environment:
         return await _decide_by_log(context, entry_id, is_in_cycle=False)

@@ -18,7 +18,7 @@ async def train_in_rounds(context: CycleContext, method: Method) -> None:
     Raises:
         TooFewTrajectories: it is the first method of the cycle, and its first round brought too few rows.
     """
-    config = method.find_rounds(context.config)
+    config = context.config.find_rounds(method.name)
     assert config is not None, f"the method {method.name!r} has no rounds"
     for number in range(context.artifacts.num_rounds.get(method.name, 0), config.rounds):
         start = await find_start(context, method)

@@ -20,7 +20,7 @@ from typing import Any
 
 from memory.adapters import digest_adapter, read_manifest
 from memory.schema import Policy, PolicyStage
-from optimizer.config import OptimizerConfig, RoundsConfig
+from optimizer.config import OptimizerConfig
 from optimizer.cycle import practice
 from optimizer.cycle.artifacts import VERSION_SUFFIX, RowsSummary, TrainedAdapter
 from optimizer.cycle.context import CycleContext
@@ -78,7 +78,8 @@ class Method:
     title: str
     """As reports write it."""
     rows: str
-    """The name of its rows: of their artefact, their file and their section of the configuration."""
+    """The name of its rows: of their artefact and their file, and of the section of the configuration that bounds
+    them."""
     build: Callable[[Material], BuiltRows[Any]]
     min_rows: Callable[[OptimizerConfig], int]
     measure_need: MeasureNeed
@@ -105,11 +106,6 @@ class Method:
     def kind(self) -> str:
         """Return what its specs and the recipes call its training."""
         return self.trainer or self.name
-
-    def find_rounds(self, config: OptimizerConfig) -> RoundsConfig | None:
-        """Return how its rounds play; None for a method that trains once."""
-        section = getattr(config, self.rows, None)
-        return section if isinstance(section, RoundsConfig) else None
 
     reads_new_episodes_only: Callable[[OptimizerConfig], bool] = lambda config: False
     """Whether only episodes of this cycle become rows."""
@@ -153,7 +149,7 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     config = context.config
     if _has_begun(context, method):
         return context.artifacts.rows[method.rows]
-    placement = await place_training(context.memory, config, context.seams)
+    placement = await place_training(context.memory, config, context.seams.inspect_machine)
     material = Material(
         trajectories=await read_episodes(context, method),
         corrections=await context.read_corrections(),
@@ -260,7 +256,7 @@ async def train(context: CycleContext, method: Method) -> TrainedAdapter | None:
     if not _needs_rows(context, method) and not summary.has_enough(method.min_rows(config)):
         return None
     # free memory is measured anew: exploration may have taken an hour since the rows were built
-    placement = await place_training(context.memory, config, context.seams)
+    placement = await place_training(context.memory, config, context.seams.inspect_machine)
     spec = await _specify(context, method, placement)
     if method.continues:
         spec = await _add_early_adapters(context, spec, name=name_round(context, method))
@@ -327,7 +323,7 @@ async def _specify(context: CycleContext, method: Method, placement: Placement) 
     # of the rows on disk, which are the ones the trainer will read
     lengths = await asyncio.to_thread(lambda: [count_tokens(row) for row in read_rows(rows_path)])
     # a round's rows are worth less with each step away from the policy that sampled them
-    min_steps = recipe.min_steps if method.find_rounds(config) is None else 0
+    min_steps = recipe.min_steps if config.find_rounds(method.name) is None else 0
     parent = policies.get(await find_start(context, method))
     parent_adapter = None if parent.adapter_path is None else Path(parent.adapter_path)
     # lineage: the episodes behind the adapter that is continued are behind this one as well

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from memory.conversation import show_memory
@@ -80,6 +80,8 @@ class SegmentEdit:
 
     shown: list[int]
     bare: list[int]
+    first: int = field(compare=False)
+    """Where both begin in the rendered prompts."""
 
 
 class Unstitchable(ValueError):
@@ -174,7 +176,7 @@ def _find_edit(shown: list[int], bare: list[int]) -> SegmentEdit:
     longest = min(len(shown), len(bare)) - before  # the common end must not overlap the common beginning
     after = min(longest, count_common_prefix(shown[::-1], bare[::-1]))
     first, last = max(0, before - 1), max(0, after - 1)
-    return SegmentEdit(shown[first : len(shown) - last], bare[first : len(bare) - last])
+    return SegmentEdit(shown[first : len(shown) - last], bare[first : len(bare) - last], first)
 
 
 def count_common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
@@ -203,15 +205,7 @@ def remove_memory(row: Row, edits: Sequence[SegmentEdit]) -> Row:
     if len(matches) != 1:
         raise Unstitchable("rerender_mismatch")
     ((edit, first),) = matches
-    end, shift = first + len(edit.shown), len(edit.bare) - len(edit.shown)
-    return replace(
-        row,
-        input_ids=row.input_ids[:first] + edit.bare + row.input_ids[end:],
-        mask=row.mask[:first] + [0] * len(edit.bare) + row.mask[end:],
-        # all three move together: mask and starts are positions in input_ids
-        starts=[start + shift for start in row.starts],
-        num_prompt_tokens=row.num_prompt_tokens + shift,
-    )
+    return _replace_in_prompt(row, first, first + len(edit.shown), edit.bare)
 
 
 def insert_memory(row: Row, trajectory: Trajectory, memory_text: str, tokenizer: Tokenizer) -> Row:
@@ -225,18 +219,22 @@ def insert_memory(row: Row, trajectory: Trajectory, memory_text: str, tokenizer:
         render_prompt(tokenizer, messages, trajectory.tools)
         for messages in (show_memory(trajectory.opening, memory_text), trajectory.opening)
     )
-    first = count_common_prefix(with_segment, without)
-    after = min(len(without) - first, count_common_prefix(with_segment[::-1], without[::-1]))
-    end = len(without) - after
+    edit = _find_edit(with_segment, without)
     # up to and with the token behind the segment: a later call's prompt goes on differently
-    if with_segment == without or row.input_ids[: end + 1] != without[: end + 1]:
+    end = edit.first + len(edit.bare)
+    if with_segment == without or row.input_ids[: row.num_prompt_tokens][:end] != without[:end]:
         raise Unstitchable("rerender_mismatch")
-    inserted = with_segment[first : len(with_segment) - after]
-    shift = len(inserted) - (end - first)
+    return _replace_in_prompt(row, edit.first, end, edit.shown)
+
+
+def _replace_in_prompt(row: Row, first: int, end: int, tokens: list[int]) -> Row:
+    """Return `row` with other tokens from `first` up to `end`, all within its first prompt."""
+    shift = len(tokens) - (end - first)
     return replace(
         row,
-        input_ids=row.input_ids[:first] + inserted + row.input_ids[end:],
-        mask=row.mask[:first] + [0] * len(inserted) + row.mask[end:],
+        input_ids=row.input_ids[:first] + tokens + row.input_ids[end:],
+        mask=row.mask[:first] + [0] * len(tokens) + row.mask[end:],
+        # all three move together: mask and starts are positions in input_ids
         starts=[start + shift for start in row.starts],
         num_prompt_tokens=row.num_prompt_tokens + shift,
     )

@@ -6,19 +6,19 @@ Hazard: the tries of one task resemble each other, so intervals and tests are ov
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from memory.errors import SpentBudget, find_spent_budget
 from memory.schema import Task, Trajectory, TrajectoryStage
 from memory.statistics import wilson_interval
 from optimizer.evaluation.intervals import PairedDifference, compare_paired, mean_interval
-from optimizer.seams import OnProgress, Rollout
+from optimizer.seams import OnProgress, Rollout, play_all
 
 STORED_CALLS = "num_turns"
 """The key of `EpisodeSummary.num_calls` in files."""
@@ -158,43 +158,33 @@ async def play_cell(
     on_progress: OnProgress | None = None,
 ) -> CellResult:
     """Play every task `num_tries` times, at most `concurrency` episodes at a time."""
-    semaphore = asyncio.Semaphore(concurrency)
-    num_done = 0
 
     async def play(task: Task, number: int) -> EpisodeSummary:
-        nonlocal num_done
-        async with semaphore:
-            trajectory = await rollout(
-                task,
-                policy=cell.policy,
-                use_memory=cell.use_memory,
-                temperature=temperature,
-                # the same seeds for every cell: a difference is the policy's
-                seed=seed + SEED_STRIDE * number,
-            )
-        num_done += 1
-        if on_progress is not None:
-            await on_progress(num_done, num_tries * len(tasks), cell.name)
+        trajectory = await rollout(
+            task,
+            policy=cell.policy,
+            use_memory=cell.use_memory,
+            temperature=temperature,
+            # the same seeds for every cell: a difference is the policy's
+            seed=seed + SEED_STRIDE * number,
+        )
         reward, num_calls = grade(trajectory.id), count_model_calls(trajectory.id)
         return describe(task.name, trajectory, reward, success_reward, num_model_calls=num_calls)
 
-    async with asyncio.TaskGroup() as group:
-        episodes = [group.create_task(play(task, number)) for task in tasks for number in range(num_tries)]
-    return CellResult(cell, [episode.result() for episode in episodes])
+    episodes = [partial(play, task, number) for task in tasks for number in range(num_tries)]
+    played = await play_all(episodes, concurrency=concurrency, label=cell.name, on_progress=on_progress)
+    return CellResult(cell, played)
 
 
 def describe(
     task: str, trajectory: Trajectory, reward: float | None, success_reward: float, *, num_model_calls: int
 ) -> EpisodeSummary:
     """Sum up one episode."""
-    error = trajectory.error or ""
     is_finished = trajectory.stage is TrajectoryStage.FINISHED
     # an episode that its client abandoned was cut by no budget: its reward counts
-    # by the text that runtime/agent/graph.py stores: the class of the error, then a message with its unit. A new
-    # wording there changes verdicts here
-    is_cut = is_finished and error.startswith("BudgetExceeded")
+    spent = find_spent_budget(trajectory.error) if is_finished else None
     # a clock says more about the machine than about the policy; steps and tokens are the policy's own
-    is_out_of_time = is_cut and "second" in error
+    is_out_of_time = spent is SpentBudget.TIME
     is_broken = not is_finished or is_out_of_time or reward is None
     is_success = not is_broken and reward is not None and reward >= success_reward
     return EpisodeSummary(
@@ -202,7 +192,7 @@ def describe(
         trajectory_id=trajectory.id,
         is_success=is_success,
         is_broken=is_broken,
-        is_truncated=is_cut and not is_out_of_time,
+        is_truncated=spent is not None and not is_out_of_time,
         num_calls=num_model_calls,
         prompt_tokens=trajectory.prompt_tokens,
         output_tokens=trajectory.output_tokens,

@@ -144,6 +144,7 @@ def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, 
 
 
 def collate(rows: list[tuple[list[int], list[float]]], length: int, pad: int, rule_weight: float) -> Batch:
+    """Pad rows of (token ids, weight of each) to one batch, (num_rows, length); `rule_weight` marks tokens of rules."""
     ids = torch.full((len(rows), length), pad)
     weights = torch.zeros(len(rows), length)
     for row, (row_ids, row_weights) in enumerate(rows):

@@ -37,12 +37,13 @@ class MaskedPreferenceCollator(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return ids and masks, each (2 * num_rows, num_tokens), and log-probs of the reference, each (num_rows,)."""
         # TRL splits the batch in the middle: all chosen sides first, then all rejected ones
         sides = [(row, side) for side in ("chosen", "rejected") for row in examples]
         ids = [torch.tensor(row["prompt_ids"] + row[f"{side}_ids"]) for row, side in sides]
         masks = [torch.tensor([0] * len(row["prompt_ids"]) + row[f"{side}_mask"]) for row, side in sides]
         batch = {
-            "input_ids": child.pad(ids, self.pad_token_id),  # (2 * num_rows, num_tokens)
+            "input_ids": child.pad(ids, self.pad_token_id),
             "attention_mask": child.pad([torch.ones_like(row) for row in ids], 0),
             "completion_mask": child.pad(masks, 0),
         }
@@ -87,7 +88,8 @@ class WeighedModel:
 
 
 def measure_likelihood_loss(log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
-    """Return the mean over the chosen sides of each one's mean loss over its own tokens."""
+    """Return the mean over the chosen sides of each one's mean loss over its own tokens, a scalar, of `log_probs`,
+    (2 * num_rows, num_tokens - 1), and `completion_mask`, (2 * num_rows, num_tokens), chosen sides first."""
     # TRL's own term, "sft", is the mean over all tokens of a pass: it would depend on the rows that share one
     chosen, num_tokens = log_probs.chunk(2)[0], completion_mask.chunk(2)[0].sum(dim=1)
     return -(chosen.sum(dim=1) / num_tokens.clamp(min=1)).mean()

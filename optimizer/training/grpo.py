@@ -51,11 +51,12 @@ class RolloutCollator(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return ids and their mask, each (num_rows, num_tokens), and the others, each (num_rows, num_tokens - 1)."""
         ids = [torch.tensor(row["input_ids"]) for row in examples]
         return {
-            "input_ids": child.pad(ids, self.pad_token_id),  # (num_rows, num_tokens)
+            "input_ids": child.pad(ids, self.pad_token_id),
             "attention_mask": child.pad([torch.ones_like(row) for row in ids], 0),
-            "own": child.pad([torch.tensor(row["mask"][1:]) for row in examples], 0),  # (num_rows, num_tokens - 1)
+            "own": child.pad([torch.tensor(row["mask"][1:]) for row in examples], 0),
             "advantages": child.pad([torch.tensor(row["advantages"]) for row in examples], 0),
             "old_logps": child.pad([torch.tensor(row["old_logps"]) for row in examples], 0),
             "weights": child.pad([torch.tensor(row["weights"]) for row in examples], 0),
@@ -78,6 +79,7 @@ class ClippedGradientTrainer(child.WarmStart, Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """Return the loss of a collator's batch, a scalar."""
         own, advantages = inputs["own"], inputs["advantages"]
         logps = score_batch(model, inputs["input_ids"], inputs["attention_mask"], own)
         ratio = torch.exp(logps - inputs["old_logps"])
@@ -96,8 +98,8 @@ class ClippedGradientTrainer(child.WarmStart, Trainer):
 
 
 def score_batch(model: Any, ids: torch.Tensor, attention_mask: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Return the log-probs of own tokens, (num_rows, num_tokens - 1), and 0 elsewhere; only own positions are projected
-    to the vocabulary."""
+    """Return the log-probs of own tokens, (num_rows, num_tokens - 1) as `own`, and 0 elsewhere; `ids` and
+    `attention_mask` are (num_rows, num_tokens). Only own positions are projected to the vocabulary."""
     labels = ids.clone()
     labels[:, 0] = IGNORED
     labels[:, 1:][own == 0] = IGNORED

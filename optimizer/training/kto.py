@@ -38,9 +38,11 @@ class LabelCollator(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return ids and masks, each (num_rows, num_tokens), and labels and log-probs of the reference, each
+        (num_rows,)."""
         ids = [torch.tensor(row["input_ids"]) for row in examples]
         batch = {
-            "input_ids": child.pad(ids, self.pad_token_id),  # (num_rows, num_tokens)
+            "input_ids": child.pad(ids, self.pad_token_id),
             "attention_mask": child.pad([torch.ones_like(row) for row in ids], 0),
             "completion_mask": child.pad([torch.tensor(row["mask"]) for row in examples], 0),
             "label": torch.tensor([row["is_desirable"] for row in examples]),

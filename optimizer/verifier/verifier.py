@@ -23,7 +23,7 @@ from memory.schema import RewardSource, Trajectory
 from memory.store import Memory
 from optimizer.config import OptimizerConfig, choose_recipe
 from optimizer.data.rows import write_rows
-from optimizer.data.stitching import Unstitchable
+from optimizer.data.stitching import Tokenizer, Unstitchable
 from optimizer.errors import TooFewTrajectories
 from optimizer.rewards import grade
 from optimizer.seams import Train
@@ -267,7 +267,12 @@ async def _score(setup: VerifierSetup, spec: TrainingSpec, prompts: Sequence[Pro
 
 
 def _render_ungraded(
-    setup: VerifierSetup, tokenizer: Any, question: Question, max_length_tokens: int, limit: int, counts: Counter[str]
+    setup: VerifierSetup,
+    tokenizer: Tokenizer,
+    question: Question,
+    max_length_tokens: int,
+    limit: int,
+    counts: Counter[str],
 ) -> list[tuple[Trajectory, list[int]]]:
     trajectories = setup.memory.trajectories
     measures, prompts = trajectories.held_out_tasks(), []

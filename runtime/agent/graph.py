@@ -29,11 +29,12 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
-from memory.conversation import restore_messages, show_memory
+from memory.conversation import last_user_text, restore_messages, show_memory, show_plan
+from memory.errors import describe_error
 from memory.records.trajectories import measure
 from memory.schema import RewardSource, Split, Trajectory, TrajectoryStage, Trust, new_id
 from memory.store import Memory
-from memory.team import Role, find_plan, is_note, show_plan
+from memory.team import Role, find_plan, is_note
 from runtime.agent.nodes import accept_answer, act, check, plan, resume, retrieve, use_tools
 from runtime.agent.open_episodes import OpenEpisode, OpenEpisodes
 from runtime.agent.replay import replay
@@ -229,7 +230,7 @@ class Agent:
             opening, task_text = resumption.trajectory.opening, resumption.trajectory.task_text
         else:
             spoken = _first_messages(request, playthrough)
-            opening, task_text = self._with_system_prompt(spoken, leased, environment), _last_user_text(spoken)
+            opening, task_text = self._with_system_prompt(spoken, leased, environment), last_user_text(spoken)
         episode = Episode(
             request=request,
             memory=self._memory,
@@ -336,7 +337,7 @@ class Agent:
             if episode.trajectory is None:  # no record could be opened, so the error cannot be recorded
                 await _leave(episode)
                 raise
-            stage, error = TrajectoryStage.FAILED, _describe(raised)
+            stage, error = TrajectoryStage.FAILED, describe_error(raised)
             # Only the class: the message may contain a person's text.
             log.warning("episode failed", error=type(raised).__name__)
         closed = await _close(episode, stage, error)
@@ -354,7 +355,7 @@ class Agent:
                 state = await graph.ainvoke(_begin_state(episode), context=episode, config=config)
         except BudgetExceeded as exceeded:
             await accept_answer(episode)
-            return _describe(exceeded)
+            return describe_error(exceeded)
         except TimeoutError:
             # A tool's or a client's own TimeoutError is a failure of the episode, not its budget.
             if not limit.expired():
@@ -362,7 +363,7 @@ class Agent:
             if episode.lost is not None:  # the engine's failure; as the policy's it would teach something false
                 raise episode.lost from None
             await accept_answer(episode)
-            return _describe(BudgetExceeded(f"no answer within {self._config.max_seconds:g} seconds"))
+            return describe_error(BudgetExceeded(f"no answer within {self._config.max_seconds:g} seconds"))
         episode.answer = state["answer"]
         episode.is_handed_over = state.get("is_handed_over", False)
         return None
@@ -481,18 +482,3 @@ def _require_distinct_names(server_tools: Sequence[Tool], definitions: Sequence[
         if name in sources:
             raise ValueError(f"two tools are called {name!r}: one of {sources[name]}, one of {source}; rename one")
         sources[name] = source
-
-
-def _last_user_text(messages: Sequence[Message]) -> str:
-    """Return the text of the last user message: the query for memory."""
-    for message in reversed(messages):
-        if message.get("role") == "user":
-            content = message.get("content") or ""
-            if isinstance(content, str):
-                return content
-            return "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
-    return ""
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -16,12 +16,12 @@ from typing import Any
 import structlog
 from langgraph.runtime import Runtime
 
-from memory.conversation import restore_messages, show_memory
+from memory.conversation import restore_messages, show_memory, show_plan, text_of
 from memory.errors import StorageError, StoreError
 from memory.schema import Split, Step, StepKind, Trajectory, Trust, now
-from memory.team import Check, Role, read_check, show_plan, write_note
+from memory.team import Check, Role, read_check, write_note
 from runtime.agent.client_stream import ClientStream, HeldStream
-from runtime.agent.resume import digest, exchanges_of, last_handover, text_of
+from runtime.agent.resume import digest, exchanges_of, last_handover
 from runtime.agent.state import Episode, EpisodeState, UncheckedAnswer
 from runtime.agent.team import MAX_ROLE_TOKENS, check_messages, plan_messages
 from runtime.engine.client import Completion, Message, ToolCall

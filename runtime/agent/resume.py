@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from memory.conversation import text_of
 from memory.schema import Step, StepKind, Trajectory
 from runtime.engine.client import Message, ToolCall
 
@@ -82,14 +83,6 @@ def last_handover(steps: Sequence[Step]) -> Step | None:
     """Return the last reply if it waits for results of the client's tools."""
     reply = next((step for step in reversed(steps) if step.kind is StepKind.MODEL), None)
     return reply if reply is not None and reply.handover_digest is not None else None
-
-
-def text_of(message: Message) -> str:
-    """Return the text of a message whose content is a string or a list of parts."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content)
-    return content or ""
 
 
 def exchanges_of(messages: Sequence[Message]) -> list[tuple[str, str]]:

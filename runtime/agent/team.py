@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memory.chat_marks import neutralise
-from memory.conversation import restore_messages
+from memory.conversation import restore_messages, text_of
 from memory.schema import Step
-from runtime.agent.resume import text_of
 from runtime.engine.client import Message, ToolDefinition
 
 MAX_ROLE_TOKENS = 512

@@ -179,14 +179,6 @@ def report(
     run_command(work, as_json=as_json, render=render.report_page)
 
 
-class CycleFailed(Exception):
-    """The cycle ended with an error. `cycle` is its last state."""
-
-    def __init__(self, cycle: dict[str, Any]) -> None:
-        super().__init__(f"cycle {cycle['id']} ended with an error: {cycle['error']}")
-        self.cycle = cycle
-
-
 async def check_cycle(client: Client, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the needs of a cycle. Raises: ErrorReply for invalid settings, ServerUnreachable."""
     return await client.post("/v1/cycles/check", {"settings": settings}, is_repeatable=True)
@@ -213,13 +205,15 @@ async def watch_cycle(client: Client, cycle_id: str, on_cycle: OnCycle) -> dict[
     """Poll a cycle until its end and return its outcome.
 
     Raises:
-        CycleFailed, ErrorReply, ServerUnreachable.
+        Failure: the cycle ended with an error.
+        ErrorReply, ServerUnreachable.
     """
     while True:
         cycle = await client.get(f"/v1/cycles/{cycle_id}")
         on_cycle(cycle)
         if cycle["status"] == "error":
-            raise CycleFailed(cycle)
+            message = f"cycle {cycle['id']} ended with an error: {cycle['error']}"
+            raise Failure(message, cycle=cycle["id"], stage=cycle["stage"])
         if cycle["status"] == "completed":
             return await read_outcome(client, cycle)
         await asyncio.sleep(POLL_SECONDS)

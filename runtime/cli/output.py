@@ -72,14 +72,11 @@ def print_result(result: dict[str, Any], *, as_json: bool, render: Renderer) -> 
 
 async def _raising_failures(work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
     from runtime.cli.client import ErrorReply, ServerUnreachable
-    from runtime.cli.cycles import CycleFailed
 
     try:
         return await work
     except ErrorReply as error:
         raise Failure(str(error), **error.body) from None
-    except CycleFailed as error:
-        raise Failure(str(error), cycle=error.cycle["id"], stage=error.cycle["stage"]) from None
     except ServerUnreachable as error:
         raise Failure(str(error), code="no_server") from None
     except ValueError as error:

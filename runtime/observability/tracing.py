@@ -18,6 +18,7 @@ from opentelemetry import context as otel_context
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from memory.errors import read_error
 from memory.schema import Trajectory, TrajectoryStage
 from runtime.engine.client import Completion, Message
 from runtime.tools.base import ToolResult
@@ -225,7 +226,7 @@ def _note_trajectory(span: Span, trajectory: Trajectory) -> None:
             }
         )
     if trajectory.stage is TrajectoryStage.FAILED:
-        _fail(span, (trajectory.error or "").partition(":")[0] or "error")
+        _fail(span, read_error(trajectory.error)[0] or "error")
 
 
 def _fail(span: Span, kind: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memory.conversation import as_reply, restore_messages, show_memory
+from memory.conversation import as_reply, last_user_text, restore_messages, show_memory, show_plan
 from memory.schema import Step, StepKind
 from runtime.engine.client import Completion
 
@@ -39,3 +39,25 @@ def test_memory_is_shown_ahead_of_the_last_user_message_whatever_its_form():
         {"role": "user", "content": [{"type": "text", "text": "M\n\n"}, *parts]}
     ]
     assert show_memory(before[1:], "M") == before[1:]
+
+
+def test_a_plan_and_memory_are_added_to_the_same_message_and_to_none_without_a_user():
+    opening = [{"role": "user", "content": None}, {"role": "assistant", "content": "Hello."}]
+
+    shown = show_memory(show_plan(opening, "Add."), "M")
+
+    assert shown == [{"role": "user", "content": "M\n\n\n\nA plan, which may be wrong:\nAdd."}, opening[1]]
+    assert show_memory(show_plan(opening[1:], "Add."), "M") == opening[1:]
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([{"role": "user", "content": "Hi."}, {"role": "user", "content": "Cook."}, {"role": "tool"}], "Cook."),
+        ([{"role": "user", "content": [{"type": "text", "text": "Co"}, {"type": "text", "text": "ok."}]}], "Cook."),
+        ([{"role": "user", "content": None}], ""),
+        ([{"role": "assistant", "content": "Hello."}], ""),
+    ],
+)
+def test_the_last_users_text_is_found_whatever_its_form(messages, text):
+    assert last_user_text(messages) == text

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from memory.conversation import show_memory
+from memory.conversation import show_memory, show_plan
 from memory.schema import Step, StepKind
-from memory.team import Check, Role, find_plan, read_by_client, read_check, show_plan
+from memory.team import Check, Role, find_plan, read_by_client, read_check
 
 ASKED = [{"role": "system", "content": "You count."}, {"role": "user", "content": "2 + 3?"}]
 

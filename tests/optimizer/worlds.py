@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from memory.conversation import restore_messages, show_memory
+from memory.conversation import restore_messages, show_memory, show_plan
 from memory.schema import Split, Step, StepKind, Trajectory, TrajectoryStage, new_id
-from memory.team import Role, show_plan
+from memory.team import Role
 from optimizer.data.stitching import render_prompt
 from optimizer.rewards import GradedTrajectory
 

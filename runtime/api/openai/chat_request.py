@@ -55,7 +55,7 @@ class Message(BaseModel):
         for part in content:
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise ValueError(f"only text parts are understood, not {part.get('type')!r}")
-        # As `text_of` in runtime/agent/resume.py joins them, or the digest of a continued episode differs.
+        # As `text_of` in memory/conversation.py joins them, or the digest of a continued episode differs.
         return "".join(part["text"] for part in content)
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from typing import Any
 
 from fastapi import Request
 
+from memory.errors import SpentBudget, find_spent_budget, read_error
 from memory.schema import Split, Task, Trajectory, TrajectoryStage
 from runtime.agent.graph import Agent
 from runtime.agent.turn import Turn, TurnRequest, TurnStart
@@ -28,6 +29,7 @@ from runtime.api.openai.models import resolve
 from runtime.api.services import Services
 from runtime.engine.client import Delta, Message, ToolDefinition
 from runtime.engine.process import NO_TOOLS
+from runtime.errors import EngineBusy, RequestRefused
 
 
 def limit_messages(server: Services, num_messages: int, field_of_messages: str) -> None:
@@ -188,21 +190,19 @@ def raise_failure(turn: Turn) -> None:
         EpisodeFailed: the episode failed otherwise.
     """
     trajectory = turn.trajectory
-    # "RequestRefused" and "EngineBusy" are names of classes in runtime/errors.py, as `_describe` in the agent's
-    # graph.py stored them: a renamed class changes the status.
-    kind, _, message = (trajectory.error or trajectory.stage.value).partition(": ")
+    kind, message = read_error(trajectory.error or trajectory.stage.value)
+    spent = find_spent_budget(trajectory.error)
     extra = {"trajectory_id": trajectory.id}
     refusal: ApiError | None = None
     if trajectory.stage not in (TrajectoryStage.RUNNING, TrajectoryStage.FINISHED):
-        if kind == "RequestRefused":
+        if kind == RequestRefused.__name__:
             refusal = BadRequest(message, code="request_refused", **extra)
-        elif kind == "EngineBusy":
+        elif kind == EngineBusy.__name__:
             refusal = Overloaded(message, **extra)
         else:
             text = f"the episode failed: {kind}: {message}" if message else f"the episode ended {kind}"
             refusal = EpisodeFailed(text, code=kind, **extra)
-    # The word is in the message of `_raise_error` (runtime/engine/client.py); no other exhausted budget has it.
-    elif turn.last_call is None and trajectory.environment is None and "context" in message:
+    elif turn.last_call is None and trajectory.environment is None and spent is SpentBudget.CONTEXT:
         refusal = BadRequest(message, param="messages", code="context_length_exceeded", **extra)
     if refusal is not None:
         refusal.headers |= headers_for(trajectory)

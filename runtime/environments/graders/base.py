@@ -20,7 +20,6 @@ from runtime.environments.base import Outcome
 from runtime.tools.base import parse_arguments
 
 if TYPE_CHECKING:
-    from runtime.environments.graders.critic import Critic
     from runtime.environments.machines.machine import Machine
     from runtime.environments.sql_database import SqlDatabase
 
@@ -55,6 +54,12 @@ class Submission:
 class Complete(Protocol):
     async def __call__(self, messages: list[dict[str, Any]], *, schema: dict[str, Any], max_tokens: int) -> str:
         """Answer `messages` with a model, in JSON of `schema` where the engine can hold it to that."""
+        ...
+
+
+class Critic(Protocol):
+    async def score(self, question: dict[str, Any]) -> Outcome:
+        """Return the outcome of an answer. Raises CriticFailed where there is none."""
         ...
 
 

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from memory.conversation import last_user_text
 from memory.records.exemplars import render_call
 from memory.schema import Task
 from runtime.engine.client import Message, ToolCall
 from runtime.environments.base import Outcome, Playthrough
 from runtime.environments.graders.base import GradingResources, Submission, read_submission
 from runtime.environments.sql_database import STATEMENT_SECONDS, SqlDatabase
-from runtime.environments.task_files.rows import TaskRow, last_user_text
+from runtime.environments.task_files.rows import TaskRow
 from runtime.errors import ToolError
 from runtime.tools.base import Tool
 

@@ -19,11 +19,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from memory.conversation import last_user_text
 from memory.held_out import normalize_text
 from memory.schema import Split
 from runtime.environments.graders.base import GradingResources
 from runtime.environments.machines.machine import require_machines
-from runtime.environments.task_files.rows import SPLITS, TaskRow, digest_content, last_user_text, to_split
+from runtime.environments.task_files.rows import SPLITS, TaskRow, digest_content, to_split
 from runtime.errors import EnvironmentRefused, TaskChanged
 
 MAX_PROBLEMS = 20

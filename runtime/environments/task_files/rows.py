@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue, field_validator, model_validator
@@ -171,8 +171,3 @@ def digest_content(content: Mapping[str, Any]) -> str:
 def to_split(name: str) -> Split:
     """Return the split of memory's that a row's split is; sealed tasks are held out."""
     return Split.PRACTICE if name == "practice" else Split.HELD_OUT
-
-
-def last_user_text(messages: Sequence[Message]) -> str:
-    """Return the text of the last user message."""
-    return next((str(message["content"]) for message in reversed(messages) if message["role"] == "user"), "")

@@ -10,7 +10,7 @@ import pytest
 from memory.datasets.examples import Origin
 from memory.datasets.exports import ExportContent, ExportQuery
 from memory.formats.content import ExampleContent, is_trained
-from memory.schema import Feedback, Split, TrajectoryStage, Trust
+from memory.schema import Feedback, Split, TrajectoryStage, Trust, now
 from memory.store import Memory
 from tests.memory.datasets.bulk import STEPS_PER_EPISODE, store_episodes
 from tests.memory.episodes import play
@@ -47,6 +47,23 @@ async def test_demonstrations_are_successes_that_may_teach_and_imports(memory: M
     await memory.examples.add([DEMONSTRATION], Origin(trust=Trust.UNTRUSTED))
     first, second = export(memory, "demonstrations")
     assert commands(first) == ['{"command": "fry"}'] and second == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("fields", "may_teach"),
+    [
+        ({}, True),
+        ({"trust": Trust.UNTRUSTED}, False),
+        ({"trust": Trust.UNTRUSTED, "approved_at": now()}, True),
+        ({"trust": Trust.UNTRUSTED, "approved_at": now(), "exemplar_text": "Fry it."}, False),
+        ({"exemplar_text": "Fry it."}, True),
+    ],
+)
+async def test_an_episode_is_exported_as_a_demonstration_where_it_may_teach(memory: Memory, fields, may_teach):
+    played = await play(memory, "fry", opening=OPENING, **fields)
+
+    assert memory.trajectories.get(played.id).may_teach is may_teach
+    assert len(export(memory, "demonstrations")) == may_teach
 
 
 async def test_what_clients_hold_out_by_name_or_by_text_is_exported_as_trajectories_alone(memory: Memory):

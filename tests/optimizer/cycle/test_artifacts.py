@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 
+from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.artifacts import Critiques, CycleArtifacts, RowsSummary, Selection, TrainedAdapter, to_json
+from optimizer.cycle.context import CycleContext
 from optimizer.cycle.cycle import list_remaining_stages
 from optimizer.errors import OptimizerError
+from optimizer.seams import Seams
+from tests.memory.episodes import HashingEncoder
 
 METHODS = ["sft", "dpo"]
 STORED = {
@@ -43,6 +49,33 @@ def test_what_is_stored_keeps_its_keys():
         "num_won": {"1": 2},
         "chosen": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "artifact"),
+    [("candidat", 3), ("practice_ofset", 64), ("demonstrations", {"num_rows": 3}), ("trained", {})],
+)
+async def test_an_artefact_under_a_name_that_nothing_reads_is_refused_and_not_stored(tmp_path, name, artifact):
+    with Memory.open(tmp_path / "data", encoder=HashingEncoder()) as memory:
+        cycle = await memory.cycles.open({})
+        context = CycleContext(memory, cast(Seams, None), cycle.id)
+
+        with pytest.raises(TypeError, match=name):
+            await context.save_artifacts(candidate=3, **{name: artifact})
+
+        assert memory.cycles.get(cycle.id).artifacts == {}
+
+
+async def test_what_a_method_stores_under_its_own_names_is_read_again(tmp_path):
+    with Memory.open(tmp_path / "data", encoder=HashingEncoder()) as memory:
+        cycle = await memory.cycles.open({})
+        context = CycleContext(memory, cast(Seams, None), cycle.id)
+        rows, trained = RowsSummary(num_rows=3), TrainedAdapter(policy=4)
+
+        await context.save_artifacts(control_rows=rows, control=trained, **{"grpo.2-1_version": 5})
+
+        assert context.artifacts.rows == {"control_rows": rows} and context.artifacts.trained == {"control": trained}
+        assert context.artifacts.versions == {"grpo.2-1": 5}
 
 
 def test_a_cycle_goes_on_at_its_position_with_the_stages_that_its_configuration_needs():

@@ -6,16 +6,29 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from memory.adapters import read_manifest
 from memory.schema import CycleStage, PolicyStage, RewardSource
 from memory.store import Memory
-from optimizer.config import EvaluationConfig, GroupConfig, LabelConfig, OptimizerConfig, RolloutConfig
+from optimizer.config import (
+    METHOD_NAMES,
+    RECIPES,
+    EvaluationConfig,
+    GroupConfig,
+    LabelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    RoundsConfig,
+)
 from optimizer.cycle.cycle import list_remaining_stages, open_cycle, run_cycle
-from optimizer.cycle.methods import choose_methods
-from optimizer.cycle.needs import Logged
+from optimizer.cycle.methods import METHODS, choose_methods
+from optimizer.cycle.needs import Logged, Need
+from optimizer.cycle.rounds import train_in_rounds
+from optimizer.cycle.stages import Method, MethodStage
+from optimizer.data import demonstrations
 from optimizer.data.rows import read_rows
-from optimizer.errors import TooFewTrajectories
+from optimizer.errors import OptimizerError, TooFewTrajectories
 from optimizer.seams import Seams
 from tests.memory.episodes import HashingEncoder
 from tests.optimizer.conversations import converse, margin
@@ -180,6 +193,18 @@ def test_methods_that_explore_share_the_episodes_of_the_first():
     stages = list_remaining_stages(PLAYED, ["sft", "kto", "dpo"], "collect")
     names = ["collect", "demonstrate", "sft", "explore", "kto", "dpo", "evaluate", "settle"]
     assert [stage.name for stage in stages] == names
+
+
+async def test_a_cycle_with_a_method_of_another_version_ends_with_the_remedy(memory, tokenizer):
+    seams = kitchen_seams(memory, tokenizer, FakeTrainer(), {})
+    cycle = await open_cycle(memory, PLAYED, seams=seams)
+    await memory.cycles.save(cycle.id, artifacts={"methods": ["sft", "ppo"]})
+
+    with pytest.raises(OptimizerError, match=r"'ppo'.*start another cycle"):
+        await run_cycle(memory, cycle.id, seams=seams)
+
+    closed = memory.cycles.get(cycle.id)
+    assert closed.stage == CycleStage.ERROR and "start another" in closed.error
 
 
 async def test_a_later_method_continues_the_checkpoint_that_was_chosen(memory, tokenizer):
@@ -374,3 +399,63 @@ async def test_distillation_plays_with_and_without_memory_and_learns_where_memor
     assert rolled and all(it.policy == 1 and not it.memory_text for it in rolled)
     page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
     assert "own rollouts of 12 tasks, to be scored with memory in view" in page
+
+
+class EchoConfig(RoundsConfig):
+    method = "echo"
+
+
+class WithEchoes(OptimizerConfig):
+    echoes: EchoConfig = EchoConfig(num_tasks=6, min_rows=1)
+
+
+ECHO = Method(
+    name="echo",
+    title="Echo",
+    rows="echoes",
+    build=demonstrations.build,
+    min_rows=lambda config: config.echoes.min_rows,
+    measure_need=lambda logged, rounds: Need("echoes", needed=1, available=0, playable=6),
+    describe=demonstrations.describe,
+    note="Echo of its own successes",
+    stages=(MethodStage("echo", train_in_rounds),),
+    reads_new_episodes_only=lambda config: True,
+)
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    """A further method of learning that plays, registered where the docstring of optimizer/cycle/methods.py says."""
+    for _, recipe in RECIPES:
+        monkeypatch.setitem(recipe.methods, "echo", recipe.methods["grpo"])
+    monkeypatch.setattr("optimizer.config.METHOD_NAMES", (*METHOD_NAMES, "echo"))
+    monkeypatch.setattr("optimizer.cycle.context.OptimizerConfig", WithEchoes)
+    monkeypatch.setattr("optimizer.cycle.methods.METHODS", (*METHODS, ECHO))
+
+
+async def test_a_further_method_that_is_registered_is_trained_played_and_reported(memory, tokenizer, echo):
+    trainer = FakeTrainer()
+    seams = kitchen_seams(memory, tokenizer, trainer, {})
+    config = WithEchoes.model_validate({**PLAYED.model_dump(), "methods": ["sft", "echo"]})
+    cycle = await open_cycle(memory, config, seams=seams)
+
+    await run_cycle(memory, cycle.id, seams=seams)
+
+    artifacts = memory.cycles.get(cycle.id).artifacts
+    assert trainer.trained == ["sft", "echo", "echo"] and artifacts["num_rounds"] == {"echo": 2}
+    assert "Echo" in artifacts["methods_reason"] and artifacts["echoes"]["num_rows"]
+    report = json.loads((memory.data_dir / "reports" / cycle.id / "report.json").read_text())
+    assert "echo-off" in report["cells"] and report["training"]["echo"]["policy"] == artifacts["echo"]["policy"]
+
+
+def test_a_further_method_whose_section_is_of_rounds_needs_an_environment(echo):
+    with pytest.raises(ValidationError, match=r"\['echo'\].*name an environment"):
+        WithEchoes(**LOGGED, methods=["echo"])
+
+
+def test_the_methods_that_train_in_rounds_are_those_whose_section_names_them():
+    in_rounds = [method for method in METHODS if any(stage.run is train_in_rounds for stage in method.stages)]
+    config = OptimizerConfig()
+
+    assert [method for method in METHODS if config.find_rounds(method.name)] == in_rounds
+    assert all(config.find_rounds(method.name) is getattr(config, method.rows) for method in in_rounds)

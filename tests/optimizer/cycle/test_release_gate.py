@@ -30,6 +30,7 @@ from optimizer.cycle.context import CycleContext
 from optimizer.cycle.cycle import open_cycle
 from optimizer.cycle.practice import learn_insights
 from optimizer.cycle.release_gate import decide, decide_again, evaluate
+from optimizer.errors import OptimizerError
 from optimizer.evaluation.decision import alpha_of
 from optimizer.seams import Seams, Serving
 from tests.memory.episodes import PATIENT, HashingEncoder
@@ -227,6 +228,18 @@ async def test_an_undecided_candidate_is_judged_again_on_new_tasks_and_that_spen
     assert {name for name in world.names_of(0)} == {str(n) for n in range(40, 80)}
     assert world.memory.policies.active().version == 1
     assert (context.reports / "report-1.md").exists() and "promote" in page_of(context)
+
+
+async def test_a_candidate_of_a_method_that_another_version_had_is_not_judged_and_nothing_is_played(world):
+    world.wins = lambda task, policy, use_memory: int(task.name) % 2 == 0
+    context, _ = await pass_the_gate(world)
+    world.played.clear()
+    context.artifacts = context.artifacts.model_copy(update={"methods": ["ppo"]})
+
+    with pytest.raises(OptimizerError, match="'ppo'"):
+        await decide_again(context)
+
+    assert not world.played and len(world.memory.verdicts.select()) == 1
 
 
 async def test_tasks_that_have_decided_do_not_decide_again_where_the_list_of_tasks_begins_anew(world):

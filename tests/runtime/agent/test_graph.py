@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from memory.errors import UnknownPolicy
+from memory.errors import SpentBudget, UnknownPolicy, describe_error, find_spent_budget, read_error
 from memory.schema import PolicyStage, RewardSource, Split, StepKind, Task, Trajectory, TrajectoryStage, Trust
 from memory.store import Memory
 from runtime.agent.graph import Agent
@@ -17,7 +17,7 @@ from runtime.config import AgentConfig
 from runtime.engine.client import Delta
 from runtime.engine.model_families import DEFAULT_TEMPERATURE
 from runtime.engine.process import Engine
-from runtime.errors import EnvironmentRefused, ToolRefused, UnknownEnvironment
+from runtime.errors import EnvironmentRefused, RequestRefused, ToolRefused, UnknownEnvironment
 from runtime.serving.hotswap import HotSwap
 from runtime.tools.functions import tool_from_function
 from tests.rollouts import play
@@ -153,6 +153,7 @@ async def test_spent_steps_close_the_episode_finished_with_the_limit_noted(
     fake.script = lambda request: call("pull", lever="left")
     trajectory = await play(agent, levers.task("-".join(["left"] * 20)))
     assert (trajectory.stage, trajectory.error) == ("finished", "BudgetExceeded: no answer within 6 steps")
+    assert find_spent_budget(trajectory.error) is SpentBudget.CALLS
     assert memory.trajectories.effective_reward(trajectory.id) == 0.0
     assert len(fake.requests) == 6
 
@@ -163,7 +164,9 @@ async def test_spent_tokens_and_spent_time_close_the_episode_finished(
     fake.script = lambda request: call("pull", lever="left")
     task = levers.task("left-left-left")
     by_tokens = Agent(memory, hotswap, {"levers": levers}, AgentConfig(max_total_tokens=100))
-    assert (await play(by_tokens, task)).error == "BudgetExceeded: no answer within 100 tokens"
+    error = (await play(by_tokens, task)).error
+    assert error == "BudgetExceeded: no answer within 100 tokens"
+    assert find_spent_budget(error) is SpentBudget.CALLS
 
     async def never(request):
         await asyncio.sleep(3600)
@@ -172,6 +175,7 @@ async def test_spent_tokens_and_spent_time_close_the_episode_finished(
     by_time = Agent(memory, hotswap, {"levers": levers}, AgentConfig(max_seconds=0.3))
     trajectory = await play(by_time, task)
     assert (trajectory.stage, trajectory.error) == ("finished", "BudgetExceeded: no answer within 0.3 seconds")
+    assert find_spent_budget(trajectory.error) is SpentBudget.TIME
     assert [game.num_closed for game in levers.started] == [1, 1]
 
 
@@ -180,6 +184,14 @@ async def test_a_full_context_is_a_spent_budget(agent: Agent, fake: FakeEngine, 
     trajectory = await play(agent, levers.task("left"))
     assert trajectory.stage == "finished"
     assert trajectory.error.startswith("BudgetExceeded: the conversation fills the model's context")
+    assert find_spent_budget(trajectory.error) is SpentBudget.CONTEXT
+
+
+def test_an_error_that_is_no_spent_budget_is_read_as_it_was_described():
+    stored = describe_error(RequestRefused("no answer within 5 seconds: the context is full"))
+
+    assert read_error(stored) == ("RequestRefused", "no answer within 5 seconds: the context is full")
+    assert find_spent_budget(stored) is find_spent_budget(None) is None
 
 
 async def test_an_engine_that_fails_ends_the_episode_failed_and_unrewarded(

@@ -34,6 +34,10 @@ def test_honest_renderings_are_the_same(messages: list[dict[str, Any]]):
     assert digest(messages) == digest([USER, reply()])
 
 
+def test_a_digest_that_was_stored_still_names_its_conversation():
+    assert digest([USER, reply()]) == "f46607027ecf699a9fb7fe58ac1e92d3cf8183a33732b0acb23d3e2a70a1540f"
+
+
 @pytest.mark.parametrize(
     "messages",
     [
