@@ -35,7 +35,7 @@ from runtime.settings import BadSettings, overlay, parse_flags, read_settings
 if TYPE_CHECKING:
     from memory.schema import Task, Trajectory
     from memory.store import Memory
-    from optimizer.placement import Machine
+    from optimizer.placement import Hardware
     from optimizer.seams import Seams
     from runtime.agent.graph import Agent
     from runtime.api.services import Services
@@ -150,18 +150,18 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: C
         complete=critic.complete if critic is not None else None,
         context_tokens=critic.context_tokens if critic is not None else unknown_context,
         # At each call: `max_model_len` is unknown before the engine's start.
-        inspect_machine=lambda: inspect_machine(engine),
+        inspect_hardware=lambda: inspect_hardware(engine),
         open_window=maintenance.window,
     )
 
 
-async def inspect_machine(engine: Engine) -> Machine:
+async def inspect_hardware(engine: Engine) -> Hardware:
     """Return the hardware as the optimizer reads it: the GPUs, and the part of them that the engine takes."""
-    from optimizer.placement import Gpu, Machine
+    from optimizer.placement import Gpu, Hardware
     from runtime.engine.gpus import find_engine_device, list_gpus
 
     gpus = await asyncio.to_thread(list_gpus)
-    return Machine(
+    return Hardware(
         gpus=[Gpu(gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes) for gpu in gpus],
         engine_device=find_engine_device(gpus),
         # An external engine may be on another machine: its share of the GPUs here is unknown.
@@ -179,7 +179,7 @@ async def check_training(memory: Memory, config: OptimizerConfig, seams: Seams) 
     from runtime.doctor import Check
 
     try:
-        placement = await place_training(memory, config, seams.inspect_machine)
+        placement = await place_training(memory, config, seams.inspect_hardware)
     except TrainingDoesNotFit as error:
         return Check("training", False, str(error), "until then learning is refused; answering is not affected")
     except ValueError as error:  # the base's files are elsewhere: an engine at engine.url need not learn here

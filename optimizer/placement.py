@@ -43,7 +43,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Hardware:
     """The GPUs here, and the engine's part of them."""
 
     gpus: Sequence[Gpu] = ()
@@ -105,7 +105,7 @@ class Placement:
 
 
 async def place_training(
-    memory: Memory, config: OptimizerConfig, inspect_machine: Callable[[], Awaitable[Machine]]
+    memory: Memory, config: OptimizerConfig, inspect_hardware: Callable[[], Awaitable[Hardware]]
 ) -> Placement:
     """Return the placement of the trainings of a cycle with these settings.
 
@@ -113,26 +113,26 @@ async def place_training(
         TrainingDoesNotFit: no device has the memory; the message names the settings with which they would.
         ValueError: the base model's files are not here, or lack a size.
     """
-    machine = await inspect_machine()
+    hardware = await inspect_hardware()
 
     # in a thread: the headers of all weight files are read, and huggingface_hub may be imported
     def choose() -> Placement:
-        return choose_placement(config, machine, read_shape(locate_base(memory.policies.get(0).base_model)))
+        return choose_placement(config, hardware, read_shape(locate_base(memory.policies.get(0).base_model)))
 
     return await asyncio.to_thread(choose)
 
 
-def choose_placement(config: OptimizerConfig, machine: Machine, shape: ModelShape) -> Placement:
+def choose_placement(config: OptimizerConfig, hardware: Hardware, shape: ModelShape) -> Placement:
     """Return the placement of a model of this shape. Raises TrainingDoesNotFit."""
-    if config.gpu == "window" and not machine.can_stop_engine:
+    if config.gpu == "window" and not hardware.can_stop_engine:
         raise TrainingDoesNotFit(
             "optimizer.gpu = 'window' needs an engine that this server starts; the one at engine.url cannot be "
             "stopped from here: choose 'share' or the number of another GPU"
         )
     # rows are prompts and replies as served, so none is longer than the engine's context; an engine elsewhere may not
     # say how long that is
-    lengths = [config.max_length_tokens, machine.max_model_len or shape.max_position_embeddings]
-    on_gpu = config.device != "cpu" and bool(machine.gpus)
+    lengths = [config.max_length_tokens, hardware.max_model_len or shape.max_position_embeddings]
+    on_gpu = config.device != "cpu" and bool(hardware.gpus)
     placement = Placement(
         shape=shape,
         recipe=choose_recipe(shape.num_parameters, config.recipe),
@@ -142,28 +142,28 @@ def choose_placement(config: OptimizerConfig, machine: Machine, shape: ModelShap
     if not on_gpu:
         return placement
     # indices are those of nvidia-smi (CUDA_DEVICE_ORDER in training/launch.py); CUDA's own order may be another
-    device = config.gpu if config.gpu.isdecimal() else machine.engine_device
-    gpu = machine.find(device)
+    device = config.gpu if config.gpu.isdecimal() else hardware.engine_device
+    gpu = hardware.find(device)
     if gpu is None and config.gpu.isdecimal():
-        there = ", ".join(f"{it.index} ({it.name})" for it in machine.gpus)
+        there = ", ".join(f"{it.index} ({it.name})" for it in hardware.gpus)
         raise TrainingDoesNotFit(f"optimizer.gpu = {config.gpu!r} names no GPU of this machine; there is: {there}")
     # set before the size is known: the trainer must see one GPU in any case
     placement = replace(placement, visible_device=device)
     if gpu is None:  # a MIG slice, or an engine elsewhere: its size is not known
         return placement
-    placement = replace(placement, budget_bytes=_budget(gpu, machine, in_window=config.gpu == "window"))
+    placement = replace(placement, budget_bytes=_budget(gpu, hardware, in_window=config.gpu == "window"))
     assert placement.budget_bytes is not None
     if placement.least_bytes > placement.budget_bytes:
-        raise TrainingDoesNotFit(_explain(placement, config, machine, gpu))
+        raise TrainingDoesNotFit(_explain(placement, config, hardware, gpu))
     return placement
 
 
-def _budget(gpu: Gpu, machine: Machine, *, in_window: bool) -> int:
+def _budget(gpu: Gpu, hardware: Hardware, *, in_window: bool) -> int:
     """Return the memory that a training may take on a GPU."""
-    if gpu.index != machine.engine_device or machine.engine_share is None:
+    if gpu.index != hardware.engine_device or hardware.engine_share is None:
         return gpu.free_bytes
     # vLLM takes its share of the total memory, not of what is free when it starts
-    engine = math.ceil(machine.engine_share * gpu.total_bytes)
+    engine = math.ceil(hardware.engine_share * gpu.total_bytes)
     if in_window:
         # bounded by the total: an engine that is being restarted has left its share in free_bytes already
         return min(gpu.total_bytes, gpu.free_bytes + engine)
@@ -171,12 +171,12 @@ def _budget(gpu: Gpu, machine: Machine, *, in_window: bool) -> int:
     return min(gpu.free_bytes, gpu.total_bytes - engine)
 
 
-def _explain(placement: Placement, config: OptimizerConfig, machine: Machine, gpu: Gpu) -> str:
+def _explain(placement: Placement, config: OptimizerConfig, hardware: Hardware, gpu: Gpu) -> str:
     """Return a message with the missing memory, and each setting with which the training would fit."""
     need, budget = placement.least_bytes, (placement.budget_bytes or 0) / GIB
     length = min(placement.limit_tokens, LEAST_LENGTH_TOKENS)
     footprint = placement.training(PAIRWISE).footprint(length)
-    mends = list(_list_mends(placement, config, machine, gpu, need))
+    mends = list(_list_mends(placement, config, hardware, gpu, need))
     mend = "set " + ", or ".join(mends) if mends else "use a smaller base model or a GPU with more memory"
     return (
         f"training this model on rows of {length} tokens takes about {footprint}; GPU {gpu.index} ({gpu.name}, "
@@ -184,19 +184,21 @@ def _explain(placement: Placement, config: OptimizerConfig, machine: Machine, gp
     )
 
 
-def _list_mends(placement: Placement, config: OptimizerConfig, machine: Machine, gpu: Gpu, need: int) -> Sequence[str]:
+def _list_mends(
+    placement: Placement, config: OptimizerConfig, hardware: Hardware, gpu: Gpu, need: int
+) -> Sequence[str]:
     mends: list[str] = []
-    is_engines = gpu.index == machine.engine_device and machine.engine_share is not None
+    is_engines = gpu.index == hardware.engine_device and hardware.engine_share is not None
     if is_engines and config.gpu != "window":
-        share = suggest_engine_share(placement, machine, gpu, need)
+        share = suggest_engine_share(placement, hardware, gpu, need)
         if share is not None:
             mends.append(f"engine.gpu_memory_utilization = {share:.2f}")
-        if machine.can_stop_engine and _budget(gpu, machine, in_window=True) >= need:
+        if hardware.can_stop_engine and _budget(gpu, hardware, in_window=True) >= need:
             mends.append('optimizer.gpu = "window" (the engine is stopped while training runs)')
     mends += [
         f'optimizer.gpu = "{other.index}"'
-        for other in machine.gpus
-        if other.index != gpu.index and _budget(other, machine, in_window=False) >= need
+        for other in hardware.gpus
+        if other.index != gpu.index and _budget(other, hardware, in_window=False) >= need
     ]
     if not placement.recipe.gradient_checkpointing:
         saving = replace(placement, recipe=placement.recipe.model_copy(update={"gradient_checkpointing": True}))
@@ -205,13 +207,13 @@ def _list_mends(placement: Placement, config: OptimizerConfig, machine: Machine,
     return mends
 
 
-def suggest_engine_share(placement: Placement, machine: Machine, gpu: Gpu, need: int) -> float | None:
+def suggest_engine_share(placement: Placement, hardware: Hardware, gpu: Gpu, need: int) -> float | None:
     """Return the largest share of the GPU that leaves enough memory for the training; None if serving needs more."""
     shape, recipe = placement.shape, placement.recipe
-    context = machine.max_model_len or shape.max_position_embeddings
+    context = hardware.max_model_len or shape.max_position_embeddings
     # never below 0: a restarting engine holds less than its share
-    others = max(0, gpu.total_bytes - gpu.free_bytes - math.ceil((machine.engine_share or 0) * gpu.total_bytes))
+    others = max(0, gpu.total_bytes - gpu.free_bytes - math.ceil((hardware.engine_share or 0) * gpu.total_bytes))
     # rounded down, to the two digits that the message shows: rounded up, it would not fit
     share = math.floor(100 * (gpu.total_bytes - need - others) / gpu.total_bytes) / 100
-    least = least_engine_bytes(shape, max_model_len=context, max_loras=machine.max_loras, lora_rank=recipe.lora_rank)
+    least = least_engine_bytes(shape, max_model_len=context, max_loras=hardware.max_loras, lora_rank=recipe.lora_rank)
     return share if share * gpu.total_bytes >= least else None

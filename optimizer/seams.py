@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from memory.adapters import Manifest
 from memory.schema import Split, Task, Trajectory
-from optimizer.placement import Machine
+from optimizer.placement import Hardware
 from optimizer.training.launch import OnStep, train
 from optimizer.training.spec import TrainingSpec
 
@@ -93,8 +93,8 @@ async def unknown_context() -> int | None:
     return None
 
 
-class InspectMachine(Protocol):
-    async def __call__(self) -> Machine:
+class InspectHardware(Protocol):
+    async def __call__(self) -> Hardware:
         """Return the GPUs, their free memory, and the context and adapters that the engine serves."""
         ...
 
@@ -105,9 +105,9 @@ class OpenWindow(Protocol):
         ...
 
 
-async def find_no_gpu() -> Machine:
-    """The `InspectMachine` of a machine without a GPU."""
-    return Machine()
+async def find_no_gpu() -> Hardware:
+    """The `InspectHardware` of a computer without a GPU."""
+    return Hardware()
 
 
 @asynccontextmanager
@@ -179,7 +179,7 @@ class Seams:
     """None: no model here writes prose, so insights come from counting."""
     context_tokens: ContextTokens = unknown_context
     train: Train = train
-    inspect_machine: InspectMachine = find_no_gpu
+    inspect_hardware: InspectHardware = find_no_gpu
     open_window: OpenWindow = leave_engine_running
     """Used only where `optimizer.gpu` is "window"."""
 

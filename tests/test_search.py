@@ -203,7 +203,7 @@ async def world(tmp_path: Path, tokenizer: Any) -> AsyncIterator[World]:
         agent = Agent(memory, hotswap, {"vault": vault}, AgentConfig(max_steps=12))
         composed = serve.make_seams(agent, engine, SimpleNamespace(window=None), None)  # pyright: ignore
         default = Seams(rollout=composed.rollout, tasks=composed.tasks)
-        kept = {name: getattr(default, name) for name in ("inspect_machine", "open_window")}
+        kept = {name: getattr(default, name) for name in ("inspect_hardware", "open_window")}
         yield World(memory, agent, vault, trainer, replace(composed, train=trainer, **kept))
 
 

@@ -149,7 +149,7 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     config = context.config
     if _has_begun(context, method):
         return context.artifacts.rows[method.rows]
-    placement = await place_training(context.memory, config, context.seams.inspect_machine)
+    placement = await place_training(context.memory, config, context.seams.inspect_hardware)
     material = Material(
         trajectories=await read_episodes(context, method),
         corrections=await context.read_corrections(),
@@ -256,7 +256,7 @@ async def train(context: CycleContext, method: Method) -> TrainedAdapter | None:
     if not _needs_rows(context, method) and not summary.has_enough(method.min_rows(config)):
         return None
     # free memory is measured anew: exploration may have taken an hour since the rows were built
-    placement = await place_training(context.memory, config, context.seams.inspect_machine)
+    placement = await place_training(context.memory, config, context.seams.inspect_hardware)
     spec = await _specify(context, method, placement)
     if method.continues:
         spec = await _add_early_adapters(context, spec, name=name_round(context, method))

@@ -26,7 +26,7 @@ from optimizer.cycle.methods import METHODS
 from optimizer.cycle.readiness import measure_needs
 from optimizer.cycle.stages import build_rows
 from optimizer.errors import CompletionError, TemplateMismatch, TooFewTrajectories, TrainingDoesNotFit, TrainingError
-from optimizer.placement import Gpu, Machine
+from optimizer.placement import Gpu, Hardware
 from optimizer.seams import Seams
 from optimizer.training.launch import read_finished
 from optimizer.training.spec import TrainingSpec
@@ -633,10 +633,10 @@ async def test_the_window_closes_when_training_fails(memory, kitchen, trainer):
 
 async def test_a_training_that_cannot_fit_is_refused_before_the_cycle_opens(memory, kitchen, trainer):
     async def inspect():
-        return Machine([Gpu("0", "tiny card", 2**30, 2**28)], engine_device="0", engine_share=0.85)
+        return Hardware([Gpu("0", "tiny card", 2**30, 2**28)], engine_device="0", engine_share=0.85)
 
     with pytest.raises(TrainingDoesNotFit, match="GPU 0"):
-        await open_cycle(memory, CONFIG, seams=replace(seams_of(kitchen, trainer), inspect_machine=inspect))
+        await open_cycle(memory, CONFIG, seams=replace(seams_of(kitchen, trainer), inspect_hardware=inspect))
 
     assert memory.cycles.unfinished() is None
 
@@ -645,13 +645,13 @@ async def test_training_gets_the_engines_gpu_and_rows_no_longer_than_its_context
     specs = []
 
     async def inspect():
-        return Machine([Gpu("2", "card", 80 * 2**30, 10 * 2**30)], "2", engine_share=0.85, max_model_len=777)
+        return Hardware([Gpu("2", "card", 80 * 2**30, 10 * 2**30)], "2", engine_share=0.85, max_model_len=777)
 
     async def train(spec, **more):
         specs.append(spec)
         return await trainer(spec, **more)
 
-    seams = replace(seams_of(kitchen, trainer), train=train, inspect_machine=inspect)
+    seams = replace(seams_of(kitchen, trainer), train=train, inspect_hardware=inspect)
     cycle = await open_cycle(memory, CONFIG, seams=seams)
 
     await run_cycle(memory, cycle.id, seams=seams)

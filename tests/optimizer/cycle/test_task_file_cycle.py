@@ -117,7 +117,7 @@ async def world(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> AsyncIterato
             agent = Agent(memory, hotswap, environments, AgentConfig(max_steps=4))
             maintenance = Maintenance(engine, hotswap, agent.open_episodes, drain_seconds=1)
             seams = serve.make_seams(agent, engine, maintenance, None)
-            yield memory, replace(seams, train=train, inspect_machine=find_no_gpu)
+            yield memory, replace(seams, train=train, inspect_hardware=find_no_gpu)
             await cancel_and_wait(following)
             await engine.stop()
 
