@@ -18,7 +18,7 @@ from optimizer.cycle.artifacts import to_json
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.report_page import render_markdown
 from optimizer.cycle.stages import Method
-from optimizer.evaluation.cells import CellResult, EpisodeSummary, compare_pairs, pair_tasks, share_won
+from optimizer.evaluation.cells import CellResult, HeldOutEpisode, compare_pairs, pair_tasks, share_won
 from optimizer.evaluation.decision import Verdict
 from optimizer.evaluation.intervals import bootstrap_mean
 from optimizer.verifier.report import HOME, read_newest
@@ -208,7 +208,7 @@ def measure_saving(cells: Mapping[str, CellResult], policies: Sequence[PlayedPol
     }
 
 
-def _prompt_tokens_per_call(tries: Sequence[EpisodeSummary]) -> float:
+def _prompt_tokens_per_call(tries: Sequence[HeldOutEpisode]) -> float:
     return sum(episode.prompt_tokens for episode in tries) / max(1, sum(episode.num_calls for episode in tries))
 
 

@@ -21,7 +21,7 @@ from optimizer.evaluation.intervals import PairedDifference, compare_paired, mea
 from optimizer.seams import OnProgress, Rollout, play_all
 
 STORED_CALLS = "num_turns"
-"""The key of `EpisodeSummary.num_calls` in files."""
+"""The key of `HeldOutEpisode.num_calls` in files."""
 
 GradeTrajectory = Callable[[str], float | None]
 """Trajectory id -> the reward that counts."""
@@ -41,7 +41,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class EpisodeSummary:
+class HeldOutEpisode:
     """The outcome of one held-out episode."""
 
     task: str
@@ -66,14 +66,14 @@ class CellResult:
     """All tasks as one cell played them, each once or several times."""
 
     cell: Cell
-    played: list[EpisodeSummary]
+    played: list[HeldOutEpisode]
     num_unpaired: int = 0
     """Tasks that clients tried and that are left out, because both policies have not tried them alike."""
 
     @cached_property
-    def by_task(self) -> dict[str, list[EpisodeSummary]]:
+    def by_task(self) -> dict[str, list[HeldOutEpisode]]:
         # in the order of the tasks, which pairs and reports keep
-        tries: dict[str, list[EpisodeSummary]] = defaultdict(list)
+        tries: dict[str, list[HeldOutEpisode]] = defaultdict(list)
         for episode in self.played:
             tries[episode.task].append(episode)
         return dict(tries)
@@ -138,7 +138,7 @@ class CellResult:
         }
 
 
-def share_won(tries: Sequence[EpisodeSummary]) -> float:
+def share_won(tries: Sequence[HeldOutEpisode]) -> float:
     """Return the share of tries that succeeded."""
     return sum(episode.is_success for episode in tries) / len(tries)
 
@@ -159,7 +159,7 @@ async def play_cell(
 ) -> CellResult:
     """Play every task `num_tries` times, at most `concurrency` episodes at a time."""
 
-    async def play(task: Task, number: int) -> EpisodeSummary:
+    async def play(task: Task, number: int) -> HeldOutEpisode:
         trajectory = await rollout(
             task,
             policy=cell.policy,
@@ -178,7 +178,7 @@ async def play_cell(
 
 def describe(
     task: str, trajectory: Trajectory, reward: float | None, success_reward: float, *, num_model_calls: int
-) -> EpisodeSummary:
+) -> HeldOutEpisode:
     """Sum up one episode."""
     is_finished = trajectory.stage is TrajectoryStage.FINISHED
     # an episode that its client abandoned was cut by no budget: its reward counts
@@ -187,7 +187,7 @@ def describe(
     is_out_of_time = spent is SpentBudget.TIME
     is_broken = not is_finished or is_out_of_time or reward is None
     is_success = not is_broken and reward is not None and reward >= success_reward
-    return EpisodeSummary(
+    return HeldOutEpisode(
         task=task,
         trajectory_id=trajectory.id,
         is_success=is_success,
@@ -206,8 +206,8 @@ class Pair:
     """One task as both cells played it."""
 
     task: str
-    ours: list[EpisodeSummary]
-    theirs: list[EpisodeSummary]
+    ours: list[HeldOutEpisode]
+    theirs: list[HeldOutEpisode]
 
 
 def pair_tasks(candidate: CellResult, incumbent: CellResult) -> list[Pair]:
@@ -244,13 +244,13 @@ def read_cell(path: Path, cell: Cell) -> CellResult:
     return CellResult(cell, [_from_json(episode) for episode in json.loads(path.read_text(encoding="utf-8"))])
 
 
-def _to_json(episode: EpisodeSummary) -> dict[str, object]:
+def _to_json(episode: HeldOutEpisode) -> dict[str, object]:
     stored = dict(vars(episode))
     # files of open cycles have the old name
     stored[STORED_CALLS] = stored.pop("num_calls")
     return stored
 
 
-def _from_json(stored: dict[str, Any]) -> EpisodeSummary:
+def _from_json(stored: dict[str, Any]) -> HeldOutEpisode:
     # strict: a field that is added here makes the files of open cycles unreadable
-    return EpisodeSummary(num_calls=stored.pop(STORED_CALLS), **stored)
+    return HeldOutEpisode(num_calls=stored.pop(STORED_CALLS), **stored)

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
 from optimizer.config import EvaluationConfig
-from optimizer.evaluation.cells import Cell, CellResult, EpisodeSummary, Pair, compare_pairs, pair_tasks, share_won
+from optimizer.evaluation.cells import Cell, CellResult, HeldOutEpisode, Pair, compare_pairs, pair_tasks, share_won
 from optimizer.evaluation.intervals import PairedDifference, RateComparison, compare_rates, mean_interval
 
 MIN_TASKS_FOR_CALLS = 10  # with fewer tasks won by both, their model calls are not compared
@@ -208,7 +208,7 @@ def _doubt(candidate: CellResult, incumbent: CellResult, pairs: Sequence[Pair], 
     return None
 
 
-def _sides(pairs: Sequence[Pair]) -> tuple[list[list[EpisodeSummary]], list[list[EpisodeSummary]]]:
+def _sides(pairs: Sequence[Pair]) -> tuple[list[list[HeldOutEpisode]], list[list[HeldOutEpisode]]]:
     return [pair.ours for pair in pairs], [pair.theirs for pair in pairs]
 
 
@@ -263,7 +263,7 @@ def _as_guard(
     return Guard(name, compared.first, compared.second, low, high, limit, is_hard, is_ratio)
 
 
-def _mean(tries: Sequence[EpisodeSummary], count: str) -> float:
+def _mean(tries: Sequence[HeldOutEpisode], count: str) -> float:
     return sum(getattr(episode, count) for episode in tries) / len(tries)
 
 
@@ -284,7 +284,7 @@ def _compare_without_memory(
     return NonInferiority(ours.cell, paired.difference, paired.low, config.noninferiority_margin, mean, lowest)
 
 
-def _tokens_per_episode(tries: Sequence[EpisodeSummary]) -> float:
+def _tokens_per_episode(tries: Sequence[HeldOutEpisode]) -> float:
     return _mean(tries, "prompt_tokens") + _mean(tries, "output_tokens")
 
 

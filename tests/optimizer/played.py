@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from optimizer.evaluation.cells import EpisodeSummary
+from optimizer.evaluation.cells import HeldOutEpisode
 
-EPISODE = EpisodeSummary(
+EPISODE = HeldOutEpisode(
     task="",
     trajectory_id="",
     is_success=False,

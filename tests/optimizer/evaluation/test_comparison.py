@@ -7,7 +7,7 @@ import pytest
 
 from memory.schema import Split, Task, Trajectory, TrajectoryStage, new_id
 from optimizer.config import EvaluationConfig
-from optimizer.evaluation.cells import Cell, CellResult, EpisodeSummary, describe, play_cell
+from optimizer.evaluation.cells import Cell, CellResult, HeldOutEpisode, describe, play_cell
 from optimizer.evaluation.decision import Basis, Decision, alpha_of, decide
 from tests.optimizer.played import EPISODE
 
@@ -207,7 +207,7 @@ def test_more_turns_because_more_is_survived_is_no_fault():
     assert decide(CellResult(better.cell, longer), INCUMBENT, CONFIG).decision is Decision.PROMOTE
 
 
-def describe_calls(trajectory: Trajectory, reward: float | None) -> EpisodeSummary:
+def describe_calls(trajectory: Trajectory, reward: float | None) -> HeldOutEpisode:
     return describe("1", trajectory, reward, 1.0, num_model_calls=5)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from optimizer.config import EvaluationConfig
-from optimizer.evaluation.cells import Cell, CellResult, EpisodeSummary
+from optimizer.evaluation.cells import Cell, CellResult, HeldOutEpisode
 from optimizer.evaluation.decision import Decision, decide
 from tests.optimizer.played import EPISODE
 
@@ -28,18 +28,18 @@ INCUMBENT = Cell("incumbent", 0, False)
 CANDIDATE = Cell("candidate", 1, False)
 
 
-def play_incumbent(dice: Dice) -> list[EpisodeSummary]:
+def play_incumbent(dice: Dice) -> list[HeldOutEpisode]:
     won = dice.random(NUM_TASKS) < SUCCESS
     return [replace(EPISODE, task=str(number), is_success=bool(it)) for number, it in enumerate(won)]
 
 
-def noisy(played: list[EpisodeSummary], dice: Dice) -> list[EpisodeSummary]:
+def noisy(played: list[HeldOutEpisode], dice: Dice) -> list[HeldOutEpisode]:
     """Flip a few tasks either way, as another sample would."""
     flipped = dice.random(NUM_TASKS) < DISCORDANCE
     return [replace(it, is_success=it.is_success != bool(flip)) for it, flip in zip(played, flipped, strict=True)]
 
 
-def losing(played: list[EpisodeSummary], share: float, dice: Dice, **changes: object) -> list[EpisodeSummary]:
+def losing(played: list[HeldOutEpisode], share: float, dice: Dice, **changes: object) -> list[HeldOutEpisode]:
     """Lose this share of all tasks, out of those that were won, and apply `changes` to them."""
     lost = dice.random(NUM_TASKS) < share / SUCCESS
     return [
@@ -48,11 +48,11 @@ def losing(played: list[EpisodeSummary], share: float, dice: Dice, **changes: ob
     ]
 
 
-def all_with(played: list[EpisodeSummary], **changes: object) -> list[EpisodeSummary]:
+def all_with(played: list[HeldOutEpisode], **changes: object) -> list[HeldOutEpisode]:
     return [replace(it, **changes) for it in played]
 
 
-def winning(played: list[EpisodeSummary], share: float, dice: Dice, **changes: object) -> list[EpisodeSummary]:
+def winning(played: list[HeldOutEpisode], share: float, dice: Dice, **changes: object) -> list[HeldOutEpisode]:
     """Win this share of the lost tasks as well."""
     gained = dice.random(NUM_TASKS) < share
     return [
@@ -60,7 +60,7 @@ def winning(played: list[EpisodeSummary], share: float, dice: Dice, **changes: o
     ]
 
 
-GAMES: dict[str, Callable[[list[EpisodeSummary], Dice], list[EpisodeSummary]]] = {
+GAMES: dict[str, Callable[[list[HeldOutEpisode], Dice], list[HeldOutEpisode]]] = {
     "verbosity": lambda played, dice: all_with(played, output_tokens=800),
     "format: some answers are of no use": lambda played, dice: losing(played, 0.03, dice),
     "broken tool calls beside more success": lambda played, dice: winning(played, 0.15, dice, num_invalid_tool_calls=2),
