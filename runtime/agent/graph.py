@@ -40,7 +40,7 @@ from runtime.agent.open_episodes import OpenEpisode, OpenEpisodes
 from runtime.agent.replay import replay
 from runtime.agent.resume import identify_reply
 from runtime.agent.state import Budget, Episode, EpisodeState
-from runtime.agent.turn import Origin, Turn, TurnRequest
+from runtime.agent.turn import BranchOrigin, Turn, TurnRequest
 from runtime.config import AgentConfig
 from runtime.engine.cache_salts import CacheSalts
 from runtime.engine.client import Message, ToolDefinition
@@ -152,7 +152,7 @@ class Agent:
         environment = self.environment(origin.environment or "")
         request = TurnRequest(
             task=environment.task(origin.task or ""),
-            origin=Origin(origin, steps[:position]),
+            origin=BranchOrigin(origin, steps[:position]),
             tenant=origin.tenant,
             user_id=origin.user_id,
             key_id=origin.key_id,

@@ -10,13 +10,13 @@ from memory.errors import ReplayMismatch
 from memory.schema import Step, StepKind, clean
 from runtime.agent.nodes import run_call
 from runtime.agent.state import Episode
-from runtime.agent.turn import Origin
+from runtime.agent.turn import BranchOrigin
 from runtime.engine.client import ToolCall
 
 SHOWN_CHARS = 200
 
 
-async def replay(episode: Episode, origin: Origin) -> None:
+async def replay(episode: Episode, origin: BranchOrigin) -> None:
     """Bring the episode's playthrough to where `origin` is left, and charge its budget for the replayed model calls.
 
     Raises:
@@ -36,7 +36,7 @@ async def replay(episode: Episode, origin: Origin) -> None:
             raise ReplayMismatch(f"{_name(episode, step)}: the task ends here, and went on in {origin.trajectory.id!r}")
 
 
-def _compare_opening(episode: Episode, origin: Origin) -> None:
+def _compare_opening(episode: Episode, origin: BranchOrigin) -> None:
     recorded = origin.trajectory
     if episode.opening != recorded.opening:
         raise ReplayMismatch(f"the task {recorded.task!r} opens with other messages than in {recorded.id!r}")

@@ -33,7 +33,7 @@ class TurnStart:
 
 
 @dataclass(frozen=True)
-class Origin:
+class BranchOrigin:
     """The recorded episode that a branch leaves, and its steps up to there, which are replayed."""
 
     trajectory: Trajectory
@@ -61,7 +61,7 @@ class TurnRequest:
     """The person whom the request is made for; empty: not named."""
     key_id: str | None = None
     """The API key of the request."""
-    origin: Origin | None = None
+    origin: BranchOrigin | None = None
     """Set for a branch: its `task` is started again, these steps are replayed, and the policy plays on."""
     is_shared: bool = False
     """Whether the whole tenant may be shown memories of this episode."""
