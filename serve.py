@@ -91,7 +91,7 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     # It takes `engine.on_restart`: one engine has one HotSwap.
     hotswap = HotSwap(memory.policies, engine, max_lora_rank=settings.engine.max_lora_rank)
     # Without one, insights come from counting.
-    critic = Critic(TextCompletion(hotswap)) if engine.can_judge else None
+    critic = BaseModelCritic(TextCompletion(hotswap)) if engine.can_judge else None
     complete = critic.complete if critic is not None else None
     environments = open_environments(settings.environments, memory.data_dir / "environments", complete)
     toolbox = Toolbox(settings.tools, memory.retrieval.find_passages, memory.data_dir / "logs")
@@ -122,7 +122,7 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     )
 
 
-def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: Critic | None) -> Seams:
+def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: BaseModelCritic | None) -> Seams:
     """Return the functions through which the optimizer reaches the runtime, which it may not import."""
     from optimizer.seams import Seams, Serving, unknown_context
     from runtime.agent.turn import TurnRequest
@@ -199,7 +199,7 @@ async def verify(settings: RuntimeSettings, memory: Memory, names: Sequence[str]
         raise Failure(str(error)) from error
 
 
-class Critic:
+class BaseModelCritic:
     """The base model as the optimizer's critic, whichever policy is active."""
 
     def __init__(self, completion: TextCompletion) -> None:

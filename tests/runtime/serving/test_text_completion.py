@@ -10,7 +10,7 @@ from memory.store import Memory
 from runtime.errors import BudgetExceeded, EngineLost, RequestRefused
 from runtime.serving.hotswap import HotSwap
 from runtime.serving.text_completion import TextCompletion
-from serve import Critic
+from serve import BaseModelCritic
 from tests.runtime.conftest import MakePolicy
 from tests.runtime.fake_engine import FakeEngine, Reply
 
@@ -85,7 +85,7 @@ async def test_what_the_engine_raises_becomes_what_the_seam_may_raise(
 ):
     from optimizer.errors import CompletionError, PromptTooLong
 
-    critic = Critic(TextCompletion(hotswap))
+    critic = BaseModelCritic(TextCompletion(hotswap))
     fake.script = lambda request: Reply(status=500, error="out of memory")
     with pytest.raises(CompletionError, match="out of memory"):
         await critic.complete(ASKED, schema=SCHEMA, max_tokens=7)
