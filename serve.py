@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from runtime.agent.graph import Agent
     from runtime.api.services import Services
     from runtime.cli.render import Phases
-    from runtime.doctor import Check
+    from runtime.doctor import HealthCheck
     from runtime.engine.process import Engine
     from runtime.maintenance import Maintenance
     from runtime.serving.text_completion import TextCompletion
@@ -172,19 +172,19 @@ async def inspect_hardware(engine: Engine) -> Hardware:
     )
 
 
-async def check_training(memory: Memory, config: OptimizerConfig, seams: Seams) -> Check:
+async def check_training(memory: Memory, config: OptimizerConfig, seams: Seams) -> HealthCheck:
     """Return a check that names the device of a training, or the settings that free capacity for one."""
     from optimizer.errors import TrainingDoesNotFit
     from optimizer.placement import place_training
-    from runtime.doctor import Check
+    from runtime.doctor import HealthCheck
 
     try:
         placement = await place_training(memory, config, seams.inspect_hardware)
     except TrainingDoesNotFit as error:
-        return Check("training", False, str(error), "until then learning is refused; answering is not affected")
+        return HealthCheck("training", False, str(error), "until then learning is refused; answering is not affected")
     except ValueError as error:  # the base's files are elsewhere: an engine at engine.url need not learn here
-        return Check("training", True, f"not here: {error}")
-    return Check("training", True, str(placement))
+        return HealthCheck("training", True, f"not here: {error}")
+    return HealthCheck("training", True, str(placement))
 
 
 async def verify(settings: RuntimeSettings, memory: Memory, names: Sequence[str], **options: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from runtime.agent.graph import Agent
 from runtime.api.gateway.admission import ConcurrencyLimit
 from runtime.api.gateway.preparation_limit import PreparationLimit
 from runtime.config import LimitsConfig, ServerConfig
-from runtime.doctor import Check
+from runtime.doctor import HealthCheck
 from runtime.engine.process import Engine
 from runtime.environments.base import Environment, find_environment
 from runtime.maintenance import Maintenance
@@ -95,7 +95,7 @@ class Services:
     """None if the engine is never stopped for maintenance."""
     server: ServerConfig = field(default_factory=ServerConfig)
     """Address, allowed hosts and origins."""
-    check_training: Callable[[], Awaitable[Check]] | None = None
+    check_training: Callable[[], Awaitable[HealthCheck]] | None = None
     """Checks whether the hardware has capacity for training; None if this process runs no cycles."""
 
     def require_serving(self) -> None:

@@ -223,7 +223,7 @@ async def examine(settings: RuntimeSettings, phases: Phases) -> dict[str, Any]:
     except Failure as failure:
         if not isinstance(failure.__cause__, StorageError):  # another process has the directory
             raise
-        lost = checks.Check("storage", False, str(failure), "the message says what can be done")
+        lost = checks.HealthCheck("storage", False, str(failure), "the message says what can be done")
         return {"is_ok": False, "checks": [asdict(lost)]}
     with memory:
         phases.begin("checking memory")
@@ -234,7 +234,7 @@ async def examine(settings: RuntimeSettings, phases: Phases) -> dict[str, Any]:
             await engine.start()
             results += await checks.check_engine(engine)
         except (EngineError, ValueError, OSError) as error:
-            results.append(checks.Check("engine", False, str(error), f"read {engine.log_path}"))
+            results.append(checks.HealthCheck("engine", False, str(error), f"read {engine.log_path}"))
         finally:
             await engine.stop()
     return {"is_ok": all(check.is_ok for check in results), "checks": [asdict(check) for check in results]}

@@ -8,7 +8,7 @@ import pytest
 from memory.errors import StorageError
 from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import RewardSource
-from runtime.doctor import Check
+from runtime.doctor import HealthCheck
 from runtime.maintenance import Maintenance
 from tests.runtime.api.worlds import ServedWorld
 from tests.waiting import eventually
@@ -320,8 +320,8 @@ def test_whoever_meets_the_closing_engine_within_a_request_is_told_to_come_again
 
 
 def test_the_doctor_says_whether_training_finds_room(world: ServedWorld, http: httpx.Client) -> None:
-    async def check() -> Check:
-        return Check("training", False, "GPU 0 is too small", "another one")
+    async def check() -> HealthCheck:
+        return HealthCheck("training", False, "GPU 0 is too small", "another one")
 
     world.services.check_training = check
     diagnosis = http.get("/v1/doctor", timeout=60).json()
