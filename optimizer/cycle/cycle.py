@@ -21,7 +21,7 @@ from optimizer.cycle import release_gate
 from optimizer.cycle.branching import require_replay
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.methods import choose_methods, list_methods, train_control
-from optimizer.cycle.needs import Logged, require_needs
+from optimizer.cycle.needs import LoggedData, require_needs
 from optimizer.cycle.readiness import fit_to_environment, measure_rows, measure_surroundings
 from optimizer.cycle.stages import Stage, collect
 from optimizer.errors import OptimizerError
@@ -42,7 +42,7 @@ async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | 
     if seams is not None:
         config = fit_to_environment(config, seams)
     # before the GPUs are looked at, which loads packages: too few rows is the frequent error
-    logged = await asyncio.to_thread(Logged.read, memory, config)
+    logged = await asyncio.to_thread(LoggedData.read, memory, config)
     choice = choose_methods(logged)
     needs = measure_rows(logged, choice)
     require_needs(needs)

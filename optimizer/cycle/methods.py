@@ -16,7 +16,7 @@ from optimizer.config import OptimizerConfig
 from optimizer.cycle.branching import play_branches
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.needs import (
-    Logged,
+    LoggedData,
     Need,
     need_branches,
     need_demonstrations,
@@ -178,7 +178,7 @@ def list_methods(names: Sequence[str]) -> list[Method]:
     return [by_name[name] for name in names]
 
 
-def choose_methods(logged: Logged) -> Choice:
+def choose_methods(logged: LoggedData) -> Choice:
     """Return the configured methods, else those that the data allows.
 
     Where something will be played, practice brings demonstrations and exploration brings pairs. Otherwise the log

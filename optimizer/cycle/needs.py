@@ -54,7 +54,7 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Logged:
+class LoggedData:
     """Everything in the log that weights may learn from in a cycle with these settings."""
 
     learnable: Sequence[GradedTrajectory]
@@ -68,7 +68,7 @@ class Logged:
     """Imported labels that say "good"."""
 
     @classmethod
-    def read(cls, memory: Memory, config: OptimizerConfig) -> Logged:
+    def read(cls, memory: Memory, config: OptimizerConfig) -> LoggedData:
         """Read the database: call this in a thread."""
         environments = config.pool_environments
         return cls(
@@ -101,7 +101,7 @@ def explain(need: Need) -> str:
     )
 
 
-MeasureNeed = Callable[[Logged, Sequence[int]], Need]
+MeasureNeed = Callable[[LoggedData, Sequence[int]], Need]
 """(logged episodes, rounds of practice to come) -> the rows that a method needs and those it can get."""
 
 
@@ -113,10 +113,10 @@ def require_reachable(
     Raises:
         TooFewTrajectories: they cannot.
     """
-    require_needs([replace(measure_need(Logged.read(memory, config), rounds_left), is_required=True)])
+    require_needs([replace(measure_need(LoggedData.read(memory, config), rounds_left), is_required=True)])
 
 
-def need_demonstrations(logged: Logged, rounds: Sequence[int]) -> Need:
+def need_demonstrations(logged: LoggedData, rounds: Sequence[int]) -> Need:
     """Return the need for rows to imitate, with `rounds` of practice still to be played."""
     learnable, corrections, config = logged.learnable, logged.corrections, logged.config
     corrected = {each.trajectory.id for each in corrections}
@@ -148,7 +148,7 @@ def need_demonstrations(logged: Logged, rounds: Sequence[int]) -> Need:
     )
 
 
-def _count_playable(logged: Logged, rounds: Sequence[int]) -> tuple[int, str]:
+def _count_playable(logged: LoggedData, rounds: Sequence[int]) -> tuple[int, str]:
     """Return how many demonstrations these rounds of practice bring at the most, and the basis of that estimate.
 
     A policy that never won gets no lessons from its failures, so its next episodes will not do better than the upper
@@ -170,7 +170,7 @@ def _count_playable(logged: Logged, rounds: Sequence[int]) -> tuple[int, str]:
     return min(most, likely), f"; v{active} won none of {len(tries)} episodes of {config.environment!r}"
 
 
-def need_preferences(logged: Logged, rounds: Sequence[int]) -> Need:
+def need_preferences(logged: LoggedData, rounds: Sequence[int]) -> Need:
     """Return the need for pairs of replies. Rounds of practice are not counted: they may bring no contrast."""
     learnable, config = logged.learnable, logged.config
     wanted = config.preferences
@@ -201,7 +201,7 @@ def need_preferences(logged: Logged, rounds: Sequence[int]) -> Need:
     )
 
 
-def need_labels(logged: Logged, rounds: Sequence[int]) -> Need:
+def need_labels(logged: LoggedData, rounds: Sequence[int]) -> Need:
     """Return the need for good and for bad examples, which need no pair: that of the rarer of the two."""
     learnable, config = logged.learnable, logged.config
     wanted = config.labels
@@ -226,7 +226,7 @@ def need_labels(logged: Logged, rounds: Sequence[int]) -> Need:
     )
 
 
-def need_groups(logged: Logged, rounds: Sequence[int]) -> Need:
+def need_groups(logged: LoggedData, rounds: Sequence[int]) -> Need:
     """Return the need for tasks whose rollouts differ in reward, all of them still to be played."""
     wanted, num_tasks = logged.config.groups, logged.config.num_practice_tasks
     return Need(
@@ -240,7 +240,7 @@ def need_groups(logged: Logged, rounds: Sequence[int]) -> Need:
     )
 
 
-def need_rollouts(logged: Logged, rounds: Sequence[int]) -> Need:
+def need_rollouts(logged: LoggedData, rounds: Sequence[int]) -> Need:
     """Return the need for own rollouts of tasks for which memory has something to show, all still to be played."""
     wanted, num_tasks = logged.config.rollouts, logged.config.num_practice_tasks
     playable = min(wanted.num_tasks, num_tasks) * wanted.num_tries
@@ -255,7 +255,7 @@ def need_rollouts(logged: Logged, rounds: Sequence[int]) -> Need:
     )
 
 
-def need_branches(logged: Logged, rounds: Sequence[int]) -> Need:
+def need_branches(logged: LoggedData, rounds: Sequence[int]) -> Need:
     """Return the need for preferences between ways on, all of them still to be played."""
     wanted, num_tasks = logged.config.branches, logged.config.num_practice_tasks
     num_own = min(wanted.num_tasks, num_tasks) * wanted.num_tries

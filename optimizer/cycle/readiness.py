@@ -14,7 +14,7 @@ from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.branching import require_replay
 from optimizer.cycle.methods import Choice, choose_methods, list_methods
-from optimizer.cycle.needs import CAPACITY, REPLAY, Logged, Need
+from optimizer.cycle.needs import CAPACITY, REPLAY, LoggedData, Need
 from optimizer.cycle.stages import Method
 from optimizer.errors import CannotReplay
 from optimizer.placement import Placement, place_training
@@ -28,13 +28,13 @@ async def measure_needs(memory: Memory, config: OptimizerConfig, seams: Seams | 
     """
     if seams is not None:
         config = fit_to_environment(config, seams)
-    logged = await asyncio.to_thread(Logged.read, memory, config)
+    logged = await asyncio.to_thread(LoggedData.read, memory, config)
     choice = choose_methods(logged)
     needs = measure_rows(logged, choice)
     return needs if seams is None else needs + await measure_surroundings(memory, config, seams, choice)
 
 
-def measure_rows(logged: Logged, choice: Choice) -> list[Need]:
+def measure_rows(logged: LoggedData, choice: Choice) -> list[Need]:
     """Return the needs for rows of the chosen methods; that of the first is required."""
     needs = [method.measure_need(logged, logged.config.practice_rounds) for method in list_methods(choice.methods)]
     return [replace(need, is_required=number == 0) for number, need in enumerate(needs)]

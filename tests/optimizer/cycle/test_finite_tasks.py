@@ -14,7 +14,7 @@ from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.methods import choose_methods
-from optimizer.cycle.needs import Logged, Need
+from optimizer.cycle.needs import LoggedData, Need
 from optimizer.cycle.readiness import fit_to_environment, measure_surroundings
 from optimizer.cycle.selection import selection_tasks
 from optimizer.cycle.stages import find_practice_offset
@@ -51,7 +51,7 @@ async def open_context(memory: Memory, **changes) -> CycleContext:
 
 
 async def surroundings(memory: Memory, config: OptimizerConfig, seams: Seams) -> list[Need]:
-    return await measure_surroundings(memory, config, seams, choose_methods(Logged.read(memory, config)))
+    return await measure_surroundings(memory, config, seams, choose_methods(LoggedData.read(memory, config)))
 
 
 def numbers(tasks: list[Task]) -> list[int]:

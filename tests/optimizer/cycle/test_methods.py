@@ -23,7 +23,7 @@ from optimizer.config import (
 )
 from optimizer.cycle.cycle import list_remaining_stages, open_cycle, run_cycle
 from optimizer.cycle.methods import METHODS, choose_methods
-from optimizer.cycle.needs import Logged, Need
+from optimizer.cycle.needs import LoggedData, Need
 from optimizer.cycle.rounds import train_in_rounds
 from optimizer.cycle.stages import Method, MethodStage
 from optimizer.data import demonstrations
@@ -58,7 +58,7 @@ async def cannot_play(*asked, **how):
 
 
 def choose(memory, **settings):
-    return choose_methods(Logged.read(memory, OptimizerConfig(**{**LOGGED, **settings})))
+    return choose_methods(LoggedData.read(memory, OptimizerConfig(**{**LOGGED, **settings})))
 
 
 async def test_sixty_thumbs_on_chat_end_in_a_trained_candidate(memory, tokenizer, tiny_base):
