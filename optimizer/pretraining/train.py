@@ -90,8 +90,8 @@ def encode(pieces: list[Piece], tokenizer: PreTrainedTokenizerFast) -> tuple[lis
 
 
 @dataclass
-class Course:
-    """The position of a run."""
+class TrainingPosition:
+    """How far a run has come."""
 
     num_tokens: int
     seen: int = 0
@@ -126,12 +126,14 @@ class Course:
         }
 
 
-def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, course: Course) -> Iterator[Batch]:
-    """Yield batches in a few fixed shapes, which compiled kernels want, mixed as the course is."""
+def batches(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, position: TrainingPosition
+) -> Iterator[Batch]:
+    """Yield batches in a few fixed shapes, which compiled kernels want, mixed as the recipe wants at this position."""
     pad = token_id(tokenizer, PAD)
     buckets: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in recipe.lengths}
     while True:
-        row = encode(corpus.episode(recipe.mixture(course.done)), tokenizer)
+        row = encode(corpus.episode(recipe.mixture(position.done)), tokenizer)
         # the lengths must rise; an episode longer than the last is left out, not cut
         length = next((length for length in recipe.lengths if len(row[0]) <= length), None)
         if length is None:
@@ -219,25 +221,25 @@ def pretrain(
     model = make_model(recipe, tokenizer)
     torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as something else
     optimizers = make_optimizers(model, recipe)
-    course = Course(recipe.num_tokens)
-    checkpoint = Checkpoint(beside / "checkpoint.pt", model, optimizers, course)
+    position = TrainingPosition(recipe.num_tokens)
+    checkpoint = Checkpoint(beside / "checkpoint.pt", model, optimizers, position)
     if checkpoint.load(device):
         # not the old sequence again: the episodes before the checkpoint have been seen
-        corpus.rng = random.Random(f"{recipe.seed}-{course.step}")
+        corpus.rng = random.Random(f"{recipe.seed}-{position.step}")
     if recipe.is_compiled:
         model.model.compile(dynamic=False)
     with _progress(console) as progress, (beside / "train.jsonl").open("a") as log:
-        bar = progress.add_task("pretraining", total=recipe.num_tokens, completed=course.seen, note="")
-        for batch in batches(corpus, tokenizer, recipe, course):
-            if course.done >= 1.0:
+        bar = progress.add_task("pretraining", total=recipe.num_tokens, completed=position.seen, note="")
+        for batch in batches(corpus, tokenizer, recipe, position):
+            if position.done >= 1.0:
                 break
-            set_rates(optimizers, recipe.lr_factor(course.step, course.done))
-            loss = train_step(model, optimizers, batch.to(device), course)
-            if course.step % 10 == 0:
-                row = course.report(loss)
+            set_rates(optimizers, recipe.lr_factor(position.step, position.done))
+            loss = train_step(model, optimizers, batch.to(device), position)
+            if position.step % 10 == 0:
+                row = position.report(loss)
                 print(json.dumps(row), file=log, flush=True)
                 note = "loss {loss:.3f}, rules {rule_accuracy:.2f}, {tokens_per_second} tokens/s".format(**row)
-                progress.update(bar, completed=course.seen, note=note)
+                progress.update(bar, completed=position.seen, note=note)
             if checkpoint.age_seconds > recipe.checkpoint_seconds:
                 checkpoint.save()
     checkpoint.save()
@@ -254,7 +256,9 @@ def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
             group["lr"] = group["peak_lr"] * factor
 
 
-def train_step(model: Qwen2ForCausalLM, optimizers: list[torch.optim.Optimizer], batch: Batch, course: Course) -> float:
+def train_step(
+    model: Qwen2ForCausalLM, optimizers: list[torch.optim.Optimizer], batch: Batch, position: TrainingPosition
+) -> float:
     """Take one step; return the loss before it."""
     loss, hits = loss_of(model, batch)
     loss.backward()
@@ -262,7 +266,7 @@ def train_step(model: Qwen2ForCausalLM, optimizers: list[torch.optim.Optimizer],
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    course.count(batch, hits)
+    position.count(batch, hits)
     return loss.item()
 
 
@@ -273,7 +277,7 @@ class Checkpoint:
     path: Path
     model: Qwen2ForCausalLM
     optimizers: list[torch.optim.Optimizer]
-    course: Course
+    position: TrainingPosition
     saved_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -289,16 +293,16 @@ class Checkpoint:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.course.seen = self.course.began_seen = state["seen"]
-        self.course.step = state["step"]
+        self.position.seen = self.position.began_seen = state["seen"]
+        self.position.step = state["step"]
         return True
 
     def save(self) -> None:
         state = {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "seen": self.course.seen,
-            "step": self.course.step,
+            "seen": self.position.seen,
+            "step": self.position.step,
         }
         partial = self.path.with_suffix(".partial")
         torch.save(state, partial)
