@@ -63,11 +63,11 @@ async def find_problem(checks: list[Run | Compare], answer: str, machine: Machin
             if not COMPARISONS[check.compare](answer, values[1]):
                 return f"expected {quote(values[1].strip())} ({check.compare}), not {quote(answer)}"
             continue
-        finished = await machine.run_script(check.run, *values)
-        if finished.status != 0:
-            said = (finished.stderr or finished.stdout)[-200:].strip()
-            return f"check {number} ended with status {finished.status} for {quote(answer)}: {said}"
-        values.append(finished.stdout)
+        result = await machine.run_script(check.run, *values)
+        if result.status != 0:
+            output = (result.stderr or result.stdout)[-200:].strip()
+            return f"check {number} ended with status {result.status} for {quote(answer)}: {output}"
+        values.append(result.stdout)
     return None
 
 

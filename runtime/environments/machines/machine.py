@@ -88,7 +88,7 @@ class MachineSpec(BaseModel, extra="forbid"):
 
 
 @dataclass(frozen=True)
-class Finished:
+class ScriptResult:
     """The end of a script: its exit status, not 0 where it took too long, and what it wrote."""
 
     status: int
@@ -116,10 +116,10 @@ class Machine:
         try:
             await self._open()
             for script in self._spec.setup:
-                finished = await self.run_script(script)
-                if finished.status != 0:
-                    said = (finished.stderr or finished.stdout)[-500:].strip()
-                    raise ToolRefused(f"the machine's setup ended with status {finished.status}: {said}")
+                result = await self.run_script(script)
+                if result.status != 0:
+                    output = (result.stderr or result.stdout)[-500:].strip()
+                    raise ToolRefused(f"the machine's setup ended with status {result.status}: {output}")
             if self._spec.start:
                 await self.run_command(self._spec.start)
         except ToolError as error:
@@ -129,7 +129,7 @@ class Machine:
             await self.close()
             raise
 
-    async def run_script(self, script: Script, *arguments: str) -> Finished:
+    async def run_script(self, script: Script, *arguments: str) -> ScriptResult:
         """Run a script on its own, in /root and without the shell's variables.
 
         Raises:
@@ -138,7 +138,7 @@ class Machine:
         argv = script.command([argument.replace("\0", "") for argument in arguments], self._seed)
         answer = await self._request({"argv": argv}, SCRIPT_SECONDS)
         late = f"it took more than {SCRIPT_SECONDS:g} seconds" if answer.get("is_late") else ""
-        return Finished(answer["status"], answer["stdout"], answer["stderr"] + late)
+        return ScriptResult(answer["status"], answer["stdout"], answer["stderr"] + late)
 
     async def run_command(self, command: str) -> str:
         """Evaluate a command in the shell and return what it wrote; directory and variables remain.
@@ -211,7 +211,7 @@ class Machine:
         if process is None:
             raise ToolError("the machine has stopped working")
         assert process.stdin is not None and process.stdout is not None
-        said = ""
+        output = ""
         with contextlib.suppress(ConnectionError):
             process.stdin.write(text.encode())
             await process.stdin.drain()
@@ -219,11 +219,11 @@ class Machine:
             try:
                 answer = json.loads(line)
             except ValueError:
-                said += line.decode("utf-8", "replace")
+                output += line.decode("utf-8", "replace")
                 continue
             if answer["id"] == number:
                 return answer
-        raise ToolError(said[-1_000:].strip() or "the machine has stopped working")
+        raise ToolError(output[-1_000:].strip() or "the machine has stopped working")
 
 
 def require_machines() -> None:

@@ -49,11 +49,11 @@ async def test_the_shell_keeps_its_directory_its_variables_and_its_programs():
 @needs_machine
 async def test_a_script_has_an_environment_of_its_own_and_its_arguments():
     async with started(start="cd /tmp; number=3") as machine:
-        finished = await machine.run_script(Script(code='pwd; echo "$number|$1|$2"; exit 4'), "a 'b", "\0c\n")
-        assert (finished.status, finished.stdout, finished.stderr) == (4, "/root\n|a 'b|c\n\n", "")
+        result = await machine.run_script(Script(code='pwd; echo "$number|$1|$2"; exit 4'), "a 'b", "\0c\n")
+        assert (result.status, result.stdout, result.stderr) == (4, "/root\n|a 'b|c\n\n", "")
         python = Script(language="python", code="from sys import *; print(argv[1:]); print('no', file=stderr); exit(3)")
-        finished = await machine.run_script(python, "x")
-        assert (finished.status, finished.stdout, finished.stderr) == (3, "['x']\n", "no\n")
+        result = await machine.run_script(python, "x")
+        assert (result.status, result.stdout, result.stderr) == (3, "['x']\n", "no\n")
 
 
 @needs_machine
@@ -109,8 +109,8 @@ async def test_output_is_bounded_and_a_program_in_the_background_stops_nothing()
         assert len(await machine.run_command("yes | head -c 10000000")) == machines.MAX_OUTPUT_BYTES
         assert len(await machine.run_command("yes &")) <= machines.MAX_OUTPUT_BYTES
         await machine.run_command("kill %1; sleep 0.2")
-        finished = await machine.run_script(Script(code="sleep 1000 & echo done"))
-        assert (finished.status, finished.stdout) == (0, "done\n")
+        result = await machine.run_script(Script(code="sleep 1000 & echo done"))
+        assert (result.status, result.stdout) == (0, "done\n")
 
 
 @needs_machine
