@@ -20,7 +20,7 @@ from pathlib import Path
 
 from runtime.environments.base import Outcome
 from runtime.environments.converters.agentbench_os import COMPARING, PublishedTask, digest, read_published
-from runtime.environments.converters.published import LeftOut
+from runtime.environments.converters.published import SkippedTask
 from runtime.environments.graders.base import GradingResources, Submission
 from runtime.environments.graders.machine import COMPARISONS, Checks, Run
 from runtime.environments.graders.text import Exact
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="the first tasks of each split only")
     arguments = parser.parse_args()
     published = list(read_published(arguments.directory))
-    left_out = [each for each in published if isinstance(each, LeftOut)]
+    left_out = [each for each in published if isinstance(each, SkippedTask)]
     tasks = [each for each in published if isinstance(each, PublishedTask)]
     taken = Counter[str]()
     chosen = []

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from runtime.environments.converters.published import LeftOut, read_json_list
+from runtime.environments.converters.published import SkippedTask, read_json_list
 from runtime.environments.graders.machine import COMPARISONS
 from runtime.environments.machines.machine import Script
 from runtime.environments.task_files.reader import MAX_PROBLEMS, describe_error
@@ -113,17 +113,17 @@ class ScriptMissing(Exception):
     """A row names a script that lies in no folder here."""
 
 
-def read_agentbench_os(source: Path) -> Iterator[dict[str, Any] | LeftOut]:
+def read_agentbench_os(source: Path) -> Iterator[dict[str, Any] | SkippedTask]:
     """Yield the tasks of AgentBench's folder `data/os_interaction`, of one of its files, or of copies `os_*.json`.
 
     Raises:
         ValueError: there is no such file, or rows are not as they are published; each is named by file and line.
     """
     for task in read_published(source):
-        yield task if isinstance(task, LeftOut) else task.content
+        yield task if isinstance(task, SkippedTask) else task.content
 
 
-def read_published(source: Path) -> Iterator[PublishedTask | LeftOut]:
+def read_published(source: Path) -> Iterator[PublishedTask | SkippedTask]:
     """Yield the tasks of `read_agentbench_os` with their examples. Raises: ValueError."""
     problems = list[str]()
     for path in find_files(source):
@@ -133,9 +133,9 @@ def read_published(source: Path) -> Iterator[PublishedTask | LeftOut]:
             except ValidationError as error:
                 problems.append(f"{path}:{line}: {describe_error(error)}")
             except ScriptMissing as missing:
-                yield LeftOut(f"{path}:{line}: {missing}")
+                yield SkippedTask(f"{path}:{line}: {missing}")
             except NotImplementedError as impossible:
-                yield LeftOut(f"{path}:{line}: {impossible}")
+                yield SkippedTask(f"{path}:{line}: {impossible}")
     if problems:
         more = f"\nand {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
         shown = "\n".join(problems[:MAX_PROBLEMS])

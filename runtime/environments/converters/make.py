@@ -22,12 +22,12 @@ from runtime.environments.converters.agentbench_os import read_agentbench_os
 from runtime.environments.converters.bfcl import read_bfcl
 from runtime.environments.converters.mathematics import read_gsm8k, read_math500
 from runtime.environments.converters.programs import read_humaneval, read_mbpp
-from runtime.environments.converters.published import LeftOut
+from runtime.environments.converters.published import SkippedTask
 from runtime.environments.converters.reading import read_beerqa
 from runtime.environments.task_files.reader import describe_error
 from runtime.environments.task_files.rows import TaskRow
 
-Rows = Iterator[dict[str, Any]] | Iterator[dict[str, Any] | LeftOut]
+Rows = Iterator[dict[str, Any]] | Iterator[dict[str, Any] | SkippedTask]
 
 BENCHMARKS: Mapping[str, Callable[[Path], Rows]] = {
     "agentbench-db": read_agentbench,
@@ -66,7 +66,7 @@ def make_task_file(benchmark: str, source: Path, out: Path) -> MadeFile:
     left_out = list[str]()
     try:
         for task in BENCHMARKS[benchmark](source):
-            if isinstance(task, LeftOut):
+            if isinstance(task, SkippedTask):
                 left_out.append(task.reason)
                 continue
             content = task

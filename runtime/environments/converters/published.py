@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedTask:
     """A published task that does not become one here; the reason begins with its file and line."""
 
     reason: str

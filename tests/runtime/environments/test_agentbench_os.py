@@ -10,7 +10,7 @@ import pytest
 
 from runtime.environments.converters.agentbench_os import PublishedTask, read_agentbench_os, read_published
 from runtime.environments.converters.make import make_task_file
-from runtime.environments.converters.published import LeftOut, read_json_list
+from runtime.environments.converters.published import SkippedTask, read_json_list
 from tests.bench.agentbench_os import check_all
 from tests.machines import needs_machine
 from tests.shared_data import find_shared
@@ -66,7 +66,7 @@ def test_a_comparing_script_that_is_another_one_runs_as_it_is(tmp_path: Path):
     path.parent.mkdir(parents=True)
     path.write_text("exit(0)")
     (task,) = read_agentbench_os(folder)
-    assert not isinstance(task, LeftOut)
+    assert not isinstance(task, SkippedTask)
     assert task["grader"]["checks"][1] == {"run": {"language": "python", "code": "exit(0)"}}
 
 
