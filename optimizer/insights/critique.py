@@ -1,6 +1,6 @@
 """Chooses the episodes that a critic reads, and writes them down within the tokens that it can hold.
 
-Three kinds of reading: the same task won and lost (ExpeL's first pass), successes side by side (its second), and
+Three kinds of input: the same task won and lost (ExpeL's first pass), successes side by side (its second), and
 failures of tasks that were never won, which ExpeL leaves out. An episode is read once, in one of them (ExpeL reads wins
 in both): a critic that saw it again would confirm the same lesson with the same evidence.
 
@@ -45,7 +45,7 @@ Where the answer must be JSON, write the same as {{"operations": [{{"op": "ADD",
 
 
 @dataclass(frozen=True)
-class Reading:
+class CritiqueInput:
     """Episodes of one scope that a critic reads together."""
 
     kind: str
@@ -62,15 +62,15 @@ class Critique:
     shown: list[str]
 
 
-def choose_readings(
+def choose_critique_inputs(
     successes: Sequence[GradedTrajectory],
     failures: Sequence[GradedTrajectory],
     *,
     already_read: Collection[tuple[str, str]],
     max_critiques: int,
     seed: int,
-) -> list[Reading]:
-    """Return at most `max_critiques` readings of episodes that were not read before; a third of them are groups."""
+) -> list[CritiqueInput]:
+    """Return at most `max_critiques` inputs of episodes that were not read before; a third of them are groups."""
     read = {trajectory_id for trajectory_id, _ in already_read}
 
     def unread(episodes: Iterable[GradedTrajectory]) -> dict[tuple[str, str, str], GradedTrajectory]:
@@ -79,7 +79,7 @@ def choose_readings(
         return {each.trajectory.task_key: each for each in episodes if each.trajectory.id not in read}
 
     won, lost = unread(successes), unread(failures)
-    compared = [Reading("compared", _scope_of(won[key]), (lost[key], won[key])) for key in won if key in lost]
+    compared = [CritiqueInput("compared", _scope_of(won[key]), (lost[key], won[key])) for key in won if key in lost]
     # seeded: a round that is repeated after a crash asks the same questions
     random.Random(seed).shuffle(compared)
     ever_won = {each.trajectory.task_key for each in successes}
@@ -87,18 +87,18 @@ def choose_readings(
         _group("won", [each for key, each in won.items() if key not in lost]),
         _group("lost", [each for key, each in lost.items() if key not in ever_won]),
     )
-    grouped = [reading for pair in groups for reading in pair if reading is not None]
+    grouped = [critique_input for pair in groups for critique_input in pair if critique_input is not None]
     num_grouped = min(len(grouped), max(1, max_critiques // 3, max_critiques - len(compared)))
     return compared[: max_critiques - num_grouped] + grouped[:num_grouped]
 
 
-def _group(kind: str, episodes: Iterable[GradedTrajectory]) -> list[Reading]:
+def _group(kind: str, episodes: Iterable[GradedTrajectory]) -> list[CritiqueInput]:
     """Return groups of one scope each, the newest episodes first."""
     by_scope: dict[InsightScope, list[GradedTrajectory]] = defaultdict(list)
     for each in sorted(episodes, key=lambda each: each.trajectory.id, reverse=True):
         by_scope[_scope_of(each)].append(each)
     return [
-        Reading(kind, scope, tuple(each[start : start + GROUP_SIZE]))
+        CritiqueInput(kind, scope, tuple(each[start : start + GROUP_SIZE]))
         for scope, each in sorted(by_scope.items())
         for start in range(0, len(each), GROUP_SIZE)
     ]
@@ -109,7 +109,7 @@ def _scope_of(each: GradedTrajectory) -> InsightScope:
 
 
 def build_critique(
-    reading: Reading, known: Sequence[str], *, comments: Mapping[str, Sequence[str]], max_tokens: int
+    critique_input: CritiqueInput, known: Sequence[str], *, comments: Mapping[str, Sequence[str]], max_tokens: int
 ) -> Critique | None:
     """Return the messages that ask a model for operations, within `max_tokens`; None if even the shortest is longer.
 
@@ -117,7 +117,7 @@ def build_critique(
     """
     # the list is never cut: with many lessons no episode may fit (extraction.py names the remedy)
     budget = max_tokens - sum(estimate_tokens(message["content"]) for message in _write_messages("", known))
-    for report, shown in _write_reports(reading, comments):
+    for report, shown in _write_reports(critique_input, comments):
         if estimate_tokens(report) <= budget:
             return Critique(_write_messages(report, known), [each.trajectory.id for each in shown])
     return None
@@ -132,30 +132,30 @@ def _write_messages(report: str, known: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _write_reports(
-    reading: Reading, comments: Mapping[str, Sequence[str]]
+    critique_input: CritiqueInput, comments: Mapping[str, Sequence[str]]
 ) -> Iterable[tuple[str, tuple[GradedTrajectory, ...]]]:
     """Yield (report, the episodes in it), each shorter than the one before."""
-    episodes = reading.episodes
+    episodes = critique_input.episodes
     for max_chars in PIECE_CHARS:
-        yield _write_report(reading, episodes, comments, max_chars, None), episodes
+        yield _write_report(critique_input, episodes, comments, max_chars, None), episodes
     for num_steps in STEPS_AT_EACH_END:
-        yield _write_report(reading, episodes, comments, PIECE_CHARS[-1], num_steps), episodes
-    if reading.kind == "compared":  # one half of a comparison says nothing
+        yield _write_report(critique_input, episodes, comments, PIECE_CHARS[-1], num_steps), episodes
+    if critique_input.kind == "compared":  # one half of a comparison says nothing
         return
     for num_kept in range(len(episodes) - 1, 0, -1):
         kept = episodes[:num_kept]
-        report = _write_report(reading, kept, comments, PIECE_CHARS[-1], STEPS_AT_EACH_END[-1])
+        report = _write_report(critique_input, kept, comments, PIECE_CHARS[-1], STEPS_AT_EACH_END[-1])
         yield f"{report}\n\n[... {len(episodes) - num_kept} more episodes left out for want of room ...]", kept
 
 
 def _write_report(
-    reading: Reading,
+    critique_input: CritiqueInput,
     episodes: Sequence[GradedTrajectory],
     comments: Mapping[str, Sequence[str]],
     max_chars: int,
     num_steps: int | None,
 ) -> str:
-    is_compared = reading.kind == "compared"
+    is_compared = critique_input.kind == "compared"
     parts = []
     for each in episodes:
         title = ("Won, the same task:" if is_compared else "Won:") if each.is_success else "Lost:"

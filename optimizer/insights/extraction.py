@@ -17,7 +17,7 @@ from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import Insight
 from optimizer.errors import CompletionError, PromptTooLong
 from optimizer.insights.contrast import contrast_insights
-from optimizer.insights.critique import MESSAGE_TOKENS, Critique, Reading, build_critique, choose_readings
+from optimizer.insights.critique import MESSAGE_TOKENS, Critique, CritiqueInput, build_critique, choose_critique_inputs
 from optimizer.insights.parsing import SCHEMA, InsightScope, parse_operations
 from optimizer.rewards import GradedTrajectory
 from optimizer.seams import Complete
@@ -27,7 +27,7 @@ log = structlog.get_logger()
 DEFAULT_CONTEXT_TOKENS = 8192  # of an engine that does not say
 MAX_ANSWER_TOKENS = 2048
 CRITIQUE_SECONDS = 600.0
-MAX_TRIES = 3  # of one reading, each with half the prompt: token counts are estimates
+MAX_TRIES = 3  # of one critique, each with half the prompt: token counts are estimates
 MAX_FAILURES_IN_A_ROW = 3  # then the critic counts as gone until the next round
 
 
@@ -37,7 +37,7 @@ class Extraction:
 
     operations: list[InsightOperation] = field(default_factory=list)
     evidence: list[tuple[str, str]] = field(default_factory=list)
-    """(trajectory id, kind of reading) of every episode that was read."""
+    """(trajectory id, kind of critique input) of every episode that was read."""
     num_asked: int = 0
     num_failed: int = 0
     num_skipped: int = 0
@@ -73,33 +73,37 @@ async def extract_insights(
     lists: dict[InsightScope, list[str]] = defaultdict(list)
     for insight in known:
         lists[(insight.environment, insight.kind)].append(insight.text)
-    readings = choose_readings(successes, failures, already_read=already_read, max_critiques=max_critiques, seed=seed)
+    critique_inputs = choose_critique_inputs(
+        successes, failures, already_read=already_read, max_critiques=max_critiques, seed=seed
+    )
     critic = _Critic(complete, context_tokens or DEFAULT_CONTEXT_TOKENS, comments or {})
     extraction = Extraction()
-    # a critic that is down must not delay the cycle by a timeout per reading
+    # a critic that is down must not delay the cycle by a timeout per critique
     num_failures_in_a_row = 0
-    for reading in readings:
+    for critique_input in critique_inputs:
         if num_failures_in_a_row == MAX_FAILURES_IN_A_ROW:
             extraction.num_skipped += 1
             continue
         extraction.num_asked += 1
         try:
-            answer, critique = await critic.ask(reading, lists[reading.scope])
+            answer, critique = await critic.ask(critique_input, lists[critique_input.scope])
         # other errors are defects, and end the cycle
         except (CompletionError, TimeoutError) as error:
             num_failures_in_a_row += 1
             extraction.fail(f"{type(error).__name__}: {str(error) or f'no answer in {CRITIQUE_SECONDS:g} seconds'}")
             continue
         num_failures_in_a_row = 0
-        _take(extraction, answer, reading, critique, lists[reading.scope])
+        _take(extraction, answer, critique_input, critique, lists[critique_input.scope])
     return extraction
 
 
-def _take(extraction: Extraction, answer: str, reading: Reading, critique: Critique, texts: list[str]) -> None:
+def _take(
+    extraction: Extraction, answer: str, critique_input: CritiqueInput, critique: Critique, texts: list[str]
+) -> None:
     """Add the operations of an answer. A useless answer counts as read, too: the same prompt would bring it again."""
     # only episodes that fitted into the prompt count as read; the others come again
-    extraction.evidence += [(trajectory_id, reading.kind) for trajectory_id in critique.shown]
-    operations = parse_operations(answer, reading.scope, texts)
+    extraction.evidence += [(trajectory_id, critique_input.kind) for trajectory_id in critique.shown]
+    operations = parse_operations(answer, critique_input.scope, texts)
     if operations is None:  # the answer stays out of logs and reports, because it may quote a person
         extraction.fail(f"no operation could be read out of the critic's answer of {len(answer)} characters")
         return
@@ -117,7 +121,7 @@ class _Critic:
         self._prompt_tokens = context_tokens - self._answer_tokens - MESSAGE_TOKENS
         self._comments = comments
 
-    async def ask(self, reading: Reading, texts: Sequence[str]) -> tuple[str, Critique]:
+    async def ask(self, critique_input: CritiqueInput, texts: Sequence[str]) -> tuple[str, Critique]:
         """Return the critic's answer, and the request that it answered.
 
         Raises:
@@ -125,7 +129,7 @@ class _Critic:
         """
         budget = self._prompt_tokens
         for _ in range(MAX_TRIES):
-            critique = build_critique(reading, texts, comments=self._comments, max_tokens=budget)
+            critique = build_critique(critique_input, texts, comments=self._comments, max_tokens=budget)
             if critique is None:
                 raise PromptTooLong(
                     f"beside a list of {len(texts)} lessons no episode fits into {budget} tokens: serve a longer "
@@ -138,7 +142,7 @@ class _Critic:
             except PromptTooLong:
                 budget //= 2
             else:
-                # kept: later readings begin with the size that was accepted
+                # kept: later critiques begin with the size that was accepted
                 self._prompt_tokens = budget
                 return answer, critique
         raise PromptTooLong(f"the critic's context was exceeded {MAX_TRIES} times, each time with half of the prompt")

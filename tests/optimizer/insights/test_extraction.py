@@ -12,7 +12,7 @@ from memory.records.insights import OperationKind
 from memory.schema import Insight
 from optimizer.errors import CompletionError, PromptTooLong
 from optimizer.insights import extraction as insight_extraction
-from optimizer.insights.critique import build_critique, choose_readings, estimate_tokens, shorten
+from optimizer.insights.critique import build_critique, choose_critique_inputs, estimate_tokens, shorten
 from optimizer.insights.extraction import MAX_FAILURES_IN_A_ROW, extract_insights
 from optimizer.insights.parsing import SCHEMA, parse_operations
 from tests.optimizer.insights.test_contrast import APPLIANCES, cook_at_random
@@ -158,8 +158,8 @@ async def test_an_episode_is_evidence_once():
 
 def test_no_more_is_read_than_is_allowed_and_groups_keep_their_third():
     successes, failures = [won(str(n)) for n in range(90)], [lost(str(n)) for n in range(45, 140)]
-    readings = choose_readings(successes, failures, already_read=(), max_critiques=32, seed=0)
-    kinds = [reading.kind for reading in readings]
+    critique_inputs = choose_critique_inputs(successes, failures, already_read=(), max_critiques=32, seed=0)
+    kinds = [critique_input.kind for critique_input in critique_inputs]
     assert (len(kinds), kinds.count("compared"), kinds.count("won"), kinds.count("lost")) == (32, 22, 5, 5)
 
 
@@ -219,8 +219,10 @@ async def test_an_estimate_that_was_too_low_is_mended_by_asking_for_less():
 @pytest.mark.parametrize("max_tokens", [700, 1000, 1500, 3000, 20_000])
 def test_what_does_not_fit_is_left_out_in_order_and_said(max_tokens: int):
     moves = [(f"go {n} " + "far " * 100, "You see " + "a tree, " * 100) for n in range(30)]
-    (reading,) = choose_readings([won(str(n), *moves) for n in range(8)], [], already_read=(), max_critiques=1, seed=0)
-    critique = build_critique(reading, KNOWN, comments={}, max_tokens=max_tokens)
+    (critique_input,) = choose_critique_inputs(
+        [won(str(n), *moves) for n in range(8)], [], already_read=(), max_critiques=1, seed=0
+    )
+    critique = build_critique(critique_input, KNOWN, comments={}, max_tokens=max_tokens)
     text = critique.messages[-1]["content"]
     assert sum(estimate_tokens(message["content"]) for message in critique.messages) <= max_tokens
     assert text.count("Won:") == len(critique.shown)
