@@ -247,8 +247,8 @@ class RolloutConfig(RoundsConfig):
 
 
 class BranchConfig(RoundsConfig):
-    """The branches of search: ways on from a step of an own episode. `num_tries`: the own episodes of each task that
-    are branched from. `min_rows`: preferences; with fewer the rounds end."""
+    """The branches of search: continuations from a step of an own episode. `num_tries`: the own episodes of each task
+    that are branched from. `min_rows`: preferences; with fewer the rounds end."""
 
     method = "search"
     rounds: int = Field(default=1, ge=1)
@@ -256,13 +256,13 @@ class BranchConfig(RoundsConfig):
     num_points: int = Field(default=24, ge=1)
     """Steps at which a round branches, at the most."""
     num_ways: int = Field(default=4, ge=2)
-    """Ways on that are sampled at a step."""
+    """Continuations that are sampled at a step."""
     num_rollouts: int = Field(default=2, ge=1)
-    """Episodes that value a way, at the most: its own, and more that repeat its reply where the ways ended
-    differently. With one, luck in later steps is taken for the worth of a reply."""
+    """Episodes that value a continuation, at the most: its own, and more that repeat its reply where the continuations
+    ended differently. With one, luck in later steps is taken for the worth of a reply."""
     margin: float = Field(default=0.6, gt=0, le=1)
-    """Least difference between the mean rewards of two ways for a preference. Above one half, because two rollouts of
-    each differ by that when a single one of the four had luck."""
+    """Least difference between the mean rewards of two continuations for a preference. Above one half, because two
+    rollouts of each differ by that when a single one of the four had luck."""
     min_rows: int = 12
 
 

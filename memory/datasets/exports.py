@@ -337,7 +337,7 @@ def _with_corrections(session: Session, episodes: Sequence[_Episode]) -> list[_E
 
 
 def _pair(won: _Episode, lost: _Episode) -> Iterator[ExampleContent]:
-    """Yield the two ways on from where a win and a loss of one task part (ETO, arXiv 2403.02502), if a reply parts
+    """Yield the two continuations of where a win and a loss of one task part (ETO, arXiv 2403.02502), if a reply parts
     them."""
     better, worse = [*won.opening, *won.replies], [*lost.opening, *lost.replies]
     length = next(

@@ -103,8 +103,8 @@ class Insights:
     ) -> list[Insight]:
         """Apply all operations in one transaction, REMOVE first and ADD last; return the changed insights.
 
-        `evidence` holds (trajectory id, kind of critique input) for the episodes behind the operations. It is stored in the
-        same transaction and returned by `read_evidence`, so that no episode counts twice. Operations on an unknown
+        `evidence` holds (trajectory id, kind of critique input) for the episodes behind the operations. It is stored in
+        the same transaction and returned by `read_evidence`, so that no episode counts twice. Operations on an unknown
         insight are ignored, because critics misquote. Raises: ValueError for a blank text.
         """
         for operation in operations:
@@ -123,7 +123,7 @@ class Insights:
         return await self._database.write(write)
 
     def read_evidence(self, *, since_id: str = "") -> set[tuple[str, str]]:
-        """Return the (trajectory id, kind of critique input) of all evidence, without episodes older than `since_id`."""
+        """Return (trajectory id, kind of critique input) of all evidence, without episodes older than `since_id`."""
         query = select(ReadEpisode).where(col(ReadEpisode.trajectory_id) >= since_id)
         with self._database.read() as session:
             return {(row.trajectory_id, row.reading) for row in session.exec(query)}

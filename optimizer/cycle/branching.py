@@ -1,6 +1,6 @@
-"""Plays the branches of a search: ways on from chosen steps of own episodes, each to the end of its task.
+"""Plays the branches of a search: continuations from chosen steps of own episodes, each to the end of its task.
 
-Flow: own episodes of the round -> points -> ways on from each -> where they ended differently, the same ways again.
+Flow: own episodes of the round -> points -> continuations of each -> where they ended differently, the same ones again.
 Invariant: the points of a round are chosen once and saved, and the branches are counted by their rows, so that a
 repeated stage plays only what is missing.
 """
@@ -13,7 +13,7 @@ from functools import partial
 from memory.errors import ReplayMismatch
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.stages import Method, name_round, read_episodes
-from optimizer.data.branches import BranchPoint, Key, choose_points, group_branches, list_ways
+from optimizer.data.branches import BranchPoint, Key, choose_points, group_branches, list_continuations
 from optimizer.errors import CannotReplay
 from optimizer.rewards import GradedTrajectory
 from optimizer.seams import Branch, Seams
@@ -40,8 +40,8 @@ async def play_branches(context: CycleContext, method: Method, policy: int, labe
         tried = group_branches(graded, policy).keys()
         points = choose_points(graded, policy=policy, config=context.config.branches, tried=tried)
         await _save_points(context, method, points)
-    ways = _find_missing_ways(context, method, graded, policy)
-    await _play_missing(context, method, graded, list(ways), f"{label}: ways on")
+    sampled = _find_missing_continuations(context, method, graded, policy)
+    await _play_missing(context, method, graded, list(sampled), f"{label}: ways on")
     graded = await read_episodes(context, method)
     repeated = _find_missing_rollouts(context, method, graded, policy)
     await _play_missing(context, method, graded, list(repeated), f"{label}: the same ways again")
@@ -51,7 +51,7 @@ Missing = tuple[BranchPoint, Key, int, int]
 """(point, where the branches leave, how many there are, how many more are wanted)."""
 
 
-def _find_missing_ways(
+def _find_missing_continuations(
     context: CycleContext, method: Method, graded: Sequence[GradedTrajectory], policy: int
 ) -> Iterator[Missing]:
     branches = group_branches(graded, policy)
@@ -63,17 +63,18 @@ def _find_missing_ways(
 def _find_missing_rollouts(
     context: CycleContext, method: Method, graded: Sequence[GradedTrajectory], policy: int
 ) -> Iterator[Missing]:
-    """Yield the ways to be repeated: those of a point whose ways differ by the margin, unless they ended the task."""
+    """Yield the continuations to be repeated: at points where they differ by the margin, unless they ended the task."""
     config, branches = context.config.branches, group_branches(graded, policy)
     own = {each.trajectory.id: each for each in graded}
     for point in _points(context, method):
-        ways = list_ways(point, own[point.trajectory_id], branches) if point.trajectory_id in own else []
-        values = [way.value for way in ways]
+        origin = own.get(point.trajectory_id)
+        continuations = list_continuations(point, origin, branches) if origin is not None else []
+        values = [each.value for each in continuations]
         if not values or max(values) - min(values) < config.margin:
             continue
-        for way in ways:
-            if way.next_key is not None:
-                yield point, way.next_key, way.num_rollouts, config.num_rollouts - way.num_rollouts
+        for each in continuations:
+            if each.next_key is not None:
+                yield point, each.next_key, each.num_rollouts, config.num_rollouts - each.num_rollouts
 
 
 async def _play_missing(

@@ -256,7 +256,7 @@ def need_rollouts(logged: LoggedData, rounds: Sequence[int]) -> Need:
 
 
 def need_branches(logged: LoggedData, rounds: Sequence[int]) -> Need:
-    """Return the need for preferences between ways on, all of them still to be played."""
+    """Return the need for preferences between continuations, all of them still to be played."""
     wanted, num_tasks = logged.config.branches, logged.config.num_practice_tasks
     num_own = min(wanted.num_tasks, num_tasks) * wanted.num_tries
     num_branches = wanted.num_points * wanted.num_ways * wanted.num_rollouts
@@ -264,7 +264,7 @@ def need_branches(logged: LoggedData, rounds: Sequence[int]) -> Need:
         name="branches",
         needed=wanted.min_rows,
         available=0,
-        # of a point at the most: one half of its ways better than each of the other half
+        # of a point at the most: one half of its continuations better than each of the other half
         playable=wanted.num_points * (wanted.num_ways**2 // 4),
         detail=f"each of {wanted.rounds} rounds plays {num_own} own episodes and at most {num_branches} branches of "
         f"them ({wanted.num_points} steps, {wanted.num_ways} ways on from each, {wanted.num_rollouts} episodes for a "

@@ -48,7 +48,7 @@ class BranchPoint(BaseModel):
 
 @dataclass
 class BranchRows(BuiltRows[Preference]):
-    """Preferences between ways on, and the reasons for which everything else was left out."""
+    """Preferences between continuations, and the reasons for which everything else was left out."""
 
     num_points: int = 0
     num_mismatches: int = 0
@@ -99,7 +99,7 @@ def describe(summary: dict[str, Any]) -> list[str]:
 def choose_points(
     graded: Iterable[GradedTrajectory], *, policy: int, config: BranchConfig, tried: Collection[Key] = ()
 ) -> list[BranchPoint]:
-    """Return at most `config.num_points` model calls of lost own episodes, those first that tell most.
+    """Return at most `config.num_points` model calls of lost own episodes, the most informative first.
 
     Of a task, first the calls that its tries answered differently: there the policy is undecided, so another sample is
     likely to be another reply. Then the calls of each lost try, the middle one first, then the middles of both halves,
@@ -169,7 +169,7 @@ def _reply_of(step: Step) -> tuple[int, ...]:
 
 
 @dataclass
-class Way:
+class Continuation:
     """One reply to the prompt of a branch point, and the episodes that value it."""
 
     reply: tuple[int, ...]
@@ -203,13 +203,13 @@ def group_branches(graded: Iterable[GradedTrajectory], policy: int) -> dict[Key,
     return branches
 
 
-def list_ways(
+def list_continuations(
     point: BranchPoint, origin: GradedTrajectory, branches: Branches, counts: Counter[str] | None = None
-) -> list[Way]:
+) -> list[Continuation]:
     """Return the different replies that branches gave at a point, and what followed; `counts` gets what is left out."""
     counts = Counter() if counts is None else counts
     asked = next((step for step in origin.model_steps if step.position == point.position), None)
-    ways: dict[tuple[int, ...], Way] = {}
+    continuations: dict[tuple[int, ...], Continuation] = {}
     for each in branches.get(point.key, ()):
         step = _own_steps(each)[0] if _own_steps(each) else None
         try:
@@ -222,11 +222,11 @@ def list_ways(
         except Unstitchable as reason:
             counts[str(reason)] += 1
             continue
-        ways.setdefault(_reply_of(step), Way(_reply_of(step))).branches.append(each)
-    for way in ways.values():
-        keys = filter(None, map(_next_key, way.branches))
-        way.repeated = [it for key in keys for it in branches.get(key, ()) if it.trajectory.may_teach]
-    return [ways[reply] for reply in sorted(ways)]
+        continuations.setdefault(_reply_of(step), Continuation(_reply_of(step))).branches.append(each)
+    for continuation in continuations.values():
+        keys = filter(None, map(_next_key, continuation.branches))
+        continuation.repeated = [it for key in keys for it in branches.get(key, ()) if it.trajectory.may_teach]
+    return [continuations[reply] for reply in sorted(continuations)]
 
 
 def _own_steps(branch: GradedTrajectory) -> list[Step]:
@@ -268,19 +268,21 @@ def build_branches(
         if origin is None:  # over the limit of the pool
             built.counts["no_origin"] += 1
             continue
-        ways = list_ways(point, origin, branches, built.counts)
-        if _add_preferences(ways, config, max_length_tokens, built):
+        continuations = list_continuations(point, origin, branches, built.counts)
+        if _add_preferences(continuations, config, max_length_tokens, built):
             tasks.add(origin.trajectory.task_key)
     built.num_tasks = len(tasks)
     bound_rows(built, config, teaching or TeachingConfig(), seed)
     return built
 
 
-def _add_preferences(ways: Sequence[Way], config: BranchConfig, max_length_tokens: int, built: BranchRows) -> bool:
-    """Add the preferences between the ways of one point; return whether there is one."""
-    pairs = [(it, other) for it, other in permutations(ways, 2) if it.value - other.value >= config.margin]
+def _add_preferences(
+    continuations: Sequence[Continuation], config: BranchConfig, max_length_tokens: int, built: BranchRows
+) -> bool:
+    """Add the preferences between the continuations of one point; return whether there is one."""
+    pairs = [(it, other) for it, other in permutations(continuations, 2) if it.value - other.value >= config.margin]
     if not pairs:
-        built.counts["one_way" if len(ways) < 2 else "ways_alike"] += 1
+        built.counts["one_way" if len(continuations) < 2 else "ways_alike"] += 1
     num_before = len(built.rows)
     for better, worse in pairs:
         chosen, rejected = better.branches[0], worse.branches[0]

@@ -42,7 +42,7 @@ LEAST_DIFFERENCE_OF_OUTCOMES = 0.5
 
 @dataclass(frozen=True)
 class Preference:
-    """Two ways on from the same prompt; the loss counts where the masks are 1."""
+    """Two continuations of the same prompt; the loss counts where the masks are 1."""
 
     chosen_trajectory_id: str
     rejected_trajectory_id: str

@@ -1,4 +1,4 @@
-"""Trains an adapter on preferences between ways on: `python -m optimizer.training.search spec.json`.
+"""Trains an adapter on preferences between continuations: `python -m optimizer.training.search spec.json`.
 
 The rows are preferences and so is the loss: this is DPO's trainer under the name of the method.
 """

@@ -1,4 +1,4 @@
-"""Branches: the steps that a search chooses, and the preferences made from their ways."""
+"""Branches: the steps that a search chooses, and the preferences made from their continuations."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_step_at_which_tries_part_comes_first_and_then_the_halves_of_what_wa
 
 def test_tasks_take_turns_the_won_ones_first_and_the_number_is_bounded(tokenizer):
     graded = [episode(tokenizer, [LOOK, *BLUE], task="a", text="Vault a.")]
-    graded += [episode(tokenizer, [LOOK, *way], task="b", text="Vault b.") for way in (RED, BLUE)]
+    graded += [episode(tokenizer, [LOOK, *rest], task="b", text="Vault b.") for rest in (RED, BLUE)]
     graded += [episode(tokenizer, [LOOK, *RED], task="c", text="Vault c.")]
     tasks = {each.trajectory.id: each.trajectory.task for each in graded}
 
@@ -93,7 +93,7 @@ def test_only_own_episodes_are_branched_from(tokenizer, field, value):
     assert choose_points([lost], policy=0, config=BranchConfig()) == []
 
 
-def test_two_ways_from_one_prompt_are_a_preference_of_their_own_tokens_alone(tokenizer):
+def test_two_continuations_of_one_prompt_are_a_preference_of_their_own_tokens_alone(tokenizer):
     origin = episode(tokenizer, [LOOK, *BLUE])
     good, bad = branch(tokenizer, origin, 2, RED), branch(tokenizer, origin, 2, BLUE)
 
@@ -108,7 +108,7 @@ def test_two_ways_from_one_prompt_are_a_preference_of_their_own_tokens_alone(tok
     assert built.details() == {"num_points": 1, "num_mismatches": 0, "num_branches": 2, "num_own": 1}
 
 
-def test_a_way_is_worth_the_mean_of_all_its_rollouts(tokenizer):
+def test_a_continuation_is_worth_the_mean_of_all_its_rollouts(tokenizer):
     origin = episode(tokenizer, [LOOK, *BLUE])
     lucky, bad = branch(tokenizer, origin, 2, RED), branch(tokenizer, origin, 2, BLUE)
     # the good reply again, but lost this time: a branch of the branch, after its reply
