@@ -91,7 +91,7 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     # It takes `engine.on_restart`: one engine has one HotSwap.
     hotswap = HotSwap(memory.policies, engine, max_lora_rank=settings.engine.max_lora_rank)
     # Without one, insights come from counting.
-    critic = BaseModelCritic(TextCompletion(hotswap)) if engine.can_judge else None
+    critic = BaseModelCritic(TextCompletion(hotswap)) if engine.can_be_critic else None
     complete = critic.complete if critic is not None else None
     environments = open_environments(settings.environments, memory.data_dir / "environments", complete)
     toolbox = Toolbox(settings.tools, memory.retrieval.find_passages, memory.data_dir / "logs")

@@ -79,7 +79,7 @@ class Learner:
         await self.stop()
         return await abandon_cycle(self._memory, cycle_id, "Cancelled: by request")
 
-    async def judge(self, policy: Policy) -> dict[str, Any]:
+    async def decide_again(self, policy: Policy) -> dict[str, Any]:
         """Decide on a cycle's candidate again, on held-out tasks not used for it yet; return the verdict.
 
         Each threshold is the tighter one of the cycle's settings and of this server's configuration.

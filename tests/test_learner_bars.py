@@ -88,7 +88,7 @@ async def test_a_cycle_with_lower_bars_is_judged_by_the_operators(tmp_path: Path
         )
         candidate = memory.policies.get(context.artifacts.candidate)
 
-        verdict = await make_learner(memory, operator, world.seams).judge(candidate)
+        verdict = await make_learner(memory, operator, world.seams).decide_again(candidate)
 
         assert verdict["decision"] == "uninformative" and "50 are needed" in verdict["reason"]
         assert memory.policies.active().version == 0

@@ -63,7 +63,7 @@ class CycleRunner(Protocol):
         """Stop a running cycle; it closes with the error that it was cancelled."""
         ...
 
-    async def judge(self, policy: Policy) -> dict[str, Any]:
+    async def decide_again(self, policy: Policy) -> dict[str, Any]:
         """Decide on a cycle's candidate by tasks that no earlier decision on it used; return the verdict.
 
         Raises:

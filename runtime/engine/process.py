@@ -147,7 +147,7 @@ class Engine:
         return self.embedded is None or self.embedded.can_converse
 
     @property
-    def can_judge(self) -> bool:
+    def can_be_critic(self) -> bool:
         """Whether its model can be the critic, which the embedded ones are too small for (docs/models.md)."""
         return self.embedded is None
 

@@ -113,7 +113,7 @@ async def judge(version: Version, server: Server) -> Judgement:
             f"policy {wanted.name} is {wanted.stage.value!r}: only a cycle's candidate can be judged",
             code="no_candidate",
         )
-    verdict = await server.cycles.judge(wanted)
+    verdict = await server.cycles.decide_again(wanted)
     active = server.memory.policies.active()
     if active.version == wanted.version and server.engine.is_ready:
         await server.hotswap.wait_for(active.version)

@@ -164,7 +164,7 @@ class QuickLearner:
         self._turn.cancel()
         return await self.memory.cycles.save(cycle_id, stage=CycleStage.ERROR, error="Cancelled: by request")
 
-    async def judge(self, policy: Policy) -> dict[str, Any]:
+    async def decide_again(self, policy: Policy) -> dict[str, Any]:
         return {"decision": "uninformative", "reason": "nobody played"}
 
     async def _run(self, cycle_id: str) -> None:
