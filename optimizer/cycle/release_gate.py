@@ -156,9 +156,9 @@ async def _decide_by_log(context: CycleContext, entry_id: str, *, is_in_cycle: b
     policies = context.memory.policies
     candidate, incumbent = policies.get(context.artifacts.candidate_version), policies.active()
     comparison = await _enter(context, entry_id, incumbent.version, is_in_cycle=is_in_cycle)
-    ours, theirs = await asyncio.to_thread(read_logged_cells, context.memory, candidate, incumbent)
-    # ours twice: where its tries were without memory it is also the cell that may be no worse and cheaper
-    return await _conclude(comparison, {cell.cell.name: cell for cell in (ours, theirs)}, [ours, theirs, ours], [])
+    cells = await asyncio.to_thread(read_logged_cells, context.memory, candidate, incumbent)
+    # the candidate's twice: where its tries were without memory it is also the cell that may be no worse and cheaper
+    return await _conclude(comparison, {cell.cell.name: cell for cell in cells}, [*cells, cells[0]], [])
 
 
 def _cycle_entry(context: CycleContext) -> str:
@@ -210,11 +210,11 @@ async def _conclude(
     """Decide between (candidate, incumbent, candidate without memory if it was played), and act on the verdict."""
     context = comparison.context
     # positional: list_contestants returns them in this order
-    ours, theirs, *lean = contestants
-    without_memory = next((result for result in lean if not result.cell.use_memory), None)
+    candidate, incumbent, *others = contestants
+    without_memory = next((result for result in others if not result.cell.use_memory), None)
     # a comparison that was closed without a test has no look; it is only repeated after a crash
     look = comparison.entry.look or 1
-    verdict = decision.decide(ours, theirs, context.config.evaluation, look=look, without_memory=without_memory)
+    verdict = decision.decide(candidate, incumbent, context.config.evaluation, look=look, without_memory=without_memory)
     active = context.memory.policies.active().version
     # the candidate itself is active when the stage is repeated after a crash
     if active not in (verdict.incumbent.policy, verdict.candidate.policy):
@@ -227,16 +227,16 @@ async def _conclude(
     if verdict.decision is Decision.PROMOTE and comparison.environment:
         await _play_sealed(comparison, verdict.candidate)
     if verdict.decision is Decision.UNINFORMATIVE:
-        verdict = replace(verdict, reason=f"{verdict.reason}; {_how_to_go_on(comparison, verdict)}")
+        verdict = replace(verdict, reason=f"{verdict.reason}; {_suggest_next_step(comparison, verdict)}")
     return await _act_on(comparison, verdict, cells, policies)
 
 
-def _how_to_go_on(comparison: Comparison, verdict: Verdict) -> str:
-    ours, theirs = f"v{verdict.candidate.policy}", f"v{verdict.incumbent.policy}"
+def _suggest_next_step(comparison: Comparison, verdict: Verdict) -> str:
+    candidate, incumbent = f"v{verdict.candidate.policy}", f"v{verdict.incumbent.policy}"
     if comparison.environment:
-        return f"`judge {ours}` plays {'new' if verdict.was_tested else 'other'} held-out tasks and decides again"
+        return f"`judge {candidate}` plays {'new' if verdict.was_tested else 'other'} held-out tasks and decides again"
     new = "other held-out tasks than before" if verdict.was_tested else "the same held-out tasks"
-    return f"have {ours} and {theirs} play {new} alike, reward all of them, and judge again"
+    return f"have {candidate} and {incumbent} play {new} alike, reward all of them, and judge again"
 
 
 async def _play_regressions(comparison: Comparison, verdict: Verdict) -> Verdict:
@@ -401,7 +401,7 @@ def list_contestants(context: CycleContext) -> list[Cell]:
     return _pair_contestants(context, candidate, "base" if incumbent == 0 else "incumbent", incumbent)
 
 
-def _pair_contestants(context: CycleContext, ours: str, theirs: str, incumbent: int) -> list[Cell]:
+def _pair_contestants(context: CycleContext, candidate_name: str, incumbent_name: str, incumbent: int) -> list[Cell]:
     environment, candidate = context.config.environment, context.artifacts.candidate_version
     use_memory = context.gate_serving(environment).use_memory
     # None on the policy's row: it follows the server's setting
@@ -409,9 +409,9 @@ def _pair_contestants(context: CycleContext, ours: str, theirs: str, incumbent: 
     if serves_with_memory is None:
         serves_with_memory = context.seams.serving(environment).use_memory
     cells = [
-        Cell(f"{ours}-{'on' if use_memory else 'off'}", candidate, use_memory),
-        Cell(f"{theirs}-{'on' if serves_with_memory else 'off'}", incumbent, serves_with_memory),
+        Cell(f"{candidate_name}-{'on' if use_memory else 'off'}", candidate, use_memory),
+        Cell(f"{incumbent_name}-{'on' if serves_with_memory else 'off'}", incumbent, serves_with_memory),
     ]
     if context.config.evaluation.noninferiority_margin is not None:
-        cells.append(Cell(f"{ours}-off", candidate, False))
+        cells.append(Cell(f"{candidate_name}-off", candidate, False))
     return cells

@@ -71,6 +71,6 @@ async def selection_tasks(context: CycleContext) -> list[Task]:
 
 async def _find_learned_from(context: CycleContext) -> set[str | None]:
     """Return the names of the tasks that rows may be made of: of episodes, corrections and imported examples."""
-    lived = [*await context.read_pool(), *await context.read_corrections()]
+    learned_from = [*await context.read_pool(), *await context.read_corrections()]
     examples = (await context.read_examples()).values()
-    return {each.trajectory.task for each in lived} | {each.example.task for rows in examples for each in rows}
+    return {each.trajectory.task for each in learned_from} | {each.example.task for rows in examples for each in rows}

@@ -382,7 +382,7 @@ async def _reserve_version(context: CycleContext, name: str) -> int:
 
 
 @asynccontextmanager
-async def _make_room(context: CycleContext, spec: TrainingSpec) -> AsyncIterator[None]:
+async def _open_training_window(context: CycleContext, spec: TrainingSpec) -> AsyncIterator[None]:
     """Keep the engine stopped during the training, where that is configured and there is something to train."""
     if context.config.gpu != "window" or read_finished(spec) is not None:
         yield
@@ -405,7 +405,7 @@ async def _train_and_register(context: CycleContext, spec: TrainingSpec, method:
         await context.report_progress(step["step"], step["total"], message)
 
     # the engine is back before the policy is drafted
-    async with _make_room(context, spec):
+    async with _open_training_window(context, spec):
         # idempotent by the digest of the spec (launch.read_finished): a repeated stage gets the finished adapter
         manifest = await context.seams.train(spec, on_step=on_step, num_attempts=context.config.training_attempts)
     policy = await _register(context, spec, note=method.note)
