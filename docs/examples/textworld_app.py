@@ -54,8 +54,8 @@ class Game:
         self._state = self._world.reset()
         self.num_commands = 0
         self.is_over = False
-        said = self._state.feedback
-        self.opening = f"{tidy(said[said.index(INTRODUCTION) :])}\n{tidy(self._state.inventory)}"
+        text = self._state.feedback
+        self.opening = f"{tidy(text[text.index(INTRODUCTION) :])}\n{tidy(self._state.inventory)}"
 
     async def act(self, command: str) -> str:
         self.num_commands += 1
@@ -89,8 +89,8 @@ async def play(path: Path, model: BaseChatModel) -> Ended:
     act = StructuredTool(name="act", description="Give the game one command.", args_schema=COMMAND, coroutine=game.act)
     agent = create_agent(model, [act], system_prompt=SYSTEM_PROMPT, middleware=[stop_when_over])
     limit = {"recursion_limit": 6 * MAX_COMMANDS}
-    said = await agent.ainvoke({"messages": [("user", game.opening)]}, limit)
-    return Ended(game.close(), said["messages"])
+    result = await agent.ainvoke({"messages": [("user", game.opening)]}, limit)
+    return Ended(game.close(), result["messages"])
 
 
 async def main(paths: list[Path]) -> None:

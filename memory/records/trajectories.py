@@ -632,10 +632,10 @@ def _note_reply(session: Session, trajectory: Trajectory, reply: str) -> None:
     """Store by what a conversation is recognized that contains the reply of an untrusted trajectory."""
     if trajectory.trust is not Trust.UNTRUSTED or not reply:
         return
-    said = sql_select(col(Step.content)).where(  # a checker's note has a role, and no client knows it
+    query = sql_select(col(Step.content)).where(  # a checker's note has a role, and no client knows it
         col(Step.trajectory_id) == trajectory.id, col(Step.kind) == StepKind.USER, col(Step.role).is_(None)
     )
-    request = session.scalar(said.order_by(col(Step.position).desc()).limit(1))
+    request = session.scalar(query.order_by(col(Step.position).desc()).limit(1))
     request = trajectory.task_text if request is None else request
     trajectory.reply_digest = digest_exchange(trajectory.tenant, request, reply)
 

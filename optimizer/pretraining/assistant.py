@@ -62,8 +62,8 @@ def write_one_call(draw: random.Random) -> Conversation:
     tool = draw.choice(TOOLS)
     values = tool.draw_values(draw)
     talk = Conversation(tools=offer(draw, tool)).ask(tool.ask(draw, values))
-    result, said = tool.respond(draw, values)
-    return talk.call((tool.name, tool.arguments(values), result)).answer(said)
+    result, answer = tool.respond(draw, values)
+    return talk.call((tool.name, tool.arguments(values), result)).answer(answer)
 
 
 def write_two_calls(draw: random.Random) -> Conversation:
@@ -74,7 +74,7 @@ def write_two_calls(draw: random.Random) -> Conversation:
     talk = Conversation(tools=offer(draw, tool)).ask(tool.ask_twice(first, second))
     made = [(tool.name, tool.arguments(values), *tool.respond(draw, values)) for values in (first, second)]
     talk.call(*((name, arguments, result) for name, arguments, result, _ in made))
-    return talk.answer(" ".join(said for *_, said in made))
+    return talk.answer(" ".join(answer for *_, answer in made))
 
 
 def write_no_call(draw: random.Random) -> Conversation:
@@ -88,9 +88,9 @@ def write_missing_value(draw: random.Random) -> Conversation:
     tool = draw.choice([it for it in TOOLS if it.vague])
     values = tool.draw_values(draw)
     talk = Conversation(tools=offer(draw, tool)).ask(draw.choice(tool.vague)).answer(tool.question)
-    result, said = tool.respond(draw, values)
+    result, answer = tool.respond(draw, values)
     reply = ", ".join(str(values[name]) for name in tool.subject)
-    return talk.ask(reply).call((tool.name, tool.arguments(values), result)).answer(said)
+    return talk.ask(reply).call((tool.name, tool.arguments(values), result)).answer(answer)
 
 
 def write_fact(draw: random.Random) -> Conversation:

@@ -86,7 +86,7 @@ class ToolTemplate:
     asks: Sequence[str]
     result: Mapping[str, Any]
     """A text with `{name}` is filled in; a range is drawn from."""
-    said: str
+    answer: str
     subject: Sequence[str]
     """The parameters that a second call in the same reply changes."""
     pair: str = ""
@@ -128,7 +128,7 @@ class ToolTemplate:
         """Return the tool's result and the assistant's sentence about it."""
         made = {key: draw.choice(it) if isinstance(it, range | tuple) else it for key, it in self.result.items()}
         made = {key: it.format(**values) if isinstance(it, str) else it for key, it in made.items()}
-        return json.dumps(made, ensure_ascii=False), self.said.format(**{**values, **made})
+        return json.dumps(made, ensure_ascii=False), self.answer.format(**{**values, **made})
 
 
 TOOLS: tuple[ToolTemplate, ...] = (

@@ -45,8 +45,8 @@ class ClientStream:
         return {"index": self._client_index[index], "function": {"arguments": piece["function"]["arguments"]}}
 
 
-class HeldStream:
-    """Holds the deltas of one reply back until it is known that its client may see them."""
+class BufferedStream:
+    """Keeps the deltas of one reply back until it is known that its client may see them."""
 
     def __init__(self, stream: ClientStream) -> None:
         self._stream = stream

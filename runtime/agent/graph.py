@@ -229,8 +229,8 @@ class Agent:
         if resumption is not None:
             opening, task_text = resumption.trajectory.opening, resumption.trajectory.task_text
         else:
-            spoken = _first_messages(request, playthrough)
-            opening, task_text = self._with_system_prompt(spoken, leased, environment), last_user_text(spoken)
+            messages = _first_messages(request, playthrough)
+            opening, task_text = self._with_system_prompt(messages, leased, environment), last_user_text(messages)
         episode = Episode(
             request=request,
             memory=self._memory,

@@ -20,7 +20,7 @@ from memory.conversation import restore_messages, show_memory, show_plan, text_o
 from memory.errors import StorageError, StoreError
 from memory.schema import Split, Step, StepKind, Trajectory, Trust, now
 from memory.team import Check, Role, read_check, write_note
-from runtime.agent.client_stream import ClientStream, HeldStream
+from runtime.agent.client_stream import BufferedStream, ClientStream
 from runtime.agent.resume import digest, exchanges_of, last_handover
 from runtime.agent.state import Episode, EpisodeState, UncheckedAnswer
 from runtime.agent.team import MAX_ROLE_TOKENS, check_messages, plan_messages
@@ -92,7 +92,7 @@ async def _recall(episode: Episode) -> tuple[str, list[str]]:
     # A task that did not start has no text to search with.
     if not episode.use_memory or episode.start_error is not None:
         return "", []
-    recollection = await episode.memory.retrieval.retrieve(
+    segment = await episode.memory.retrieval.retrieve(
         environment=task.environment if task else None,
         kind=task.kind if task else "chat",
         task=task.name if task else None,
@@ -104,7 +104,7 @@ async def _recall(episode: Episode) -> tuple[str, list[str]]:
         episode_id=episode.episode_id,
         conversation=episode.opening,
     )
-    return recollection.text, recollection.ids
+    return segment.text, segment.ids
 
 
 async def plan(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
@@ -167,8 +167,8 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     )
     if is_checked:
         return _await_check(episode, completion)
-    if episode.held is not None:
-        await episode.held.release()
+    if episode.buffered_stream is not None:
+        await episode.buffered_stream.release()
     # Although the turn may go on: if its budget ends it, this is the answer that is recorded.
     episode.answer = completion.content
     change: EpisodeState = {"messages": [completion.as_message()], "calls": server_calls, "is_unchecked": False}
@@ -200,7 +200,7 @@ async def check(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
 
 
 def _await_check(episode: Episode, completion: Completion) -> EpisodeState:
-    episode.unchecked, episode.held = UncheckedAnswer(completion, episode.held), None
+    episode.unchecked, episode.buffered_stream = UncheckedAnswer(completion, episode.buffered_stream), None
     episode.num_invalid_tool_calls += _is_broken_call(episode, completion)
     return {
         "messages": [completion.as_message()],
@@ -294,7 +294,7 @@ async def _ask_policy(episode: Episode, messages: Sequence[Message], role: Role 
 
 
 async def _call_model(
-    episode: Episode, messages: Sequence[Message], stream: ClientStream | HeldStream | None, role: Role
+    episode: Episode, messages: Sequence[Message], stream: ClientStream | BufferedStream | None, role: Role
 ) -> Completion:
     is_actor, max_tokens = role is Role.ACTOR, episode.budget.require()
     # The request's tools, and its parameters such as a format of the answer, are the actor's alone.
@@ -317,13 +317,13 @@ async def _call_model(
     return completion
 
 
-def _stream_of(episode: Episode, role: Role) -> ClientStream | HeldStream | None:
+def _stream_of(episode: Episode, role: Role) -> ClientStream | BufferedStream | None:
     on_delta = episode.request.on_delta
     if on_delta is None or role is not Role.ACTOR:
         return None
     stream = ClientStream(on_delta, episode.client_tool_names)
-    episode.held = HeldStream(stream) if _is_checked(episode) else None
-    return episode.held or stream
+    episode.buffered_stream = BufferedStream(stream) if _is_checked(episode) else None
+    return episode.buffered_stream or stream
 
 
 def _seed_of(episode: Episode) -> int | None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypedDict
 from memory.schema import Step, Trajectory
 from memory.store import Memory
 from memory.team import Role
-from runtime.agent.client_stream import HeldStream
+from runtime.agent.client_stream import BufferedStream
 from runtime.agent.resume import Resumption
 from runtime.agent.turn import TurnRequest, TurnStart
 from runtime.engine.client import Completion, Message, ToolCall, ToolDefinition
@@ -84,7 +84,7 @@ class UncheckedAnswer:
     """An answer that neither the environment nor the client has read, because the checker has not accepted it."""
 
     reply: Completion
-    stream: HeldStream | None
+    stream: BufferedStream | None
     """Its deltas; None without a stream, and for an answer that was sent back, which the client must not see whole."""
 
 
@@ -122,7 +122,7 @@ class Episode:
     """How often the checker may still send an answer back."""
     unchecked: UncheckedAnswer | None = None
     """The last answer that is not accepted."""
-    held: HeldStream | None = None
+    buffered_stream: BufferedStream | None = None
     """The deltas of the reply that is being written, if it may be an answer to check."""
     resumption: Resumption | None = None
     """The state that the client continues from; None where the episode opens with this request."""

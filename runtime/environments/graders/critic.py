@@ -117,8 +117,8 @@ class Critic:
             raise CriticFailed(f"the critic {self._name!r} gave the reward {quote(reward)}, not a number from 0 to 1")
         if comment is not None and not isinstance(comment, str):
             raise CriticFailed(f"the critic {self._name!r} gave the comment {quote(comment)}, not a text")
-        said = (comment or "").strip()[:MAX_COMMENT_CHARS]
-        return Outcome(float(reward), said or f"the critic {self._name!r} gave {reward:g}")
+        reason = (comment or "").strip()[:MAX_COMMENT_CHARS]
+        return Outcome(float(reward), reason or f"the critic {self._name!r} gave {reward:g}")
 
 
 class _Passing(Exception):

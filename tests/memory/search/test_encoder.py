@@ -109,10 +109,10 @@ async def test_the_embedded_encoder_finds_by_meaning(tmp_path: Path):
         by_word = memory.index._text_index.find(IndexQuery("passages", "repairing a vehicle's wheel", {}, 5))
         found = await memory.index.find("passages", "repairing a vehicle's wheel", num=1, min_similarity=0.3)
         assert by_word == [] and len(found) == 1
-        recollection = await memory.retrieval.retrieve(
+        segment = await memory.retrieval.retrieve(
             environment=None, kind="chat", query_text="repairing a vehicle's wheel"
         )
-    assert recollection.text.startswith("<memory>\nPassages:\nCars: How to change the tyre")
+    assert segment.text.startswith("<memory>\nPassages:\nCars: How to change the tyre")
     assert (encoder.max_tokens(), encoder.count_tokens(["rain", "rain " * 300, ""])) == (256, [3, 302, 2])
     first, second, other = encoder.encode(["rain " * 254 + "tea", "rain " * 254 + "coffee", "rain " * 253 + "tea"])
     assert numpy.allclose(first, second, atol=1e-6), "more than max_tokens was read"

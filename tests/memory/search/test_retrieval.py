@@ -28,8 +28,8 @@ async def test_the_segment_reads_exactly_as_models_were_trained_on(memory: Memor
     )
     await memory.documents.ingest("Stove", "fry the potato on the stove")
     await memory.index.drain()
-    recollection = await memory.retrieval.retrieve(**ASKED)
-    assert recollection.text == (
+    segment = await memory.retrieval.retrieve(**ASKED)
+    assert segment.text == (
         "<memory>\n"
         "Insights:\n"
         "- fry the _ -> cook _ with stove\n"
@@ -46,8 +46,8 @@ async def test_the_segment_reads_exactly_as_models_were_trained_on(memory: Memor
     )
     insights = memory.insights.active()
     passage = memory.documents.passages(memory.documents.select()[0].id)[0]
-    assert recollection.ids == [insights[0].id, insights[1].id, trajectory.id, passage.id]
-    assert recollection.num_tokens == estimate(recollection.text)
+    assert segment.ids == [insights[0].id, insights[1].id, trajectory.id, passage.id]
+    assert segment.num_tokens == estimate(segment.text)
 
 
 async def test_an_empty_memory_shows_nothing(memory: Memory):
@@ -56,8 +56,8 @@ async def test_an_empty_memory_shows_nothing(memory: Memory):
 
 async def test_sections_without_content_are_left_out(memory: Memory):
     await memory.insights.apply([add("fry on the stove")])
-    recollection = await memory.retrieval.retrieve(**ASKED)
-    assert recollection.text == "<memory>\nInsights:\n- fry on the stove\n</memory>"
+    segment = await memory.retrieval.retrieve(**ASKED)
+    assert segment.text == "<memory>\nInsights:\n- fry on the stove\n</memory>"
     elsewhere = await memory.retrieval.retrieve(**ASKED | {"environment": "garden"})
     assert elsewhere == MemorySegment()
 
@@ -80,8 +80,8 @@ async def test_of_similar_solved_tasks_the_shortest_is_shown(memory: Memory):
 
 async def test_the_budget_holds_and_shorter_ones_still_fit(memory: Memory):
     await memory.insights.apply([add("a" * 400), add("fry on the stove")])
-    recollection = await memory.retrieval.retrieve(**ASKED, budget_tokens=40)
-    assert recollection.text == "<memory>\nInsights:\n- fry on the stove\n</memory>"
+    segment = await memory.retrieval.retrieve(**ASKED, budget_tokens=40)
+    assert segment.text == "<memory>\nInsights:\n- fry on the stove\n</memory>"
     assert await memory.retrieval.retrieve(**ASKED, budget_tokens=0) == MemorySegment()
     by_word = await memory.retrieval.retrieve(**ASKED, budget_tokens=8, count_tokens=lambda text: len(text.split()))
     assert by_word.num_tokens == 5 and "aaa" in by_word.text  # the other one would make it 9
@@ -94,9 +94,9 @@ async def test_where_insights_are_many_strength_and_similarity_choose(tmp_path: 
         await memory.insights.apply([add("fry the potato on the stove")])
         await memory.insights.apply([operation(OperationKind.AGREE, "unrelated number 5")] * 3)
         await memory.index.drain()
-        recollection = await memory.retrieval.retrieve(**ASKED)
-    assert "fry the potato" in recollection.text and "number 5" in recollection.text
-    assert len(recollection.ids) == 2
+        segment = await memory.retrieval.retrieve(**ASKED)
+    assert "fry the potato" in segment.text and "number 5" in segment.text
+    assert len(segment.ids) == 2
 
 
 async def test_what_was_voted_down_is_shown_only_when_the_counts_speak_for_it(memory: Memory):
@@ -107,8 +107,8 @@ async def test_what_was_voted_down_is_shown_only_when_the_counts_speak_for_it(me
     ):
         await memory.insights.apply([add(text, counts)])
         await memory.insights.apply([operation(OperationKind.REMOVE, text)])
-    recollection = await memory.retrieval.retrieve(**ASKED)
-    assert recollection.text == "<memory>\nInsights:\n- good\n</memory>"
+    segment = await memory.retrieval.retrieve(**ASKED)
+    assert segment.text == "<memory>\nInsights:\n- good\n</memory>"
     assert is_supported(Insight(id="i", environment="e", kind="k", text="t", strength=1, wins=2, losses=1))
 
 
