@@ -175,11 +175,11 @@ async def inspect_hardware(engine: Engine) -> Hardware:
 async def check_training(memory: Memory, config: OptimizerConfig, seams: Seams) -> HealthCheck:
     """Return a check that names the device of a training, or the settings that free capacity for one."""
     from optimizer.errors import TrainingDoesNotFit
-    from optimizer.placement import place_training
+    from optimizer.placement import find_placement
     from runtime.doctor import HealthCheck
 
     try:
-        placement = await place_training(memory, config, seams.inspect_hardware)
+        placement = await find_placement(memory, config, seams.inspect_hardware)
     except TrainingDoesNotFit as error:
         return HealthCheck("training", False, str(error), "until then learning is refused; answering is not affected")
     except ValueError as error:  # the base's files are elsewhere: an engine at engine.url need not learn here

@@ -104,7 +104,7 @@ class Placement:
         return self.training(PAIRWISE).footprint(min(self.limit_tokens, LEAST_LENGTH_TOKENS)).total
 
 
-async def place_training(
+async def find_placement(
     memory: Memory, config: OptimizerConfig, inspect_hardware: Callable[[], Awaitable[Hardware]]
 ) -> Placement:
     """Return the placement of the trainings of a cycle with these settings.

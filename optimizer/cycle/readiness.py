@@ -17,7 +17,7 @@ from optimizer.cycle.methods import Choice, choose_methods, list_methods
 from optimizer.cycle.needs import CAPACITY, REPLAY, LoggedData, Need
 from optimizer.cycle.stages import Method
 from optimizer.errors import CannotReplay
-from optimizer.placement import Placement, place_training
+from optimizer.placement import Placement, find_placement
 from optimizer.seams import Seams
 
 
@@ -119,7 +119,7 @@ def _need_held_out_tasks(config: OptimizerConfig, seams: Seams) -> Need:
 
 async def _need_capacity(memory: Memory, config: OptimizerConfig, seams: Seams, choice: Choice) -> Need:
     try:
-        placement = await place_training(memory, config, seams.inspect_hardware)
+        placement = await find_placement(memory, config, seams.inspect_hardware)
     # TrainingDoesNotFit is a ValueError too; other errors of `seams` must reach the caller
     except ValueError as error:  # no GPU has the memory, or the base's files are not on this machine
         return Need(CAPACITY, 1, 0, is_required=True, detail=str(error), mend="until then nothing is learned")

@@ -29,7 +29,7 @@ from optimizer.cycle.selection import choose_policy
 from optimizer.data.rows import BuiltRows, Material, count_tokens, read_rows, write_rows
 from optimizer.data.shares import count_rows
 from optimizer.errors import OptimizerError, TooFewTrajectories
-from optimizer.placement import Placement, place_training
+from optimizer.placement import Placement, find_placement
 from optimizer.rewards import GradedTrajectory
 from optimizer.training.base import load_tokenizer
 from optimizer.training.footprint import LIKELIHOOD, LossShape
@@ -149,7 +149,7 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     config = context.config
     if _has_begun(context, method):
         return context.artifacts.rows[method.rows]
-    placement = await place_training(context.memory, config, context.seams.inspect_hardware)
+    placement = await find_placement(context.memory, config, context.seams.inspect_hardware)
     material = Material(
         trajectories=await read_episodes(context, method),
         corrections=await context.read_corrections(),
@@ -256,7 +256,7 @@ async def train(context: CycleContext, method: Method) -> TrainedAdapter | None:
     if not _needs_rows(context, method) and not summary.has_enough(method.min_rows(config)):
         return None
     # free memory is measured anew: exploration may have taken an hour since the rows were built
-    placement = await place_training(context.memory, config, context.seams.inspect_hardware)
+    placement = await find_placement(context.memory, config, context.seams.inspect_hardware)
     spec = await _specify(context, method, placement)
     if method.continues:
         spec = await _add_early_adapters(context, spec, name=name_round(context, method))

@@ -15,7 +15,7 @@ from memory.records.trajectories import measure
 from optimizer.config import GroupConfig, TeachingConfig
 from optimizer.data.roles import RolePart, split_roles
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_trusted
-from optimizer.data.stitching import Unstitchable, place_logprobs, stitch
+from optimizer.data.stitching import Unstitchable, align_logprobs, stitch
 from optimizer.rewards import GradedTrajectory, refuse_held_out
 
 LEAST_SPREAD = 1e-6
@@ -193,6 +193,6 @@ def _take_rows(
     rows = [row for row in stitched if len(row.input_ids) <= max_length_tokens]
     counts["too_long"] += len(stitched) - len(rows)
     return [
-        RolloutRow(each.trajectory.id, row.input_ids, row.mask, advantage, place_logprobs(row, each.steps))
+        RolloutRow(each.trajectory.id, row.input_ids, row.mask, advantage, align_logprobs(row, each.steps))
         for row in rows
     ]

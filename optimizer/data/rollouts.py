@@ -17,7 +17,7 @@ from optimizer.config import RolloutConfig, TeachingConfig
 from optimizer.data.groups import is_sampled, require_sampled_by
 from optimizer.data.roles import split_roles
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts
-from optimizer.data.stitching import Tokenizer, Unstitchable, insert_memory, place_logprobs, stitch
+from optimizer.data.stitching import Tokenizer, Unstitchable, align_logprobs, insert_memory, stitch
 from optimizer.rewards import GradedTrajectory, refuse_held_out
 
 
@@ -149,7 +149,7 @@ def _score_rows(
             taught = insert_memory(row, each.trajectory, memory_text, tokenizer)
             if len(taught.input_ids) > max_length_tokens:
                 raise Unstitchable("too_long")
-            sampled = place_logprobs(row, each.steps)
+            sampled = align_logprobs(row, each.steps)
             rows.append(ScoredRollout(each.trajectory.id, row.input_ids, row.mask, taught.input_ids, sampled))
     except Unstitchable as reason:
         counts[str(reason)] += 1

@@ -119,16 +119,16 @@ def stitch(steps: Sequence[Step]) -> tuple[list[Row], Counter[str]]:
     return rows, joints
 
 
-def place_logprobs(row: Row, steps: Sequence[Step]) -> list[float] | None:
+def align_logprobs(row: Row, steps: Sequence[Step]) -> list[float] | None:
     """Return the log-prob with which each token of a row was sampled, 0 where it is not the policy's own; None where a
     step has none. `steps` are those that `row` was stitched from."""
-    placed = [0.0] * len(row.input_ids)
+    aligned = [0.0] * len(row.input_ids)
     model_steps = [step for step in steps if step.kind is StepKind.MODEL]
     for start, step in zip(row.starts, model_steps[row.first_step : row.last_step + 1], strict=True):
         if step.output_logprobs is None:
             return None
-        placed[start : start + len(step.output_logprobs)] = step.output_logprobs
-    return placed
+        aligned[start : start + len(step.output_logprobs)] = step.output_logprobs
+    return aligned
 
 
 def _continue_row(row: Row, prompt: Sequence[int], output: Sequence[int]) -> Row:

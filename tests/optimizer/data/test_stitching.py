@@ -6,7 +6,7 @@ import pytest
 
 from optimizer.data.stitching import (
     Unstitchable,
-    place_logprobs,
+    align_logprobs,
     plan_memory_removal,
     remove_memory,
     render_prompt,
@@ -67,9 +67,9 @@ def test_log_probs_lie_at_the_tokens_that_were_sampled_with_them(tokenizer, is_f
     assert len(rows) == 1 + is_forked
     for row in rows:
         expected = [-token_id * own for token_id, own in zip(row.input_ids, row.mask, strict=True)]
-        assert place_logprobs(row, played.steps) == expected
+        assert align_logprobs(row, played.steps) == expected
     played.steps[2].output_logprobs = None
-    assert place_logprobs(rows[-1], played.steps) is None
+    assert align_logprobs(rows[-1], played.steps) is None
 
 
 def test_a_step_without_token_ids_is_refused_by_a_word(tokenizer):
