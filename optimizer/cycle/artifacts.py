@@ -1,4 +1,4 @@
-"""The artefacts of a cycle: the JSON object on its row, read once into typed values.
+"""The artifacts of a cycle: the JSON object on its row, read once into typed values.
 
 The keys of that object are a stored format, shown by the HTTP API: rename a field here only with an alias. A method of
 learning adds three kinds of keys under its own names: the summary of its rows (`demonstrations`), the adapter that it
@@ -123,7 +123,7 @@ class CycleArtifacts(BaseModel):
 
     @classmethod
     def read(cls, stored: dict[str, Any]) -> CycleArtifacts:
-        """Return the artefacts of a row, of this release or an earlier one; unknown keys are ignored.
+        """Return the artifacts of a row, of this release or an earlier one; unknown keys are ignored.
 
         Raises:
             pydantic.ValidationError: a known key holds another type.
@@ -137,7 +137,7 @@ class CycleArtifacts(BaseModel):
             {
                 **own,
                 "rows": {name: value for name, value in objects.items() if "policy" not in value},
-                # only a trained adapter may have a key "policy": an artefact of rows that had one would be read as an
+                # only a trained adapter may have a key "policy": an artifact of rows that had one would be read as an
                 # adapter
                 "trained": {name: value for name, value in objects.items() if "policy" in value},
                 "versions": {
@@ -150,11 +150,11 @@ class CycleArtifacts(BaseModel):
 
     @classmethod
     def require_readable(cls, name: str, artifact: object) -> None:
-        """Raise TypeError for an artefact that `read` would not find again under this name."""
+        """Raise TypeError for an artifact that `read` would not find again under this name."""
         # what a method names is known by its shape, as in `read`; its values are no fields of their own
         is_methods = isinstance(artifact, RowsSummary | TrainedAdapter) or name.endswith(VERSION_SUFFIX)
         if not is_methods and name not in cls.model_fields.keys() - {"rows", "trained", "versions"}:
-            raise TypeError(f"{name!r} is no artefact of a cycle: name a field of CycleArtifacts")
+            raise TypeError(f"{name!r} is no artifact of a cycle: name a field of CycleArtifacts")
 
     @property
     def candidate_version(self) -> int:
@@ -165,6 +165,6 @@ class CycleArtifacts(BaseModel):
 
 
 def to_json(artifact: object) -> Any:
-    """Return an artefact as it is stored."""
+    """Return an artifact as it is stored."""
     # by alias: rows store `tally`, which fields call `counts`
     return artifact.model_dump(mode="json", by_alias=True) if isinstance(artifact, BaseModel) else artifact

@@ -1,7 +1,7 @@
-"""Everything a stage of a cycle works with: memory, the seams, the settings, the artefacts, and the pool of episodes.
+"""Everything a stage of a cycle works with: memory, the seams, the settings, the artifacts, and the pool of episodes.
 
 Invariants: the settings are those the cycle was opened with, also after a restart with another configuration.
-`artifacts` equals the artefacts on the cycle's row: it is read once, and each write goes to the row first.
+`artifacts` equals the artifacts on the cycle's row: it is read once, and each write goes to the row first.
 """
 
 from __future__ import annotations
@@ -72,15 +72,15 @@ class CycleContext:
         return path_below(self.memory.data_dir, "reports", self.cycle_id)
 
     async def save_artifacts(self, **artifacts: object) -> None:
-        """Add artefacts to the row, under their stored names; a repeated stage reads them there.
+        """Add artifacts to the row, under their stored names; a repeated stage reads them there.
 
         Raises:
-            TypeError: no artefact has that name.
+            TypeError: no artifact has that name.
         """
         for name, artifact in artifacts.items():
             CycleArtifacts.require_readable(name, artifact)
         stored = {name: to_json(artifact) for name, artifact in artifacts.items()}
-        # the row first: a failed write must not leave an artefact that only this process knows
+        # the row first: a failed write must not leave an artifact that only this process knows
         row = await self.memory.cycles.save(self.cycle_id, artifacts=stored)
         self.artifacts = CycleArtifacts.read(row.artifacts)
 

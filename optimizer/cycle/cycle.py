@@ -1,7 +1,7 @@
 """One learning cycle: collect, the stages of each method of learning, evaluate, settle.
 
 The position of a cycle is the stage on its row, written before the stage begins. A process that dies resumes at that
-stage, and repeats it: each stage reads back the artefacts it has saved.
+stage, and repeats it: each stage reads back the artifacts it has saved.
 
 Invariant: a cycle ends COMPLETED with a verdict, or ERROR with a reason; one that is cancelled or killed stays open
 until `run_cycle` resumes it or `abandon_cycle` closes it.

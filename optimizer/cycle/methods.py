@@ -41,7 +41,7 @@ def _choose_preference_loss(config: OptimizerConfig) -> dict[str, str | float]:
 
 EXPLORE = MethodStage("explore", explore, is_needed=lambda config: bool(config.explore_episodes))
 
-# Names are stored in artefacts and manifests, and cells are called `<name>-on`, so a name has no hyphen; settings spell
+# Names are stored in artifacts and manifests, and cells are called `<name>-on`, so a name has no hyphen; settings spell
 # `<name>_epochs`, so it has no underscore.
 METHODS: tuple[Method, ...] = (
     Method(

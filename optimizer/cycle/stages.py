@@ -1,7 +1,7 @@
 """The stages of a cycle before the release gate, and the description of a method of learning.
 
 `collect` plays and extracts insights; `build_rows` and `train` serve every method: they know no method by name. Each
-stage can be repeated after a crash: the artefacts it has saved are read back instead of being made again.
+stage can be repeated after a crash: the artifacts it has saved are read back instead of being made again.
 
 Invariant: an adapter's policy version is reserved before training begins, because the adapter is named after it.
 """
@@ -50,7 +50,7 @@ class Stage:
 
     name: str
     run: Callable[[CycleContext], Awaitable[object]]
-    """Reads `context.artifacts`, saves the artefacts it makes, and returns the last of them."""
+    """Reads `context.artifacts`, saves the artifacts it makes, and returns the last of them."""
     is_needed: Callable[[OptimizerConfig], bool] = lambda config: True
 
 
@@ -78,7 +78,7 @@ class Method:
     title: str
     """As reports write it."""
     rows: str
-    """The name of its rows: of their artefact and their file, and of the section of the configuration that bounds
+    """The name of its rows: of their artifact and their file, and of the section of the configuration that bounds
     them."""
     build: Callable[[Material], BuiltRows[Any]]
     min_rows: Callable[[OptimizerConfig], int]

@@ -32,7 +32,7 @@ Branches = Mapping[Key, Sequence[GradedTrajectory]]
 
 
 class BranchPoint(BaseModel):
-    """A model call of an own episode that a search answers anew. It is stored in the artefacts of a cycle."""
+    """A model call of an own episode that a search answers anew. It is stored in the artifacts of a cycle."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -31,7 +31,7 @@ STORED = {
 """As stored in an open cycle of the previous release."""
 
 
-def test_artefacts_that_an_earlier_release_stored_are_read():
+def test_artifacts_that_an_earlier_release_stored_are_read():
     artifacts = CycleArtifacts.read(STORED)
     assert (artifacts.practice_offset, artifacts.practice_end, artifacts.num_practice_rounds) == (64, 128, 4)
     assert artifacts.rows["demonstrations"].counts == {"used": 3} and list(artifacts.rows) == ["demonstrations"]
@@ -55,7 +55,7 @@ def test_what_is_stored_keeps_its_keys():
     ("name", "artifact"),
     [("candidat", 3), ("practice_ofset", 64), ("demonstrations", {"num_rows": 3}), ("trained", {})],
 )
-async def test_an_artefact_under_a_name_that_nothing_reads_is_refused_and_not_stored(tmp_path, name, artifact):
+async def test_an_artifact_under_a_name_that_nothing_reads_is_refused_and_not_stored(tmp_path, name, artifact):
     with Memory.open(tmp_path / "data", encoder=HashingEncoder()) as memory:
         cycle = await memory.cycles.open({})
         context = CycleContext(memory, cast(Seams, None), cycle.id)
