@@ -1,7 +1,7 @@
 """A LangGraph agent that plays TextWorld's cooking games with a tool of its own.
 
-An app as anybody could have written it: `create_agent`, `ChatOpenAI`, the `textworld` package. It refuses to know what
-answers behind its `base_url`. TextWorld's own command makes a game for it:
+An app as anybody could have written it: `create_agent`, `ChatOpenAI`, the `textworld` package. It knows the server only
+by its `base_url`. TextWorld's own command makes a game for it:
 
     tw-make tw-cooking --recipe 2 --take 1 --open --cook --cut --go 1 --seed 500000 --output games/500000.z8
     OPENAI_BASE_URL=http://127.0.0.1:8080/v1 OPENAI_API_KEY=none python docs/examples/textworld_app.py games/*.z8

@@ -31,7 +31,7 @@ def render_markdown(report: dict[str, Any], methods: Sequence[Method]) -> str:
         ("On the same tasks", [_render_comparisons(comparisons)]),
         ("Guards", [_render_guards(verdict["guards"]) if was_played else ""]),
         ("The gate", [_render_gate(report["gate"])]),
-        ("Words that became weights", [_render_saving(report["saving"]) if report["saving"] else ""]),
+        ("Memory replaced by weights", [_render_saving(report["saving"]) if report["saving"] else ""]),
         (
             "Tasks that changed",
             [_list_changed("Won", verdict["tasks_won"]), _list_changed("Lost", verdict["tasks_lost"])],
