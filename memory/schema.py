@@ -688,7 +688,7 @@ class Cycle(SQLModel, table=True):
 class Example(SQLModel, table=True):
     """A row of training data that was imported: text without token ids, which the policy's chat template renders.
 
-    It is no episode: nobody lived it here, so no insight, exemplar or figure is ever made of it.
+    It is no episode: it was not played here, so no insight, exemplar or figure is ever made of it.
     """
 
     __tablename__ = "examples"

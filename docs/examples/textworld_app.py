@@ -39,7 +39,7 @@ NOISE = re.compile(
 
 @dataclass
 class Ended:
-    """How a game ended, and all that was said in it."""
+    """How a game ended, and all its messages."""
 
     is_won: bool
     messages: list[AnyMessage]

@@ -138,7 +138,7 @@ class Exports:
         held_out = self._trajectories.held_out_tasks()
         if query.with_episodes and kind != "exm":
             yield from self._read_episodes(query, after, held_out)
-        # an imported demonstration is no trajectory: nobody lived it here
+        # an imported demonstration is no trajectory: it was not played here
         if query.with_examples and query.content is not ExportContent.TRAJECTORIES:
             yield from self._read_examples(query, after if kind == "exm" else "", held_out)
 
