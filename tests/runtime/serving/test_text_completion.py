@@ -87,7 +87,7 @@ async def test_what_the_engine_raises_becomes_what_the_seam_may_raise(
 
     critic = BaseModelCritic(TextCompletion(hotswap))
     fake.script = lambda request: Reply(status=500, error="out of memory")
-    with pytest.raises(CompletionError, match="^the engine answered 500$"):  # its words can quote a prompt
+    with pytest.raises(CompletionError, match=r"^the engine answered 500$"):  # its words can quote a prompt
         await critic.complete(ASKED, schema=SCHEMA, max_tokens=7)
     fake.script = lambda request: Reply(status=400, error="This model's maximum context length is 16 tokens")
     with pytest.raises(PromptTooLong):
