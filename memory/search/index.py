@@ -101,8 +101,8 @@ class MemoryIndex:
         `where` may name an environment and a kind. A failing index is never raised: without vectors the result is by
         word, and without the text index it may be empty. Raises: ValueError for an unknown collection or filter.
         """
-        scope = {"tenant": tenant, "user_id": user_id}
-        query = _make_query(collection, query_text, scope | dict(where or {}), num, exclude_task)
+        scope = {"tenant": tenant, "user_id": user_id, **(where or {})}
+        query = _make_query(collection, query_text, scope, num, exclude_task)
         if not self._can_match(query):
             return []
         word_matches, nearest = await self._search_both(query, num_words=num)
@@ -128,8 +128,8 @@ class MemoryIndex:
 
         Arguments and errors are those of `find`.
         """
-        scope = {"tenant": tenant, "user_id": user_id}
-        query = _make_query(collection, query_text, scope | dict(where or {}), num, exclude_task)
+        scope = {"tenant": tenant, "user_id": user_id, **(where or {})}
+        query = _make_query(collection, query_text, scope, num, exclude_task)
         if not self._can_match(query):
             return [], 0
         word_matches, nearest = await self._search_both(query, num_words=max(num, NUM_WORD_MATCHES))

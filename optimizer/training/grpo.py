@@ -35,6 +35,8 @@ CLIP = 0.2
 """How far the probability of a token may move from the one it was sampled with before its gradient stops."""
 LARGEST_WEIGHT = 2.0
 """Of a token that the trainer finds likelier than the engine that sampled it did."""
+SMALLEST_WEIGHT = 1e-30
+"""In effect 0, and yet a number that has a logarithm in float32."""
 IGNORED = -100
 
 Score = Callable[[list[int], list[int]], list[float]]
@@ -59,7 +61,8 @@ class RolloutCollator(DataCollatorMixin):
             "own": child.pad([torch.tensor(row["mask"][1:]) for row in examples], 0),
             "advantages": child.pad([torch.tensor(row["advantages"]) for row in examples], 0),
             "old_logps": child.pad([torch.tensor(row["old_logps"]) for row in examples], 0),
-            "weights": child.pad([torch.tensor(row["weights"]) for row in examples], 0),
+            # 1: its logarithm is read, and multiplied by 0 where there is no own token
+            "weights": child.pad([torch.tensor(row["weights"]) for row in examples], 1),
         }
 
 
@@ -84,8 +87,8 @@ class ClippedGradientTrainer(child.WarmStart, Trainer):
         logps = score_batch(model, inputs["input_ids"], inputs["attention_mask"], own)
         ratio = torch.exp(logps - inputs["old_logps"])
         surrogate = torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
-        self._clip_shares.append((((ratio - 1).abs() > CLIP) & own.bool()).sum().item() / max(1, own.sum().item()))
-        self._gaps.append((inputs["weights"].log().abs() * own).sum().item() / max(1, own.sum().item()))
+        self._clip_shares.append(_mean_over_own((ratio - 1).abs() > CLIP, own))
+        self._gaps.append(_mean_over_own(inputs["weights"].log().abs(), own))
         # by rows and a constant, not by their tokens: a long row must not count less a token than a short one
         return -(surrogate * inputs["weights"] * own).sum() / (own.size(0) * self.length_tokens)
 
@@ -95,6 +98,10 @@ class ClippedGradientTrainer(child.WarmStart, Trainer):
                 logs[name] = sum(values) / len(values)
                 values.clear()
         super().log(logs, start_time)
+
+
+def _mean_over_own(values: torch.Tensor, own: torch.Tensor) -> float:
+    return (values * own).sum().item() / max(1, own.sum().item())
 
 
 def score_batch(model: Any, ids: torch.Tensor, attention_mask: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -173,7 +180,7 @@ def weigh_tokens(old_logps: Sequence[float], sampled_logps: Sequence[float] | No
     if sampled_logps is None:
         return [1.0] * len(old_logps)
     return [
-        math.exp(min(math.log(LARGEST_WEIGHT), ours - theirs))
+        math.exp(max(math.log(SMALLEST_WEIGHT), min(math.log(LARGEST_WEIGHT), ours - theirs)))
         for ours, theirs in zip(old_logps, sampled_logps[1:], strict=True)
     ]
 

@@ -115,6 +115,20 @@ def test_rows_of_an_engine_whose_log_probs_were_kept_are_weighed_by_them(spec, t
         assert min(weight for weight, _ in of_own) < 0.9
 
 
+def test_rows_of_different_lengths_have_a_finite_gap_and_so_has_a_token_that_the_trainer_rules_out(spec, tokenizer):
+    trainer = make_trainer(spec, tokenizer, dtype="float32")
+    first, second = trainer.train_dataset
+    shorter = {name: values[:-3] for name, values in second.items()}
+    impossible = grpo.weigh_tokens([-400.0], [0.0, -0.1]) * len(first["weights"])
+
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, trainer.data_collator([{**first, "weights": impossible}, shorter]))
+    logs = {}
+    trainer.log(logs)
+
+    assert 0 < logs["engine_gap"] < 100 and logs["clip_ratio"] == 0
+
+
 def test_the_loss_does_not_depend_on_how_many_rows_fit_into_a_pass(spec, tokenizer):
     trainer = make_trainer(spec, tokenizer, dtype="float32")
     # 0.1: the policy has changed a little since
