@@ -1,9 +1,10 @@
-"""Users of two tenants talk, rate, learn, approve and retire in any order: memory never shows a row to the wrong user.
+"""Users of two tenants talk, rate, learn, import, export and retire in any order: nobody is shown another's row.
 
-Each episode, comment and document holds its own marker, and plain sets model which user may see it. Every generated
-text repeats all markers in its prompt, as a careless language model would: an agent's answers, and the insights of the
-critic, which reads comments as well. An operation is one call to the memory: an episode opened, a step, an end,
-feedback, a retrieval, a decision, a round of learning.
+Each episode, comment, document and imported example holds its own marker, and plain sets model which user may see it.
+Every generated text repeats all markers in its prompt, as a careless language model would: an agent's answers, and the
+insights of the critic, which reads comments as well. An operation is one call to the memory: an episode opened, a step,
+an end, feedback, a retrieval, a decision, a round of learning, an import, an export, a read of what an adapter is
+trained on.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ from hypothesis.stateful import (
 )
 
 from memory.config import MemoryConfig
+from memory.datasets.examples import Origin
+from memory.datasets.exports import ExportContent, ExportQuery
 from memory.errors import IllegalMove, UnknownDocument, UnknownTrajectory
+from memory.formats.content import ExampleContent, ExampleKind
 from memory.records.insights import InsightOperation, OperationKind
 from memory.records.reviews import Status
-from memory.schema import Feedback, Scope, Split, Step, StepKind, Trajectory, TrajectoryStage, new_id
+from memory.schema import Feedback, Scope, Split, Step, StepKind, Trajectory, TrajectoryStage, Trust, new_id
 from memory.store import Memory
 from optimizer.cycle.practice import learn_insights
 from runtime.engine.cache_salts import CacheSalts
@@ -58,6 +62,7 @@ CONFIG = MemoryConfig(
 NUM_OPERATIONS: Counter[str] = Counter()
 
 tenants, persons, topics = st.sampled_from(TENANTS), st.sampled_from(PERSONS), st.sampled_from(TOPICS)
+keys = st.sampled_from(("none", "buttons", "tutor"))
 
 
 @dataclass
@@ -90,6 +95,8 @@ class Premises(RuleBasedStateMachine):
         """Episodes with a good rating, and the topic of each."""
         self.keys: dict[str, str] = {}
         """Ids of API keys by name: one for rating buttons, one that may teach."""
+        self.taught: set[str] = set()
+        """Ids of the episodes and examples that weights may learn from."""
         self.retired_rows: set[str] = set()
         self.retired_words: set[tuple[str, str, str]] = set()
         """(tenant, person or "" for all, text)"""
@@ -134,11 +141,15 @@ class Premises(RuleBasedStateMachine):
         topic=topics,
         place=st.sampled_from(("live", "shared", "practice")),
         is_good=st.sampled_from((True, True, True, False)),
+        key=keys,
     )
-    def talk_or_practise(self, tenant: str, person: str, topic: str, place: str, is_good: bool) -> None:
-        self.live(tenant, person, topic, place, is_good)
+    def talk_or_practise(self, tenant: str, person: str, topic: str, place: str, is_good: bool, key: str) -> None:
+        self.live(tenant, person, topic, place, is_good, key)
 
-    def live(self, tenant: str, person: str, topic: str, place: str, is_good: bool) -> None:
+    def may_teach(self, tenant: str, key: str) -> bool:
+        return key == "tutor" or (key == "none" and tenant == "")
+
+    def live(self, tenant: str, person: str, topic: str, place: str, is_good: bool, key: str = "none") -> None:
         """Record an episode whose answer repeats all that memory shows, and rate it."""
         is_everybodys = place != "live"
         reader = "" if is_everybodys else person
@@ -168,25 +179,31 @@ class Premises(RuleBasedStateMachine):
         self.do("append", trajectories.append(answer, trajectory=trajectory))
         stage = TrajectoryStage.FINISHED
         self.do("close", trajectories.close(trajectory.id, stage=stage, answer=answer.content))
-        said = Feedback(id="", tenant=tenant, trajectory_id=trajectory.id, value=is_good)
+        said = Feedback(
+            id="", tenant=tenant, trajectory_id=trajectory.id, value=is_good, user_id=person, key_id=self.keys.get(key)
+        )
         kept, _ = self.do("feedback", self.memory.feedback.post(said))
         assert kept.user_id == person
+        if self.may_teach(tenant, key):
+            self.taught.add(trajectory.id)
         if is_good:
             self.lived.append((trajectory, topic))
 
-    @rule(data=st.data(), person=persons, key=st.sampled_from(("none", "buttons", "tutor")))
+    @rule(data=st.data(), person=persons, key=keys)
     @precondition(lambda self: self.lived)
     def comment(self, data: st.DataObject, person: str, key: str) -> None:
         """Comment on any episode: others may see the lesson only if the writer may teach."""
         trajectory, _ = self.lived[data.draw(st.integers(0, len(self.lived) - 1))]
-        may_teach = key == "tutor" or (key == "none" and trajectory.tenant == "")
         is_everybodys = trajectory.is_shared or trajectory.environment is not None
         writer = person or trajectory.user_id
-        is_public = is_everybodys and may_teach and writer == trajectory.user_id
+        is_public = is_everybodys and self.may_teach(trajectory.tenant, key) and writer == trajectory.user_id
         words = self.mark(trajectory.tenant, writer, is_public)
-        key_id = None if key == "none" else self.keys[key]
         said = Feedback(
-            tenant=trajectory.tenant, trajectory_id=trajectory.id, comment=words, user_id=person, key_id=key_id
+            tenant=trajectory.tenant,
+            trajectory_id=trajectory.id,
+            comment=words,
+            user_id=person,
+            key_id=self.keys.get(key),
         )
         self.do("comment", self.memory.feedback.post(said))
 
@@ -198,6 +215,8 @@ class Premises(RuleBasedStateMachine):
         said = Feedback(id="", tenant=trajectory.tenant, trajectory_id=trajectory.id, value=False)
         self.do("feedback", self.memory.feedback.post(said))
         self.retired_rows.add(trajectory.id)
+        if self.may_teach(trajectory.tenant, "none"):
+            self.taught.add(trajectory.id)
 
     @rule(tenant=tenants, topic=topics)
     def read(self, tenant: str, topic: str) -> None:
@@ -228,6 +247,37 @@ class Premises(RuleBasedStateMachine):
         with pytest.raises(UnknownDocument):
             self.memory.documents.passages(document_id, tenant=other)
         return self.memory.documents.passages(document_id, tenant=tenant)
+
+    @rule(tenant=tenants, topic=topics, key=keys, trust=st.sampled_from(Trust))
+    def bring(self, tenant: str, topic: str, key: str, trust: Trust) -> None:
+        """Import an example: no prompt ever shows it."""
+        marker = self.mark(tenant, "", False)
+        content = ExampleContent(
+            ExampleKind.DEMONSTRATION,
+            [{"role": "assistant", "content": f"{topic} {marker}"}],
+            prompt=[{"role": "user", "content": f"{topic} {marker}"}],
+        )
+        origin = Origin(tenant=tenant, key_id=self.keys.get(key), trust=trust, source="file", format="trl")
+        self.do("import", self.memory.examples.add([content], origin))
+        if self.may_teach(tenant, key) and trust is Trust.TRUSTED:
+            self.taught.add(self.memory.examples.select(tenant=tenant, limit=1)[0].id)
+
+    @rule(tenant=tenants, content=st.sampled_from(ExportContent))
+    def export(self, tenant: str, content: ExportContent) -> None:
+        """Read all that a tenant can export: every row is its own."""
+        NUM_OPERATIONS["export"] += 1
+        told = [str(row) for page in self.memory.exports.read(ExportQuery(content, tenant)) for row in page]
+        others = [it for text in told for it in MARKER.findall(text) if self.marked[it].tenant != tenant]
+        assert not others, (tenant, content, others)
+
+    @rule()
+    def train(self) -> None:
+        """Read what an adapter, which serves all tenants, is trained on: what those gave who may teach, and no more."""
+        NUM_OPERATIONS["train"] += 2
+        kind = ExampleKind.DEMONSTRATION
+        read = {each.trajectory.id for each in self.memory.trajectories.learnable(is_for_weights=True)}
+        read |= {each.example.id for each in self.memory.examples.learnable(kind, environments=[""], limit=10_000)}
+        assert read == self.taught, read ^ self.taught
 
     @rule(tenant=tenants)
     def salt(self, tenant: str) -> None:
