@@ -26,7 +26,7 @@ from optimizer.cycle.artifacts import VERSION_SUFFIX, RowsSummary, TrainedAdapte
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.needs import MeasureNeed
 from optimizer.cycle.selection import choose_policy
-from optimizer.data.rows import BuiltRows, Material, count_tokens, read_rows, write_rows
+from optimizer.data.rows import BuiltRows, Material, count_tokens, read_rows, require_own_tokens, write_rows
 from optimizer.data.shares import count_rows
 from optimizer.errors import OptimizerError, TooFewTrajectories
 from optimizer.placement import Placement, find_placement
@@ -163,6 +163,7 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
         examples=await context.read_examples(),
     )
     built = await asyncio.to_thread(method.build, material)
+    require_own_tokens(built, material.base_model)
     # a later method or round may have too few rows: it is skipped in `train`
     if _needs_rows(context, method):
         _require_enough(method, built, config, len(material.trajectories))
@@ -178,6 +179,9 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
             "num_examples": built.num_examples,
             "num_tasks": built.num_tasks,
             "max_length_tokens": material.max_length_tokens,
+            "own_tokens": built.own_tokens,
+            "trained_tokens": built.trained_tokens,
+            "trained_share": built.trained_share,
             **built.details(),
             "tally": dict(built.counts),
             "teachers": count_rows(built.teachers, context.key_names()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from memory.datasets.examples import TaughtExample
@@ -15,13 +15,17 @@ from optimizer.config import DemonstrationConfig, TeachingConfig
 from optimizer.data.corrections import stitch_correction
 from optimizer.data.examples import render_examples
 from optimizer.data.roles import RolePart, split_roles
-from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_imitable, require_trusted
+from optimizer.data.rows import (
+    BuiltRows,
+    Material,
+    bound_rows,
+    describe_own_tokens,
+    list_counts,
+    require_imitable,
+    require_trusted,
+)
 from optimizer.data.stitching import Tokenizer, Unstitchable, plan_memory_removal, remove_memory, stitch
-from optimizer.errors import TemplateMismatch
 from optimizer.rewards import GradedTrajectory, refuse_held_out
-
-LEAST_TRAINED_SHARE = 0.95
-"""Of the agent's own tokens. With less, the chat template is at fault, and a cycle would teach fragments."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,6 @@ class DemonstrationRows(BuiltRows[Demonstration]):
     """Prompt tokens of the first calls of the rows as they were played."""
     tokens_kept: int = 0
     """The same without the memory segment."""
-    own_tokens: int = 0
-    """Tokens that the agent sampled in all successes that can be imitated and fit the length, before the caps."""
-    trained_tokens: int = 0
-    """How many of them are in a row with a loss on them."""
-    untrained: Counter[str] = field(default_factory=Counter)
-    """The others, by the reason for which their row was left out."""
-
-    @property
-    def trained_share(self) -> float:
-        return self.trained_tokens / self.own_tokens if self.own_tokens else 1.0
 
     @property
     def trajectory_ids(self) -> list[str]:
@@ -71,9 +65,6 @@ class DemonstrationRows(BuiltRows[Demonstration]):
     def details(self) -> dict[str, object]:
         return {
             "num_examples": self.num_examples,
-            "own_tokens": self.own_tokens,
-            "trained_tokens": self.trained_tokens,
-            "trained_share": self.trained_share,
             "num_corrections": self.num_corrections,
             "num_imported": len({row.trajectory_id for row in self.rows if row.is_imported}),
             "num_with_memory": sum(row.has_memory for row in self.rows),
@@ -83,11 +74,7 @@ class DemonstrationRows(BuiltRows[Demonstration]):
 
 
 def build(material: Material) -> DemonstrationRows:
-    """Return the demonstrations of a cycle.
-
-    Raises:
-        TemplateMismatch: too few of the agent's own tokens could be trained.
-    """
+    """Return the demonstrations of a cycle."""
     built = build_demonstrations(
         material.trajectories,
         material.tokenizer,
@@ -98,22 +85,8 @@ def build(material: Material) -> DemonstrationRows:
         teaching=material.config.teaching,
         examples=material.examples.get(ExampleKind.DEMONSTRATION, ()),
     )
-    _require_own_tokens(built, material.base_model)
     built.counts["not_by_a_teacher"] = material.num_not_by_a_teacher
     return built
-
-
-def _require_own_tokens(built: DemonstrationRows, base_model: str) -> None:
-    if built.trained_share >= LEAST_TRAINED_SHARE:
-        return
-    reason, num_tokens = built.untrained.most_common(1)[0]
-    raise TemplateMismatch(
-        f"only {built.trained_share:.1%} of the agent's own tokens in the usable episodes can be trained "
-        f"({built.trained_tokens} of {built.own_tokens}), {LEAST_TRAINED_SHARE:.0%} are needed: the chat template of "
-        f"{base_model!r} does not render prompts as the engine captured them (most often {reason!r}, {num_tokens} "
-        "tokens); make the chat template in the model's directory the one that the engine serves with, or set "
-        "demonstrations.keep_memory_share to 1 to leave the memory segment in the prompts"
-    )
 
 
 def describe(summary: dict[str, Any]) -> list[str]:
@@ -124,14 +97,13 @@ def describe(summary: dict[str, Any]) -> list[str]:
     ]
     if summary.get("num_imported"):
         paragraphs.append(f"{summary['num_imported']} demonstrations were imported.")
-    if "trained_share" in summary:  # a cycle opened by an older version has none
-        paragraphs.append(
-            f"{summary['trained_share']:.1%} of the agent's own tokens in the usable episodes have a loss "
-            f"({summary['trained_tokens']} of {summary['own_tokens']}). {summary['tally'].get('fork', 0)} model calls "
-            "began a row of their own, because the chat template wrote an earlier reply "
+    sentences = describe_own_tokens(summary)
+    if num_forks := summary["tally"].get("fork"):
+        sentences.append(
+            f"{num_forks} model calls began a row of their own, because the chat template wrote an earlier reply "
             "differently than it was sampled."
         )
-    return paragraphs
+    return paragraphs + ([" ".join(sentences)] if sentences else [])
 
 
 def build_demonstrations(

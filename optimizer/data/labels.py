@@ -7,7 +7,7 @@ there is enough (`num_examples`).
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,16 @@ from memory.records.feedback import Correction
 from optimizer.config import LabelConfig, TeachingConfig
 from optimizer.data.examples import render_examples
 from optimizer.data.roles import RolePart, split_roles
-from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_imitable, require_trusted
-from optimizer.data.stitching import Tokenizer, Unstitchable, remove_memory, stitch
+from optimizer.data.rows import (
+    BuiltRows,
+    Material,
+    bound_rows,
+    describe_own_tokens,
+    list_counts,
+    require_imitable,
+    require_trusted,
+)
+from optimizer.data.stitching import RERENDER_MISMATCH, Tokenizer, Unstitchable, remove_memory, stitch
 from optimizer.rewards import GradedTrajectory, refuse_held_out
 
 
@@ -75,7 +83,8 @@ def describe(summary: dict[str, Any]) -> list[str]:
     """Return the paragraphs of a report about labels; `summary` as the cycle's row stores it."""
     return [
         f"{summary['num_rows']} labels of {summary['num_tasks']} tasks: {summary['num_good']} good episodes and "
-        f"{summary['num_bad']} bad ones ({list_counts(summary['tally'])})."
+        f"{summary['num_bad']} bad ones ({list_counts(summary['tally'])}).",
+        *describe_own_tokens(summary),
     ]
 
 
@@ -105,7 +114,7 @@ def build_labels(
         by_task[*each.task_key, each.is_success].append(each)
     tasks = set()
     for (*task, _, _), episodes in sorted(by_task.items()):
-        for each, rows in _take_newest(episodes, corrected, tokenizer, config, max_length_tokens, built.counts):
+        for each, rows in _take_newest(episodes, corrected, tokenizer, config, max_length_tokens, built):
             built.rows += rows
             built.teachers += [(each.teacher,)] * len(rows)
             tasks.add(tuple(task))
@@ -133,10 +142,10 @@ def _take_newest(
     tokenizer: Tokenizer,
     config: LabelConfig,
     max_length_tokens: int,
-    counts: Counter[str],
+    built: LabelRows,
 ) -> list[tuple[RolePart, list[Label]]]:
     """Return the rows of the newest episodes of one role in one task that ended alike, without repetitions."""
-    taken, seen = [], set()
+    taken, seen, counts = [], set(), built.counts
     # ids sort by time
     for each in sorted(episodes, key=lambda each: each.trajectory.id, reverse=True):
         if len(taken) == config.per_task:
@@ -148,7 +157,14 @@ def _take_newest(
             rows = label_episode(each, tokenizer, max_length_tokens)
         except Unstitchable as reason:
             counts[str(reason)] += 1
+            if str(reason) == RERENDER_MISMATCH:
+                num_tokens = sum(len(step.output_token_ids or ()) for step in each.model_steps)
+                built.own_tokens += num_tokens
+                built.untrained[str(reason)] += num_tokens
             continue
+        num_tokens = sum(sum(row.mask) for row in rows)
+        built.own_tokens += num_tokens
+        built.trained_tokens += num_tokens
         tokens = tuple(token for row in rows for token in row.input_ids)
         if tokens in seen:
             counts["duplicate"] += 1

@@ -18,7 +18,15 @@ from memory.records.feedback import Correction
 from optimizer.config import PreferenceConfig, TeachingConfig
 from optimizer.data.examples import ExampleRenderer
 from optimizer.data.roles import RolePart, split_roles
-from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_imitable, require_trusted
+from optimizer.data.rows import (
+    BuiltRows,
+    Material,
+    bound_rows,
+    describe_own_tokens,
+    list_counts,
+    require_imitable,
+    require_trusted,
+)
 from optimizer.data.stitching import (
     Row,
     SegmentEdit,
@@ -78,8 +86,10 @@ def build(material: Material) -> PreferenceRows:
 
 def describe(summary: dict[str, Any]) -> list[str]:
     """Return the paragraphs of a report about preferences; `summary` as the cycle's row stores it."""
-    counts = list_counts(summary["tally"])
-    return [f"{summary['num_rows']} preferences of {summary['num_tasks']} tasks ({counts})."]
+    return [
+        f"{summary['num_rows']} preferences of {summary['num_tasks']} tasks ({list_counts(summary['tally'])}).",
+        *describe_own_tokens(summary),
+    ]
 
 
 def build_preferences(
@@ -118,7 +128,7 @@ def build_preferences(
     for (*task, _), tries in sorted(by_task.items()):
         # a task needs both a win and a loss
         if len({each.is_success for each in tries}) == 2:
-            found = _weigh_task(tries, tokenizer, config, max_length_tokens, built.counts)
+            found = _weigh_task(tries, tokenizer, config, max_length_tokens, built)
             built.rows += found
             tasks |= {tuple(task)} if found else set()
         else:
@@ -167,17 +177,17 @@ def _weigh_task(
     tokenizer: Tokenizer,
     config: PreferenceConfig,
     max_length_tokens: int,
-    counts: Counter[str],
+    built: PreferenceRows,
 ) -> list[Preference]:
     """Return the preferences of one role in one task, the surest first."""
-    sides = []
+    sides, counts = [], built.counts
     for each in tries:
         try:
             sides.append(_stitch_side(each, tokenizer, counts))
         except Unstitchable as reason:
             counts[str(reason)] += 1
     found: list[tuple[tuple, Preference]] = []
-    nodes = _group_by_prompt(sides, counts)
+    nodes = _group_by_prompt(sides, built)
     if all(len(replies) == 1 for replies in nodes.values()):
         counts["prompts_differ"] += 1
     for replies in nodes.values():
@@ -306,19 +316,23 @@ def _is_evident(better: _Reply, worse: _Reply) -> bool:
     return min(num_tries) > 1 and better.value - worse.value >= LEAST_DIFFERENCE_OF_OUTCOMES
 
 
-def _group_by_prompt(sides: Sequence[_Side], counts: Counter[str]) -> dict[tuple[int, ...], dict[tuple, _Reply]]:
+def _group_by_prompt(sides: Sequence[_Side], built: PreferenceRows) -> dict[tuple[int, ...], dict[tuple, _Reply]]:
     """Return, by prompt without the memory segment, the replies given to it by their tokens."""
     nodes: dict[tuple[int, ...], dict[tuple, _Reply]] = defaultdict(lambda: defaultdict(_Reply))
     for side in sides:
         for step, model_step in enumerate(side.graded.model_steps):
+            output = model_step.output_token_ids or ()
+            built.own_tokens += len(output)
             try:
                 row = side.bare_row(step)
             except Unstitchable as reason:
-                counts[str(reason)] += 1
+                built.counts[str(reason)] += 1
+                built.untrained[str(reason)] += len(output)
                 continue
+            built.trained_tokens += len(output)
             # tokens, not text: two texts with equal tokens are one prompt, and only equal tokens train
             prompt = tuple(row.input_ids[: row.start_of(step)])
-            nodes[prompt][tuple(model_step.output_token_ids or ())].tries.append((side, step))
+            nodes[prompt][tuple(output)].tries.append((side, step))
     return nodes
 
 

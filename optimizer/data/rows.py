@@ -30,9 +30,13 @@ from optimizer.config import (
 )
 from optimizer.data.shares import Teachers, choose_rows
 from optimizer.data.stitching import Tokenizer, Unstitchable
+from optimizer.errors import TemplateMismatch
 from optimizer.rewards import GradedTrajectory
 
 RowT = TypeVar("RowT")
+
+LEAST_TRAINED_SHARE = 0.95
+"""Of the agent's own tokens. With less, the chat template is at fault, and a cycle would teach fragments."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,17 @@ class BuiltRows(Generic[RowT]):
     teachers: list[Teachers] = field(default_factory=list)
     """The teachers behind each row."""
     num_tasks: int = 0
+    own_tokens: int = 0
+    """Tokens that the agent sampled in all usable episodes that fit the length, before the caps; 0 where the method
+    takes no memory segment out of a prompt."""
+    trained_tokens: int = 0
+    """How many of them can be trained: their prompt could be rid of its memory segment."""
+    untrained: Counter[str] = field(default_factory=Counter)
+    """The others, by the reason for which their row was left out."""
+
+    @property
+    def trained_share(self) -> float:
+        return self.trained_tokens / self.own_tokens if self.own_tokens else 1.0
 
     @property
     def trajectory_ids(self) -> list[str]:
@@ -98,6 +113,30 @@ def require_imitable(each: GradedTrajectory) -> None:
     # a reply cut by a limit has no end token: imitated, it teaches to break off
     if any(step.finish_reason == "length" for step in each.model_steps):
         raise Unstitchable("cut_output")
+
+
+def require_own_tokens(built: BuiltRows[Any], base_model: str) -> None:
+    """Raise TemplateMismatch where too few of the agent's own tokens can be trained."""
+    if built.trained_share >= LEAST_TRAINED_SHARE:
+        return
+    reason, num_tokens = built.untrained.most_common(1)[0]
+    raise TemplateMismatch(
+        f"only {built.trained_share:.1%} of the agent's own tokens in the usable episodes can be trained "
+        f"({built.trained_tokens} of {built.own_tokens}), {LEAST_TRAINED_SHARE:.0%} are needed: the chat template of "
+        f"{base_model!r} does not render prompts as the engine captured them (most often {reason!r}, {num_tokens} "
+        "tokens); make the chat template in the model's directory the one that the engine serves with, or learn by "
+        "`sft` alone with demonstrations.keep_memory_share at 1, which leaves the memory segment in the prompts"
+    )
+
+
+def describe_own_tokens(summary: Mapping[str, Any]) -> list[str]:
+    """Return the sentence of a report about the agent's own tokens, where the method counted any."""
+    if not summary.get("own_tokens"):  # also a cycle opened by an older version
+        return []
+    return [
+        f"{summary['trained_share']:.1%} of the agent's own tokens in the usable episodes can be trained "
+        f"({summary['trained_tokens']} of {summary['own_tokens']})."
+    ]
 
 
 def bound_rows(

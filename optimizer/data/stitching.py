@@ -20,6 +20,9 @@ from typing import Any, Protocol
 from memory.conversation import show_memory
 from memory.schema import Step, StepKind, Trajectory
 
+RERENDER_MISMATCH = "rerender_mismatch"
+"""The reason for which the memory segment could not be taken out of a prompt, or put into it."""
+
 
 class AddedToken(Protocol):
     """A token that was added to a tokenizer's vocabulary."""
@@ -203,7 +206,7 @@ def remove_memory(row: Row, edits: Sequence[SegmentEdit]) -> Row:
     matches = [(edit, start) for edit in edits for start in _find_all(prompt, edit.shown)]
     # twice means that a user quoted the segment: removing one of them is a guess
     if len(matches) != 1:
-        raise Unstitchable("rerender_mismatch")
+        raise Unstitchable(RERENDER_MISMATCH)
     ((edit, first),) = matches
     return _replace_in_prompt(row, first, first + len(edit.shown), edit.bare)
 
@@ -223,7 +226,7 @@ def insert_memory(row: Row, trajectory: Trajectory, memory_text: str, tokenizer:
     # up to and with the token behind the segment: a later call's prompt goes on differently
     end = edit.first + len(edit.bare)
     if with_segment == without or row.input_ids[: row.num_prompt_tokens][:end] != without[:end]:
-        raise Unstitchable("rerender_mismatch")
+        raise Unstitchable(RERENDER_MISMATCH)
     return _replace_in_prompt(row, edit.first, end, edit.shown)
 
 

@@ -456,8 +456,9 @@ async def test_what_a_cycle_needs_is_said_with_the_mend(memory, kitchen, trainer
     assert "evaluation.num_tasks" in held_out.mend and kitchen.num_played == 0
 
 
+@pytest.mark.parametrize("method", ["sft", "kto", "dpo"])
 async def test_a_cycle_that_could_train_too_few_of_its_own_tokens_stops_and_names_the_template(
-    memory, kitchen, trainer, tiny_base
+    memory, kitchen, trainer, tiny_base, method
 ):
     class Misrendered(Kitchen):
         def _script(self, task, is_right, insights):
@@ -465,7 +466,7 @@ async def test_a_cycle_that_could_train_too_few_of_its_own_tokens_stops_and_name
             graded.trajectory.memory_text = "<memory>\nNothing that any prompt holds.\n</memory>"
             return graded
 
-    cycle = await open_cycle(memory, CONFIG)
+    cycle = await open_cycle(memory, CONFIG.model_copy(update={"methods": [method]}))
 
     with pytest.raises(TemplateMismatch, match="of the agent's own tokens") as caught:
         await run_cycle(memory, cycle.id, seams=seams_of(Misrendered(memory, kitchen.tokenizer), trainer))
