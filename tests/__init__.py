@@ -1,1 +1,1 @@
-"""The tests: one file for each module of the source."""
+"""The tests: `memory`, `runtime` and `optimizer` have one file for each module of the source; the other folders say."""

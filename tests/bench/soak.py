@@ -2,7 +2,7 @@
 
 One server, one engine with a fixed delay, clients of many users; one answer in twenty is rated. The run is cut into
 windows of equal length. The slope of the memory is fitted over the second half, because caches fill and indexes warm up
-in the first. `--minutes 60` is the full run; `tests/faults/test_soak.py` asserts the limits.
+in the first. `--minutes 60` is the full run; `tests/faults/server/test_soak.py` asserts the limits.
 """
 
 from __future__ import annotations

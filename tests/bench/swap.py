@@ -34,8 +34,8 @@ from runtime.tools.base import Tool
 from tests.bench.measure import Spread, make_parser, print_table, write_json
 from tests.bench.server import end_in_order
 from tests.memory.episodes import HashingEncoder
-from tests.rollouts import play
 from tests.runtime import tiny_models
+from tests.support.rollouts import play
 
 NUM_ADAPTERS = NUM_IDLE_KEPT + 6
 NUM_ROUNDS = 4

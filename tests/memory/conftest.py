@@ -11,7 +11,7 @@ from memory.config import MemoryConfig
 from memory.storage.database import Database
 from memory.store import Memory
 from tests.memory.episodes import PATIENT, HashingEncoder
-from tests.postgresql import HOMES, Cluster, Databases, start_cluster
+from tests.support.postgresql import HOMES, Cluster, Databases, start_cluster
 
 
 @pytest.fixture

@@ -23,12 +23,12 @@ from runtime.engine.process import Engine
 from runtime.errors import EngineError, EngineInMaintenance
 from runtime.maintenance import Maintenance
 from runtime.serving.hotswap import HotSwap
-from tests.faults import played_child
+from tests.faults.support import played_child
 from tests.memory.episodes import HashingEncoder
-from tests.rollouts import play
 from tests.runtime.conftest import write_adapter
 from tests.runtime.fake_engine import LOOK
-from tests.waiting import wait_until
+from tests.support.rollouts import play
+from tests.support.waiting import wait_until
 
 SAY_HI = [{"role": "user", "content": "hi"}]
 

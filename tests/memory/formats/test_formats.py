@@ -16,7 +16,7 @@ from memory.formats.content import BadRow, ExampleContent, ExampleKind, NotExpre
 from memory.formats.files import read_file
 from memory.formats.registry import FORMATS, find_format, recognise_row, recognise_rows, require_holds, write_row
 from tests.memory.formats.rows import ASKED, CALLED, DEMONSTRATION, LABEL, PLAIN, PREFERENCE, ROUND_TRIPS, WEATHER, say
-from tests.shared_data import find_shared
+from tests.support.shared_data import find_shared
 
 REAL_FILES = [
     ("messages_sft/tinker_conversations.jsonl", "openai", {"demonstration": 128}),

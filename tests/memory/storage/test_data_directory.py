@@ -12,7 +12,7 @@ from memory.errors import DataDirectoryInUse, StorageError
 from memory.schema import Document
 from memory.storage.ownership import take_ownership
 from memory.store import Memory, open_keys
-from tests.faults.children import Child, Tell
+from tests.faults.support.children import Child, Tell
 from tests.memory.episodes import PATIENT, HashingEncoder
 
 

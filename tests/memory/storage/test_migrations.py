@@ -20,7 +20,7 @@ from memory.storage.database import Database
 from memory.storage.migrations.upgrade import _make_config, upgrade
 from memory.store import Memory
 from tests.memory.episodes import HashingEncoder
-from tests.postgresql import HOMES, Cluster
+from tests.support.postgresql import HOMES, Cluster
 
 
 @pytest.fixture(params=HOMES)

@@ -22,7 +22,7 @@ from memory.storage.database import Database
 from memory.store import Memory, copy_to_server
 from tests.memory.episodes import PATIENT, HashingEncoder, play
 from tests.memory.storage.test_database import add_document, titles
-from tests.postgresql import Cluster, skip_without_postgresql, start_cluster
+from tests.support.postgresql import Cluster, skip_without_postgresql, start_cluster
 
 ROOT = Path(__file__).parents[3]
 

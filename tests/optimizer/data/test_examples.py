@@ -23,7 +23,7 @@ from optimizer.data.stitching import render_prompt
 from tests.memory.formats.rows import ASKED, DEMONSTRATION, LABEL, PLAIN, PREFERENCE, call, say
 from tests.optimizer.families import NAMES, make_tokenizer
 from tests.optimizer.worlds import live
-from tests.shared_data import find_shared
+from tests.support.shared_data import find_shared
 
 IMPORTER = Teacher("", "key_1", kind=TeacherKind.IMPORT)
 

@@ -20,9 +20,9 @@ from runtime.engine.process import Engine
 from runtime.errors import EnvironmentRefused, RequestRefused, ToolRefused, UnknownEnvironment
 from runtime.serving.hotswap import HotSwap
 from runtime.tools.functions import tool_from_function
-from tests.rollouts import play
 from tests.runtime.fake_engine import FakeEngine, Reply, call, ids_of, say
 from tests.runtime.levers import LeverGame, Levers
+from tests.support.rollouts import play
 
 
 def pulls(*levers: str):

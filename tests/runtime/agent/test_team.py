@@ -21,9 +21,9 @@ from runtime.engine.client import Delta
 from runtime.environments.base import Environment, Outcome, Playthrough
 from runtime.serving.hotswap import HotSwap
 from runtime.tools.functions import tool_from_function
-from tests.rollouts import play
 from tests.runtime.fake_engine import FakeEngine, Reply, call, ids_of
 from tests.runtime.levers import Levers
+from tests.support.rollouts import play
 
 TEAM = ("planner", "actor", "checker")
 ASK = [{"role": "user", "content": "2 + 3?"}]

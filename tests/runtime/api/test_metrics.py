@@ -15,7 +15,7 @@ from tests.runtime.api.gateway.test_routes import ask
 from tests.runtime.api.gateway.test_routes import play as open_a_door
 from tests.runtime.api.playing import FORGETFUL, WEATHER, PlayedWorld
 from tests.runtime.api.worlds import ServedWorld
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 DASHBOARD = Path(__file__).parents[3] / "docs" / "grafana.json"
 

@@ -11,10 +11,10 @@ import structlog
 
 from runtime.doctor import check_rows
 from tests.memory.episodes import PATIENT
-from tests.postgresql import Cluster, skip_without_postgresql, start_cluster
 from tests.runtime.api.gateway.test_routes import ask
 from tests.runtime.api.worlds import ServedWorld
-from tests.waiting import eventually
+from tests.support.postgresql import Cluster, skip_without_postgresql, start_cluster
+from tests.support.waiting import eventually
 
 skip_without_postgresql()
 

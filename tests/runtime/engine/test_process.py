@@ -27,10 +27,10 @@ from runtime.engine.server_command import server_arguments
 from runtime.errors import EngineError, EngineInMaintenance, EngineLost, RequestRefused
 from runtime.maintenance import Maintenance
 from runtime.serving.hotswap import HotSwap, mean_distance
-from tests.rollouts import play
 from tests.runtime.fake_engine import LOOK, FakeEngine
 from tests.runtime.levers import Levers
-from tests.waiting import wait_until
+from tests.support.rollouts import play
+from tests.support.waiting import wait_until
 
 
 def test_a_parser_that_is_named_is_taken(base_dir: Path):

@@ -12,8 +12,8 @@ from runtime.environments.converters.agentbench_os import PublishedTask, read_ag
 from runtime.environments.converters.make import make_task_file
 from runtime.environments.converters.published import SkippedTask, read_json_list
 from tests.bench.agentbench_os import check_all
-from tests.machines import needs_machine
-from tests.shared_data import find_shared
+from tests.support.machines import needs_machine
+from tests.support.shared_data import find_shared
 
 COUNTED = {"check": [None, {"language": "python", "file": "check/integer-match.py"}], "example": "ls /srv | wc -l"}
 ROW = {"description": "How many?", "create": {"init": {"code": "touch /srv/a"}}, "evaluation": COUNTED, "labels": ["x"]}

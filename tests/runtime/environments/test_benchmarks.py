@@ -16,7 +16,7 @@ from runtime.environments.converters.make import make_task_file
 from runtime.environments.graders.base import GradingResources, Submission
 from runtime.environments.graders.code import UnitTests
 from runtime.environments.task_files.check import check_task_file
-from tests.shared_data import find_shared, read_shared_rows
+from tests.support.shared_data import find_shared, read_shared_rows
 
 
 def make(benchmark: str, folder: str, tmp_path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:

@@ -22,9 +22,9 @@ from runtime.config import AgentConfig
 from runtime.observability.telemetry import Telemetry
 from runtime.observability.tracing import Tracing, open_tracing
 from runtime.serving.hotswap import HotSwap
-from tests.rollouts import play
 from tests.runtime.fake_engine import FakeEngine, Reply, call
 from tests.runtime.levers import Levers
+from tests.support.rollouts import play
 
 
 class Traced:

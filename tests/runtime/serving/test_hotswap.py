@@ -12,7 +12,7 @@ from runtime.errors import AdapterError
 from runtime.serving.hotswap import HotSwap
 from tests.runtime.conftest import MakePolicy
 from tests.runtime.fake_engine import FakeEngine
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 async def test_boot_is_the_first_swap(hotswap: HotSwap):

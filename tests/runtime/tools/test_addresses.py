@@ -14,7 +14,7 @@ from runtime.tools.base import run_tool
 from runtime.tools.special_addresses import ADDITIONS, IANA_IPV4, IANA_IPV6
 from runtime.tools.web import page_fetcher
 from tests.runtime.tools.test_web import watch_connections
-from tests.shared_data import read_shared_rows
+from tests.support.shared_data import read_shared_rows
 
 # Rows of the registries, each as IANA names it; every row is within a block of the table.
 _REGISTRY = """

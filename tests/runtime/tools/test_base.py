@@ -12,7 +12,7 @@ from runtime.errors import ToolError
 from runtime.tools.base import Tool, run_tool
 from runtime.tools.functions import tool_from_function
 from tests.runtime.tools.functions import find_train
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def hang() -> str:

@@ -12,8 +12,8 @@ from memory.store import Memory
 from runtime.agent.graph import Agent
 from runtime.serving.hotswap import HotSwap
 from runtime.tools.functions import tool_from_function
-from tests.rollouts import play
 from tests.runtime.fake_engine import FakeEngine, Reply, call
+from tests.support.rollouts import play
 
 
 def raises() -> str:

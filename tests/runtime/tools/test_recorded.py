@@ -15,8 +15,8 @@ from runtime.errors import UnknownTask
 from runtime.serving.hotswap import HotSwap
 from runtime.tools.base import Tool
 from runtime.tools.functions import tool_from_function
-from tests.rollouts import play
 from tests.runtime.fake_engine import FakeEngine, Reply, call
+from tests.support.rollouts import play
 
 ASK = [{"role": "user", "content": "Order tea."}]
 

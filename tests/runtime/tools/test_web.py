@@ -19,7 +19,7 @@ from memory.search.retrieval import neutralise
 from runtime.tools.addresses import is_public
 from runtime.tools.base import ToolResult, run_tool
 from runtime.tools.web import MAX_BYTES, page_fetcher, visible_text
-from tests.stalls import LongestGap
+from tests.support.stalls import LongestGap
 
 PAGE = """<!doctype html><html><head><title>Tea</title><style>p {}</style></head>
 <body><!-- <b>not this --><h1>Tea &amp; more</h1><p>Two <b>cups</b><script>alert("x < y")</script></p></body></html>"""

@@ -13,7 +13,7 @@ from memory.schema import Scope, TrajectoryStage
 from runtime.config import EngineConfig
 from runtime.maintenance import Maintenance
 from tests.runtime.api.worlds import ServedWorld
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 HI = [{"role": "user", "content": "hi"}]
 BODY = {"model": "agent", "max_tokens": 64, "messages": HI}

@@ -25,7 +25,7 @@ from runtime.engine.model_families import POCKET_MODEL
 from runtime.serving.hotswap import HotSwap
 from tests.memory.episodes import PATIENT, HashingEncoder, play
 from tests.runtime.api.worlds import QuickLearner, ScriptedEngine
-from tests.stalls import LongestGap
+from tests.support.stalls import LongestGap
 
 MAX_CPU_SECONDS = 0.25
 """The longest that other requests may be blocked, in processor time: other load on the machine does not count."""

@@ -16,7 +16,7 @@ from runtime.api.gateway import auth, connections
 from runtime.api.services import Services
 from runtime.config import LimitsConfig
 from tests.runtime.api.worlds import ServedWorld
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 LIMITS = LimitsConfig(body_seconds=1.0, max_connections=12, max_body_bytes=400_000)
 POST = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

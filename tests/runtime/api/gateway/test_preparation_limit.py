@@ -14,7 +14,7 @@ import pytest
 
 from runtime.api.gateway.preparation_limit import MAX_PER_KEY, MAX_PER_TENANT
 from tests.runtime.api.worlds import Doors, ServedWorld
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 
 class SlowDoors(Doors):

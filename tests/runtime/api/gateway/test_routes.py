@@ -11,7 +11,7 @@ from memory.schema import RewardSource
 from runtime.doctor import HealthCheck
 from runtime.maintenance import Maintenance
 from tests.runtime.api.worlds import ServedWorld
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 
 def ask(http: httpx.Client, text: str = "hello", **metadata: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from memory.schema import TrajectoryStage
 from tests.runtime.api.worlds import ServedWorld
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 WEATHER = {
     "type": "function",

@@ -23,7 +23,7 @@ from runtime.engine.model_families import POCKET_MODEL
 from runtime.tools.functions import tool_from_function
 from tests.runtime.api.playing import WEATHER, PlayedWorld, forecast
 from tests.runtime.fake_engine import Reply, call, ids_of
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 ASKED = {"role": "user", "content": "How is Oslo?"}
 

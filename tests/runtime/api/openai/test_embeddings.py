@@ -20,7 +20,7 @@ from runtime.api.gateway.admission import ConcurrencyLimit
 from runtime.api.openai.embeddings import ENCODE_BATCH
 from tests.memory.episodes import DIM, MAX_WORDS, HashingEncoder
 from tests.runtime.api.worlds import ServedWorld, error_code
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 TEXTS = ["rain in Oslo", "sunshine in Rome", "rain in Rome"]
 

@@ -11,7 +11,7 @@ import pytest
 from memory.schema import Scope
 from runtime.cli.client import Client
 from tests.runtime.api.worlds import ServedWorld
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 
 def add(http: httpx.Client, title: str, text: str) -> str:

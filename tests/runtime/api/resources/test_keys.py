@@ -18,7 +18,7 @@ from runtime.api.gateway.permissions import OPEN_PATHS, ROUTE_PERMISSIONS, Calle
 from runtime.tools.documents import document_search
 from tests.runtime.api.playing import WEATHER
 from tests.runtime.api.worlds import ServedWorld, error_code
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 ALL_BUT_ADMIN = ["infer", "feedback", "learn"]
 

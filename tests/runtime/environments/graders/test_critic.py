@@ -23,8 +23,8 @@ from runtime.environments.graders.critic import MAX_REPLY_BYTES, MAX_TRIES, Crit
 from runtime.environments.registry import open_environments
 from runtime.errors import CriticFailed, EnvironmentRefused
 from runtime.serving.hotswap import HotSwap
-from tests.rollouts import play
 from tests.runtime.fake_engine import FakeEngine, say
+from tests.support.rollouts import play
 
 Answer = tuple[int, bytes]
 OPENING = [{"role": "user", "content": "?"}]

@@ -9,7 +9,7 @@ import pytest
 
 from runtime.environments.graders.base import Call, GradingResources, Submission
 from runtime.environments.graders.function_calls import FunctionCall, find_problem
-from tests.shared_data import find_shared
+from tests.support.shared_data import find_shared
 
 PARAMETERS = {
     "city": {"type": "string"},

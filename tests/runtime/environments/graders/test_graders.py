@@ -20,9 +20,9 @@ from runtime.environments.graders.numeric import find_number
 from runtime.environments.graders.registry import AnyGrader
 from runtime.environments.graders.rubric import UnreadableScore, read_score
 from runtime.environments.graders.sql import have_equal_values, normalize_value
-from tests.shared_data import read_shared_rows
-from tests.stalls import LongestGap
-from tests.waiting import wait_until
+from tests.support.shared_data import read_shared_rows
+from tests.support.stalls import LongestGap
+from tests.support.waiting import wait_until
 
 GRADERS: TypeAdapter[Grader] = TypeAdapter(AnyGrader)
 NO_RESOURCES = GradingResources()

@@ -11,7 +11,7 @@ from runtime.environments.base import Outcome
 from runtime.environments.graders.base import GradingResources, Submission
 from runtime.environments.graders.machine import COMPARISONS, Checks
 from runtime.environments.machines.machine import Machine, MachineSpec
-from tests.machines import needs_machine
+from tests.support.machines import needs_machine
 
 CHECKS = TypeAdapter(Checks)
 

@@ -12,7 +12,7 @@ from runtime.environments.graders.base import GradingResources, Submission
 from runtime.environments.graders.sql import DatabaseState
 from runtime.environments.sql_database import SqlDatabase, Table
 from runtime.errors import ToolError
-from tests.shared_data import find_shared, read_shared_rows
+from tests.support.shared_data import find_shared, read_shared_rows
 
 FRUIT = Table.model_validate(
     {

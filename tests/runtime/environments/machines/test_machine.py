@@ -22,8 +22,8 @@ from runtime.environments.machines.machine import LIMITS, Machine, MachineSpec, 
 from runtime.environments.machines.syscall_filter import make_filter
 from runtime.errors import ToolError, ToolRefused
 from runtime.tools.sandbox import SandboxLimits
-from tests.machines import needs_machine
-from tests.waiting import eventually
+from tests.support.machines import needs_machine
+from tests.support.waiting import eventually
 
 
 @asynccontextmanager

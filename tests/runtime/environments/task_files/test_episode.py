@@ -15,8 +15,8 @@ from runtime.config import AgentConfig, EnvironmentConfig
 from runtime.environments.base import Environment
 from runtime.environments.registry import open_environments
 from runtime.serving.hotswap import HotSwap
-from tests.rollouts import play
 from tests.runtime.fake_engine import FakeEngine, Reply, call, ids_of, say
+from tests.support.rollouts import play
 
 WEATHER = {
     "type": "function",

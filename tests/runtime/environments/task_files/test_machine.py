@@ -19,9 +19,9 @@ from runtime.environments.task_files.check import check_task_file
 from runtime.environments.task_files.machine import describe_output
 from runtime.errors import EnvironmentRefused, ToolRefused
 from runtime.serving.hotswap import HotSwap
-from tests.machines import needs_machine
-from tests.rollouts import play
 from tests.runtime.fake_engine import FakeEngine, Reply, call, say
+from tests.support.machines import needs_machine
+from tests.support.rollouts import play
 
 COUNT = {
     "name": "count",

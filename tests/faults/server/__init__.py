@@ -1,0 +1,1 @@
+"""What happens at the door: malformed requests, overload, clients that leave, hours of traffic."""

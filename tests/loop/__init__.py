@@ -1,0 +1,1 @@
+"""Whole cycles: from episodes to a promoted policy."""

@@ -1,0 +1,1 @@
+"""The project itself: its architecture, documentation, Makefile and continuous integration."""
