@@ -17,6 +17,7 @@ from typing import Any
 from memory.errors import SpentBudget, find_spent_budget
 from memory.schema import Task, Trajectory, TrajectoryStage
 from memory.statistics import wilson_interval
+from memory.storage.whole_files import write_whole
 from optimizer.evaluation.intervals import PairedDifference, compare_paired, mean_interval
 from optimizer.seams import OnProgress, Rollout, play_all
 
@@ -231,12 +232,10 @@ def compare_pairs(pairs: Iterable[Pair], confidence: float = 0.95) -> PairedDiff
 
 
 def write_cell(path: Path, result: CellResult) -> None:
-    """Write the episodes of a cell; the file appears whole or not at all."""
+    """Write the episodes of a cell."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # renamed at the end: release_gate.py takes an existing file for a played cell
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps([_to_json(episode) for episode in result.played]), encoding="utf-8")
-    unfinished.replace(path)
+    # whole: release_gate.py takes an existing file for a played cell
+    write_whole(path, json.dumps([_to_json(episode) for episode in result.played]))
 
 
 def read_cell(path: Path, cell: Cell) -> CellResult:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from memory.storage.whole_files import write_whole
 from optimizer.data.rows import read_rows
 from optimizer.training import child
 from optimizer.training.launch import margins_path
@@ -42,10 +43,7 @@ def score(spec: TrainingSpec, rows: list[dict[str, Any]], reporter: child.Report
 def main() -> None:
     spec, reporter = child.start(sys.argv, "score")
     margins = score(spec, read_rows(spec.rows_path), reporter)
-    path = margins_path(spec)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(margins), encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(margins_path(spec), json.dumps(margins))
 
 
 if __name__ == "__main__":

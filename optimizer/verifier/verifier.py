@@ -20,6 +20,7 @@ from memory.held_out import is_episode_held_out
 from memory.names import path_below
 from memory.records.trajectories import GradedTrajectory
 from memory.schema import RewardSource, Trajectory
+from memory.storage.whole_files import write_whole
 from memory.store import Memory
 from optimizer.config import OptimizerConfig, choose_recipe
 from optimizer.data.rows import write_rows
@@ -303,7 +304,5 @@ def _require_same_world(setup: VerifierSetup, report: dict[str, Any]) -> None:
 
 def _write_report(directory: Path, spec: TrainingSpec, report: dict[str, Any]) -> None:
     (directory / "spec.json").write_text(spec.model_dump_json(indent=1), encoding="utf-8")
-    # last, and as a whole: a directory with a report is a verifier
-    unfinished = directory / "report.unfinished"
-    unfinished.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    unfinished.replace(directory / "report.json")
+    # last, and whole: a directory with a report is a verifier
+    write_whole(directory / "report.json", json.dumps(report, indent=1))

@@ -18,6 +18,7 @@ from typing import Any
 from rich.progress import Progress
 
 from memory.formats.files import dump_line
+from memory.storage.whole_files import write_whole
 from runtime.cli.client import Client, ServerUnreachable
 from runtime.cli.output import BAD_USAGE, Failure
 
@@ -91,9 +92,7 @@ class PartialFile:
         self.checkpoint.num_bytes = self._file.tell()
         self.checkpoint.num_rows += len(lines)
         self.checkpoint.left_out = dict(Counter(self.checkpoint.left_out) + Counter(left_out))
-        unfinished = self._note.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(asdict(self.checkpoint)), encoding="utf-8")
-        unfinished.replace(self._note)
+        write_whole(self._note, json.dumps(asdict(self.checkpoint)))
 
     def finish(self) -> None:
         """Give the file its name."""

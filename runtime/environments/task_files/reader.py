@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import ValidationError
 from memory.conversation import last_user_text
 from memory.held_out import normalize_text
 from memory.schema import Split
+from memory.storage.whole_files import write_whole
 from runtime.environments.graders.base import GradingResources
 from runtime.environments.machines.machine import require_machines
 from runtime.environments.task_files.rows import SPLITS, TaskRow, digest_content, to_split
@@ -148,18 +148,13 @@ class TaskNames:
             ) from None
 
     def add(self, index: TaskIndex) -> None:
-        """Add the names of an index; the file is replaced as a whole."""
+        """Add the names of an index."""
         known = self.read()
         added = {name: position.digest for name, position in index.positions.items() if name not in known}
         if not added:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(known | added, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
+        write_whole(self._path, json.dumps(known | added))
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
