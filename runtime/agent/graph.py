@@ -352,7 +352,7 @@ class Agent:
         graph = self._team_graph if episode.team else self._graph
         try:
             async with limit:
-                state = await graph.ainvoke(_begin_state(episode), context=episode, config=config)
+                await graph.ainvoke(_begin_state(episode), context=episode, config=config)
         except BudgetExceeded as exceeded:
             await accept_answer(episode)
             return describe_error(exceeded)
@@ -364,8 +364,6 @@ class Agent:
                 raise episode.lost from None
             await accept_answer(episode)
             return describe_error(BudgetExceeded(f"no answer within {self._config.max_seconds:g} seconds"))
-        episode.answer = state["answer"]
-        episode.is_handed_over = state.get("is_handed_over", False)
         return None
 
 
@@ -454,12 +452,12 @@ async def _begin(state: EpisodeState) -> str:
 async def _after_team_act(state: EpisodeState) -> str:
     if state.get("is_unchecked"):
         return "check"
-    return "use_tools" if state.get("answer") is None else END
+    return END if state.get("is_over") else "use_tools"
 
 
 def _end_or(node: str) -> Callable[[EpisodeState], Awaitable[str]]:
     async def choose(state: EpisodeState) -> str:
-        return node if state.get("answer") is None else END
+        return END if state.get("is_over") else node
 
     return choose
 

@@ -173,15 +173,13 @@ async def act(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     episode.answer = completion.content
     change: EpisodeState = {"messages": [completion.as_message()], "calls": server_calls, "is_unchecked": False}
     if _ends_task(episode, completion):
-        return {**change, "calls": [], "answer": episode.answer}
+        return {**change, "calls": [], "is_over": True}
     if client_calls:
         episode.num_invalid_tool_calls += sum(not _is_well_formed(call) for call in client_calls)
-        change["is_handed_over"] = True
+        episode.is_handed_over = True
     elif not server_calls and _is_broken_call(episode, completion):
         episode.num_invalid_tool_calls += 1
-    if not server_calls:
-        change["answer"] = completion.content
-    return change
+    return {**change, "is_over": not server_calls}
 
 
 async def check(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
@@ -191,23 +189,18 @@ async def check(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState:
     decision = await _ask_checker(episode, episode.unchecked.reply.content)
     if decision.accepts or not episode.budget.has_capacity:
         await accept_answer(episode)
-        return {"answer": episode.answer}
+        return {"is_over": True}
     episode.num_notes_left -= 1
     episode.unchecked = replace(episode.unchecked, stream=None)
     note = write_note(decision.note)
     await _record(episode, StepKind.USER, content=note, role=Role.CHECKER)
-    return {"messages": [{"role": "user", "content": note}], "answer": None}
+    return {"messages": [{"role": "user", "content": note}]}
 
 
 def _await_check(episode: Episode, completion: Completion) -> EpisodeState:
     episode.unchecked, episode.buffered_stream = UncheckedAnswer(completion, episode.buffered_stream), None
     episode.num_invalid_tool_calls += _is_broken_call(episode, completion)
-    return {
-        "messages": [completion.as_message()],
-        "calls": [],
-        "answer": completion.content,
-        "is_unchecked": True,
-    }
+    return {"messages": [completion.as_message()], "calls": [], "is_unchecked": True}
 
 
 async def accept_answer(episode: Episode) -> None:
@@ -360,10 +353,9 @@ async def use_tools(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeSt
         messages.append({"role": "tool", "tool_call_id": call["id"], "content": result.content})
         # Calls that follow in the same reply are dropped: the environment takes no more actions.
         if episode.playthrough is not None and episode.playthrough.is_done:
-            return {"messages": messages, "calls": [], "answer": episode.playthrough.closing_text}
-    if state.get("is_handed_over"):
-        return {"messages": messages, "calls": [], "answer": episode.answer}
-    return {"messages": messages, "calls": []}
+            episode.answer = episode.playthrough.closing_text
+            return {"messages": messages, "calls": [], "is_over": True}
+    return {"messages": messages, "calls": [], "is_over": episode.is_handed_over}
 
 
 def _is_well_formed(call: ToolCall) -> bool:

@@ -33,10 +33,8 @@ class EpisodeState(TypedDict, total=False):
     """The prompt of the next model call; a node returns only what it adds."""
     calls: list[ToolCall]
     """Tool calls of the last reply that the server still has to run."""
-    is_handed_over: bool
-    """Whether the client has calls of the last reply to run, once the server's own are done."""
-    answer: str | None
-    """Set when the turn is over."""
+    is_over: bool
+    """Whether the turn is over: with an answer, or with calls for the client to run."""
     is_unchecked: bool
     """Whether the checker has to read the answer first."""
 
@@ -139,10 +137,11 @@ class Episode:
     reply: Completion | None = None
     """The actor's last reply."""
     is_handed_over: bool = False
-    """Whether the trajectory stays open because the client has calls to run."""
+    """Whether the client has calls of the last reply to run, for which the trajectory stays open."""
     lost: EngineLost | None = None
     """The engine's failure, while the episode waits for the engine to come back."""
     answer: str | None = None
+    """The actor's last text, or what the environment said at the end of its task."""
 
     @property
     def visible_text(self) -> str:
