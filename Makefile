@@ -1,10 +1,11 @@
-# Nine commands, each of which first makes sure that .venv holds what pyproject.toml and constraints.txt say.
+# Ten commands, each of which first makes sure that .venv holds what pyproject.toml and constraints.txt say.
 #
 #   make serve                      the agent on http://127.0.0.1:8080, its data in .ratchet/
 #   make serve ARGS="--port 9000 --data /tmp/elsewhere"
 #   make tour                       the same with the pocket model, which plays TextWorld and learns it in minutes
 #   make test                       what continuous integration runs (ARGS go to pytest)
 #   make faults                     the full counts of the faults that `make test` tries a few times (ARGS="-k kill")
+#   make slow                       the other long tests: SmolLM2's first minutes, families of models, a correction learned
 #   make clients                    seventeen clients, each in its own environment, against real servers (docs/clients.md)
 #   make proof                      docs/proof.md: what each method of learning is worth; hours (ARGS="--list")
 #   make lint                       ruff and the type checker, without changing a file (`make format` changes them)
@@ -14,7 +15,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install torch-cpu model serve tour test faults clients proof lint types format check clean
+.PHONY: help install torch-cpu model serve tour test faults slow clients proof lint types format check clean
 
 # The first of these that is here and can make an environment.
 PYTHON ?= $(shell for each in python3.11 python3.12 python3.13; do \
@@ -50,6 +51,9 @@ test: $(STAMP)
 
 faults: $(STAMP)
 	@$(THREADS) $(BIN)/python -m pytest -m slow tests/faults $(ARGS)
+
+slow: $(STAMP)
+	@$(THREADS) $(BIN)/python -m pytest -m slow --ignore tests/faults $(ARGS)
 
 clients: $(STAMP)
 	@$(THREADS) $(BIN)/python -m tests.clients.run $(ARGS)

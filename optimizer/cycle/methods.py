@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from memory.formats.content import ExampleKind
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.branching import play_branches
 from optimizer.cycle.context import CycleContext
@@ -181,15 +182,20 @@ def list_methods(names: Sequence[str]) -> list[Method]:
 def choose_methods(logged: LoggedData) -> Choice:
     """Return the configured methods, else those that the data allows.
 
-    Where something will be played, practice brings demonstrations and exploration brings pairs. Otherwise the log
-    decides: pairs are learned from by DPO, and labels without pairs by KTO, after SFT if there are demonstrations.
+    Where something will be played, practice brings demonstrations and exploration brings pairs; imported labels are
+    learned from besides. Otherwise the log decides: pairs are learned from by DPO, and labels without pairs by KTO,
+    after SFT if there are demonstrations.
     """
     config = logged.config
     if config.methods:
         return _describe(config.methods, "as `optimizer.methods` says")
     if config.practice_episodes or config.explore_episodes:
         played = f"{config.practice_episodes} episodes of practice and {config.explore_episodes} of exploration"
-        return _describe(("sft", "dpo"), f"{played} are to be played, which bring demonstrations and pairs")
+        reason = f"{played} are to be played, which bring demonstrations and pairs"
+        num_labels = logged.num_imported.get(ExampleKind.LABEL, 0)
+        if min(logged.num_imported_good, num_labels - logged.num_imported_good) < config.labels.min_rows:
+            return _describe(("sft", "dpo"), reason)
+        return _describe(("sft", "dpo", "kto"), f"{reason}, and {num_labels} labels were imported")
     sft, dpo, kto = list_methods(("sft", "dpo", "kto"))
     needs = {method.name: method.measure_need(logged, ()) for method in (sft, dpo, kto)}
     counts = ", ".join(_count(need) for need in needs.values())

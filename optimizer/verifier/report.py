@@ -48,7 +48,9 @@ def describe(report: dict[str, Any]) -> str:
         f"{test['num_tasks']} tasks that it was neither trained nor calibrated on:",
         f"AUC {report['auc']:.2f} (95 % interval {low:.2f} to {high:.2f}), of the untrained base "
         f"{report['base_auc']:.2f}; Brier score {report['brier']:.2f} (always saying 0.5: 0.25).",
-        f"At the threshold {report['calibration']['threshold']:.2f} it agrees with {_say_share(report['agreement'])}.",
+        f"At the threshold {report['calibration']['threshold']:.2f}, chosen on the rewards of "
+        f"{'people' if report.get('calibrated_on') == 'people' else 'all sources'}, it agrees with "
+        f"{_say_share(report['agreement'])}.",
         "Nobody labelled an episode of these tasks by hand, so its agreement with people is unknown."
         if people is None
         else f"With the labels of people it agrees in {_say_share(people)}.",

@@ -134,7 +134,8 @@ async def train_verifier(setup: VerifierSetup) -> dict[str, Any]:
     prompts = [_ask(each, question) for each in (*calibrating, *test)]
     prompts += [_ask(each, question, is_base=True) for each in test]
     margins = await _score(setup, spec, prompts)
-    calibration = fit(margins[: len(calibrating)], [each.is_success for each in calibrating])
+    judges, positions = _choose_judges(calibrating)
+    calibration = fit([margins[it] for it in positions], [calibrating[it].is_success for it in positions])
     measured, base_margins = margins[len(calibrating) : -len(test)], margins[-len(test) :]
     report = {
         "object": "verifier",
@@ -146,6 +147,7 @@ async def train_verifier(setup: VerifierSetup) -> dict[str, Any]:
         "counts": dict(counts),
         "parts": {name: describe_part(part) for name, part in parts.items()},
         "calibration": asdict(calibration),
+        "calibrated_on": judges,
         **measure(test, measured, base_margins, calibration, setup.config.seed),
     }
     report["description"] = describe(report)
@@ -210,6 +212,16 @@ def _require_enough(parts: dict[str, list[VerifierExample]]) -> None:
                 "tasks; three fifths of the tasks train, a fifth calibrates and a fifth measures",
                 num_missing=LEAST_OF_A_KIND - fewest,
             )
+
+
+def _choose_judges(calibrating: Sequence[VerifierExample]) -> tuple[str, list[int]]:
+    """Return whose rewards the calibration is fitted to, and the positions of their episodes: those of people where
+    they are enough, because its probabilities should say what a person would; else all."""
+    by_people = [position for position, each in enumerate(calibrating) if each.is_by_person]
+    num_good = sum(calibrating[it].is_success for it in by_people)
+    if min(num_good, len(by_people) - num_good) >= LEAST_OF_A_KIND:
+        return "people", by_people
+    return "all", list(range(len(calibrating)))
 
 
 def _specify(

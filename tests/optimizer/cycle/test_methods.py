@@ -11,6 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from memory.adapters import read_manifest
+from memory.datasets.examples import Origin
+from memory.formats.content import ExampleContent, ExampleKind
 from memory.schema import CycleStage, PolicyStage, RewardSource, Split
 from memory.store import Memory
 from optimizer.config import (
@@ -148,6 +150,25 @@ async def test_feedback_of_a_key_that_does_not_teach_chooses_no_method(memory, t
 async def test_where_something_is_played_practice_and_exploration_come_first(memory):
     assert choose(memory, environment="kitchen", practice_episodes=4, explore_episodes=4).methods == ("sft", "dpo")
     assert choose(memory, environment="kitchen", practice_episodes=4, methods=["kto"]).methods == ("kto",)
+
+
+async def test_where_something_is_played_imported_labels_are_learned_from_besides(memory):
+    labels = [
+        ExampleContent(
+            ExampleKind.LABEL,
+            [{"role": "assistant", "content": f"answer {number}"}],
+            prompt=[{"role": "user", "content": f"question {number}"}],
+            is_good=number % 2 == 0,
+        )
+        for number in range(8)
+    ]
+    await memory.examples.add(labels, Origin(environment="kitchen", source="file", format="trl"))
+    played = {"environment": "kitchen", "practice_episodes": 4, "explore_episodes": 4}
+
+    choice = choose(memory, **played, labels={"min_rows": 4})
+
+    assert choice.methods == ("sft", "dpo", "kto") and "8 labels were imported" in choice.reason
+    assert choose(memory, **played, labels={"min_rows": 5}).methods == ("sft", "dpo")
 
 
 def kitchen_seams(memory, tokenizer, trainer, skill: dict[int, float]) -> Seams:

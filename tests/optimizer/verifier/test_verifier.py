@@ -18,6 +18,7 @@ from optimizer.config import OptimizerConfig
 from optimizer.errors import TooFewTrajectories
 from optimizer.training.base import load_tokenizer
 from optimizer.training.spec import TrainingSpec
+from optimizer.verifier.calibration import Calibration
 from optimizer.verifier.report import describe
 from optimizer.verifier.rows import (
     QUESTION,
@@ -178,6 +179,27 @@ async def test_the_report_says_whether_people_agree(memory: Memory):
     assert again["version"] == 2 and people["num_episodes"] == again["parts"]["test"]["num_episodes"]
     assert 0 < people["num_right"] < people["num_episodes"] and people["low"] < people["high"]
     assert f"agrees in {people['num_right']} of {people['num_episodes']} rewards" in describe(again)
+    assert (report["calibrated_on"], again["calibrated_on"]) == ("all", "people")
+    assert "chosen on the rewards of all sources" in describe(report)
+    assert "chosen on the rewards of people" in describe(again)
+
+
+async def test_where_people_disagree_with_the_environment_the_calibration_is_theirs(memory: Memory):
+    await memory.policies.register_base(POCKET)
+    tokenizer = load_tokenizer(POCKET)
+    scripted = ScriptedVerifier(tokenizer)
+    setup = VerifierSetup(memory, CONFIG, ["kitchen"], train=scripted.train, score=scripted.score)
+    # the environment rewards the oven; people rate three of four episodes, and they say the stove
+    for number, episode in enumerate(toy(tokenizer)):
+        trajectory_id = await store(memory, episode, reward=float(not episode.is_success))
+        if number % 8 < 6:
+            await thumb(memory, trajectory_id, episode.is_success)
+
+    report = await train_verifier(setup)
+
+    assert report["calibrated_on"] == "people"
+    # a quarter of all rewards says the opposite: fitted to all, it would be near 0.75
+    assert Calibration(**report["calibration"]).probabilities([2.0])[0] > 0.8
 
 
 async def test_a_verifier_grades_only_what_it_was_made_for(memory: Memory):
