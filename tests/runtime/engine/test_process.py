@@ -254,6 +254,23 @@ async def test_a_tool_call_comes_back_parsed_with_the_exact_tokens(real: Engine)
 
 
 @on_real_engine
+@pytest.mark.parametrize("tools", [[], [LOOK]], ids=["plain", "tools"])
+async def test_each_sampled_token_comes_with_the_log_prob_that_it_was_sampled_with(real: Engine, tools: list):
+    asked, sampling = [{"role": "user", "content": "go"}], {"temperature": 1.0, "seed": 3, "logprobs": True}
+    heard = []
+
+    async def on_delta(delta: Delta) -> None:
+        heard.append(delta)
+
+    plain = await real.client.chat("base", asked, tools, max_tokens=60, **sampling)
+    streamed = await real.client.chat_stream("base", asked, tools, on_delta=on_delta, max_tokens=60, **sampling)
+
+    for reply in (plain, streamed):
+        scored = await real.client.token_logprobs("base", [*reply.prompt_token_ids, *reply.output_token_ids])
+        assert reply.output_logprobs == pytest.approx(scored[-len(reply.output_token_ids) :], abs=0.05)
+
+
+@on_real_engine
 async def test_a_broken_call_is_seen_as_broken_streamed_or_not(real: Engine, memory: Memory):
     await memory.policies.register_base("tiny")
     agent = Agent(memory, HotSwap(memory.policies, real), {}, AgentConfig(max_output_tokens=120, max_steps=1))
