@@ -100,6 +100,8 @@ class TrajectorySize:
 
     num_steps: int
     num_model_calls: int
+    num_calling_tools: int
+    """Of the model calls, those whose reply calls a tool, whoever runs it."""
     prompt_tokens: int
     output_tokens: int
 
@@ -586,6 +588,7 @@ def measure(steps: Iterable[Step]) -> TrajectorySize:
     return TrajectorySize(
         num_steps=len(steps),
         num_model_calls=sum(step.kind is StepKind.MODEL for step in steps),
+        num_calling_tools=sum(bool(step.tool_calls) for step in steps),
         prompt_tokens=sum(len(step.prompt_token_ids or ()) for step in steps),
         output_tokens=sum(len(step.output_token_ids or ()) for step in steps),
     )
@@ -609,10 +612,8 @@ def _require(session: Session, trajectory_id: str, tenant: str | None = None) ->
 
 def _measure(session: Session, trajectory_id: str, since: int = 0) -> TrajectorySize:
     values = {"trajectory_id": trajectory_id, "since": since}
-    num_steps, num_model_calls, prompt_bytes, output_bytes = session.execute(SIZE, values).one()
-    return TrajectorySize(
-        num_steps, num_model_calls, prompt_bytes // BYTES_PER_TOKEN_ID, output_bytes // BYTES_PER_TOKEN_ID
-    )
+    *counts, prompt_bytes, output_bytes = session.execute(SIZE, values).one()
+    return TrajectorySize(*counts, prompt_bytes // BYTES_PER_TOKEN_ID, output_bytes // BYTES_PER_TOKEN_ID)
 
 
 def _close(session: Session, trajectory: Trajectory, stage: TrajectoryStage, error: str | None) -> None:

@@ -15,9 +15,11 @@ from sqlalchemy import (
     ScalarSelect,
     Select,
     SQLColumnExpression,
+    Text,
     and_,
     bindparam,
     case,
+    cast,
     exists,
     func,
     insert,
@@ -130,6 +132,8 @@ EFFECTIVE_REWARD = select(effective_reward_of(bindparam("trajectory_id")))
 SIZE = select(
     func.count(),
     func.coalesce(func.sum(case((col(Step.kind) == StepKind.MODEL, 1), else_=0)), 0),
+    # as text: the two dialects have no function for it that both take
+    func.coalesce(func.sum(case((cast(col(Step.tool_calls), Text) != "[]", 1), else_=0)), 0),
     func.coalesce(func.sum(func.length(col(Step.prompt_token_ids))), 0),
     func.coalesce(func.sum(func.length(col(Step.output_token_ids))), 0),
 ).where(col(Step.trajectory_id) == bindparam("trajectory_id"), col(Step.position) >= bindparam("since"))

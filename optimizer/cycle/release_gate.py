@@ -59,7 +59,7 @@ class Comparison:
                 tasks,
                 rollout=context.seams.rollout,
                 grade=trajectories.reward_for_weights,
-                count_model_calls=lambda trajectory_id: trajectories.measure(trajectory_id).num_model_calls,
+                measure=trajectories.measure,
                 success_reward=trajectories.success_reward,
                 concurrency=context.config.concurrency,
                 temperature=context.gate_serving(environment).temperature,

@@ -26,7 +26,16 @@ from optimizer.cycle.artifacts import VERSION_SUFFIX, RowsSummary, TrainedAdapte
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.needs import MeasureNeed
 from optimizer.cycle.selection import choose_policy
-from optimizer.data.rows import BuiltRows, Material, count_tokens, read_rows, require_own_tokens, write_rows
+from optimizer.data.rows import (
+    BuiltRows,
+    Material,
+    count_tokens,
+    has_own_tokens,
+    leave_out_all,
+    read_rows,
+    require_own_tokens,
+    write_rows,
+)
 from optimizer.data.shares import count_rows
 from optimizer.errors import OptimizerError, TooFewTrajectories
 from optimizer.placement import Placement, find_placement
@@ -163,10 +172,12 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
         examples=await context.read_examples(),
     )
     built = await asyncio.to_thread(method.build, material)
-    require_own_tokens(built, material.base_model)
-    # a later method or round may have too few rows: it is skipped in `train`
+    # a later method or round may have too few rows, or none that hold what was captured: it is skipped in `train`
     if _needs_rows(context, method):
+        require_own_tokens(built, material.base_model)
         _require_enough(method, built, config, len(material.trajectories))
+    elif not has_own_tokens(built):
+        leave_out_all(built, "template_mismatch")
     rows_path = _rows_path(context, method)
     if built.rows:
         write_rows(built.rows, rows_path)

@@ -115,9 +115,14 @@ def require_imitable(each: GradedTrajectory) -> None:
         raise Unstitchable("cut_output")
 
 
+def has_own_tokens(built: BuiltRows[Any]) -> bool:
+    """Whether enough of the agent's own tokens can be trained."""
+    return built.trained_share >= LEAST_TRAINED_SHARE
+
+
 def require_own_tokens(built: BuiltRows[Any], base_model: str) -> None:
     """Raise TemplateMismatch where too few of the agent's own tokens can be trained."""
-    if built.trained_share >= LEAST_TRAINED_SHARE:
+    if has_own_tokens(built):
         return
     reason, num_tokens = built.untrained.most_common(1)[0]
     raise TemplateMismatch(
@@ -127,6 +132,13 @@ def require_own_tokens(built: BuiltRows[Any], base_model: str) -> None:
         "tokens); make the chat template in the model's directory the one that the engine serves with, or learn by "
         "`sft` alone with demonstrations.keep_memory_share at 1, which leaves the memory segment in the prompts"
     )
+
+
+def leave_out_all(built: BuiltRows[Any], reason: str) -> None:
+    """Leave out all rows, for one reason."""
+    built.counts[reason] += len(built.rows)
+    built.counts["used"] = 0
+    built.rows, built.teachers = [], []
 
 
 def describe_own_tokens(summary: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from memory.errors import SpentBudget, find_spent_budget
+from memory.records.trajectories import TrajectorySize
 from memory.schema import Task, Trajectory, TrajectoryStage
 from memory.statistics import wilson_interval
 from memory.storage.whole_files import write_whole
@@ -26,8 +27,8 @@ STORED_CALLS = "num_turns"
 
 GradeTrajectory = Callable[[str], float | None]
 """Trajectory id -> the reward that counts."""
-CountModelCalls = Callable[[str], int]
-"""Trajectory id -> its model calls, counted from its steps."""
+MeasureTrajectory = Callable[[str], TrajectorySize]
+"""Trajectory id -> its size, counted from its steps."""
 
 SEED_STRIDE = 1000  # between tries: every model call of an episode takes the next seed
 
@@ -57,9 +58,8 @@ class HeldOutEpisode:
     prompt_tokens: int
     output_tokens: int
     num_invalid_tool_calls: int
-    num_results: int = 0
-    """Steps that are no model calls, which are results of tools but for a team's notes. Files of an older release lack
-    it."""
+    num_calling_tools: int | None = None
+    """Model calls whose reply called a tool; None in files of an older release."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ async def play_cell(
     *,
     rollout: Rollout,
     grade: GradeTrajectory,
-    count_model_calls: CountModelCalls,
+    measure: MeasureTrajectory,
     success_reward: float,
     concurrency: int,
     temperature: float = 0.0,
@@ -169,8 +169,7 @@ async def play_cell(
             # the same seeds for every cell: a difference is the policy's
             seed=seed + SEED_STRIDE * number,
         )
-        reward, num_calls = grade(trajectory.id), count_model_calls(trajectory.id)
-        return describe(task.name, trajectory, reward, success_reward, num_model_calls=num_calls)
+        return describe(task.name, trajectory, grade(trajectory.id), success_reward, size=measure(trajectory.id))
 
     episodes = [partial(play, task, number) for task in tasks for number in range(num_tries)]
     played = await play_all(episodes, concurrency=concurrency, label=cell.name, on_progress=on_progress)
@@ -178,7 +177,7 @@ async def play_cell(
 
 
 def describe(
-    task: str, trajectory: Trajectory, reward: float | None, success_reward: float, *, num_model_calls: int
+    task: str, trajectory: Trajectory, reward: float | None, success_reward: float, *, size: TrajectorySize
 ) -> HeldOutEpisode:
     """Sum up one episode."""
     is_finished = trajectory.stage is TrajectoryStage.FINISHED
@@ -194,11 +193,11 @@ def describe(
         is_success=is_success,
         is_broken=is_broken,
         is_truncated=spent is not None and not is_out_of_time,
-        num_calls=num_model_calls,
+        num_calls=size.num_model_calls,
         prompt_tokens=trajectory.prompt_tokens,
         output_tokens=trajectory.output_tokens,
         num_invalid_tool_calls=trajectory.num_invalid_tool_calls,
-        num_results=max(0, trajectory.num_steps - num_model_calls),
+        num_calling_tools=size.num_calling_tools,
     )
 
 

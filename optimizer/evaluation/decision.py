@@ -220,7 +220,8 @@ def _measure_guards(pairs: Sequence[Pair], config: EvaluationConfig) -> list[Gua
     are understood less often than the incumbent's is broken, unless the incumbent calls no tool: then invalid calls are
     the price of having learned to.
     """
-    is_used_to_tools = any(episode.num_results for pair in pairs for episode in pair.theirs)
+    # unknown counts as used to tools
+    is_used_to_tools = any(episode.num_calling_tools != 0 for pair in pairs for episode in pair.theirs)
     guards = [
         _compare_counts(
             pairs,
@@ -274,7 +275,10 @@ def _compare_without_memory(
     if config.noninferiority_margin is None or ours is None:
         return None
     pairs = pair_tasks(ours, theirs)
-    if _doubt(ours, theirs, pairs, config) or not _are_kept(_measure_guards(pairs, config)):
+    if _doubt(ours, theirs, pairs, config):
+        return None
+    # invalid calls are the price of success alone: who is only no worse has none to pay them with
+    if not all(guard.is_kept for guard in _measure_guards(pairs, config) if not guard.is_ratio):
         return None
     confidence = 1 - 2 * (alpha / 2)  # one-sided, with half of the look's share: the other half is for "better"
     paired = compare_pairs(pairs, confidence)

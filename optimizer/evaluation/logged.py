@@ -45,8 +45,13 @@ def read_logged_cells(memory: Memory, candidate: Policy, incumbent: Policy) -> t
 
 
 def _first_tries(memory: Memory, policy: Policy, *, since: Policy) -> Tries:
-    # newest first, so that the last one in a dict is the first try
-    return {view.trajectory.task_key: view for view in _all_tries(memory, policy, since)}
+    # newest first, so that the last one in a dict is the first try; what this server plays itself, in an environment,
+    # is no try of a client
+    return {
+        view.trajectory.task_key: view
+        for view in _all_tries(memory, policy, since)
+        if view.trajectory.environment is None
+    }
 
 
 def _all_tries(memory: Memory, policy: Policy, since: Policy) -> Iterator[TrajectoryWithReward]:
@@ -87,7 +92,7 @@ def _as_cell(memory: Memory, name: str, policy: Policy, tries: Tries, num_unpair
             view.trajectory,
             view.reward,
             memory.trajectories.success_reward,
-            num_model_calls=memory.trajectories.measure(view.trajectory.id).num_model_calls,
+            size=memory.trajectories.measure(view.trajectory.id),
         )
         for task, view in sorted(tries.items())
     ]

@@ -1,8 +1,9 @@
 """Chooses the episodes that a critic reads, and writes them down within the tokens that it can hold.
 
 Three kinds of input: the same task won and lost (ExpeL's first pass), successes side by side (its second), and
-failures of tasks that were never won, which ExpeL leaves out. An episode is read once, in one of them (ExpeL reads wins
-in both): a critic that saw it again would confirm the same lesson with the same evidence.
+failures of tasks that were never won, which ExpeL leaves out. An episode is evidence once, in one of them (ExpeL reads
+wins in both): a critic that saw it again would confirm the same lesson with the same evidence. As the other side of a
+new episode it is shown again, because a task is mostly won and lost in different rounds.
 
 The memory segment of an episode is never shown: recalled text is not extracted again.
 """
@@ -70,21 +71,26 @@ def choose_critique_inputs(
     max_critiques: int,
     seed: int,
 ) -> list[CritiqueInput]:
-    """Return at most `max_critiques` inputs of episodes that were not read before; a third of them are groups."""
+    """Return at most `max_critiques` inputs, each with an episode that was not read before; a third of them are
+    groups."""
     read = {trajectory_id for trajectory_id, _ in already_read}
 
-    def unread(episodes: Iterable[GradedTrajectory]) -> dict[tuple[str, str, str], GradedTrajectory]:
+    def newest(episodes: Iterable[GradedTrajectory]) -> dict[tuple[str, str, str], GradedTrajectory]:
         """Return the newest of each task: the pool is sorted oldest first."""
         # a dict keeps the last of equal keys, so this depends on the order of the pool
-        return {each.trajectory.task_key: each for each in episodes if each.trajectory.id not in read}
+        return {each.trajectory.task_key: each for each in episodes}
 
-    won, lost = unread(successes), unread(failures)
-    compared = [CritiqueInput("compared", _scope_of(won[key]), (lost[key], won[key])) for key in won if key in lost]
+    won, lost = (newest(it for it in side if it.trajectory.id not in read) for side in (successes, failures))
+    ever_won, ever_lost = {**newest(successes), **won}, {**newest(failures), **lost}
+    compared = [
+        CritiqueInput("compared", _scope_of(ever_won[key]), (ever_lost[key], ever_won[key]))
+        for key in ever_won
+        if key in ever_lost and (key in won or key in lost)
+    ]
     # seeded: a round that is repeated after a crash asks the same questions
     random.Random(seed).shuffle(compared)
-    ever_won = {each.trajectory.task_key for each in successes}
     groups = itertools.zip_longest(
-        _group("won", [each for key, each in won.items() if key not in lost]),
+        _group("won", [each for key, each in won.items() if key not in ever_lost]),
         _group("lost", [each for key, each in lost.items() if key not in ever_won]),
     )
     grouped = [critique_input for pair in groups for critique_input in pair if critique_input is not None]

@@ -35,8 +35,6 @@ CLIP = 0.2
 """How far the probability of a token may move from the one it was sampled with before its gradient stops."""
 LARGEST_WEIGHT = 2.0
 """Of a token that the trainer finds likelier than the engine that sampled it did."""
-SMALLEST_WEIGHT = 1e-30
-"""In effect 0, and yet a number that has a logarithm in float32."""
 IGNORED = -100
 
 Score = Callable[[list[int], list[int]], list[float]]
@@ -61,8 +59,7 @@ class RolloutCollator(DataCollatorMixin):
             "own": child.pad([torch.tensor(row["mask"][1:]) for row in examples], 0),
             "advantages": child.pad([torch.tensor(row["advantages"]) for row in examples], 0),
             "old_logps": child.pad([torch.tensor(row["old_logps"]) for row in examples], 0),
-            # 1: its logarithm is read, and multiplied by 0 where there is no own token
-            "weights": child.pad([torch.tensor(row["weights"]) for row in examples], 1),
+            "engine_gaps": child.pad([torch.tensor(row["engine_gaps"]) for row in examples], 0),
         }
 
 
@@ -88,9 +85,12 @@ class ClippedGradientTrainer(child.WarmStart, Trainer):
         ratio = torch.exp(logps - inputs["old_logps"])
         surrogate = torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
         self._clip_shares.append(_mean_over_own((ratio - 1).abs() > CLIP, own))
-        self._gaps.append(_mean_over_own(inputs["weights"].log().abs(), own))
+        gaps = inputs["engine_gaps"]
+        # the gap as it is, and not as it is truncated for the weight: a large one is what the figure is there to show
+        self._gaps.append(_mean_over_own(gaps.abs(), own))
+        weights = torch.exp(gaps.clamp(max=math.log(LARGEST_WEIGHT)))
         # by rows and a constant, not by their tokens: a long row must not count less a token than a short one
-        return -(surrogate * inputs["weights"] * own).sum() / (own.size(0) * self.length_tokens)
+        return -(surrogate * weights * own).sum() / (own.size(0) * self.length_tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name, values in (("clip_ratio", self._clip_shares), ("engine_gap", self._gaps)):
@@ -170,19 +170,16 @@ def _score_row(row: dict[str, Any], score: Score, compute_advantages: ComputeAdv
         "mask": row["mask"],
         "advantages": compute_advantages(row, old_logps, score),
         "old_logps": old_logps,
-        "weights": weigh_tokens(old_logps, row.get("sampled_logps")),
+        "engine_gaps": compare_with_engine(old_logps, row.get("sampled_logps")),
     }
 
 
-def weigh_tokens(old_logps: Sequence[float], sampled_logps: Sequence[float] | None) -> list[float]:
-    """Return the weight of each token but the first: how much likelier the trainer finds it than the engine did that
-    sampled it, at most `LARGEST_WEIGHT`; 1 where the engine's log-probs were not kept."""
+def compare_with_engine(old_logps: Sequence[float], sampled_logps: Sequence[float] | None) -> list[float]:
+    """Return, in nats, how much likelier the trainer finds each token but the first than the engine did that sampled
+    it; 0 where the engine's log-probs were not kept."""
     if sampled_logps is None:
-        return [1.0] * len(old_logps)
-    return [
-        math.exp(max(math.log(SMALLEST_WEIGHT), min(math.log(LARGEST_WEIGHT), ours - theirs)))
-        for ours, theirs in zip(old_logps, sampled_logps[1:], strict=True)
-    ]
+        return [0.0] * len(old_logps)
+    return [ours - theirs for ours, theirs in zip(old_logps, sampled_logps[1:], strict=True)]
 
 
 def main() -> None:

@@ -317,8 +317,7 @@ class Kept:
     async def play(self, name: str, tasks: Sequence[Task], *, policy: int = 0, use_memory: bool = False) -> CellResult:
         """Play greedily, as the release gate does."""
         kept, rollout = self.memory.trajectories, partial(play, self.services.agent)
-        judging = {"grade": kept.effective_reward, "success_reward": kept.success_reward}
-        judging["count_model_calls"] = lambda trajectory_id: kept.measure(trajectory_id).num_model_calls
+        judging = {"grade": kept.effective_reward, "success_reward": kept.success_reward, "measure": kept.measure}
         return await play_cell(
             Cell(name, policy, use_memory), tasks, rollout=rollout, concurrency=NUM_AT_ONCE, **judging
         )

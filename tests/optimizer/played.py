@@ -14,5 +14,5 @@ EPISODE = HeldOutEpisode(
     prompt_tokens=2000,
     output_tokens=100,
     num_invalid_tool_calls=0,
-    num_results=7,
+    num_calling_tools=7,
 )

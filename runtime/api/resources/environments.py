@@ -78,7 +78,7 @@ async def list_tasks(
     server: Server,
     split: Split = Split.HELD_OUT,
     num_tasks: Annotated[int, Query(ge=1, le=MAX_TASKS)] = 64,
-    offset: Annotated[int, Query(ge=0)] = 0,
+    offset: Annotated[int, Query(ge=0, lt=2**31)] = 0,
 ) -> TaskList:
     tasks = server.environment(environment).tasks(split, num_tasks, offset=offset)
     return TaskList(data=[TaskDetail.model_validate(task, from_attributes=True) for task in tasks])

@@ -83,10 +83,12 @@ def _add_products(y, x, lora_a_stacked, lora_b_stacked, scale, rows_by_slot):
         product = inputs.to(dtype) @ down @ up
         if scale != 1.0:  # of 0.32: vLLM scales an adapter when it is loaded
             product *= scale
+        # narrower for logits: vLLM pads the vocabulary of `y` to a multiple of 64
+        y_part = y[:, : product.size(1)]
         if rows is None:
-            y += product
+            y_part += product
         else:
-            y.index_add_(0, rows, product.to(y.dtype))
+            y_part.index_add_(0, rows, product.to(y.dtype))
 
 
 _joined: dict[tuple[int, int, torch.dtype], tuple[torch.Tensor, torch.Tensor] | None] = {}

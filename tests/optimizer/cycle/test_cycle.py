@@ -476,6 +476,28 @@ async def test_a_cycle_that_could_train_too_few_of_its_own_tokens_stops_and_name
     assert trainer.trained == [] and "chat template" in memory.cycles.get(cycle.id).error
 
 
+async def test_a_later_method_that_could_train_too_few_of_its_own_tokens_is_left_out_and_sft_stays(
+    memory, kitchen, trainer
+):
+    class Misrendered(Kitchen):
+        def _script(self, task, is_right, insights):
+            graded = super()._script(task, is_right, insights)
+            graded.trajectory.memory_text = "<memory>\nNothing that any prompt holds.\n</memory>"
+            return graded
+
+    # with the memory segment left in, demonstrations are whole whatever the template writes; preferences never keep it
+    config = CONFIG.model_copy(
+        update={"demonstrations": CONFIG.demonstrations.model_copy(update={"keep_memory_share": 1.0})}
+    )
+    cycle = await open_cycle(memory, config)
+
+    await run_cycle(memory, cycle.id, seams=seams_of(Misrendered(memory, kitchen.tokenizer), trainer))
+
+    assert trainer.trained == ["sft"]
+    preferences = memory.cycles.get(cycle.id).artifacts["preferences"]
+    assert (preferences["num_rows"], preferences["trained_share"]) == (0, 0.0)
+
+
 async def test_a_cycle_without_practice_is_refused_at_once_when_there_is_nothing_to_learn_from(memory):
     config = CONFIG.model_copy(update={"practice_episodes": 0})
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from memory.records.trajectories import TrajectorySize
 from memory.schema import Split, Task, Trajectory, TrajectoryStage, new_id
 from optimizer.config import EvaluationConfig
 from optimizer.evaluation.cells import Cell, CellResult, HeldOutEpisode, describe, play_cell
@@ -107,13 +108,18 @@ def test_invalid_tool_calls_are_not_bought_with_success():
 
 
 def test_a_candidate_that_wins_because_it_learned_to_call_tools_is_promoted_and_its_invalid_calls_are_named():
-    talks = cell(wins(40), "incumbent", num_results=0)
+    talks = cell(wins(40), "incumbent", num_calling_tools=0)
     verdict = decide(cell(wins(80), num_invalid_tool_calls=1), talks, CONFIG)
 
     assert verdict.decision is Decision.PROMOTE and verdict.is_dearer
     assert (
         "it is dearer: invalid tool calls per model call" in verdict.reason and "(difference at least" in verdict.reason
     )
+
+
+def test_of_an_incumbent_of_an_older_file_it_is_unknown_whether_it_calls_tools():
+    older = cell(wins(40), "incumbent", num_calling_tools=None)
+    assert decide(cell(wins(80), num_invalid_tool_calls=1), older, CONFIG).decision is Decision.REJECT
 
 
 @pytest.mark.parametrize("how", DEARER)
@@ -207,8 +213,11 @@ def test_more_turns_because_more_is_survived_is_no_fault():
     assert decide(CellResult(better.cell, longer), INCUMBENT, CONFIG).decision is Decision.PROMOTE
 
 
+SIZE = TrajectorySize(num_steps=9, num_model_calls=5, num_calling_tools=4, prompt_tokens=10, output_tokens=5)
+
+
 def describe_calls(trajectory: Trajectory, reward: float | None) -> HeldOutEpisode:
-    return describe("1", trajectory, reward, 1.0, num_model_calls=5)
+    return describe("1", trajectory, reward, 1.0, size=SIZE)
 
 
 def trajectory(**fields) -> Trajectory:
@@ -246,7 +255,7 @@ async def test_a_cell_plays_every_task_as_often_and_as_warm_as_it_is_told_with_a
         [Task("kitchen", name, "cooking", Split.HELD_OUT) for name in ("a", "b")],
         rollout=rollout,
         grade=lambda trajectory_id: 1.0,
-        count_model_calls=lambda trajectory_id: 7,
+        measure=lambda trajectory_id: replace(SIZE, num_model_calls=7),
         success_reward=1.0,
         concurrency=4,
         temperature=0.7,
@@ -278,7 +287,7 @@ async def test_a_cell_plays_every_task_once_greedily_within_its_concurrency():
         tasks,
         rollout=rollout,
         grade=lambda trajectory_id: float(int(trajectory_id) % 2),
-        count_model_calls=lambda trajectory_id: 1,
+        measure=lambda trajectory_id: SIZE,
         success_reward=1.0,
         concurrency=4,
         on_progress=on_progress,

@@ -53,6 +53,7 @@ async def log(
     split: Split = Split.HELD_OUT,
     temperature: float = 0.0,
     tenant: str = "",
+    environment: str | None = None,
     kinds: Sequence[StepKind] = (),
 ) -> str:
     """Record an episode of a client."""
@@ -61,6 +62,7 @@ async def log(
             id=new_id("trj"),
             episode_id=new_id("eps"),
             tenant=tenant,
+            environment=environment,
             task=str(task),
             split=split,
             policy=policy,
@@ -145,7 +147,17 @@ async def test_turns_are_counted_from_the_steps_as_they_were_recorded(memory, ca
     assert [played.num_calls for played in ours.played] == [2]
 
 
-@pytest.mark.parametrize("how", [{"split": Split.LIVE}, {"tenant": "shop"}])
+async def test_what_this_server_plays_itself_is_no_try_of_a_client(memory, candidate):
+    await log_both(memory, candidate)
+    for task in range(64):  # `play --split held-out` with the active policy alone
+        await log(memory, 0, task, 0.0, environment="textworld")
+
+    verdict = decide(memory, candidate)
+
+    assert verdict.decision is Decision.PROMOTE and verdict.paired.num_tasks == NUM_TASKS
+
+
+@pytest.mark.parametrize("how", [{"split": Split.LIVE}, {"tenant": "shop"}, {"environment": "kitchen"}])
 async def test_what_is_not_held_out_or_another_tenant_s_decides_nothing(memory, candidate, how):
     await log_both(memory, candidate, **how)
 

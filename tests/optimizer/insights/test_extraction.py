@@ -156,6 +156,23 @@ async def test_an_episode_is_evidence_once():
     assert third.evidence == [(fresh.trajectory.id, "won")]
 
 
+@pytest.mark.parametrize("first, second", [(won, lost), (lost, won)])
+async def test_a_task_that_was_won_and_lost_in_different_rounds_is_compared(first, second):
+    earlier, later = first("1"), second("1")
+    of = {won: lambda *episodes: (list(episodes), []), lost: lambda *episodes: ([], list(episodes))}
+    read = await extract_insights(*of[first](earlier), known=[], complete=ScriptedCritic())
+
+    successes, failures = [[*ours, *theirs] for ours, theirs in zip(of[first](earlier), of[second](later), strict=True)]
+    critic = ScriptedCritic()
+    again = await extract_insights(successes, failures, known=[], complete=critic, already_read=set(read.evidence))
+
+    assert again.num_asked == 1 and "Won, the same task:" in critic.asked[0]
+    evidence = {*read.evidence, *again.evidence}
+    assert (later.trajectory.id, "compared") in evidence
+    none = await extract_insights(successes, failures, known=[], complete=critic, already_read=evidence)
+    assert none.num_asked == 0
+
+
 def test_no_more_is_read_than_is_allowed_and_groups_keep_their_third():
     successes, failures = [won(str(n)) for n in range(90)], [lost(str(n)) for n in range(45, 140)]
     critique_inputs = choose_critique_inputs(successes, failures, already_read=(), max_critiques=32, seed=0)

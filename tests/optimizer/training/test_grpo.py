@@ -78,22 +78,25 @@ def test_a_token_that_has_moved_far_enough_gets_no_gradient(spec, tokenizer, adv
 
 
 def test_a_token_counts_as_much_less_as_the_engine_found_it_likelier_than_the_trainer(spec, tokenizer):
-    assert grpo.weigh_tokens([-1.0, -1.0], None) == [1.0, 1.0]
-    weights = grpo.weigh_tokens([-1.0, -1.0, -1.0], [0.0, -1.0, -1.0 + math.log(2), -9.0])
-    assert weights == pytest.approx([1.0, 0.5, grpo.LARGEST_WEIGHT])
+    assert grpo.compare_with_engine([-1.0, -1.0], None) == [0.0, 0.0]
+    gaps = grpo.compare_with_engine([-1.0, -1.0, -1.0], [0.0, -1.0, -1.0 + math.log(2), -9.0])
+    assert gaps == pytest.approx([0.0, -math.log(2), 8.0])
 
     trainer = make_trainer(spec, tokenizer, dtype="float32")
     row = {**trainer.train_dataset[0], "old_logps": [logp - 0.1 for logp in trainer.train_dataset[0]["old_logps"]]}
 
     def loss(weight):
-        weighed = {**row, "weights": [weight] * len(row["weights"])}
+        weighed = {**row, "engine_gaps": [math.log(weight)] * len(row["engine_gaps"])}
         with torch.no_grad():
             return trainer.compute_loss(trainer.model, trainer.data_collator([weighed])).item()
 
     assert loss(0.5) == pytest.approx(loss(1.0) / 2) and abs(loss(1.0)) > 1e-3
+    assert loss(50.0) == pytest.approx(loss(grpo.LARGEST_WEIGHT))
     logs = {}
     trainer.log(logs)
-    assert logs["engine_gap"] == pytest.approx(math.log(2) / 3, rel=1e-3)  # of the three losses one has it
+    # of the five losses: 0.5, 1, 1, 50 and the largest weight
+    gaps = [math.log(2), 0, 0, math.log(50), math.log(grpo.LARGEST_WEIGHT)]
+    assert logs["engine_gap"] == pytest.approx(sum(gaps) / 5, rel=1e-3)
 
 
 def test_rows_of_an_engine_whose_log_probs_were_kept_are_weighed_by_them(spec, tokenizer):
@@ -107,26 +110,26 @@ def test_rows_of_an_engine_whose_log_probs_were_kept_are_weighed_by_them(spec, t
 
     for row in trainer.train_dataset:
         of_own = [
-            (weight, old)
-            for weight, old, own in zip(row["weights"], row["old_logps"], row["mask"][1:], strict=True)
+            (gap, old)
+            for gap, old, own in zip(row["engine_gaps"], row["old_logps"], row["mask"][1:], strict=True)
             if own
         ]
-        assert all(weight == pytest.approx(min(2.0, math.exp(old + 0.01)), rel=1e-3) for weight, old in of_own)
-        assert min(weight for weight, _ in of_own) < 0.9
+        assert all(gap == pytest.approx(old + 0.01, abs=1e-6) for gap, old in of_own)
+        assert min(gap for gap, _ in of_own) < -0.1
 
 
 def test_rows_of_different_lengths_have_a_finite_gap_and_so_has_a_token_that_the_trainer_rules_out(spec, tokenizer):
     trainer = make_trainer(spec, tokenizer, dtype="float32")
     first, second = trainer.train_dataset
     shorter = {name: values[:-3] for name, values in second.items()}
-    impossible = grpo.weigh_tokens([-400.0], [0.0, -0.1]) * len(first["weights"])
+    impossible = grpo.compare_with_engine([-400.0], [0.0, -0.1]) * len(first["engine_gaps"])
 
     with torch.no_grad():
-        trainer.compute_loss(trainer.model, trainer.data_collator([{**first, "weights": impossible}, shorter]))
+        trainer.compute_loss(trainer.model, trainer.data_collator([{**first, "engine_gaps": impossible}, shorter]))
     logs = {}
     trainer.log(logs)
 
-    assert 0 < logs["engine_gap"] < 100 and logs["clip_ratio"] == 0
+    assert 0 < logs["engine_gap"] < 400 and logs["clip_ratio"] == 0
 
 
 def test_the_loss_does_not_depend_on_how_many_rows_fit_into_a_pass(spec, tokenizer):

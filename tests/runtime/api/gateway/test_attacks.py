@@ -8,6 +8,7 @@ import gc
 import json
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,10 @@ READING = (
 )
 
 
+is_of_request: ContextVar[bool] = ContextVar("is_of_request", default=False)
+"""Goes with a request into its threads, and not into tasks that run beside it."""
+
+
 @pytest.mark.parametrize("path", READING)
 async def test_rows_that_may_be_many_or_long_are_not_read_on_the_event_loop(
     data_dir: Path, path: str, monkeypatch: pytest.MonkeyPatch
@@ -251,7 +256,14 @@ async def test_rows_that_may_be_many_or_long_are_not_read_on_the_event_loop(
         }
         threads: list[int] = []
         read = memory.database.read
-        monkeypatch.setattr(memory.database, "read", lambda: threads.append(threading.get_ident()) or read())
+
+        def watch() -> Any:
+            if is_of_request.get():
+                threads.append(threading.get_ident())
+            return read()
+
+        monkeypatch.setattr(memory.database, "read", watch)
+        is_of_request.set(True)
         status, _ = await request(app, "GET", path.format(**ids))
     assert status == 200
     assert threads and threading.get_ident() not in threads

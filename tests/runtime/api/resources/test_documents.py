@@ -105,6 +105,13 @@ async def test_documents_are_listed_in_pages_that_the_command_line_puts_together
     assert ([row["title"] for row in first["data"]], first["next_offset"]) == (["Zebra 0", "Zebra 1"], 2)
     second = http.get("/v1/documents", params={"limit": 2, "offset": 2}).json()
     assert ([row["title"] for row in second["data"]], second["next_offset"]) == (["Zebra 2"], None)
+
     assert http.get("/v1/documents", params={"limit": 501}).status_code == 400
     async with Client(world.url) as client:
         assert (await client.get_all("/v1/documents", limit=1))["data"] == first["data"] + second["data"]
+
+
+@pytest.mark.parametrize("path", ["documents", "insights", "environments/doors/tasks"])
+def test_an_offset_that_no_database_can_hold_is_refused(http: httpx.Client, path: str) -> None:
+    response = http.get(f"/v1/{path}", params={"offset": 2**63})
+    assert response.status_code == 400 and "offset" in response.text
