@@ -612,8 +612,8 @@ def _require(session: Session, trajectory_id: str, tenant: str | None = None) ->
 
 def _measure(session: Session, trajectory_id: str, since: int = 0) -> TrajectorySize:
     values = {"trajectory_id": trajectory_id, "since": since}
-    *counts, prompt_bytes, output_bytes = session.execute(SIZE, values).one()
-    return TrajectorySize(*counts, prompt_bytes // BYTES_PER_TOKEN_ID, output_bytes // BYTES_PER_TOKEN_ID)
+    steps, calls, calling, prompt_bytes, output_bytes = session.execute(SIZE, values).one()
+    return TrajectorySize(steps, calls, calling, prompt_bytes // BYTES_PER_TOKEN_ID, output_bytes // BYTES_PER_TOKEN_ID)
 
 
 def _close(session: Session, trajectory: Trajectory, stage: TrajectoryStage, error: str | None) -> None:
