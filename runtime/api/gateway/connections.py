@@ -23,7 +23,11 @@ from runtime.config import LimitsConfig
 MAX_HEAD_BYTES = 64 * 1024
 """Maximum size of the request line and headers together."""
 HEAD_SECONDS = 15.0
-"""Maximum time from the opening of a connection, or from the last answer on it, to the end of the next head."""
+"""Maximum time from the opening of a connection to the end of its first head, and for any other head to arrive."""
+KEEP_ALIVE_SECONDS = 75
+"""Maximum time from an answer to the beginning of the next head. Hazard: a client that would reuse a connection for as
+long as this loses a request now and then, which crosses the closing on its way. httpx reuses one for 5 s, aiohttp for
+15 s, load balancers for 60 s."""
 FRESH_SECONDS = 1.0
 """A connection that has been idle no longer than this may have sent a head that is still on its way."""
 UNREAD_SECONDS = 60.0
@@ -37,7 +41,15 @@ def server_config(app: ASGIApp, limits: LimitsConfig, **options: Any) -> uvicorn
         max_connections = limits.max_connections
 
     # No access log: paths hold the tokens of feedback links. No WebSockets: nothing authenticates them.
-    return uvicorn.Config(app, http=ConfiguredConnection, ws="none", log_config=None, access_log=False, **options)
+    return uvicorn.Config(
+        app,
+        http=ConfiguredConnection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        **options,
+    )
 
 
 class BoundedConnection(HttpToolsProtocol):
@@ -45,6 +57,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     max_connections = 1024
     head_seconds = HEAD_SECONDS
+    keep_alive_seconds = float(KEEP_ALIVE_SECONDS)
     unread_seconds = UNREAD_SECONDS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -55,6 +68,7 @@ class BoundedConnection(HttpToolsProtocol):
         """Monotonic time of the last head's end, since which its body is waited for."""
         self._error: ApiError | None = None
         self._is_in_head = False
+        self._was_answered = False
         self._num_head_bytes = 0
         self._num_unparsed_bytes = 0
         """Bytes received since the parser's last callback: it may be buffering all of them."""
@@ -63,7 +77,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # as uvicorn declares it
         super().connection_made(transport)
-        self._wait_for_head()
+        self._wait_for_head(self.head_seconds)
         if len(self.connections) > self.max_connections:
             now = time.monotonic()
             connections = [it for it in self.connections if isinstance(it, BoundedConnection)]
@@ -90,6 +104,8 @@ class BoundedConnection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._num_head_bytes = 0
         self._is_in_head = True
+        if self._was_answered and self.idle_since is not None:
+            self._wait_for_head(self.head_seconds)
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -119,8 +135,10 @@ class BoundedConnection(HttpToolsProtocol):
         # Read before uvicorn's own handler, which takes the next pipelined request from the queue.
         is_last = not self.pipeline
         super().on_response_complete()
+        self._was_answered = True
         if is_last and not self.transport.is_closing():
-            self._wait_for_head()
+            # in a head already: the next request followed before this one's answer
+            self._wait_for_head(self.head_seconds if self._is_in_head else self.keep_alive_seconds)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -184,10 +202,10 @@ class BoundedConnection(HttpToolsProtocol):
             self._error = _head_too_large()
             raise self._error
 
-    def _wait_for_head(self) -> None:
+    def _wait_for_head(self, seconds: float) -> None:
         self._stop_waiting()
         self.idle_since = time.monotonic()
-        self._head_deadline = self.loop.call_later(self.head_seconds, self._close_late)
+        self._head_deadline = self.loop.call_later(seconds, self._close_late)
 
     def _stop_waiting(self) -> None:
         self.idle_since = None

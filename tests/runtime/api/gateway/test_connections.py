@@ -29,6 +29,7 @@ def use(services: Services) -> None:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServedWorld]:
     monkeypatch.setattr(connections.BoundedConnection, "head_seconds", 1.0)
+    monkeypatch.setattr(connections.BoundedConnection, "keep_alive_seconds", 3.0)
     with ServedWorld(tmp_path / "data", change=use) as world:
         yield world
 
@@ -98,6 +99,30 @@ def test_a_connection_that_was_answered_is_not_kept_for_ever(world: ServedWorld,
         answer += piece
     assert answer.count(b"HTTP/1.1 ") == 1
     assert time.monotonic() - began < 8
+
+
+def test_a_connection_that_was_answered_may_be_reused_after_longer_than_a_first_head_may_take(
+    world: ServedWorld, sockets: contextlib.ExitStack
+) -> None:
+    request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    opened = connect(world, sockets)
+    for seconds in (1.5, 0.0):
+        answer = b""
+        opened.sendall(request)
+        while not answer.endswith(b"}"):
+            answer += opened.recv(65_536)
+        assert answer.startswith(b"HTTP/1.1 200")
+        time.sleep(seconds)
+
+    opened.sendall(request[:10])
+    began = time.monotonic()
+    assert read(opened) == (408, "request_timeout")
+    assert time.monotonic() - began < 2.5  # and not as long as an idle connection is kept
+
+
+def test_connections_are_kept_longer_than_clients_reuse_them(world: ServedWorld) -> None:
+    config = connections.server_config(lambda *_: None, LIMITS)  # type: ignore[arg-type]
+    assert config.timeout_keep_alive == connections.KEEP_ALIVE_SECONDS > 60
 
 
 @pytest.mark.parametrize("head", [b"", b"GET /healthz HTTP/1.1\r\nHost: loc", b"GET"])
