@@ -4,8 +4,8 @@
     python -m tests.clients.run --client llm --model pocket        some of it; the table keeps the other cells
     python -m tests.clients.run --url http://127.0.0.1:8080 --model pocket      a server that runs already
 
-Environments, node modules and results are kept in the user's cache. Packages come from the indexes that uv and npm are
-configured with; versions are pinned in `requirements/` and `node/package-lock.json`.
+Results are kept in results.json beside this file, environments and node modules in the user's cache. Packages come from
+the indexes that uv and npm are configured with; versions are pinned in `requirements/` and `node/package-lock.json`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from tests.clients.table import OUTCOMES, Cell, render, replace_table
 
 ROOT = HERE.parents[1]
 PAGE = ROOT / "docs" / "clients.md"
+RESULTS = HERE / "results.json"
+"""In the repository, so that a run of some clients keeps the others' rows of the table."""
 UV = "uv==0.13.9"
 CLIENT_SECONDS = 1800
 MODELS = {"pocket": "the pocket model", "smollm2": "SmolLM2-135M-Instruct"}
@@ -42,7 +44,7 @@ QUIET = {
 
 
 def home() -> Path:
-    """Return the directory of environments and results."""
+    """Return the directory of environments."""
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ratchet-clients"
     directory.mkdir(parents=True, exist_ok=True)
     return directory
@@ -139,15 +141,14 @@ def run_client(client: Client, url: str, model: str) -> list[Cell]:
 
 def keep(cells: Sequence[Cell]) -> list[Cell]:
     """Replace earlier cells of the same client and model; return all known cells, in order."""
-    path = home() / "results.json"
-    known = [Cell(**each) for each in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    known = [Cell(**each) for each in json.loads(RESULTS.read_text(encoding="utf-8"))] if RESULTS.exists() else []
     known = [cell for cell in known if cell.outcome in OUTCOMES]  # earlier versions had other outcomes
     new = {(cell.model, cell.client) for cell in cells}
     together = [cell for cell in known if (cell.model, cell.client) not in new] + list(cells)
     models, clients = list(MODELS.values()), [client.name for client in CLIENTS]
     together = [cell for cell in together if cell.client in clients and cell.model in models]
     together.sort(key=lambda cell: (models.index(cell.model), clients.index(cell.client)))
-    path.write_text(json.dumps([asdict(cell) for cell in together], indent=1), encoding="utf-8")
+    RESULTS.write_text(json.dumps([asdict(cell) for cell in together], indent=1) + "\n", encoding="utf-8")
     return together
 
 

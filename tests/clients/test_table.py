@@ -38,6 +38,15 @@ def test_the_table_replaces_what_is_between_the_marks_alone():
         replace_table("no marks", "new")
 
 
+def test_the_page_shows_the_results_of_every_client_with_every_model():
+    cells = [Cell(**each) for each in json.loads(run.RESULTS.read_text(encoding="utf-8"))]
+    assert {(cell.model, cell.client) for cell in cells} == {
+        (model, client.name) for model in run.MODELS.values() for client in CLIENTS
+    }
+    page = run.PAGE.read_text(encoding="utf-8")
+    assert replace_table(page, render(cells)) == page
+
+
 def test_every_client_has_a_script_and_every_package_is_pinned():
     for client in CLIENTS:
         assert client.script.is_file(), client
@@ -80,11 +89,12 @@ def test_a_check_that_failed_fails_the_run_and_a_limit_of_the_model_does_not(tmp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(run, "PAGE", page)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results.json")
     monkeypatch.setattr(sys, "argv", ["run", "--url", "http://127.0.0.1:9", "--model", "pocket"])
 
     monkeypatch.setattr(run, "CLIENTS", [write_client(tmp_path, "model")])
     earlier = [asdict(cell("chat", outcome="no call", client="llm", model="the pocket model"))]
-    (run.home() / "results.json").write_text(json.dumps(earlier), encoding="utf-8")  # an outcome that no longer exists
+    run.RESULTS.write_text(json.dumps(earlier), encoding="utf-8")  # an outcome that no longer exists
     run.main()
     assert "| model (1) |" in page.read_text(encoding="utf-8")
 
