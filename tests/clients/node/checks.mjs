@@ -16,6 +16,9 @@ export function expect(holds, what) {
   if (!holds) throw new Error(what);
 }
 
+// The server did its part, and the model did not.
+export class ModelLimit extends Error {}
+
 export async function runChecks(checks) {
   for (const [check, run] of Object.entries(checks)) {
     let outcome = "passed";
@@ -23,8 +26,8 @@ export async function runChecks(checks) {
     try {
       await run();
     } catch (error) {
-      outcome = "failed";
-      reason = `${error.name}: ${error.message}`.slice(0, 400);
+      outcome = error instanceof ModelLimit ? "model" : "failed";
+      reason = `${error.constructor.name}: ${error.message}`.slice(0, 400);
     }
     console.log(JSON.stringify({ check, outcome, reason }));
   }
