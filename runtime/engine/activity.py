@@ -48,10 +48,10 @@ def is_held_up(
     `without` is a process that is known to have answered, so it is not compared. One that did not answer is: behind it
     a sound engine sleeps, because nothing reaches it.
     """
-    both = before.keys() & after.keys()
     # A stopped process keeps the others from any progress, however long they wait.
-    if any(_is_stopped(before[pid], after[pid]) for pid in both):
+    if is_stopped(before, after):
         return False
+    both = before.keys() & after.keys()
     others = both - {without} or both
     return any(
         after[pid].state == DISK
@@ -61,9 +61,21 @@ def is_held_up(
     )
 
 
-def _is_stopped(before: ProcessActivity, after: ProcessActivity) -> bool:
-    """Return whether it was stopped both times and no thread ran between them; a throttled process does run."""
-    return before.state in STOPPED and after.state in STOPPED and before.threads == after.threads
+def is_newly_stopped(before: dict[int, ProcessActivity], after: dict[int, ProcessActivity]) -> bool:
+    """Return whether a process is stopped now that was not: it may be throttled, so it has to be looked at again."""
+    return any(
+        process.state in STOPPED and pid in before and before[pid].state not in STOPPED
+        for pid, process in after.items()
+    )
+
+
+def is_stopped(before: dict[int, ProcessActivity], after: dict[int, ProcessActivity]) -> bool:
+    """Return whether a process was stopped both times and no thread of it ran between them; a throttled one does
+    run."""
+    return any(
+        before[pid].state in STOPPED and after[pid].state in STOPPED and before[pid].threads == after[pid].threads
+        for pid in before.keys() & after.keys()
+    )
 
 
 def _waits(before: ProcessActivity, after: ProcessActivity, seconds: float) -> bool:

@@ -31,7 +31,7 @@ import structlog
 
 from memory.chat_marks import ANY_FAMILY, ChatMarks
 from runtime.config import EngineConfig
-from runtime.engine.activity import ProcessActivity, is_held_up, read_activity
+from runtime.engine.activity import ProcessActivity, is_held_up, is_newly_stopped, is_stopped, read_activity
 from runtime.engine.client import EngineClient
 from runtime.engine.model_families import DEFAULT_TEMPERATURE, EmbeddedModel, choose_model, embedded_model, find_model
 from runtime.engine.server_command import BASE, KEY_VARIABLE, server_arguments, server_environment
@@ -56,6 +56,8 @@ EARLY_SHARE = 0.1
 """The part of a probe's time after which the activity of the engine's processes is read."""
 OWN_DELAY_SECONDS = 1.0
 """A check that ends this much too late was delayed by this process, and proves nothing about the engine."""
+STOPPED_SECONDS = 0.5
+"""How long a process that was stopped during a check is looked at again."""
 BACKOFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 # Texts in the log of a starting engine, in their order, and the progress that each of them reports.
@@ -301,7 +303,8 @@ class Engine:
         A late probe is no proof of death while the engine's count of tokens grows or a first count arrives only late.
         An engine that other work keeps from the processor gets `LONGEST_STALL_SECONDS`.
 
-        Takes at most `probe_timeout_seconds`: two thirds for the probe and the first count, one third for the last.
+        Takes at most `probe_timeout_seconds`: two thirds for the probe and the first count, one third for the last; and
+        `STOPPED_SECONDS` where a process was stopped meanwhile.
         """
         look_seconds = self.config.probe_timeout_seconds / 3
         began, patience = time.monotonic(), 2 * look_seconds
@@ -345,6 +348,13 @@ class Engine:
         """Return whether the engine waits for the processor. A server process that answered with a `count` does not
         wait, so then only the processes behind it are compared."""
         after = await self._read_activity()
+        # it was stopped during this look: in the next one it would be found too late
+        if is_newly_stopped(before, after):
+            await asyncio.sleep(STOPPED_SECONDS)
+            later = await self._read_activity()
+            if is_stopped(after, later):
+                return False
+            after = later
         answered = None if count is None else self.pid
         return is_held_up(before, after, time.monotonic() - since, without=answered)
 

@@ -128,6 +128,31 @@ def test_an_engine_that_runs_in_circles_is_not_held_up_and_one_that_waits_is():
     assert not is_held_up({}, {}, 7.5)
 
 
+async def test_a_core_that_is_stopped_during_a_look_is_found_in_it(
+    base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    engine = Engine(EngineConfig(model=str(base_dir)), tmp_path / "data")
+    server = [ProcessActivity("R", {1: (1.0, ran)}) for ran in (0.0, 7.0, 7.5)]  # other work keeps it in the queue
+    looks = {"before": "S", "after": "T", "later": "T"}
+
+    def look_at(ran: float) -> list[dict[int, ProcessActivity]]:
+        core = [ProcessActivity(state, {2: (3.0, 1.0)}) for state in looks.values()]
+        core[2] = ProcessActivity("T", {2: (3.0 + ran, 1.0)})
+        return [{1: one, 2: other} for one, other in zip(server, core, strict=True)]
+
+    async def is_held_up_after(ran: float) -> bool:
+        before, *others = look_at(ran)
+
+        async def read() -> dict[int, ProcessActivity]:
+            return others.pop(0)
+
+        monkeypatch.setattr(engine, "_read_activity", read)
+        return await engine._is_held_up(before, time.monotonic() - 7.5, None)
+
+    assert not await is_held_up_after(0.0)
+    assert await is_held_up_after(0.1)  # throttled: it ran in between
+
+
 def test_a_core_that_sleeps_is_stuck_unless_the_process_in_front_of_it_waits():
     before = {1: ProcessActivity("S", {1: (0.0, 0.0)}), 2: ProcessActivity("S", {2: (1.0, 0.0)})}
     after = {1: ProcessActivity("R", {1: (0.2, 7.0)}), 2: ProcessActivity("S", {2: (1.0, 0.0)})}
