@@ -13,7 +13,7 @@ MAX_ROWS = 500
 """Of one page of a list."""
 
 Limit = Annotated[int, Query(ge=1, le=MAX_ROWS)]
-Offset = Annotated[int, Query(ge=0, lt=2**31, description="`next_offset` of the previous page.")]
+Offset = Annotated[int, Query(ge=0, lt=2**31, description="How many rows to skip.")]
 
 
 async def answer_from_thread(read: Callable[[], BaseModel | str]) -> Response:

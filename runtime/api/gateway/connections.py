@@ -68,7 +68,6 @@ class BoundedConnection(HttpToolsProtocol):
         """Monotonic time of the last head's end, since which its body is waited for."""
         self._error: ApiError | None = None
         self._is_in_head = False
-        self._was_answered = False
         self._num_head_bytes = 0
         self._num_unparsed_bytes = 0
         """Bytes received since the parser's last callback: it may be buffering all of them."""
@@ -104,7 +103,7 @@ class BoundedConnection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._num_head_bytes = 0
         self._is_in_head = True
-        if self._was_answered and self.idle_since is not None:
+        if self.cycle is not None and self.idle_since is not None:  # between two requests
             self._wait_for_head(self.head_seconds)
         super().on_message_begin()
 
@@ -135,7 +134,6 @@ class BoundedConnection(HttpToolsProtocol):
         # Read before uvicorn's own handler, which takes the next pipelined request from the queue.
         is_last = not self.pipeline
         super().on_response_complete()
-        self._was_answered = True
         if is_last and not self.transport.is_closing():
             # in a head already: the next request followed before this one's answer
             self._wait_for_head(self.head_seconds if self._is_in_head else self.keep_alive_seconds)

@@ -14,6 +14,7 @@ from memory.schema import Split
 from runtime.api.errors import NotFound, TooManyRequests, error_responses
 from runtime.api.gateway.disconnects import cancel_on_disconnect
 from runtime.api.gateway.permissions import RequestCaller
+from runtime.api.read_answers import Offset
 from runtime.api.services import Server
 
 MAX_TASKS = 10_000
@@ -78,7 +79,7 @@ async def list_tasks(
     server: Server,
     split: Split = Split.HELD_OUT,
     num_tasks: Annotated[int, Query(ge=1, le=MAX_TASKS)] = 64,
-    offset: Annotated[int, Query(ge=0, lt=2**31)] = 0,
+    offset: Offset = 0,
 ) -> TaskList:
     tasks = server.environment(environment).tasks(split, num_tasks, offset=offset)
     return TaskList(data=[TaskDetail.model_validate(task, from_attributes=True) for task in tasks])
