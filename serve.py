@@ -78,20 +78,21 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     from runtime.agent.graph import Agent
     from runtime.api.services import Services
     from runtime.engine.process import Engine
-    from runtime.environments.registry import open_environments
+    from runtime.environments.registry import choose_environment, open_environments
     from runtime.maintenance import Maintenance
     from runtime.observability.telemetry import Telemetry
     from runtime.observability.tracing import open_tracing
+    from runtime.serving.critic_endpoint import open_critic
     from runtime.serving.hotswap import HotSwap
-    from runtime.serving.text_completion import TextCompletion
+    from runtime.serving.text_completion import ServedBase, TextCompletion
     from runtime.tools.toolbox import Toolbox
 
     made_for = memory.policies.find_base_model()
     engine = Engine(settings.engine, memory.data_dir, made_for=made_for, on_progress=phases.begin)
     # It takes `engine.on_restart`: one engine has one HotSwap.
     hotswap = HotSwap(memory.policies, engine, max_lora_rank=settings.engine.max_lora_rank)
-    # Without one, insights come from counting.
-    critic = BaseModelCritic(TextCompletion(hotswap)) if engine.can_be_critic else None
+    model = open_critic(settings.critic, os.environ) or (ServedBase(hotswap) if engine.can_be_critic else None)
+    critic = ModelCritic(TextCompletion(model)) if model is not None else None
     complete = critic.complete if critic is not None else None
     environments = open_environments(settings.environments, memory.data_dir / "environments", complete)
     toolbox = Toolbox(settings.tools, memory.retrieval.find_passages, memory.data_dir / "logs")
@@ -107,12 +108,14 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     drain_seconds = settings.agent.max_seconds + DRAIN_SLACK_SECONDS
     maintenance = Maintenance(engine, hotswap, agent.open_episodes, drain_seconds=drain_seconds)
     seams = make_seams(agent, engine, maintenance, critic)
+    environment = choose_environment(environments, engine.made_to_play)
+    learner = Learner(memory, settings.optimizer, seams, overlay=overlay, environment=environment)
     return Services(
         memory,
         agent,
         engine,
         hotswap,
-        Learner(memory, settings.optimizer, seams, overlay=partial(overlay, origin="settings")),
+        learner,
         environments,
         toolbox,
         settings.server.limits,
@@ -122,7 +125,7 @@ def compose(settings: Settings, memory: Memory, phases: Phases) -> Services:
     )
 
 
-def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: BaseModelCritic | None) -> Seams:
+def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: ModelCritic | None) -> Seams:
     """Return the functions through which the optimizer reaches the runtime, which it may not import."""
     from optimizer.seams import Seams, Serving, unknown_context
     from runtime.agent.turn import TurnRequest
@@ -199,8 +202,8 @@ async def verify(settings: RuntimeSettings, memory: Memory, names: Sequence[str]
         raise Failure(str(error)) from error
 
 
-class BaseModelCritic:
-    """The base model as the optimizer's critic, whichever policy is active."""
+class ModelCritic:
+    """A model as the optimizer's critic."""
 
     def __init__(self, completion: TextCompletion) -> None:
         self._completion = completion

@@ -336,7 +336,8 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     environment: NameOrEmpty = "textworld"
     """The environment of practice, of the gate, and of the episodes that are learned from. Empty: only clients play;
     then both counts of episodes are 0, live traffic is learned from, and a candidate waits until clients have played
-    held-out tasks as it and as the incumbent."""
+    held-out tasks as it and as the incumbent. A server for which none is named takes the environment that its model is
+    made for (`textworld` for the pocket model), else the only one that was added, else live traffic."""
     learn_from: list[NameOrEmpty] = []
     """Other environments whose logged episodes are learned from too. The gate plays held-out tasks of each as well."""
     name: Name = "ratchet"
@@ -391,7 +392,8 @@ class OptimizerConfig(BaseModel, extra="forbid"):
     def _fits_together(self) -> OptimizerConfig:
         if not self.environment and (self.practice_episodes or self.explore_episodes):
             raise ValueError(
-                "nothing can be played without an environment: set practice_episodes and explore_episodes to 0"
+                "nothing can be played without an environment: name one, or set practice_episodes and explore_episodes "
+                "to 0"
             )
         # "" stands for live traffic; "live" is the name of its split, easily taken for an environment
         if set(self.learn_from) & {"", "live", self.environment}:

@@ -8,8 +8,8 @@ Hazard: loading this module is cheap, running a cycle imports LangGraph and the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from memory.errors import CycleInProgress
 from memory.schema import Cycle, Policy
@@ -19,17 +19,38 @@ from optimizer.config import OptimizerConfig
 if TYPE_CHECKING:
     from optimizer.seams import Seams
 
-Overlay = Callable[[OptimizerConfig, Mapping[str, Any]], OptimizerConfig]
-"""(configuration, changes of a request) -> configuration with them. Raises ValueError, which names a bad key."""
+
+class Overlay(Protocol):
+    """Returns the configuration with the changes of a request, which come from `origin`.
+
+    Raises ValueError, which names a bad key.
+    """
+
+    def __call__(self, settings: OptimizerConfig, changes: Mapping[str, Any], *, origin: str) -> OptimizerConfig: ...
+
+
+LIVE_TRAFFIC = {"environment": "", "practice_episodes": 0, "explore_episodes": 0}
+"""Settings of a cycle that plays nothing."""
 
 
 class Learner:
     """Starts, resumes, cancels and decides cycles for the API; `serve.py` makes it, `Services.cycles` holds it."""
 
-    def __init__(self, memory: Memory, config: OptimizerConfig, seams: Seams, *, overlay: Overlay) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        config: OptimizerConfig,
+        seams: Seams,
+        *,
+        overlay: Overlay,
+        environment: str | None = None,
+    ) -> None:
+        """`environment` is that of cycles for which neither the configuration nor a request names one; None: they play
+        nothing, and learn from live traffic."""
         self._memory = memory
         self._config = config
         self._overlay = overlay
+        self._default_environment = environment
         self._seams = seams
         self._running: asyncio.Task[Any] | None = None
         self._deciding = asyncio.Lock()
@@ -47,7 +68,7 @@ class Learner:
         from optimizer.evaluation.bars import require_proof
 
         try:
-            config = self._overlay(self._config, settings)
+            config = self._configure(settings)
             # after the overlay: it is the merged configuration that must not be looser than the server's
             if not may_loosen_bars:
                 require_proof(config, self._config)
@@ -62,7 +83,7 @@ class Learner:
         """Return what a cycle with these settings needs. Raises ValueError for bad settings."""
         from optimizer.cycle.readiness import measure_needs
 
-        config = self._overlay(self._config, settings)
+        config = self._configure(settings)
         return [need.to_json() for need in await measure_needs(self._memory, config, self._seams)]
 
     async def resume(self) -> None:
@@ -111,6 +132,21 @@ class Learner:
             # next start resumes it
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
+
+    def _configure(self, changes: dict[str, Any]) -> OptimizerConfig:
+        """Return the configuration with these changes. Raises ValueError for bad settings."""
+        is_named = "environment" in changes or "environment" in self._config.model_fields_set
+        if not is_named:
+            changes = {**self._choose_environment(), **changes}
+        return self._overlay(self._config, changes, origin="settings")
+
+    def _choose_environment(self) -> dict[str, Any]:
+        """Return the settings of a cycle for which nobody named an environment."""
+        name, config = self._default_environment, self._config
+        if name is not None and name not in config.learn_from:
+            return {"environment": name}
+        # what the operator asked for is no default: counts of episodes without an environment are refused
+        return {key: value for key, value in LIVE_TRAFFIC.items() if key not in config.model_fields_set}
 
     def _run_in_background(self, cycle_id: str) -> None:
         from optimizer.cycle.cycle import run_cycle

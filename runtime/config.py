@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, StringConstraints, field_validator, model_validator
 
@@ -184,6 +185,41 @@ class CriticConfig(BaseModel, extra="forbid"):
     """Maximum duration of one try."""
 
 
+class EndpointConfig(BaseModel, extra="forbid"):
+    """A model behind an endpoint with OpenAI's chat completions."""
+
+    url: str | None = Field(default=None, pattern=r"^https?://[^@\s]+$")
+    """Its address before `/chat/completions`: `https://host/v1`."""
+    model: str | None = None
+    """The model's name there."""
+    # Checked where it is read: the message for an invalid setting quotes its value, which may be a key by mistake.
+    api_key: str | None = None
+    """Name of the environment variable that holds the endpoint's key; None sends none."""
+
+    @field_validator("url")
+    @classmethod
+    def _has_a_port(cls, url: str | None) -> str | None:
+        if url is not None:
+            _ = urlsplit(url).port  # raises ValueError for one that is no number from 0 to 65535
+        return url
+
+
+class CriticModelConfig(EndpointConfig):
+    """The model that writes insights and scores rubrics. It is sent what people said in the episodes that it reads.
+    Without one it is the served base, unless that is an embedded model."""
+
+    context_tokens: int | None = Field(default=None, ge=1)
+    """How many tokens it can hold, prompt and answer together; None counts on 8,192."""
+    timeout_seconds: float = Field(default=120.0, gt=0, le=600)
+    """Maximum duration of one answer, all tries included."""
+
+    @model_validator(mode="after")
+    def _require_url_and_model(self) -> CriticModelConfig:
+        if (self.url is None) != (self.model is None):
+            raise ValueError("give both url and model, or neither")
+        return self
+
+
 class EnvironmentConfig(BaseModel, extra="forbid", validate_by_name=True, validate_by_alias=True):
     """One environment beside TextWorld: a task file, or a class; neither names a plug-in, by the section's name."""
 
@@ -220,16 +256,9 @@ class EnvironmentConfig(BaseModel, extra="forbid", validate_by_name=True, valida
         return self
 
 
-class TeacherConfig(BaseModel, extra="forbid"):
-    """The model that `serve.py teach` has play practice tasks: an endpoint with OpenAI's chat completions."""
+class TeacherConfig(EndpointConfig):
+    """The model that `serve.py teach` has play practice tasks."""
 
-    url: str | None = Field(default=None, pattern=r"^https?://[^@\s]+$")
-    """Its address before `/chat/completions`: `https://host/v1`."""
-    model: str | None = None
-    """The model's name there."""
-    # Checked by the command: the message for an invalid setting quotes its value, which may be a key by mistake.
-    api_key: str | None = None
-    """Name of the environment variable that holds the endpoint's key; None sends none."""
     max_tokens: int = Field(default=1_000_000, ge=1)
     """Budget of one run, in tokens of prompts and replies together."""
     max_cost: float | None = Field(default=None, gt=0)
@@ -293,3 +322,4 @@ class RuntimeSettings(BaseModel, extra="forbid"):
     """Environments beside TextWorld, by name. The names are stored with every episode."""
     server: ServerConfig = ServerConfig()
     teacher: TeacherConfig = TeacherConfig()
+    critic: CriticModelConfig = CriticModelConfig()

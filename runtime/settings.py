@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,25 @@ def parse_flags(arguments: Sequence[str]) -> dict[str, str]:
                 raise BadSettings(f"flag --{key} needs a value") from None
         flags[key.replace("-", "_")] = value
     return flags
+
+
+def read_key(setting: str, variable: str | None, environ: Mapping[str, str]) -> str | None:
+    """Return the secret in the environment variable that a setting names; None where it names none.
+
+    Raises:
+        BadSettings: the variable is missing or empty.
+    """
+    if variable is None:
+        return None
+    value = environ.get(variable, "")
+    if not value:
+        # Quoted only where it cannot be the key itself, given by mistake.
+        shown = repr(variable) if re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable) else "a variable"
+        raise BadSettings(
+            f"{setting} names {shown}, which is not set: it is the name of an environment variable such as "
+            "OPENAI_API_KEY, never the key itself"
+        )
+    return value
 
 
 def _build(

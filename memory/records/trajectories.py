@@ -30,6 +30,7 @@ from memory.records.trajectory_queries import (
     INSERT_TRAJECTORY,
     IS_CORRECTED,
     IS_ONE_CORRECTED,
+    MODEL_CALLS,
     REWARD_TRUST,
     SIZE,
     TRAINING_TRUST,
@@ -100,10 +101,16 @@ class TrajectorySize:
 
     num_steps: int
     num_model_calls: int
-    num_calling_tools: int
-    """Of the model calls, those whose reply calls a tool, whoever runs it."""
     prompt_tokens: int
     output_tokens: int
+
+
+@dataclass(frozen=True)
+class ModelCalls:
+    """The number of model calls of a trajectory, and of those whose reply calls a tool, whoever runs it."""
+
+    num: int
+    num_calling_tools: int
 
 
 class Trajectories:
@@ -360,6 +367,12 @@ class Trajectories:
         with self._database.read() as session:
             return _measure(session, trajectory_id, since)
 
+    def count_model_calls(self, trajectory_id: str) -> ModelCalls:
+        """Return the numbers of model calls so far; zeros for an unknown id."""
+        with self._database.read() as session:
+            num, num_calling_tools = session.execute(MODEL_CALLS, {"trajectory_id": trajectory_id}).one()
+            return ModelCalls(num, num_calling_tools)
+
     def recorded_result(
         self, tool_name: str, arguments: dict[str, Any], *, tenant: str = "", user_id: str = ""
     ) -> str | None:
@@ -588,7 +601,6 @@ def measure(steps: Iterable[Step]) -> TrajectorySize:
     return TrajectorySize(
         num_steps=len(steps),
         num_model_calls=sum(step.kind is StepKind.MODEL for step in steps),
-        num_calling_tools=sum(bool(step.tool_calls) for step in steps),
         prompt_tokens=sum(len(step.prompt_token_ids or ()) for step in steps),
         output_tokens=sum(len(step.output_token_ids or ()) for step in steps),
     )
@@ -612,8 +624,8 @@ def _require(session: Session, trajectory_id: str, tenant: str | None = None) ->
 
 def _measure(session: Session, trajectory_id: str, since: int = 0) -> TrajectorySize:
     values = {"trajectory_id": trajectory_id, "since": since}
-    steps, calls, calling, prompt_bytes, output_bytes = session.execute(SIZE, values).one()
-    return TrajectorySize(steps, calls, calling, prompt_bytes // BYTES_PER_TOKEN_ID, output_bytes // BYTES_PER_TOKEN_ID)
+    steps, calls, prompt_bytes, output_bytes = session.execute(SIZE, values).one()
+    return TrajectorySize(steps, calls, prompt_bytes // BYTES_PER_TOKEN_ID, output_bytes // BYTES_PER_TOKEN_ID)
 
 
 def _close(session: Session, trajectory: Trajectory, stage: TrajectoryStage, error: str | None) -> None:

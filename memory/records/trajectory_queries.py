@@ -132,8 +132,11 @@ EFFECTIVE_REWARD = select(effective_reward_of(bindparam("trajectory_id")))
 SIZE = select(
     func.count(),
     func.coalesce(func.sum(case((col(Step.kind) == StepKind.MODEL, 1), else_=0)), 0),
-    # as text: the two dialects have no function for it that both take
-    func.coalesce(func.sum(case((cast(col(Step.tool_calls), Text) != "[]", 1), else_=0)), 0),
     func.coalesce(func.sum(func.length(col(Step.prompt_token_ids))), 0),
     func.coalesce(func.sum(func.length(col(Step.output_token_ids))), 0),
 ).where(col(Step.trajectory_id) == bindparam("trajectory_id"), col(Step.position) >= bindparam("since"))
+MODEL_CALLS = select(
+    func.count(),
+    # as text: the two dialects have no function for it that both take
+    func.coalesce(func.sum(case((cast(col(Step.tool_calls), Text) != "[]", 1), else_=0)), 0),
+).where(col(Step.trajectory_id) == bindparam("trajectory_id"), col(Step.kind) == StepKind.MODEL)

@@ -134,6 +134,7 @@ def need_demonstrations(logged: LoggedData, rounds: Sequence[int]) -> Need:
     num_imported = logged.num_imported.get(ExampleKind.DEMONSTRATION, 0)
     available += num_imported
     playable, record = _count_playable(logged, rounds)
+    play = "play more practice_episodes" if config.environment else "name an environment to practise in"
     return Need(
         name="demonstrations",
         needed=config.demonstrations.min_rows,
@@ -143,8 +144,8 @@ def need_demonstrations(logged: LoggedData, rounds: Sequence[int]) -> Need:
         f"were corrected and {num_imported} demonstrations imported, which makes {available} demonstrations (of one "
         f"task at most {per_task} successes count)"
         f"{record}",
-        mend="play more practice_episodes, give feedback (with keys, with one that has the scope 'teach') or "
-        "corrections, import demonstrations for this environment, or lower demonstrations.min_rows",
+        mend=f"{play}, give feedback (with keys, with one that has the scope 'teach') or corrections, import "
+        "demonstrations for it, or lower demonstrations.min_rows",
     )
 
 

@@ -59,7 +59,7 @@ class Comparison:
                 tasks,
                 rollout=context.seams.rollout,
                 grade=trajectories.reward_for_weights,
-                measure=trajectories.measure,
+                count_model_calls=trajectories.count_model_calls,
                 success_reward=trajectories.success_reward,
                 concurrency=context.config.concurrency,
                 temperature=context.gate_serving(environment).temperature,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from memory.errors import SpentBudget, find_spent_budget
-from memory.records.trajectories import TrajectorySize
+from memory.records.trajectories import ModelCalls
 from memory.schema import Task, Trajectory, TrajectoryStage
 from memory.statistics import wilson_interval
 from memory.storage.whole_files import write_whole
@@ -27,8 +27,8 @@ STORED_CALLS = "num_turns"
 
 GradeTrajectory = Callable[[str], float | None]
 """Trajectory id -> the reward that counts."""
-MeasureTrajectory = Callable[[str], TrajectorySize]
-"""Trajectory id -> its size, counted from its steps."""
+CountModelCalls = Callable[[str], ModelCalls]
+"""Trajectory id -> its model calls, counted from its steps."""
 
 SEED_STRIDE = 1000  # between tries: every model call of an episode takes the next seed
 
@@ -150,7 +150,7 @@ async def play_cell(
     *,
     rollout: Rollout,
     grade: GradeTrajectory,
-    measure: MeasureTrajectory,
+    count_model_calls: CountModelCalls,
     success_reward: float,
     concurrency: int,
     temperature: float = 0.0,
@@ -169,7 +169,8 @@ async def play_cell(
             # the same seeds for every cell: a difference is the policy's
             seed=seed + SEED_STRIDE * number,
         )
-        return describe(task.name, trajectory, grade(trajectory.id), success_reward, size=measure(trajectory.id))
+        calls = count_model_calls(trajectory.id)
+        return describe(task.name, trajectory, grade(trajectory.id), success_reward, calls)
 
     episodes = [partial(play, task, number) for task in tasks for number in range(num_tries)]
     played = await play_all(episodes, concurrency=concurrency, label=cell.name, on_progress=on_progress)
@@ -177,7 +178,7 @@ async def play_cell(
 
 
 def describe(
-    task: str, trajectory: Trajectory, reward: float | None, success_reward: float, *, size: TrajectorySize
+    task: str, trajectory: Trajectory, reward: float | None, success_reward: float, calls: ModelCalls
 ) -> HeldOutEpisode:
     """Sum up one episode."""
     is_finished = trajectory.stage is TrajectoryStage.FINISHED
@@ -193,11 +194,11 @@ def describe(
         is_success=is_success,
         is_broken=is_broken,
         is_truncated=spent is not None and not is_out_of_time,
-        num_calls=size.num_model_calls,
+        num_calls=calls.num,
         prompt_tokens=trajectory.prompt_tokens,
         output_tokens=trajectory.output_tokens,
         num_invalid_tool_calls=trajectory.num_invalid_tool_calls,
-        num_calling_tools=size.num_calling_tools,
+        num_calling_tools=calls.num_calling_tools,
     )
 
 

@@ -92,7 +92,7 @@ def _as_cell(memory: Memory, name: str, policy: Policy, tries: Tries, num_unpair
             view.trajectory,
             view.reward,
             memory.trajectories.success_reward,
-            size=memory.trajectories.measure(view.trajectory.id),
+            memory.trajectories.count_model_calls(view.trajectory.id),
         )
         for task, view in sorted(tries.items())
     ]

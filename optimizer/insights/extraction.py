@@ -132,8 +132,8 @@ class _Critic:
             critique = build_critique(critique_input, texts, comments=self._comments, max_tokens=budget)
             if critique is None:
                 raise PromptTooLong(
-                    f"beside a list of {len(texts)} lessons no episode fits into {budget} tokens: serve a longer "
-                    "context (engine.max_model_len)"
+                    f"beside a list of {len(texts)} lessons no episode fits into {budget} tokens: give the critic a "
+                    "longer context (engine.max_model_len, or critic.context_tokens of an endpoint)"
                 )
             try:
                 # not wait_for, which can swallow a cancellation in Python 3.11

@@ -99,7 +99,9 @@ async def run_verifier(
     on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """Train a verifier, or with a `limit` have the newest one grade so many episodes; return the report. Without
-    `environments`, of those that the configuration learns from. Raises: ValueError, OptimizerError."""
+    `environments`, of those that the configuration names. Raises: ValueError, OptimizerError."""
+    if not environments and "environment" not in config.model_fields_set:
+        raise ValueError("nothing says whose episodes: give --environment NAME, or --logged for live traffic")
     setup = VerifierSetup(memory, config, environments or config.pool_environments, on_step=on_step)
     return await (train_verifier(setup) if limit is None else grade_ungraded(setup, limit=limit))
 

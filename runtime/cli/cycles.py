@@ -36,7 +36,7 @@ def add_cycle_commands(app: typer.Typer) -> None:
 
 
 def learn(
-    environment: Annotated[str | None, typer.Option(help="The environment for practice.")] = None,
+    environment: Annotated[str | None, typer.Option(help="The environment for practice and the gate.")] = None,
     practice: Annotated[int | None, typer.Option(min=0, help="Episodes to collect; 0 learns from logged ones.")] = None,
     practice_tasks: Annotated[int | None, typer.Option(min=1, help="Number of tasks for these episodes.")] = None,
     explore: Annotated[int | None, typer.Option(min=0, help="Episodes that explore for preferences.")] = None,

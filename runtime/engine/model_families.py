@@ -30,6 +30,8 @@ class EmbeddedModel:
     """Whether it answers questions and writes prose; one that cannot plays games alone."""
     temperature: float
     """Sampling temperature in requests that set none."""
+    environment: str | None = None
+    """The environment that it is made to play, if it is made for one."""
     adapter: Path | None = None
     """The adapter that a new data directory starts with."""
 
@@ -49,6 +51,7 @@ EMBEDDED = {
         make=lambda: POCKET_MODEL,
         can_converse=False,
         temperature=0.7,
+        environment="textworld",
     ),
 }
 """By short name."""

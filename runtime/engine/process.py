@@ -154,6 +154,11 @@ class Engine:
         return self.embedded is None
 
     @property
+    def made_to_play(self) -> str | None:
+        """The environment that its model is made to play, if it is made for one."""
+        return self.embedded.environment if self.embedded is not None else None
+
+    @property
     def model_temperature(self) -> float:
         """The sampling temperature that suits its model."""
         return DEFAULT_TEMPERATURE if self.embedded is None else self.embedded.temperature

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from runtime.environments.graders.critic import Critic
 from runtime.environments.task_files.environment import open_task_file
 from runtime.environments.textworld import TextWorld
 from runtime.errors import EnvironmentRefused
+from runtime.settings import BadSettings, read_key
 
 GROUP = "ratchet.environments"
 
@@ -46,6 +46,15 @@ def open_environments(
         config = configured.get(name, EnvironmentConfig())
         environments[name] = _open(name, config, plugins.get(name), directory, complete)
     return environments
+
+
+def choose_environment(names: Collection[str], made_for: str | None) -> str | None:
+    """Return the environment of a cycle that names none: the one that the model is made for, else the only one that was
+    added to what comes with the project; None where there is no such one."""
+    if made_for is not None:
+        return made_for
+    added = [name for name in names if name != TextWorld.name]
+    return added[0] if len(added) == 1 else None
 
 
 def _open(
@@ -117,15 +126,10 @@ def open_critics(name: str, config: EnvironmentConfig, environ: Mapping[str, str
     """
     critics: dict[str, Critic] = {}
     for key, critic in config.critics.items():
-        api_key = environ.get(critic.api_key, "") if critic.api_key is not None else None
-        if api_key == "":
-            # Quoted only where it cannot be the key itself, given by mistake.
-            is_variable = re.fullmatch(r"[A-Z_][A-Z0-9_]*", critic.api_key or "")
-            shown = repr(critic.api_key) if is_variable else "a variable"
-            raise EnvironmentRefused(
-                f"environments.{name}.critics.{key}.api_key names {shown}, which is not set: it is the name of an "
-                "environment variable such as CRITIC_KEY, never the key itself"
-            )
+        try:
+            api_key = read_key(f"environments.{name}.critics.{key}.api_key", critic.api_key, environ)
+        except BadSettings as error:
+            raise EnvironmentRefused(str(error)) from None
         critics[key] = Critic(key, critic, api_key=api_key)
     return critics
 

@@ -6,7 +6,7 @@ the limits together. Prices are per million tokens, in the currency of `max_cost
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from runtime.serving.chat_endpoint import Usage
 
 MILLION = 1_000_000
 
@@ -15,20 +15,8 @@ class BudgetSpent(Exception):
     """The worst case of the next call does not fit into what is left."""
 
 
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of one call."""
-
-    prompt_tokens: int
-    output_tokens: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.prompt_tokens + self.output_tokens
-
-
 class TeacherBudget:
-    """What a run may spend, has spent and has reserved."""
+    """The `CallBudget` of a run: what it may spend, has spent and has reserved."""
 
     def __init__(
         self,

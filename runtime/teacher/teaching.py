@@ -16,8 +16,8 @@ from memory.schema import Split, Task
 from runtime.engine.client import Message, ToolDefinition
 from runtime.environments.base import Environment, Playthrough, describe_failure
 from runtime.errors import EnvironmentRefused
+from runtime.serving.chat_endpoint import ChatEndpoint, EndpointError, EndpointReply
 from runtime.teacher.budget import BudgetSpent
-from runtime.teacher.endpoint import Teacher, TeacherError, TeacherReply
 from runtime.tools.base import Tool, parse_arguments, run_tool
 from runtime.tools.recorded import tools_for
 
@@ -96,7 +96,7 @@ OnTaught = Callable[[TeachingCounts], None]
 async def teach(
     environment: Environment,
     tasks: Sequence[Task],
-    teacher: Teacher,
+    teacher: ChatEndpoint,
     limits: TeachingLimits,
     *,
     save: Save,
@@ -121,7 +121,7 @@ async def teach(
             except BudgetSpent as spent:
                 counts.num_unplayed += 1
                 counts.stopped_by = counts.stopped_by or str(spent)
-            except TeacherError as error:
+            except EndpointError as error:
                 counts.num_unplayed += 1
                 counts.stopped_by, counts.error_status = str(error), error.status
                 counts.has_teacher_failed = True
@@ -151,7 +151,7 @@ def require_practice(task: Task) -> None:
 async def _play_and_save(
     environment: Environment,
     task: Task,
-    teacher: Teacher,
+    teacher: ChatEndpoint,
     limits: TeachingLimits,
     save: Save,
     counts: TeachingCounts,
@@ -160,7 +160,7 @@ async def _play_and_save(
     try:
         async with limit:
             episode = await play(environment, task, teacher, limits)
-    except (BudgetSpent, TeacherError, EnvironmentRefused):  # no other task would escape these
+    except (BudgetSpent, EndpointError, EnvironmentRefused):  # no other task would escape these
         raise
     except Exception as error:  # the episode's edge: an environment may raise anything
         late = TimeoutError(f"it did not end within {limits.max_seconds:g} seconds")
@@ -173,11 +173,11 @@ async def _play_and_save(
     counts.num_solved += 1
 
 
-async def play(environment: Environment, task: Task, teacher: Teacher, limits: TeachingLimits) -> TaughtEpisode:
+async def play(environment: Environment, task: Task, teacher: ChatEndpoint, limits: TeachingLimits) -> TaughtEpisode:
     """Play one practice task and return the episode with the environment's reward.
 
     Raises:
-        BudgetSpent, TeacherError: the episode could not be ended.
+        BudgetSpent, EndpointError: the episode could not be ended.
         Exception: the environment's own.
     """
     require_practice(task)
@@ -204,7 +204,7 @@ async def _take_step(
     episode: TaughtEpisode,
     playthrough: Playthrough,
     tools: dict[str, Tool],
-    teacher: Teacher,
+    teacher: ChatEndpoint,
     limits: TeachingLimits,
 ) -> bool:
     """Play one reply and its calls; return whether the episode is over."""
@@ -233,7 +233,7 @@ async def _take_step(
     return False
 
 
-def _is_flawed(reply: TeacherReply) -> bool:
+def _is_flawed(reply: EndpointReply) -> bool:
     is_empty = not reply.content and not reply.tool_calls
     try:
         for call in reply.tool_calls:

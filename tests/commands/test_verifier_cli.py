@@ -21,6 +21,8 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]
 def test_what_is_missing_is_named(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, message = call(capsys, "train", "--data", "data")
+    assert code == 1 and "give --environment NAME, or --logged" in message
+    code, message = call(capsys, "train", "--data", "data", "--environment", "textworld")
     assert code == 1 and "has no base model yet: start `serve.py serve` on it once" in message
     code, message = call(capsys, "grade", "--data", "data", "--environment", "textworld")
     assert code == 1 and "there is no verifier yet: `serve.py verifier train` makes one" in message

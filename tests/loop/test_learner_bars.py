@@ -92,3 +92,59 @@ async def test_a_cycle_with_lower_bars_is_judged_by_the_operators(tmp_path: Path
 
         assert verdict["decision"] == "uninformative" and "50 are needed" in verdict["reason"]
         assert memory.policies.active().version == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "changes", "is_played"),
+    [
+        ("kitchen", {}, True),
+        (None, {}, False),
+        (None, {"environment": "kitchen"}, True),
+        ("kitchen", {"environment": "", "practice_episodes": 0, "explore_episodes": 0}, False),
+    ],
+)
+async def test_a_cycle_that_names_no_environment_takes_the_servers(
+    tmp_path: Path, environment: str | None, changes: dict[str, Any], is_played: bool
+):
+    with Memory.open(tmp_path / "data", PATIENT, encoder=HashingEncoder()) as memory:
+        await memory.policies.register_base("base")
+        learner = make_learner(memory, OptimizerConfig(), World(memory).seams, environment=environment)
+
+        needs = await learner.check(changes)
+
+        said = " ".join(need["detail"] for need in needs)
+        assert ("'kitchen' are played" in said, "clients play them" in said) == (is_played, not is_played)
+        mends = " ".join(need["mend"] for need in needs)
+        assert ("name an environment to practise in" in mends) == (not is_played)
+
+
+async def test_a_server_without_an_environment_cannot_practise(tmp_path: Path):
+    with Memory.open(tmp_path / "data", PATIENT, encoder=HashingEncoder()) as memory:
+        learner = make_learner(memory, OptimizerConfig(), World(memory).seams)
+        with pytest.raises(ValueError, match="without an environment: name one"):
+            await learner.check({"practice_episodes": 64})
+
+
+@pytest.mark.parametrize(
+    ("configured", "message"),
+    [
+        ({"practice_episodes": 64}, "without an environment: name one"),
+        ({"learn_from": ["kitchen"], "explore_episodes": 64}, "without an environment: name one"),
+    ],
+)
+async def test_what_the_operator_wants_played_is_not_dropped_for_want_of_an_environment(
+    tmp_path: Path, configured: dict[str, Any], message: str
+):
+    with Memory.open(tmp_path / "data", PATIENT, encoder=HashingEncoder()) as memory:
+        name = "kitchen" if "learn_from" in configured else None
+        learner = make_learner(memory, OptimizerConfig(**configured), World(memory).seams, environment=name)
+        with pytest.raises(ValueError, match=message):
+            await learner.check({})
+
+
+async def test_an_environment_that_is_learned_from_besides_is_not_the_one_that_is_played(tmp_path: Path):
+    with Memory.open(tmp_path / "data", PATIENT, encoder=HashingEncoder()) as memory:
+        await memory.policies.register_base("base")
+        config = OptimizerConfig(learn_from=["kitchen"])
+        learner = make_learner(memory, config, World(memory).seams, environment="kitchen")
+        assert "clients play them" in " ".join(need["detail"] for need in await learner.check({}))

@@ -317,9 +317,14 @@ class Kept:
     async def play(self, name: str, tasks: Sequence[Task], *, policy: int = 0, use_memory: bool = False) -> CellResult:
         """Play greedily, as the release gate does."""
         kept, rollout = self.memory.trajectories, partial(play, self.services.agent)
-        judging = {"grade": kept.effective_reward, "success_reward": kept.success_reward, "measure": kept.measure}
         return await play_cell(
-            Cell(name, policy, use_memory), tasks, rollout=rollout, concurrency=NUM_AT_ONCE, **judging
+            Cell(name, policy, use_memory),
+            tasks,
+            rollout=rollout,
+            grade=kept.effective_reward,
+            count_model_calls=kept.count_model_calls,
+            success_reward=kept.success_reward,
+            concurrency=NUM_AT_ONCE,
         )
 
     def answers(self, result: CellResult) -> list[str | None]:

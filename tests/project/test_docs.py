@@ -32,6 +32,7 @@ from memory.team import Role
 from optimizer.config import METHOD_NAMES, EvaluationConfig, OptimizerConfig, choose_recipe
 from runtime.cli.output import run
 from runtime.config import AgentConfig, LimitsConfig
+from runtime.engine.model_families import EMBEDDED, PARSERS_BY_MODEL_TYPE
 from runtime.environments.graders.registry import AnyGrader
 from runtime.environments.registry import open_environments
 from runtime.environments.science_world import ScienceWorld
@@ -49,9 +50,12 @@ CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 KEYS = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
 TOOLS = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
 LEARNING = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
+REWARDS = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+TEAM = (ROOT / "docs" / "team.md").read_text(encoding="utf-8")
 GATE = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+MODELS = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 
 
 @contextmanager
@@ -115,6 +119,37 @@ def test_toml_in_the_readme_is_a_valid_configuration(text: str, tmp_path: Path):
     (tmp_path / "ratchet.toml").write_text(text)
     settings = serve.read_all_settings(tmp_path / "ratchet.toml", {}, [])
     assert settings.engine.model == "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def anchors_of(path: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("runtime/*/*.md")], ids=lambda page: page.name
+)
+def test_every_link_leads_to_a_file_and_a_heading(page: Path):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors_of(path), f"{target}#{anchor}"
+
+
+def test_the_page_on_models_names_the_embedded_ones_and_the_families_as_they_are(tmp_path: Path):
+    for command in re.findall(r'^make serve ARGS="(.*)"', "".join(blocks("sh", MODELS)), re.MULTILINE):
+        assert serve.read_all_settings(None, {}, shlex.split(command)).engine.model
+    (text,) = blocks("toml", MODELS)
+    (tmp_path / "ratchet.toml").write_text(text)
+    assert serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).critic.context_tokens == 32768
+    (names,) = re.findall(r"^\| short name \|(.*)\|$", MODELS, re.MULTILINE)
+    assert re.findall(r"`(\w+)`", names) == list(EMBEDDED)
+    (temperatures,) = re.findall(r"^\| temperature without another \| ([\d.]+) \| ([\d.]+) ", MODELS, re.MULTILINE)
+    assert [float(it) for it in temperatures] == [model.temperature for model in EMBEDDED.values()]
+    rows = re.findall(r"^\| \w[^|]* \| (`[^|]*) \| `(\w+)`", MODELS.split("## Families")[1], re.MULTILINE)
+    shown = {kind: parser for kinds, parser in rows for kind in re.findall(r"`(\w+)`", kinds)}
+    assert len(shown) == 5 and shown.items() <= PARSERS_BY_MODEL_TYPE.items()
 
 
 def test_every_verb_and_file_that_the_readme_names_exists():
@@ -205,19 +240,18 @@ def read_optimizer(directory: Path, toml: str) -> OptimizerConfig:
     return serve.read_all_settings(directory / "ratchet.toml", {}, []).optimizer
 
 
-def test_the_page_on_learning_shows_a_team_with_the_defaults(tmp_path: Path):
-    (text,) = (text for text in blocks("toml", LEARNING) if "[agent]" in text)
+def test_the_page_on_teams_shows_one_with_the_defaults(tmp_path: Path):
+    (text,) = blocks("toml", TEAM)
     (tmp_path / "ratchet.toml").write_text(text)
     assert serve.read_all_settings(tmp_path / "ratchet.toml", {}, []).agent == AgentConfig(team=tuple(Role))
 
 
 def test_the_page_on_learning_shows_settings_that_are_valid_and_every_method(tmp_path: Path):
-    shown, searching, _ = (read_optimizer(tmp_path, text) for text in blocks("toml", LEARNING))
+    shown, searching = (read_optimizer(tmp_path, text) for text in blocks("toml", LEARNING))
     assert (shown.methods, searching.methods) == (["sft", "kto"], ["sft", "search"])
     assert choose_recipe(1, shown.recipe).methods["kto"].learning_rate == 5e-5
-    methods, rewards = LEARNING.split("## Rewards")
-    assert tuple(re.findall(r"^\| `(\w+)` \|", methods, re.MULTILINE)) == METHOD_NAMES
-    assert tuple(re.findall(r"^\| `(\w+)` \|", rewards, re.MULTILINE)) == TRAINING_TRUST
+    assert tuple(re.findall(r"^\| `(\w+)` \|", LEARNING, re.MULTILINE)) == METHOD_NAMES
+    assert tuple(re.findall(r"^\| `(\w+)` \|", REWARDS, re.MULTILINE)) == TRAINING_TRUST
     assert f"{shown.demonstrations.min_rows} of them (`demonstrations.min_rows`)" in LEARNING
     branches = OptimizerConfig().branches
     for name in ("num_points", "num_ways", "num_rollouts", "margin"):
@@ -257,6 +291,7 @@ def test_the_page_on_operations_runs_and_names_every_metric(tmp_path: Path, caps
 
 
 TASKS = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+PUBLIC = (ROOT / "docs" / "public_benchmarks.md").read_text(encoding="utf-8")
 
 
 async def test_the_task_file_in_the_documents_is_valid_and_its_rows_can_be_solved(tmp_path: Path, monkeypatch):
@@ -330,7 +365,7 @@ async def test_the_class_in_the_documents_is_an_environment(tmp_path: Path, monk
 
 
 def test_the_configuration_of_scienceworld_in_the_documents_is_valid(tmp_path: Path):
-    (tmp_path / "ratchet.toml").write_text(blocks("toml", TASKS)[2])
+    (tmp_path / "ratchet.toml").write_text(blocks("toml", PUBLIC)[1])
     settings = serve.read_all_settings(tmp_path / "ratchet.toml", {}, [])
     config = settings.environments["scienceworld"]
     assert config.class_path == "runtime.environments.science_world:ScienceWorld"
@@ -338,14 +373,14 @@ def test_the_configuration_of_scienceworld_in_the_documents_is_valid(tmp_path: P
 
 
 def test_the_configuration_of_agentbench_in_the_documents_is_valid(tmp_path: Path):
-    (tmp_path / "ratchet.toml").write_text(blocks("toml", TASKS)[3])
+    (tmp_path / "ratchet.toml").write_text(blocks("toml", PUBLIC)[0])
     settings = serve.read_all_settings(tmp_path / "ratchet.toml", {}, [])
     assert (str(settings.environments["os"].tasks), settings.agent.max_steps) == ("agentbench-os.jsonl", 8)
 
 
 def test_the_commands_about_tasks_exist_with_their_options():
     root = get_command(serve.app)
-    given = [line for block in blocks("sh", TASKS + LEARNING) for line in block.splitlines()]
+    given = [line for block in blocks("sh", TASKS + PUBLIC + REWARDS) for line in block.splitlines()]
     lines = [line for line in given if line.startswith("serve.py")]
     assert len(lines) >= 10
     for line in lines:
@@ -367,11 +402,11 @@ def test_the_commands_of_the_harnesses_name_tasks_and_parameters_that_exist():
         for node in tree.body
         if isinstance(node, ast.FunctionDef) and any(ast.unparse(each) == "task" for each in node.decorator_list)
     }
-    commands = re.findall(r"inspect eval docs/examples/inspect_tasks\.py@(\w+)(.*)", TASKS)
+    commands = re.findall(r"inspect eval docs/examples/inspect_tasks\.py@(\w+)(.*)", PUBLIC)
     assert {name for name, _ in commands} == parameters.keys()
     for name, options in commands:
         assert set(re.findall(r"-T (\w+)=", options)) <= parameters[name], name
-    for path in re.findall(r"python (docs/examples/\w+\.py)", TASKS):
+    for path in re.findall(r"python (docs/examples/\w+\.py)", PUBLIC):
         ast.parse((ROOT / path).read_text(encoding="utf-8"))
 
 

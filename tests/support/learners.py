@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.learner import Learner
@@ -11,5 +9,5 @@ from optimizer.seams import Seams
 from runtime.settings import overlay
 
 
-def make_learner(memory: Memory, config: OptimizerConfig, seams: Seams) -> Learner:
-    return Learner(memory, config, seams, overlay=partial(overlay, origin="settings"))
+def make_learner(memory: Memory, config: OptimizerConfig, seams: Seams, *, environment: str | None = None) -> Learner:
+    return Learner(memory, config, seams, overlay=overlay, environment=environment)

@@ -8,7 +8,6 @@ sent to the server.
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,19 +17,19 @@ import typer
 
 from runtime.cli.options import DEFAULT_URL, OPEN_ENDED, Config, Json, Key, ReadSettings, Url, connect
 from runtime.cli.output import BAD_USAGE, Failure, progress_console, run_command
+from runtime.settings import BadSettings, read_key
 
 if TYPE_CHECKING:
     from memory.schema import Task
     from runtime.cli.client import Client
     from runtime.config import RuntimeSettings, TeacherConfig
     from runtime.environments.base import Environment
-    from runtime.teacher.endpoint import Teacher
+    from runtime.serving.chat_endpoint import ChatEndpoint
     from runtime.teacher.teaching import TaughtEpisode, TeachingCounts
 
 SOURCE_PREFIX = "teacher:"
 """Demonstrations have the source `teacher:<model>`."""
 PAGE_ROWS = 500
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def add_teach_command(app: typer.Typer, read_settings: ReadSettings) -> None:
@@ -72,19 +71,10 @@ def read_api_key(config: TeacherConfig, environ: Mapping[str, str]) -> str | Non
     if config.url is None or config.model is None:
         missing = "teacher.url" if config.url is None else "teacher.model"
         raise Failure(f"{missing} is not set: name the teacher's endpoint and model in [teacher]", exit_code=BAD_USAGE)
-    name = config.api_key
-    if name is None:
-        return None
-    value = environ.get(name, "")
-    if not value:
-        # Quoted only where it cannot be the key itself, given by mistake.
-        shown = repr(name) if VARIABLE.fullmatch(name) and name.isupper() else "a variable"
-        raise Failure(
-            f"teacher.api_key names {shown}, which is not set: it is the name of an environment variable such as "
-            "OPENAI_API_KEY, never the key itself",
-            exit_code=BAD_USAGE,
-        )
-    return value
+    try:
+        return read_key("teacher.api_key", config.api_key, environ)
+    except BadSettings as error:
+        raise Failure(str(error), exit_code=BAD_USAGE) from None
 
 
 async def _teach_first_tasks(
@@ -99,8 +89,10 @@ async def _teach_first_tasks(
     from runtime.cli.play import PlayRequest, list_tasks
     from runtime.environments.base import find_environment
     from runtime.environments.registry import open_environments
+    from runtime.serving.chat_endpoint import ChatEndpoint
+    from runtime.serving.critic_endpoint import open_critic
+    from runtime.serving.text_completion import TextCompletion
     from runtime.teacher.budget import TeacherBudget
-    from runtime.teacher.endpoint import Teacher
 
     config = settings.teacher
     request = PlayRequest(environment=environment_name, num_tasks=num_tasks, split="practice")
@@ -116,11 +108,13 @@ async def _teach_first_tasks(
     with tempfile.TemporaryDirectory() as directory:
         configured = settings.environments
         chosen = {environment_name: configured[environment_name]} if environment_name in configured else {}
-        environment = find_environment(open_environments(chosen, Path(directory)), environment_name)
+        critic = open_critic(settings.critic, os.environ)
+        complete = TextCompletion(critic).complete if critic is not None else None
+        environment = find_environment(open_environments(chosen, Path(directory), complete), environment_name)
         tasks = [environment.task(name) for name in dict.fromkeys(names) if name not in known]
         saver = _Saver(client, environment_name, f"{SOURCE_PREFIX}{config.model}")
-        async with Teacher(config, budget, api_key=api_key) as teacher:
-            counts = await _teach(environment, tasks, teacher, settings, saver, concurrency, as_json)
+        teacher = ChatEndpoint("teacher", config, api_key=api_key, budget=budget)
+        counts = await _teach(environment, tasks, teacher, settings, saver, concurrency, as_json)
     return {
         "object": "teaching",
         "environment": environment_name,
@@ -136,7 +130,7 @@ async def _teach_first_tasks(
 async def _teach(
     environment: Environment,
     tasks: list[Task],
-    teacher: Teacher,
+    teacher: ChatEndpoint,
     settings: RuntimeSettings,
     saver: _Saver,
     concurrency: int,

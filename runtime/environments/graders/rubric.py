@@ -59,7 +59,8 @@ class Rubric(Grader):
     def check(self, tools: Sequence[ToolDefinition], resources: GradingResources, *, has_database: bool) -> None:
         if resources.complete is None:
             raise ValueError(
-                "the grader 'rubric' needs a critic; the embedded models and `teach` have none: serve a larger model"
+                "the grader 'rubric' needs a critic, and the embedded models are too small for it: name one in "
+                "[critic], or serve a larger model"
             )
 
     @property

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from memory.records.trajectories import TrajectorySize
+from memory.records.trajectories import ModelCalls
 from memory.schema import Split, Task, Trajectory, TrajectoryStage, new_id
 from optimizer.config import EvaluationConfig
 from optimizer.evaluation.cells import Cell, CellResult, HeldOutEpisode, describe, play_cell
@@ -213,11 +213,11 @@ def test_more_turns_because_more_is_survived_is_no_fault():
     assert decide(CellResult(better.cell, longer), INCUMBENT, CONFIG).decision is Decision.PROMOTE
 
 
-SIZE = TrajectorySize(num_steps=9, num_model_calls=5, num_calling_tools=4, prompt_tokens=10, output_tokens=5)
+CALLS = ModelCalls(num=5, num_calling_tools=4)
 
 
 def describe_calls(trajectory: Trajectory, reward: float | None) -> HeldOutEpisode:
-    return describe("1", trajectory, reward, 1.0, size=SIZE)
+    return describe("1", trajectory, reward, 1.0, CALLS)
 
 
 def trajectory(**fields) -> Trajectory:
@@ -255,7 +255,7 @@ async def test_a_cell_plays_every_task_as_often_and_as_warm_as_it_is_told_with_a
         [Task("kitchen", name, "cooking", Split.HELD_OUT) for name in ("a", "b")],
         rollout=rollout,
         grade=lambda trajectory_id: 1.0,
-        measure=lambda trajectory_id: replace(SIZE, num_model_calls=7),
+        count_model_calls=lambda trajectory_id: replace(CALLS, num=7),
         success_reward=1.0,
         concurrency=4,
         temperature=0.7,
@@ -287,7 +287,7 @@ async def test_a_cell_plays_every_task_once_greedily_within_its_concurrency():
         tasks,
         rollout=rollout,
         grade=lambda trajectory_id: float(int(trajectory_id) % 2),
-        measure=lambda trajectory_id: SIZE,
+        count_model_calls=lambda trajectory_id: CALLS,
         success_reward=1.0,
         concurrency=4,
         on_progress=on_progress,

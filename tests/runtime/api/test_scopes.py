@@ -13,7 +13,7 @@ from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import Feedback, Scope
 from optimizer.insights.extraction import extract_insights
 from runtime.errors import EngineLost
-from serve import BaseModelCritic
+from serve import ModelCritic
 from tests.optimizer.worlds import live
 from tests.runtime.api.worlds import ServedWorld
 
@@ -222,7 +222,7 @@ async def test_what_an_engine_says_of_a_prompt_is_in_no_report_and_in_no_log():
     with structlog.testing.capture_logs() as lines:
         won = live([("take carrot", "Taken.")], task="1")
         lost = live([("drop carrot", "Dropped.")], task="1", is_success=False)
-        extraction = await extract_insights([won], [lost], known=[], complete=BaseModelCritic(Quoting()).complete)
+        extraction = await extract_insights([won], [lost], known=[], complete=ModelCritic(Quoting()).complete)
 
     assert extraction.first_failure == "CompletionError: the engine answered 500"
     assert "Jane" not in repr(lines) and lines[0]["event"] == "critique failed"

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from memory.schema import Split
 from runtime.config import EnvironmentConfig, RuntimeSettings
 from runtime.environments import registry
-from runtime.environments.registry import open_environments
+from runtime.environments.registry import choose_environment, open_environments
 from runtime.errors import EnvironmentRefused
 from runtime.settings import BadSettings, read_settings
 from tests.runtime.levers import Levers
@@ -31,6 +31,21 @@ class Painted(Levers):
 
 class Abstract(registry.Environment):
     """An abstract class, which cannot be instantiated."""
+
+
+@pytest.mark.parametrize(
+    ("names", "made_for", "chosen"),
+    [
+        (["textworld", "mine"], "textworld", "textworld"),
+        (["textworld", "mine"], None, "mine"),
+        (["textworld"], None, None),
+        (["textworld", "mine", "yours"], None, None),
+    ],
+)
+def test_a_cycle_that_names_none_takes_the_models_environment_or_the_only_one_added(
+    names: list[str], made_for: str | None, chosen: str | None
+):
+    assert choose_environment(names, made_for) == chosen
 
 
 def is_long(text: str, answer: int) -> bool:

@@ -9,8 +9,8 @@ import pytest
 from memory.store import Memory
 from runtime.errors import BudgetExceeded, EngineLost, RequestRefused
 from runtime.serving.hotswap import HotSwap
-from runtime.serving.text_completion import TextCompletion
-from serve import BaseModelCritic
+from runtime.serving.text_completion import ServedBase, TextCompletion
+from serve import ModelCritic
 from tests.runtime.conftest import MakePolicy
 from tests.runtime.fake_engine import FakeEngine, Reply
 
@@ -37,7 +37,7 @@ async def test_the_schema_reaches_the_engine_and_the_base_answers(
     policy = await make_policy()
     await hotswap.activate(policy.version)
     fake.script = lambda request: Reply('{"a": 1}')
-    assert await ask(TextCompletion(hotswap)) == '{"a": 1}'
+    assert await ask(TextCompletion(ServedBase(hotswap))) == '{"a": 1}'
     (request,) = fake.requests
     assert (request["model"], request["max_tokens"]) == ("base", 7)
     assert request["response_format"]["type"] == "json_schema"
@@ -47,14 +47,14 @@ async def test_the_schema_reaches_the_engine_and_the_base_answers(
 @pytest.mark.parametrize("status", [400, 422, 501])
 async def test_an_engine_that_refuses_schemas_is_asked_with_one_once(fake: FakeEngine, hotswap: HotSwap, status: int):
     fake.script = refuse_schemas(status)
-    writer = TextCompletion(hotswap)
+    writer = TextCompletion(ServedBase(hotswap))
     assert [await ask(writer) for _ in range(3)] == ["a is 1"] * 3
     assert ["response_format" in request for request in fake.requests] == [True, False, False, False]
 
 
 async def test_a_refusal_of_the_messages_is_not_taken_for_one_of_the_schema(fake: FakeEngine, hotswap: HotSwap):
     fake.script = lambda request: Reply(status=400, error="the messages are wrong")
-    writer = TextCompletion(hotswap)
+    writer = TextCompletion(ServedBase(hotswap))
     with pytest.raises(RequestRefused):
         await ask(writer)
     fake.script = lambda request: Reply("ok")
@@ -70,14 +70,14 @@ async def test_a_lost_engine_and_a_full_context_are_no_refusals(fake: FakeEngine
         fake.requests.clear()
         fake.script = lambda request, status=status, error=error: Reply(status=status, error=error)
         with pytest.raises(raised):
-            await ask(TextCompletion(hotswap))
+            await ask(TextCompletion(ServedBase(hotswap)))
         assert len(fake.requests) == 1
 
 
 @pytest.mark.parametrize("length", [4096, None])
 async def test_the_engine_says_how_much_it_can_hold(fake: FakeEngine, hotswap: HotSwap, length: int | None):
     fake.max_model_len = length
-    assert await TextCompletion(hotswap).context_tokens() == length
+    assert await TextCompletion(ServedBase(hotswap)).context_tokens() == length
 
 
 async def test_what_the_engine_raises_becomes_what_the_seam_may_raise(
@@ -85,7 +85,7 @@ async def test_what_the_engine_raises_becomes_what_the_seam_may_raise(
 ):
     from optimizer.errors import CompletionError, PromptTooLong
 
-    critic = BaseModelCritic(TextCompletion(hotswap))
+    critic = ModelCritic(TextCompletion(ServedBase(hotswap)))
     fake.script = lambda request: Reply(status=500, error="out of memory")
     with pytest.raises(CompletionError, match=r"^the engine answered 500$"):  # its words can quote a prompt
         await critic.complete(ASKED, schema=SCHEMA, max_tokens=7)

@@ -12,8 +12,8 @@ from memory.formats.registry import find_format
 from memory.schema import Split, Task
 from runtime.config import TeacherConfig
 from runtime.errors import CriticFailed, EnvironmentRefused, ToolRefused
-from runtime.teacher.budget import BudgetSpent, TeacherBudget, Usage
-from runtime.teacher.endpoint import MAX_TRIES, Teacher, TeacherError, bound_prompt_tokens
+from runtime.serving.chat_endpoint import MAX_TRIES, ChatEndpoint, EndpointError, Usage, bound_prompt_tokens
+from runtime.teacher.budget import BudgetSpent, TeacherBudget
 from runtime.teacher.teaching import (
     MAX_NAMED_FAILURES,
     TaughtEpisode,
@@ -74,16 +74,16 @@ class Run:
             engine.api_key = KEY
             self.requests = engine.requests
             config = TeacherConfig(url=f"{engine.url}/v1", model="base", api_key="TEACHER_KEY")
-            async with Teacher(config, self.budget, api_key=api_key, sleep=self._sleep) as teacher:
-                return await teach(
-                    self.levers,
-                    tasks,
-                    teacher,
-                    limits,
-                    save=self._save,
-                    concurrency=concurrency,
-                    on_taught=lambda counts: None,
-                )
+            teacher = ChatEndpoint("teacher", config, api_key=api_key, budget=self.budget, sleep=self._sleep)
+            return await teach(
+                self.levers,
+                tasks,
+                teacher,
+                limits,
+                save=self._save,
+                concurrency=concurrency,
+                on_taught=lambda counts: None,
+            )
 
     def tasks(self) -> list[Task]:
         return [self.levers.task(name) for name in TASKS]
@@ -114,8 +114,8 @@ async def test_a_held_out_task_is_never_shown_to_a_teacher():
     with pytest.raises(ValueError, match="'left-right' of 'levers' is a held-out task"):
         await run.teach([run.levers.task("left-left"), held_out])
     assert run.requests == [] and run.levers.started == []
-    budget = TeacherBudget(max_tokens=1)
-    teacher = Teacher(TeacherConfig(url="http://127.0.0.1:9", model="base"), budget)
+    config = TeacherConfig(url="http://127.0.0.1:9", model="base")
+    teacher = ChatEndpoint("teacher", config, budget=TeacherBudget(max_tokens=1))
     with pytest.raises(ValueError, match="practice tasks only"):
         await play(run.levers, held_out, teacher, LIMITS)
 
@@ -200,7 +200,7 @@ def test_the_bound_of_a_prompt_is_its_bytes():
     [
         (Reply(status=404, error="no such model"), "check teacher.model"),
         (Reply(status=400, error="bad tool"), "it refuses the request"),
-        (Reply(status=429, error="slow down", retry_after="3600"), "run the command again later"),
+        (Reply(status=429, error="slow down", retry_after="3600"), "try again later"),
         (Reply(status=503, error="down"), "503 Service Unavailable"),
     ],
 )
@@ -258,9 +258,9 @@ async def test_a_reply_without_a_valid_call_solves_nothing(script: Script):
 async def test_a_teacher_that_is_not_there_is_named_by_its_address():
     run = Run(solve)
     config = TeacherConfig(url="http://127.0.0.1:9/v1", model="base")
-    async with Teacher(config, run.budget, sleep=run._sleep) as teacher:
-        with pytest.raises(TeacherError, match=r"http://127\.0\.0\.1:9/v1 does not answer"):
-            await teacher.complete([{"role": "user", "content": "x"}], [], max_tokens=5)
+    teacher = ChatEndpoint("teacher", config, budget=run.budget, sleep=run._sleep)
+    with pytest.raises(EndpointError, match=r"http://127\.0\.0\.1:9/v1 does not answer"):
+        await teacher.complete([{"role": "user", "content": "x"}], [], max_tokens=5)
     assert run.budget.to_json()["tokens_spent"] == 0
 
 

@@ -91,7 +91,7 @@ async def test_a_gate_never_sends_a_real_order(agent: Agent, shop: Shop, fake: F
             shop.tasks(split, 3),
             rollout=partial(play, agent),
             grade=memory.trajectories.effective_reward,
-            measure=memory.trajectories.measure,
+            count_model_calls=memory.trajectories.count_model_calls,
             success_reward=1.0,
             concurrency=3,
         )
