@@ -8,6 +8,7 @@ are required, even when all are revoked.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import secrets
@@ -35,17 +36,17 @@ class Keys:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        # Cached, because each request looks a key up. Another process may change keys: see `FRESH_SECONDS`.
+        # Cached, because each request looks a key up. Another process may change keys: see `refresh`.
         self._by_digest: dict[str, ApiKey] = {}
         self._has_any = False
-        self._loaded_at = 0.0
+        self._num_begun = self._num_taken = 0
         self._noted_at: dict[str, datetime] = {}
-        self._load_rows()
+        self._loaded_at = time.monotonic()
+        self._take(self.select())
 
     @property
     def is_required(self) -> bool:
         """Whether a key was ever created."""
-        self._refresh()
         return self._has_any
 
     async def create(
@@ -64,7 +65,7 @@ class Keys:
         limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
         values, key = _new_key(name, scopes, tenant=tenant, **limits)
         row = await self._database.write(lambda session: _add(session, values))
-        self._load_rows()
+        await self._reload()
         return row, key
 
     async def create_for_operator(
@@ -84,7 +85,7 @@ class Keys:
             return row, None if _operator_keys(session) else _add(session, spare_values)
 
         row, spare = await self._database.write(write)
-        self._load_rows()
+        await self._reload()
         return (row, key), None if spare is None else (spare, spare_key)
 
     async def revoke(self, key_id: str) -> ApiKey:
@@ -108,7 +109,7 @@ class Keys:
             return row
 
         row = await self._database.write(write)
-        self._load_rows()
+        await self._reload()
         return row
 
     def select(self) -> list[ApiKey]:
@@ -119,9 +120,8 @@ class Keys:
     def find(self, key: str) -> ApiKey | None:
         """Return the row of an active key; None for any other text.
 
-        A change by this process is visible at once, a change by another process after `FRESH_SECONDS`.
+        A change by this process is visible at once, a change by another process after a `refresh`.
         """
-        self._refresh()
         return self._by_digest.get(digest(key))
 
     async def note_use(self, row: ApiKey) -> None:
@@ -134,15 +134,25 @@ class Keys:
             lambda session: session.execute(update(ApiKey).where(col(ApiKey.id) == row.id).values(last_used_at=moment))
         )
 
-    def _refresh(self) -> None:
+    async def refresh(self) -> None:
+        """Read the keys again if that was done more than `FRESH_SECONDS` ago: another process may have changed them."""
         if time.monotonic() - self._loaded_at > FRESH_SECONDS:
             with contextlib.suppress(StorageError):  # the cached keys stay valid
-                self._load_rows()
+                await self._reload()
 
-    def _load_rows(self) -> None:
-        # before the read: while the database is down, it is asked once in FRESH_SECONDS and not with every request
+    async def _reload(self) -> None:
+        """Read all keys, off the event loop: there may be thousands."""
+        # before the read: while it lasts and while the database is down, other requests go on with the cached keys
         self._loaded_at = time.monotonic()
-        rows = self.select()
+        self._num_begun += 1
+        number = self._num_begun
+        rows = await asyncio.to_thread(self.select)
+        # A read that began earlier must not undo one that knows a key that was made or revoked since.
+        if number > self._num_taken:
+            self._num_taken = number
+            self._take(rows)
+
+    def _take(self, rows: list[ApiKey]) -> None:
         self._by_digest = {row.digest: row for row in rows if row.revoked_at is None}
         self._has_any = bool(rows)
 

@@ -48,6 +48,7 @@ from memory.adapters import (
     write_manifest,
 )
 from optimizer.training.base import locate_base
+from optimizer.training.fused_lora import fuse_lora
 from optimizer.training.spec import LAUNCHER_PID, TrainingSpec
 
 FINGERPRINT_TOKENS = 256
@@ -134,6 +135,11 @@ def choose_dtype(spec: TrainingSpec) -> torch.dtype:
     return torch.bfloat16 if spec.dtype == "bfloat16" else torch.float32
 
 
+def fuse(model: PeftModel, spec: TrainingSpec) -> None:
+    """Have the LoRA layers of a model compute in one function each, in the dtype of the training's products."""
+    fuse_lora(model, torch.bfloat16 if multiplies_in_bfloat16(spec) else choose_dtype(spec))
+
+
 def load_base(spec: TrainingSpec) -> tuple[Any, Any]:
     """Return (model, tokenizer); the model on the CPU, in the dtype it is trained in."""
     base_dir = locate_base(spec.base_model)
@@ -148,13 +154,16 @@ def load_base(spec: TrainingSpec) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def load_start(spec: TrainingSpec) -> tuple[Any, Any]:
+def load_start(spec: TrainingSpec, *, is_trained: bool = True) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a training that continues `spec.parent_adapter`, or the bare base without one."""
     model, tokenizer = load_base(spec)
     if spec.parent_adapter is not None:
         # is_trainable, and no `peft_config` for the trainer: TRL copies this adapter to a frozen "ref" as the
         # reference, and raises if it gets both
         model = PeftModel.from_pretrained(model, str(spec.parent_adapter), is_trainable=True)
+        # before TRL computes the reference, which must be rounded as the policy is
+        if is_trained:
+            fuse(model, spec)
     return model, tokenizer
 
 
@@ -281,6 +290,8 @@ class _WriteEarlyAdapters(TrainerCallback):
 
 def run(trainer: Trainer, spec: TrainingSpec, reporter: Reporter, probe_token_ids: list[int]) -> dict[str, float]:
     """Train, from the last whole checkpoint if there is one; return the metrics that matter afterwards."""
+    assert isinstance(trainer.model, PeftModel)
+    fuse(trainer.model, spec)  # of a new adapter, which TRL's constructor adds
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Progress(reporter))
     trainer.add_callback(_WriteEarlyAdapters(trainer, spec, probe_token_ids))

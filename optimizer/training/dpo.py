@@ -24,6 +24,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from optimizer.data.rows import read_rows
 from optimizer.training import child
+from optimizer.training.shared_prompt import SharedPromptModel
 from optimizer.training.spec import TrainingSpec
 
 COLUMNS = ("prompt_ids", "chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask")
@@ -121,7 +122,7 @@ class MaskedDPOTrainer(child.WarmStart, DPOTrainer):
 
     def _weigh(self, model: Any, inputs: dict[str, Any]) -> WeighedModel:
         weights = None if self._discount is None else weigh_turns(inputs["completion_mask"], self._discount)[:, 1:]
-        return WeighedModel(model, weights)
+        return WeighedModel(SharedPromptModel(model), weights)
 
     # These methods are hooks of TRL 1.16: pyproject.toml pins trl, and tests/optimizer/data/test_masks.py fails
     # where they vanish.

@@ -191,11 +191,11 @@ class Training:
 def layer_bytes_per_token(shape: ModelShape, lora_rank: int) -> int:
     """Return the bytes that one layer keeps of one token for its backward pass, in bfloat16.
 
-    The inputs of the seven LoRA layers, each cast anew (five of the hidden size, one of the queries, one of the MLP);
-    queries, keys, values and the attention's output, keys and values repeated for every head; the MLP's gate, its
-    product and the two factors of it; the two normalized inputs in float32; seven low-rank products.
+    The two inputs of the hidden size that the LoRA layers share (fused_lora.py); queries, the attention's output, and
+    keys and values repeated for every head; the MLP's gate, its product and the two factors of it; the two normalized
+    inputs in float32; seven low-rank products.
     """
-    in_bfloat16 = 5 * shape.hidden_size + 5 * shape.query_width + 4 * shape.intermediate_size + 7 * lora_rank
+    in_bfloat16 = 2 * shape.hidden_size + 4 * shape.query_width + 4 * shape.intermediate_size + 7 * lora_rank
     return in_bfloat16 * BFLOAT16 + 2 * shape.hidden_size * FLOAT32
 
 

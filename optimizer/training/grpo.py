@@ -126,6 +126,7 @@ def prepare_trainer(
     model, tokenizer = child.load_start(spec)
     if (lora := child.choose_lora(spec)) is not None:
         model = get_peft_model(model, lora)
+        child.fuse(model, spec)  # before the policy scores its rollouts, which must be rounded as in training
     if spec.gradient_checkpointing:
         model.enable_input_require_grads()  # transformers#42489
     bare: Any = model.get_base_model()

@@ -23,7 +23,7 @@ from optimizer.training.spec import TrainingSpec
 @torch.inference_mode()
 def score(spec: TrainingSpec, rows: list[dict[str, Any]], reporter: child.Reporter) -> list[float]:
     """Return the margin of each row."""
-    model, _ = child.load_start(spec)
+    model, _ = child.load_start(spec, is_trained=False)
     device = "cuda" if child.uses_gpu(spec) else "cpu"
     model = model.to(device).eval()
     margins = []

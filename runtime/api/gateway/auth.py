@@ -51,7 +51,7 @@ class AuthMiddleware:
         with ExitStack() as resources:
             try:
                 # The decoded path, which the router matches too: percent-encoding could bypass a check of the raw one.
-                caller = None if is_open(scope["path"]) else self._authenticate(scope)
+                caller = None if is_open(scope["path"]) else await self._authenticate(scope)
                 is_turn = caller is not None and self._admit(caller, scope)
                 # A rejected body has used one request of the quota; only the rejection by `_occupy_slot` is refunded.
                 receive = await self._read_body(caller, resources, scope, receive)
@@ -122,9 +122,10 @@ class AuthMiddleware:
         except EngineInMaintenance as error:
             raise InMaintenance(str(error)) from None
 
-    def _authenticate(self, scope: Scope) -> Caller:
+    async def _authenticate(self, scope: Scope) -> Caller:
         """Return the caller of a request. Raises: Unauthorized."""
         keys = self._services.memory.keys
+        await keys.refresh()
         if not keys.is_required:
             return OPERATOR
         scheme, token = _read_key(scope)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from memory.config import MemoryConfig
 from memory.errors import DataDirectoryInUse, LastOperatorKey, UnknownKey
 from memory.records import keys as keys_module
 from memory.records.keys import PREFIX, Keys, digest
-from memory.schema import now
+from memory.schema import ApiKey, now
 from memory.storage.database import Database
 from memory.store import open_keys
 
@@ -120,11 +122,38 @@ async def test_a_key_is_revoked_elsewhere_too_within_seconds(
     elsewhere = Keys(database)
     row, key = await keys.create("shop", ["infer"])
     assert elsewhere.find(key) is None and not elsewhere.is_required
+    await elsewhere.refresh()
+    assert elsewhere.find(key) is None  # they were read just now
     elsewhere._loaded_at -= keys_module.FRESH_SECONDS
+    await elsewhere.refresh()
     assert elsewhere.find(key) == row and elsewhere.is_required
     await keys.revoke(row.id)
     elsewhere._loaded_at -= keys_module.FRESH_SECONDS
+    await elsewhere.refresh()
     assert elsewhere.find(key) is None
+
+
+async def test_a_slow_read_does_not_bring_a_revoked_key_back(keys: Keys, monkeypatch: pytest.MonkeyPatch):
+    await keys.create("me", ["admin"])
+    row, key = await keys.create("shop", ["infer"])
+    select, has_read, may_return = keys.select, threading.Event(), threading.Event()
+
+    def read_slowly() -> list[ApiKey]:
+        rows = select()
+        has_read.set()
+        assert may_return.wait(10)
+        return rows
+
+    monkeypatch.setattr(keys, "select", read_slowly)
+    keys._loaded_at -= keys_module.FRESH_SECONDS + 1
+    slow = asyncio.create_task(keys.refresh())
+    assert await asyncio.to_thread(has_read.wait, 10)
+    monkeypatch.setattr(keys, "select", select)
+    await keys.revoke(row.id)
+    assert keys.find(key) is None
+    may_return.set()
+    await slow
+    assert keys.find(key) is None
 
 
 async def test_keys_are_made_without_a_server_but_never_beside_one(tmp_path: Path, config: MemoryConfig):

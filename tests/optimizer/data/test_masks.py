@@ -16,6 +16,7 @@ from optimizer.data.demonstrations import build_demonstrations
 from optimizer.data.preferences import build_preferences
 from optimizer.data.rows import write_rows
 from optimizer.training import child, dpo, sft
+from optimizer.training.shared_prompt import IGNORED, share_prompts
 from optimizer.training.spec import TrainingSpec
 from tests.optimizer.worlds import live
 
@@ -76,7 +77,19 @@ def head_gradient(trainer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     trainer.model.train()
     trainer.compute_loss(trainer.model, dict(batch)).backward()
     hook.remove()
-    return seen[0].grad, batch
+    gradient = seen[0].grad
+    is_shared = len(gradient) < len(batch["input_ids"])  # pairs that have much of their rows in common
+    return (separate(gradient, batch) if is_shared else gradient), batch
+
+
+def separate(gradient: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the gradient of pairs that share their prompt as that of both sides, (rows, tokens, width)."""
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
+    origins = share_prompts(batch["input_ids"], batch["attention_mask"], labels).origins
+    positions = torch.nn.functional.pad(gradient.flatten(0, 1), (0, 0, 0, 1))
+    separated = torch.nn.functional.pad(positions[origins], (0, 0, 0, 1))
+    assert torch.allclose(separated.abs().sum(), gradient.abs().sum())  # no other position is felt
+    return separated
 
 
 def assert_only_own_tokens_count(gradient: torch.Tensor, counts: torch.Tensor) -> None:

@@ -182,8 +182,11 @@ def count_kept_bytes(config: dict, num_tokens: int) -> int:
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    from optimizer.training.fused_lora import fuse_lora
+
     model = Qwen2ForCausalLM(Qwen2Config(**config)).to(torch.bfloat16)
     lora = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    fuse_lora(lora, torch.bfloat16)
     parameters = {it.untyped_storage().data_ptr() for it in lora.parameters()}
     kept: dict[int, torch.Tensor] = {}
 

@@ -263,6 +263,7 @@ async def test_rows_that_may_be_many_or_long_are_not_read_on_the_event_loop(
             return read()
 
         monkeypatch.setattr(memory.database, "read", watch)
+        monkeypatch.setattr(memory.keys, "_loaded_at", 0.0)  # all keys are read again with this request
         is_of_request.set(True)
         status, _ = await request(app, "GET", path.format(**ids))
     assert status == 200
