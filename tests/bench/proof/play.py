@@ -31,6 +31,9 @@ def play(run: Run) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="proof-") as made:
         home = Path(made)
         flags = write_tasks(run.subject, home)
+        use_memory = run.subject.settings.get("evaluation.serve_with_memory", True)
+        # Of the server too, or the gate would play an incumbent with the memory that this server's users get.
+        flags += ["--optimizer.evaluation.serve_with_memory", str(use_memory).lower()]
         with OurServer("--engine.model", run.subject.model, *flags, data=home / "data") as server:
             start_from_base(server.url)
             seed_server(run, home, server.url)
@@ -43,7 +46,12 @@ def play(run: Run) -> dict[str, Any]:
         return {
             "run": {"subject": run.subject.name, "methods": list(run.methods), "seed": run.seed},
             "cells": read_cells(home / "data"),
-            **{name: said["report"][name] for name in ("training", "selection", "stage_seconds")},
+            # without the directories, which are of one machine and gone by then
+            "training": {
+                method: {name: value for name, value in trained.items() if name != "adapter"}
+                for method, trained in said["report"]["training"].items()
+            },
+            **{name: said["report"][name] for name in ("selection", "stage_seconds")},
             "verdict": {name: said[name] for name in ("verdict", "reason", "policy")},
             "minutes": round(minutes, 1),
             "tokens": count_tokens(home / "data" / DATABASE_NAME),
