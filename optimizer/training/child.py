@@ -51,6 +51,8 @@ from optimizer.training.base import locate_base
 from optimizer.training.fused_lora import fuse_lora
 from optimizer.training.spec import LAUNCHER_PID, TrainingSpec
 
+IGNORED = -100
+"""The label of a token without a loss, for transformers and TRL."""
 FINGERPRINT_TOKENS = 256
 PR_SET_PDEATHSIG = 1
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors")

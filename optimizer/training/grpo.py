@@ -35,7 +35,6 @@ CLIP = 0.2
 """How far the probability of a token may move from the one it was sampled with before its gradient stops."""
 LARGEST_WEIGHT = 2.0
 """Of a token that the trainer finds likelier than the engine that sampled it did."""
-IGNORED = -100
 
 Score = Callable[[list[int], list[int]], list[float]]
 """(token ids, mask) -> the log-prob of each token but the first; 0 where the mask is 0."""
@@ -108,8 +107,8 @@ def score_batch(model: Any, ids: torch.Tensor, attention_mask: torch.Tensor, own
     """Return the log-probs of own tokens, (num_rows, num_tokens - 1) as `own`, and 0 elsewhere; `ids` and
     `attention_mask` are (num_rows, num_tokens). Only own positions are projected to the vocabulary."""
     labels = ids.clone()
-    labels[:, 0] = IGNORED
-    labels[:, 1:][own == 0] = IGNORED
+    labels[:, 0] = child.IGNORED
+    labels[:, 1:][own == 0] = child.IGNORED
     outputs = model(input_ids=ids, attention_mask=attention_mask, labels=labels, use_cache=False, fused_lm_head=True)
     return outputs.log_probs[:, -own.size(1) :]
 

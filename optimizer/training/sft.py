@@ -16,8 +16,6 @@ from optimizer.data.rows import read_rows
 from optimizer.training import child
 from optimizer.training.spec import TrainingSpec
 
-IGNORED = -100
-
 
 class WarmSFTTrainer(child.WarmStart, SFTTrainer):
     """TRL's SFT trainer, whose first step has a learning rate above 0."""
@@ -44,7 +42,7 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> WarmSFTTrai
 def label(row: dict[str, Any]) -> dict[str, Any]:
     """Return a demonstration as TRL takes it: labels are the token ids where the mask is 1."""
     # not shifted: the model shifts labels itself
-    labels = [token if own else IGNORED for token, own in zip(row["input_ids"], row["mask"], strict=True)]
+    labels = [token if own else child.IGNORED for token, own in zip(row["input_ids"], row["mask"], strict=True)]
     return {"input_ids": row["input_ids"], "labels": labels}
 
 

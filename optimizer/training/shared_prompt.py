@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-IGNORED = -100
+from optimizer.training.child import IGNORED
+
 SHARING_FAMILIES = frozenset({"llama", "qwen2", "qwen3", "mistral", "ministral"})
 """`model_type` of models whose tokens meet in full attention and nowhere else, unless their configuration has a
 window."""

@@ -124,7 +124,7 @@ class ChatEndpoint:
         # OpenAI's reasoning models refuse `max_tokens`; many other endpoints know no other name.
         self._limit_name = "max_tokens"
         # Once, because it reads all certificates; a client a call, because a client belongs to one event loop.
-        self._tls = httpx.create_ssl_context() if self.url.startswith("https:") else False
+        self._tls = httpx.create_ssl_context()
 
     async def complete(
         self,

@@ -55,8 +55,9 @@ def make_spec(home: Path, kind: str, base: Path, threads: int) -> TrainingSpec:
     )
 
 
-def write_random_rows(path: Path, num_rows: int, *, num_answers: int) -> int:
+def write_random_rows(path: Path, kind: str, num_rows: int) -> int:
     """Write rows of random tokens, demonstrations with one answer or preferences with two; return their tokens."""
+    num_answers = 1 if kind == "sft" else 2
     draw = random.Random(0)
     num_tokens = 0
     with path.open("w") as lines:
@@ -65,12 +66,13 @@ def write_random_rows(path: Path, num_rows: int, *, num_answers: int) -> int:
                 [draw.randrange(100, 49_000) for _ in range(draw.randint(*bounds))]
                 for bounds in [(200, 300), *[(20, 50)] * num_answers]
             )
-            masks = [[1] * len(answer) for answer in answers]
-            row: dict[str, list[int]] = {"prompt_ids": prompt}
-            for name, answer, mask in zip(("chosen", "rejected"), answers, masks, strict=False):
-                row |= {f"{name}_ids": answer, f"{name}_mask": mask}
-            if num_answers == 1:
-                row = {"input_ids": prompt + answers[0], "mask": [0] * len(prompt) + masks[0]}
+            if kind == "sft":
+                (answer,) = answers
+                row = {"input_ids": prompt + answer, "mask": [0] * len(prompt) + [1] * len(answer)}
+            else:
+                row = {"prompt_ids": prompt}
+                for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+                    row |= {f"{name}_ids": answer, f"{name}_mask": [1] * len(answer)}
             num_tokens += sum(len(prompt) + len(answer) for answer in answers)
             lines.write(json.dumps(row) + "\n")
     return num_tokens
@@ -125,7 +127,7 @@ def take_batches(spec: TrainingSpec) -> list[dict[str, torch.Tensor]]:
 def measure(kind: str, peer: str, given: argparse.Namespace, home: Path) -> tuple[list[dict[str, Any]], float]:
     """Return the rates of both sides, and the median ratio of ours to the peer's."""
     spec = make_spec(home, kind, find_model("smollm2"), given.threads)
-    num_tokens = write_random_rows(spec.rows_path, given.rows, num_answers=1 if kind == "sft" else 2)
+    num_tokens = write_random_rows(spec.rows_path, kind, given.rows)
     batches = take_batches(spec) if kind == "sft" else []
     seconds: dict[str, list[float]] = {"ours": [], peer: []}
     for _ in range(given.turns):

@@ -16,7 +16,8 @@ from optimizer.data.demonstrations import build_demonstrations
 from optimizer.data.preferences import build_preferences
 from optimizer.data.rows import write_rows
 from optimizer.training import child, dpo, sft
-from optimizer.training.shared_prompt import IGNORED, share_prompts
+from optimizer.training.child import IGNORED
+from optimizer.training.shared_prompt import share_prompts
 from optimizer.training.spec import TrainingSpec
 from tests.optimizer.worlds import live
 

@@ -18,17 +18,11 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 from optimizer.training import child
+from optimizer.training.child import IGNORED
 from optimizer.training.dpo import MaskedPreferenceCollator
-from optimizer.training.shared_prompt import IGNORED, PER_TOKEN_FIELDS, SharedPromptModel, share_prompts
+from optimizer.training.shared_prompt import PER_TOKEN_FIELDS, SharedPromptModel, share_prompts
+from tests.optimizer.training.test_fused_lora import SHAPE
 
-SHAPE = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 OUTPUTS = ("log_probs", "mean_logits", "is_top1")
 
 
