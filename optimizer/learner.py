@@ -108,6 +108,7 @@ class Learner:
         Raises:
             CycleInProgress: held-out tasks would have to be played while a cycle is playing.
         """
+        from optimizer.cycle.artifacts import to_json
         from optimizer.cycle.context import CycleContext
         from optimizer.cycle.release_gate import decide_again
         from optimizer.evaluation.bars import tightest
@@ -123,7 +124,7 @@ class Learner:
             raise CycleInProgress(f"cycle {under_way.id!r} is at {under_way.stage!r}: judge again when it has ended")
         # guards decisions against each other only; a cycle plays outside this lock, hence the check above
         async with self._deciding:
-            return await decide_again(context)
+            return to_json(await decide_again(context))
 
     async def stop(self) -> None:
         """Interrupt the running cycle; its row stays open."""

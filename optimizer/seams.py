@@ -7,7 +7,7 @@ a test's script are the same to it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -148,6 +148,17 @@ def holds_out_nothing(environment: str, task: str | None, texts: Sequence[str]) 
     return False
 
 
+class FindTasks(Protocol):
+    def __call__(self, environment: str, texts: Sequence[str]) -> Collection[str]:
+        """Return the names of the tasks of the environment that ask one of these, as far as it knows."""
+        ...
+
+
+def find_no_tasks(environment: str, texts: Sequence[str]) -> Collection[str]:
+    """The `FindTasks` of environments that do not know what their tasks ask."""
+    return ()
+
+
 def branch_nowhere(environment: str) -> Branch | None:
     """The `Seams.branching` of compositions without environments that can be replayed."""
     return None
@@ -171,6 +182,7 @@ class Seams:
     prepare: Prepare = prepare_nothing
     sealed_tasks: ListSealedTasks = no_sealed_tasks
     holds_out: HoldsOut = holds_out_nothing
+    find_tasks: FindTasks = find_no_tasks
     serving: Callable[[str], Serving] = serve_greedily
     """Environment -> the defaults of its users; `""` is live traffic."""
     branching: Callable[[str], Branch | None] = branch_nowhere

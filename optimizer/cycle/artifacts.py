@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from optimizer.data.branches import BranchPoint
+from optimizer.evaluation.decision import Decision
 
 VERSION_SUFFIX = "_version"
 
@@ -75,6 +76,23 @@ class Critiques(BaseModel):
     first_failure: str | None = None
 
 
+class DecidedVerdict(BaseModel):
+    """The verdict of the gate on a candidate, as the rows of the cycle and of the policy keep it.
+
+    Written when the gate has decided; read by the API, the command line and metrics. The figures behind the decision
+    are kept as extra fields, under the names of `optimizer.evaluation.decision.Verdict`.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    decision: Decision
+    reason: str
+    policy: int
+    """The candidate's version."""
+    report: str
+    """The path of the page that explains it."""
+
+
 class CycleArtifacts(BaseModel):
     """Everything that the stages of one cycle have produced so far."""
 
@@ -113,7 +131,7 @@ class CycleArtifacts(BaseModel):
     """Policy versions that the release gate compares."""
     held_out_offset: int = 0
     look: int | None = None
-    verdict: dict[str, Any] | None = None
+    verdict: DecidedVerdict | None = None
     rows: dict[str, RowsSummary] = {}
     """By the name of the rows."""
     trained: dict[str, TrainedAdapter] = {}

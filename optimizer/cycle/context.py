@@ -190,7 +190,7 @@ class CycleContext:
         choosing = set(self.artifacts.selection_tasks or ())
 
         def measures(tenant: str, environment: str | None, task: str | None, texts: Sequence[str]) -> bool:
-            if environment == self.config.environment and task in choosing:
+            if choosing & self.tasks_of(environment, task, texts):
                 return True
             # live traffic has no environment: it is held out by what its clients named
             if is_held_out_by_clients(held_out_by_clients, tenant, environment, task, texts):
@@ -202,6 +202,13 @@ class CycleContext:
             )
 
         return measures
+
+    def tasks_of(self, environment: str | None, task: str | None, texts: Sequence[str]) -> set[str]:
+        """Return the tasks of this cycle's environment that an episode or a row is of: by its name, else by what its
+        users say."""
+        if not environment or environment != self.config.environment:
+            return set()
+        return {task} if task else set(self.seams.find_tasks(environment, texts))
 
     def is_success(self, trajectory: Trajectory) -> bool:
         """Whether a closed episode reached the reward of a success."""

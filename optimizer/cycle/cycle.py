@@ -12,12 +12,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from memory.schema import Cycle, CycleStage
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle import release_gate
+from optimizer.cycle.artifacts import DecidedVerdict, to_json
 from optimizer.cycle.branching import require_replay
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.methods import choose_methods, list_methods, train_control
@@ -59,7 +59,7 @@ async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | 
     )
 
 
-async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str, Any]:
+async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> DecidedVerdict:
     """Run the stages of an open cycle, from the stage on its row to the last; return the verdict.
 
     Raises:
@@ -86,7 +86,7 @@ async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> dict[str,
     assert verdict is not None, "the last stage saves the verdict"
     # `settle`, the last stage, has promoted or rejected. A crash before this line repeats that stage, which finds the
     # comparison settled and changes nothing
-    await memory.cycles.save(cycle_id, stage=CycleStage.COMPLETED, verdict=verdict)
+    await memory.cycles.save(cycle_id, stage=CycleStage.COMPLETED, verdict=to_json(verdict))
     return verdict
 
 

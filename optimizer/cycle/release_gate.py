@@ -13,15 +13,18 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import Any
+from pathlib import Path
 
 from memory.schema import Policy, PolicyStage, StoredVerdict, Task, new_id
+from optimizer.cycle.artifacts import DecidedVerdict, to_json
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.methods import CONTROL, list_methods
-from optimizer.cycle.report import Evaluation, PlayedPolicy, write_report
+from optimizer.cycle.report import Evaluation, GateFigures, Regression, build_report
+from optimizer.cycle.report_page import write_report
 from optimizer.cycle.stages import nominate
 from optimizer.evaluation import decision
 from optimizer.evaluation.cells import Cell, CellResult, compare_pairs, pair_tasks, play_cell, read_cell, write_cell
+from optimizer.evaluation.comparisons import PlayedPolicy
 from optimizer.evaluation.decision import Basis, Decision, Verdict, alpha_of
 from optimizer.evaluation.logged import read_logged_cells
 
@@ -35,7 +38,7 @@ class Comparison:
     """Its row in the ledger."""
     is_in_cycle: bool
     """False: the cycle has closed, and its row takes no more progress."""
-    regressions: list[dict[str, Any]] = field(default_factory=list)
+    regressions: list[Regression] = field(default_factory=list)
     sealed: CellResult | None = None
 
     @property
@@ -102,7 +105,7 @@ async def evaluate(context: CycleContext) -> dict[str, CellResult]:
     }
 
 
-async def decide(context: CycleContext) -> dict[str, Any]:
+async def decide(context: CycleContext) -> DecidedVerdict:
     """Decide by the cells, write the report, and move the candidate; return the verdict.
 
     Order: the report exists before the policies are swapped.
@@ -114,16 +117,16 @@ async def decide(context: CycleContext) -> dict[str, Any]:
         # deleted
         cells = {cell.name: await _play(comparison, cell, tasks, is_contestant=True) for cell in list_cells(context)}
         contestants = [cells[cell.name] for cell in list_contestants(context)]
-        summary = await _conclude(comparison, cells, contestants, list_policies(context))
+        decided = await _conclude(comparison, cells, contestants, list_policies(context))
     else:
-        summary = await _decide_by_log(context, _cycle_entry(context), is_in_cycle=True)
+        decided = await _decide_by_log(context, _cycle_entry(context), is_in_cycle=True)
     # checkpoints, specs and logs; adapters lie under `adapters`, and the cells and rows stay
     shutil.rmtree(context.directory / "training", ignore_errors=True)
-    await context.save_artifacts(verdict=summary)
-    return summary
+    await context.save_artifacts(verdict=decided)
+    return decided
 
 
-async def decide_again(context: CycleContext) -> dict[str, Any]:
+async def decide_again(context: CycleContext) -> DecidedVerdict:
     """Compare a closed cycle's candidate with the active policy, on tasks that have not decided about it yet.
 
     New held-out tasks are played where the cycle played; otherwise the episodes that clients played are compared.
@@ -151,7 +154,7 @@ async def decide_again(context: CycleContext) -> dict[str, Any]:
     return await _conclude(comparison, {result.cell.name: result for result in played}, played, [])
 
 
-async def _decide_by_log(context: CycleContext, entry_id: str, *, is_in_cycle: bool) -> dict[str, Any]:
+async def _decide_by_log(context: CycleContext, entry_id: str, *, is_in_cycle: bool) -> DecidedVerdict:
     """Decide by the episodes that clients played with the candidate and with the active policy."""
     policies = context.memory.policies
     candidate, incumbent = policies.get(context.artifacts.candidate_version), policies.active()
@@ -206,7 +209,7 @@ async def _conclude(
     cells: Mapping[str, CellResult],
     contestants: list[CellResult],
     policies: list[PlayedPolicy],
-) -> dict[str, Any]:
+) -> DecidedVerdict:
     """Decide between (candidate, incumbent, candidate without memory if it was played), and act on the verdict."""
     context = comparison.context
     # positional: list_contestants returns them in this order
@@ -252,7 +255,7 @@ async def _play_regressions(comparison: Comparison, verdict: Verdict) -> Verdict
             side = replace(cell, name=f"{environment}-{name}")
             sides.append(await comparison.play(side, tasks, environment, num_tries=1))
         paired = compare_pairs(pair_tasks(*sides))
-        comparison.regressions.append({"environment": environment, **vars(paired)})
+        comparison.regressions.append(Regression(**vars(paired), environment=environment))
         if paired.low > -wanted.max_regression:
             continue
         # only evidence rejects; an interval that reaches below the limit because it is wide decides nothing
@@ -279,7 +282,7 @@ async def _play_sealed(comparison: Comparison, cell: Cell) -> None:
 
 async def _act_on(
     comparison: Comparison, verdict: Verdict, cells: Mapping[str, CellResult], played: list[PlayedPolicy]
-) -> dict[str, Any]:
+) -> DecidedVerdict:
     """Write the report, close the entry, then move the candidate to the stage that the verdict leads to."""
     context, policies, entry = comparison.context, comparison.context.memory.policies, comparison.entry
     gate = await asyncio.to_thread(_describe_gate, comparison, verdict)
@@ -287,7 +290,7 @@ async def _act_on(
     methods = list_methods(context.artifacts.methods) + ([CONTROL] if control is not None else [])
     evaluation = Evaluation(cells, played, methods, verdict, gate, control)
     # order: report, ledger, policy. A crash after any of them repeats the stage with the cells on disk
-    report = await asyncio.to_thread(write_report, context, evaluation, keep_earlier=not comparison.is_in_cycle)
+    page = await asyncio.to_thread(_write_report, context, evaluation, keep_earlier=not comparison.is_in_cycle)
     sealed = comparison.sealed
     await context.memory.verdicts.close(
         entry.id,
@@ -297,14 +300,20 @@ async def _act_on(
         sealed=(sealed.num_successes, len(sealed.played)) if sealed is not None else (0, 0),
     )
     # the ledger is closed before the policy moves: a crash in between repeats the stage, and spends nothing again
-    summary = {**verdict.to_json(), "policy": verdict.candidate.policy, "report": str(report)}
+    stored = {**verdict.to_json(), "policy": verdict.candidate.policy, "report": str(page)}
+    decided = DecidedVerdict.model_validate(stored)
     candidate = policies.get(verdict.candidate.policy)
     stage = _stage_after(verdict, candidate)
     if candidate.stage is stage:
-        await policies.note_verdict(candidate.version, summary)
+        await policies.note_verdict(candidate.version, to_json(decided))
     else:
-        await policies.move(candidate.version, stage, verdict=summary, use_memory=_serves_as(comparison, verdict))
-    return summary
+        use_memory = _serves_as(comparison, verdict)
+        await policies.move(candidate.version, stage, verdict=to_json(decided), use_memory=use_memory)
+    return decided
+
+
+def _write_report(context: CycleContext, evaluation: Evaluation, *, keep_earlier: bool) -> Path:
+    return write_report(context.reports, build_report(context, evaluation), evaluation, keep_earlier=keep_earlier)
 
 
 def _stage_after(verdict: Verdict, candidate: Policy) -> PolicyStage:
@@ -327,32 +336,32 @@ def _serves_as(comparison: Comparison, verdict: Verdict) -> bool | None:
     return None if proved == comparison.context.seams.serving(comparison.environment).use_memory else proved
 
 
-def _describe_gate(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
+def _describe_gate(comparison: Comparison, verdict: Verdict) -> GateFigures:
     """Return the figures of the gate itself, as the report stores them."""
     context, entry, verdicts = comparison.context, comparison.entry, comparison.context.memory.verdicts
     environment, wanted = comparison.environment, comparison.context.config.evaluation
     # the entry holds its alpha until it is closed, also where no test was made
     spent = verdicts.alpha_spent(entry.incumbent) - (0.0 if verdict.was_tested else entry.alpha)
     sealed, before = comparison.sealed, verdicts.num_sealed(environment)
-    played = {}
-    if environment:
-        played = {
-            "temperature": context.gate_serving(environment).temperature,
-            "serving_temperature": context.seams.serving(environment).temperature,
-            "num_tries": wanted.num_tries if context.is_sampled(environment) else 1,
-            "held_out_offset": comparison.held_out_offset,
-        }
-    return {
-        **played,
-        "look": entry.look if verdict.was_tested else None,
-        "alpha": entry.alpha if verdict.was_tested else 0.0,
-        "alpha_spent": spent,
-        "alpha_budget": wanted.false_promotion_rate,
-        "regressions": comparison.regressions,
-        "sealed": None if sealed is None else sealed.summary(),
+    figures = GateFigures(
+        look=entry.look if verdict.was_tested else None,
+        alpha=entry.alpha if verdict.was_tested else 0.0,
+        alpha_spent=spent,
+        alpha_budget=wanted.false_promotion_rate,
+        regressions=comparison.regressions,
+        sealed=None if sealed is None else sealed.summary(),
         # a repeated stage finds the entry closed and its touch counted already
-        "sealed_touches": before + (sealed is not None and entry.decision is None),
-    }
+        sealed_touches=before + (sealed is not None and entry.decision is None),
+    )
+    if not environment:
+        return figures
+    return replace(
+        figures,
+        temperature=context.gate_serving(environment).temperature,
+        serving_temperature=context.seams.serving(environment).temperature,
+        num_tries=wanted.num_tries if context.is_sampled(environment) else 1,
+        held_out_offset=comparison.held_out_offset,
+    )
 
 
 def list_policies(context: CycleContext) -> list[PlayedPolicy]:

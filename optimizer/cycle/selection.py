@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from memory.datasets.examples import user_texts_of
 from memory.schema import Task
 from optimizer.cycle.artifacts import Selection
 from optimizer.cycle.context import CycleContext
@@ -69,8 +70,12 @@ async def selection_tasks(context: CycleContext) -> list[Task]:
     return [task for task in tasks if task.name in set(names)]
 
 
-async def _find_learned_from(context: CycleContext) -> set[str | None]:
+async def _find_learned_from(context: CycleContext) -> set[str]:
     """Return the names of the tasks that rows may be made of: of episodes, corrections and imported examples."""
-    learned_from = [*await context.read_pool(), *await context.read_corrections()]
-    examples = (await context.read_examples()).values()
-    return {each.trajectory.task for each in learned_from} | {each.example.task for rows in examples for each in rows}
+    played = [each.trajectory for each in (*await context.read_pool(), *await context.read_corrections())]
+    learned_from = {each.task for each in played if each.environment == context.config.environment and each.task}
+    for rows in (await context.read_examples()).values():
+        for each in rows:
+            row = each.example
+            learned_from |= context.tasks_of(row.environment, row.task, user_texts_of(row))
+    return learned_from

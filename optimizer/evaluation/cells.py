@@ -112,31 +112,58 @@ class CellResult:
         _, low, high = mean_interval([share_won(tries) for tries in self.by_task.values()])
         return max(0.0, low), min(1.0, high)
 
-    def summary(self) -> dict[str, float | None]:
-        """Return the figures of this cell for a report. The keys are a stored format; a `turn` in them is a call."""
+    def summary(self) -> CellSummary:
+        """Return the figures of this cell for a report."""
         low, high = self.interval()
         num_tries, tasks = self.num_tries, self.by_task.values()
         solved = sum(any(episode.is_success for episode in tries) for tries in tasks)
-        return {
-            "policy": self.cell.policy,
-            "use_memory": self.cell.use_memory,
-            "num_tasks": len(tasks),
-            "num_tries": num_tries,
-            "num_episodes": len(self.played),
-            "num_successes": self.num_successes,
-            "success": self.success,
-            "low": low,
-            "high": high,
-            "pass_at_tries": solved / len(tasks) if num_tries > 1 else None,
-            "turns_per_episode": self.num_calls / max(1, len(self.played)),
-            "prompt_tokens_per_turn": self.per_call("prompt_tokens"),
-            "output_tokens_per_turn": self.per_call("output_tokens"),
-            "tokens_per_episode": sum(e.prompt_tokens + e.output_tokens for e in self.played)
-            / max(1, len(self.played)),
-            "invalid_per_turn": self.per_call("num_invalid_tool_calls"),
-            "broken_share": self.share("is_broken"),
-            "truncated_share": self.share("is_truncated"),
-        }
+        num_episodes = max(1, len(self.played))
+        return CellSummary(
+            policy=self.cell.policy,
+            use_memory=self.cell.use_memory,
+            num_tasks=len(tasks),
+            num_tries=num_tries,
+            num_episodes=len(self.played),
+            num_successes=self.num_successes,
+            success=self.success,
+            low=low,
+            high=high,
+            pass_at_tries=solved / len(tasks) if num_tries > 1 else None,
+            turns_per_episode=self.num_calls / num_episodes,
+            prompt_tokens_per_turn=self.per_call("prompt_tokens"),
+            output_tokens_per_turn=self.per_call("output_tokens"),
+            tokens_per_episode=sum(e.prompt_tokens + e.output_tokens for e in self.played) / num_episodes,
+            invalid_per_turn=self.per_call("num_invalid_tool_calls"),
+            broken_share=self.share("is_broken"),
+            truncated_share=self.share("is_truncated"),
+        )
+
+
+@dataclass(frozen=True)
+class CellSummary:
+    """The figures of one cell in a report. The field names are a stored format; a `turn` in them is a model call."""
+
+    policy: int
+    use_memory: bool
+    num_tasks: int
+    num_tries: int
+    """Of each task, the fewest of any."""
+    num_episodes: int
+    num_successes: int
+    success: float
+    """Pass@1; `low` and `high` are its 95 % interval."""
+    low: float
+    high: float
+    pass_at_tries: float | None
+    """The share of tasks that any of `num_tries` solved; None where each was tried once."""
+    turns_per_episode: float
+    prompt_tokens_per_turn: float
+    output_tokens_per_turn: float
+    tokens_per_episode: float
+    invalid_per_turn: float
+    """Invalid tool calls."""
+    broken_share: float
+    truncated_share: float
 
 
 def share_won(tries: Sequence[HeldOutEpisode]) -> float:

@@ -168,7 +168,7 @@ def _add_demonstrations(tasks: typer.Typer, read_settings: ReadSettings) -> None
         limit: Annotated[int, typer.Option(min=1, help="Practice tasks, the first ones.")] = 10_000,
         as_json: Json = False,
     ) -> None:
-        """Write the demonstrations of practice tasks as rows of messages and tools."""
+        """Write the demonstrations of practice tasks as rows of the format `ratchet`."""
         settings = read_settings(config, {}, [])
 
         async def work() -> dict[str, Any]:

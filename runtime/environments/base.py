@@ -9,7 +9,7 @@ Invariant: the same task starts in the same state every time, in any process.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from memory.schema import Split, Task
@@ -93,6 +93,11 @@ class Environment(ABC):
             return name is not None and self.task(name).split is Split.HELD_OUT
         except ValueError:  # UnknownTask, or what a class makes of a name of another form
             return False
+
+    def find_tasks(self, texts: Sequence[str]) -> Collection[str]:
+        """Return the names of the tasks that ask one of these, where what tasks ask is known without starting them:
+        rows of training data may have no name."""
+        return ()
 
     async def prepare(self, tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
         """Do slow work of starting these tasks ahead of time; call `on_progress(num_done, num_total)` after each."""

@@ -1,4 +1,4 @@
-"""Writes the demonstrations of an environment's practice tasks as rows of SFT data, without a server.
+"""Writes the demonstrations of an environment's practice tasks as rows of the format `ratchet`, without a server.
 
 Invariant: held-out tasks are never among them, and the file appears complete or not at all.
 """
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from memory.formats import complete
+from memory.formats.content import ExampleContent, ExampleKind
 from memory.schema import Split, Task
 from runtime.config import EnvironmentConfig
 from runtime.environments.base import Environment, describe_failure, find_environment
@@ -21,7 +23,7 @@ from runtime.errors import EnvironmentRefused
 
 @dataclass
 class Demonstrations:
-    """Rows of SFT data, and the tasks that failed, each with its error."""
+    """Rows of the format `ratchet`, and the tasks that failed, each with its error."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -30,7 +32,7 @@ class Demonstrations:
 async def write_demonstrations(
     configured: Mapping[str, EnvironmentConfig], name: str, out: Path, *, num_tasks: int
 ) -> Demonstrations:
-    """Write a row `{"messages", "tools"}` for each of the first practice tasks that has a demonstration.
+    """Write a row for each of the first practice tasks that has a demonstration.
 
     Raises:
         UnknownEnvironment, EnvironmentRefused; ValueError if there is no row.
@@ -75,7 +77,9 @@ async def _make_row(environment: Environment, task: Task) -> dict[str, Any] | No
         tools = [tool.definition() for tool in playthrough.tools]
     finally:
         await playthrough.close()
-    return {"messages": messages, "tools": tools}
+    # the name: a cycle chooses its policy by tasks that nothing was trained on
+    content = ExampleContent(ExampleKind.DEMONSTRATION, messages, tools=tools, task=task.name)
+    return complete.write(content)
 
 
 async def _answer_nothing(messages: list[dict[str, Any]], *, schema: dict[str, Any], max_tokens: int) -> str:

@@ -79,7 +79,7 @@ def test_check_knows_the_functions_of_the_configuration(tmp_path: Path, capsys, 
     assert code == 1 and "the function 'long' is not configured (there is: none)" in failed["error"]["message"]
 
 
-def test_demonstrations_of_practice_tasks_become_rows_of_messages_and_tools(tmp_path: Path, capsys, monkeypatch):
+def test_demonstrations_of_practice_tasks_become_rows_that_name_their_tasks(tmp_path: Path, capsys, monkeypatch):
     answer = [{"role": "assistant", "content": "4"}]
     rows = [
         {"name": "a", "split": "practice", **SUM, "demonstration": answer},
@@ -92,8 +92,8 @@ def test_demonstrations_of_practice_tasks_become_rows_of_messages_and_tools(tmp_
     code, written = call(capsys, "tasks", "demonstrations", "mine", "out.jsonl")
     assert (code, written["num_written"]) == (0, 1)
     (row,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert row["tools"] == []
-    assert [(message["role"], message["content"]) for message in row["messages"]] == [
+    assert (row["kind"], row["task"]) == ("demonstration", "a")
+    assert [(message["role"], message["content"]) for message in row["completion"]] == [
         ("system", "Add."),
         ("user", "2 + 2?"),
         ("assistant", "4"),

@@ -7,9 +7,11 @@ episode is not continued.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Annotated, Any, Literal, NoReturn
 
 from fastapi.openapi.models import Example
@@ -181,22 +183,24 @@ def as_chat_messages(system: str | Sequence[Json] | None, messages: Sequence[Inp
     chat: list[Json] = []
     if text := _text_of(system or "", "system"):
         chat.append({"role": "system", "content": text})
-    for position, message in enumerate(messages):
-        convert = _convert_reply if message.role == "assistant" else _convert_input
-        for converted in convert(message, f"messages.{position}.content"):
-            _append(chat, converted)
+    converted = (
+        each
+        for position, message in enumerate(messages)
+        for each in (_convert_reply if message.role == "assistant" else _convert_input)(
+            message, f"messages.{position}.content"
+        )
+    )
+    for role, run in itertools.groupby(converted, key=itemgetter("role")):
+        # like Anthropic's API: neighbours of the user, or of the assistant, are one message
+        chat += [_join_messages(role, list(run))] if role in ("user", "assistant") else run
     return chat
 
 
-def _append(chat: list[Json], message: Json) -> None:
-    """Append a message; like Anthropic's API, join it to the one before if both are the user's or the assistant's."""
-    last = chat[-1] if chat else None
-    if last is None or last["role"] != message["role"] or message["role"] not in ("user", "assistant"):
-        chat.append(message)
-        return
-    last["content"] = _join([last["content"], message["content"]])
-    if calls := [*last.get("tool_calls", ()), *message.get("tool_calls", ())]:
-        last["tool_calls"] = calls
+def _join_messages(role: str, run: Sequence[Json]) -> Json:
+    calls = [call for message in run for call in message.get("tool_calls", ())]
+    return {"role": role, "content": _join(message["content"] for message in run)} | (
+        {"tool_calls": calls} if calls else {}
+    )
 
 
 def _convert_input(message: InputMessage, path: str) -> Iterator[Json]:

@@ -52,18 +52,21 @@ class TaskIndex:
     positions: dict[str, RowPosition] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     """Names by split."""
-    held_out_questions: set[bytes] = field(default_factory=set)
-    """Digests of what held-out and sealed tasks ask."""
+    asking: dict[bytes, list[str]] = field(default_factory=dict)
+    """Digest of a question -> the names of the tasks that ask it."""
 
     def add(self, row: TaskRow, position: RowPosition) -> None:
         self.positions[row.name] = position
         self.names[position.split].append(row.name)
-        if to_split(position.split) is Split.HELD_OUT:
-            self.held_out_questions.add(_digest_question(last_user_text(row.opening)))
+        self.asking.setdefault(_digest_question(last_user_text(row.opening)), []).append(row.name)
+
+    def find_tasks(self, question: str) -> Sequence[str]:
+        """Return the names of the tasks that ask this."""
+        return self.asking.get(_digest_question(question), ()) if question.strip() else ()
 
     def is_held_out(self, question: str) -> bool:
         """Whether a held-out or sealed task asks this."""
-        return bool(question.strip()) and _digest_question(question) in self.held_out_questions
+        return any(to_split(self.positions[name].split) is Split.HELD_OUT for name in self.find_tasks(question))
 
 
 def index_task_file(path: Path, resources: GradingResources, known: Mapping[str, str] | None = None) -> TaskIndex:

@@ -88,7 +88,15 @@ def seed_server(run: Run, home: Path, url: str) -> None:
     tasks = [json.loads(line) for line in (home / f"{run.subject.environment}.jsonl").read_text().splitlines()]
     shown = [task for task in tasks if task["split"] == "practice" and "demonstration" in task]
     chosen = random.Random(run.seed).sample(shown, min(run.subject.num_demonstrations, len(shown)))
-    rows = [{"messages": it["messages"] + it["demonstration"], "tools": it.get("tools", [])} for it in chosen]
+    rows = [
+        {
+            "kind": "demonstration",
+            "completion": it["messages"] + it["demonstration"],
+            "tools": it.get("tools", []),
+            "task": it["name"],
+        }
+        for it in chosen
+    ]
     path = home / "demonstrations.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     call(url, "import", str(path), "--environment", run.subject.environment)

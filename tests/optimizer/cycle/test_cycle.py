@@ -176,7 +176,7 @@ async def test_one_turn_of_the_loop_ends_with_a_better_policy_and_a_report(memor
 
     verdict = await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
 
-    assert verdict["decision"] == "promote" and memory.policies.active().version == 2
+    assert verdict.decision == "promote" and memory.policies.active().version == 2
     assert trainer.trained == ["sft", "dpo"]
     assert [policy.version for policy in memory.policies.lineage(2)] == [2, 1, 0]
     assert memory.policies.get(1).stage is PolicyStage.DRAFT
@@ -225,7 +225,7 @@ async def test_a_process_that_dies_goes_on_at_the_stage_where_it_died(memory, ki
     kitchen.dies_after = None
     verdict = await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
 
-    assert verdict["decision"] == "promote"
+    assert verdict.decision == "promote"
     assert trainer.trained == ["sft", "dpo"] and trained_before == trainer.trained[: len(trained_before)]
     assert len(memory.policies.select()) == 3
     one_turn = 36 + 36 + 6 * 40
@@ -312,7 +312,7 @@ async def test_a_planted_worse_candidate_is_rejected(memory, kitchen, trainer):
 
     verdict = await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
 
-    assert verdict["decision"] == "reject"
+    assert verdict.decision == "reject"
     assert memory.policies.get(2).stage is PolicyStage.REJECTED and memory.policies.active().version == 0
 
 
@@ -328,7 +328,7 @@ async def test_the_candidate_is_the_checkpoint_that_wins_practice_tasks_nothing_
     verdict = await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
 
     artifacts = memory.cycles.get(cycle.id).artifacts
-    assert verdict["policy"] == artifacts["candidate"] == chosen
+    assert verdict.policy == artifacts["candidate"] == chosen
     assert memory.policies.get(chosen).stage is PolicyStage.ACTIVE
     learned_from = {memory.trajectories.get(id_).task for id_ in artifacts["demonstrations"]["trajectory_ids"]}
     assert len(artifacts["selection_tasks"]) == 30 and not learned_from & set(artifacts["selection_tasks"])
@@ -345,7 +345,7 @@ async def test_without_enough_preferences_the_sft_policy_is_the_candidate(memory
 
     verdict = await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
 
-    assert verdict["decision"] == "promote" and memory.policies.active().version == 1
+    assert verdict.decision == "promote" and memory.policies.active().version == 1
     assert trainer.trained == ["sft"]
     assert "Too few preferences for DPO" in (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
 
@@ -605,7 +605,7 @@ async def test_the_next_cycle_practices_on_other_tasks_and_measures_the_new_incu
         cycle = await open_cycle(memory, CONFIG)
         verdict = await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
 
-    assert verdict["decision"] == "reject" and verdict["incumbent"]["policy"] == 2
+    assert verdict.decision == "reject" and verdict.incumbent["policy"] == 2
     assert memory.cycles.get(cycle.id).artifacts["practice_offset"] == CONFIG.num_practice_tasks
     assert memory.policies.active().version == 2
 
@@ -722,7 +722,7 @@ async def test_a_policy_that_never_won_is_seeded_by_imported_demonstrations(memo
 
     verdict = await run_cycle(memory, cycle.id, seams=seams_of(kitchen, trainer))
 
-    assert verdict["decision"] == "promote" and "sft" in trainer.trained
+    assert verdict.decision == "promote" and "sft" in trainer.trained
     summary = memory.cycles.get(cycle.id).artifacts["demonstrations"]
     assert summary["num_rows"] == summary["num_imported"] == 200
     assert [(it["teacher"], it["num_rows"]) for it in summary["teachers"]] == [("import", 200)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,11 @@ async def never(*_, **__):
     raise AssertionError("nothing is played here")
 
 
-SEAMS = Seams(rollout=never, tasks=list_tasks)
+def find_tasks(environment: str, texts: Sequence[str]) -> list[str]:
+    return [f"practice-{text[4]}" for text in texts if text.startswith("Sum ")]
+
+
+SEAMS = Seams(rollout=never, tasks=list_tasks, find_tasks=find_tasks)
 CONFIG = OptimizerConfig(environment="sums", num_practice_tasks=64, practice_episodes=25, explore_episodes=12)
 
 
@@ -89,10 +94,17 @@ async def test_no_task_that_was_demonstrated_or_corrected_chooses_a_candidate(me
     context = await open_context(memory, num_practice_tasks=4, num_selection_tasks=8)
     await context.save_artifacts(practice_offset=8, practice_end=12)
     shown = ExampleContent(ExampleKind.DEMONSTRATION, [{"role": "assistant", "content": "4"}], task="practice-4")
-    await memory.examples.add([shown], Origin(environment="sums"))
+    nameless = replace(shown, completion=[{"role": "user", "content": "Sum 6?"}, *shown.completion], task=None)
+    await memory.examples.add([shown, nameless], Origin(environment="sums"))
     wrong = await play(memory, environment="sums", kind="sums", task="practice-5", reward=None)
     await memory.feedback.post(Feedback(trajectory_id=wrong.id, correction="5"))
-    assert numbers(await selection_tasks(context)) == [2, 3, 6, 7]
+    assert numbers(await selection_tasks(context)) == [2, 3, 7]
+    await memory.examples.add(
+        [replace(nameless, completion=[{"role": "user", "content": "Sum 7?"}, *shown.completion])],
+        Origin(environment="sums"),
+    )
+    (learned,) = [rows for rows in (await context.read_examples()).values() if rows]
+    assert [each.question for each in learned] == ["", "Sum 6?"]  # the newest asks what chooses the policy
 
 
 async def test_none_is_left_to_choose_by_where_all_are_practised(memory: Memory):

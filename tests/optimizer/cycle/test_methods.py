@@ -76,8 +76,8 @@ async def test_sixty_thumbs_on_chat_end_in_a_trained_candidate(memory, tokenizer
 
     verdict = await run_cycle(memory, cycle.id, seams=seams)
 
-    candidate = memory.policies.get(verdict["policy"])
-    assert verdict["decision"] == "uninformative" and candidate.stage is PolicyStage.CANDIDATE
+    candidate = memory.policies.get(verdict.policy)
+    assert verdict.decision == "uninformative" and candidate.stage is PolicyStage.CANDIDATE
     artifacts = memory.cycles.get(cycle.id).artifacts
     assert artifacts["kto"]["policy"] == candidate.version and candidate.parent == artifacts["sft"]["policy"]
     unseen = range(200, 208)
@@ -99,7 +99,7 @@ async def test_thumbs_that_are_mostly_down_are_learned_from_without_imitation(me
 
     verdict = await run_cycle(memory, cycle.id, seams=seams)
 
-    assert trainer.trained == ["kto"] and memory.policies.get(verdict["policy"]).parent == 0
+    assert trainer.trained == ["kto"] and memory.policies.get(verdict.policy).parent == 0
     (teacher,) = memory.cycles.get(cycle.id).artifacts["labels"]["teachers"]
     assert teacher["teacher"] == "feedback" and teacher["num_rows"] == 40
 
@@ -192,7 +192,7 @@ async def test_each_method_continues_the_adapter_of_the_one_before(memory, token
 
     assert trainer.trained == methods
     assert list(parents.values()) == [0, *list(parents)[:-1]]
-    assert memory.cycles.get(cycle.id).stage == CycleStage.COMPLETED and verdict["policy"] == list(parents)[-1]
+    assert memory.cycles.get(cycle.id).stage == CycleStage.COMPLETED and verdict.policy == list(parents)[-1]
     report = json.loads((memory.data_dir / "reports" / cycle.id / "report.json").read_text())
     assert {"base-off", *(f"{name}-off" for name in methods)} <= set(report["cells"])
 
@@ -241,7 +241,7 @@ async def test_a_later_method_continues_the_checkpoint_that_was_chosen(memory, t
 
     artifacts = memory.cycles.get(cycle.id).artifacts
     assert artifacts["starts"] == {"dpo": 1, "kto": 3} and trainer.trained == ["sft", "dpo", "kto"]
-    assert verdict["policy"] == artifacts["selection"]["chosen"] == 3
+    assert verdict.policy == artifacts["selection"]["chosen"] == 3
     report = json.loads((memory.data_dir / "reports" / cycle.id / "report.json").read_text())
     # KTO's checkpoints were not chosen, and v3 is DPO's
     assert {name: cell["policy"] for name, cell in report["cells"].items() if name.endswith("-off")} == {
@@ -290,7 +290,7 @@ async def test_each_round_of_grpo_plays_with_the_policy_of_the_round_before(memo
     assert {memory.trajectories.get(row["trajectory_id"]).policy for row in rows} == {2}
     assert all(row["sampled_logps"] == [-0.5 * own for own in row["mask"]] for row in rows)
     artifacts = memory.cycles.get(cycle.id).artifacts
-    assert artifacts["num_rounds"] == {"grpo": 2} and verdict["policy"] == artifacts["selection"]["chosen"] == 3
+    assert artifacts["num_rounds"] == {"grpo": 2} and verdict.policy == artifacts["selection"]["chosen"] == 3
     learned_from = read_manifest(Path(memory.policies.get(3).adapter_path)).trajectory_ids
     assert {memory.trajectories.get(id_).policy for id_ in learned_from} == {0, 1, 2}
 
@@ -322,7 +322,7 @@ async def test_the_control_is_trained_by_sft_on_the_episodes_of_exploration_too_
     verdict = await run_cycle(memory, cycle.id, seams=seams)
 
     assert [(spec.kind, spec.version, spec.parent) for spec in specs] == [("sft", 1, 0), ("kto", 2, 1), ("sft", 3, 0)]
-    assert verdict["policy"] == 2 and memory.policies.get(3).stage is PolicyStage.DRAFT
+    assert verdict.policy == 2 and memory.policies.get(3).stage is PolicyStage.DRAFT
     artifacts = memory.cycles.get(cycle.id).artifacts
     # every success of a task is the same here, so most of them are duplicates of a row
     num_read = {name: artifacts[name]["num_rows"] + artifacts[name]["tally"]["duplicate"] for name in ROWS_OF_SUCCESSES}
@@ -389,7 +389,7 @@ async def test_a_process_that_dies_between_rounds_goes_on_with_the_next(memory, 
 
     verdict = await run_cycle(memory, cycle.id, seams=seams)
 
-    assert trainer.trained == ["sft", "grpo", "grpo"] and verdict["policy"] == 3
+    assert trainer.trained == ["sft", "grpo", "grpo"] and verdict.policy == 3
     cells, selection = 6 * 8, 12
     assert kitchen.num_played == num_played + selection + cells  # no round is played again
 

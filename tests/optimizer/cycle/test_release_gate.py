@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -26,6 +25,7 @@ from memory.schema import (
 )
 from memory.store import Memory
 from optimizer.config import OptimizerConfig
+from optimizer.cycle.artifacts import DecidedVerdict, to_json
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.cycle import open_cycle
 from optimizer.cycle.practice import learn_insights
@@ -138,12 +138,13 @@ async def reach_the_gate(world: World, config: OptimizerConfig = CONFIG) -> Cycl
     return CycleContext(memory, world.seams, cycle.id)
 
 
-async def pass_the_gate(world: World, config: OptimizerConfig = CONFIG) -> tuple[CycleContext, dict[str, Any]]:
+async def pass_the_gate(world: World, config: OptimizerConfig = CONFIG) -> tuple[CycleContext, DecidedVerdict]:
     context = await reach_the_gate(world, config)
     await evaluate(context)
     await decide(context)
     verdict = context.artifacts.verdict
-    await world.memory.cycles.save(context.cycle_id, stage=CycleStage.COMPLETED, verdict=verdict)
+    assert verdict is not None
+    await world.memory.cycles.save(context.cycle_id, stage=CycleStage.COMPLETED, verdict=to_json(verdict))
     return context, verdict
 
 
@@ -159,7 +160,7 @@ async def test_a_promoted_policy_plays_the_sealed_block_once_and_its_report_says
     world.wins = lambda task, policy, use_memory: policy > 0 and not task.name.endswith("7")
     context, verdict = await pass_the_gate(world)
 
-    assert verdict["decision"] == "promote"
+    assert verdict.decision == "promote"
     sealed = [name for name in world.names_of(1) if name.startswith("sealed")]
     assert sorted(sealed) == sorted(f"sealed-{n}" for n in range(20))
     assert not [name for name in world.names_of(0) if name.startswith("sealed")]
@@ -178,7 +179,7 @@ async def test_every_comparison_plays_held_out_tasks_of_its_own_and_the_sealed_o
         context, verdict = await pass_the_gate(world)
 
         block = {str(n) for n in range(40 * number, 40 * number + 40)}
-        assert set(world.names_of(0)) == set(world.names_of(verdict["policy"])) == block
+        assert set(world.names_of(0)) == set(world.names_of(verdict.policy)) == block
         assert context.artifacts.held_out_offset == 40 * number
 
 
@@ -186,8 +187,8 @@ async def test_each_look_at_an_incumbent_spends_and_the_report_says_how_much(wor
     world.wins = lambda task, policy, use_memory: int(task.name) % 2 == 0
     for look in (1, 2):
         context, verdict = await pass_the_gate(world)
-        assert (verdict["decision"], verdict["look"]) == ("uninformative", look)
-        assert world.memory.policies.get(verdict["policy"]).stage is PolicyStage.CANDIDATE
+        assert (verdict.decision, verdict.look) == ("uninformative", look)
+        assert world.memory.policies.get(verdict.policy).stage is PolicyStage.CANDIDATE
 
     spent = alpha_of(1, 0.05) + alpha_of(2, 0.05)
     assert world.memory.verdicts.alpha_spent(0) == pytest.approx(spent)
@@ -201,7 +202,7 @@ async def test_a_promoted_incumbent_has_a_budget_of_its_own(world):
     world.wins = lambda task, policy, use_memory: policy > 1
     _, verdict = await pass_the_gate(world)
 
-    assert (verdict["decision"], verdict["look"], verdict["incumbent"]["policy"]) == ("promote", 1, 1)
+    assert (verdict.decision, verdict.look, verdict.incumbent["policy"]) == ("promote", 1, 1)
 
 
 async def test_a_gate_that_dies_after_the_verdict_spends_nothing_twice(world):
@@ -218,13 +219,13 @@ async def test_a_gate_that_dies_after_the_verdict_spends_nothing_twice(world):
 async def test_an_undecided_candidate_is_judged_again_on_new_tasks_and_that_spends_too(world):
     world.wins = lambda task, policy, use_memory: int(task.name) % 2 == 0
     context, undecided = await pass_the_gate(world)
-    assert undecided["decision"] == "uninformative" and "`judge v1`" in undecided["reason"]
+    assert undecided.decision == "uninformative" and "`judge v1`" in undecided.reason
     world.played.clear()
     world.wins = candidate_always
 
     verdict = await decide_again(context)
 
-    assert (verdict["decision"], verdict["look"]) == ("promote", 2)
+    assert (verdict.decision, verdict.look) == ("promote", 2)
     assert {name for name in world.names_of(0)} == {str(n) for n in range(40, 80)}
     assert world.memory.policies.active().version == 1
     assert (context.reports / "report-1.md").exists() and "promote" in page_of(context)
@@ -254,17 +255,17 @@ async def test_tasks_that_have_decided_do_not_decide_again_where_the_list_of_tas
     verdict = await decide_again(context)
 
     assert set(world.names_of(0)) == {str(n) for n in range(40, 50)}
-    assert verdict["decision"] == "uninformative" and "10 tasks were played by both, 30 are needed" in verdict["reason"]
+    assert verdict.decision == "uninformative" and "10 tasks were played by both, 30 are needed" in verdict.reason
 
 
 async def test_a_rejected_candidate_may_be_judged_again_and_becomes_a_candidate_or_better(world):
     world.wins = lambda task, policy, use_memory: policy == 0
     context, rejected = await pass_the_gate(world)
-    assert rejected["decision"] == "reject"
+    assert rejected.decision == "reject"
     assert world.memory.policies.get(1).stage is PolicyStage.REJECTED
     world.wins = lambda task, policy, use_memory: int(task.name) % 2 == 0
 
-    assert (await decide_again(context))["decision"] == "uninformative"
+    assert (await decide_again(context)).decision == "uninformative"
     assert world.memory.policies.get(1).stage is PolicyStage.CANDIDATE
 
 
@@ -285,7 +286,7 @@ async def test_a_comparison_that_could_not_be_tested_spends_nothing(world):
 
     _, verdict = await pass_the_gate(world, few)
 
-    assert verdict["decision"] == "uninformative" and not verdict["was_tested"]
+    assert verdict.decision == "uninformative" and not verdict.was_tested
     assert world.memory.verdicts.alpha_spent(0) == 0
 
 
@@ -299,7 +300,7 @@ async def test_where_replies_are_sampled_the_contestants_try_each_task_four_time
     off = [play for play in world.played if not play[3]]
     assert len(on) == 2 * 4 * 40 and len(off) == 2 * 40
     assert {play[4] for play in world.played} == {0.7}
-    assert verdict["decision"] == "promote" and verdict["paired"]["num_tasks"] == 40
+    assert verdict.decision == "promote" and verdict.paired["num_tasks"] == 40
     assert "each played 4 times, at temperature 0.7" in page_of(context) and "(pass@4)" in page_of(context)
 
 
@@ -311,7 +312,7 @@ async def test_the_verdict_compares_both_as_they_serve(world, use_memory):
 
     _, verdict = await pass_the_gate(world, CONFIG.model_copy(update={"evaluation": settings}))
 
-    assert verdict["candidate"]["use_memory"] is verdict["incumbent"]["use_memory"] is use_memory
+    assert verdict.candidate["use_memory"] is verdict.incumbent["use_memory"] is use_memory
     assert world.memory.policies.active().use_memory is None
     # memory that is never served is not played either
     assert {play[3] for play in world.played} == ({True, False} if use_memory else {False})
@@ -324,14 +325,14 @@ async def test_what_is_no_worse_and_cheaper_without_memory_is_promoted_and_then_
 
     context, verdict = await pass_the_gate(world, config)
 
-    assert (verdict["decision"], verdict["basis"]) == ("promote", "no worse and cheaper")
+    assert (verdict.decision, verdict.basis) == ("promote", "no worse and cheaper")
     assert world.memory.policies.active().use_memory is False
     assert {play[3] for play in world.played if play[1].startswith("sealed")} == {False}
     assert "no worse and cheaper" in page_of(context)
 
     world.wins = lambda task, policy, use_memory: policy > 1
     _, verdict = await pass_the_gate(world, config)
-    assert verdict["incumbent"] == {"name": "incumbent-off", "policy": 1, "use_memory": False}
+    assert verdict.incumbent == {"name": "incumbent-off", "policy": 1, "use_memory": False}
 
 
 LEARNS_FROM_BOTH = CONFIG.model_copy(update={"learn_from": ["pantry"]})
@@ -347,10 +348,10 @@ async def test_every_other_environment_that_was_learned_from_has_a_say(world, lo
     world.wins = wins
     context, verdict = await pass_the_gate(world, LEARNS_FROM_BOTH)
 
-    assert verdict["decision"] == decision
+    assert verdict.decision == decision
     assert len(world.names_of(0, environment="pantry")) == len(world.names_of(1, environment="pantry")) == 40
     assert "Learned from pantry too" in page_of(context)
-    assert ("'pantry'" in verdict["reason"]) == (decision == "reject")
+    assert ("'pantry'" in verdict.reason) == (decision == "reject")
 
 
 async def test_weights_of_an_environment_s_cycle_learn_from_its_own_episodes_alone(world):

@@ -2,83 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
+from optimizer.config import EvaluationConfig
+from optimizer.cycle.artifacts import RowsSummary
 from optimizer.cycle.methods import list_methods
-from optimizer.cycle.report import PlayedPolicy, list_comparisons
+from optimizer.cycle.report import Ancestor, ChosenMethods, GateFigures, Report
 from optimizer.cycle.report_page import render_markdown
+from optimizer.evaluation.cells import Cell, CellResult, HeldOutEpisode
+from optimizer.evaluation.comparisons import PlayedPolicy, compare_cells, list_comparisons
+from optimizer.evaluation.decision import decide
 
-CELL = {
-    "policy": 1,
-    "num_episodes": 0,
-    "num_successes": 0,
-    "num_tries": 1,
-    "success": 0.0,
-    "low": 0.0,
-    "high": 1.0,
-    "pass_at_tries": None,
-    "turns_per_episode": 0.0,
-    "prompt_tokens_per_turn": 0.0,
-    "output_tokens_per_turn": 0.0,
-    "invalid_per_turn": 0.0,
-    "broken_share": 0.0,
-    "truncated_share": 0.0,
-}
-GUARD = {
-    "name": "turns",
-    "candidate": 0.0,
-    "incumbent": 0.0,
-    "low": None,
-    "high": None,
-    "limit": 1.25,
-    "is_ratio": True,
-}
-COMPARISON = {
-    "title": "SFT against base, memory off",
-    "num_tasks": 0,
-    "difference": 0.0,
-    "low": -1.0,
-    "high": 1.0,
-    "relative_gain": None,
-    "num_won": 0,
-    "num_lost": 0,
-    "p_value": 1.0,
-}
+POLICIES = [PlayedPolicy("base", "base", 0), PlayedPolicy("sft", "SFT", 1)]
 
 
-def a_report(num_tasks: int) -> dict[str, Any]:
+def play(cell: Cell, num_tasks: int, *, is_success: bool) -> CellResult:
+    """Return a cell in which every task was won, or none was."""
+    episode = HeldOutEpisode("", "trj_1", is_success, False, False, 3, 300, 30, 0)
+    return CellResult(cell, [replace(episode, task=f"task-{number}") for number in range(num_tasks)])
+
+
+def a_report(num_tasks: int) -> Report:
     """Return the report of a cycle that learned from one correction, compared on `num_tasks` tasks."""
-    cell = CELL | {"num_episodes": num_tasks}
-    return {
-        "cycle": "cyc_1",
-        "environment": "",
-        "pool": "weights learn from live traffic only",
-        "methods": {"names": ["sft", "dpo"], "reason": ""},
-        "verdict": {
-            "decision": "uninformative",
-            "reason": "too few tasks were played by both",
-            "candidate": {"policy": 1},
-            "incumbent": {"policy": 0},
-            "paired": {"num_tasks": num_tasks},
-            "guards": [GUARD | {"is_hard": False, "is_kept": True}],
-            "tasks_won": [f"task-{number}" for number in range(num_tasks)],
-            "tasks_lost": [],
-        },
-        "gate": {"alpha_spent": 0.0, "alpha_budget": 0.05, "look": None, "regressions": [], "sealed": None},
-        "cells": {"candidate-off": cell, "incumbent-off": cell},
-        "comparisons": [COMPARISON | {"num_tasks": num_tasks}],
-        "saving": None,
-        "demonstrations": {"num_rows": 1, "num_tasks": 1, "num_with_memory": 0, "tally": {}, "teachers": []},
-        "preferences": {},
-        "training": {},
-        "stage_seconds": {},
-        "verifier": None,
-        "insights": [],
-        "critiques": None,
-        "lineage": [{"policy": "v1", "note": "SFT"}],
-    }
+    ours = play(Cell("sft-off", 1, False), num_tasks, is_success=True)
+    theirs = play(Cell("base-off", 0, False), num_tasks, is_success=False)
+    cells = {result.cell.name: result for result in (ours, theirs)}
+    return Report(
+        cycle="cyc_1",
+        opened_at="2026-11-30T12:00:00+00:00",
+        environment="",
+        pool="weights learn from live traffic only",
+        methods=ChosenMethods(["sft", "dpo"], ""),
+        verdict=decide(ours, theirs, EvaluationConfig()),
+        gate=GateFigures(look=None, alpha=0.0, alpha_spent=0.0, alpha_budget=0.05),
+        cells={name: result.summary() for name, result in cells.items()},
+        comparisons=compare_cells(cells, POLICIES),
+        saving=None,
+        rows={"demonstrations": RowsSummary(num_rows=1, num_tasks=1, num_with_memory=0), "preferences": None},
+        verifier=None,
+        selection=None,
+        training={},
+        insights=[],
+        critiques=None,
+        stage_seconds={},
+        lineage=[Ancestor("v1", "SFT", None)],
+        settings={},
+    )
 
 
 def test_sections_about_nothing_are_left_out():
@@ -87,13 +58,23 @@ def test_sections_about_nothing_are_left_out():
     assert titles == ["The gate", "Data", "Lineage"]
     for empty in ("None.", "none", "Not measured", "| ", "success.png", "0 preferences", "\n\n\n"):
         assert empty not in page, empty
-    assert "too few tasks were played by both" in page and "1 demonstrations of 1 tasks" in page
+    assert "0 tasks were played by both, 30 are needed" in page and "1 demonstrations of 1 tasks" in page
 
 
 @pytest.mark.parametrize("title", ["Success by stage", "On the same tasks", "Guards", "Tasks that changed"])
 def test_what_was_played_is_on_the_page(title: str):
     page = render_markdown(a_report(2), list_methods(("sft", "dpo")))
     assert f"## {title}\n" in page and "Won now (2): task-0, task-1" in page and "Lost now" not in page
+
+
+def test_the_stored_report_is_flat_where_releases_before_were():
+    stored = a_report(2).to_json()
+
+    (compared,) = stored["comparisons"]
+    assert (compared["first"], compared["second"], compared["num_won"]) == ("sft-off", "base-off", 2)
+    assert stored["demonstrations"]["num_rows"] == 1 and stored["demonstrations"]["trajectory_ids"] == 0
+    assert stored["demonstrations"]["tally"] == {} and stored["preferences"] == {} and "rows" not in stored
+    assert stored["verdict"]["decision"] == "uninformative" and "is_kept" in stored["verdict"]["guards"][0]
 
 
 def test_the_last_training_is_compared_with_the_control():

@@ -129,7 +129,7 @@ async def test_a_cycle_practises_trains_and_proves_on_a_task_file(world: tuple[M
     verdict = await run_cycle(memory, cycle.id, seams=seams)
 
     assert memory.cycles.get(cycle.id).settings["num_practice_tasks"] == NUM_TASKS["practice"]
-    assert (verdict["decision"], memory.policies.active().version) == ("promote", verdict["policy"])
+    assert (verdict.decision, memory.policies.active().version) == ("promote", verdict.policy)
     played = [view.trajectory for view in memory.trajectories.select(limit=10_000)]
     assert not any(trajectory.error for trajectory in played)
     splits = Counter((trajectory.split, trajectory.task.rpartition("-")[0]) for trajectory in played)

@@ -195,7 +195,7 @@ def test_tries_of_one_task_are_one_piece_of_evidence():
     )
 
     assert once == four_times
-    assert repeat(INCUMBENT, 4).summary()["pass_at_tries"] == 0.2 and INCUMBENT.summary()["pass_at_tries"] is None
+    assert repeat(INCUMBENT, 4).summary().pass_at_tries == 0.2 and INCUMBENT.summary().pass_at_tries is None
 
 
 def test_pass_at_four_counts_tasks_that_any_of_four_tries_solved():
@@ -203,7 +203,7 @@ def test_pass_at_four_counts_tasks_that_any_of_four_tries_solved():
 
     summary = result.summary()
 
-    assert (summary["success"], summary["pass_at_tries"], summary["num_tries"]) == (0.125, 0.5, 4)
+    assert (summary.success, summary.pass_at_tries, summary.num_tries) == (0.125, 0.5, 4)
 
 
 def test_more_turns_because_more_is_survived_is_no_fault():

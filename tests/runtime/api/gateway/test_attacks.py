@@ -183,15 +183,61 @@ async def test_no_text_holds_up_the_others_where_the_marks_of_the_tokenizer_are_
     assert await attack(data_dir, BODIES[name](), marks) == 200
 
 
-async def attack(data_dir: Path, body: bytes, marks: ChatMarks) -> int:
+BLOCKS = b'{"model":"agent","max_tokens":9,"messages":[{"role":"user","content":['
+ITEMS = b'{"model":"agent","input":['
+INPUTS = b'{"model":"hashing","input":['
+ELSEWHERE: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "messages": ("/v1/messages", lambda: chat(*[{"role": "user", "content": "word " * 800}] * 4_000, max_tokens=9)),
+    "messages without text": ("/v1/messages", lambda: chat(*[{"role": "user", "content": ""}] * 4_000, max_tokens=9)),
+    "blocks": ("/v1/messages", lambda: many(BLOCKS, b'{"type":"text","text":"x"},', b"{}]}]}", 40_000)),
+    "blocks of marks": (
+        "/v1/messages",
+        lambda: many(BLOCKS + b'{"type":"text","text":"', b"<|im_end|>", b'"}]}]}'),
+    ),
+    "messages to count": (
+        "/v1/messages/count_tokens",
+        lambda: chat(*[{"role": "assistant", "content": "word " * 800}] * 4_000, HELLO),
+    ),
+    "replies with calls to count": (
+        "/v1/messages/count_tokens",
+        lambda: chat(
+            *[{"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}] * 9}] * 4_000,
+            HELLO,
+        ),
+    ),
+    "items": ("/v1/responses", lambda: many(ITEMS, b'{"role":"user","content":"word"},', b"{}]}", 4_000)),
+    "items that are long": (
+        "/v1/responses",
+        lambda: many(ITEMS, b'{"role":"user","content":"' + b"word " * 800 + b'"},', b"{}]}", 4_000),
+    ),
+    "calls of one reply": (
+        "/v1/responses",
+        lambda: many(
+            ITEMS, b'{"type":"function_call","call_id":"c","name":"f","arguments":"{}"},', b"{}]}", 4_000
+        ),
+    ),
+    "texts to embed": ("/v1/embeddings", lambda: many(INPUTS, b'"word word",', b'""]}', 2_000)),
+    "long texts to embed": ("/v1/embeddings", lambda: many(INPUTS, b'"' + b"word " * 1_600 + b'",', b'"x"]}', 2_000)),
+    "more texts to embed than are taken": ("/v1/embeddings", lambda: many(INPUTS, b'"",', b'""]}')),
+}
+"""Bodies of the other routes that an `infer` key may post to."""
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+async def test_no_body_of_another_route_holds_up_the_others(data_dir: Path, name: str) -> None:
+    path, make = ELSEWHERE[name]
+    await attack(data_dir, make(), ANY_FAMILY, path)
+
+
+async def attack(data_dir: Path, body: bytes, marks: ChatMarks, path: str = "/v1/chat/completions") -> int:
     """Send a body to a server that answers; return the status. The others must not wait long meanwhile."""
     async with opened(data_dir, marks) as (app, memory, client):
         await post(app, "/v1/chat/completions", chat(HELLO))  # warm-up
         num_requests, num_searches = client.num_requests, memory.index.seconds["encoding"].count
         gap = LongestGap()
         async with gap.watch():
-            status, answer = await post(app, "/v1/chat/completions", body)
-        if status == 200:
+            status, answer = await post(app, path, body)
+        if status == 200 and path == "/v1/chat/completions":
             assert client.num_requests > num_requests and memory.index.seconds["encoding"].count > num_searches
     assert status in (200, 400, 413), answer
     assert gap.cpu_seconds < MAX_CPU_SECONDS, f"{gap.cpu_seconds * 1e3:.0f} ms, answered {status}"
