@@ -106,6 +106,10 @@ class UnknownTask(ValueError):
     """The environment has no task of that name."""
 
 
+class TaskSealed(ValueError):
+    """A task is sealed: only the report of a release plays it."""
+
+
 class EnvironmentRefused(ValueError):
     """A configured environment cannot be offered. The message names it, or the lines of its task file, and the
     remedy."""

@@ -78,6 +78,7 @@ from runtime.errors import (
     LinkRefused,
     RequestRefused,
     TaskChanged,
+    TaskSealed,
     UnknownEnvironment,
     UnknownTask,
 )
@@ -319,6 +320,7 @@ KNOWN_EXCEPTIONS: dict[type[Exception], tuple[type[ApiError], str]] = {
     UnknownRow: (NotFound, "not_found"),
     UnknownEnvironment: (NotFound, "environment_not_found"),
     UnknownTask: (NotFound, "task_not_found"),
+    TaskSealed: (Forbidden, "task_sealed"),
     LinkRefused: (NotFound, "link_not_found"),
     LinkExpired: (Gone, "link_expired"),
     EpisodeBusy: (Conflict, "episode_busy"),

@@ -8,13 +8,14 @@ Invariant: the same task starts in the same state every time, in any process.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from memory.schema import Split, Task
 from runtime.engine.client import Message, ToolCall
-from runtime.errors import UnknownEnvironment
+from runtime.errors import TaskSealed, UnknownEnvironment
 from runtime.tools.base import Tool
 
 MAX_FAILURE_CHARS = 500
@@ -85,6 +86,22 @@ class Environment(ABC):
     def sealed_tasks(self, num_tasks: int) -> list[Task]:
         """Return up to `num_tasks` held-out tasks that `tasks` never returns; only a cycle's report plays them."""
         return []
+
+    def is_sealed(self, name: str) -> bool:
+        """Whether a task is among the sealed ones. A class with many of them finds it faster."""
+        return any(task.name == name for task in self.sealed_tasks(sys.maxsize))
+
+    def open_task(self, name: str) -> Task:
+        """Return the task called `name`, for somebody who asks to play it.
+
+        Raises:
+            UnknownTask: as `task` does.
+            TaskSealed: what has been played may have been learned from, and would prove nothing any more.
+        """
+        task = self.task(name)
+        if task.split is Split.HELD_OUT and self.is_sealed(task.name):
+            raise TaskSealed(f"task {name!r} of {self.name} is sealed: only the report of a release plays it")
+        return task
 
     def holds_out(self, name: str | None, texts: Sequence[str]) -> bool:
         """Whether a task is held out or sealed: by its name or, where no task here has that name and what tasks ask is

@@ -81,6 +81,10 @@ class ScienceWorld(Environment):
     def sealed_tasks(self, num_tasks: int) -> list[Task]:
         return self._list_tasks("test", num_tasks, 0)
 
+    def is_sealed(self, name: str) -> bool:
+        kind, _, number = name.rpartition("-")
+        return kind in self._variations and int(number) in self._variations[kind]["test"]
+
     def _list_tasks(self, split: str, num_tasks: int, offset: int) -> list[Task]:
         # The first variation of each kind, then the second of each: every block holds all kinds.
         ranked = [

@@ -78,6 +78,9 @@ class TextWorld(Environment):
     def sealed_tasks(self, num_tasks: int) -> list[Task]:
         return [self.task(str(seed)) for seed in SEALED[:num_tasks]]
 
+    def is_sealed(self, name: str) -> bool:
+        return name.isdecimal() and int(name) in SEALED
+
     async def prepare(self, tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
         missing = sorted({task.name for task in tasks if not self._game_file(task.name).exists()})
         if not missing:

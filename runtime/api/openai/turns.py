@@ -60,6 +60,7 @@ def make_request(
 
     Raises:
         NotFound, UnknownEnvironment, UnknownTask: the request names something that does not exist.
+        TaskSealed: it names a task that nobody may ask for.
         BadRequest: more tokens than are allowed, tools for a model whose template has none, or a task of another split.
     """
     try:
@@ -93,7 +94,7 @@ def _find_task(server: Services, extensions: Extensions) -> Task | None:
         return None
     if extensions.environment is None:
         return Task(None, extensions.task, "chat", extensions.split or Split.LIVE)
-    task = server.environment(extensions.environment).task(extensions.task)
+    task = server.environment(extensions.environment).open_task(extensions.task)
     if extensions.split not in (None, task.split):
         raise BadRequest(
             f"task {task.name!r} is {task.split.value!r}, not {extensions.split!r}", param="metadata.split"

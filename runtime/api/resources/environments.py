@@ -96,7 +96,7 @@ async def prepare_tasks(
     """A key may have two such requests under way, a tenant four. Disconnecting cancels the preparation."""
     played = server.environment(environment)
     # Before admission: unknown names must not occupy the limit.
-    tasks = [played.task(name) for name in body.tasks]
+    tasks = [played.open_task(name) for name in body.tasks]
     with server.preparations.admit(caller):
         await cancel_on_disconnect(request, played.prepare(tasks))
     return PreparedTasks(num_tasks=len(body.tasks))

@@ -58,6 +58,10 @@ class TaskFile(Environment):
     def sealed_tasks(self, num_tasks: int) -> list[Task]:
         return [self.task(name) for name in self._index.names[SEALED][:num_tasks]]
 
+    def is_sealed(self, name: str) -> bool:
+        position = self._index.positions.get(name)
+        return position is not None and position.split == SEALED
+
     def holds_out(self, name: str | None, texts: Sequence[str]) -> bool:
         # The name first: two tasks may ask the same of different databases.
         if name in self._index.positions:

@@ -100,7 +100,7 @@ def _call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class Doors(Environment):
-    """Two doors; behind the left one is the prize. Tasks below 50 are for practice."""
+    """Two doors; behind the left one is the prize. Tasks below 50 are for practice, those from 9000 on are sealed."""
 
     name = "doors"
     system_prompt = "Open the right door, which is the left one."
@@ -114,6 +114,9 @@ class Doors(Environment):
     def tasks(self, split: Split, num_tasks: int, *, offset: int = 0) -> list[Task]:
         start = offset if split is Split.PRACTICE else 50 + offset
         return [self.task(str(number)) for number in range(start, start + num_tasks)]
+
+    def sealed_tasks(self, num_tasks: int) -> list[Task]:
+        return [self.task(str(number)) for number in range(9000, min(9000 + num_tasks, 9010))]
 
     async def start(self, task: Task) -> Playthrough:
         return AtTheDoors(task)

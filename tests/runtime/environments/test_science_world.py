@@ -36,6 +36,7 @@ def test_the_published_sets_are_practice_held_out_and_sealed(world: ScienceWorld
     assert [len(side) for side in sides] == [14 + 150, 7 + 75, 9 + 75]
     assert len({task.name for side in sides for task in side}) == 330
     assert {task.split for task in sides[2]} == {Split.HELD_OUT}
+    assert [[world.is_sealed(task.name) for task in side].count(True) for side in sides] == [0, 0, 84]
     for name in ("boil-30", "boil-03", "melt-0", "boil"):
         with pytest.raises(UnknownTask, match="such as 'boil-3'"):
             world.task(name)

@@ -10,7 +10,7 @@ import pytest
 from memory.schema import Split
 from runtime.environments.textworld import FAMILIES, TextWorld, cooking_settings, readable
 from runtime.environments.textworld_expert import DONE, play_as_expert, write_transcripts
-from runtime.errors import UnknownTask
+from runtime.errors import TaskSealed, UnknownTask
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,10 @@ def test_no_list_of_tasks_names_a_sealed_one(textworld_environment):
 
     assert len(sealed) == 100 and len(everything) == 90_000 and not sealed & everything
     assert {textworld_environment.task(name).split for name in sealed} == {Split.HELD_OUT}
+    for name in ("990000", "0990001", "999999"):
+        with pytest.raises(TaskSealed, match=f"{name}.* is sealed: only the report of a release plays it"):
+            textworld_environment.open_task(name)
+    assert textworld_environment.open_task("989999").split is Split.HELD_OUT
 
 
 @pytest.mark.parametrize(

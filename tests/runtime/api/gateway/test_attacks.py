@@ -186,6 +186,7 @@ async def test_no_text_holds_up_the_others_where_the_marks_of_the_tokenizer_are_
 BLOCKS = b'{"model":"agent","max_tokens":9,"messages":[{"role":"user","content":['
 ITEMS = b'{"model":"agent","input":['
 INPUTS = b'{"model":"hashing","input":['
+TOOL_USE = {"type": "tool_use", "id": "c", "name": "f", "input": {}}
 ELSEWHERE: dict[str, tuple[str, Callable[[], bytes]]] = {
     "messages": ("/v1/messages", lambda: chat(*[{"role": "user", "content": "word " * 800}] * 4_000, max_tokens=9)),
     "messages without text": ("/v1/messages", lambda: chat(*[{"role": "user", "content": ""}] * 4_000, max_tokens=9)),
@@ -201,7 +202,7 @@ ELSEWHERE: dict[str, tuple[str, Callable[[], bytes]]] = {
     "replies with calls to count": (
         "/v1/messages/count_tokens",
         lambda: chat(
-            *[{"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}] * 9}] * 4_000,
+            *[{"role": "assistant", "content": [TOOL_USE] * 9}] * 4_000,
             HELLO,
         ),
     ),
@@ -212,9 +213,7 @@ ELSEWHERE: dict[str, tuple[str, Callable[[], bytes]]] = {
     ),
     "calls of one reply": (
         "/v1/responses",
-        lambda: many(
-            ITEMS, b'{"type":"function_call","call_id":"c","name":"f","arguments":"{}"},', b"{}]}", 4_000
-        ),
+        lambda: many(ITEMS, b'{"type":"function_call","call_id":"c","name":"f","arguments":"{}"},', b"{}]}", 4_000),
     ),
     "texts to embed": ("/v1/embeddings", lambda: many(INPUTS, b'"word word",', b'""]}', 2_000)),
     "long texts to embed": ("/v1/embeddings", lambda: many(INPUTS, b'"' + b"word " * 1_600 + b'",', b'"x"]}', 2_000)),

@@ -266,6 +266,18 @@ def test_the_same_question_names_the_same_tasks(http: httpx.Client) -> None:
     assert [one["name"] for one in http.get("/v1/environments").json()["data"]] == ["doors"]
 
 
+def test_nobody_plays_a_sealed_task_on_request(world: ServedWorld, http: httpx.Client) -> None:
+    hello = [{"role": "user", "content": "hello"}]
+    asked = {"model": "agent", "messages": hello, "metadata": {"environment": "doors", "task": "9001"}}
+    answers = [
+        http.post("/v1/chat/completions", json=asked),
+        http.post("/v1/environments/doors/prepare", json={"tasks": ["50", "9009"]}),
+    ]
+    assert [(it.status_code, it.json()["error"]["code"]) for it in answers] == [(403, "task_sealed")] * 2
+    assert "task '9001' of doors is sealed: only the report of a release plays it" in answers[0].text
+    assert not world.memory.trajectories.select(limit=1)
+
+
 def test_the_index_is_rebuilt_from_the_rows(http: httpx.Client) -> None:
     http.post("/v1/documents", json={"title": "Refunds", "text": "Above 100 EUR a second signature."})
     counts = http.post("/v1/index/rebuild", timeout=60).json()["counts"]

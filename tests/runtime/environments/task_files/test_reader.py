@@ -98,6 +98,7 @@ def test_splits_are_kept_apart_and_listed_in_the_files_order(tmp_path: Path):
     assert [task.name for task in file.tasks(Split.PRACTICE, 9)] == ["t1", "t4"]
     assert [task.name for task in file.tasks(Split.HELD_OUT, 1, offset=1)] == ["t3"]
     assert [(task.name, task.split) for task in file.sealed_tasks(9)] == [("t2", Split.HELD_OUT)]
+    assert [name for name in ("t0", "t1", "t2", "another's") if file.is_sealed(name)] == ["t2"]
     with pytest.raises(ValueError, match="mine has no split 'live': use practice or held-out"):
         file.tasks(Split.LIVE, 1)
     with pytest.raises(UnknownTask, match="mine has no task 't9'"):
