@@ -217,7 +217,14 @@ async def _conclude(
     without_memory = next((result for result in others if not result.cell.use_memory), None)
     # a comparison that was closed without a test has no look; it is only repeated after a crash
     look = comparison.entry.look or 1
-    verdict = decision.decide(candidate, incumbent, context.config.evaluation, look=look, without_memory=without_memory)
+    verdict = decision.decide(
+        candidate,
+        incumbent,
+        context.config.evaluation,
+        look=look,
+        without_memory=without_memory,
+        is_open_ended=not comparison.environment,
+    )
     active = context.memory.policies.active().version
     # the candidate itself is active when the stage is repeated after a crash
     if active not in (verdict.incumbent.policy, verdict.candidate.policy):

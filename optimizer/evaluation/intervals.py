@@ -1,5 +1,6 @@
-"""The few statistics that a verdict stands on: the exact sign-flip test, and intervals for a paired difference, a mean
-and a comparison of rates. That of a share is `memory.statistics.wilson_interval`.
+"""The few statistics that a verdict stands on: the exact sign-flip test, a test that may be read at any time, and
+intervals for a paired difference, a mean and a comparison of rates. That of a share is
+`memory.statistics.wilson_interval`.
 
 All intervals are two-sided, 95 % unless asked otherwise.
 """
@@ -13,12 +14,15 @@ from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
+from scipy.special import logsumexp
 from scipy.stats import norm
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
 MAX_TRIES = 1000  # shares of successful tries are fractions with at most this denominator
 NUM_RESAMPLES = 10_000
+NUM_STAKES = 1000
+BISECTIONS = 20  # of an interval of length 2: to a millionth
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class PairedDifference:
     p_value: float
     """Exact sign-flip test, two-sided; with one try of each task it is the exact McNemar test."""
     p_better: float
-    """The same, one-sided: how likely a difference this good is when nothing changed."""
+    """The same, one-sided: how likely a difference this good is when nothing changed. A verdict on tasks whose number
+    was not fixed before has `anytime_p` here."""
 
 
 def compare_paired(first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE) -> PairedDifference:
@@ -96,6 +101,33 @@ def flip_signs(steps: tuple[int, ...]) -> float:
         ways = wider
     # from the observed sum, itself included, upwards; index 0 is -sum(sizes)
     return min(1.0, float(ways[sum(sizes) + sum(steps) :].sum()))
+
+
+def anytime_p(differences: Sequence[float], least: float = 0.0) -> float:
+    """Return how likely evidence for a mean above `least` ever becomes this strong where there is none; valid at
+    whatever number of differences, each in [-1, 1], somebody chooses to stop.
+
+    The inverse of the capital of gamblers who stake fixed shares of it on each difference being above `least`, all
+    shares alike (Waudby-Smith and Ramdas, JRSS B 86, 2024, arXiv 2010.09686; Ville's inequality).
+    """
+    # the worst difference is -1: a gambler who stakes everything loses everything
+    gains = (np.asarray(differences, dtype=float) - least) / (1 + least)
+    stakes = (np.arange(NUM_STAKES) + 0.5) / NUM_STAKES
+    capital = np.log1p(np.outer(stakes, gains)).sum(axis=1)
+    return float(min(1.0, np.exp(math.log(NUM_STAKES) - logsumexp(capital))))
+
+
+def anytime_low(differences: Sequence[float], alpha: float) -> float:
+    """Return the lower end of a one-sided interval for the mean of differences, which holds at all their numbers at
+    once: with probability `alpha` at most it is ever above the mean."""
+    low, high = -1.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if anytime_p(differences, middle) <= alpha:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:

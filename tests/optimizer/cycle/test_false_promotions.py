@@ -7,10 +7,12 @@ from functools import cache
 
 import numpy as np
 import pytest
+from scipy.special import beta, betainc
 
 from optimizer.config import EvaluationConfig
 from optimizer.evaluation.cells import Cell, CellResult
 from optimizer.evaluation.decision import Decision, alpha_of, decide
+from optimizer.evaluation.intervals import anytime_low, anytime_p, compare_paired
 from tests.optimizer.played import EPISODE
 
 NUM_TASKS, NUM_CYCLES = 200, 10
@@ -80,6 +82,42 @@ def test_no_worse_and_cheaper_is_part_of_the_same_budget():
         verdict = decide(candidate, incumbent, config, without_memory=candidate)
         fooled += verdict.decision is Decision.PROMOTE
     assert fooled / num_runs <= alpha_of(1, config.false_promotion_rate)
+
+
+@cache
+def p_of(num_won: int, num_lost: int, is_open_ended: bool) -> float:
+    if is_open_ended:
+        return anytime_p([1.0] * num_won + [-1.0] * num_lost)
+    return compare_paired([1.0] * num_won + [0.0] * num_lost, [0.0] * num_won + [1.0] * num_lost).p_better
+
+
+@pytest.mark.parametrize("is_open_ended", [True, False])
+def test_whoever_watches_the_outcomes_and_chooses_the_moment_gains_nothing(is_open_ended):
+    """After every task from the thirtieth to the 300th, somebody looks whether the gate would promote now."""
+    bar, num_runs = alpha_of(1, CONFIG.false_promotion_rate), 1000
+    outcomes = np.random.default_rng(3).choice([-1, 0, 1], size=(num_runs, 300), p=[0.2, 0.6, 0.2])
+    won, lost = ((outcomes == sign).cumsum(axis=1)[:, 29:] for sign in (1, -1))
+
+    fooled = [
+        any(p_of(int(a), int(b), is_open_ended) <= bar for a, b in zip(*counts, strict=True) if a > b)
+        for counts in zip(won, lost, strict=True)
+    ]
+
+    # the exact test alone would be fooled several times as often as it may be
+    assert np.mean(fooled) <= bar if is_open_ended else np.mean(fooled) > 2 * bar
+
+
+def test_the_lower_bound_that_holds_at_any_time_is_where_its_test_is_met():
+    dice = np.random.default_rng(5)
+    differences = dice.choice([-1.0, 0.0, 1.0], size=200, p=[0.1, 0.6, 0.3])
+    low = anytime_low(differences, 0.03)
+    assert 0 < low < differences.mean()
+    assert anytime_p(differences, low) == pytest.approx(0.03, rel=0.01)
+    # of wins and losses alone the capital has a closed form
+    won, lost = 20, 5
+    capital = 2**26 * betainc(lost + 1, won + 1, 0.5) * beta(won + 1, lost + 1)
+    assert anytime_p([1.0] * won + [-1.0] * lost + [0.0] * 9) == pytest.approx(1 / capital, rel=1e-3)
+    assert anytime_p([]) == anytime_p([-1.0] * 30) == 1.0 and anytime_low([-1.0] * 30, 0.03) < -0.7
 
 
 @pytest.mark.parametrize("look", range(1, NUM_CYCLES + 1))

@@ -80,7 +80,7 @@ async def log(
 
 def decide(memory: Memory, candidate: Policy):
     cells = read_logged_cells(memory, candidate, memory.policies.get(0))
-    return decide_by_cells(*cells, EvaluationConfig(min_tasks=NUM_TASKS))
+    return decide_by_cells(*cells, EvaluationConfig(min_tasks=NUM_TASKS), is_open_ended=True)
 
 
 async def log_both(memory: Memory, candidate: Policy, num_tasks: int = NUM_TASKS, **how) -> None:
