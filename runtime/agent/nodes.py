@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -132,6 +132,8 @@ async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState
         if message["role"] == "user":
             await _record(episode, StepKind.USER, content=text_of(message))
             continue
+        if names.get(message.get("tool_call_id")) in episode.request.untrusted_tools:
+            await _distrust(episode)
         await _record(
             episode,
             StepKind.TOOL,
@@ -384,6 +386,8 @@ async def run_call(episode: Episode, call: ToolCall) -> tuple[ToolResult, float]
 def _trust_of_opening(episode: Episode, memory_ids: Sequence[str]) -> Trust:
     """Return the lowest trust of the memories and of the earlier replies that the episode begins with."""
     exchanges, handover = exchanges_of(episode.opening), episode.request.handover
+    if episode.request.untrusted_tools & set(_name_tools_heard(episode.opening)):
+        return Trust.UNTRUSTED
     try:
         return episode.memory.trajectories.trust_of(
             memory_ids=memory_ids,
@@ -394,6 +398,15 @@ def _trust_of_opening(episode: Episode, memory_ids: Sequence[str]) -> Trust:
     except StorageError as error:
         log.warning("trust is unknown, so the episode is untrusted", error=str(error))
         return Trust.UNTRUSTED
+
+
+def _name_tools_heard(messages: Sequence[Message]) -> Iterator[str]:
+    """Yield the names of the tools whose results are among these messages."""
+    names: dict[str, str] = {}
+    for message in messages:
+        names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls") or ()}
+        if message["role"] == "tool":
+            yield names.get(message.get("tool_call_id", ""), "")
 
 
 async def _distrust(episode: Episode) -> None:

@@ -65,6 +65,9 @@ class TurnRequest:
     """Set for a branch: its `task` is started again, these steps are replayed, and the policy plays on."""
     is_shared: bool = False
     """Whether the whole tenant may be shown memories of this episode."""
+    untrusted_tools: frozenset[str] = frozenset()
+    """Names of the client's tools whose results other people may have written: an episode with one of them is
+    untrusted."""
     episode_id: str | None = None
     """None: a new id, or the one of the episode that `messages` continue."""
     policy: int | None = None

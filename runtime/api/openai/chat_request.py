@@ -122,6 +122,8 @@ class ChatRequest(EngineOptions):
       the conversation are shown only to that person, and to nobody if no person is named.
     * `share`: `true` for a client that serves no persons: memories of the conversation are shown to the whole tenant,
       and no person's memories are shown in it. The default is `false`.
+    * `untrusted_tools`: names of the client's own tools, with commas between them, that return what other people wrote.
+      Nothing is learned from an episode that read such a result until an operator approves it.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -209,6 +211,8 @@ class Extensions:
     user_id: str = ""
     """The person whom the request is made for; empty: not named."""
     is_shared: bool = False
+    untrusted_tools: frozenset[str] = frozenset()
+    """Names of the client's tools whose results other people may have written."""
 
 
 def read_extensions(
@@ -249,6 +253,7 @@ def read_extensions(
         episode_id=given.get("episode_id"),
         user_id=next((check_person(name, value) for name, value in named.items() if value and value.strip()), ""),
         is_shared=_one_of("share", given.get("share", "false"), {"true": True, "false": False}),
+        untrusted_tools=frozenset(filter(None, map(str.strip, given.get("untrusted_tools", "").split(",")))),
     )
 
 

@@ -78,6 +78,7 @@ def make_request(
         user_id=extensions.user_id,
         key_id=caller.key_id,
         is_shared=extensions.is_shared,
+        untrusted_tools=extensions.untrusted_tools,
         episode_id=extensions.episode_id,
         policy=version,
         use_memory=extensions.use_memory,

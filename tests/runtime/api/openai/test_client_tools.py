@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from memory.schema import Split, Step, StepKind, TrajectoryStage
+from memory.schema import Split, Step, StepKind, TrajectoryStage, Trust
 from optimizer.config import DemonstrationConfig, PreferenceConfig
 from optimizer.data.demonstrations import build_demonstrations
 from optimizer.data.preferences import build_preferences
@@ -43,6 +43,22 @@ def results(answer: Any, *texts: str) -> list[dict[str, Any]]:
     message = answer.choices[0].message
     calls = zip(message.tool_calls, texts, strict=True)
     return [message.model_dump(), *({"role": "tool", "tool_call_id": call.id, "content": it} for call, it in calls)]
+
+
+@pytest.mark.parametrize("named", ["weather", "mail, weather", "mail", ""])
+def test_the_client_names_tools_that_return_what_others_wrote(
+    world: PlayedWorld, client: openai.OpenAI, named: str
+) -> None:
+    metadata = {"untrusted_tools": named}
+    expected = Trust.UNTRUSTED if "weather" in named else Trust.TRUSTED
+    first = ask(client, [ASKED], metadata=metadata)
+    assert world.newest.trust is Trust.TRUSTED
+    ask(client, [ASKED, *results(first, "rain")], metadata=metadata)
+    assert (world.newest.id, world.newest.trust) == (first.id, expected)
+    # a conversation that was begun elsewhere and holds such a result
+    elsewhere = [{"role": "user", "content": "How is Rome?"}, *results(first, "sun"), ASKED]
+    opened = ask(client, elsewhere, metadata=metadata)
+    assert (world.newest.id, world.newest.trust) == (opened.id, expected)
 
 
 def test_the_turns_are_one_trajectory_closed_by_the_final_answer(world: PlayedWorld, client: openai.OpenAI) -> None:
