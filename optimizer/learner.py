@@ -2,7 +2,7 @@
 
 Invariants: a cycle that a stop interrupts is resumed at the next start; release decisions are made one after another,
 because the second must see which held-out tasks the first has used.
-Hazard: loading this module is cheap, running a cycle imports LangGraph and the trainers' tokenizers.
+Hazard: loading this module is cheap, running a cycle imports Transformers for its tokenizers.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from optimizer.data.rows import (
     BuiltRows,
     Material,
     count_tokens,
+    describe_mismatch,
     has_own_tokens,
     leave_out_all,
     read_rows,
@@ -176,7 +177,8 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
     if _needs_rows(context, method):
         require_own_tokens(built, material.base_model)
         _require_enough(method, built, config, len(material.trajectories))
-    elif not has_own_tokens(built):
+    mismatch = "" if has_own_tokens(built) else describe_mismatch(built, material.base_model)
+    if mismatch:
         leave_out_all(built, "template_mismatch")
     rows_path = _rows_path(context, method)
     if built.rows:
@@ -193,6 +195,7 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
             "own_tokens": built.own_tokens,
             "trained_tokens": built.trained_tokens,
             "trained_share": built.trained_share,
+            **({"template_mismatch": mismatch} if mismatch else {}),
             **built.details(),
             "tally": dict(built.counts),
             "teachers": count_rows(built.teachers, context.key_names()),

@@ -36,11 +36,10 @@ class Label:
     """One row that is good or bad; the loss counts where `mask` is 1."""
 
     trajectory_id: str
+    """Of an imported row, the id of its example."""
     input_ids: list[int]
     mask: list[int]
     is_desirable: bool
-    is_imported: bool = False
-    """Then `trajectory_id` is the id of an example, which is no trajectory."""
 
 
 @dataclass
@@ -49,7 +48,7 @@ class LabelRows(BuiltRows[Label]):
 
     @property
     def trajectory_ids(self) -> list[str]:
-        return sorted({row.trajectory_id for row in self.rows if not row.is_imported})
+        return sorted({row.trajectory_id for row in self.rows})
 
     @property
     def num_examples(self) -> int:
@@ -131,7 +130,7 @@ def _take_examples(
     rendered = render_examples(examples, tokenizer, max_length_tokens, built.counts)
     for each, rows in rendered:
         is_good = bool(each.example.is_good)
-        built.rows += [Label(each.example.id, row.input_ids, row.mask, is_good, is_imported=True) for row in rows]
+        built.rows += [Label(each.example.id, row.input_ids, row.mask, is_good) for row in rows]
         built.teachers += [(each.teacher,)] * len(rows)
     built.num_tasks += len({each.example.task or each.question for each, _ in rendered})
 

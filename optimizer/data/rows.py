@@ -122,10 +122,14 @@ def has_own_tokens(built: BuiltRows[Any]) -> bool:
 
 def require_own_tokens(built: BuiltRows[Any], base_model: str) -> None:
     """Raise TemplateMismatch where too few of the agent's own tokens can be trained."""
-    if has_own_tokens(built):
-        return
+    if not has_own_tokens(built):
+        raise TemplateMismatch(describe_mismatch(built, base_model))
+
+
+def describe_mismatch(built: BuiltRows[Any], base_model: str) -> str:
+    """Return why too few of the agent's own tokens can be trained, and the mend."""
     reason, num_tokens = built.untrained.most_common(1)[0]
-    raise TemplateMismatch(
+    return (
         f"only {built.trained_share:.1%} of the agent's own tokens in the usable episodes can be trained "
         f"({built.trained_tokens} of {built.own_tokens}), {LEAST_TRAINED_SHARE:.0%} are needed: the chat template of "
         f"{base_model!r} does not render prompts as the engine captured them (most often {reason!r}, {num_tokens} "
@@ -142,7 +146,9 @@ def leave_out_all(built: BuiltRows[Any], reason: str) -> None:
 
 
 def describe_own_tokens(summary: Mapping[str, Any]) -> list[str]:
-    """Return the sentence of a report about the agent's own tokens, where the method counted any."""
+    """Return the sentences of a report about the agent's own tokens, where the method counted any."""
+    if summary.get("template_mismatch"):
+        return [f"Its rows were left out: {summary['template_mismatch']}."]
     if not summary.get("own_tokens"):  # also a cycle opened by an older version
         return []
     return [

@@ -106,3 +106,8 @@ def test_twenty_identical_corrections_change_what_the_trained_policy_answers(cli
     print(json.dumps({"before": before, "after": after, "v0 afterwards": still, OTHER_QUESTION: others}, indent=1))
     assert after == CORRECTION
     assert CORRECTION not in still
+
+    # the operator's word puts it into service without a proof: then everybody is answered so
+    assert text_of(ask(client, "agent", QUESTION, metadata={"share": "true"})) != CORRECTION
+    client.post(f"/v1/policies/{outcome['policy']}/promote").raise_for_status()
+    assert text_of(ask(client, "agent", QUESTION, metadata={"share": "true"})) == CORRECTION

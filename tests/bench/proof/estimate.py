@@ -24,7 +24,9 @@ class Estimate:
     num_seeds: int
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} | {100 * self.low:.1f} to {100 * self.high:.1f} | {self.num_seeds}"
+        # without any variance nothing is known of the next run
+        interval = f"{100 * self.low:.1f} to {100 * self.high:.1f}" if self.low < self.high else "unknown"
+        return f"{100 * self.mean:.1f} | {interval} | {self.num_seeds}"
 
 
 def estimate(of_seeds: Sequence[Cell]) -> Estimate:

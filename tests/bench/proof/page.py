@@ -71,7 +71,9 @@ class Result:
             stage_seconds=found["stage_seconds"],
             prompt_tokens=tokens["prompt"],
             output_tokens=tokens["output"],
-            machine=str(found["machine"]),
+            machine="{num_cores} cores of {cpu}, {memory_gib} GiB, Python {python}, {date:.10}".format(
+                **found["machine"]
+            ),
         )
         return run["subject"], result
 

@@ -70,7 +70,7 @@ def test_a_method_whose_policy_was_not_kept_makes_no_difference_and_one_without_
     kept = result(0, base=[0] * 20, sft=[1, 0] * 10)
     without_rows = result(1, base=[0] * 20, sft=[1, 0] * 10, trained=("sft",))
     page = render({"bfcl": [kept, without_rows]})
-    assert "| DPO over SFT | 0.0 | 0.0 to 0.0 | 1 |" in page
+    assert "| DPO over SFT | 0.0 | unknown | 1 |" in page
     assert "| SFT -> DPO | 0 | 0.0 | 50.0 | kept | promote |" in page
     assert "| SFT -> DPO | 1 | 0.0 | 50.0 | too few rows | promote |" in page
 
@@ -96,12 +96,19 @@ def test_a_stored_result_is_read_as_it_was_written(tmp_path: Path):
         "minutes": 12.0,
         "stage_seconds": {"evaluate": 3.0},
         "tokens": {"prompt": 5, "output": 6},
-        "machine": "one",
+        "machine": {
+            "cpu": "a CPU",
+            "num_cores": 2,
+            "memory_gib": 24,
+            "python": "3.11.7",
+            "date": "2026-11-30 12:07 UTC",
+        },
     }
     (tmp_path / "run.json").write_text(json.dumps(stored))
     subject, read = Result.read(tmp_path / "run.json")
     assert (subject, read.methods, read.seed, read.verdict) == ("bfcl", ("sft", "kto"), 2, "reject")
     assert (read.trained, read.prompt_tokens, read.output_tokens) == ({"sft"}, 5, 6)
+    assert read.machine == "2 cores of a CPU, 24 GiB, Python 3.11.7, 2026-11-30"
 
 
 def test_names_of_runs_are_unique_and_every_sequence_has_one_seed_before_any_has_two():

@@ -3,8 +3,8 @@
 Each episode, comment, document and imported example holds its own marker, and plain sets model which user may see it.
 Every generated text repeats all markers in its prompt, as a careless language model would: an agent's answers, and the
 insights of the critic, which reads comments as well. An operation is one call to the memory: an episode opened, a step,
-an end, feedback, a retrieval, a decision, a round of learning, an import, an export, a read of what an adapter is
-trained on.
+an end, feedback, a correction, a retrieval, a decision, a removal, a round of learning, an import, an export, a read of
+what an adapter is trained on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -84,11 +84,15 @@ class Marked:
 class Premises(RuleBasedStateMachine):
     """One memory, all its users, and a model of what each may see."""
 
+    shares_live: ClassVar = False
+    """Whether the operator lets each tenant see what its users live through."""
+
     def __init__(self) -> None:
         super().__init__()
         self.directory = Path(tempfile.mkdtemp(prefix="scopes-"))
         self.runner = asyncio.Runner()
-        self.memory = Memory.open(self.directory, CONFIG, encoder=HashingEncoder())
+        config = CONFIG.model_copy(update={"share_live": "tenant" if self.shares_live else "user"})
+        self.memory = Memory.open(self.directory, config, encoder=HashingEncoder())
         self.salts = CacheSalts()
         self.marked: dict[str, Marked] = {}
         self.lived: list[tuple[Trajectory, str]] = []
@@ -207,6 +211,24 @@ class Premises(RuleBasedStateMachine):
         )
         self.do("comment", self.memory.feedback.post(said))
 
+    @rule(data=st.data(), person=persons, key=keys)
+    @precondition(lambda self: self.lived)
+    def correct(self, data: st.DataObject, person: str, key: str) -> None:
+        """Correct any episode's answer: its own person may see the words, all others only those of a teacher."""
+        # whether it is still an exemplar depends on who corrected it
+        trajectory, topic = self.lived.pop(data.draw(st.integers(0, len(self.lived) - 1)))
+        is_everybodys = trajectory.is_shared or trajectory.environment is not None
+        writer = person or trajectory.user_id
+        is_public = is_everybodys and self.may_teach(trajectory.tenant, key) and writer == trajectory.user_id
+        said = Feedback(
+            tenant=trajectory.tenant,
+            trajectory_id=trajectory.id,
+            correction=f"{topic} {self.mark(trajectory.tenant, writer, is_public)}",
+            user_id=person,
+            key_id=self.keys.get(key),
+        )
+        self.do("correct", self.memory.feedback.post(said))
+
     @rule(data=st.data())
     @precondition(lambda self: self.lived)
     def change_ones_mind(self, data: st.DataObject) -> None:
@@ -223,6 +245,14 @@ class Premises(RuleBasedStateMachine):
         """Give a tenant's agent a document."""
         marker = self.mark(tenant, "", True)
         self.do("ingest", self.memory.documents.ingest(topic[:12], f"{topic} {marker}", tenant=tenant))
+
+    @rule(tenant=tenants, data=st.data())
+    def remove(self, tenant: str, data: st.DataObject) -> None:
+        """Remove a document: its passages are never shown again."""
+        if documents := self.memory.documents.select(tenant=tenant):
+            document = data.draw(st.sampled_from(documents))
+            self.retired_rows |= {passage.id for passage in self.passages(document.id, tenant)}
+            self.do("remove", self.memory.documents.remove(document.id, tenant=tenant))
 
     @rule(tenant=tenants, data=st.data())
     @precondition(lambda self: self.lived)
@@ -381,6 +411,9 @@ class Premises(RuleBasedStateMachine):
                     self.ask(tenant, person, topic, None)
                 self.ask(tenant, "", topic, "kitchen")
 
+    def is_for(self, marked: Marked, tenant: str, person: str) -> bool:
+        return marked.is_for(tenant, person)
+
     def ask(self, tenant: str, person: str, topic: str, environment: str | None) -> str:
         """Return the text that memory shows to a user, after checking that they may see all of it."""
         found = self.do(
@@ -393,7 +426,7 @@ class Premises(RuleBasedStateMachine):
                 user_id=person,
             ),
         )
-        leaked = [it for it in MARKER.findall(found.text) if not self.marked[it].is_for(tenant, person)]
+        leaked = [it for it in MARKER.findall(found.text) if not self.is_for(self.marked[it], tenant, person)]
         assert not leaked, (tenant, person, leaked, found.text)
         assert not self.retired_rows & set(found.ids), "a retired memory was shown"
         lines = {line.removeprefix("- ") for line in found.text.splitlines() if line.startswith("- ")}
@@ -408,7 +441,16 @@ class Premises(RuleBasedStateMachine):
         return found.text
 
 
-def run(num_examples: int, num_steps: int) -> None:
+class OpenPremises(Premises):
+    """The same where an operator chose `memory.share_live = "tenant"`."""
+
+    shares_live = True
+
+    def is_for(self, marked: Marked, tenant: str, person: str) -> bool:
+        return marked.tenant == tenant
+
+
+def run(num_examples: int, num_steps: int, machine: type[Premises] = Premises) -> None:
     """Run random histories, each with its own memory."""
     how = settings(
         max_examples=num_examples,
@@ -418,11 +460,12 @@ def run(num_examples: int, num_steps: int) -> None:
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink),
     )
-    run_state_machine_as_test(Premises, settings=how)
+    run_state_machine_as_test(machine, settings=how)
 
 
-def test_no_history_shows_a_person_what_is_anothers() -> None:
-    run(num_examples=4, num_steps=15)
+@pytest.mark.parametrize("machine", [Premises, OpenPremises])
+def test_no_history_shows_a_person_what_is_anothers(machine: type[Premises]) -> None:
+    run(num_examples=4, num_steps=15, machine=machine)
 
 
 FULL_COUNT = 1_000_000
@@ -434,6 +477,7 @@ def test_no_history_of_a_million_operations_shows_a_person_what_is_anothers() ->
     NUM_OPERATIONS.clear()
     began = time.monotonic()
     while NUM_OPERATIONS.total() < FULL_COUNT:
-        run(num_examples=20, num_steps=40)
+        run(num_examples=18, num_steps=40)
+        run(num_examples=2, num_steps=40, machine=OpenPremises)
         print(f"{NUM_OPERATIONS.total()} operations in {time.monotonic() - began:.0f} s", flush=True)
     print(f"{NUM_OPERATIONS.total()} operations: {dict(NUM_OPERATIONS)}")

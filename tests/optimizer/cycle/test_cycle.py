@@ -477,7 +477,7 @@ async def test_a_cycle_that_could_train_too_few_of_its_own_tokens_stops_and_name
 
 
 async def test_a_later_method_that_could_train_too_few_of_its_own_tokens_is_left_out_and_sft_stays(
-    memory, kitchen, trainer
+    memory, kitchen, trainer, tiny_base
 ):
     class Misrendered(Kitchen):
         def _script(self, task, is_right, insights):
@@ -496,6 +496,8 @@ async def test_a_later_method_that_could_train_too_few_of_its_own_tokens_is_left
     assert trainer.trained == ["sft"]
     preferences = memory.cycles.get(cycle.id).artifacts["preferences"]
     assert (preferences["num_rows"], preferences["trained_share"]) == (0, 0.0)
+    page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
+    assert "Its rows were left out: only 0.0% of the agent's own tokens" in page and repr(str(tiny_base)) in page
 
 
 async def test_a_cycle_without_practice_is_refused_at_once_when_there_is_nothing_to_learn_from(memory):

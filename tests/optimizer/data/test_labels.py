@@ -104,7 +104,7 @@ def test_one_teacher_gives_no_more_rows_than_the_bounds_allow(tokenizer):
     assert len(built.rows) == len(built.teachers) == 3 and built.counts["over_user_cap"] == 5
 
 
-def test_imported_labels_count_under_the_same_bounds_and_are_behind_no_trajectory(tokenizer):
+def test_imported_labels_count_under_the_same_bounds_and_are_named_by_their_rows(tokenizer):
     def taught(number: int) -> TaughtExample:
         prompt, reply = {"role": "user", "content": f"fry {number}?"}, {"role": "assistant", "content": "stove"}
         content = ExampleContent(kind=ExampleKind.LABEL, prompt=[prompt], completion=[reply], is_good=bool(number % 2))
@@ -115,7 +115,8 @@ def test_imported_labels_count_under_the_same_bounds_and_are_behind_no_trajector
     examples = [taught(number) for number in range(6)]
     built = label([], tokenizer, examples=examples, teaching=TeachingConfig(max_rows_per_key=4))
 
-    assert len(built.rows) == 4 and built.counts["over_key_cap"] == 2 and built.trajectory_ids == []
+    assert len(built.rows) == 4 and built.counts["over_key_cap"] == 2
+    assert set(built.trajectory_ids) <= {each.example.id for each in examples} and len(built.trajectory_ids) == 4
     assert {own_text(row, tokenizer) for row in built.rows} == {"stove<|im_end|>"}
     every = label([], tokenizer, examples=examples)
     assert Counter(row.is_desirable for row in every.rows) == {True: 3, False: 3} and every.num_tasks == 6
