@@ -231,15 +231,9 @@ class PolicyStage(StrEnum):
 
 
 class CycleStage(StrEnum):
-    """The stages of a cycle, in order; at the end, its outcome. Further methods of learning add stages of their own."""
+    """The first stage of a cycle, and its outcomes. Those in between belong to its methods of learning."""
 
     COLLECT = "collect"
-    DEMONSTRATE = "demonstrate"
-    SFT = "sft"
-    EXPLORE = "explore"
-    DPO = "dpo"
-    EVALUATE = "evaluate"
-    SETTLE = "settle"
     COMPLETED = "completed"
     ERROR = "error"
 
@@ -675,7 +669,7 @@ class Cycle(SQLModel, table=True):
 
     id: str = Field(primary_key=True)
     stage: str = Field(default=CycleStage.COLLECT.value, max_length=16)
-    """A `CycleStage`, or a stage of a further method."""
+    """A `CycleStage`, or a stage of a method of learning."""
     settings: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
     artifacts: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))
     progress: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON))

@@ -16,8 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from memory.records.cycles import FINAL_STAGES
-from memory.schema import CycleStage, Policy, PolicyStage
+from memory.schema import Policy, PolicyStage
 from memory.storage.histogram import BOUNDS, Histogram
 from runtime.api.services import Server, Services
 from runtime.observability.telemetry import STATE_METRICS
@@ -97,9 +96,9 @@ class StateCollector(Collector):
         yield counter("cycles", (((stage,), n) for stage, n in outcomes.items()))
         running = cycles.unfinished()
         current = None if running is None else running.stage
-        stages = dict.fromkeys([stage.value for stage in CycleStage if stage not in FINAL_STAGES])
-        stages |= {} if current is None else {current: None}
-        yield gauge("cycle_stage", (((stage,), float(stage == current)) for stage in stages))
+        # also those that are over: a series that ended with a 1 would go on being read as the current one
+        stages = {*list(cycles.stage_seconds), *([] if current is None else [current])}
+        yield gauge("cycle_stage", (((stage,), float(stage == current)) for stage in sorted(stages)))
         progress = {} if running is None else running.progress
         yield gauge("cycle_progress", [((), progress.get("done", 0) / max(1, progress.get("total", 0)))])
         yield counter("stage_seconds", (((stage,), n) for stage, n in list(cycles.stage_seconds.items())))

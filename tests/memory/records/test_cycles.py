@@ -29,9 +29,9 @@ async def test_one_cycle_at_a_time(cycles: Cycles):
 async def test_artifacts_add_up_and_the_rest_is_replaced(cycles: Cycles):
     cycle = await cycles.open({})
     await cycles.save(cycle.id, artifacts={"sft": "/a"}, progress={"num_done": 1, "num_total": 2})
-    await cycles.save(cycle.id, stage=CycleStage.DPO, artifacts={"dpo": "/b"}, progress={"num_done": 2})
+    await cycles.save(cycle.id, stage="dpo", artifacts={"dpo": "/b"}, progress={"num_done": 2})
     kept = cycles.get(cycle.id)
-    assert (kept.artifacts, kept.progress, kept.stage) == ({"sft": "/a", "dpo": "/b"}, {"num_done": 2}, CycleStage.DPO)
+    assert (kept.artifacts, kept.progress, kept.stage) == ({"sft": "/a", "dpo": "/b"}, {"num_done": 2}, "dpo")
     assert kept.closed_at is None
 
 

@@ -41,9 +41,9 @@ async def test_trajectories_are_counted_by_how_they_ended(memory: Memory):
 
 async def test_the_time_in_each_stage_of_a_cycle_is_kept(memory: Memory):
     cycle = await memory.cycles.open({})
-    for stage in (CycleStage.COLLECT, CycleStage.SFT):
+    for stage in (CycleStage.COLLECT, "sft"):
         await memory.cycles.save(cycle.id, stage=stage)
     assert memory.cycles.outcomes() == []
     await memory.cycles.save(cycle.id, stage=CycleStage.COMPLETED, verdict={"decision": "promote"})
-    assert set(memory.cycles.stage_seconds) == {CycleStage.COLLECT, CycleStage.SFT}
+    assert set(memory.cycles.stage_seconds) == {CycleStage.COLLECT, "sft"}
     assert memory.cycles.outcomes() == [(CycleStage.COMPLETED, {"decision": "promote"})]

@@ -172,7 +172,7 @@ class QuickLearner:
 
     async def _run(self, cycle_id: str) -> None:
         cycles = self.memory.cycles
-        for stage in (CycleStage.COLLECT, CycleStage.SFT, CycleStage.EVALUATE):
+        for stage in (CycleStage.COLLECT, "kto", "evaluate"):
             await cycles.save(cycle_id, stage=stage, progress={"done": 1, "total": 2, "message": "at work"})
             await asyncio.sleep(0.02)
             while self.is_held:
