@@ -54,6 +54,10 @@ class GateFigures:
     held_out_offset: int | None = None
 
 
+OF_PLAY = ("temperature", "serving_temperature", "num_tries", "held_out_offset")
+"""The fields of `GateFigures` that `report.json` has only where the gate played."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Everything that the release gate hands over to be reported."""
@@ -147,7 +151,9 @@ class Report:
             name: {} if summary is None else {**summary, "trajectory_ids": len(summary["trajectory_ids"])}
             for name, summary in plain.pop("rows").items()
         }
-        return {**plain, **rows, "verdict": self.verdict.to_json()}
+        # without a temperature the gate played nothing, and its figures of play are no figures
+        gate = {name: value for name, value in plain["gate"].items() if value is not None or name not in OF_PLAY}
+        return {**plain, **rows, "verdict": self.verdict.to_json(), "gate": gate}
 
 
 def build_report(context: CycleContext, evaluation: Evaluation) -> Report:

@@ -14,7 +14,6 @@ from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
-from scipy.special import logsumexp
 from scipy.stats import norm
 from scipy.stats import t as student
 
@@ -114,7 +113,7 @@ def anytime_p(differences: Sequence[float], least: float = 0.0) -> float:
     gains = (np.asarray(differences, dtype=float) - least) / (1 + least)
     stakes = (np.arange(NUM_STAKES) + 0.5) / NUM_STAKES
     capital = np.log1p(np.outer(stakes, gains)).sum(axis=1)
-    return float(min(1.0, np.exp(math.log(NUM_STAKES) - logsumexp(capital))))
+    return min(1.0, math.exp(math.log(NUM_STAKES) - float(np.logaddexp.reduce(capital))))
 
 
 def anytime_low(differences: Sequence[float], alpha: float) -> float:

@@ -12,9 +12,11 @@ the fast rotations of RoPE, through the biases of Qwen2's queries and keys; cont
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 NOTE_GAIN = 0.1
 POSITION_GAIN = 8.0
@@ -30,17 +32,25 @@ def wire_induction(model: Qwen2ForCausalLM, *, num_readers: int = 2, generator: 
     width, head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
     token_rows = _orthonormal_rows(head_dim, width, generator)  # the part of a token that is noted
     note_rows = _orthonormal_rows(head_dim, width, generator)  # the subspace of the note
-    _note_previous_token(model.model.layers[0].self_attn, head_dim, token_rows, note_rows, config)
+    attentions = [cast("Qwen2Attention", layer.self_attn) for layer in model.model.layers]
+    _note_previous_token(attentions[0], head_dim, token_rows, note_rows, config)
     for head in range(num_readers):
-        _look_notes_up(model.model.layers[1].self_attn, head, head_dim, token_rows, note_rows, generator)
+        _look_notes_up(attentions[1], head, head_dim, token_rows, note_rows, generator)
 
 
-def _note_previous_token(attention, head_dim: int, token_rows, note_rows, config) -> None:
-    query, key = torch.zeros(head_dim), torch.zeros(head_dim)
+def _note_previous_token(
+    attention: Qwen2Attention,
+    head_dim: int,
+    token_rows: torch.Tensor,
+    note_rows: torch.Tensor,
+    config: Qwen2Config,
+) -> None:
+    query, key, rope = torch.zeros(head_dim), torch.zeros(head_dim), config.rope_parameters
+    assert rope is not None, "Qwen2 rotates its queries and keys"
     half = head_dim // 2
     # transformers rotates dimension `pair` with `pair + half`, not with its neighbour
     for pair in range(NUM_FAST_PAIRS):
-        angle = config.rope_parameters["rope_theta"] ** (-pair / half)  # radians per position
+        angle = cast(float, rope["rope_theta"]) ** (-pair / half)  # radians per position
         key[pair] = POSITION_GAIN
         # a query turned back by one position: it meets the key of the token before
         query[pair], query[pair + half] = POSITION_GAIN * math.cos(angle), -POSITION_GAIN * math.sin(angle)
@@ -52,7 +62,14 @@ def _note_previous_token(attention, head_dim: int, token_rows, note_rows, config
     attention.o_proj.weight[:, mine] = NOTE_GAIN * note_rows.T
 
 
-def _look_notes_up(attention, head: int, head_dim: int, token_rows, note_rows, generator) -> None:
+def _look_notes_up(
+    attention: Qwen2Attention,
+    head: int,
+    head_dim: int,
+    token_rows: torch.Tensor,
+    note_rows: torch.Tensor,
+    generator: torch.Generator,
+) -> None:
     half, start = head_dim // 2, head * head_dim
     # the slow half of the rotations: contents must match at any distance
     slow = [*range(half // 2, half), *range(half + half // 2, head_dim)]

@@ -15,7 +15,9 @@ test_forced_calls.py and the tests marked `engine` show it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 from vllm.tool_parsers.abstract_tool_parser import ToolParser, ToolParserManager
@@ -24,14 +26,26 @@ from xgrammar.structural_tag import JSONSchemaFormat
 
 from runtime.engine.forced_calls import as_object_schema, is_forced
 
+if TYPE_CHECKING:
+    from vllm.entrypoints.generate.base.protocol import ExtractedToolCallInformation
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.tool_parsers.hermes_tool_parser import Hermes2ProToolParser
+    from xgrammar import StructuralTag
+
 MAX_WHITESPACE = 1
 
 
-def constrain(get_structural_tag):
+def constrain(get_structural_tag: Callable[..., StructuralTag | None]) -> Callable[..., StructuralTag | None]:
     """Wrap the method of a parser that makes its grammar."""
 
     @wraps(get_structural_tag)
-    def get_constrained_tag(self, request, *, reasoning=False, strict_level=ToolStrictLevel.AUTO):
+    def get_constrained_tag(
+        self: ToolParser,
+        request: ChatCompletionRequest,
+        *,
+        reasoning: bool = False,
+        strict_level: ToolStrictLevel = ToolStrictLevel.AUTO,
+    ) -> StructuralTag | None:
         forced = is_forced(request.tool_choice)
         level = ToolStrictLevel.PARAMETER if forced else strict_level
         tag = get_structural_tag(self, request, reasoning=reasoning, strict_level=level)
@@ -56,11 +70,15 @@ def _bound(node: object, forced: bool) -> None:
             _bound(item, forced)
 
 
-def keep_finished_calls(extract_tool_calls):
+def keep_finished_calls(
+    extract_tool_calls: Callable[..., ExtractedToolCallInformation],
+) -> Callable[..., ExtractedToolCallInformation]:
     """Wrap the hermes parser's method that reads a whole answer."""
 
     @wraps(extract_tool_calls)
-    def extract_finished_calls(self, model_output, request):
+    def extract_finished_calls(
+        self: Hermes2ProToolParser, model_output: str, request: ChatCompletionRequest
+    ) -> ExtractedToolCallInformation:
         parsed = extract_tool_calls(self, model_output, request)
         finished, end, _ = model_output.rpartition(self.tool_call_end_token)
         if parsed.tools_called or not end or not is_forced(request.tool_choice):

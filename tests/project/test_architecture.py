@@ -207,7 +207,11 @@ def test_hardly_any_parameter_is_bare_any():
         for argument in (*it.args.posonlyargs, *it.args.args, *it.args.kwonlyargs)
         if argument.arg not in ("self", "cls")
     ]
-    bare = [name for name, annotation in parameters if isinstance(annotation, ast.Name) and annotation.id == "Any"]
+    bare = [
+        name
+        for name, annotation in parameters
+        if annotation is None or (isinstance(annotation, ast.Name) and annotation.id == "Any")
+    ]
     share = len(bare) / len(parameters)
     assert share < MAX_SHARE_OF_ANY, f"{len(bare)} of {len(parameters)} parameters ({share:.2%}) are Any: {bare}"
 

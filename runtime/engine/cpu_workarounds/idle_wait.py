@@ -13,7 +13,12 @@ is not changed.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import wraps
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
 MARK = "RATCHET_ENGINE"
 """Set in the environment of the engine that this project starts on CPUs."""
@@ -31,9 +36,9 @@ def sleep_while_waiting() -> None:
         shm_broadcast.SpinCondition.wait = _block_at_once(shm_broadcast.SpinCondition.wait)
 
 
-def _block_at_once(wait):
+def _block_at_once(wait: Callable[..., None]) -> Callable[..., None]:
     @wraps(wait)
-    def wait_without_spin(self, timeout_ms=None):
+    def wait_without_spin(self: SpinCondition, timeout_ms: float | None = None) -> None:
         # The attribute that vLLM 0.32 reads here; under another name this does nothing, without an error.
         self.busy_loop_s = 0.0
         wait(self, timeout_ms)

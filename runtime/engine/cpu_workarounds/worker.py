@@ -17,7 +17,9 @@ marked `engine` show that.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
+from typing import Any
 
 import torch
 from vllm.lora.model_manager import LoRAModelManager
@@ -26,12 +28,26 @@ from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+Stacked = tuple[torch.Tensor, ...]
+"""The matrices of a layer's slices, each (num_slots, 1, rows, columns)."""
+SlotRows = tuple[int, torch.Tensor | None]
+"""(slot, indices of its rows); None for all rows."""
+
+
+class WrapperWithRows(punica_cpu.PunicaWrapperCPU):
+    """What `PunicaWrapperCPU` is after the corrections below."""
+
+    rows_by_slot: Sequence[SlotRows]
+    sampled_by_slot: Sequence[SlotRows]
+
 
 class WorkerFixes:
     """Makes vLLM's workers import this module; adds nothing to them."""
 
 
-def shrink(inputs, weights, output, indices, scaling=1.0):
+def shrink(
+    inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, indices: torch.Tensor, scaling: float = 1.0
+) -> None:
     """Multiply rows (num_rows, width) by the A matrix of each row's adapter; rows without an adapter become zero."""
     rank = weights.shape[-2]
     output[:, :rank] = 0
@@ -39,12 +55,22 @@ def shrink(inputs, weights, output, indices, scaling=1.0):
         output[rows, :rank] = scaling * (inputs[rows].to(output.dtype) @ matrix.to(output.dtype).T)
 
 
-def expand(inputs, weights, output, indices, add_inputs=True):
+def expand(
+    inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, indices: torch.Tensor, add_inputs: bool = True
+) -> None:
     """Multiply rows (num_rows, rank) by the B matrix of each row's adapter, and add them to the output."""
     expand_slice(inputs, weights, output, indices, 0, min(weights.shape[-2], output.shape[1]), add_inputs)
 
 
-def expand_slice(inputs, weights, output, indices, slice_offset, slice_size, add_inputs=True):
+def expand_slice(
+    inputs: torch.Tensor,
+    weights: torch.Tensor,
+    output: torch.Tensor,
+    indices: torch.Tensor,
+    slice_offset: int,
+    slice_size: int,
+    add_inputs: bool = True,
+) -> None:
     """Like `expand`, for the columns of one of several layers that are computed together."""
     columns = output[:, slice_offset : slice_offset + slice_size]
     if not add_inputs:
@@ -58,7 +84,18 @@ FEW_ROWS = 16
 one token passes 240 of them. With more rows the product itself counts, and bfloat16 is faster."""
 
 
-def add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, *, buffer=None, **options):
+def add_lora_linear(
+    self: WrapperWithRows,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a_stacked: Stacked,
+    lora_b_stacked: Stacked,
+    scale: float,
+    output_slices: tuple[int, ...],
+    *,
+    buffer: object = None,
+    **options: object,
+) -> None:
     """Add to `y`, (num_rows, width), what each row's adapter makes of `x`, (num_rows, inner width).
 
     `y` has the columns of several layers side by side, one slice each. Takes the place of the method of
@@ -67,12 +104,29 @@ def add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_sl
     _add_products(y, x, lora_a_stacked, lora_b_stacked, scale, self.rows_by_slot)
 
 
-def add_lora_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, *, buffer=None, **options):
+def add_lora_logits(
+    self: WrapperWithRows,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a_stacked: torch.Tensor,
+    lora_b_stacked: torch.Tensor,
+    scale: float,
+    *,
+    buffer: object = None,
+    **options: object,
+) -> None:
     """Like `add_lora_linear`, for the projection of the rows that are sampled from to the vocabulary."""
     _add_products(y, x, (lora_a_stacked,), (lora_b_stacked,), scale, self.sampled_by_slot)
 
 
-def _add_products(y, x, lora_a_stacked, lora_b_stacked, scale, rows_by_slot):
+def _add_products(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a_stacked: Stacked,
+    lora_b_stacked: Stacked,
+    scale: float,
+    rows_by_slot: Sequence[SlotRows],
+) -> None:
     for slot, rows in rows_by_slot:
         inputs = x if rows is None else x[rows]
         dtype = torch.float32 if len(inputs) <= FEW_ROWS else x.dtype
@@ -95,7 +149,9 @@ _joined: dict[tuple[int, int, torch.dtype], tuple[torch.Tensor, torch.Tensor] | 
 """(Address of a layer's first matrix, slot, type) -> its A and B matrices as `_join` returns them."""
 
 
-def _join(lora_a_stacked, lora_b_stacked, slot, dtype):
+def _join(
+    lora_a_stacked: Stacked, lora_b_stacked: Stacked, slot: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return the A matrices of a layer's slices as one, (inner width, ranks), and the B matrices, (ranks, width).
 
     None where the adapter leaves this layer alone. What takes time with few rows is to begin an operation, so two
@@ -114,11 +170,11 @@ def _join(lora_a_stacked, lora_b_stacked, slot, dtype):
     return _joined[key]
 
 
-def _forget_copies(change):
+def _forget_copies(change: Callable[..., bool | None]) -> Callable[..., bool | None]:
     """Wrap a change of the matrices in the slots: the joined copies are made anew."""
 
     @wraps(change)
-    def change_and_forget(self, *arguments, **options):
+    def change_and_forget(self: LoRAModelManager, *arguments: object, **options: object) -> bool | None:
         has_changed = True
         try:
             has_changed = change(self, *arguments, **options)
@@ -131,11 +187,11 @@ def _forget_copies(change):
     return change_and_forget
 
 
-def _find_rows(update):
+def _find_rows(update: Callable[..., None]) -> Callable[..., None]:
     """Wrap the update of a step's metadata: it also finds the rows of each adapter."""
 
     @wraps(update)
-    def update_and_find_rows(self, *arguments, **options):
+    def update_and_find_rows(self: WrapperWithRows, *arguments: object, **options: object) -> None:
         update(self, *arguments, **options)
         self.rows_by_slot = _list_rows(self.token_lora_indices)
         self.sampled_by_slot = _list_rows(self.sampler_indices)
@@ -143,14 +199,14 @@ def _find_rows(update):
     return update_and_find_rows
 
 
-def _list_rows(indices):
+def _list_rows(indices: torch.Tensor) -> list[SlotRows]:
     """Return (slot, row indices) of every adapter; None for all rows, the usual case, in which nothing is copied."""
     slots = indices.unique().tolist()
     # slot -1 has no adapter
     return [(slot, None if len(slots) == 1 else (indices == slot).nonzero().squeeze(1)) for slot in slots if slot >= 0]
 
 
-def _rows_by_adapter(weights, indices):
+def _rows_by_adapter(weights: torch.Tensor, indices: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (row indices, matrix) for every adapter in this batch."""
     # Loops over the adapters of a batch, not over its rows. `tolist` would wait for the device on a GPU.
     for slot in indices.unique().tolist():
@@ -165,8 +221,8 @@ for module in (lora_ops, torch_ops, punica_cpu):
         setattr(module, f"bgmv_{name}", operation)
 
 
-punica_cpu.PunicaWrapperCPU.add_lora_linear = add_lora_linear
-punica_cpu.PunicaWrapperCPU.add_lora_logits = add_lora_logits
+for method in (add_lora_linear, add_lora_logits):
+    setattr(punica_cpu.PunicaWrapperCPU, method.__name__, method)
 punica_cpu.PunicaWrapperCPU.update_metadata = _find_rows(punica_cpu.PunicaWrapperCPU.update_metadata)
 for name in ("rows_by_slot", "sampled_by_slot"):  # attributes that it lacks; until the first step
     setattr(punica_cpu.PunicaWrapperCPU, name, ())
@@ -174,11 +230,11 @@ for change in ("activate_adapter", "_deactivate_adapter", "remove_all_adapters")
     setattr(LoRAModelManager, change, _forget_copies(getattr(LoRAModelManager, change)))
 
 
-def _reseed_dropped_rows(bookkeeping):
+def _reseed_dropped_rows(bookkeeping: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the bookkeeping after sampling: a partly read prompt restarts its generator from the seed."""
 
     @wraps(bookkeeping)
-    def bookkeeping_without_offsets(self, *arguments, **options):
+    def bookkeeping_without_offsets(self: GPUModelRunner, *arguments: object, **options: object) -> Any:
         generators = self.input_batch.generators
         is_dropped = self.discard_request_mask.np
         # Removed for the call, so that vLLM finds no generator to turn back for these rows.

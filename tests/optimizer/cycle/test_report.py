@@ -12,7 +12,7 @@ from optimizer.cycle.methods import list_methods
 from optimizer.cycle.report import Ancestor, ChosenMethods, GateFigures, Report
 from optimizer.cycle.report_page import render_markdown
 from optimizer.evaluation.cells import Cell, CellResult, HeldOutEpisode
-from optimizer.evaluation.comparisons import PlayedPolicy, compare_cells, list_comparisons
+from optimizer.evaluation.comparisons import PlayedPolicy, compare_cells, list_comparisons, measure_saving
 from optimizer.evaluation.decision import decide
 
 POLICIES = [PlayedPolicy("base", "base", 0), PlayedPolicy("sft", "SFT", 1)]
@@ -75,6 +75,30 @@ def test_the_stored_report_is_flat_where_releases_before_were():
     assert stored["demonstrations"]["num_rows"] == 1 and stored["demonstrations"]["trajectory_ids"] == 0
     assert stored["demonstrations"]["tally"] == {} and stored["preferences"] == {} and "rows" not in stored
     assert stored["verdict"]["decision"] == "uninformative" and "is_kept" in stored["verdict"]["guards"][0]
+
+
+def test_the_gate_of_clients_tries_has_no_figures_of_play():
+    report = a_report(2)
+    assert "temperature" not in report.to_json()["gate"] and report.to_json()["gate"]["look"] is None
+    played = replace(report.gate, temperature=0.0, serving_temperature=0.7, num_tries=1, held_out_offset=0)
+    assert replace(report, gate=played).to_json()["gate"]["serving_temperature"] == 0.7
+    page = render_markdown(replace(report, gate=played), list_methods(("sft", "dpo")))
+    assert "**Played at temperature 0; users get 0.7.**" in page
+
+
+def test_the_prompt_tokens_that_weights_save_are_those_of_the_last_policy_without_memory():
+    before = play(Cell("base-on", 0, True), 20, is_success=True)
+    after = play(Cell("sft-off", 1, False), 20, is_success=True)
+    after = CellResult(after.cell, [replace(each, prompt_tokens=180) for each in after.played])
+
+    saving = measure_saving({"base-on": before, "sft-off": after}, POLICIES)
+
+    assert saving is not None
+    assert (saving.prompt_tokens_per_turn_before, saving.prompt_tokens_per_turn_after) == (100, 60)
+    assert (saving.share, saving.tokens_per_turn, saving.final) == (pytest.approx(0.4), 40, "sft-off")
+    assert saving.low == saving.high == 40  # every task saves as much
+    assert measure_saving({"base-on": before}, POLICIES) is None
+    assert measure_saving({"sft-off": after}, POLICIES) is None
 
 
 def test_the_last_training_is_compared_with_the_control():
