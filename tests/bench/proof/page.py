@@ -26,16 +26,17 @@ LABELS = {
     "search": "search",
 }
 EXPLANATION = """
-Every run is a whole cycle on a server of its own: demonstrations of practice tasks are imported where the base never
-wins, the methods train one after the other, and the release gate plays the same held-out tasks with every policy,
-greedily and without memory. After its training a cycle keeps the policy that won most of 64 practice tasks that nothing
-was trained on; where that is the policy before, the method counts as a difference of 0, and the run says "kept". A
-method that found too few rows was not tried, and counts for nothing but its line.
+Every run is a whole cycle on a server of its own: where the base never wins, demonstrations are imported of practice
+tasks that the cycle does not play; the methods train one after the other, and the release gate plays the same held-out
+tasks with every policy, greedily and without memory. After its training a cycle keeps the policy that won most of 64
+practice tasks that nothing was trained on; where that is the policy before, the method counts as a difference of 0, and
+the run says "kept". A method that found too few rows was not tried, and counts for nothing but its line.
 
 Intervals are 95 % intervals over seeds and tasks, both of them random (an analysis of variance with crossed effects and
 Satterthwaite's degrees of freedom); with one seed they are over tasks alone. Policies that several sequences of methods
 share are averaged within a seed first. Differences are between policies on the same tasks of the same run. Nothing was
-tuned on held-out tasks, and no run is left out.
+tuned on held-out tasks, and no run is left out; one whose choice turned out to be made on demonstrated tasks is in the
+[log](log.md).
 """.strip()
 
 

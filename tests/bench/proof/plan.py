@@ -33,6 +33,11 @@ class Subject:
     max_output_tokens: int = 0
     """Of one reply, where there is a task file; more than any right one takes. The bare base writes on to the limit."""
 
+    @property
+    def num_played(self) -> int:
+        """Practice tasks that the cycle plays: to explore, and to choose a policy by."""
+        return self.settings["num_practice_tasks"] + self.settings["num_selection_tasks"]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -62,6 +67,7 @@ SUBJECTS = (
             "practice_episodes": 0,
             "explore_episodes": 512,
             "num_practice_tasks": 128,
+            "num_selection_tasks": 64,
             "evaluation.num_tasks": 200,
             "evaluation.num_sealed_tasks": 0,
             "evaluation.serve_with_memory": False,
@@ -80,6 +86,7 @@ SUBJECTS = (
             "practice_episodes": 0,
             "explore_episodes": 512,
             "num_practice_tasks": 128,
+            "num_selection_tasks": 64,
             "evaluation.num_tasks": 200,
             "evaluation.num_sealed_tasks": 0,
             "evaluation.serve_with_memory": False,

@@ -82,11 +82,13 @@ def write_tasks(subject: Subject, home: Path) -> list[str]:
 
 
 def seed_server(run: Run, home: Path, url: str) -> None:
-    """Import demonstrations of practice tasks, other ones for other seeds."""
+    """Import demonstrations of practice tasks that the cycle neither explores nor chooses by; other ones for other
+    seeds."""
     if not run.subject.num_demonstrations:
         return
     tasks = [json.loads(line) for line in (home / f"{run.subject.environment}.jsonl").read_text().splitlines()]
-    shown = [task for task in tasks if task["split"] == "practice" and "demonstration" in task]
+    practice = [task for task in tasks if task["split"] == "practice"]
+    shown = [task for task in practice[run.subject.num_played :] if "demonstration" in task]
     chosen = random.Random(run.seed).sample(shown, min(run.subject.num_demonstrations, len(shown)))
     rows = [
         {

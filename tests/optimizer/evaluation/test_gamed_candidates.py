@@ -1,4 +1,4 @@
-"""The gate promotes no candidate that only looks better, or that was trained on poisoned rows."""
+"""The gate, simulated: it promotes no candidate that only looks better, or that loses what poisoned rows would cost it."""
 
 from __future__ import annotations
 
