@@ -1,4 +1,4 @@
-"""The gate, simulated: it promotes no candidate that only looks better, or that loses what poisoned rows would cost it."""
+"""The gate, simulated: no candidate is promoted that only looks better, or loses what poisoned rows would cost it."""
 
 from __future__ import annotations
 
