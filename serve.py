@@ -145,7 +145,7 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: M
         branching=lambda environment: agent.branch if agent.environment(environment).can_replay else None,
         sealed_tasks=lambda environment, num_tasks: agent.environment(environment).sealed_tasks(num_tasks),
         holds_out=lambda environment, task, texts: agent.environment(environment).holds_out(task, texts),
-        find_tasks=lambda environment, texts: agent.environment(environment).find_tasks(texts),
+        find_tasks=lambda environment, task, texts: agent.environment(environment).find_tasks(task, texts),
         serving=serving,
         tasks=lambda environment, split, num_tasks, offset=0: agent.environment(environment).tasks(
             split, num_tasks, offset=offset

@@ -149,14 +149,15 @@ def holds_out_nothing(environment: str, task: str | None, texts: Sequence[str]) 
 
 
 class FindTasks(Protocol):
-    def __call__(self, environment: str, texts: Sequence[str]) -> Collection[str]:
-        """Return the names of the tasks of the environment that ask one of these, as far as it knows."""
+    def __call__(self, environment: str, task: str | None, texts: Sequence[str]) -> Collection[str]:
+        """Return the tasks of the environment that a row may be of: the one of its name or, where the environment has
+        none of that name, those that ask what its users say, as far as that is known."""
         ...
 
 
-def find_no_tasks(environment: str, texts: Sequence[str]) -> Collection[str]:
+def find_named_task(environment: str, task: str | None, texts: Sequence[str]) -> Collection[str]:
     """The `FindTasks` of environments that do not know what their tasks ask."""
-    return ()
+    return [task] if task is not None else []
 
 
 def branch_nowhere(environment: str) -> Branch | None:
@@ -182,7 +183,7 @@ class Seams:
     prepare: Prepare = prepare_nothing
     sealed_tasks: ListSealedTasks = no_sealed_tasks
     holds_out: HoldsOut = holds_out_nothing
-    find_tasks: FindTasks = find_no_tasks
+    find_tasks: FindTasks = find_named_task
     serving: Callable[[str], Serving] = serve_greedily
     """Environment -> the defaults of its users; `""` is live traffic."""
     branching: Callable[[str], Branch | None] = branch_nowhere

@@ -204,11 +204,10 @@ class CycleContext:
         return measures
 
     def tasks_of(self, environment: str | None, task: str | None, texts: Sequence[str]) -> set[str]:
-        """Return the tasks of this cycle's environment that an episode or a row is of: by its name, else by what its
-        users say."""
+        """Return the tasks of this cycle's environment that an episode or a row may be of."""
         if not environment or environment != self.config.environment:
             return set()
-        return {task} if task else set(self.seams.find_tasks(environment, texts))
+        return set(self.seams.find_tasks(environment, task or None, texts))
 
     def is_success(self, trajectory: Trajectory) -> bool:
         """Whether a closed episode reached the reward of a success."""

@@ -148,7 +148,7 @@ def leave_out_all(built: BuiltRows[Any], reason: str) -> None:
 def describe_own_tokens(summary: Mapping[str, Any]) -> list[str]:
     """Return the sentences of a report about the agent's own tokens, where the method counted any."""
     if summary.get("template_mismatch"):
-        return [f"Its rows were left out: {summary['template_mismatch']}."]
+        return [f"The rows were left out: {summary['template_mismatch']}."]
     if not summary.get("own_tokens"):  # also a cycle opened by an older version
         return []
     return [

@@ -19,7 +19,7 @@ from memory.records.trajectories import ModelCalls
 from memory.schema import Task, Trajectory, TrajectoryStage
 from memory.statistics import wilson_interval
 from memory.storage.whole_files import write_whole
-from optimizer.evaluation.intervals import PairedDifference, compare_paired, mean_interval
+from optimizer.evaluation.intervals import PairedDifference, compare_anytime, compare_paired, mean_interval
 from optimizer.seams import OnProgress, Rollout, play_all
 
 STORED_CALLS = "num_turns"
@@ -251,11 +251,13 @@ def pair_tasks(candidate: CellResult, incumbent: CellResult) -> list[Pair]:
     return [pair for pair in pairs if not all(episode.is_broken for episode in (*pair.ours, *pair.theirs))]
 
 
-def compare_pairs(pairs: Iterable[Pair], confidence: float = 0.95) -> PairedDifference:
-    """Compare how much both won of the same tasks."""
+def compare_pairs(pairs: Iterable[Pair], confidence: float = 0.95, *, is_open_ended: bool = False) -> PairedDifference:
+    """Compare how much both won of the same tasks. `is_open_ended`: their number was not fixed before they were
+    played."""
     pairs = list(pairs)
     ours, theirs = [share_won(pair.ours) for pair in pairs], [share_won(pair.theirs) for pair in pairs]
-    return compare_paired(ours, theirs, confidence)
+    compare = compare_anytime if is_open_ended else compare_paired
+    return compare(ours, theirs, confidence)
 
 
 def write_cell(path: Path, result: CellResult) -> None:

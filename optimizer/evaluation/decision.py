@@ -6,7 +6,7 @@ spend no more than the budget (alpha spending: Lan and DeMets, Biometrika 70, 19
 sequence). A promotion makes another policy the incumbent, with a budget of its own, as in alpha-investing (Foster and
 Stine, JRSS B 70, 2008). The test of one look is the exact randomization test over tasks, McNemar's where each task is
 tried once. Where clients play, whoever asks for a verdict may have watched the outcomes and chosen the moment: there
-the test is one that holds at every moment (`anytime_p`).
+test and intervals hold at every moment (`compare_anytime`).
 
 Invariants: a promotion needs a p-value within its look's share of the budget and an interval above the margin; a
 rejection needs evidence too; every doubt about the measurement, and all that lies between, is uninformative.
@@ -15,8 +15,8 @@ rejection needs evidence too; every doubt about the measurement, and all that li
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import partial
 
@@ -26,7 +26,6 @@ from optimizer.evaluation.intervals import (
     PairedDifference,
     RateComparison,
     anytime_low,
-    anytime_p,
     compare_rates,
     mean_interval,
 )
@@ -149,20 +148,22 @@ def decide(
     and at what price, then whether it is no worse and cheaper, and only then whether it got worse.
     """
     pairs = pair_tasks(candidate, incumbent)
-    gains = {pair.task: share_won(pair.ours) - share_won(pair.theirs) for pair in pairs}
-    paired, alpha = compare_pairs(pairs), alpha_of(look, config.false_promotion_rate)
-    if is_open_ended:
-        paired = replace(paired, p_better=anytime_p(list(gains.values())))
+    compare = partial(compare_pairs, is_open_ended=is_open_ended)
+    paired, alpha = compare(pairs), alpha_of(look, config.false_promotion_rate)
     guards = _measure_guards(pairs, config)
     doubt = _doubt(candidate, incumbent, pairs, config)
     no_worse = None
     if doubt is None:
-        bound = partial(_bound_below, is_open_ended=is_open_ended)
-        no_worse = _compare_without_memory(without_memory, incumbent, config, alpha, bound)
-        conclusion = _weigh(candidate.cell, pairs, paired, guards, no_worse, config, alpha, bound)
+        no_worse = _compare_without_memory(without_memory, incumbent, config, alpha, is_open_ended=is_open_ended)
+        # two tests at one look share its part of the budget (Bonferroni)
+        share = alpha if config.noninferiority_margin is None else alpha / 2
+        # the lower end of a two-sided interval with `share` in each tail is the one-sided bound at this look's level
+        bound = compare(pairs, 1 - 2 * share).low
+        conclusion = _weigh(candidate.cell, paired, guards, no_worse, config, share, bound)
     else:
         # not REJECT: a broken measurement must not cost a candidate
         conclusion = Conclusion(Decision.UNINFORMATIVE, doubt, candidate.cell)
+    gains = {pair.task: share_won(pair.ours) - share_won(pair.theirs) for pair in pairs}
     return Verdict(
         decision=conclusion.decision,
         reason=conclusion.reason,
@@ -282,19 +283,8 @@ def _mean(tries: Sequence[HeldOutEpisode], count: str) -> float:
     return sum(getattr(episode, count) for episode in tries) / len(tries)
 
 
-BoundBelow = Callable[[Sequence[Pair], float], float]
-"""Pairs, error probability -> one-sided lower bound of how much more the first side won."""
-
-
-def _bound_below(pairs: Sequence[Pair], error: float, *, is_open_ended: bool) -> float:
-    if is_open_ended:
-        return anytime_low([share_won(pair.ours) - share_won(pair.theirs) for pair in pairs], error)
-    # the lower end of a two-sided interval with `error` in each tail
-    return compare_pairs(pairs, 1 - 2 * error).low
-
-
 def _compare_without_memory(
-    ours: CellResult | None, theirs: CellResult, config: EvaluationConfig, alpha: float, bound: BoundBelow
+    ours: CellResult | None, theirs: CellResult, config: EvaluationConfig, alpha: float, *, is_open_ended: bool
 ) -> NonInferiority | None:
     """Compare the candidate without memory with the incumbent as it serves, if the operator set a margin."""
     if config.noninferiority_margin is None or ours is None:
@@ -305,17 +295,16 @@ def _compare_without_memory(
     # invalid calls are the price of success alone: who is only no worse has none to pay them with
     if not all(guard.is_kept for guard in _measure_guards(pairs, config) if not guard.is_ratio):
         return None
-    share = alpha / 2  # one-sided, with half of the look's share: the other half is for "better"
-    saved = [_tokens_per_episode(pair.theirs) - _tokens_per_episode(pair.ours) for pair in pairs]
-    mean, low, _ = mean_interval(saved, 1 - 2 * share)
-    return NonInferiority(
-        cell=ours.cell,
-        difference=compare_pairs(pairs).difference,
-        low=bound(pairs, share),
-        margin=config.noninferiority_margin,
-        tokens_saved=mean,
-        tokens_saved_low=low if math.isfinite(low) else None,
-    )
+    confidence = 1 - 2 * (alpha / 2)  # one-sided, with half of the look's share: the other half is for "better"
+    paired = compare_pairs(pairs, confidence, is_open_ended=is_open_ended)
+    tokens = [(_tokens_per_episode(pair.ours), _tokens_per_episode(pair.theirs)) for pair in pairs]
+    mean, low, _ = mean_interval([theirs - ours for ours, theirs in tokens], confidence)
+    if is_open_ended:
+        # tokens have no bounds, the share of them that is saved has: that share of the incumbent's tokens
+        shares = [(theirs - ours) / max(ours, theirs, 1.0) for ours, theirs in tokens]
+        low = anytime_low(shares, alpha / 2) * sum(theirs for _, theirs in tokens) / len(tokens)
+    lowest = low if math.isfinite(low) else None
+    return NonInferiority(ours.cell, paired.difference, paired.low, config.noninferiority_margin, mean, lowest)
 
 
 def _tokens_per_episode(tries: Sequence[HeldOutEpisode]) -> float:
@@ -337,19 +326,20 @@ def _list_objections(guards: Iterable[Guard]) -> str:
 
 def _weigh(
     cell: Cell,
-    pairs: Sequence[Pair],
     paired: PairedDifference,
     guards: Sequence[Guard],
     no_worse: NonInferiority | None,
     config: EvaluationConfig,
-    alpha: float,
-    bound: BoundBelow,
+    share: float,
+    bound: float,
 ) -> Conclusion:
-    """Decide on a measurement that can be trusted."""
-    # two tests at one look share its part of the budget (Bonferroni)
-    share = alpha if config.noninferiority_margin is None else alpha / 2
+    """Decide on a measurement that can be trusted.
+
+    `share`: of the error budget, what the test whether it is better may spend. `bound`: the lower end of the difference
+    at this level.
+    """
     # both: the exact test knows no margin, and the interval is an approximation
-    is_better = paired.p_better <= share and bound(pairs, share) > config.margin
+    is_better = paired.p_better <= share and bound > config.margin
     numbers = (
         f"{paired.difference:+.1%} (95 % interval {paired.low:+.1%} to {paired.high:+.1%}; "
         f"one-sided p = {paired.p_better:.2g}, at most {share:.2g} promotes)"

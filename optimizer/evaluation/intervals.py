@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
@@ -26,7 +26,8 @@ BISECTIONS = 20  # of an interval of length 2: to a millionth
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How the success of one policy differs from another's on the same tasks."""
+    """How the success of one policy differs from another's on the same tasks; interval and p-values are those of
+    `compare_paired`, or of `compare_anytime` where the number of tasks was not fixed before."""
 
     num_tasks: int
     num_won: int
@@ -39,8 +40,7 @@ class PairedDifference:
     p_value: float
     """Exact sign-flip test, two-sided; with one try of each task it is the exact McNemar test."""
     p_better: float
-    """The same, one-sided: how likely a difference this good is when nothing changed. A verdict on tasks whose number
-    was not fixed before has `anytime_p` here."""
+    """The same, one-sided: how likely a difference this good is when nothing changed."""
 
 
 def compare_paired(first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE) -> PairedDifference:
@@ -102,27 +102,45 @@ def flip_signs(steps: tuple[int, ...]) -> float:
     return min(1.0, float(ways[sum(sizes) + sum(steps) :].sum()))
 
 
-def anytime_p(differences: Sequence[float], least: float = 0.0) -> float:
+def compare_anytime(
+    first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE
+) -> PairedDifference:
+    """Compare as `compare_paired` does, by p-values and an interval that hold at whatever number of tasks somebody
+    chooses to stop. They need more evidence."""
+    differences = np.subtract(np.asarray(first, dtype=float), np.asarray(second, dtype=float))
+    error = (1 - confidence) / 2
+    better, worse = anytime_p(differences), anytime_p(-differences)
+    return replace(
+        compare_paired(first, second, confidence),
+        low=anytime_low(differences, error),
+        high=-anytime_low(-differences, error),
+        p_value=min(1.0, 2 * min(better, worse)),
+        p_better=better,
+    )
+
+
+def anytime_p(differences: Sequence[float] | np.ndarray, least: float = 0.0) -> float:
     """Return how likely evidence for a mean above `least` ever becomes this strong where there is none; valid at
     whatever number of differences, each in [-1, 1], somebody chooses to stop.
 
     The inverse of the capital of gamblers who stake fixed shares of it on each difference being above `least`, all
     shares alike (Waudby-Smith and Ramdas, JRSS B 86, 2024, arXiv 2010.09686; Ville's inequality).
     """
+    values, counts = np.unique(np.asarray(differences, dtype=float), return_counts=True)
     # the worst difference is -1: a gambler who stakes everything loses everything
-    gains = (np.asarray(differences, dtype=float) - least) / (1 + least)
+    gains = (values - least) / (1 + least)
     stakes = (np.arange(NUM_STAKES) + 0.5) / NUM_STAKES
-    capital = np.log1p(np.outer(stakes, gains)).sum(axis=1)
-    return min(1.0, math.exp(math.log(NUM_STAKES) - float(np.logaddexp.reduce(capital))))
+    capital = np.log1p(np.outer(stakes, gains)) @ counts
+    return min(1.0, math.exp(min(0.0, math.log(NUM_STAKES) - float(np.logaddexp.reduce(capital)))))
 
 
-def anytime_low(differences: Sequence[float], alpha: float) -> float:
+def anytime_low(differences: Sequence[float] | np.ndarray, error: float) -> float:
     """Return the lower end of a one-sided interval for the mean of differences, which holds at all their numbers at
-    once: with probability `alpha` at most it is ever above the mean."""
+    once: with probability `error` at most it is ever above the mean."""
     low, high = -1.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        if anytime_p(differences, middle) <= alpha:
+        if anytime_p(differences, middle) <= error:
             low = middle
         else:
             high = middle

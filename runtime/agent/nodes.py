@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -128,12 +129,16 @@ async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState
     # By id, not by order: clients may send results in any order.
     names = {call["id"]: call["function"]["name"] for call in handover.tool_calls}
     episode.announce()
+    calls: Message = {"role": "assistant", "tool_calls": handover.tool_calls}
+    answered = set(_list_answered_tools([calls, *resumption.new_messages]))
+    # also what is recorded already: an earlier request may not have named the tool
+    answered |= {step.tool_name or "" for step in resumption.steps}
+    if episode.request.untrusted_tools & answered:
+        await _distrust(episode)
     for message in resumption.new_messages:
         if message["role"] == "user":
             await _record(episode, StepKind.USER, content=text_of(message))
             continue
-        if names.get(message.get("tool_call_id")) in episode.request.untrusted_tools:
-            await _distrust(episode)
         await _record(
             episode,
             StepKind.TOOL,
@@ -386,7 +391,7 @@ async def run_call(episode: Episode, call: ToolCall) -> tuple[ToolResult, float]
 def _trust_of_opening(episode: Episode, memory_ids: Sequence[str]) -> Trust:
     """Return the lowest trust of the memories and of the earlier replies that the episode begins with."""
     exchanges, handover = exchanges_of(episode.opening), episode.request.handover
-    if episode.request.untrusted_tools & set(_name_tools_heard(episode.opening)):
+    if episode.request.untrusted_tools & set(_list_answered_tools(episode.opening)):
         return Trust.UNTRUSTED
     try:
         return episode.memory.trajectories.trust_of(
@@ -400,13 +405,15 @@ def _trust_of_opening(episode: Episode, memory_ids: Sequence[str]) -> Trust:
         return Trust.UNTRUSTED
 
 
-def _name_tools_heard(messages: Sequence[Message]) -> Iterator[str]:
+def _list_answered_tools(messages: Sequence[Message]) -> Iterator[str]:
     """Yield the names of the tools whose results are among these messages."""
-    names: dict[str, str] = {}
+    # several for one id: a model may give two calls the same
+    names: dict[str, set[str]] = defaultdict(set)
     for message in messages:
-        names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls") or ()}
+        for call in message.get("tool_calls") or ():
+            names[call["id"]].add(call["function"]["name"])
         if message["role"] == "tool":
-            yield names.get(message.get("tool_call_id", ""), "")
+            yield from names[message.get("tool_call_id", "")]
 
 
 async def _distrust(episode: Episode) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from memory.schema import Split, Task
 from runtime.engine.client import Message, ToolCall
@@ -90,7 +91,11 @@ class Environment(ABC):
 
     def is_sealed(self, name: str) -> bool:
         """Whether a task is among the sealed ones; a class with more than `LISTED_SEALED` overrides this."""
-        return any(task.name == name for task in self.sealed_tasks(LISTED_SEALED))
+        return name in self._sealed_names
+
+    @cached_property
+    def _sealed_names(self) -> frozenset[str]:
+        return frozenset(task.name for task in self.sealed_tasks(LISTED_SEALED))
 
     def open_task(self, name: str) -> Task:
         """Return the task called `name`, for somebody who asks to play it.
@@ -112,10 +117,10 @@ class Environment(ABC):
         except ValueError:  # UnknownTask, or what a class makes of a name of another form
             return False
 
-    def find_tasks(self, texts: Sequence[str]) -> Collection[str]:
-        """Return the names of the tasks that ask one of these, where what tasks ask is known without starting them:
-        rows of training data may have no name."""
-        return ()
+    def find_tasks(self, name: str | None, texts: Sequence[str]) -> Collection[str]:
+        """Return the tasks that a row of training data may be of: the one of this name or, where none here has it and
+        what tasks ask is known without starting them, those that ask one of `texts`."""
+        return [name] if name is not None else []
 
     async def prepare(self, tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
         """Do slow work of starting these tasks ahead of time; call `on_progress(num_done, num_total)` after each."""

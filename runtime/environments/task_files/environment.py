@@ -68,8 +68,10 @@ class TaskFile(Environment):
             return super().holds_out(name, texts)
         return any(map(self._index.is_held_out, texts))
 
-    def find_tasks(self, texts: Sequence[str]) -> set[str]:
-        return {name for text in texts for name in self._index.find_tasks(text)}
+    def find_tasks(self, name: str | None, texts: Sequence[str]) -> set[str]:
+        if name in self._index.positions:
+            return {name}
+        return {each for text in texts for each in self._index.find_tasks(text)}
 
     async def start(self, task: Task) -> TaskPlaythrough:
         return await start_playthrough(task, await self._read(task), self._resources)

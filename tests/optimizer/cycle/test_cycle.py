@@ -497,7 +497,7 @@ async def test_a_later_method_that_could_train_too_few_of_its_own_tokens_is_left
     preferences = memory.cycles.get(cycle.id).artifacts["preferences"]
     assert (preferences["num_rows"], preferences["trained_share"]) == (0, 0.0)
     page = (memory.data_dir / "reports" / cycle.id / "report.md").read_text()
-    assert "Its rows were left out: only 0.0% of the agent's own tokens" in page and repr(str(tiny_base)) in page
+    assert "The rows were left out: only 0.0% of the agent's own tokens" in page and repr(str(tiny_base)) in page
 
 
 async def test_a_cycle_without_practice_is_refused_at_once_when_there_is_nothing_to_learn_from(memory):

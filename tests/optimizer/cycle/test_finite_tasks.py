@@ -34,7 +34,9 @@ async def never(*_, **__):
     raise AssertionError("nothing is played here")
 
 
-def find_tasks(environment: str, texts: Sequence[str]) -> list[str]:
+def find_tasks(environment: str, task: str | None, texts: Sequence[str]) -> list[str]:
+    if task is not None and task.startswith("practice-"):
+        return [task]
     return [f"practice-{text[4]}" for text in texts if text.startswith("Sum ")]
 
 
@@ -94,7 +96,7 @@ async def test_no_task_that_was_demonstrated_or_corrected_chooses_a_candidate(me
     context = await open_context(memory, num_practice_tasks=4, num_selection_tasks=8)
     await context.save_artifacts(practice_offset=8, practice_end=12)
     shown = ExampleContent(ExampleKind.DEMONSTRATION, [{"role": "assistant", "content": "4"}], task="practice-4")
-    nameless = replace(shown, completion=[{"role": "user", "content": "Sum 6?"}, *shown.completion], task=None)
+    nameless = replace(shown, completion=[{"role": "user", "content": "Sum 6?"}, *shown.completion], task="row-17")
     await memory.examples.add([shown, nameless], Origin(environment="sums"))
     wrong = await play(memory, environment="sums", kind="sums", task="practice-5", reward=None)
     await memory.feedback.post(Feedback(trajectory_id=wrong.id, correction="5"))

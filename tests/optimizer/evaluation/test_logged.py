@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from memory.schema import (
     Feedback,
     Policy,
+    PolicyStage,
     Reward,
     RewardSource,
     Split,
@@ -22,8 +23,10 @@ from memory.schema import (
 from memory.store import Memory
 from optimizer.config import EvaluationConfig, OptimizerConfig
 from optimizer.cycle.context import CycleContext
-from optimizer.evaluation.decision import Decision
+from optimizer.cycle.release_gate import decide_again
+from optimizer.evaluation.decision import Decision, alpha_of
 from optimizer.evaluation.decision import decide as decide_by_cells
+from optimizer.evaluation.intervals import compare_paired
 from optimizer.evaluation.logged import read_logged_cells
 from optimizer.seams import Seams
 from tests.memory.episodes import PATIENT, HashingEncoder
@@ -98,6 +101,27 @@ async def test_logged_tries_at_the_same_tasks_pass_the_gate_as_played_ones_do(me
     assert verdict.decision is Decision.PROMOTE
     assert (verdict.paired.num_won, verdict.paired.num_lost) == (25, 0)
     assert (verdict.candidate.name, verdict.incumbent.name) == ("candidate-off", "incumbent-off")
+
+
+@pytest.mark.parametrize(("num_won", "expected"), [(28, Decision.UNINFORMATIVE), (32, Decision.PROMOTE)])
+async def test_who_asks_for_a_verdict_may_have_waited_until_it_looked_good(memory, num_won: int, expected: Decision):
+    """28 tasks won and 12 lost would do for the exact test of a number of tasks that was fixed before."""
+    await memory.policies.register_base("base")
+    cycle = await memory.cycles.open(PLAYS_NOTHING.model_dump())
+    made = await memory.policies.draft(parent=0, cycle_id=cycle.id)
+    await memory.policies.move(made.version, PolicyStage.CANDIDATE)
+    await memory.cycles.save(cycle.id, artifacts={"candidate": made.version})
+    for task in range(40):
+        is_won = task < num_won
+        await log(memory, 0, task, float(not is_won))
+        await log(memory, made.version, task, float(is_won))
+
+    decided = await decide_again(CycleContext(memory, Seams(rollout=None, tasks=None), cycle.id))
+
+    assert decided.decision is expected and decided.was_tested
+    exact = compare_paired([1.0] * num_won + [0.0] * (40 - num_won), [0.0] * num_won + [1.0] * (40 - num_won))
+    assert exact.p_better < alpha_of(1, 0.05) and decided.paired["p_better"] > exact.p_better
+    assert (decided.paired["low"] > 0) is (expected is Decision.PROMOTE)
 
 
 async def test_of_several_tries_at_a_task_the_first_counts_however_many_follow(memory, candidate, monkeypatch):

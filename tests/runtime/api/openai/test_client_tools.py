@@ -59,6 +59,25 @@ def test_the_client_names_tools_that_return_what_others_wrote(
     elsewhere = [{"role": "user", "content": "How is Rome?"}, *results(first, "sun"), ASKED]
     opened = ask(client, elsewhere, metadata=metadata)
     assert (world.newest.id, world.newest.trust) == (opened.id, expected)
+    # two calls of one reply may have the same id
+    functions = [{"name": name, "arguments": "{}"} for name in ("weather", "calendar")]
+    calls = [{"id": "c", "type": "function", "function": function} for function in functions]
+    told = [{"role": "tool", "tool_call_id": "c", "content": text} for text in ("sun", "Monday")]
+    ask(client, [ASKED, {"role": "assistant", "content": "", "tool_calls": calls}, *told, ASKED], metadata=metadata)
+    assert world.newest.trust is expected
+
+
+def test_a_tool_that_is_named_after_its_result_came_is_distrusted_too(
+    world: PlayedWorld, client: openai.OpenAI
+) -> None:
+    first = ask(client, [ASKED])
+    heard = [ASKED, *results(first, "twice")]
+    world.fake.script = lambda request: call("weather", city="Oslo")
+    second = ask(client, heard)
+    world.fake.script = forecast
+    assert second.choices[0].finish_reason == "tool_calls" and world.newest.trust is Trust.TRUSTED
+    ask(client, [*heard, *results(second, "rain")], metadata={"untrusted_tools": "weather"})
+    assert (world.newest.id, world.newest.trust) == (first.id, Trust.UNTRUSTED)
 
 
 def test_the_turns_are_one_trajectory_closed_by_the_final_answer(world: PlayedWorld, client: openai.OpenAI) -> None:

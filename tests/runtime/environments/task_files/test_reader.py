@@ -207,7 +207,9 @@ def test_a_task_is_held_out_by_its_name_and_without_one_by_its_question_whatever
     assert file.holds_out(None, ["Hello.", "\n What  is\tb? "]) and not file.holds_out(None, ["What isb?"])
     # the same question for two databases, distinguished by the name
     assert [file.holds_out(name, [same[0]["content"]]) for name in ("e", "f", None)] == [False, True, True]
-    assert file.find_tasks([same[0]["content"], "What is a?", "2 + 2?", ""]) == {"a", "e", "f"}
+    for name in (None, "row-17"):
+        assert file.find_tasks(name, [same[0]["content"], "What is a?", "2 + 2?", ""]) == {"a", "e", "f"}
+    assert file.find_tasks("e", ["What is a?"]) == {"e"}
 
 
 @pytest.mark.parametrize(
