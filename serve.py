@@ -133,9 +133,8 @@ def make_seams(agent: Agent, engine: Engine, maintenance: Maintenance, critic: M
     async def rollout(task: Task, **how: Any) -> Trajectory:
         return (await agent.rollout(TurnRequest(task=task, **how))).trajectory
 
-    def serving(environment: str) -> Serving:
-        temperature = agent.temperature_of(agent.environment(environment) if environment else None)
-        return Serving(temperature=temperature, use_memory=agent.serve_with_memory)
+    def serving(name: str) -> Serving:
+        return Serving(agent.temperature_of(agent.environment(name) if name else None), agent.serve_with_memory)
 
     async def prepare(tasks: Sequence[Task], on_progress: Callable[[int, int], None] | None = None) -> None:
         await agent.environment(tasks[0].environment or "").prepare(tasks, on_progress)
