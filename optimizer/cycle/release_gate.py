@@ -19,7 +19,7 @@ from memory.schema import Policy, PolicyStage, StoredVerdict, Task, new_id
 from optimizer.cycle.artifacts import DecidedVerdict, to_json
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.methods import CONTROL, list_methods
-from optimizer.cycle.report import Evaluation, GateFigures, Regression, build_report
+from optimizer.cycle.report import Evaluation, GateFigures, PlayFigures, Regression, build_report
 from optimizer.cycle.report_page import write_report
 from optimizer.cycle.stages import nominate
 from optimizer.evaluation import decision
@@ -307,15 +307,15 @@ async def _act_on(
         sealed=(sealed.num_successes, len(sealed.played)) if sealed is not None else (0, 0),
     )
     # the ledger is closed before the policy moves: a crash in between repeats the stage, and spends nothing again
-    stored = {**verdict.to_json(), "policy": verdict.candidate.policy, "report": str(page)}
-    decided = DecidedVerdict.model_validate(stored)
+    figures = {**verdict.to_json(), "policy": verdict.candidate.policy, "report": str(page)}
+    decided = DecidedVerdict.model_validate(figures)
+    stored = to_json(decided)
     candidate = policies.get(verdict.candidate.policy)
     stage = _stage_after(verdict, candidate)
     if candidate.stage is stage:
-        await policies.note_verdict(candidate.version, to_json(decided))
+        await policies.note_verdict(candidate.version, stored)
     else:
-        use_memory = _serves_as(comparison, verdict)
-        await policies.move(candidate.version, stage, verdict=to_json(decided), use_memory=use_memory)
+        await policies.move(candidate.version, stage, verdict=stored, use_memory=_serves_as(comparison, verdict))
     return decided
 
 
@@ -350,7 +350,15 @@ def _describe_gate(comparison: Comparison, verdict: Verdict) -> GateFigures:
     # the entry holds its alpha until it is closed, also where no test was made
     spent = verdicts.alpha_spent(entry.incumbent) - (0.0 if verdict.was_tested else entry.alpha)
     sealed, before = comparison.sealed, verdicts.num_sealed(environment)
-    figures = GateFigures(
+    play = None
+    if environment:
+        play = PlayFigures(
+            temperature=context.gate_serving(environment).temperature,
+            serving_temperature=context.seams.serving(environment).temperature,
+            num_tries=wanted.num_tries if context.is_sampled(environment) else 1,
+            held_out_offset=comparison.held_out_offset,
+        )
+    return GateFigures(
         look=entry.look if verdict.was_tested else None,
         alpha=entry.alpha if verdict.was_tested else 0.0,
         alpha_spent=spent,
@@ -359,15 +367,7 @@ def _describe_gate(comparison: Comparison, verdict: Verdict) -> GateFigures:
         sealed=None if sealed is None else sealed.summary(),
         # a repeated stage finds the entry closed and its touch counted already
         sealed_touches=before + (sealed is not None and entry.decision is None),
-    )
-    if not environment:
-        return figures
-    return replace(
-        figures,
-        temperature=context.gate_serving(environment).temperature,
-        serving_temperature=context.seams.serving(environment).temperature,
-        num_tries=wanted.num_tries if context.is_sampled(environment) else 1,
-        held_out_offset=comparison.held_out_offset,
+        play=play,
     )
 
 

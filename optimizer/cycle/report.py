@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from memory.schema import Insight
 from memory.scopes import EVERYBODY
 from memory.teaching import TeacherKind
 from optimizer.cycle.artifacts import Critiques, RowsSummary, Selection, TrainedAdapter
@@ -33,6 +32,16 @@ class Regression(PairedDifference):
 
 
 @dataclass(frozen=True)
+class PlayFigures:
+    """How the gate played."""
+
+    temperature: float
+    serving_temperature: float
+    num_tries: int
+    held_out_offset: int
+
+
+@dataclass(frozen=True)
 class GateFigures:
     """The figures of the gate itself: its look, its error budget, and how it played."""
 
@@ -47,15 +56,8 @@ class GateFigures:
     """The sealed block as the promoted policy plays it; None where it was not played."""
     sealed_touches: int = 0
     """How often it was played, this time included."""
-    temperature: float | None = None
-    """This and the next three: None where clients played."""
-    serving_temperature: float | None = None
-    num_tries: int | None = None
-    held_out_offset: int | None = None
-
-
-OF_PLAY = ("temperature", "serving_temperature", "num_tries", "held_out_offset")
-"""The fields of `GateFigures` that `report.json` has only where the gate played."""
+    play: PlayFigures | None = None
+    """None where clients played; `report.json` has its fields among the others."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,10 @@ class ChosenMethods:
     reason: str
 
 
-@dataclass(frozen=True)
-class InsightFigures:
+class InsightFigures(BaseModel):
     """One insight that practice in this environment supports."""
+
+    model_config = ConfigDict(from_attributes=True, frozen=True)
 
     kind: str
     text: str
@@ -91,18 +94,6 @@ class InsightFigures:
     losses: int
     wins_otherwise: int
     losses_otherwise: int
-
-    @classmethod
-    def of(cls, insight: Insight) -> InsightFigures:
-        return cls(
-            kind=insight.kind,
-            text=insight.text,
-            strength=insight.strength,
-            wins=insight.wins,
-            losses=insight.losses,
-            wins_otherwise=insight.wins_otherwise,
-            losses_otherwise=insight.losses_otherwise,
-        )
 
 
 @dataclass(frozen=True)
@@ -151,9 +142,9 @@ class Report:
             name: {} if summary is None else {**summary, "trajectory_ids": len(summary["trajectory_ids"])}
             for name, summary in plain.pop("rows").items()
         }
-        # without a temperature the gate played nothing, and its figures of play are no figures
-        gate = {name: value for name, value in plain["gate"].items() if value is not None or name not in OF_PLAY}
-        return {**plain, **rows, "verdict": self.verdict.to_json(), "gate": gate}
+        gate = plain["gate"]
+        gate |= gate.pop("play") or {}
+        return {**plain, **rows, "verdict": self.verdict.to_json()}
 
 
 def build_report(context: CycleContext, evaluation: Evaluation) -> Report:
@@ -179,7 +170,8 @@ def build_report(context: CycleContext, evaluation: Evaluation) -> Report:
             method.name: artifacts.trained[method.name] for method in methods if method.name in artifacts.trained
         },
         insights=[
-            InsightFigures.of(insight) for insight in insights.active(context.config.environment, scope=EVERYBODY)
+            InsightFigures.model_validate(insight)
+            for insight in insights.active(context.config.environment, scope=EVERYBODY)
         ],
         critiques=artifacts.critiques,
         stage_seconds=artifacts.stage_seconds,

@@ -162,9 +162,8 @@ def _render_gate(gate: GateFigures) -> str:
         lines.append(f"No test was made, and nothing spent: {spent}")
     else:
         lines.append(f"Look {gate.look} at this incumbent, which spends {gate.alpha:.4f}: {spent}")
-    played, users_get = gate.temperature, gate.serving_temperature
-    if played is not None and users_get is not None and played != users_get:
-        lines.append(f"**Played at temperature {played:g}; users get {users_get:g}.**")
+    if (play := gate.play) is not None and play.temperature != play.serving_temperature:
+        lines.append(f"**Played at temperature {play.temperature:g}; users get {play.serving_temperature:g}.**")
     for one in gate.regressions:
         lines.append(
             f"Learned from {one.environment} too: {one.difference:+.1%} on {one.num_tasks} of its held-out "
@@ -180,11 +179,11 @@ def _render_gate(gate: GateFigures) -> str:
 
 
 def _played_by(report: Report) -> str:
-    gate = report.gate
-    if gate.temperature is None:
+    play = report.gate.play
+    if play is None:
         return "as clients played and rewarded them"
-    tries = "once" if gate.num_tries == 1 else f"{gate.num_tries} times"
-    how = "greedily" if gate.temperature == 0 else f"at temperature {gate.temperature:g}"
+    tries = "once" if play.num_tries == 1 else f"{play.num_tries} times"
+    how = "greedily" if play.temperature == 0 else f"at temperature {play.temperature:g}"
     return f"of {report.environment}, each played {tries}, {how}, through the rollout that serves"
 
 

@@ -34,11 +34,10 @@ from optimizer.data.rows import (
     has_own_tokens,
     leave_out_all,
     read_rows,
-    require_own_tokens,
     write_rows,
 )
 from optimizer.data.shares import count_rows
-from optimizer.errors import OptimizerError, TooFewTrajectories
+from optimizer.errors import OptimizerError, TemplateMismatch, TooFewTrajectories
 from optimizer.placement import Placement, find_placement
 from optimizer.rewards import GradedTrajectory
 from optimizer.training.base import load_tokenizer
@@ -173,12 +172,13 @@ async def build_rows(context: CycleContext, method: Method) -> RowsSummary:
         examples=await context.read_examples(),
     )
     built = await asyncio.to_thread(method.build, material)
+    mismatch = "" if has_own_tokens(built) else describe_mismatch(built, material.base_model)
     # a later method or round may have too few rows, or none that hold what was captured: it is skipped in `train`
     if _needs_rows(context, method):
-        require_own_tokens(built, material.base_model)
+        if mismatch:
+            raise TemplateMismatch(mismatch)
         _require_enough(method, built, config, len(material.trajectories))
-    mismatch = "" if has_own_tokens(built) else describe_mismatch(built, material.base_model)
-    if mismatch:
+    elif mismatch:
         leave_out_all(built, "template_mismatch")
     rows_path = _rows_path(context, method)
     if built.rows:

@@ -30,7 +30,6 @@ from optimizer.config import (
 )
 from optimizer.data.shares import Teachers, choose_rows
 from optimizer.data.stitching import Tokenizer, Unstitchable
-from optimizer.errors import TemplateMismatch
 from optimizer.rewards import GradedTrajectory
 
 RowT = TypeVar("RowT")
@@ -118,12 +117,6 @@ def require_imitable(each: GradedTrajectory) -> None:
 def has_own_tokens(built: BuiltRows[Any]) -> bool:
     """Whether enough of the agent's own tokens can be trained."""
     return built.trained_share >= LEAST_TRAINED_SHARE
-
-
-def require_own_tokens(built: BuiltRows[Any], base_model: str) -> None:
-    """Raise TemplateMismatch where too few of the agent's own tokens can be trained."""
-    if not has_own_tokens(built):
-        raise TemplateMismatch(describe_mismatch(built, base_model))
 
 
 def describe_mismatch(built: BuiltRows[Any], base_model: str) -> str:

@@ -237,6 +237,11 @@ class Pair:
     ours: list[HeldOutEpisode]
     theirs: list[HeldOutEpisode]
 
+    @property
+    def gain(self) -> float:
+        """How much more of its tries the first won."""
+        return share_won(self.ours) - share_won(self.theirs)
+
 
 def pair_tasks(candidate: CellResult, incumbent: CellResult) -> list[Pair]:
     """Return the tasks that both played. A broken try counts as lost; a task whose tries all broke on both sides is

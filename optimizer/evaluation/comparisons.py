@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from optimizer.evaluation.cells import CellResult, HeldOutEpisode, compare_pairs, pair_tasks, share_won
+from optimizer.evaluation.cells import CellResult, HeldOutEpisode, compare_pairs, pair_tasks
 from optimizer.evaluation.intervals import PairedDifference, bootstrap_mean
 
 
@@ -89,7 +89,6 @@ def compare_cells(
         if first not in cells or second not in cells:
             continue
         pairs = pair_tasks(cells[first], cells[second])
-        gains = {pair.task: share_won(pair.ours) - share_won(pair.theirs) for pair in pairs}
         compared.append(
             ComparedCells(
                 **vars(compare_pairs(pairs)),
@@ -97,8 +96,8 @@ def compare_cells(
                 first=first,
                 second=second,
                 relative_gain=_relative_gain(cells[first].success, cells[second].success),
-                tasks_won=[task for task, gain in gains.items() if gain > 0],
-                tasks_lost=[task for task, gain in gains.items() if gain < 0],
+                tasks_won=[pair.task for pair in pairs if pair.gain > 0],
+                tasks_lost=[pair.task for pair in pairs if pair.gain < 0],
             )
         )
     return compared

@@ -163,7 +163,6 @@ def decide(
     else:
         # not REJECT: a broken measurement must not cost a candidate
         conclusion = Conclusion(Decision.UNINFORMATIVE, doubt, candidate.cell)
-    gains = {pair.task: share_won(pair.ours) - share_won(pair.theirs) for pair in pairs}
     return Verdict(
         decision=conclusion.decision,
         reason=conclusion.reason,
@@ -177,9 +176,9 @@ def decide(
         is_dearer=conclusion.is_dearer,
         no_worse=no_worse,
         guards=guards,
-        tasks=list(gains),
-        tasks_won=[task for task, gain in gains.items() if gain > 0],
-        tasks_lost=[task for task, gain in gains.items() if gain < 0],
+        tasks=[pair.task for pair in pairs],
+        tasks_won=[pair.task for pair in pairs if pair.gain > 0],
+        tasks_lost=[pair.task for pair in pairs if pair.gain < 0],
     )
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -130,10 +129,9 @@ async def resume(state: EpisodeState, runtime: Runtime[Episode]) -> EpisodeState
     names = {call["id"]: call["function"]["name"] for call in handover.tool_calls}
     episode.announce()
     calls: Message = {"role": "assistant", "tool_calls": handover.tool_calls}
-    answered = set(_list_answered_tools([calls, *resumption.new_messages]))
     # also what is recorded already: an earlier request may not have named the tool
-    answered |= {step.tool_name or "" for step in resumption.steps}
-    if episode.request.untrusted_tools & answered:
+    recorded = any(step.tool_name in episode.request.untrusted_tools for step in resumption.steps)
+    if recorded or _holds_untrusted_result(episode, [calls, *resumption.new_messages]):
         await _distrust(episode)
     for message in resumption.new_messages:
         if message["role"] == "user":
@@ -391,7 +389,7 @@ async def run_call(episode: Episode, call: ToolCall) -> tuple[ToolResult, float]
 def _trust_of_opening(episode: Episode, memory_ids: Sequence[str]) -> Trust:
     """Return the lowest trust of the memories and of the earlier replies that the episode begins with."""
     exchanges, handover = exchanges_of(episode.opening), episode.request.handover
-    if episode.request.untrusted_tools & set(_list_answered_tools(episode.opening)):
+    if _holds_untrusted_result(episode, episode.opening):
         return Trust.UNTRUSTED
     try:
         return episode.memory.trajectories.trust_of(
@@ -405,15 +403,19 @@ def _trust_of_opening(episode: Episode, memory_ids: Sequence[str]) -> Trust:
         return Trust.UNTRUSTED
 
 
-def _list_answered_tools(messages: Sequence[Message]) -> Iterator[str]:
-    """Yield the names of the tools whose results are among these messages."""
-    # several for one id: a model may give two calls the same
-    names: dict[str, set[str]] = defaultdict(set)
+def _holds_untrusted_result(episode: Episode, messages: Sequence[Message]) -> bool:
+    """Whether one of these messages is the result of a tool that the request calls untrusted."""
+    untrusted = episode.request.untrusted_tools
+    if not untrusted:  # nearly always: no walk through the conversation
+        return False
+    # a model may give two calls the same id: then either may be meant
+    ids: set[str] = set()
     for message in messages:
-        for call in message.get("tool_calls") or ():
-            names[call["id"]].add(call["function"]["name"])
-        if message["role"] == "tool":
-            yield from names[message.get("tool_call_id", "")]
+        calls = message.get("tool_calls") or ()
+        ids |= {call["id"] for call in calls if call["function"]["name"] in untrusted}
+        if message["role"] == "tool" and message.get("tool_call_id") in ids:
+            return True
+    return False
 
 
 async def _distrust(episode: Episode) -> None:

@@ -110,10 +110,12 @@ class Environment(ABC):
         return task
 
     def holds_out(self, name: str | None, texts: Sequence[str]) -> bool:
-        """Whether a task is held out or sealed: by its name or, where no task here has that name and what tasks ask is
-        known without starting them, because one that is asks one of `texts`."""
+        """Whether one of the tasks that `find_tasks` returns is held out or sealed."""
+        return any(map(self._is_held_out, self.find_tasks(name, texts)))
+
+    def _is_held_out(self, name: str) -> bool:
         try:
-            return name is not None and self.task(name).split is Split.HELD_OUT
+            return self.task(name).split is Split.HELD_OUT
         except ValueError:  # UnknownTask, or what a class makes of a name of another form
             return False
 

@@ -183,18 +183,17 @@ def as_chat_messages(system: str | Sequence[Json] | None, messages: Sequence[Inp
     chat: list[Json] = []
     if text := _text_of(system or "", "system"):
         chat.append({"role": "system", "content": text})
-    converted = (
-        each
-        for position, message in enumerate(messages)
-        for each in (_convert_reply if message.role == "assistant" else _convert_input)(
-            message, f"messages.{position}.content"
-        )
-    )
-    for role, neighbours in itertools.groupby(converted, key=itemgetter("role")):
+    for role, neighbours in itertools.groupby(_convert_all(messages), key=itemgetter("role")):
         run = list(neighbours)
         # like Anthropic's API: neighbours of the user, or of the assistant, are one message
         chat += [_join_messages(role, run)] if role in ("user", "assistant") else run
     return chat
+
+
+def _convert_all(messages: Sequence[InputMessage]) -> Iterator[Json]:
+    for position, message in enumerate(messages):
+        convert = _convert_reply if message.role == "assistant" else _convert_input
+        yield from convert(message, f"messages.{position}.content")
 
 
 def _join_messages(role: str, run: Sequence[Json]) -> Json:

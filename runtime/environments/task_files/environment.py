@@ -62,13 +62,8 @@ class TaskFile(Environment):
         position = self._index.positions.get(name)
         return position is not None and position.split == SEALED
 
-    def holds_out(self, name: str | None, texts: Sequence[str]) -> bool:
-        # The name first: two tasks may ask the same of different databases.
-        if name in self._index.positions:
-            return super().holds_out(name, texts)
-        return any(map(self._index.is_held_out, texts))
-
     def find_tasks(self, name: str | None, texts: Sequence[str]) -> set[str]:
+        # The name first: two tasks may ask the same of different databases.
         if name in self._index.positions:
             return {name}
         return {each for text in texts for each in self._index.find_tasks(text)}

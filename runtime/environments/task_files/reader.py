@@ -20,11 +20,10 @@ from pydantic import ValidationError
 
 from memory.conversation import last_user_text
 from memory.held_out import normalize_text
-from memory.schema import Split
 from memory.storage.whole_files import write_whole
 from runtime.environments.graders.base import GradingResources
 from runtime.environments.machines.machine import require_machines
-from runtime.environments.task_files.rows import SPLITS, TaskRow, digest_content, to_split
+from runtime.environments.task_files.rows import SPLITS, TaskRow, digest_content
 from runtime.errors import EnvironmentRefused, TaskChanged
 
 MAX_PROBLEMS = 20
@@ -63,10 +62,6 @@ class TaskIndex:
     def find_tasks(self, question: str) -> Sequence[str]:
         """Return the names of the tasks that ask this."""
         return self.asking.get(_digest_question(question), ()) if question.strip() else ()
-
-    def is_held_out(self, question: str) -> bool:
-        """Whether a held-out or sealed task asks this."""
-        return any(to_split(self.positions[name].split) is Split.HELD_OUT for name in self.find_tasks(question))
 
 
 def index_task_file(path: Path, resources: GradingResources, known: Mapping[str, str] | None = None) -> TaskIndex:

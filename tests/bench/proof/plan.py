@@ -52,6 +52,16 @@ class Run:
         return f"{self.subject.name}-{'-'.join(self.methods)}-{self.seed}"
 
 
+DEMONSTRATED = {
+    "practice_episodes": 0,
+    "explore_episodes": 512,
+    "num_practice_tasks": 128,
+    "num_selection_tasks": 64,
+    "evaluation.num_tasks": 200,
+    "evaluation.num_sealed_tasks": 0,
+    "evaluation.serve_with_memory": False,
+}
+"""Settings of a cycle that begins with demonstrations."""
 SUBJECTS = (
     Subject(
         "bfcl",
@@ -63,15 +73,7 @@ SUBJECTS = (
         kinds=("simple_python", "multiple", "live_simple"),
         num_demonstrations=200,
         max_output_tokens=160,
-        settings={
-            "practice_episodes": 0,
-            "explore_episodes": 512,
-            "num_practice_tasks": 128,
-            "num_selection_tasks": 64,
-            "evaluation.num_tasks": 200,
-            "evaluation.num_sealed_tasks": 0,
-            "evaluation.serve_with_memory": False,
-        },
+        settings=DEMONSTRATED,
     ),
     Subject(
         "beerqa",
@@ -82,15 +84,7 @@ SUBJECTS = (
         source=SHARED / "beerqa_1000" / "beerqa_train_subsample.json",
         num_demonstrations=200,
         max_output_tokens=64,
-        settings={
-            "practice_episodes": 0,
-            "explore_episodes": 512,
-            "num_practice_tasks": 128,
-            "num_selection_tasks": 64,
-            "evaluation.num_tasks": 200,
-            "evaluation.num_sealed_tasks": 0,
-            "evaluation.serve_with_memory": False,
-        },
+        settings=DEMONSTRATED,
     ),
     Subject("textworld", "the pocket model on TextWorld", model="pocket", environment="textworld"),
 )

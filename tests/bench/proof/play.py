@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from memory.formats import complete
+from memory.formats.content import ExampleContent, ExampleKind
 from memory.store import DATABASE_NAME
 from runtime.environments.converters.make import make_task_file
 from tests.bench.measure import machine
@@ -91,12 +93,14 @@ def seed_server(run: Run, home: Path, url: str) -> None:
     shown = [task for task in practice[run.subject.num_played :] if "demonstration" in task]
     chosen = random.Random(run.seed).sample(shown, min(run.subject.num_demonstrations, len(shown)))
     rows = [
-        {
-            "kind": "demonstration",
-            "completion": it["messages"] + it["demonstration"],
-            "tools": it.get("tools", []),
-            "task": it["name"],
-        }
+        complete.write(
+            ExampleContent(
+                ExampleKind.DEMONSTRATION,
+                it["messages"] + it["demonstration"],
+                tools=it.get("tools", []),
+                task=it["name"],
+            )
+        )
         for it in chosen
     ]
     path = home / "demonstrations.jsonl"

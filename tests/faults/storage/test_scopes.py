@@ -198,18 +198,22 @@ class Premises(RuleBasedStateMachine):
     def comment(self, data: st.DataObject, person: str, key: str) -> None:
         """Comment on any episode: others may see the lesson only if the writer may teach."""
         trajectory, _ = self.lived[data.draw(st.integers(0, len(self.lived) - 1))]
+        self.say("comment", "", trajectory, person, key)
+
+    def say(self, field: str, before: str, trajectory: Trajectory, person: str, key: str) -> None:
+        """Post words on an episode: others may see them only if the writer may teach."""
         is_everybodys = trajectory.is_shared or trajectory.environment is not None
         writer = person or trajectory.user_id
         is_public = is_everybodys and self.may_teach(trajectory.tenant, key) and writer == trajectory.user_id
-        words = self.mark(trajectory.tenant, writer, is_public)
+        words = before + self.mark(trajectory.tenant, writer, is_public)
         said = Feedback(
             tenant=trajectory.tenant,
             trajectory_id=trajectory.id,
-            comment=words,
             user_id=person,
             key_id=self.keys.get(key),
+            **{field: words},
         )
-        self.do("comment", self.memory.feedback.post(said))
+        self.do(field, self.memory.feedback.post(said))
 
     @rule(data=st.data(), person=persons, key=keys)
     @precondition(lambda self: self.lived)
@@ -217,17 +221,7 @@ class Premises(RuleBasedStateMachine):
         """Correct any episode's answer: its own person may see the words, all others only those of a teacher."""
         # whether it is still an exemplar depends on who corrected it
         trajectory, topic = self.lived.pop(data.draw(st.integers(0, len(self.lived) - 1)))
-        is_everybodys = trajectory.is_shared or trajectory.environment is not None
-        writer = person or trajectory.user_id
-        is_public = is_everybodys and self.may_teach(trajectory.tenant, key) and writer == trajectory.user_id
-        said = Feedback(
-            tenant=trajectory.tenant,
-            trajectory_id=trajectory.id,
-            correction=f"{topic} {self.mark(trajectory.tenant, writer, is_public)}",
-            user_id=person,
-            key_id=self.keys.get(key),
-        )
-        self.do("correct", self.memory.feedback.post(said))
+        self.say("correction", f"{topic} ", trajectory, person, key)
 
     @rule(data=st.data())
     @precondition(lambda self: self.lived)

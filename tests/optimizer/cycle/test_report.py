@@ -9,7 +9,7 @@ import pytest
 from optimizer.config import EvaluationConfig
 from optimizer.cycle.artifacts import RowsSummary
 from optimizer.cycle.methods import list_methods
-from optimizer.cycle.report import Ancestor, ChosenMethods, GateFigures, Report
+from optimizer.cycle.report import Ancestor, ChosenMethods, GateFigures, PlayFigures, Report
 from optimizer.cycle.report_page import render_markdown
 from optimizer.evaluation.cells import Cell, CellResult, HeldOutEpisode
 from optimizer.evaluation.comparisons import PlayedPolicy, compare_cells, list_comparisons, measure_saving
@@ -80,7 +80,7 @@ def test_the_stored_report_is_flat_where_releases_before_were():
 def test_the_gate_of_clients_tries_has_no_figures_of_play():
     report = a_report(2)
     assert "temperature" not in report.to_json()["gate"] and report.to_json()["gate"]["look"] is None
-    played = replace(report.gate, temperature=0.0, serving_temperature=0.7, num_tries=1, held_out_offset=0)
+    played = replace(report.gate, play=PlayFigures(0.0, 0.7, num_tries=1, held_out_offset=0))
     assert replace(report, gate=played).to_json()["gate"]["serving_temperature"] == 0.7
     page = render_markdown(replace(report, gate=played), list_methods(("sft", "dpo")))
     assert "**Played at temperature 0; users get 0.7.**" in page
