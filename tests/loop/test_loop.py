@@ -31,6 +31,7 @@ from memory.records.insights import InsightOperation, OperationKind
 from memory.schema import Cycle, CycleStage, Feedback, Policy, PolicyStage, Split, Task, Trajectory, TrajectoryStage
 from memory.store import Memory
 from optimizer.config import DemonstrationConfig, EvaluationConfig, OptimizerConfig
+from optimizer.cycle.artifacts import DecidedVerdict
 from optimizer.cycle.cycle import open_cycle, run_cycle
 from optimizer.data.demonstrations import build_demonstrations
 from optimizer.data.rows import read_rows
@@ -197,7 +198,7 @@ class World:
         views = self.memory.trajectories.select(stage=TrajectoryStage.RUNNING)
         return sum(len(self.memory.trajectories.steps(view.trajectory.id)) for view in views)
 
-    async def turn(self, config: OptimizerConfig) -> dict[str, Any]:
+    async def turn(self, config: OptimizerConfig) -> DecidedVerdict:
         cycle = await open_cycle(self.memory, config)
         seams = Seams(rollout=partial(play, self.agent), tasks=self.kitchen.tasks, train=self.trainer)
         return await run_cycle(self.memory, cycle.id, seams=seams)
@@ -228,7 +229,7 @@ async def test_the_second_answer_differs_because_of_the_first(world: World):
     await until(lambda: world.hotswap.active_version == 1)
     second = await world.ask("1", use_memory=False)
 
-    assert verdict["decision"] == "promote"
+    assert verdict.decision == "promote"
     assert (second.answer, second.policy) == ("It sizzles.", 1)
     learned = read_manifest(Path(world.memory.policies.get(1).adapter_path))
     assert learned.trajectory_ids == [first.id]
@@ -264,7 +265,7 @@ async def test_a_better_candidate_takes_over_and_an_episode_under_way_keeps_its_
     world.engine.may_go_on.set()
     old = await under_way
 
-    assert verdict["decision"] == "promote" and world.memory.policies.active().version == 2
+    assert verdict.decision == "promote" and world.memory.policies.active().version == 2
     assert [policy.stage for policy in world.memory.policies.select()] == ["retired", "draft", "active"]
     assert (new.policy, new.answer) == (2, "It sizzles.")
     assert (old.policy, old.stage, old.answer) == (0, TrajectoryStage.FINISHED, "It burns.")
@@ -278,8 +279,8 @@ async def test_a_planted_worse_candidate_is_rejected_and_the_incumbent_stays_on(
 
     verdict = await world.turn(BY_HAND)
 
-    assert verdict["decision"] == "reject" and "worse on the same tasks" in verdict["reason"]
-    rejected = world.memory.policies.get(verdict["policy"])
+    assert verdict.decision == "reject" and "worse on the same tasks" in verdict.reason
+    rejected = world.memory.policies.get(verdict.policy)
     assert (rejected.stage, rejected.verdict["decision"]) == (PolicyStage.REJECTED, "reject")
     assert (world.memory.policies.active().version, world.hotswap.active_version) == (0, 0)
     assert (await world.ask("2")).policy == 0

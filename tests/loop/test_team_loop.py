@@ -72,7 +72,7 @@ async def world(tmp_path: Path, tokenizer: Any) -> AsyncIterator[World]:
 
 async def test_an_adapter_learned_from_a_teams_practice_serves_a_single_agent_and_the_team(world: World):
     verdict = await world.turn(BY_HAND)
-    assert verdict["decision"] == "promote"
+    assert verdict.decision == "promote"
     trained = world.trainer.trained["sft"]
     assert sum(PLAN in text for text in trained) >= 4 and sum("with stove" in text for text in trained) >= 4
     assert not any(PLAN in text and "with stove" in text for text in trained)
@@ -84,7 +84,7 @@ async def test_an_adapter_learned_from_a_teams_practice_serves_a_single_agent_an
         by_split.setdefault(view.trajectory.split, set()).add(sum(step.role == "planner" for step in steps))
     assert by_split == {Split.PRACTICE: {1}, Split.HELD_OUT: {0}}
 
-    learned = verdict["policy"]
+    learned = verdict.policy
     alone = await world.ask("501", use_memory=False, policy=learned)
     as_team = await world.ask("3", use_memory=False, policy=learned)
     assert (alone.answer, as_team.answer) == ("It sizzles.", "It sizzles.")
