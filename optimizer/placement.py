@@ -13,8 +13,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from memory.store import Memory
-from optimizer.config import OptimizerConfig, Recipe, choose_recipe
+from optimizer.config import OptimizerConfig
 from optimizer.errors import TrainingDoesNotFit
+from optimizer.recipes import Recipe, choose_recipe
 from optimizer.training.base import locate_base
 from optimizer.training.footprint import (
     BFLOAT16,

@@ -21,9 +21,9 @@ from optimizer.cycle.artifacts import DecidedVerdict, to_json
 from optimizer.cycle.branching import require_replay
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.methods import choose_methods, list_methods, train_control
-from optimizer.cycle.needs import LoggedData, require_needs
 from optimizer.cycle.readiness import fit_to_environment, measure_rows, measure_surroundings
 from optimizer.cycle.stages import Stage, collect
+from optimizer.data.needs import LoggedData, require_needs
 from optimizer.errors import OptimizerError
 from optimizer.seams import Seams
 

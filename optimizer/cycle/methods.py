@@ -1,9 +1,9 @@
 """The methods of learning that a cycle can apply, and the choice among them.
 
-To add one, write a module in `optimizer.data` that builds its rows, a `need_*` in `optimizer.cycle.needs` that counts
-them before anything is played, a section of `OptimizerConfig` that bounds them (of a method that plays, a
-`RoundsConfig` that names it), a trainer in `optimizer.training` under the method's name, its numbers in every recipe,
-and an entry in `METHODS`. Stages, reports and evaluation follow from these. Only `optimizer.methods` chooses it.
+To add one, write a module in `optimizer.data` that counts its rows before anything is played, builds them and
+describes them; a trainer in `optimizer.training` under the method's name; and an entry in `METHODS`. Its settings stand
+with all others: numbers in `optimizer.recipes`, a section in `optimizer.config` (of a method that plays, a
+`RoundsConfig` that names it). Stages, reports and evaluation follow. Only `optimizer.methods` chooses it.
 """
 
 from __future__ import annotations
@@ -16,19 +16,10 @@ from memory.formats.content import ExampleKind
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.branching import play_branches
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.needs import (
-    LoggedData,
-    Need,
-    need_branches,
-    need_demonstrations,
-    need_groups,
-    need_labels,
-    need_preferences,
-    need_rollouts,
-)
 from optimizer.cycle.rounds import train_in_rounds
 from optimizer.cycle.stages import Method, MethodStage, build_rows, build_rows_and_train, explore, train
 from optimizer.data import branches, demonstrations, groups, labels, preferences, rollouts
+from optimizer.data.needs import LoggedData, Need
 from optimizer.errors import OptimizerError
 from optimizer.training.footprint import PAIRWISE, UNPAIRED
 
@@ -51,7 +42,7 @@ METHODS: tuple[Method, ...] = (
         rows="demonstrations",
         build=demonstrations.build,
         min_rows=lambda config: config.demonstrations.min_rows,
-        measure_need=need_demonstrations,
+        measure_need=demonstrations.measure_need,
         describe=demonstrations.describe,
         note="SFT on its own successes",
         stages=(MethodStage("demonstrate", build_rows), MethodStage("sft", train)),
@@ -63,7 +54,7 @@ METHODS: tuple[Method, ...] = (
         rows="preferences",
         build=preferences.build,
         min_rows=lambda config: config.preferences.min_rows,
-        measure_need=need_preferences,
+        measure_need=preferences.measure_need,
         describe=preferences.describe,
         note="DPO on decisions that its tries weigh",
         stages=(EXPLORE, MethodStage("dpo", build_rows_and_train)),
@@ -78,7 +69,7 @@ METHODS: tuple[Method, ...] = (
         rows="labels",
         build=labels.build,
         min_rows=lambda config: config.labels.min_rows,
-        measure_need=need_labels,
+        measure_need=labels.measure_need,
         describe=labels.describe,
         note="KTO on good and bad answers",
         stages=(EXPLORE, MethodStage("kto", build_rows_and_train)),
@@ -90,7 +81,7 @@ METHODS: tuple[Method, ...] = (
         rows="groups",
         build=groups.build,
         min_rows=lambda config: config.groups.min_rows,
-        measure_need=need_groups,
+        measure_need=groups.measure_need,
         describe=groups.describe,
         note="GRPO on groups of its own rollouts",
         stages=(MethodStage("grpo", train_in_rounds),),
@@ -102,7 +93,7 @@ METHODS: tuple[Method, ...] = (
         rows="rollouts",
         build=rollouts.build,
         min_rows=lambda config: config.rollouts.min_rows,
-        measure_need=need_rollouts,
+        measure_need=rollouts.measure_need,
         describe=rollouts.describe,
         note="on-policy distillation from itself with memory",
         stages=(MethodStage("distill", train_in_rounds),),
@@ -115,7 +106,7 @@ METHODS: tuple[Method, ...] = (
         rows="branches",
         build=branches.build,
         min_rows=lambda config: config.branches.min_rows,
-        measure_need=need_branches,
+        measure_need=branches.measure_need,
         describe=branches.describe,
         note="DPO on ways on from steps of its own episodes",
         stages=(MethodStage("search", train_in_rounds),),
@@ -138,7 +129,7 @@ CONTROL = Method(
     rows="control_rows",
     build=demonstrations.build,
     min_rows=lambda config: config.demonstrations.min_rows,
-    measure_need=need_demonstrations,
+    measure_need=demonstrations.measure_need,
     describe=describe_control,
     note="SFT on all successes of its cycle, as a control",
     stages=(),

@@ -19,7 +19,7 @@ from memory.scopes import EVERYBODY
 from optimizer.config import RoundsConfig
 from optimizer.cycle.artifacts import Critiques
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.needs import MeasureNeed, require_reachable
+from optimizer.data.needs import MeasureNeed, require_reachable
 from optimizer.errors import CompletionError
 from optimizer.insights.extraction import Extraction, extract_insights
 from optimizer.rewards import split

@@ -1,6 +1,6 @@
 """Measures everything a cycle needs before it opens: rows of each method, held-out tasks, memory on a GPU.
 
-`optimizer.cycle.needs` has the counts of rows.
+`optimizer.data.needs` has the counts of rows.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.branching import require_replay
 from optimizer.cycle.methods import Choice, choose_methods, list_methods
-from optimizer.cycle.needs import CAPACITY, REPLAY, LoggedData, Need
 from optimizer.cycle.stages import Method
+from optimizer.data.needs import CAPACITY, REPLAY, LoggedData, Need
 from optimizer.errors import CannotReplay
 from optimizer.placement import Placement, find_placement
 from optimizer.seams import Seams

@@ -24,8 +24,8 @@ from optimizer.config import OptimizerConfig
 from optimizer.cycle import practice
 from optimizer.cycle.artifacts import VERSION_SUFFIX, RowsSummary, TrainedAdapter
 from optimizer.cycle.context import CycleContext
-from optimizer.cycle.needs import MeasureNeed
 from optimizer.cycle.selection import choose_policy
+from optimizer.data.needs import MeasureNeed
 from optimizer.data.rows import (
     BuiltRows,
     Material,

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from memory.schema import Split, Step
 from optimizer.config import BranchConfig, TeachingConfig
 from optimizer.data.groups import require_played_by
+from optimizer.data.needs import LoggedData, Need
 from optimizer.data.preferences import Preference
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_trusted
 from optimizer.data.stitching import Unstitchable
@@ -71,6 +72,24 @@ class BranchRows(BuiltRows[Preference]):
             "num_branches": self.num_branches,
             "num_own": self.num_own,
         }
+
+
+def measure_need(logged: LoggedData, rounds: Sequence[int]) -> Need:
+    """Return the need for preferences between continuations, all of them still to be played."""
+    wanted, num_tasks = logged.config.branches, logged.config.num_practice_tasks
+    num_own = min(wanted.num_tasks, num_tasks) * wanted.num_tries
+    num_branches = wanted.num_points * wanted.num_ways * wanted.num_rollouts
+    return Need(
+        name="branches",
+        needed=wanted.min_rows,
+        available=0,
+        # of a point at the most: one half of its continuations better than each of the other half
+        playable=wanted.num_points * (wanted.num_ways**2 // 4),
+        detail=f"each of {wanted.rounds} rounds plays {num_own} own episodes and at most {num_branches} branches of "
+        f"them ({wanted.num_points} steps, {wanted.num_ways} ways on from each, {wanted.num_rollouts} episodes for a "
+        f"way), {wanted.rounds * (num_own + num_branches)} episodes at the most in all",
+        mend="raise branches.num_points or branches.num_ways, or lower branches.min_rows",
+    )
 
 
 def build(material: Material) -> BranchRows:

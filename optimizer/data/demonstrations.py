@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,9 +12,11 @@ from typing import Any
 from memory.datasets.examples import TaughtExample
 from memory.formats.content import ExampleKind
 from memory.records.feedback import Correction
+from memory.statistics import wilson_interval
 from optimizer.config import DemonstrationConfig, TeachingConfig
 from optimizer.data.corrections import stitch_correction
 from optimizer.data.examples import render_examples
+from optimizer.data.needs import LoggedData, Need, count_capped
 from optimizer.data.roles import RolePart, split_roles
 from optimizer.data.rows import (
     BuiltRows,
@@ -71,6 +74,61 @@ class DemonstrationRows(BuiltRows[Demonstration]):
             "tokens_shown": self.tokens_shown,
             "tokens_kept": self.tokens_kept,
         }
+
+
+def measure_need(logged: LoggedData, rounds: Sequence[int]) -> Need:
+    """Return the need for rows to imitate, with `rounds` of practice still to be played."""
+    learnable, corrections, config = logged.learnable, logged.corrections, logged.config
+    corrected = {each.trajectory.id for each in corrections}
+    successes = [each.trajectory for each in learnable if each.is_success]
+    # must leave in all that data/demonstrations.py may take: counted too low, a cycle that could train is rejected.
+    # Length and template are not known yet
+    imitable = [it for it in successes if it.may_teach and not it.num_invalid_tool_calls and it.id not in corrected]
+    taught = [each.trajectory for each in corrections if each.trajectory.may_teach]
+    per_task, corrections_per_task = config.demonstrations.per_task, config.teaching.corrections_per_task
+    num_corrections = count_capped(taught, corrections_per_task)
+    available = count_capped(imitable, per_task) + num_corrections
+    # more corrections of one task are taken where rows would lack otherwise
+    num_lacking = max(0, config.demonstrations.min_rows - available)
+    available += min(len(taught) - num_corrections, num_lacking)
+    num_imported = logged.num_imported.get(ExampleKind.DEMONSTRATION, 0)
+    available += num_imported
+    playable, record = _count_playable(logged, rounds)
+    play = "play more practice_episodes" if config.environment else "name an environment to practise in"
+    return Need(
+        name="demonstrations",
+        needed=config.demonstrations.min_rows,
+        available=available,
+        playable=playable,
+        detail=f"{len(successes)} of {len(learnable)} rewarded trajectories are successes, {len(corrections)} replies "
+        f"were corrected and {num_imported} demonstrations imported, which makes {available} demonstrations (of one "
+        f"task at most {per_task} successes count)"
+        f"{record}",
+        mend=f"{play}, give feedback (with keys, with one that has the scope 'teach') or corrections, import "
+        "demonstrations for it, or lower demonstrations.min_rows",
+    )
+
+
+def _count_playable(logged: LoggedData, rounds: Sequence[int]) -> tuple[int, str]:
+    """Return how many demonstrations these rounds of practice bring at the most, and the basis of that estimate.
+
+    A policy that never won gets no lessons from its failures, so its next episodes will not do better than the upper
+    end of what it showed. One that won may learn from one round to the next: it is bounded by the caps alone.
+    """
+    config, active = logged.config, logged.active
+    # a round plays each of its tasks once: the longest per_task rounds together give each task its most successes
+    most = sum(sorted(rounds, reverse=True)[: config.demonstrations.per_task])
+    tries = [
+        each
+        for each in logged.learnable
+        if each.trajectory.environment == config.environment and each.trajectory.policy == active
+    ]
+    num_won = sum(each.is_success for each in tries)
+    if not tries or num_won:
+        return most, ""
+    likely = math.ceil(wilson_interval(0, len(tries))[1] * sum(rounds))
+    # the upper end of the interval, not the mean: a cycle is rejected only if it cannot work
+    return min(most, likely), f"; v{active} won none of {len(tries)} episodes of {config.environment!r}"
 
 
 def build(material: Material) -> DemonstrationRows:

@@ -13,6 +13,7 @@ from typing import Any
 
 from memory.records.trajectories import measure
 from optimizer.config import GroupConfig, TeachingConfig
+from optimizer.data.needs import LoggedData, Need
 from optimizer.data.roles import RolePart, split_roles
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts, require_trusted
 from optimizer.data.stitching import Unstitchable, align_logprobs, stitch
@@ -55,6 +56,20 @@ class GroupRows(BuiltRows[RolloutRow]):
 
     def details(self) -> dict[str, object]:
         return {"num_groups": self.num_groups, "mean_reward": self.mean_reward}
+
+
+def measure_need(logged: LoggedData, rounds: Sequence[int]) -> Need:
+    """Return the need for tasks whose rollouts differ in reward, all of them still to be played."""
+    wanted, num_tasks = logged.config.groups, logged.config.num_practice_tasks
+    return Need(
+        name="groups",
+        needed=wanted.min_rows,
+        available=0,
+        playable=min(wanted.num_tasks, num_tasks),
+        detail=f"each round tries {min(wanted.num_tasks, num_tasks)} practice tasks {wanted.num_tries} times; those "
+        "whose tries are rewarded differently count",
+        mend="raise groups.num_tasks and num_practice_tasks, or lower groups.min_rows",
+    )
 
 
 def build(material: Material) -> GroupRows:

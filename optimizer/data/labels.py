@@ -17,6 +17,7 @@ from memory.formats.content import ExampleKind
 from memory.records.feedback import Correction
 from optimizer.config import LabelConfig, TeachingConfig
 from optimizer.data.examples import render_examples
+from optimizer.data.needs import LoggedData, Need, count_capped
 from optimizer.data.roles import RolePart, split_roles
 from optimizer.data.rows import (
     BuiltRows,
@@ -60,6 +61,31 @@ class LabelRows(BuiltRows[Label]):
 
     def details(self) -> dict[str, object]:
         return {"num_good": self._count(True), "num_bad": self._count(False)}
+
+
+def measure_need(logged: LoggedData, rounds: Sequence[int]) -> Need:
+    """Return the need for good and for bad examples, which need no pair: that of the rarer of the two."""
+    learnable, config = logged.learnable, logged.config
+    wanted = config.labels
+    usable = [each for each in learnable if each.trajectory.may_teach]
+    num_good, num_bad = (
+        count_capped((each.trajectory for each in usable if each.is_success is outcome), wanted.per_task)
+        for outcome in (True, False)
+    )
+    num_imported = logged.num_imported.get(ExampleKind.LABEL, 0)
+    num_good += logged.num_imported_good
+    num_bad += num_imported - logged.num_imported_good
+    return Need(
+        name="labels",
+        needed=wanted.min_rows,
+        available=min(num_good, num_bad),
+        # all of them may be of the rarer kind
+        playable=sum(rounds) + config.explore_episodes,
+        detail=f"{num_good} rewarded trajectories or imported labels are good examples and {num_bad} are bad ones (of "
+        f"one task at most {wanted.per_task} trajectories of each count); the rarer of the two decides",
+        mend="give feedback on more answers, on good and on bad ones (with keys, with one that has the scope 'teach'), "
+        "or lower labels.min_rows",
+    )
 
 
 def build(material: Material) -> LabelRows:

@@ -17,6 +17,7 @@ from memory.formats.content import ExampleKind
 from memory.records.feedback import Correction
 from optimizer.config import PreferenceConfig, TeachingConfig
 from optimizer.data.examples import ExampleRenderer
+from optimizer.data.needs import LoggedData, Need
 from optimizer.data.roles import RolePart, split_roles
 from optimizer.data.rows import (
     BuiltRows,
@@ -68,6 +69,37 @@ class PreferenceRows(BuiltRows[Preference]):
     @property
     def trajectory_ids(self) -> list[str]:
         return sorted({id_ for row in self.rows for id_ in (row.chosen_trajectory_id, row.rejected_trajectory_id)})
+
+
+def measure_need(logged: LoggedData, rounds: Sequence[int]) -> Need:
+    """Return the need for pairs of replies. Rounds of practice are not counted: they may bring no contrast."""
+    learnable, config = logged.learnable, logged.config
+    wanted = config.preferences
+    # a pair takes two episodes of one task, a win and a loss
+    num_explored = min(config.explore_episodes // 2, config.num_practice_tasks)
+    # on the same task: different tasks give no pair
+    won, lost = (
+        Counter(each.trajectory.task_key for each in learnable if each.is_success is outcome)
+        for outcome in (True, False)
+    )
+    contrasts = won.keys() & lost.keys()
+    if config.explore_episodes:
+        available, playable = 0, num_explored * wanted.per_task
+        detail = "pairs of a win and a loss of the same task come from exploring with the SFT policy"
+    else:
+        available, playable = sum(min(wanted.per_task, won[task] * lost[task]) for task in contrasts), 0
+        detail = f"{len(contrasts)} tasks were won at least once and lost at least once"
+    if num_imported := logged.num_imported.get(ExampleKind.PREFERENCE, 0):
+        detail += f"; {num_imported} were imported"
+    return Need(
+        name="preferences",
+        needed=wanted.min_rows,
+        available=available + num_imported,
+        playable=playable,
+        detail=detail,
+        mend="without them there is no DPO and the SFT policy is the candidate; have the same tasks tried several "
+        "times, or raise explore_episodes",
+    )
 
 
 def build(material: Material) -> PreferenceRows:

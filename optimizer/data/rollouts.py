@@ -15,6 +15,7 @@ from typing import Any
 from memory.team import Role
 from optimizer.config import RolloutConfig, TeachingConfig
 from optimizer.data.groups import is_sampled, require_sampled_by
+from optimizer.data.needs import LoggedData, Need
 from optimizer.data.roles import split_roles
 from optimizer.data.rows import BuiltRows, Material, bound_rows, list_counts
 from optimizer.data.stitching import Tokenizer, Unstitchable, align_logprobs, insert_memory, stitch
@@ -54,6 +55,21 @@ class ScoredRolloutRows(BuiltRows[ScoredRollout]):
 
     def details(self) -> dict[str, object]:
         return {"won_with_memory": self.won_with_memory, "won_without": self.won_without}
+
+
+def measure_need(logged: LoggedData, rounds: Sequence[int]) -> Need:
+    """Return the need for own rollouts of tasks for which memory has something to show, all still to be played."""
+    wanted, num_tasks = logged.config.rollouts, logged.config.num_practice_tasks
+    playable = min(wanted.num_tasks, num_tasks) * wanted.num_tries
+    return Need(
+        name="rollouts",
+        needed=wanted.min_rows,
+        available=0,
+        playable=playable,
+        detail=f"each round plays {playable} rollouts without memory and as many with it; those of tasks with a memory "
+        "count, if memory wins more",
+        mend="raise rollouts.num_tasks or rollouts.num_tries, or lower rollouts.min_rows",
+    )
 
 
 def build(material: Material) -> ScoredRolloutRows:

@@ -22,10 +22,11 @@ from memory.records.trajectories import GradedTrajectory
 from memory.schema import RewardSource, Trajectory
 from memory.storage.whole_files import write_whole
 from memory.store import Memory
-from optimizer.config import OptimizerConfig, choose_recipe
+from optimizer.config import OptimizerConfig
 from optimizer.data.rows import write_rows
 from optimizer.data.stitching import Tokenizer, Unstitchable
 from optimizer.errors import TooFewTrajectories
+from optimizer.recipes import choose_recipe
 from optimizer.rewards import grade
 from optimizer.seams import Train
 from optimizer.training.base import load_tokenizer, locate_base

@@ -9,8 +9,9 @@ documents become rows, the index sync indexes them, `Retrieval.retrieve` is call
 
 The peer is retrieval without the relevance floor: the best five of both indexes, fused by rank, for the same questions
 in the same run. The figures of the odd-numbered questions are shown beside those of all. The unanswerable questions in
-`TOUCHED` are left out: an encyclopedia paragraph states the answer or explains the subject. They were found by
-searching all paragraphs for some 65 subjects that the questions name, and reading the matches, without any score.
+`TOUCHED` are left out, and the next of everyday chat are asked instead: an encyclopedia paragraph states the answer or
+explains the subject. They were found by searching all paragraphs for some 65 subjects that the questions name, and
+reading the matches, without any score.
 """
 
 from __future__ import annotations
@@ -157,12 +158,13 @@ def _collect(
     right: list[set[str]],
     kinds: Sequence[Sequence[str]],
 ) -> Collection:
-    others = read_questions("chat")[:NUM_CHAT]
+    ids = {id_ for id_, _, _ in texts}
+    chat = [question for question in read_questions("chat") if TOUCHED.get(question) not in ids]
+    others = chat[:NUM_CHAT]
     for kind in kinds:
         step = max(1, len(kind) // (NUM_OTHERS // len(kinds)))
-        others += kind[::step][: NUM_OTHERS // len(kinds)]
-    ids = {id_ for id_, _, _ in texts}
-    others = [question for question in others if TOUCHED.get(question) not in ids]
+        others += [it for it in kind[::step][: NUM_OTHERS // len(kinds)] if TOUCHED.get(it) not in ids]
+    others += chat[NUM_CHAT:][: NUM_CHAT + NUM_OTHERS - len(others)]  # in the place of those left out
     passages = [(id_, title, piece) for id_, title, text in texts for piece in split_text(text, PASSAGE_CHARS)]
     return Collection(name, passages, questions, right, others)
 

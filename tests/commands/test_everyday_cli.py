@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import shlex
@@ -127,6 +128,7 @@ def test_documents_are_added_listed_found_and_removed(world: ServedWorld, cli, a
     listed = {row["title"] for row in as_json("documents", "list")[1]["data"]}
     assert listed == {handbook.as_posix(), notes.as_posix(), "Opening hours"}
 
+    asyncio.run(world.memory.index.drain())
     found = as_json("documents", "search", "Refunds need a second signature", "--limit", "1")[1]["data"]
     assert [row["title"] for row in found] == [handbook.as_posix()]
     assert "second signature" in cli("documents", "search", "Refunds need a second signature")[1]

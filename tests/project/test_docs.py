@@ -29,7 +29,8 @@ from memory.formats.registry import FORMATS, write_row
 from memory.records.trajectory_queries import TRAINING_TRUST
 from memory.schema import Split
 from memory.team import Role
-from optimizer.config import METHOD_NAMES, EvaluationConfig, OptimizerConfig, choose_recipe
+from optimizer.config import EvaluationConfig, OptimizerConfig
+from optimizer.recipes import METHOD_NAMES, choose_recipe
 from runtime.cli.output import run
 from runtime.config import AgentConfig, LimitsConfig
 from runtime.engine.model_families import EMBEDDED, PARSERS_BY_MODEL_TYPE

@@ -2,31 +2,26 @@
 
     MessagesRequest -> ChatRequest -> TurnRequest -> Episode -> Turn -> Message
 
-Invariant: an answer leaves only when everything in it is durable. Hazard: once a stream has begun its HTTP status is
-sent, so a later failure can only be an event.
+Invariant: an answer leaves only when everything in it is durable.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import StreamingResponse
 
 from memory.schema import Trajectory, dump_json
-from runtime.api.anthropic.messages_answer import EventWriter, Message, TokenCount, complete, write_error
+from runtime.api.anthropic.messages_answer import Message, MessageWriter, TokenCount, complete
 from runtime.api.anthropic.messages_request import EXAMPLES, MessagesRequest, TokenCountRequest, check_parameters
 from runtime.api.errors import (
-    KNOWN_EXCEPTIONS,
     AnthropicErrorAnswer,
-    ApiError,
     BadRequest,
     Conflict,
     EpisodeFailed,
     NotFound,
     NotReady,
-    classify,
     error_responses,
     request_id_header,
 )
@@ -35,7 +30,7 @@ from runtime.api.health import require_ready
 from runtime.api.openai.chat import make_chat_turn
 from runtime.api.openai.chat_request import check_request
 from runtime.api.openai.models import resolve
-from runtime.api.openai.turns import StreamedTurn, finish, headers_for, limit_messages, raise_failure
+from runtime.api.openai.turns import StreamedTurn, finish, headers_for, limit_messages, write_events
 from runtime.api.services import Server
 from runtime.engine.process import NO_TOOLS
 
@@ -74,7 +69,7 @@ async def create_message(
     streamed = StreamedTurn(server.agent, turn_request)
     start = await streamed.wait_for_start(request)
     return StreamingResponse(
-        write_events(streamed, EventWriter(start)),
+        write_events(streamed, MessageWriter(start)),
         media_type="text/event-stream",
         headers=_headers_for(start.trajectory),
     )
@@ -82,25 +77,6 @@ async def create_message(
 
 def _headers_for(trajectory: Trajectory) -> dict[str, str]:
     return headers_for(trajectory) | request_id_header(trajectory.id)
-
-
-async def write_events(streamed: StreamedTurn, writer: EventWriter) -> AsyncIterator[str]:
-    """Yield the events of a message as it is written; the last ones only when everything is durable."""
-    try:
-        for event in writer.begin():
-            yield event
-        async for delta in streamed.deltas():
-            for event in writer.write(delta):
-                yield event
-        turn = streamed.end()
-        raise_failure(turn)
-        for event in writer.end(turn):
-            yield event
-    except (ApiError, *KNOWN_EXCEPTIONS) as error:
-        yield write_error(classify(error))
-    finally:
-        # Also when the client has left: Starlette then cancels this generator. After the end it does nothing.
-        streamed.cancel()
 
 
 @router.post(

@@ -9,7 +9,7 @@ Invariant: the events of one message add up to the message that the same turn ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -113,7 +113,7 @@ def _count(turn: Turn) -> Usage:
     return Usage(input_tokens=turn.size.prompt_tokens, output_tokens=turn.size.output_tokens)
 
 
-class EventWriter:
+class MessageWriter:
     """Writes one message as server-sent events."""
 
     def __init__(self, start: TurnStart) -> None:
@@ -137,8 +137,21 @@ class EventWriter:
         for piece in delta.calls:
             yield from self._write_call(piece)
 
-    def end(self, turn: Turn) -> Iterator[str]:
+    async def end(self, turn: Turn) -> AsyncIterator[str]:
         """Yield the last events: the part of the answer that no delta contained, its end, and its usage."""
+        for event in self._write_rest(turn):
+            yield event
+        reason, sequence = _end_of(turn)
+        delta = {"stop_reason": reason, "stop_sequence": sequence}
+        summary = summarize(turn).model_dump(mode="json")
+        yield _event("message_delta", delta=delta, usage=_count(turn).model_dump(), ratchet=summary)
+        yield _event("message_stop")
+
+    def fail(self, error: ApiError) -> Iterator[str]:
+        body = anthropic_body(error)
+        yield _event("error", **{name: value for name, value in body.items() if name != "type"})
+
+    def _write_rest(self, turn: Turn) -> Iterator[str]:
         answer, calls = turn.answer or "", turn.open_tool_calls
         if answer and not self._text.endswith(answer):
             # An environment's closing text is written by no model call, so no delta contained it.
@@ -149,11 +162,6 @@ class EventWriter:
         if not self._num_blocks:
             yield from self._write_text("")
         yield from self._end_block()
-        reason, sequence = _end_of(turn)
-        delta = {"stop_reason": reason, "stop_sequence": sequence}
-        summary = summarize(turn).model_dump(mode="json")
-        yield _event("message_delta", delta=delta, usage=_count(turn).model_dump(), ratchet=summary)
-        yield _event("message_stop")
 
     def _write_text(self, text: str) -> Iterator[str]:
         if self._open_kind != "text":
@@ -184,12 +192,6 @@ class EventWriter:
 
     def _delta(self, delta: Json) -> str:
         return _event("content_block_delta", index=self._num_blocks - 1, delta=delta)
-
-
-def write_error(error: ApiError) -> str:
-    """Return the event that ends a stream with an error."""
-    body = anthropic_body(error)
-    return _event("error", **{name: value for name, value in body.items() if name != "type"})
 
 
 def _event(kind: str, **fields: Any) -> str:

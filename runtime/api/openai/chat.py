@@ -2,13 +2,11 @@
 
     ChatRequest -> TurnRequest -> Episode -> Turn -> ChatCompletion
 
-Invariant: an answer leaves only when everything in it is durable. Hazard: once a stream has begun its HTTP status is
-sent, so a later failure can only be an event.
+Invariant: an answer leaves only when everything in it is durable.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Request, Response
@@ -16,21 +14,17 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from runtime.agent.turn import TurnRequest
 from runtime.api.errors import (
-    KNOWN_EXCEPTIONS,
-    ApiError,
     Conflict,
     EpisodeFailed,
     NotFound,
     NotReady,
-    classify,
-    error_body,
     error_responses,
 )
 from runtime.api.gateway.permissions import Caller, RequestCaller
 from runtime.api.health import require_ready
-from runtime.api.openai.chat_answer import DONE, ChatCompletion, ChunkWriter, complete, event
+from runtime.api.openai.chat_answer import ChatCompletion, ChunkWriter, complete
 from runtime.api.openai.chat_request import EXAMPLES, ChatRequest, Extensions, check_request, read_extensions
-from runtime.api.openai.turns import StreamedTurn, finish, headers_for, limit_messages, make_request, raise_failure
+from runtime.api.openai.turns import StreamedTurn, finish, headers_for, limit_messages, make_request, write_events
 from runtime.api.services import Server, Services
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"])
@@ -91,21 +85,3 @@ def make_chat_turn(server: Services, caller: Caller, extensions: Extensions, bod
         tools=body.tools or (),
         sampling=body.sampling(),
     )
-
-
-async def write_events(streamed: StreamedTurn, writer: ChunkWriter) -> AsyncIterator[str]:
-    """Yield the answer as it is written; its last events only when everything is durable."""
-    try:
-        yield writer.begin()
-        async for delta in streamed.deltas():
-            yield writer.write(delta)
-        turn = streamed.end()
-        raise_failure(turn)
-        for ending in writer.end(turn):
-            yield ending
-    except (ApiError, *KNOWN_EXCEPTIONS) as error:
-        yield event(error_body(classify(error)))
-    finally:
-        # Also when the client has left: Starlette then cancels this generator. After the end it does nothing.
-        streamed.cancel()
-    yield DONE

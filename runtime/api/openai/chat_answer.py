@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from memory.schema import dump_json
 from runtime.agent.turn import Turn, TurnStart
+from runtime.api.errors import ApiError, error_body
 from runtime.api.openai.answer_ids import name_answer
 from runtime.api.openai.episode_summary import EpisodeSummary, summarize
 from runtime.api.openai.models import pin
@@ -109,35 +110,38 @@ class ChunkWriter:
         self._text = ""
         self._num_calls = 0
 
-    def begin(self) -> str:
-        return self._chunk({"role": "assistant", "content": ""})
+    def begin(self) -> Iterator[str]:
+        yield self._chunk({"role": "assistant", "content": ""})
 
-    def write(self, delta: Delta) -> str:
-        """Return the event for a piece of the reply."""
+    def write(self, delta: Delta) -> Iterator[str]:
+        """Yield the event for a piece of the reply."""
         self._text += delta.text
         # The indexes are those of `ClientStream`: `end` sends the calls from here on, which no delta contained.
         self._num_calls = max([self._num_calls, *(piece["index"] + 1 for piece in delta.calls)])
         change: dict[str, Any] = {"content": delta.text} if delta.text else {}
         if delta.calls:
             change["tool_calls"] = list(delta.calls)
-        return self._chunk(change, logprobs={"content": list(delta.logprobs)} if delta.logprobs else None)
+        yield self._chunk(change, logprobs={"content": list(delta.logprobs)} if delta.logprobs else None)
 
-    def end(self, turn: Turn) -> list[str]:
-        """Return the last events: the rest of the answer, its end, and its usage."""
-        endings = []
+    async def end(self, turn: Turn) -> AsyncIterator[str]:
+        """Yield the last events: the rest of the answer, its end, and its usage."""
         answer, calls = turn.answer or "", turn.open_tool_calls
         if answer and not self._text.endswith(answer):
             # An environment's closing text is written by no model call, so no delta contained it.
-            endings.append(self._chunk({"content": f"\n{answer}" if self._text else answer}))
+            yield self._chunk({"content": f"\n{answer}" if self._text else answer})
         unsent = [{"index": index, **call} for index, call in enumerate(calls) if index >= self._num_calls]
         if unsent:
-            endings.append(self._chunk({"tool_calls": unsent}))
+            yield self._chunk({"tool_calls": unsent})
         summary = summarize(turn).model_dump(mode="json")
-        endings.append(self._chunk({}, finish=turn.finish_reason, ratchet=summary))
+        yield self._chunk({}, finish=turn.finish_reason, ratchet=summary)
         if self._include_usage:
             # An empty list, as OpenAI sends it: clients must not find a second choice here.
-            endings.append(event({**self._head, "choices": [], "usage": _count(turn).model_dump()}))
-        return endings
+            yield _event({**self._head, "choices": [], "usage": _count(turn).model_dump()})
+        yield DONE
+
+    def fail(self, error: ApiError) -> Iterator[str]:
+        yield _event(error_body(error))
+        yield DONE
 
     def _chunk(
         self,
@@ -150,7 +154,7 @@ class ChunkWriter:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
         # OpenAI sends a null usage in all other chunks, and some clients read the field from each.
         usage = {"usage": None} if self._include_usage else {}
-        return event({**self._head, "choices": [choice], **usage, **extra})
+        return _event({**self._head, "choices": [choice], **usage, **extra})
 
 
 def _count(turn: Turn) -> Usage:
@@ -158,7 +162,7 @@ def _count(turn: Turn) -> Usage:
     return Usage(prompt_tokens=prompt, completion_tokens=output, total_tokens=prompt + output)
 
 
-def event(body: Mapping[str, Any]) -> str:
+def _event(body: Mapping[str, Any]) -> str:
     return f"data: {dump_json(body)}\n\n"
 
 

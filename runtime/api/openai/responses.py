@@ -9,7 +9,7 @@ client, never the trajectory.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Query, Request, Response
@@ -22,24 +22,21 @@ from memory.schema import StoredResponse, dump_json
 from memory.store import Memory
 from runtime.agent.turn import TurnStart
 from runtime.api.errors import (
-    KNOWN_EXCEPTIONS,
-    ApiError,
     BadRequest,
     Conflict,
     EpisodeFailed,
     NotFound,
     NotReady,
     TooLarge,
-    classify,
     error_responses,
 )
 from runtime.api.gateway.permissions import RequestCaller
 from runtime.api.health import require_ready
 from runtime.api.openai.answer_ids import trajectory_of
 from runtime.api.openai.chat_request import read_extensions
-from runtime.api.openai.responses_answer import EventWriter, begin_response, end_response, fail_response, list_output
+from runtime.api.openai.responses_answer import ResponseWriter, begin_response, end_response, list_output
 from runtime.api.openai.responses_request import ResponseRequest, as_messages, check_conversation, check_request
-from runtime.api.openai.turns import StreamedTurn, finish, headers_for, limit_messages, make_request, raise_failure
+from runtime.api.openai.turns import StreamedTurn, finish, headers_for, limit_messages, make_request, write_events
 from runtime.api.read_answers import answer_from_thread
 from runtime.api.services import Server, Services
 
@@ -130,11 +127,9 @@ async def create_response(
         return _send(response, headers_for(turn.trajectory))
     streamed = StreamedTurn(server.agent, turn_request)
     start = await streamed.wait_for_start(request)
-    writer = EventWriter(begin_response(body, start, instructions))
+    writer = ResponseWriter(begin_response(body, start, instructions), store, server.engine.max_model_len)
     return StreamingResponse(
-        write_events(streamed, writer, store, server.engine.max_model_len),
-        media_type="text/event-stream",
-        headers=headers_for(start.trajectory),
+        write_events(streamed, writer), media_type="text/event-stream", headers=headers_for(start.trajectory)
     )
 
 
@@ -188,29 +183,6 @@ class ResponseStore:
         )
         # After the turn, in a transaction of its own: a crash in between loses the response, never the trajectory.
         await self._memory.responses.save(row)
-
-
-async def write_events(
-    streamed: StreamedTurn, writer: EventWriter, store: ResponseStore, context_tokens: int | None
-) -> AsyncIterator[str]:
-    """Yield the events of a response as it is written; the last one only when everything is durable."""
-    try:
-        for event in writer.begin():
-            yield event
-        async for delta in streamed.deltas():
-            for event in writer.write(delta):
-                yield event
-        turn = streamed.end()
-        raise_failure(turn)
-        for event in writer.finish_items(turn):
-            yield event
-        response = end_response(writer.response, turn, writer.output, context_tokens)
-        await store(response)
-        yield writer.end(response)
-    except (ApiError, *KNOWN_EXCEPTIONS) as error:
-        yield writer.end(fail_response(writer.response, classify(error)))
-    finally:
-        streamed.cancel()
 
 
 @router.get("/{response_id}", summary="Read a stored response", responses=error_responses(NotFound))

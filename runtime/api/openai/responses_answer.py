@@ -13,7 +13,7 @@ Invariant: the events of one response add up to the object that is stored of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from memory.schema import dump_json, new_id
@@ -119,12 +119,15 @@ def _count(turn: Turn) -> Json:
     }
 
 
-class EventWriter:
+class ResponseWriter:
     """Writes one response as server-sent events, and collects its items."""
 
-    def __init__(self, response: Json) -> None:
+    def __init__(self, response: Json, store: Callable[[Json], Awaitable[None]], context_tokens: int | None) -> None:
+        """`store` is awaited with the whole response before its last event. `context_tokens` as in `end_response`."""
         self.response = response
         self.output: list[Json] = []
+        self._store = store
+        self._context_tokens = context_tokens
         self._num_events = 0
         self._num_calls = 0
 
@@ -139,8 +142,19 @@ class EventWriter:
         for piece in delta.calls:
             yield from self._write_call(piece)
 
-    def finish_items(self, turn: Turn) -> Iterator[str]:
-        """Yield the part of the answer that no delta contained, and the end of the last item."""
+    async def end(self, turn: Turn) -> AsyncIterator[str]:
+        """Yield the last events: the part of the answer that no delta contained, and the response as it is stored."""
+        for event in self._finish_items(turn):
+            yield event
+        response = end_response(self.response, turn, self.output, self._context_tokens)
+        await self._store(response)
+        yield self._event(f"response.{response['status']}", response=response)
+
+    def fail(self, error: ApiError) -> Iterator[str]:
+        response = fail_response(self.response, error)
+        yield self._event(f"response.{response['status']}", response=response)
+
+    def _finish_items(self, turn: Turn) -> Iterator[str]:
         sent = "".join(item["content"][0]["text"] for item in self.output if item["type"] == "message")
         answer, calls = turn.answer or "", turn.open_tool_calls
         if answer and not sent.endswith(answer):
@@ -152,10 +166,6 @@ class EventWriter:
         if not self.output:
             yield from self._write_text("")
         yield from self._end_item()
-
-    def end(self, response: Json) -> str:
-        """Return the last event."""
-        return self._event(f"response.{response['status']}", response=response)
 
     def _write_text(self, text: str) -> Iterator[str]:
         if not self._is_open("message"):

@@ -2,18 +2,18 @@
 
     make_request    check the client's request against this server and make the `TurnRequest`
     finish          play to the end, or
-    StreamedTurn    play while the client receives the pieces
+    StreamedTurn    play while the client receives the pieces, which `write_events` makes the events of one API
 
 Invariants: an answer leaves only when it is durable; a client that leaves cancels its episode, whose trajectory closes
-as CANCELLED.
+as CANCELLED. Hazard: once a stream has begun its HTTP status is sent, so a later failure can only be an event.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request
 
@@ -21,7 +21,15 @@ from memory.errors import SpentBudget, find_spent_budget, read_error
 from memory.schema import Split, Task, Trajectory, TrajectoryStage
 from runtime.agent.graph import Agent
 from runtime.agent.turn import Turn, TurnRequest, TurnStart
-from runtime.api.errors import ApiError, BadRequest, ClientLeft, EpisodeFailed, Overloaded
+from runtime.api.errors import (
+    KNOWN_EXCEPTIONS,
+    ApiError,
+    BadRequest,
+    ClientLeft,
+    EpisodeFailed,
+    Overloaded,
+    classify,
+)
 from runtime.api.gateway.disconnects import wait_for_disconnect
 from runtime.api.gateway.permissions import Caller
 from runtime.api.openai.chat_request import Extensions
@@ -181,6 +189,44 @@ class StreamedTurn:
     def cancel(self) -> None:
         """Stop playing, if the turn is not over."""
         cancel(self._playing)
+
+
+class EventWriter(Protocol):
+    """Writes one turn as the server-sent events of an API."""
+
+    def begin(self) -> Iterable[str]: ...
+
+    def write(self, delta: Delta) -> Iterable[str]:
+        """Return the events for a piece of the reply."""
+        ...
+
+    def end(self, turn: Turn) -> AsyncIterator[str]:
+        """Yield the last events: the part of the answer that no delta contained, its end, and its usage."""
+        ...
+
+    def fail(self, error: ApiError) -> Iterable[str]:
+        """Return the events that end a stream with an error."""
+        ...
+
+
+async def write_events(streamed: StreamedTurn, writer: EventWriter) -> AsyncIterator[str]:
+    """Yield the events of an answer as it is written; the last ones only when everything is durable."""
+    try:
+        for event in writer.begin():
+            yield event
+        async for delta in streamed.deltas():
+            for event in writer.write(delta):
+                yield event
+        turn = streamed.end()
+        raise_failure(turn)
+        async for event in writer.end(turn):
+            yield event
+    except (ApiError, *KNOWN_EXCEPTIONS) as error:
+        for event in writer.fail(classify(error)):
+            yield event
+    finally:
+        # Also when the client has left: Starlette then cancels this generator. After the end it does nothing.
+        streamed.cancel()
 
 
 def raise_failure(turn: Turn) -> None:

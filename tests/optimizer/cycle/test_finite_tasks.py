@@ -15,10 +15,10 @@ from memory.store import Memory
 from optimizer.config import OptimizerConfig
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.methods import choose_methods
-from optimizer.cycle.needs import LoggedData, Need
 from optimizer.cycle.readiness import fit_to_environment, measure_surroundings
 from optimizer.cycle.selection import selection_tasks
 from optimizer.cycle.stages import find_practice_offset
+from optimizer.data.needs import LoggedData, Need
 from optimizer.seams import Seams
 from tests.memory.episodes import HashingEncoder, play
 

@@ -16,8 +16,6 @@ from memory.formats.content import ExampleContent, ExampleKind
 from memory.schema import CycleStage, PolicyStage, RewardSource, Split
 from memory.store import Memory
 from optimizer.config import (
-    METHOD_NAMES,
-    RECIPES,
     EvaluationConfig,
     GroupConfig,
     LabelConfig,
@@ -27,12 +25,13 @@ from optimizer.config import (
 )
 from optimizer.cycle.cycle import list_remaining_stages, open_cycle, run_cycle
 from optimizer.cycle.methods import METHODS, choose_methods
-from optimizer.cycle.needs import LoggedData, Need
 from optimizer.cycle.rounds import train_in_rounds
 from optimizer.cycle.stages import Method, MethodStage
 from optimizer.data import demonstrations
+from optimizer.data.needs import LoggedData, Need
 from optimizer.data.rows import read_rows
 from optimizer.errors import OptimizerError, TooFewTrajectories
+from optimizer.recipes import METHOD_NAMES, RECIPES
 from optimizer.seams import Seams
 from tests.memory.episodes import HashingEncoder
 from tests.optimizer.conversations import converse, margin

@@ -7,8 +7,9 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from optimizer.config import METHOD_NAMES, RECIPES, OptimizerConfig, choose_recipe, plan_steps
+from optimizer.config import OptimizerConfig
 from optimizer.cycle.methods import METHODS
+from optimizer.recipes import METHOD_NAMES, RECIPES, choose_recipe, plan_steps
 
 
 def count_steps(num_rows: int, batch_size: int, epochs: float) -> int:
