@@ -5,7 +5,8 @@ collection of its own, because Chroma answers a filter by first listing every ro
 among a million. All small ones, and the rows of single persons, lie together in one shared Chroma collection: each
 Chroma collection takes four open files and some 3 MB, and there may be thousands of tenants. The shared one is never
 searched by Chroma; callers name the rows, and their vectors are compared here. A small partition moves to a collection
-of its own when it has grown beyond `MAX_COMPARED` rows.
+of its own when it has grown beyond `MAX_COMPARED` rows, while there are fewer than `MAX_LARGE` of those; after that,
+only its newest rows are compared.
 
 Invariant: every failure of Chroma is raised as IndexDamaged. Hazard: Chroma's client caches the state of a path for the
 life of the process, so its subdirectory is never reused after a failure.
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 DATABASE_NAME = "chroma.sqlite3"
 MAX_BATCH = 200
 SPARE = 10  # rows requested beyond those wanted, because some of the nearest may be of the excluded task
-MAX_OPEN_COLLECTIONS = 1_000_000  # in effect no limit: there is one for each few hundred rows at most
+MAX_LARGE = 256  # partitions with a Chroma collection of their own, of each of `COLLECTIONS`
+MAX_OPEN_COLLECTIONS = 1_000_000  # in effect no limit: `MAX_LARGE` bounds them
 PAGE = 20_000  # digests of one read
 # With each write Chroma reads all rows since its last save again, by default up to 1,000 of them, and the allocator
 # keeps that memory: a megabyte for each 35 rows. A save costs in proportion to the rows since the last one.
@@ -174,7 +176,7 @@ class VectorIndex:
         """
         if partition is None or self.is_large(collection, partition) or newest_ids is None:
             return partition
-        if len(newest_ids(partition, MAX_COMPARED + 1)) <= MAX_COMPARED:
+        if len(newest_ids(partition, MAX_COMPARED + 1)) <= MAX_COMPARED or self._num_large(collection) >= MAX_LARGE:
             return SHARED
         self._move(collection, partition, newest_ids(partition, sys.maxsize))
         return partition
@@ -216,6 +218,9 @@ class VectorIndex:
     def is_large(self, collection: str, partition: TenantPartition) -> bool:
         """Return whether a partition has a Chroma collection of its own, and is searched without row ids."""
         return partition in self._chroma.get(collection, ())
+
+    def _num_large(self, collection: str) -> int:
+        return sum(key is not SHARED for key in self._chroma.get(collection, ()))
 
     def find(
         self, query: IndexQuery, vector: numpy.ndarray, *, compared: Sequence[str] = ()

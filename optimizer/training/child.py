@@ -2,7 +2,7 @@
 
 Standard output carries JSON lines and nothing else; all other output goes to standard error, which is the log.
 
-Flow: `start` -> build a trainer with `trainer_arguments` -> `train_and_write` (resumes by itself).
+Flow of `main`: `start` -> build a trainer with `trainer_arguments` -> `train_and_write` (resumes by itself).
 Invariant: the adapter directory appears whole, with its manifest, or not at all.
 """
 
@@ -16,8 +16,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -47,6 +48,7 @@ from memory.adapters import (
     write_adapter_atomically,
     write_manifest,
 )
+from optimizer.data.rows import read_rows
 from optimizer.training.base import locate_base
 from optimizer.training.fused_lora import fuse_lora
 from optimizer.training.spec import LAUNCHER_PID, TrainingSpec
@@ -368,6 +370,18 @@ def write_adapter(
     # order: the manifest, then the rename; a directory under its final name is taken to be complete
     write_manifest(unfinished, describe_adapter(spec, metrics, take_fingerprint(model, probe_token_ids)))
     write_adapter_atomically(unfinished, spec.output_dir)
+
+
+def main(
+    kind: str,
+    build_trainer: Callable[[TrainingSpec, list[dict[str, Any]]], Trainer],
+    *,
+    tokens_of: Callable[[dict[str, Any]], list[int]] = itemgetter("input_ids"),
+) -> None:
+    """Train as the spec in the first argument of this process says. `tokens_of`: the token ids of one of its rows."""
+    spec, reporter = start(sys.argv, kind)
+    rows = read_rows(spec.rows_path)
+    train_and_write(build_trainer(spec, rows), spec, reporter, choose_probe(tokens_of(rows[0])))
 
 
 def train_and_write(trainer: Trainer, spec: TrainingSpec, reporter: Reporter, probe_token_ids: list[int]) -> None:

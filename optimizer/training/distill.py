@@ -11,10 +11,8 @@ and not summed over the vocabulary, which would keep two vocabularies of logits 
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from optimizer.data.rows import read_rows
 from optimizer.training import child, grpo
 from optimizer.training.spec import TrainingSpec
 
@@ -38,12 +36,5 @@ def compare_with_teacher(row: dict[str, Any], old_logps: list[float], score: grp
     ]
 
 
-def main() -> None:
-    spec, reporter = child.start(sys.argv, "distill")
-    rows = read_rows(spec.rows_path)
-    trainer = build_trainer(spec, rows)
-    child.train_and_write(trainer, spec, reporter, child.choose_probe(rows[0]["input_ids"]))
-
-
 if __name__ == "__main__":
-    main()
+    child.main("distill", build_trainer)

@@ -12,7 +12,6 @@ weighs the turns of a side. Departure from DMPO: the added likelihood term is we
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,6 @@ from transformers.data.data_collator import DataCollatorMixin
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from optimizer.data.rows import read_rows
 from optimizer.training import child
 from optimizer.training.shared_prompt import SharedPromptModel
 from optimizer.training.spec import TrainingSpec
@@ -166,10 +164,7 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
 
 def main(kind: str = "dpo") -> None:
     """Train on the preferences of a method, `kind`."""
-    spec, reporter = child.start(sys.argv, kind)
-    rows = read_rows(spec.rows_path)
-    trainer = build_trainer(spec, rows)
-    child.train_and_write(trainer, spec, reporter, child.choose_probe(rows[0]["prompt_ids"] + rows[0]["chosen_ids"]))
+    child.main(kind, build_trainer, tokens_of=lambda row: row["prompt_ids"] + row["chosen_ids"])
 
 
 if __name__ == "__main__":

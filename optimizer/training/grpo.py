@@ -15,7 +15,6 @@ out of a trainer's process; only TRL's fused LM head is used.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.data.data_collator import DataCollatorMixin
 from trl.trainer.utils import add_fused_lm_head
 
-from optimizer.data.rows import read_rows
 from optimizer.training import child
 from optimizer.training.spec import TrainingSpec
 
@@ -182,12 +180,5 @@ def compare_with_engine(old_logps: Sequence[float], sampled_logps: Sequence[floa
     return [ours - theirs for ours, theirs in zip(old_logps, sampled_logps[1:], strict=True)]
 
 
-def main() -> None:
-    spec, reporter = child.start(sys.argv, "grpo")
-    rows = read_rows(spec.rows_path)
-    trainer = build_trainer(spec, rows)
-    child.train_and_write(trainer, spec, reporter, child.choose_probe(rows[0]["input_ids"]))
-
-
 if __name__ == "__main__":
-    main()
+    child.main("grpo", build_trainer)

@@ -10,7 +10,6 @@ a spec's digest leaves out; and a reply with tool output in it makes no sense be
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,6 @@ from transformers.data.data_collator import DataCollatorMixin
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
-from optimizer.data.rows import read_rows
 from optimizer.training import child
 from optimizer.training.spec import TrainingSpec
 
@@ -102,12 +100,5 @@ def build_trainer(spec: TrainingSpec, rows: list[dict[str, Any]]) -> MaskedKTOTr
     )
 
 
-def main() -> None:
-    spec, reporter = child.start(sys.argv, "kto")
-    rows = read_rows(spec.rows_path)
-    trainer = build_trainer(spec, rows)
-    child.train_and_write(trainer, spec, reporter, child.choose_probe(rows[0]["input_ids"]))
-
-
 if __name__ == "__main__":
-    main()
+    child.main("kto", build_trainer)

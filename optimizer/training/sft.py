@@ -5,14 +5,12 @@ Rows are token ids with a mask, never text; the loss counts where the mask is 1.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from datasets import Dataset
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from optimizer.data.rows import read_rows
 from optimizer.training import child
 from optimizer.training.spec import TrainingSpec
 
@@ -46,12 +44,5 @@ def label(row: dict[str, Any]) -> dict[str, Any]:
     return {"input_ids": row["input_ids"], "labels": labels}
 
 
-def main() -> None:
-    spec, reporter = child.start(sys.argv, "sft")
-    rows = read_rows(spec.rows_path)
-    trainer = build_trainer(spec, rows)
-    child.train_and_write(trainer, spec, reporter, child.choose_probe(rows[0]["input_ids"]))
-
-
 if __name__ == "__main__":
-    main()
+    child.main("sft", build_trainer)

@@ -20,6 +20,8 @@ Status = Annotated[
 
 def add_review_commands(app: typer.Typer) -> None:
     """Add the commands to the command line."""
+    _add_reviews(insights, "/v1/insights", "a lesson")
+    _add_reviews(exemplars, "/v1/exemplars", "a past success")
     app.add_typer(insights, name="insights")
     app.add_typer(exemplars, name="exemplars")
 
@@ -43,33 +45,6 @@ def list_insights(
     call_and_print(lambda client: client.get_all("/v1/insights", **query), url, key, as_json, render.insights_table)
 
 
-@insights.command("approve")
-def approve_insight(
-    insight_id: Id, text: Text = None, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False
-) -> None:
-    """Show a lesson to the whole tenant."""
-    body = {"text": text} if text is not None else None
-    post_and_print(f"/v1/insights/{insight_id}/approve", url, key, as_json, _render_audience, body)
-
-
-@insights.command("edit")
-def edit_insight(
-    insight_id: Id,
-    text: Annotated[str, typer.Argument(help="The new text.")],
-    url: Url = DEFAULT_URL,
-    key: Key = None,
-    as_json: Json = False,
-) -> None:
-    """Edit the text of a lesson; its audience stays the same."""
-    post_and_print(f"/v1/insights/{insight_id}/edit", url, key, as_json, _render_audience, {"text": text})
-
-
-@insights.command("retire")
-def retire_insight(insight_id: Id, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
-    """Stop showing a lesson."""
-    post_and_print(f"/v1/insights/{insight_id}/retire", url, key, as_json, _render_audience)
-
-
 @exemplars.command("list")
 def list_exemplars(
     status: Status = None,
@@ -84,31 +59,27 @@ def list_exemplars(
     get_and_print("/v1/exemplars", url, key, as_json, render.exemplars_table, status=status, limit=limit)
 
 
-@exemplars.command("approve")
-def approve_exemplar(
-    exemplar_id: Id, text: Text = None, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False
-) -> None:
-    """Show a past success to the whole tenant."""
-    body = {"text": text} if text is not None else None
-    post_and_print(f"/v1/exemplars/{exemplar_id}/approve", url, key, as_json, _render_audience, body)
+def _add_reviews(group: typer.Typer, path: str, noun: str) -> None:
+    """Add the commands that change who is shown a memory, or its text."""
 
+    @group.command("approve", help=f"Show {noun} to the whole tenant.")
+    def approve(row_id: Id, text: Text = None, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
+        body = {"text": text} if text is not None else None
+        post_and_print(f"{path}/{row_id}/approve", url, key, as_json, _render_audience, body)
 
-@exemplars.command("edit")
-def edit_exemplar(
-    exemplar_id: Id,
-    text: Annotated[str, typer.Argument(help="The new text.")],
-    url: Url = DEFAULT_URL,
-    key: Key = None,
-    as_json: Json = False,
-) -> None:
-    """Edit the text in which a past success is shown; its audience stays the same."""
-    post_and_print(f"/v1/exemplars/{exemplar_id}/edit", url, key, as_json, _render_audience, {"text": text})
+    @group.command("edit", help=f"Edit the text of {noun}; its audience stays the same.")
+    def edit(
+        row_id: Id,
+        text: Annotated[str, typer.Argument(help="The new text.")],
+        url: Url = DEFAULT_URL,
+        key: Key = None,
+        as_json: Json = False,
+    ) -> None:
+        post_and_print(f"{path}/{row_id}/edit", url, key, as_json, _render_audience, {"text": text})
 
-
-@exemplars.command("retire")
-def retire_exemplar(exemplar_id: Id, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
-    """Stop showing a past success."""
-    post_and_print(f"/v1/exemplars/{exemplar_id}/retire", url, key, as_json, _render_audience)
+    @group.command("retire", help=f"Stop showing {noun}.")
+    def retire(row_id: Id, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
+        post_and_print(f"{path}/{row_id}/retire", url, key, as_json, _render_audience)
 
 
 def _render_audience(row: dict[str, Any]) -> str:

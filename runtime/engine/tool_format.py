@@ -36,10 +36,11 @@ log = structlog.get_logger()
 
 def choose_tool_call_parser(directory: Path, template: str | None) -> str:
     """Return vLLM's name of the tool call parser for the model in `directory`, served with this chat template."""
-    for mark, parser in PARSERS_BY_TEMPLATE:
-        if mark in (template or ""):
-            return parser
     tokens = _read_tokens(directory)
+    lacking = {parser for token, parser in PARSERS_BY_TOKEN if tokens and json.dumps(token) not in tokens}
+    for mark, parser in PARSERS_BY_TEMPLATE:
+        if mark in (template or "") and parser not in lacking:
+            return parser
     for token, parser in PARSERS_BY_TOKEN:
         if json.dumps(token) in tokens:
             return parser

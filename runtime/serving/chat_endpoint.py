@@ -1,7 +1,7 @@
 """Calls to a model elsewhere: any endpoint with OpenAI's chat completions. The teacher and the critic may be one.
 
 Invariants: no call is sent whose worst case exceeds the budget. The key stands in one header, and is cut out of every
-message. Redirects are not followed, since they would carry the key elsewhere.
+message. Redirects are not followed, since they would carry the key elsewhere. Chat marks in what is sent are broken.
 Hazard: an endpoint's own words can quote a prompt. `str` of an error holds them and the address, its `reason` neither.
 """
 
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import httpx
 
+from memory.chat_marks import ANY_FAMILY, run_in_slices
 from memory.conversation import as_reply
 from memory.schema import clean
 from runtime.config import EndpointConfig
@@ -140,9 +141,11 @@ class ChatEndpoint:
             EndpointError: the endpoint refuses the call, or does not answer. Whatever the budget raises: the worst case
                 does not fit into it, and nothing was sent.
         """
-        body: dict[str, Any] = {"model": self.model, "messages": list(messages)}
+        # Its tokenizer is unknown here, so the marks of all families are broken.
+        cleaned = await run_in_slices(ANY_FAMILY.cleaning_of_messages(messages))
+        body: dict[str, Any] = {"model": self.model, "messages": cleaned}
         if tools:  # an empty list is refused
-            body["tools"] = list(tools)
+            body["tools"] = await run_in_slices(ANY_FAMILY.cleaning_of(list(tools)))
         if response_format is not None:
             body["response_format"] = response_format
         pause = 1.0

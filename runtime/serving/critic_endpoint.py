@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memory.chat_marks import ANY_FAMILY, run_in_slices
 from runtime.config import CriticModelConfig
 from runtime.engine.client import Message
 from runtime.errors import BudgetExceeded, PolicyError
@@ -29,13 +28,11 @@ class CriticEndpoint:
         self, messages: Sequence[Message], *, max_tokens: int, response_format: dict[str, Any] | None = None
     ) -> str:
         """See `TextModel`."""
-        # Its tokenizer is unknown here, so the markers of all families are broken.
-        cleaned = await run_in_slices(ANY_FAMILY.cleaning_of_messages(messages))
         seconds = self._config.timeout_seconds
         try:
             # Around all tries: a turn that is graded by a rubric waits for it.
             async with asyncio.timeout(seconds):
-                reply = await self._endpoint.complete(cleaned, max_tokens=max_tokens, response_format=response_format)
+                reply = await self._endpoint.complete(messages, max_tokens=max_tokens, response_format=response_format)
         except TimeoutError:
             raise PolicyError(f"the critic gave no answer in {seconds:g} seconds (critic.timeout_seconds)") from None
         except EndpointError as error:

@@ -118,7 +118,6 @@ class MessageWriter:
 
     def __init__(self, start: TurnStart) -> None:
         self._message = _begin(start)
-        self._text = ""
         self._num_blocks = 0
         self._num_calls = 0
         self._open_kind = ""
@@ -138,8 +137,8 @@ class MessageWriter:
             yield from self._write_call(piece)
 
     async def end(self, turn: Turn) -> AsyncIterator[str]:
-        """Yield the last events: the part of the answer that no delta contained, its end, and its usage."""
-        for event in self._write_rest(turn):
+        """Yield the last events: the end of the message, and its usage."""
+        for event in self._end_blocks():
             yield event
         reason, sequence = _end_of(turn)
         delta = {"stop_reason": reason, "stop_sequence": sequence}
@@ -151,14 +150,7 @@ class MessageWriter:
         body = anthropic_body(error)
         yield _event("error", **{name: value for name, value in body.items() if name != "type"})
 
-    def _write_rest(self, turn: Turn) -> Iterator[str]:
-        answer, calls = turn.answer or "", turn.open_tool_calls
-        if answer and not self._text.endswith(answer):
-            # An environment's closing text is written by no model call, so no delta contained it.
-            yield from self._write_text(f"\n{answer}" if self._text else answer)
-        for index, call in enumerate(calls):
-            if index >= self._num_calls:
-                yield from self._write_call({"index": index, **call})
+    def _end_blocks(self) -> Iterator[str]:
         if not self._num_blocks:
             yield from self._write_text("")
         yield from self._end_block()
@@ -167,7 +159,6 @@ class MessageWriter:
         if self._open_kind != "text":
             yield from self._begin_block({"type": "text", "text": ""})
         if text:
-            self._text += text
             yield self._delta({"type": "text_delta", "text": text})
 
     def _write_call(self, piece: Mapping[str, Any]) -> Iterator[str]:

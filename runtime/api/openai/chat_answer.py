@@ -107,31 +107,20 @@ class ChunkWriter:
             "model": pin(start.trajectory.policy),
         }
         self._include_usage = include_usage
-        self._text = ""
-        self._num_calls = 0
 
     def begin(self) -> Iterator[str]:
         yield self._chunk({"role": "assistant", "content": ""})
 
     def write(self, delta: Delta) -> Iterator[str]:
         """Yield the event for a piece of the reply."""
-        self._text += delta.text
-        # The indexes are those of `ClientStream`: `end` sends the calls from here on, which no delta contained.
-        self._num_calls = max([self._num_calls, *(piece["index"] + 1 for piece in delta.calls)])
         change: dict[str, Any] = {"content": delta.text} if delta.text else {}
         if delta.calls:
             change["tool_calls"] = list(delta.calls)
-        yield self._chunk(change, logprobs={"content": list(delta.logprobs)} if delta.logprobs else None)
+        if change or delta.logprobs:
+            yield self._chunk(change, logprobs={"content": list(delta.logprobs)} if delta.logprobs else None)
 
     async def end(self, turn: Turn) -> AsyncIterator[str]:
-        """Yield the last events: the rest of the answer, its end, and its usage."""
-        answer, calls = turn.answer or "", turn.open_tool_calls
-        if answer and not self._text.endswith(answer):
-            # An environment's closing text is written by no model call, so no delta contained it.
-            yield self._chunk({"content": f"\n{answer}" if self._text else answer})
-        unsent = [{"index": index, **call} for index, call in enumerate(calls) if index >= self._num_calls]
-        if unsent:
-            yield self._chunk({"tool_calls": unsent})
+        """Yield the last events: the end of the answer, and its usage."""
         summary = summarize(turn).model_dump(mode="json")
         yield self._chunk({}, finish=turn.finish_reason, ratchet=summary)
         if self._include_usage:

@@ -143,8 +143,8 @@ class ResponseWriter:
             yield from self._write_call(piece)
 
     async def end(self, turn: Turn) -> AsyncIterator[str]:
-        """Yield the last events: the part of the answer that no delta contained, and the response as it is stored."""
-        for event in self._finish_items(turn):
+        """Yield the last events: the end of the last item, and the response as it is stored."""
+        for event in self._end_items():
             yield event
         response = end_response(self.response, turn, self.output, self._context_tokens)
         await self._store(response)
@@ -154,15 +154,7 @@ class ResponseWriter:
         response = fail_response(self.response, error)
         yield self._event(f"response.{response['status']}", response=response)
 
-    def _finish_items(self, turn: Turn) -> Iterator[str]:
-        sent = "".join(item["content"][0]["text"] for item in self.output if item["type"] == "message")
-        answer, calls = turn.answer or "", turn.open_tool_calls
-        if answer and not sent.endswith(answer):
-            # An environment's closing text is written by no model call, so no delta contained it.
-            yield from self._write_text(f"\n{answer}" if sent else answer)
-        for index, call in enumerate(calls):
-            if index >= self._num_calls:
-                yield from self._write_call({"index": index, **call})
+    def _end_items(self) -> Iterator[str]:
         if not self.output:
             yield from self._write_text("")
         yield from self._end_item()

@@ -201,7 +201,7 @@ class EventWriter(Protocol):
         ...
 
     def end(self, turn: Turn) -> AsyncIterator[str]:
-        """Yield the last events: the part of the answer that no delta contained, its end, and its usage."""
+        """Yield the last events, after all of the answer was written: its end, and its usage."""
         ...
 
     def fail(self, error: ApiError) -> Iterable[str]:
@@ -211,14 +211,19 @@ class EventWriter(Protocol):
 
 async def write_events(streamed: StreamedTurn, writer: EventWriter) -> AsyncIterator[str]:
     """Yield the events of an answer as it is written; the last ones only when everything is durable."""
+    sent_text, num_sent_calls = "", 0
     try:
         for event in writer.begin():
             yield event
         async for delta in streamed.deltas():
+            sent_text += delta.text
+            num_sent_calls = max([num_sent_calls, *(piece["index"] + 1 for piece in delta.calls)])
             for event in writer.write(delta):
                 yield event
         turn = streamed.end()
         raise_failure(turn)
+        for event in writer.write(_find_rest(turn, sent_text, num_sent_calls)):
+            yield event
         async for event in writer.end(turn):
             yield event
     except (ApiError, *KNOWN_EXCEPTIONS) as error:
@@ -227,6 +232,15 @@ async def write_events(streamed: StreamedTurn, writer: EventWriter) -> AsyncIter
     finally:
         # Also when the client has left: Starlette then cancels this generator. After the end it does nothing.
         streamed.cancel()
+
+
+def _find_rest(turn: Turn, sent_text: str, num_sent_calls: int) -> Delta:
+    """Return the part of an answer that no delta contained."""
+    answer = turn.answer or ""
+    # an environment's closing text is written by no model call
+    rest = "" if sent_text.endswith(answer) else f"\n{answer}" if sent_text else answer
+    calls = [{"index": index, **call} for index, call in enumerate(turn.open_tool_calls)]
+    return Delta(text=rest, calls=calls[num_sent_calls:])
 
 
 def raise_failure(turn: Turn) -> None:

@@ -70,6 +70,19 @@ async def test_a_tenant_that_has_grown_large_moves_and_loses_no_row(memory: Memo
     assert len(memory.index._vector_index.digests("passages")) == 15
 
 
+async def test_more_large_tenants_than_have_collections_of_their_own_are_found_by_their_newest_rows(
+    memory: Memory, few_compared: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(vector_module, "MAX_LARGE", 2)
+    for number in range(6):
+        await ingest(memory, f"tenant{number}", 0, 8)
+    assert num_chroma_collections(memory) == 3
+    assert len(await found_by_meaning(memory, "fry", "tenant0")) == 8
+    by_meaning = await memory.index.find("passages", "fry", tenant="tenant5")
+    assert len(by_meaning) >= 5
+    assert len(memory.index._vector_index.digests("passages")) == 48
+
+
 async def test_a_move_that_died_halfway_is_healed_at_the_next_start(tmp_path: Path, few_compared: None):
     with Memory.open(tmp_path / "moved", PATIENT, encoder=HashingEncoder()) as memory:
         await ingest(memory, "large", 0, 5)

@@ -45,6 +45,7 @@ def choose(path: Path) -> str:
         ("llama3_2", ["<|python_tag|>"], "llama3_json"),
         ("mistral_v7", ["[TOOL_CALLS]"], "mistral"),
         ("mistral_v11", ["[TOOL_CALLS]"], "mistral"),
+        ("mistral_v7", [], "hermes"),  # vLLM's parser would not find its token
     ],
 )
 def test_the_template_and_the_tokens_choose_the_parser(tmp_path: Path, template: str, tokens: list[str], parser: str):

@@ -269,3 +269,13 @@ def test_prices_come_in_pairs_and_a_cost_needs_them():
         TeacherConfig(prompt_price=1.0)
     with pytest.raises(ValueError, match="max_cost needs prompt_price"):
         TeacherConfig(max_cost=1.0)
+
+
+async def test_results_and_tools_reach_a_teacher_without_the_chat_marks_in_them():
+    tool = {"type": "function", "function": {"name": "look", "description": "Looks.<|im_end|>", "parameters": {}}}
+    messages = [{"role": "user", "content": "look"}, {"role": "tool", "tool_call_id": "1", "content": "<|im_start|>a"}]
+    async with FakeEngine(lambda request: Reply("done")) as engine:
+        teacher = ChatEndpoint("teacher", TeacherConfig(url=f"{engine.url}/v1", model="base"))
+        assert (await teacher.complete(messages, [tool], max_tokens=5)).content == "done"
+    (request,) = engine.requests
+    assert "<|" not in json.dumps(request["messages"]) + json.dumps(request["tools"])

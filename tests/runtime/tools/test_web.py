@@ -278,4 +278,4 @@ async def test_a_page_made_to_be_slow_holds_up_nobody_else(site: Site):
     async with gap.watch():
         result = await fetch(f"{site.url}/slow")
     assert result.error is None
-    assert gap.seconds < 1.0
+    assert gap.cpu_seconds < 0.25
