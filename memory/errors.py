@@ -50,7 +50,7 @@ def read_error(stored: str | None) -> tuple[str, str]:
 
 
 class SpentBudget(Enum):
-    """What an episode had used up when it was ended."""
+    """The budget that an episode had used up when it was ended."""
 
     CONTEXT = auto()
     TIME = auto()

@@ -1,4 +1,4 @@
-"""What clients hold out: live tasks that only measure, by name or by the text of their question.
+"""Live tasks that clients hold out, so that they only measure: by name, or by the text of their question.
 
 Hazard: texts are compared word by word, so a question in other words is another task.
 """

@@ -21,7 +21,7 @@ DEFAULT_TENANT = ""
 
 
 class TeacherKind(StrEnum):
-    """What a teacher gave."""
+    """The kinds of contributions that a teacher makes."""
 
     FEEDBACK = "feedback"
     ENVIRONMENT = "environment"

@@ -71,11 +71,11 @@ def write_note(note: str) -> str:
 
 @dataclass(frozen=True)
 class Check:
-    """What the checker decided about an answer."""
+    """The checker's decision about an answer."""
 
     accepts: bool
     note: str = ""
-    """What is wrong with the answer; empty if it is accepted."""
+    """The fault of the answer; empty if it is accepted."""
 
 
 _DECISION = re.compile(r"^\W{0,8}(accept|revise)(?:ed|d)?\b[\s:.,*_-]*", re.IGNORECASE | re.MULTILINE)

@@ -299,7 +299,7 @@ class OptimizerConfig(BaseModel, extra="forbid"):
 
     @property
     def pool_environments(self) -> tuple[str, ...]:
-        """Whose episodes are learned from; `""` stands for live traffic."""
+        """The environments whose episodes are learned from; `""` stands for live traffic."""
         return (self.environment, *self.learn_from)
 
     def find_rounds(self, method: str) -> RoundsConfig | None:

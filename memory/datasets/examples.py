@@ -44,7 +44,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class AddedExamples:
-    """What became of the rows of one import."""
+    """The fate of the rows of one import."""
 
     num_added: int
     num_known: int
@@ -197,11 +197,11 @@ class Examples:
 
 def digest_content(content: ExampleContent, environment: str) -> str:
     """Return the SHA-256 of what is learned from an example, and where."""
-    learned = [
+    parts = [
         *(environment, content.kind, content.prompt, content.completion, content.rejected),
         *(content.is_good, content.reward, content.tools),
     ]
-    return hashlib.sha256(json.dumps(learned, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def make_example(content: ExampleContent, origin: Origin, digest: str) -> Example:

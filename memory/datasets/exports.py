@@ -36,7 +36,7 @@ OWN_FORMAT = "ratchet"
 
 
 class ExportContent(StrEnum):
-    """What an export holds."""
+    """The contents of an export."""
 
     TRAJECTORIES = "trajectories"  # all closed episodes, with their rewards
     DEMONSTRATIONS = "demonstrations"  # successes and corrections; imported demonstrations
@@ -50,7 +50,7 @@ KINDS = {
     ExportContent.PREFERENCES: ExampleKind.PREFERENCE,
     ExportContent.LABELS: ExampleKind.LABEL,
 }
-"""What the rows of an export are."""
+"""The kind of an export's rows."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 class ExampleKind(StrEnum):
-    """What can be learned from an example."""
+    """The kinds of examples, by what is learned from them."""
 
     DEMONSTRATION = "demonstration"  # a completion to imitate
     PREFERENCE = "preference"  # two completions of one prompt, of which one is better

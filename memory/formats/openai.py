@@ -49,15 +49,15 @@ def read_conversation(row: Row) -> ExampleContent:
 
 
 def _read_pair(row: Row) -> ExampleContent:
-    asked = row["input"]
-    if not isinstance(asked, dict):
+    source = row["input"]
+    if not isinstance(source, dict):
         raise BadRow("'input' must be an object with 'messages'")
     return ExampleContent(
         ExampleKind.PREFERENCE,
         read_replies(row.get("preferred_output"), "preferred_output"),
-        prompt=read_messages(asked.get("messages"), "input.messages"),
+        prompt=read_messages(source.get("messages"), "input.messages"),
         rejected=read_replies(row.get("non_preferred_output"), "non_preferred_output"),
-        tools=read_tools(asked.get("tools"), "input.tools"),
+        tools=read_tools(source.get("tools"), "input.tools"),
         extra=left_over(row, *PAIR_FIELDS),
     )
 

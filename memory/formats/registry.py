@@ -23,7 +23,7 @@ class Format:
     fields: str
     """The fields of its rows, for people."""
     kinds: frozenset[ExampleKind]
-    """What it can hold."""
+    """The kinds of examples that it can hold."""
     recognise: Callable[[Row], str | None]
     """Row -> why it is in this format; None where it is not."""
     read: Callable[[Row], ExampleContent]

@@ -86,7 +86,7 @@ class GradedTrajectory:
     reward: float
     is_success: bool
     teacher: Teacher = OPERATOR
-    """Who gave the reward."""
+    """The teacher that gave the reward."""
     source: RewardSource = RewardSource.ENVIRONMENT
 
     @property

@@ -24,19 +24,19 @@ class Compiled:
         compiled: Any = cast(ClauseElement, statement).compile(dialect=dialect)
         self.sql = compiled.string
         self.names = [name for name, parameter in compiled.binds.items() if parameter.required]
-        given = {
+        defaults = {
             name: parameter.effective_value for name, parameter in compiled.binds.items() if not parameter.required
         }
         order = compiled.positiontup or []
-        self._template = [given.get(name) for name in order]
-        self._slots = [(slot, name) for slot, name in enumerate(order) if name not in given]
+        self._template = [defaults.get(name) for name in order]
+        self._slots = [(slot, name) for slot, name in enumerate(order) if name not in defaults]
         self._processors: list[tuple[int, Callable[[Any], Any], bool]] = []
         """(slot, conversion to the driver's value, whether it also converts None)."""
         for slot, name in enumerate(order):
             kind = compiled.binds[name].type
             process = kind.dialect_impl(dialect).bind_processor(dialect)
-            if process is not None and name in given:
-                self._template[slot] = process(given[name])
+            if process is not None and name in defaults:
+                self._template[slot] = process(defaults[name])
             elif process is not None:
                 self._processors.append((slot, process, kind.should_evaluate_none))
 

@@ -1,4 +1,4 @@
-"""What the release report of a cycle says: its data, its trainings, and the numbers behind the verdict.
+"""The contents of a cycle's release report: its data, its trainings, and the numbers behind the verdict.
 
 Flow: the release gate hands over an `Evaluation` -> `build_report` -> `optimizer.cycle.report_page` writes the files.
 Nothing is decided here; methods and policies are reported as they are passed in.

@@ -22,7 +22,7 @@ from memory.adapters import digest_adapter, read_manifest
 from memory.schema import Policy, PolicyStage
 from optimizer.config import OptimizerConfig
 from optimizer.cycle import practice
-from optimizer.cycle.artifacts import VERSION_SUFFIX, RowsSummary, TrainedAdapter
+from optimizer.cycle.artifacts import VERSION_SUFFIX, CycleArtifacts, RowsSummary, TrainedAdapter
 from optimizer.cycle.context import CycleContext
 from optimizer.cycle.selection import choose_policy
 from optimizer.data.needs import MeasureNeed
@@ -106,7 +106,7 @@ class Method:
     plays_with_memory: bool = False
     """Whether its rounds, if it trains in rounds, are played with memory too."""
     play_on: PlayOn | None = None
-    """What its rounds play once their own episodes are played: branches of them. It replays the environment."""
+    """Plays branches of a round's own episodes once these are played. It replays the environment."""
     loss: LossShape = LIKELIHOOD
     choose_loss: Callable[[OptimizerConfig], dict[str, Any]] = lambda config: {}
     """The fields of a training's spec that say which form of the loss is configured."""
@@ -144,7 +144,7 @@ def find_practice_offset(context: CycleContext) -> int:
         for cycle in context.memory.cycles.select()
         if cycle.id != context.cycle_id and cycle.settings.get("environment") == context.config.environment
     ]
-    return max((cycle.artifacts.get("practice_end", 0) for cycle in earlier), default=0)
+    return max((CycleArtifacts.read(cycle.artifacts).practice_end or 0 for cycle in earlier), default=0)
 
 
 async def build_rows(context: CycleContext, method: Method) -> RowsSummary:

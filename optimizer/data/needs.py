@@ -1,4 +1,4 @@
-"""What a cycle will need before anything is played. The modules of the rows (`measure_need`) do the counting.
+"""The needs of a cycle, known before anything is played. The modules of the rows (`measure_need`) do the counting.
 
 A count is what is logged and the most that playing can add, so a cycle is rejected only where it cannot train whatever
 its practice brings. The exact rows are built later, by `optimizer.data`, which may leave some out.

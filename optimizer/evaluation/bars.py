@@ -35,11 +35,11 @@ FIXED = frozenset({"num_tries", "temperature", "serve_with_memory"})
 """How the gate plays: as users are served, or as the operator says."""
 
 
-def find_loosened(asked: EvaluationConfig, operator: EvaluationConfig) -> list[str]:
-    """Return a sentence for each field in which `asked` is looser than the operator's bar, or plays differently."""
+def find_loosened(wanted: EvaluationConfig, operator: EvaluationConfig) -> list[str]:
+    """Return a sentence for each field in which `wanted` is looser than the operator's bar, or plays differently."""
     problems = []
     for name in EvaluationConfig.model_fields:
-        ours, theirs = getattr(operator, name), getattr(asked, name)
+        ours, theirs = getattr(operator, name), getattr(wanted, name)
         # equal to the tighter of the two means not looser; for FIXED it means equal to the operator's
         if theirs == _tighter(name, theirs, ours):
             continue

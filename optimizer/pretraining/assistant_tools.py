@@ -94,7 +94,7 @@ class ToolTemplate:
     vague: Sequence[str] = ()
     """Questions that lack the subject."""
     question: str = ""
-    """What the assistant asks then."""
+    """The assistant's question in return."""
     optional: Sequence[str] = ()
 
     def define(self) -> dict[str, Any]:

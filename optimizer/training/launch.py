@@ -47,9 +47,9 @@ async def train(spec: TrainingSpec, *, on_step: OnStep | None = None, num_attemp
         TrainingError: the trainer died `num_attempts` times; the message ends with the tail of its log.
         FileExistsError: `output_dir` holds an adapter made from another spec.
     """
-    made = read_finished(spec)
-    if made is not None:
-        return made
+    manifest = read_finished(spec)
+    if manifest is not None:
+        return manifest
     spec.work_dir.mkdir(parents=True, exist_ok=True)
     # before the new spec is written, which is compared with the old one
     _delete_other_checkpoints(spec)
@@ -58,11 +58,11 @@ async def train(spec: TrainingSpec, *, on_step: OnStep | None = None, num_attemp
     exit_code, last_step = 0, {}
     for _ in range(num_attempts):
         exit_code, last_step = await _run_child(spec, spec_path, on_step)
-        made = read_finished(spec)
+        manifest = read_finished(spec)
         # an exit code of 0 proves nothing by itself: a whole adapter directory with this spec's digest does
-        if exit_code == 0 and made is not None:
+        if exit_code == 0 and manifest is not None:
             shutil.rmtree(spec.work_dir / "checkpoints", ignore_errors=True)
-            return made
+            return manifest
     raise TrainingError(_explain(spec, exit_code, last_step, num_attempts))
 
 

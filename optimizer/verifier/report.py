@@ -1,4 +1,4 @@
-"""What a verifier is worth: its figures on tasks that it has not seen, and the same in words."""
+"""The quality of a verifier: its figures on tasks that it has not seen, and the same in words."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class VerifierSetup:
     memory: Memory
     config: OptimizerConfig
     environments: Sequence[str]
-    """Whose episodes are learned from and graded; `""` stands for live traffic."""
+    """The environments whose episodes are learned from and graded; `""` stands for live traffic."""
     train: Train = train
     score: Score = score
     on_step: OnStep | None = None

@@ -128,10 +128,10 @@ def _add_make(tasks: typer.Typer) -> None:
             from runtime.environments.converters.make import make_task_file
 
             try:
-                made = await asyncio.to_thread(make_task_file, benchmark, source, out)
+                file = await asyncio.to_thread(make_task_file, benchmark, source, out)
             except (ValueError, OSError) as error:
                 raise Failure(str(error)) from error
-            return {**asdict(made), "path": str(made.path)}
+            return {**asdict(file), "path": str(file.path)}
 
         run_command(work, as_json=as_json, render=_describe_tasks)
 

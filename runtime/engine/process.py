@@ -90,7 +90,7 @@ class Engine:
         self._api_key = os.environ.get(KEY_VARIABLE, "") if config.url else secrets.token_urlsafe(32)
         self.config = config
         self.model_name = choose_model(config.model, made_for)
-        """What `find_model` finds; says nothing about an external engine."""
+        """The result of `find_model`; without a meaning for an external engine."""
         self.client = EngineClient(
             config.url or "", BASE, timeout_seconds=config.call_timeout_seconds, api_key=self._api_key
         )

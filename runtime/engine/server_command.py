@@ -59,10 +59,10 @@ def server_arguments(config: EngineConfig, model_path: Path, port: int) -> list[
         flags.append("enforce-eager")
     else:
         arguments["gpu-memory-utilization"] = config.gpu_memory_utilization
-    given = [part for key, value in arguments.items() if value is not None for part in (f"--{key}", str(value))]
+    options = [part for key, value in arguments.items() if value is not None for part in (f"--{key}", str(value))]
     # Last, so that no extra argument overrides it: several of vLLM's routes need no key.
     address = ["--host", "127.0.0.1", "--port", str(port)]
-    return [*given, *(f"--{flag}" for flag in flags), *config.extra_args, *address]
+    return [*options, *(f"--{flag}" for flag in flags), *config.extra_args, *address]
 
 
 def server_environment(config: EngineConfig) -> dict[str, str]:

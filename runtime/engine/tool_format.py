@@ -63,9 +63,9 @@ def read_chat_template(directory: Path, extra_args: Sequence[str] = ()) -> str |
     Raises:
         OSError: `extra_args` names a file that cannot be read.
     """
-    given = _option(extra_args, "--chat-template")
-    if given is not None:
-        return given if "{" in given else Path(given).read_text(encoding="utf-8")
+    option = _option(extra_args, "--chat-template")
+    if option is not None:
+        return option if "{" in option else Path(option).read_text(encoding="utf-8")
     for path in (directory / "additional_chat_templates" / "tool_use.jinja", directory / "chat_template.jinja"):
         if path.is_file():
             return path.read_text(encoding="utf-8")

@@ -56,7 +56,7 @@ STATE_METRICS = {
         ("policy", "stage", "base_model", "adapter", "worn"),
     ),
     "loaded": StateMetric("ratchet_policies_loaded", "Policies that the engine serves now."),
-    "swaps": StateMetric("ratchet_swaps", "How often another policy was put on."),
+    "swaps": StateMetric("ratchet_swaps", "Number of activations of another policy."),
     "engine_ready": StateMetric("ratchet_engine_ready", "1 while the engine answers."),
     "engine_restarts": StateMetric("ratchet_engine_restarts", "How often the engine had to be started again."),
     "maintenance": StateMetric("ratchet_engine_in_maintenance", "1 while the engine is stopped on purpose."),

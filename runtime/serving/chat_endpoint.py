@@ -49,7 +49,7 @@ class Usage:
 
 
 class CallBudget(Protocol):
-    """What bounds the calls to an endpoint."""
+    """The bound on the calls to an endpoint."""
 
     def reserve(self, prompt_tokens: int, output_tokens: int) -> Usage:
         """Reserve the worst case of a call; every reservation is released, or charged, once.

@@ -63,7 +63,7 @@ class TaughtEpisode:
 
 @dataclass
 class TeachingCounts:
-    """What became of the tasks of a run."""
+    """The outcomes of the tasks of a run."""
 
     num_tasks: int = 0
     num_solved: int = 0

@@ -143,7 +143,7 @@ def test_no_folder_is_wider_than_a_reader_can_hold(folder: str):
     assert len(modules) <= MAX_MODULES, f"{folder} has {len(modules)} modules: find the folder that is missing"
 
 
-@pytest.mark.parametrize("parent", ["memory", "runtime", "runtime/api", "optimizer"])
+@pytest.mark.parametrize("parent", FOLDERS)
 def test_folders_beside_each_other_import_one_way(parent: str):
     """Modules directly in the parent are left out: they may use all its folders, or be used by them."""
     needs: dict[str, set[str]] = {}

@@ -46,7 +46,7 @@ class InvalidRow(BaseModel):
 
 
 class ImportedRows(BaseModel):
-    """What became of the rows of one request."""
+    """The fate of the rows of one request."""
 
     object: str = "examples.import"
     format: str | None = Field(description="The format of the rows; null where there was none.")

@@ -166,8 +166,8 @@ class ChatRequest(EngineOptions):
     def sampling(self) -> dict[str, Any]:
         """Return the engine's parameters other than temperature, seed and length."""
         names = SAMPLING + TOOL_OPTIONS if self.tools else SAMPLING
-        given = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in given.items() if value is not None} | self.engine_options()
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None} | self.engine_options()
 
     @field_validator("response_format")
     @classmethod
@@ -227,33 +227,33 @@ def read_extensions(
     Raises:
         BadRequest: an invalid value, or an environment or a split without a task.
     """
-    given = dict(metadata or {})
+    fields = dict(metadata or {})
     named = {
         "safety_identifier": safety_identifier,
         "user": user,
         "metadata.user_id": user_id,
-        "metadata.user": given.get("user"),
+        "metadata.user": fields.get("user"),
     }
     for name in ("environment", "split"):
-        if name in given and not given.get("task"):
+        if name in fields and not fields.get("task"):
             raise BadRequest(f"metadata.task is missing: metadata.{name} is a task's", param="metadata.task")
-    memory = _one_of("use_memory", given["use_memory"], MEMORY_SWITCH) if "use_memory" in given else None
-    split = _one_of("split", given["split"], {split.value: split for split in Split}) if "split" in given else None
-    if "episode_id" in given:
-        check_episode_id(given["episode_id"])
-    seed = given.get("seed")
+    memory = _one_of("use_memory", fields["use_memory"], MEMORY_SWITCH) if "use_memory" in fields else None
+    split = _one_of("split", fields["split"], {split.value: split for split in Split}) if "split" in fields else None
+    if "episode_id" in fields:
+        check_episode_id(fields["episode_id"])
+    seed = fields.get("seed")
     if seed is not None and not seed.removeprefix("-").isdecimal():
         raise BadRequest(f"metadata.seed must be a whole number, not {seed!r}", param="metadata.seed")
     return Extensions(
-        environment=given.get("environment"),
-        task=given.get("task"),
+        environment=fields.get("environment"),
+        task=fields.get("task"),
         split=split,
         use_memory=memory,
         seed=None if seed is None else int(seed),
-        episode_id=given.get("episode_id"),
+        episode_id=fields.get("episode_id"),
         user_id=next((check_person(name, value) for name, value in named.items() if value and value.strip()), ""),
-        is_shared=_one_of("share", given.get("share", "false"), {"true": True, "false": False}),
-        untrusted_tools=frozenset(filter(None, map(str.strip, given.get("untrusted_tools", "").split(",")))),
+        is_shared=_one_of("share", fields.get("share", "false"), {"true": True, "false": False}),
+        untrusted_tools=frozenset(filter(None, map(str.strip, fields.get("untrusted_tools", "").split(",")))),
     )
 
 
@@ -318,9 +318,9 @@ def refuse_unsupported(
         is_neutral = value is None or value is False or value in neutral.get(name, ())
         if name not in harmless and not is_neutral and not _is_empty(value):
             replacement = REPLACEMENTS.get(name, "")
-            given = f"{name[:80]}={repr(value)[:200]}"
+            field = f"{name[:80]}={repr(value)[:200]}"
             raise BadRequest(
-                f"{given} is not supported here{replacement}", param=name[:80], code="unsupported_parameter"
+                f"{field} is not supported here{replacement}", param=name[:80], code="unsupported_parameter"
             )
 
 

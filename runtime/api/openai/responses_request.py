@@ -83,8 +83,8 @@ class ResponseRequest(EngineOptions):
 
     def items(self) -> list[dict[str, Any]]:
         """Return the input as complete items with ids, as they are stored."""
-        given = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
-        return [_complete_item(item, position) for position, item in enumerate(given)]
+        items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
+        return [_complete_item(item, position) for position, item in enumerate(items)]
 
     def chat_tools(self) -> list[dict[str, Any]]:
         """Return the tools in the form of chat completions.
@@ -108,11 +108,11 @@ class ResponseRequest(EngineOptions):
         return {name: value for name, value in sampling.items() if value is not None} | self.engine_options()
 
     def _response_format(self) -> dict[str, Any] | None:
-        given = self.text.format if self.text is not None else None
-        if given is None:
+        wanted = self.text.format if self.text is not None else None
+        if wanted is None:
             return None
-        kind = given.get("type")
-        rest = {name: value for name, value in given.items() if name != "type"}
+        kind = wanted.get("type")
+        rest = {name: value for name, value in wanted.items() if name != "type"}
         try:
             return check_format({"type": kind} | ({"json_schema": rest} if kind == "json_schema" else {}))
         except ValueError as problem:

@@ -27,7 +27,7 @@ ROWS_PER_CHECKPOINT = 2_000
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What is exported, and from where."""
+    """The options of an export."""
 
     content: str
     format: str
@@ -112,8 +112,8 @@ async def export_to_file(client: Client, request: ExportRequest, out: Path, prog
     finally:
         file.close()
     file.finish()
-    held = {"num_rows": file.checkpoint.num_rows, "left_out": file.checkpoint.left_out}
-    return {"object": "export", "file": str(out), **held}
+    counts = {"num_rows": file.checkpoint.num_rows, "left_out": file.checkpoint.left_out}
+    return {"object": "export", "file": str(out), **counts}
 
 
 async def _receive(client: Client, request: ExportRequest, file: PartialFile, progress: Progress) -> None:

@@ -32,7 +32,7 @@ MAX_BATCH_VALUES = 50_000
 
 @dataclass(frozen=True)
 class ImportRequest:
-    """What is imported, and how."""
+    """The options of an import."""
 
     files: Sequence[Path]
     format: str

@@ -35,7 +35,7 @@ SlotRows = tuple[int, torch.Tensor | None]
 
 
 class WrapperWithRows(punica_cpu.PunicaWrapperCPU):
-    """What `PunicaWrapperCPU` is after the corrections below."""
+    """`PunicaWrapperCPU` after the corrections below."""
 
     rows_by_slot: Sequence[SlotRows]
     sampled_by_slot: Sequence[SlotRows]

@@ -131,12 +131,13 @@ def _demonstrate(calls: Sequence[dict[str, dict[str, list[Any]]]], tools: Sequen
     if not calls:
         return {"role": "assistant", "content": "None of the functions can do this."}
     required = {tool["function"]["name"]: tool["function"]["parameters"]["required"] for tool in tools}
-    made = []
+    tool_calls = []
     for number, call in enumerate(calls):
         ((name, allowed),) = call.items()
         arguments = json.dumps(_choose(allowed, required[name]), ensure_ascii=False)
-        made.append({"id": f"call-{number}", "type": "function", "function": {"name": name, "arguments": arguments}})
-    return {"role": "assistant", "content": "", "tool_calls": made}
+        function = {"name": name, "arguments": arguments}
+        tool_calls.append({"id": f"call-{number}", "type": "function", "function": function})
+    return {"role": "assistant", "content": "", "tool_calls": tool_calls}
 
 
 def _choose(allowed: dict[str, list[Any]], required: Sequence[str] = ()) -> dict[str, Any]:

@@ -43,7 +43,7 @@ BENCHMARKS: Mapping[str, Callable[[Path], Rows]] = {
 
 @dataclass(frozen=True)
 class MadeFile:
-    """What a conversion wrote."""
+    """The files and counts of a conversion."""
 
     path: Path
     num_tasks: int

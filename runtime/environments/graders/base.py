@@ -69,7 +69,7 @@ GradingFunction = Callable[[str, Any], object]
 
 @dataclass(frozen=True)
 class GradingResources:
-    """What the operator's configuration gives to the graders of one environment; a task file can only name it."""
+    """The resources that the configuration gives to the graders of one environment; a task file only names them."""
 
     functions: Mapping[str, GradingFunction] = field(default_factory=dict)
     complete: Complete | None = None

@@ -23,7 +23,7 @@ MIN_FREQUENT = 30
 
 @dataclass
 class CheckedFile:
-    """What a file holds, and the demonstrations that its graders do not accept."""
+    """The contents of a file, and the demonstrations that its graders do not accept."""
 
     num_tasks: int
     splits: dict[str, int]

@@ -19,7 +19,7 @@ from runtime.tools.base import Tool
 MAX_OUTPUT_CHARS = 800
 KEPT_CHARS = 780
 NO_ANSWER = "None"
-"""What AgentBench's checks are given where a task was finished without an answer."""
+"""The answer that AgentBench's checks are given where a task was finished without one."""
 BASH = {
     "type": "object",
     "properties": {"command": {"type": "string", "description": "bash code; it cannot read from the keyboard"}},
