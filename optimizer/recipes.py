@@ -47,8 +47,9 @@ BySize = tuple[Hyperparameters, ...]
 # 1e-3, batches of 4); its DPO lies between its neighbours and was not measured. Large: "LoRA Without Regret" for SFT,
 # ETO for DPO. KTO, search, GRPO and distillation were not measured.
 _DPO: BySize = (
-    # at 1e-3 the chosen side became unlikely too, and games ended in prose (docs/log.md, "DPO depended on luck")
-    Hyperparameters(learning_rate=3e-4, epochs=3, batch_size=8, sft_weight=1.0),
+    # at 1e-3 the chosen side became unlikely too, and games ended in prose; with batches of 8 the few pairs of a cycle
+    # made too few steps to change a decision (docs/log.md, "DPO depended on luck", "DPO took too few steps")
+    Hyperparameters(learning_rate=3e-4, epochs=3, batch_size=4, sft_weight=1.0),
     Hyperparameters(learning_rate=5e-5, epochs=2, batch_size=4, sft_weight=0.2),
     Hyperparameters(learning_rate=1e-5, epochs=1, batch_size=16, sft_weight=0.1),
 )
