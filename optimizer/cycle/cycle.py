@@ -60,7 +60,7 @@ async def open_cycle(memory: Memory, config: OptimizerConfig, *, seams: Seams | 
 
 
 async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> DecidedVerdict:
-    """Run the stages of an open cycle, from the stage on its row to the last; return the verdict.
+    """Run the stages of an open cycle, from the one that its row says it has reached; return the gate's verdict.
 
     Raises:
         OptimizerError: a stage could not do its work. Whatever a stage raises closes the cycle, and its row keeps the
@@ -68,7 +68,8 @@ async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> DecidedVe
     """
     context = CycleContext(memory, seams, cycle_id)
     try:
-        # before anything is played
+        # A method that branches off recorded episodes needs an environment that can repeat them: asked here, before
+        # any stage plays for an hour.
         for method in list_methods(context.artifacts.methods):
             if method.play_on is not None:
                 require_replay(seams, context.config.environment, method)
@@ -84,8 +85,8 @@ async def run_cycle(memory: Memory, cycle_id: str, *, seams: Seams) -> DecidedVe
         raise
     verdict = context.artifacts.verdict
     assert verdict is not None, "the last stage saves the verdict"
-    # `settle`, the last stage, has promoted or rejected. A crash before this line repeats that stage, which finds the
-    # comparison settled and changes nothing
+    # `settle`, the last stage, has promoted or rejected the candidate. A crash before this line repeats that stage,
+    # which finds this done and changes nothing.
     await memory.cycles.save(cycle_id, stage=CycleStage.COMPLETED, verdict=to_json(verdict))
     return verdict
 

@@ -112,17 +112,18 @@ class Agent:
     async def rollout(self, request: TurnRequest) -> Turn:
         """Play one turn, a request and its answer; its steps, stage and reward are durable when it returns.
 
-        An episode is one or more turns, and a trajectory is its record. If the messages continue an open episode, its
-        steps are appended to that episode's trajectory, under the policy and with the memories in the prompt that the
-        episode began with. A turn that ends in calls of the client's tools leaves the trajectory RUNNING: the client is
-        expected back.
+        An episode is one or more turns, and a trajectory is its record. If the messages continue an open episode, the
+        turn's steps are appended to that episode's trajectory. Policy and memories are those that the episode began
+        with. A turn that ends in calls of the client's tools leaves the trajectory RUNNING: the client is expected
+        back.
 
         Raises:
             ValueError: there is neither a task of an environment nor a message, or two tools have the same name.
             EpisodeBusy: another request of the episode is being answered.
             UnknownEnvironment, UnknownPolicy, AdapterError, EngineError: the episode could not be opened.
-            ReplayMismatch: it is a branch, and the environment did not answer as in its origin; nothing was recorded.
-            EnvironmentRefused: the environment can start no task, or the model's chat template would drop its tools.
+            ReplayMismatch: the turn branches off a recorded episode, and the environment did not answer as it did
+                there; nothing was recorded.
+            EnvironmentRefused: the environment cannot start a task, or its tools are not in the model's chat template.
         """
         environment = self.environment(request.environment) if request.environment is not None else None
         self._check(request, environment)
@@ -133,8 +134,8 @@ class Agent:
             # Leased before the record opens and until it is closed: a leased policy is never unloaded.
             async with self._hotswap.lease(version) as leased:
                 episode = await self._start_episode(request, open_episode, leased, environment)
-                # No `await` between the line above and the one below, which closes the task's playthrough whatever
-                # happens: a cancellation here would leave it open.
+                # No `await` between here and `_play_traced`, which closes the task that `_start_episode` has opened,
+                # whatever happens: a cancellation in between would leave it open.
                 try:
                     trajectory = await self._play_traced(episode)
                 finally:

@@ -186,10 +186,10 @@ class HotSwap:
                 self._is_idle.set()
 
     async def activate(self, version: int) -> None:
-        """Make `version` the policy of all new leases. If it raises, the policy before stays active.
+        """Make `version` the policy of all new leases. If this raises, the previous policy stays active.
 
-        For boot and for `follow` only, which watches the table of policies: everybody else makes the policy's row the
-        active one and calls `wait_for`.
+        Called at boot (by the first lease, if that comes before) and by `follow`, the task that watches the table of
+        policies. Everybody else makes the policy's row the active one and calls `wait_for`.
 
         Raises:
             UnknownPolicy: no policy has that version.
