@@ -14,7 +14,7 @@ from trl.trainer import utils as trl_utils
 from optimizer.config import DemonstrationConfig, PreferenceConfig
 from optimizer.data.demonstrations import build_demonstrations
 from optimizer.data.preferences import build_preferences
-from optimizer.data.rows import write_rows
+from optimizer.data.rows import read_rows, write_rows
 from optimizer.training import child, dpo, sft
 from optimizer.training.child import IGNORED
 from optimizer.training.shared_prompt import share_prompts
@@ -106,7 +106,7 @@ def test_sft_feels_nothing_at_tool_output(spec, tokenizer):
     ).rows
     made = spec("sft", rows)
 
-    gradient, batch = head_gradient(sft.build_trainer(made, sft.read_rows(made.rows_path)))
+    gradient, batch = head_gradient(sft.build_trainer(made, read_rows(made.rows_path)))
 
     assert TOOL_OUTPUT in tokenizer.decode(batch["input_ids"][0][batch["labels"][0] == -100])
     assert_only_own_tokens_count(gradient, batch["labels"] != -100)
@@ -117,7 +117,7 @@ def test_dpo_feels_nothing_at_tool_output_on_either_side(spec, tokenizer, sft_ad
     rows = build_preferences(graded, tokenizer, config=PreferenceConfig(scope="remainder"), max_length_tokens=2048).rows
     made = spec("dpo", rows, parent_adapter=sft_adapter, sft_weight=0.2)
 
-    gradient, batch = head_gradient(dpo.build_trainer(made, dpo.read_rows(made.rows_path)))
+    gradient, batch = head_gradient(dpo.build_trainer(made, read_rows(made.rows_path)))
 
     chosen, rejected = batch["input_ids"]
     assert TOOL_OUTPUT in tokenizer.decode(chosen) and "The oven hums." in tokenizer.decode(rejected)
@@ -141,7 +141,7 @@ def test_the_output_head_computes_no_logits_where_nothing_is_trained(spec, token
     rows = build_demonstrations(graded, tokenizer, config=config, max_length_tokens=2048).rows
     made = spec("sft", rows)
 
-    gradient, batch = head_gradient(sft.build_trainer(made, sft.read_rows(made.rows_path)))
+    gradient, batch = head_gradient(sft.build_trainer(made, read_rows(made.rows_path)))
 
     assert projected == [int((batch["labels"][:, 1:] != -100).sum())]
     assert_only_own_tokens_count(gradient, batch["labels"] != -100)
@@ -151,7 +151,7 @@ def test_the_reference_is_the_sft_adapter_not_the_base(spec, tokenizer, sft_adap
     graded = [live(WON, tokenizer=tokenizer), live(LOST, tokenizer=tokenizer, is_success=False)]
     rows = build_preferences(graded, tokenizer, config=PreferenceConfig(), max_length_tokens=2048).rows
     made = spec("dpo", rows, parent_adapter=sft_adapter, dtype="float32")
-    trainer = dpo.build_trainer(made, dpo.read_rows(made.rows_path))
+    trainer = dpo.build_trainer(made, read_rows(made.rows_path))
 
     head_gradient(trainer)
 

@@ -8,6 +8,7 @@ import torch
 from memory.adapters import digest_base, verify_adapter
 from optimizer.config import RolloutConfig
 from optimizer.data.rollouts import build_rollouts
+from optimizer.data.rows import read_rows
 from optimizer.training import distill, grpo
 from optimizer.training.launch import train
 from tests.optimizer.data.test_masks import assert_only_own_tokens_count, head_gradient, sft_adapter, spec
@@ -20,7 +21,7 @@ def make_trainer(spec, tokenizer, **fields):
     graded = [with_memory(tokenizer), without(tokenizer)]
     rows = build_rollouts(graded, tokenizer, policy=0, config=RolloutConfig(), max_length_tokens=2048).rows
     made = spec("distill", rows, dtype="float32", **fields)
-    read = distill.read_rows(made.rows_path)
+    read = read_rows(made.rows_path)
     return distill.build_trainer(made, read), read
 
 

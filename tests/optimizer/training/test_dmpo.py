@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from optimizer.config import OptimizerConfig, PreferenceConfig
 from optimizer.data.preferences import build_preferences
+from optimizer.data.rows import read_rows
 from optimizer.training import dpo
 from optimizer.training.spec import ADDED_LATER, NOT_DIGESTED, TrainingSpec
 from tests.optimizer.data.test_masks import (
@@ -30,7 +31,7 @@ def make_trainer(spec, tokenizer, **fields):
     config = PreferenceConfig(scope="remainder")
     rows = build_preferences(graded, tokenizer, config=config, max_length_tokens=2048).rows
     made = spec("dpo", rows, dtype="float32", **fields)
-    return dpo.build_trainer(made, dpo.read_rows(made.rows_path))
+    return dpo.build_trainer(made, read_rows(made.rows_path))
 
 
 def test_the_weight_falls_from_turn_to_turn_and_a_side_starts_at_one():
@@ -90,7 +91,7 @@ def test_the_loss_does_not_depend_on_how_many_preferences_fit_into_a_pass(spec, 
     config = PreferenceConfig(scope="remainder")
     rows = build_preferences(graded, tokenizer, config=config, max_length_tokens=2048).rows
     made = spec("dpo", rows, dtype="float32", parent_adapter=sft_adapter, sft_weight=1.0, **fields)
-    trainer = dpo.build_trainer(made, dpo.read_rows(made.rows_path))
+    trainer = dpo.build_trainer(made, read_rows(made.rows_path))
     measured = list(trainer.train_dataset)
 
     def loss(*of_pass):

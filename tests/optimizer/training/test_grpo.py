@@ -10,6 +10,7 @@ import torch
 
 from optimizer.config import GroupConfig
 from optimizer.data.groups import build_groups
+from optimizer.data.rows import read_rows
 from optimizer.training import grpo
 from tests.optimizer.data.test_masks import (
     LOST,
@@ -29,7 +30,7 @@ def make_trainer(spec, tokenizer, **fields):
     graded = [live(WON, tokenizer=tokenizer), live(LOST, tokenizer=tokenizer, is_success=False)]
     rows = build_groups(graded, policy=0, config=GroupConfig(), max_length_tokens=2048).rows
     made = spec("grpo", rows, **fields)
-    return grpo.build_trainer(made, grpo.read_rows(made.rows_path))
+    return grpo.build_trainer(made, read_rows(made.rows_path))
 
 
 def test_grpo_feels_nothing_at_tool_output(spec, tokenizer):
@@ -106,7 +107,7 @@ def test_rows_of_an_engine_whose_log_probs_were_kept_are_weighed_by_them(spec, t
             step.output_logprobs = [-0.01] * len(step.output_token_ids or ())
     rows = build_groups(graded, policy=0, config=GroupConfig(), max_length_tokens=2048).rows
 
-    trainer = grpo.build_trainer(made := spec("grpo", rows, dtype="float32"), grpo.read_rows(made.rows_path))
+    trainer = grpo.build_trainer(made := spec("grpo", rows, dtype="float32"), read_rows(made.rows_path))
 
     for row in trainer.train_dataset:
         of_own = [

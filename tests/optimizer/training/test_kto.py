@@ -8,6 +8,7 @@ from trl import KTOTrainer
 
 from optimizer.config import LabelConfig
 from optimizer.data.labels import build_labels
+from optimizer.data.rows import read_rows
 from optimizer.training import kto
 from tests.optimizer.data.test_masks import (
     LOST,
@@ -27,7 +28,7 @@ def make_trainer(spec, tokenizer, **fields):
     graded = [live(WON, tokenizer=tokenizer), live(LOST, tokenizer=tokenizer, is_success=False)]
     rows = build_labels(graded, tokenizer, config=LabelConfig(), max_length_tokens=2048).rows
     made = spec("kto", rows, **fields)
-    return kto.build_trainer(made, kto.read_rows(made.rows_path))
+    return kto.build_trainer(made, read_rows(made.rows_path))
 
 
 def test_kto_feels_nothing_at_tool_output(spec, tokenizer):

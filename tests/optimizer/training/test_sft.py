@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from memory.adapters import WEIGHTS_NAME
 from optimizer.config import DemonstrationConfig
 from optimizer.data.demonstrations import build_demonstrations
+from optimizer.data.rows import read_rows
 from optimizer.training import sft
 from tests.optimizer.data.test_masks import WON, sft_adapter, spec
 from tests.optimizer.worlds import live
@@ -20,7 +21,7 @@ def test_training_starts_from_the_adapter_that_it_continues(spec, tokenizer, sft
     rows = build_demonstrations(graded, tokenizer, config=DemonstrationConfig(), max_length_tokens=2048).rows
     made = spec("sft", rows, dtype="float32", parent_adapter=sft_adapter)
 
-    model = sft.build_trainer(made, sft.read_rows(made.rows_path)).model
+    model = sft.build_trainer(made, read_rows(made.rows_path)).model
 
     parent = load_file(sft_adapter / WEIGHTS_NAME)
     started = get_peft_model_state_dict(model)
