@@ -37,15 +37,15 @@ log = structlog.get_logger()
 def choose_tool_call_parser(directory: Path, template: str | None) -> str:
     """Return vLLM's name of the tool call parser for the model in `directory`, served with this chat template."""
     tokens = _read_tokens(directory)
-    lacking = {parser for token, parser in PARSERS_BY_TOKEN if tokens and json.dumps(token) not in tokens}
+    present = [parser for token, parser in PARSERS_BY_TOKEN if json.dumps(token) in tokens]
+    lacking = {parser for _, parser in PARSERS_BY_TOKEN} - set(present)
     for mark, parser in PARSERS_BY_TEMPLATE:
-        if mark in (template or "") and parser not in lacking:
+        if mark in (template or "") and (parser not in lacking or not tokens):
             return parser
-    for token, parser in PARSERS_BY_TOKEN:
-        if json.dumps(token) in tokens:
-            return parser
+    if present:
+        return present[0]
     family = parser_of_family(read_model_config(directory))
-    if family is not None and family not in {parser for _, parser in PARSERS_BY_TOKEN}:
+    if family is not None and family not in lacking:
         return family
     if family == "mistral" and not tokens:  # its tokenizer has a format that is not read here
         return family
